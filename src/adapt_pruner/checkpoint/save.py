@@ -1,0 +1,137 @@
+"""Writing a model as a Hugging Face folder, whole or not at all.
+
+    config.json             the dense config with sizes as they are; `per_layer_config` where layers differ
+    model*.safetensors      weights
+    tokenizer*, …           the tokenizer as it was
+    generation_config.json  where the dense model has one
+    modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
+    mask.json               which units of the dense model stayed
+    pruning.json            how the model was made
+"""
+
+import copy
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapt_pruner import families
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.surgery import write_sizes
+from adapt_pruner.errors import RunError, UsageError
+
+__all__ = ["check_target", "save", "whole_or_nothing"]
+
+
+def check_target(path: Path) -> None:
+    """Refuse a folder that exists and is not empty, before any work is done.
+
+    Raises:
+        UsageError: it does, or it is not a folder, or its parent cannot be written to.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path} exists and is not empty; name another folder or empty it first")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} exists and is not a folder; name another")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{parent} is not writable; name another folder")
+
+
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name at the end, or is removed when anything goes wrong.
+
+    Raises:
+        RunError: it could not be written (disk full, no permission); nothing is left under `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if path.is_dir():
+            path.rmdir()  # only an empty folder stands here, see check_target
+        partial.rename(path)
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        raise RunError(f"{path} could not be written: {why}; nothing was left there, free some space or name another folder") from error
+    except Exception as error:
+        if "No space left" in str(error) or "os error 28" in str(error):  # safetensors wraps the system's error
+            raise RunError(f"{path} could not be written: the disk is full; nothing was left there, free some space and run again") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save(
+    model: Any, tokenizer: Any, path: Path, *, mask: Mask | None = None, pruning: dict[str, Any] | None = None, dtype: torch.dtype
+) -> None:
+    """Write model, tokenizer, mask and history to `path`; the model is left as found.
+
+    Args:
+        model: causal LM of a known family, cut or not.
+        tokenizer: of transformers.
+        path: a folder that does not exist or is empty.
+        mask: against the dense model.
+        pruning: how the model was made; plain data.
+        dtype: of the saved weights.
+
+    Raises:
+        RunError: it could not be written; nothing is left under `path`.
+    """
+    config = _config(model, dtype)
+    with whole_or_nothing(path) as folder:
+        _save_weights(model, folder, dtype)
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if config.is_heterogeneous:
+            shutil.copyfile(Path(__file__).with_name("modeling_pruned.py"), folder / "modeling_pruned.py")
+        if mask is not None:
+            _write_json(folder / "mask.json", mask.to_json(), indent=None)
+        if pruning is not None:
+            _write_json(folder / "pruning.json", pruning, indent=2)
+
+
+def _config(model: Any, dtype: torch.dtype) -> Any:
+    """The model's config with its sizes as they are and the class that builds it."""
+    config = copy.deepcopy(model.config)
+    write_sizes(config, families.axes(model))
+    stock = type(model).__name__.removeprefix("Pruned")
+    config.dtype = dtype
+    config.architectures = [stock]
+    config.__dict__.pop("auto_map", None)
+    if config.is_heterogeneous:
+        config.architectures = [f"Pruned{stock}"]
+        config.auto_map = {
+            "AutoModel": f"modeling_pruned.Pruned{stock.replace('ForCausalLM', 'Model')}",
+            "AutoModelForCausalLM": f"modeling_pruned.Pruned{stock}",
+        }
+    return config
+
+
+def _save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    state: dict[str, torch.Tensor] = model.state_dict()
+    if any(tensor.dtype != dtype for tensor in state.values() if tensor.is_floating_point()):
+        cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
+    model.save_pretrained(folder, state_dict=state)
+
+
+def _write_json(path: Path, data: Any, *, indent: int | None) -> None:
+    path.write_text(json.dumps(data, indent=indent, sort_keys=False) + "\n", encoding="utf-8")
+
+

@@ -1,0 +1,45 @@
+"""`adapt-pruner inspect`: what a model is made of, layer by layer."""
+
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.cli.options import Json, TrustRemoteCode
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")],
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show heads, KV heads, neurons and parameters of each layer of MODEL.
+
+    Examples:
+
+        adapt-pruner inspect small
+
+        adapt-pruner inspect smollm2-135m-instruct --json
+    """
+    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.cli.screen import quiet_libraries
+    from adapt_pruner.cli.tables import print_json, print_table
+    from adapt_pruner.pipeline import anatomy
+
+    quiet_libraries()
+    found = anatomy(load(model, dtype=None, trust_remote_code=trust_remote_code))
+    if as_json:
+        print_json({"model": model, **found})
+        return
+    rows = [
+        [str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}", _share(row)]
+        for row in found["layers"]
+    ]
+    print_table(["layer", "heads", "KV heads", "neurons", "parameters", "of dense"], rows)
+    whole = f", {_share(found)} of the dense model" if found["share_of_dense"] is not None else ""
+    print(f"\n{model}: {found['params']:,} parameters, {found['decoder_params']:,} of them in the layers{whole}")
+
+
+def _share(row: dict[str, Any]) -> str:
+    return "" if row["share_of_dense"] is None else f"{row['share_of_dense']:.1%}"

@@ -1,0 +1,32 @@
+"""`adapt-pruner methods`: what there is to choose from."""
+
+from typing import Annotated
+
+import typer
+
+from adapt_pruner.cli.options import Json
+
+__all__ = ["methods"]
+
+
+def methods(as_json: Json = False) -> None:
+    """List the methods (rows of parts) and the parts a recipe may name.
+
+    Example:
+
+        adapt-pruner methods
+    """
+    import yaml
+
+    from adapt_pruner import parts, recipe
+    from adapt_pruner.cli.tables import print_json, print_table
+
+    rows = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in recipe.methods().items()}
+    kinds = {key: parts.summaries(key) for key in parts.FOLDERS}
+    if as_json:
+        print_json({"methods": rows, "parts": kinds})
+        return
+    print_table(["method", "what it does", "source"], [[name, row["about"], row["paper"]] for name, row in rows.items()], left=3)
+    for key, found in kinds.items():
+        print()
+        print_table([key, ""], [[name, line] for name, line in found.items()], left=2)

@@ -1,0 +1,84 @@
+"""`adapt-pruner prune`: one model in, one smaller checkpoint out, no training."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.cli.options import Device, Json, Precision, Set, TrustRemoteCode
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint; must not exist or be empty.")],
+    params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")],
+    method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "adapt-pruner",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or self. [default: python-docs:train]"),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Sequences an iteration.")] = 64,
+    calibration_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    calibration_ids: Annotated[Path | None, typer.Option(help="JSON file with input_ids: exactly these tokens instead of a text.")] = None,
+    overrides: Set = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL to a number of parameters and write a checkpoint.
+
+    Examples:
+
+        adapt-pruner prune smollm2-135m-instruct -o small --params 110M
+
+        adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --set amplitude=0.03
+    """
+    from adapt_pruner import recipe as recipes
+    from adapt_pruner.errors import UsageError, nearest
+
+    rows = recipes.methods()
+    if method not in rows:
+        raise UsageError(f"method {method!r} is not known; {nearest(method, rows)}")
+    values: dict[str, Any] = {
+        "model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype,
+        "calibration.samples": calibration_samples, "calibration.length": calibration_length,
+    }  # fmt: skip
+    if trust_remote_code:
+        values["trust_remote_code"] = True
+    if calibration is not None:
+        values["calibration.source"] = calibration
+    if calibration_ids is not None:
+        values["calibration.ids"] = str(calibration_ids)
+    recipe = recipes.read(str(rows[method]), values=values, overrides=overrides or []).ready()
+    if recipe.training.tokens:
+        raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
+    from adapt_pruner.checkpoint.save import check_target
+
+    check_target(out)
+
+    from adapt_pruner import pipeline
+    from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
+    from adapt_pruner.cli.tables import print_json, print_table
+
+    quiet_libraries()
+    with screen() as listen:
+        figures = pipeline.prune(recipe, out, listen=listen).figures
+    if as_json:
+        print_json(figures | {"path": str(out)})
+        return
+    kept = figures["params_after"] / figures["params_before"]
+    kept_in_layers = figures["decoder_params_after"] / figures["decoder_params_before"]
+    print_table(
+        ["", "before", "after", "kept"],
+        [
+            ["parameters", f"{figures['params_before']:,}", f"{figures['params_after']:,}", f"{kept:.1%}"],
+            ["in the layers", f"{figures['decoder_params_before']:,}", f"{figures['decoder_params_after']:,}", f"{kept_in_layers:.1%}"],
+        ],
+    )
+    peak = figures["peak_rss_bytes"] / 2**30
+    print(f"\n{figures['iterations']} iterations in {duration(figures['seconds'])}, peak memory {peak:.1f} GiB")
+    print(f"saved {out} ({millions(figures['params_after'])} parameters); try: adapt-pruner eval {out} --text python-docs:heldout")

@@ -1,0 +1,68 @@
+"""`adapt-pruner run`: a whole recipe, with training between cuts."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.cli.options import Json, Set
+
+__all__ = ["run"]
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in recipe such as smollm2-demo.")],
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [default: runs/RECIPE-DATE]")] = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with time and memory estimated by a quick probe.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a RECIPE: prune, train, prune, train, … and save.
+
+    Examples:
+
+        adapt-pruner run smollm2-demo -o runs/demo
+
+        adapt-pruner run recipe.yaml --set budget=60% --set training.tokens=1M --dry-run
+    """
+    from adapt_pruner import recipe as recipes
+
+    resolved = recipes.read(recipe, overrides=overrides or []).ready()
+    run_dir = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not dry_run:
+        from adapt_pruner.checkpoint.save import check_target
+
+        check_target(run_dir)
+
+    from adapt_pruner import pipeline
+    from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
+    from adapt_pruner.cli.tables import print_json
+
+    quiet_libraries()
+    if dry_run:
+        with screen() as listen:
+            planned = pipeline.plan(resolved, listen=listen)
+        print_json(planned) if as_json else _print_plan(planned)
+        return
+    with screen() as listen:
+        figures = pipeline.run(resolved, run_dir, listen=listen).figures
+    if as_json:
+        print_json(figures | {"path": str(run_dir / "model")})
+        return
+    print(f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {duration(figures['seconds'])}")
+    if figures.get("perplexities"):
+        print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
+    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}")
+
+
+def _print_plan(planned: dict[str, Any]) -> None:
+    from adapt_pruner.cli.screen import duration
+    from adapt_pruner.cli.tables import print_table
+
+    rows = [
+        [str(row["stage"]), f"{row['params']:,}", str(row["iterations"]), f"{row['tokens']:,}", str(row["steps"]), duration(row["seconds"])]
+        for row in planned["stages"]
+    ]
+    print_table(["stage", "parameters", "iterations", "tokens", "steps", "time"], rows)
+    print(f"\nin all about {duration(planned['seconds'])} and {planned['peak_rss_bytes'] / 2**30:.1f} GiB of memory; nothing was written")

@@ -1,0 +1,100 @@
+"""How many parameters a model has and how many are to stay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapt_pruner.errors import UsageError
+
+if TYPE_CHECKING:  # recipes read budgets, and reading a recipe does not wait for torch
+    from torch import nn
+
+    from adapt_pruner.core.axes import Axis, Slice
+
+__all__ = ["Budget", "count_parameters", "parse_count", "unit_cost"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module; one that is shared (tied embeddings) counts once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parse_count(text: str | int) -> int:
+    """A count as people write it: `110M`, `110_000_000`, `1.5B`, `100k`.
+
+    Raises:
+        UsageError: it is not a positive count.
+    """
+    match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBgGtT]?)\s*", str(text))
+    value = round(float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].upper()]) if match else 0
+    if value < 1:
+        raise UsageError(f"{text!r} is not a count; write it like 110M, 110_000_000 or 1.5B")
+    return value
+
+
+def unit_cost(model: nn.Module, slices: Iterable[Slice]) -> int:
+    """Parameters that one unit owns which is cut out of `slices`."""
+    total = 0
+    for piece in slices:
+        parameter = model.get_parameter(piece.parameter)
+        total += parameter.numel() // parameter.shape[piece.dim] * piece.width
+    return total
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The number of parameters to keep, tied weights counted once.
+
+    Attributes:
+        keep: parameters that may stay, at most.
+        total: parameters the model has now.
+    """
+
+    keep: int
+    total: int
+
+    @property
+    def excess(self) -> int:
+        """Parameters that must still go; negative or zero when the model is small enough."""
+        return self.total - self.keep
+
+    @classmethod
+    def parse(cls, text: str | int, *, dense: int) -> "Budget":
+        """Read `110M`, `110_000_000` or `80%` (of `dense` parameters).
+
+        Raises:
+            UsageError: not a count or a share, or above the model's own size.
+        """
+        written = str(text).strip()
+        if written.endswith("%"):
+            try:
+                share = float(written[:-1])
+            except ValueError:
+                share = 0.0
+            if not 0 < share <= 100:
+                raise UsageError(f"budget {written!r} is not a share of the dense model; write it like 80%, above 0% and up to 100%")
+            keep = int(dense * share / 100)
+        else:
+            keep = parse_count(written)
+        if keep > dense:
+            raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
+        return cls(keep=keep, total=dense)
+
+    def check_reachable(self, axes: Sequence[Axis]) -> None:
+        """Refuse a budget that cannot be met by leaving one unit of every axis.
+
+        Raises:
+            UsageError: with the smallest count that can be had.
+        """
+        floor = self.total - sum((axis.size - 1) * axis.cost for axis in axes)
+        if self.keep < floor:
+            kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
+            raise UsageError(
+                f"budget {self.keep:,} is below the {floor:,} parameters that stay when one unit of each axis ({kinds}) is left; "
+                f"the nearest that can be had is {floor:,}"
+            )

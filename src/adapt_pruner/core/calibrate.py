@@ -1,0 +1,143 @@
+"""Showing a model its calibration text once, for as many metrics as want to look.
+
+A metric is a function with one `yield` in it. Before the yield it hooks itself in; the value it yields says what it
+needs (`Evidence`); at the yield the text runs through the model; after it the scores are worked out and returned:
+
+    def change(model, axes):
+        hook = model.register_forward_hook(...)
+        try:
+            yield Evidence.FORWARD
+        finally:
+            hook.remove()
+        return {"layers": ...}
+
+`score` drives any number of them over one forward (and, if one of them wants gradients, one backward) per batch.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.errors import RunError
+
+__all__ = ["Evidence", "Metric", "precision", "score"]
+
+
+class Evidence(Enum):
+    """What a metric needs to see: nothing but the weights, a forward pass, or gradients too."""
+
+    WEIGHTS = 0
+    FORWARD = 1
+    GRADIENTS = 2
+
+
+Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, None, Scores]]
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(probe is not None and bool(probe()) for probe in probes)
+    return False
+
+
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    """The context in which matrices are multiplied: `auto` takes bfloat16 where it is native, else `float32`, `bfloat16`."""
+    enabled = native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextmanager
+def _as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
+    """In eval mode, with gradients for the parameters named only; afterwards everything is as it was."""
+    training = {module: module.training for module in model.modules()}
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    cpu_rng = torch.get_rng_state()
+    try:
+        model.eval()
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(name in trained)
+        yield
+    finally:
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        for module, mode in training.items():
+            module.training = mode
+        torch.set_rng_state(cpu_rng)
+
+
+def score(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    batches: Sequence[Tensor],
+    *,
+    metrics: Sequence[Metric],
+    dtype: str = "auto",
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[Scores, float]:
+    """Run `batches` through the model once and return what all `metrics` make of it.
+
+    The gradients that metrics see are those of L, the mean next-token cross-entropy over all predicted tokens of all
+    batches (nats per token), summed over the batches before any metric reads them. Only parameters that lie on an
+    axis get gradients.
+
+    Args:
+        model: causal LM; left as found (weights, gradients, train or eval mode, random state).
+        axes: the axes to score, and `layers` for the metrics that look at whole layers.
+        batches: token ids, int64 [batch, length].
+        metrics: functions as described at the top of this file; their results are merged.
+        dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
+        on_batch: told (done, of) after each batch.
+
+    Returns:
+        The merged scores, and L (NaN when no metric needed a pass).
+
+    Raises:
+        RunError: L is not finite.
+    """
+    device = next(model.parameters()).device
+    on_axes = {piece.parameter for axis in axes for piece in axis.slices}
+    running = [metric(model, axes) for metric in metrics]
+    total = float("nan")
+    try:
+        with _as_found(model, on_axes):
+            need = max((next(metric) for metric in running), key=lambda evidence: evidence.value)
+            if need is not Evidence.WEIGHTS:
+                num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+                wants_gradient = need is Evidence.GRADIENTS
+                nll = torch.zeros((), dtype=torch.float64)
+                for done, batch in enumerate(batches, start=1):
+                    with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
+                        scale = 1 / num_predicted if wants_gradient else None
+                        nll += next_token_nll(model, batch.to(device), backward_scale=scale).double().cpu()
+                    if on_batch is not None:
+                        on_batch(done, len(batches))
+                total = float(nll) / num_predicted
+                if not torch.isfinite(torch.tensor(total)):
+                    raise RunError(f"the loss on the calibration text is {total}; the model's weights are damaged or overflow in {dtype}")
+            merged: Scores = {}
+            for metric in running:
+                merged |= _finish(metric)
+    finally:
+        for metric in running:
+            metric.close()
+    return merged, total
+
+
+def _finish(metric: Generator[Evidence, None, Scores]) -> Scores:
+    try:
+        next(metric)
+    except StopIteration as finished:
+        scores: Scores = finished.value
+        return scores
+    raise AssertionError("a metric yields once")

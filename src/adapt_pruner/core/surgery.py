@@ -1,0 +1,217 @@
+"""Shutting units for a dry run (`gated`) and removing them for good (`cut`).
+
+The law: for every model and mask, the logits under `gated(model, axes, mask)` equal the logits after
+`cut(model, axes, mask)`, to 1e-9 in float64. A contract test holds it over all families.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adapt_pruner.core.axes import Axis, Mask
+
+__all__ = ["cut", "gated", "write_sizes"]
+
+
+def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
+    """The axes that `mask` shrinks, by name."""
+    by_name = {axis.name: axis for axis in axes}
+    for name in mask:
+        if name not in by_name:
+            raise ValueError(f"mask names {name!r}, which is not an axis of this model")
+        if mask[name].numel() != by_name[name].size:
+            raise ValueError(f"mask of {name!r} has {mask[name].numel()} units, the model has {by_name[name].size}")
+    return {name: by_name[name] for name in mask if not bool(mask[name].all())}
+
+
+@contextmanager
+def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
+    """While it lasts, the units that `mask` removes are shut: a dry run of `cut` that touches no weight.
+
+    Raises:
+        ValueError: the mask names an axis the model does not have, or has another size along it.
+    """
+    handles = []
+    try:
+        for name, axis in _checked(axes, mask).items():
+            module = model.get_submodule(axis.gate.module)
+            if axis.gate.width == 0:
+                for index in (~mask[name]).nonzero().flatten().tolist():
+                    handles.append(module[index].register_forward_hook(_skip, with_kwargs=True))  # type: ignore[index]
+            else:
+                handles.append(module.register_forward_pre_hook(_Shut(mask[name].repeat_interleave(axis.gate.width))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Shut:
+    """A forward pre-hook that zeroes the features whose `keep` is False."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * self.keep.to(args[0].device), *args[1:])
+
+
+def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    entered = args[0] if args else kwargs["hidden_states"]
+    return (entered, *output[1:]) if isinstance(output, tuple) else entered
+
+
+@torch.no_grad()
+def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> None:
+    """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
+
+    Weights, biases, module sizes, layer numbers and `model.config` follow. Every shortened parameter is a new
+    `nn.Parameter` (tied uses stay tied); the optimiser's groups point to it, and each of its state tensors that
+    had the parameter's shape is sliced alike. Gradients of shortened parameters are dropped.
+
+    Args:
+        model: changed in place; may lie on the meta device.
+        axes: the model's axes, all of them: sizes of untouched axes are written to the config too.
+        mask: against the model as it is now. Names inside layers count the layers before the cut.
+        optimizer: any torch optimiser over the model's parameters.
+
+    Raises:
+        ValueError: the mask names an axis the model does not have, or has another size along it.
+    """
+    shrinking = _checked(axes, mask)
+    stack = shrinking.pop("layers", None)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, leaf))
+
+    for name, axis in shrinking.items():
+        for piece in axis.slices:
+            index = mask[name].repeat_interleave(piece.width).nonzero().flatten()
+            old = model.get_parameter(piece.parameter)
+            new = _shortened(old, piece.dim, index)
+            owners[id(new)] = owners.pop(id(old))
+            for module, leaf in owners[id(new)]:
+                setattr(module, leaf, new)
+                if isinstance(module, nn.Linear):
+                    module.out_features, module.in_features = module.weight.shape
+            if optimizer is not None:
+                _follow(optimizer, old, new, piece.dim, index)
+        owner = model.get_submodule(axis.gate.module.rpartition(".")[0])
+        for field, units in axis.fields:
+            if hasattr(owner, field):
+                setattr(owner, field, int(mask[name].sum()) * units)
+
+    stayed = None
+    if stack is not None:
+        stayed = mask["layers"].nonzero().flatten().tolist()
+        _drop_layers(model, stack, stayed, optimizer)
+    write_sizes(model.config, axes, mask)
+
+
+def _shortened(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
+    data = parameter.data.index_select(dim, index.to(parameter.device)).contiguous()
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, index: Tensor) -> None:
+    """Point the optimiser, in place, from `old` to `new`, its state sliced alike."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: value.index_select(dim, index.to(value.device)).contiguous()
+            if isinstance(value, Tensor) and value.shape == old.shape
+            else value
+            for key, value in state.items()
+        }
+
+
+def _drop_layers(model: nn.Module, axis: Axis, stayed: list[int], optimizer: Optimizer | None) -> None:
+    """Remove, in place, all decoder layers but those `stayed`; the rest are renumbered."""
+    parent_name, _, leaf = axis.gate.module.rpartition(".")
+    layers = model.get_submodule(axis.gate.module)
+    remaining = nn.ModuleList([layers[i] for i in stayed])  # type: ignore[index]
+    if optimizer is not None:
+        alive = {id(parameter) for parameter in remaining.parameters()}
+        gone = {id(parameter) for parameter in layers.parameters()} - alive
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in gone:
+                    optimizer.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for index, layer in enumerate(remaining):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    setattr(model.get_submodule(parent_name), leaf, remaining)
+
+
+def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:  # noqa: B008 (a Mask is immutable)
+    """State, in place, the sizes that `axes` have under `mask` in a transformers config.
+
+    A field on which all layers agree is set for the whole model, the others in `per_layer_config`, which holds only
+    what differs. Where the config refuses the common value (Llama wants hidden_size to be a multiple of the number
+    of heads) the field goes to `per_layer_config` as well.
+    """
+    config.per_layer_config = None
+    depth = next((axis for axis in axes if axis.name == "layers"), None)
+    stayed = list(range(depth.size if depth else 0))
+    if depth is not None and "layers" in mask:
+        stayed = mask["layers"].nonzero().flatten().tolist()
+    if depth is not None:
+        for field, _ in depth.fields:
+            setattr(config, field, len(stayed))
+        for name in depth.lists:
+            if getattr(config, name, None) is not None and len(getattr(config, name)) == depth.size:
+                setattr(config, name, [getattr(config, name)[i] for i in stayed])
+
+    sizes: dict[str, dict[int, int]] = {}
+    for axis in axes:
+        if axis.layer in stayed:
+            kept = int(mask[axis.name].sum()) if axis.name in mask else axis.size
+            for field, units in axis.fields:
+                sizes.setdefault(field, {})[stayed.index(axis.layer)] = kept * units
+            for field, value in axis.pins:
+                setattr(config, field, value)
+
+    per_layer: dict[int, dict[str, int]] = {i: {} for i in range(len(stayed))}
+    for field, by_layer in sizes.items():
+        common = set(by_layer.values())
+        if len(common) == 1 and len(by_layer) == len(stayed) and _accepts(config, field, next(iter(common))):
+            setattr(config, field, common.pop())
+        else:
+            for i, size in by_layer.items():
+                per_layer[i][field] = size
+    if any(per_layer.values()):
+        config.per_layer_config = per_layer
+        config.allow_global_per_layer_attribute_access = _reads_global_sizes(config)
+    else:
+        config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+
+
+def _accepts(config: Any, field: str, value: int) -> bool:
+    trial = copy.deepcopy(config)
+    setattr(trial, field, value)
+    try:
+        trial.validate_architecture()
+    except ValueError:
+        return False
+    return True
+
+
+def _reads_global_sizes(config: Any) -> bool:
+    """Whether the stock config class reads, while it validates, a size that differs between layers (Llama, Phi-3, Gemma 3)."""
+    config.allow_global_per_layer_attribute_access = False
+    try:
+        config.validate_architecture()
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,150 @@
+"""From documents to token ids: calibration windows, training blocks, evaluation windows."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.errors import UsageError
+
+__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "training_blocks"]
+
+_JOINT = "\n\n"
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with what special tokens the tokenizer adds by itself."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def calibration_windows(tokenizer: Any, texts: Sequence[str], *, samples: int, length: int, seed: int) -> Tensor:
+    """`samples` windows of `length` tokens drawn at random: first one a document, then more of long ones, then short ones joined.
+
+    Returns:
+        int64 [samples, length]; the same seed gives the same windows. No two overlap.
+
+    Raises:
+        UsageError: the text is too short for that many.
+
+    Source: Adapt-Pruner's sampling (a random window of a document not used before). Differs: goes on where they fail.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first: list[list[int]] = []
+    more: list[list[int]] = []
+    joined: list[int] = []
+    for index in torch.randperm(len(texts), generator=generator).tolist():
+        ids = encode(tokenizer, texts[index])
+        count = len(ids) // length
+        if count == 0:
+            joined += ids
+            continue
+        offset = int(torch.randint(len(ids) - count * length + 1, (1,), generator=generator))
+        windows = [ids[offset + i * length : offset + (i + 1) * length] for i in range(count)]
+        chosen = int(torch.randint(count, (1,), generator=generator))
+        first.append(windows.pop(chosen))
+        more += windows
+        if len(first) == samples:
+            break
+    if len(first) < samples:
+        order = torch.randperm(len(more), generator=generator).tolist()
+        first += [more[i] for i in order[: samples - len(first)]]
+    while len(first) < samples and len(joined) >= length:
+        first.append(joined[:length])
+        joined = joined[length:]
+    if len(first) < samples:
+        raise UsageError(
+            f"the calibration text gives {len(first)} windows of {length} tokens, {samples} are asked for; "
+            "give more text, or lower calibration.samples or calibration.length"
+        )
+    return torch.tensor(first)
+
+
+def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
+    """The exact token ids in a JSON file {"input_ids": [[…], …]}, one int64 [1, length] tensor a row.
+
+    Raises:
+        UsageError: the file is not such JSON, or holds an id outside the vocabulary.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["input_ids"]
+        tensors = [torch.tensor(row, dtype=torch.long)[None] for row in rows]
+    except FileNotFoundError as error:
+        raise UsageError(f"calibration ids {str(path)!r} do not exist; give a JSON file with input_ids, a list of lists") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} does not hold token ids ({error}); it is JSON with input_ids, a list of lists of integers") from error
+    if not tensors or any(row.dim() != 2 or row.shape[1] < 2 for row in tensors):
+        raise UsageError(f"{path} must hold at least one sequence of at least 2 token ids")
+    low, high = min(int(row.min()) for row in tensors), max(int(row.max()) for row in tensors)
+    if low < 0 or high >= vocab_size:
+        raise UsageError(f"{path} holds token id {high if high >= vocab_size else low}, the model's vocabulary is 0 to {vocab_size - 1}")
+    return tensors
+
+
+def batches_of(rows: Sequence[Tensor], *, max_tokens: int) -> list[Tensor]:
+    """Neighbouring rows [1, length] of equal length put together, at most `max_tokens` tokens a batch where a row allows."""
+    batches: list[list[Tensor]] = []
+    for row in rows:
+        last = batches[-1] if batches else []
+        if last and last[0].shape == row.shape and (len(last) + 1) * row.shape[1] <= max_tokens:
+            last.append(row)
+        else:
+            batches.append([row])
+    return [torch.cat(batch) for batch in batches]
+
+
+def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max_windows: int | None) -> list[Tensor]:
+    """The text as it is, cut into non-overlapping windows; documents are joined by a blank line.
+
+    Returns:
+        int64 [1, window] tensors; the last may be shorter, one of a single token is left out.
+
+    Raises:
+        UsageError: the text is shorter than 2 tokens, or `window` is.
+    """
+    if window < 2:
+        raise UsageError(f"window {window} predicts nothing; give at least 2 tokens")
+    ids = encode(tokenizer, _JOINT.join(texts))
+    windows = [torch.tensor(ids[i : i + window])[None] for i in range(0, len(ids), window)]
+    windows = [ids for ids in windows if ids.shape[1] >= 2][:max_windows]
+    if not windows:
+        raise UsageError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
+    return windows
+
+
+def training_blocks(tokenizer: Any, texts: Sequence[str], *, length: int, tokens: int, seed: int) -> tuple[Tensor, int]:
+    """Documents shuffled, joined with an end-of-text token between them, and cut into blocks of `length`.
+
+    A text shorter than `tokens` is repeated, in another order each time.
+
+    Returns:
+        int32 [tokens // length, length] (at least one row; the same seed gives the same blocks), and the tokens that
+        were there to take: of the whole text if it was gone through, which is less than `tokens` where it is repeated.
+
+    Raises:
+        UsageError: the text is shorter than one block.
+    """
+    wanted = max(1, tokens // length)
+    generator = torch.Generator().manual_seed(seed)
+    end = tokenizer.eos_token_id
+    blocks: list[Tensor] = []
+    encoded: dict[int, list[int]] = {}
+    while len(blocks) < wanted:
+        stream: list[int] = []
+        before = len(blocks)
+        for index in torch.randperm(len(texts), generator=generator).tolist():
+            if index not in encoded:
+                encoded[index] = encode(tokenizer, texts[index]) + ([] if end is None else [end])
+            stream += encoded[index]
+            while len(stream) >= length and len(blocks) < wanted:
+                blocks.append(torch.tensor(stream[:length], dtype=torch.int32))
+                stream = stream[length:]
+            if len(blocks) == wanted:
+                break
+        if len(blocks) == before:
+            raise UsageError(f"the training text is shorter than one block of {length} tokens; give more text or lower training.length")
+    order = torch.randperm(wanted, generator=generator)
+    return torch.stack(blocks)[order], sum(map(len, encoded.values()))

@@ -1,0 +1,28 @@
+"""What can go wrong, in two kinds: what the user can mend in the command (UsageError), and what failed on the way (RunError).
+
+    Exception
+    ├── UsageError (ValueError)    exit status 2: a wrong path, an unknown key, a budget out of reach
+    └── RunError   (RuntimeError)  exit status 1: a full disk, a loss that is not a number, a damaged file
+
+The message is one sentence with the value, the limit and the remedy; the command line prints it and nothing else.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["RunError", "UsageError", "nearest"]
+
+
+class UsageError(ValueError):
+    """The request cannot be met as it stands; the message says what to change."""
+
+
+class RunError(RuntimeError):
+    """The request was fine and the work failed; nothing is half-written under its final name."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The tail of a sentence that names the closest known word, else all of them."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}"

@@ -1,0 +1,1 @@
+"""Floor 3: how good and how fast a model is."""

@@ -1,0 +1,59 @@
+"""Perplexity: how surprised a model is by a text."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core.loss import next_token_nll
+
+__all__ = ["Perplexity", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(nll), with nll the mean over `tokens` predicted tokens in nats; `seconds` of wall clock for all `windows`."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    seconds: float
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, windows: Sequence[Tensor], *, dtype: str = "float32", on_window: Callable[[int, int], None] | None = None
+) -> Perplexity:
+    """Sum of next-token losses over non-overlapping windows / number of predicted tokens; nothing is carried between windows.
+
+    Args:
+        model: causal LM; its mode is left as found.
+        windows: int64 [1, length] each; a window predicts its tokens 1 … length - 1.
+        dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
+        on_window: told (done, of).
+
+    Returns:
+        The figures; `perplexity` is infinite where exp overflows.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    began = time.perf_counter()
+    total, count = 0.0, 0
+    try:
+        model.eval()
+        for done, ids in enumerate(windows, start=1):
+            with precision(device, dtype):
+                total += float(next_token_nll(model, ids.to(device)))
+            count += ids.numel() - ids.shape[0]
+            if on_window is not None:
+                on_window(done, len(windows))
+    finally:
+        model.train(was_training)
+    nll = total / count
+    value = math.exp(nll) if nll < 700 else math.inf
+    return Perplexity(perplexity=value, nll=nll, tokens=count, windows=len(windows), seconds=time.perf_counter() - began)

@@ -1,0 +1,53 @@
+"""Floor 1: one file a family of models; it says where the axes are and touches no weight.
+
+A family file has
+
+    MODEL_TYPES   the `config.model_type` values it speaks for
+    axes(model)   every axis of such a model, sizes read from its weights
+    tiny()        name -> config of tiny random models of every layout; the contract tests run over them
+
+and is found by being in this folder: there is no list to add it to.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from adapt_pruner.core.axes import Axis
+from adapt_pruner.errors import UsageError, nearest
+
+__all__ = ["all_families", "axes", "family_of", "model_types"]
+
+
+def all_families() -> list[ModuleType]:
+    """Every family file, in the order of their names."""
+    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+
+
+def model_types() -> list[str]:
+    """The model types that some family speaks for, sorted."""
+    return sorted(name for family in all_families() for name in family.MODEL_TYPES)
+
+
+def family_of(config: Any) -> ModuleType:
+    """The family file that speaks for a transformers config.
+
+    Raises:
+        UsageError: no family does; the message says which are known.
+    """
+    for family in all_families():
+        if config.model_type in family.MODEL_TYPES:
+            return family
+    raise UsageError(
+        f"model type {config.model_type!r} is of no known family ({nearest(config.model_type, model_types())}); "
+        "a new family is one file: see docs/extending.md"
+    )
+
+
+def axes(model: nn.Module) -> tuple[Axis, ...]:
+    """Every axis of a model, sizes as its weights have them now."""
+    found: tuple[Axis, ...] = family_of(model.config).axes(model)
+    return found

@@ -1,0 +1,79 @@
+"""What each decoder layer is worth: how far its output lies from its input, the residual stream included.
+
+All three distances grow with the change a layer makes, so a layer that hardly changes its input scores lowest.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.calibrate import Evidence
+
+__all__ = ["cosine", "euclidean", "manhattan"]
+
+
+def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
+    """Layer importance by angle: -mean over tokens of cos(X, Y), X entering and Y leaving the whole layer.
+
+    Returns:
+        {"layers": float32 [num_layers]} in [-1, 1]; higher means the layer turns its input further.
+
+    Source: Adapt-Pruner, arXiv:2502.03460, "mapping distortion", the default. The mean is taken over all tokens;
+    the authors sum over mini-batches, which their normalisation undoes.
+    """
+    return (yield from _mean_over_tokens(model, axes, lambda x, y: -F.cosine_similarity(x, y, dim=-1)))
+
+
+def euclidean(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
+    """Layer importance by Euclidean distance: mean over tokens of ‖Y - X‖₂.
+
+    Returns:
+        {"layers": float32 [num_layers]}, non-negative.
+
+    Source: Adapt-Pruner, arXiv:2502.03460. Differs: the released code returns the distance with a minus sign, which
+    makes the layers that change most look least important, against its own cosine.
+    """
+    return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=2, dim=-1)))
+
+
+def manhattan(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
+    """Layer importance by Manhattan distance: mean over tokens of ‖Y - X‖₁.
+
+    Returns:
+        {"layers": float32 [num_layers]}, non-negative.
+
+    Source: Adapt-Pruner, arXiv:2502.03460. Differs: the sign, as for `euclidean`.
+    """
+    return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=1, dim=-1)))
+
+
+def _mean_over_tokens(
+    model: nn.Module, axes: Sequence[Axis], distance: Callable[[Tensor, Tensor], Tensor]
+) -> Generator[Evidence, None, Scores]:
+    depth = next(axis for axis in axes if axis.name == "layers")
+    layers: Any = model.get_submodule(depth.gate.module)
+    totals = torch.zeros(depth.size, dtype=torch.float64)
+    counts = torch.zeros(depth.size, dtype=torch.float64)
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entered = args[0] if args else kwargs["hidden_states"]
+            left = output[0] if isinstance(output, tuple) else output
+            with torch.no_grad():
+                per_token = distance(entered.detach().float(), left.detach().float())
+                totals[index] += per_token.sum(dtype=torch.float64).cpu()
+                counts[index] += per_token.numel()
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield Evidence.FORWARD
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {"layers": (totals / counts).float()}

@@ -1,0 +1,100 @@
+"""Finding a part by its name: the import path below its folder, `weights.taylor` for `metrics/weights.py`, `taylor`.
+
+There is no registry: a function that a file of the folder lists in `__all__` is a part. Options go in brackets,
+`weights.magnitude(norm=l2)`; where one part alone bears a name the file may be left out, `taylor`.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapt_pruner.errors import UsageError, nearest
+
+__all__ = ["FOLDERS", "bind", "check", "names", "summaries"]
+
+FOLDERS = {
+    "metric": ("metrics", ("weights",)),
+    "distance": ("metrics", ("blocks",)),
+    "chooser": ("choose", ("allocate",)),
+    "objective": ("train", ("objectives",)),
+    "schedule": ("train", ("schedules",)),
+}
+"""What a recipe key may name: its folder and the files in it that hold such parts."""
+
+
+def summaries(key: str) -> dict[str, str]:
+    """Every part that the recipe key may name, with the first line of its docstring; imports nothing."""
+    folder, files = FOLDERS[key]
+    found = {}
+    for file in files:
+        tree = ast.parse((Path(__file__).parent / folder / f"{file}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and _is_part(key, node):
+                found[f"{file}.{node.name}"] = (ast.get_docstring(node) or "").partition("\n")[0]
+    return found
+
+
+def _is_part(key: str, node: ast.FunctionDef) -> bool:
+    """Whether a function is a part: it returns what parts of that key return."""
+    returns = {"metric": "Generator", "distance": "Generator", "chooser": "tuple[Mask, Debt]", "objective": "Tensor", "schedule": "float"}
+    return node.returns is not None and ast.unparse(node.returns).startswith(returns[key])
+
+
+def names(key: str) -> list[str]:
+    """The full names of all parts that the recipe key may name."""
+    return sorted(summaries(key))
+
+
+def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
+    match = re.fullmatch(r"\s*([\w.]+)\s*(?:\((.*)\))?\s*", written)
+    if match is None:
+        raise UsageError(f"{key} {written!r} is not the name of a part; write it like {names(key)[0]} or NAME(option=value)")
+    name, options = match[1], {}
+    for item in filter(None, (match[2] or "").split(",")):
+        option, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"option {item.strip()!r} of {key} {name!r} has no value; write it like option=value")
+        options[option.strip()] = yaml.safe_load(value)
+    known = names(key)
+    if name not in known:
+        same = [full for full in known if full.rpartition(".")[2] == name]
+        if len(same) != 1:
+            raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
+        name = same[0]
+    return name, options
+
+
+def check(key: str, written: str) -> str:
+    """The full spelling of a part named in a recipe.
+
+    Raises:
+        UsageError: there is no such part; the message names the nearest.
+    """
+    name, options = _split(key, written)
+    spelled = ", ".join(f"{option}={value}" for option, value in options.items())
+    return f"{name}({spelled})" if spelled else name
+
+
+def bind(key: str, written: str, **context: Any) -> Callable[..., Any]:
+    """The function a recipe names, with its own options and whatever of `context` it takes bound by keyword.
+
+    Raises:
+        UsageError: there is no such part, or it has no such option.
+    """
+    name, options = _split(key, written)
+    folder, _ = FOLDERS[key]
+    file, _, leaf = name.partition(".")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"adapt_pruner.{folder}.{file}"), leaf)
+    takes = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for option in options:
+        if option not in takes:
+            raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
+    bound = {option: value for option, value in context.items() if option in takes} | options
+    return functools.partial(function, **bound)

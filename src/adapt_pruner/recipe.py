@@ -1,0 +1,207 @@
+"""What a run is: every choice in one validated, frozen description, as YAML in and out.
+
+A recipe file holds any of the keys below; what it leaves out has the default. `--set KEY=VALUE` on the command line
+overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe that names its parts (`methods/*.yaml`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from adapt_pruner import parts
+from adapt_pruner.core.budget import parse_count
+from adapt_pruner.errors import UsageError, nearest
+
+__all__ = ["Calibration", "Evaluation", "Recipe", "Training", "builtin", "methods", "read"]
+
+Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
+
+
+def _part(key: str) -> Any:
+    return Annotated[str, AfterValidator(lambda written: parts.check(key, written))]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Calibration(_Frozen):
+    """The text that importance is measured on."""
+
+    source: str = Field("python-docs:train", description="SPEC of text, drawn anew each iteration; `self` is written once by the model")
+    samples: int = Field(64, ge=1, description="sequences an iteration")
+    length: int = Field(128, ge=2, description="tokens a sequence")
+    ids: str | None = Field(None, description="JSON file with input_ids: exactly these tokens, every iteration, instead of source")
+
+
+class Training(_Frozen):
+    """The training between cuts; none when `tokens` is 0."""
+
+    source: str | None = Field(None, description="SPEC of text")
+    tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
+        0, ge=0, description="of all stages together; a shorter text is repeated"
+    )
+    batch_tokens: Count = Field(8192, ge=2, description="tokens an optimiser step")
+    length: Count = Field(512, ge=2, description="tokens a sequence")
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
+    objective: _part("objective") = Field("objectives.lm", description="what is minimised")  # type: ignore[valid-type]
+    shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how tokens are spread over the stages")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run spent warming up")
+    decay: float = Field(0.10, gt=0, lt=1, description="share of the run spent decaying (wsd)")
+    floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on matrices")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Training":
+        if self.tokens and self.source is None:
+            raise ValueError("training.tokens is set but training.source is not; name a text to train on")
+        if self.source is not None and not self.tokens:
+            raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
+        if self.batch_tokens < self.length:
+            raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
+        return self
+
+
+class Evaluation(_Frozen):
+    """The held-out text that the model is measured on after every stage; none when `source` is not set."""
+
+    source: str | None = Field(None, description="SPEC of text")
+    window: int = Field(512, ge=2, description="tokens a window")
+    max_windows: int | None = Field(40, ge=1, description="windows at most; null for the whole text")
+
+
+class Recipe(_Frozen):
+    """A whole run: what is pruned, how far, in which steps, by which parts, and what it is trained on between cuts."""
+
+    about: str = Field("", description="one line for people")
+    paper: str = Field("", description="where the method comes from")
+    method: str = Field("adapt-pruner", description="the name it goes by in results")
+    model: str = Field("", description="folder, .gguf file, packaged name or hub id")
+    budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
+    stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
+    axes: tuple[Literal["neurons", "kv_heads"], ...] = Field(("neurons", "kv_heads"), min_length=1, description="what may go")
+    metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
+    distance: _part("distance") = Field("blocks.cosine", description="what a layer is worth")  # type: ignore[valid-type]
+    chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
+    step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
+    amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
+    debt: Literal["carry", "reset"] = Field("carry", description="fractions of a unit still owed: carried on, or forgotten each stage")
+    moments: Literal["carry", "reset"] = Field("carry", description="AdamW moments after a cut: sliced along, or forgotten")
+    calibration: Calibration = Calibration()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = Field("auto", description="auto, cpu, cuda, …")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of matrix products; auto is bfloat16 where native")
+    trust_remote_code: bool = Field(False, description="run Python code that a foreign checkpoint brings")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_as_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("budget"), int):
+            data = data | {"budget": str(data["budget"])}
+        return data
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `read` takes back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def ready(self) -> "Recipe":
+        """This recipe, if it names a model and a budget.
+
+        Raises:
+            UsageError: it does not.
+        """
+        for key, example in (("model", "smollm2-135m-instruct"), ("budget", "80%")):
+            if not getattr(self, key):
+                raise UsageError(f"the recipe names no {key}; add it, for example --set {key}={example}")
+        return self
+
+
+def methods() -> dict[str, Path]:
+    """The method rows that come with the package: name -> recipe file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "methods").glob("*.yaml"))}
+
+
+def builtin() -> dict[str, Path]:
+    """The whole-run recipes that come with the package: name -> recipe file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def read(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
+    """A validated recipe from a YAML file, the name of a built-in one, or plain data.
+
+    Args:
+        source: file, name or mapping.
+        overrides: `KEY=VALUE` texts with dotted keys, values as YAML; applied last.
+        values: dotted key -> value, applied before `overrides`.
+
+    Raises:
+        UsageError: no such file, not YAML, an unknown key or a value out of range; with the nearest key or the limit.
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read_yaml(str(source))
+    for key, value in (values or {}).items():
+        _put(data, key, value)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text!r} has no value; write it like --set step=0.05")
+        try:
+            _put(data, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise UsageError(f"the value of --set {text!r} is not YAML; quote it") from error
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_sentence(error)) from error
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    path = builtin().get(name) or methods().get(name) or Path(name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {name!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {name!r} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"recipe {name!r} holds no keys; write lines like `model: smollm2-135m-instruct`")
+    return data
+
+
+def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set, in place, a dotted key; the tables on the way are copied, since they may be shared."""
+    *path, leaf = dotted.split(".")
+    for key in path:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        data = data[key]
+    data[leaf] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        model = _model_at(first["loc"][:-1])
+        return f"recipe key {key!r} is not known; {nearest(str(first['loc'][-1]), model.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key or first["type"] == "value_error":
+        return message
+    return f"recipe key {key!r} is {first['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _model_at(path: Sequence[Any]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for key in path:
+        annotation = model.model_fields[str(key)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model
