@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.families import axes
-    from adapt_pruner.pipeline import plan, prune, run
+    from adapt_pruner.pipeline import dry_run, prune, run
     from adapt_pruner.recipe import Recipe
 
 _HOMES = {
@@ -34,9 +34,9 @@ _HOMES = {
     "count_parameters": "core.budget",
     "cut": "core.surgery",
     "gated": "core.surgery",
+    "dry_run": "pipeline",
     "load": "checkpoint.load",
     "perplexity": "evaluate.perplexity",
-    "plan": "pipeline",
     "prune": "pipeline",
     "run": "pipeline",
     "save": "checkpoint.save",
@@ -57,10 +57,10 @@ __all__ = [
     "axes",
     "count_parameters",
     "cut",
+    "dry_run",
     "gated",
     "load",
     "perplexity",
-    "plan",
     "prune",
     "run",
     "save",

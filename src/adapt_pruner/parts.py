@@ -43,7 +43,13 @@ def summaries(key: str) -> dict[str, str]:
 
 def _is_part(key: str, node: ast.FunctionDef) -> bool:
     """Whether a function is a part: it returns what parts of that key return."""
-    returns = {"metric": "Generator", "distance": "Generator", "chooser": "tuple[Mask, Debt]", "objective": "Tensor", "schedule": "float"}
+    returns = {
+        "metric": "Generator",
+        "distance": "Generator",
+        "chooser": "tuple[Mask, Debt]",
+        "objective": "Tensor",
+        "schedule": "float",
+    }
     return node.returns is not None and ast.unparse(node.returns).startswith(returns[key])
 
 

@@ -1,7 +1,7 @@
 """The loop on one screen: for each stage, score → choose → cut until the stage's target is met, then train.
 
-`shrink` is the loop. `prune` and `run` put a model in at its front and a folder at its back. What happens on the way
-is told to a listener as plain dicts with an `event` key; the library itself prints nothing.
+`shrink` is the loop. `prune` and `run` put a model in at its front and a folder at its back; `dry_run` only looks. What
+happens on the way is told to a listener as plain dicts with an `event` key; the library itself prints nothing.
 """
 
 import json
@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapt_pruner import families, parts
@@ -27,21 +26,19 @@ from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.calibrate import Metric, score
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, documents
-from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, training_blocks
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.data.feeds import calibration_feed, held_out_windows, training_shards
+from adapt_pruner.errors import RunError
+from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.plan import Stage, stages
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.train.loop import Progress, make_optimizer, stage_tokens, train
+from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
 
-__all__ = ["Outcome", "anatomy", "decoder_parameters", "plan", "prune", "run", "shrink", "stage_targets"]
+__all__ = ["Outcome", "dry_run", "prune", "run", "shrink"]
 
 Listener = Callable[[dict[str, Any]], None]
-
-_MICRO_TOKENS = 2048  # calibration tokens in one forward and backward
 
 
 @dataclass
@@ -68,66 +65,63 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
         RunError: a loss is not finite.
     """
     model, began = loaded.model, time.perf_counter()
-    before = {"params_before": count_parameters(model), "decoder_params_before": decoder_parameters(model)}
-    budget = Budget.parse(recipe.budget, dense=before["params_before"])
-    budget.check_reachable(_prunable(model, recipe))
-    calibration = _calibration(loaded, recipe)
-    shards = _shards(loaded, recipe, listen)
+    dense = count_parameters(model)
+    planned, budget = _planned(model, recipe)
+    calibration = calibration_feed(model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)
+    shards = _shards(loaded, recipe, planned, listen)
     held_out = _held_out(loaded, recipe)
     chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
-    optimizer = make_optimizer(model, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay)
-    progress = Progress()
-    outcome = Outcome(loaded, Mask(), before)
-    debt = Debt.none(_prunable(model, recipe))
+    optimizer = make_optimizer(model, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay) if shards else None
+    progress, debt = Progress(), Debt.none(_prunable(model, recipe))
+    outcome = Outcome(loaded, Mask(), {"params_before": dense, "decoder_params_before": decoder_parameters(model)})
     spent = {"score": 0.0, "cut": 0.0, "train": 0.0}
-    iteration = 0
-    _announce(recipe, before["params_before"], budget.keep, _prunable(model, recipe), shards, listen)
+    listen({
+        "event": "start", "method": recipe.method, "stages": recipe.stages, "params": dense, "target": budget.keep,
+        "calibration_tokens": sum(stage.calibration_tokens for stage in planned),
+        "training_tokens": sum(shard.numel() for shard in shards),
+    })  # fmt: skip
     _evaluate(model, held_out, recipe, outcome, listen, stage=0)
 
-    for stage, target in enumerate(stage_targets(before["params_before"], budget.keep, recipe.stages), start=1):
+    for stage in planned:
         if recipe.debt == "reset":
             debt = Debt.none(_prunable(model, recipe))
-        while (now := count_parameters(model)) > target:
-            iteration += 1
+        while (now := count_parameters(model)) > stage.params:
+            where = {"stage": stage.stage, "iteration": len(outcome.history) + 1}
             axes = families.axes(model)
-            metrics = [
-                parts.bind("metric", recipe.metric, seed=recipe.seed + iteration),
-                parts.bind("distance", recipe.distance),
-            ]
             with _clock(spent, "score"):
-                batches = calibration(iteration)
-                tell = _progress(listen, "score", stage=stage, iteration=iteration)
+                batches = calibration(where["iteration"])
+                metrics = _metrics(recipe, seed=recipe.seed + where["iteration"])
+                tell = _progress(listen, "score", **where)
                 scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
             with _clock(spent, "cut"):
-                goal = Budget(keep=target, total=now)
-                mask, debt = chooser(scores, _prunable(model, recipe), goal, debt=debt)
+                mask, debt = chooser(scores, _prunable(model, recipe), Budget(keep=stage.params, total=now), debt=debt)
                 cut(model, axes, mask, optimizer=optimizer)
                 outcome.mask = outcome.mask.then(mask)
-            note = {"stage": stage, "iteration": iteration, "params": count_parameters(model), "target": target, "loss": loss}
+            note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
             outcome.history.append(note)
             listen({"event": "cut", **note, "importance": scores["layers"].tolist(), "sparsity": dict(debt.sparsity)})
 
-        if len(shards):
+        if optimizer is not None:
             if recipe.moments == "reset":
                 optimizer.state.clear()
             with _clock(spent, "train"):
                 train(
-                    model, shards[stage - 1], optimizer=optimizer, progress=progress,
+                    model, shards[stage.stage - 1], optimizer=optimizer, progress=progress,
                     objective=parts.bind("objective", recipe.training.objective),
                     schedule=parts.bind("schedule", recipe.training.schedule, **recipe.training.model_dump()),
                     lr=recipe.training.lr, total_tokens=sum(shard.numel() for shard in shards),
                     batch_tokens=recipe.training.batch_tokens, clip=recipe.training.clip, dtype=recipe.dtype,
-                    on_step=lambda step, stage=stage: listen({"event": "step", "stage": stage, **asdict(step)}),
+                    on_step=_on_step(listen, stage.stage),
                 )  # fmt: skip
-        _evaluate(model, held_out, recipe, outcome, listen, stage=stage)
-        if stage < recipe.stages:
-            on_stage(stage, outcome)
+        _evaluate(model, held_out, recipe, outcome, listen, stage=stage.stage)
+        if stage.stage < recipe.stages:
+            on_stage(stage.stage, outcome)
 
     outcome.figures |= {
         "params_after": count_parameters(model),
         "decoder_params_after": decoder_parameters(model),
         "budget": budget.keep,
-        "iterations": iteration,
+        "iterations": len(outcome.history),
         "trained_tokens": progress.tokens,
         "seconds": time.perf_counter() - began,
         **{f"seconds_{phase}": seconds for phase, seconds in spent.items()},
@@ -154,15 +148,7 @@ def run(recipe: Recipe, run_dir: Path, *, listen: Listener) -> Outcome:
     loaded = _load(recipe, listen)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(f"# {_provenance()}\n{recipe.to_yaml()}", encoding="utf-8")
-    last: list[Path] = []
-
-    def keep(stage: int, so_far: Outcome) -> None:
-        path = run_dir / "checkpoints" / f"stage-{stage}"
-        _save(so_far, recipe, path)
-        for older in last:
-            shutil.rmtree(older, ignore_errors=True)
-        last[:] = [path]
-        listen({"event": "saved", "path": str(path), "stage": stage})
+    newest: list[Path] = []
 
     with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
 
@@ -172,98 +158,49 @@ def run(recipe: Recipe, run_dir: Path, *, listen: Listener) -> Outcome:
                 log.flush()
             listen(event)
 
+        def keep(stage: int, so_far: Outcome) -> None:
+            path = run_dir / "checkpoints" / f"stage-{stage}"
+            _save(so_far, recipe, path)
+            for older in newest:
+                shutil.rmtree(older, ignore_errors=True)
+            newest[:] = [path]
+            tell({"event": "saved", "path": str(path), "stage": stage})
+
         try:
             outcome = shrink(loaded, recipe, listen=tell, on_stage=keep)
         except RunError as error:
-            where = f"the last complete checkpoint is {last[0]}" if last else "no stage was complete yet"
+            where = f"the last complete checkpoint is {newest[0]}" if newest else "no stage was complete yet"
             raise RunError(f"{error}; {where}") from error
         _save(outcome, recipe, run_dir / "model")
         tell({"event": "saved", "path": str(run_dir / "model"), **outcome.figures})
     return outcome
 
 
-def plan(recipe: Recipe, *, listen: Listener) -> dict[str, Any]:
+def dry_run(recipe: Recipe, *, listen: Listener) -> dict[str, Any]:
     """What a run would do, with time and memory estimated from a quick probe of the real model; nothing is written.
 
-    The probe is one calibration batch forward and backward. A training token is taken to cost what a calibration token
+    The probe is one calibration batch, forward and backward. A training token is taken to cost what a calibration token
     does; Adam's two moments and the gradients of all weights are added to the memory seen.
     """
     loaded = _load(recipe, listen)
     model = loaded.model
     dense = count_parameters(model)
-    budget = Budget.parse(recipe.budget, dense=dense)
-    axes = _prunable(model, recipe)
-    budget.check_reachable(axes)
-    batch = _calibration(loaded, recipe)(1)[0]
+    planned, budget = _planned(model, recipe)
+    batch = calibration_feed(model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)(1)[0]
     began = time.perf_counter()
-    metrics = [parts.bind("metric", recipe.metric, seed=0), parts.bind("distance", recipe.distance)]
-    score(model, families.axes(model), [batch], metrics=metrics, dtype=recipe.dtype)
+    score(model, families.axes(model), [batch], metrics=_metrics(recipe, seed=recipe.seed), dtype=recipe.dtype)
     per_token = (time.perf_counter() - began) / batch.numel()
-
-    tokens = _stage_tokens(recipe)
-    stages, reached = [], dense
-    for stage, target in enumerate(stage_targets(dense, budget.keep, recipe.stages), start=1):
-        iterations = _expected_iterations(reached - target, axes, recipe)
-        trained = tokens[stage - 1]
-        measured = recipe.calibration.samples * recipe.calibration.length * iterations
-        stages.append({
-            "stage": stage, "params": target, "iterations": iterations, "tokens": trained,
-            "steps": -(-trained // recipe.training.batch_tokens), "seconds": round((measured + trained) * per_token, 1),
-        })  # fmt: skip
-        reached = target
-    training_bytes = 3 * 4 * dense if recipe.training.tokens else 0
+    seconds = [(stage.calibration_tokens + stage.tokens) * per_token for stage in planned]
     return {
         "model": recipe.model,
+        "method": recipe.method,
+        "seed": recipe.seed,
         "params_before": dense,
         "params_after": budget.keep,
-        "stages": stages,
-        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
-        "peak_rss_bytes": peak_rss_bytes() + training_bytes,
-        "seed": recipe.seed,
-        "method": recipe.method,
+        "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(planned, seconds, strict=True)],
+        "seconds": sum(seconds),
+        "peak_rss_bytes": peak_rss_bytes() + (3 * 4 * dense if recipe.training.tokens else 0),
     }
-
-
-def stage_targets(start: int, end: int, stages: int) -> list[int]:
-    """Parameters after each of T stages, linear: N_k = N_0 - (N_0 - N_T) · k / T, in whole numbers."""
-    return [start - (start - end) * k // stages for k in range(1, stages + 1)]
-
-
-def decoder_parameters(model: Any) -> int:
-    """Parameters of all decoder layers together, without embeddings, head and final norm."""
-    depth = next(axis for axis in families.axes(model) if axis.name == "layers")
-    return count_parameters(model.get_submodule(depth.gate.module))
-
-
-def anatomy(loaded: Loaded) -> dict[str, Any]:
-    """What a model is made of: for each layer its sizes, parameters, and share of the dense model where a mask tells.
-
-    Returns:
-        `params`, `decoder_params`, `share_of_dense` (None where not known) and `layers`, one dict a layer with `layer`
-        (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `share_of_dense`.
-    """
-    model, mask = loaded.model, loaded.mask
-    axes = families.axes(model)
-    depth = next(axis for axis in axes if axis.name == "layers")
-    stack: Any = model.get_submodule(depth.gate.module)
-    stayed = mask["layers"].nonzero().flatten().tolist() if mask is not None and "layers" in mask else list(range(depth.size))
-    layers = []
-    for i in range(depth.size):
-        sizes = {field: axis.size * units for axis in axes if axis.layer == i for field, units in axis.fields}
-        params = count_parameters(stack[i])
-        gone = 0
-        for axis in axes:
-            dense_name = axis.name.replace(f"layers.{i}.", f"layers.{stayed[i]}.")
-            if axis.layer == i and mask is not None and dense_name in mask:
-                gone += int((~mask[dense_name]).sum()) * axis.cost
-        layers.append({
-            "layer": i, "dense_layer": stayed[i], "heads": sizes.get("num_attention_heads"), "kv_heads": sizes.get("num_key_value_heads"),
-            "neurons": sizes.get("intermediate_size"), "params": params,
-            "share_of_dense": None if mask is None else params / (params + gone),
-        })  # fmt: skip
-    params, decoder = count_parameters(model), count_parameters(stack)
-    dense = loaded.dense_params
-    return {"params": params, "decoder_params": decoder, "share_of_dense": dense and params / dense, "layers": layers}
 
 
 def peak_rss_bytes() -> int:
@@ -272,8 +209,20 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _planned(model: Any, recipe: Recipe) -> tuple[list[Stage], Budget]:
+    """The stages and the budget, once it is known that it can be met."""
+    dense, axes = count_parameters(model), _prunable(model, recipe)
+    budget = Budget.parse(recipe.budget, dense=dense)
+    budget.check_reachable(axes)
+    return stages(recipe, axes, start=dense, end=budget.keep), budget
+
+
 def _prunable(model: Any, recipe: Recipe) -> list[Axis]:
     return [axis for axis in families.axes(model) if axis.kind in recipe.axes]
+
+
+def _metrics(recipe: Recipe, *, seed: int) -> list[Metric]:
+    return [parts.bind("metric", recipe.metric, seed=seed), parts.bind("distance", recipe.distance)]
 
 
 def _load(recipe: Recipe, listen: Listener) -> Loaded:
@@ -283,69 +232,23 @@ def _load(recipe: Recipe, listen: Listener) -> Loaded:
     return loaded
 
 
-def _calibration(loaded: Loaded, recipe: Recipe) -> Callable[[int], list[Tensor]]:
-    """A function from the number of the iteration to its batches."""
-    asked = recipe.calibration
-    if asked.ids is not None:
-        rows = calibration_ids(asked.ids, vocab_size=loaded.model.config.vocab_size)
-    elif asked.source == SELF:
-        written = selfwritten_windows(loaded.model, loaded.tokenizer, samples=asked.samples, length=asked.length, seed=recipe.seed)
-        rows = list(written.split(1))
-    else:
-        texts = documents(asked.source)
-
-        def draw(iteration: int) -> list[Tensor]:
-            seed = recipe.seed * 1_000_003 + iteration
-            windows = calibration_windows(loaded.tokenizer, texts, samples=asked.samples, length=asked.length, seed=seed)
-            return batches_of(windows.split(1), max_tokens=_MICRO_TOKENS)
-
-        draw(0)  # a text that is too short is refused before any work is done
-        return draw
-    batches = batches_of(rows, max_tokens=_MICRO_TOKENS)
-    return lambda iteration: batches
-
-
-def _expected_iterations(excess: int, axes: list[Axis], recipe: Recipe) -> int:
-    """Iterations it takes to remove `excess` parameters at the recipe's step."""
-    per_iteration = recipe.step * sum(axis.size * axis.cost for axis in axes)
-    return max(1, round(excess / per_iteration)) if excess > 0 else 0
-
-
-def _announce(recipe: Recipe, start: int, target: int, axes: list[Axis], shards: list[Tensor], listen: Listener) -> None:
-    """Tell what is going to be done, in tokens, so that listeners can say how much is left."""
-    iterations = _expected_iterations(start - target, axes, recipe)
-    listen({
-        "event": "start", "method": recipe.method, "stages": recipe.stages, "params": start, "target": target,
-        "calibration_tokens": iterations * recipe.calibration.samples * recipe.calibration.length,
-        "training_tokens": sum(shard.numel() for shard in shards),
-    })  # fmt: skip
-
-
-def _stage_tokens(recipe: Recipe) -> list[int]:
-    return stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
-
-
-def _shards(loaded: Loaded, recipe: Recipe, listen: Listener) -> list[Tensor]:
+def _shards(loaded: Loaded, recipe: Recipe, planned: list[Stage], listen: Listener) -> list[Tensor]:
     """The training blocks of each stage; empty when nothing is to be trained."""
     asked = recipe.training
-    if not asked.tokens or asked.source is None:
+    if asked.source is None:
         return []
-    if asked.source == SELF:
-        raise UsageError("training.source 'self' would train the model on its own text; it serves as calibration only, name a text")
-    blocks, once = training_blocks(
-        loaded.tokenizer, documents(asked.source), length=asked.length, tokens=asked.tokens, seed=recipe.seed
-    )
-    if once < blocks.numel():
-        listen({"event": "warning", "message": f"training text has {once:,} tokens, {asked.tokens:,} are asked for: it is repeated"})
-    ends = torch.tensor(_stage_tokens(recipe)).cumsum(0).div(asked.tokens).mul(len(blocks)).round().long().tolist()
-    return [blocks[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    tokens = [stage.tokens for stage in planned]
+    return training_shards(
+        loaded.tokenizer, source=asked.source, length=asked.length, stage_tokens=tokens, seed=recipe.seed,
+        warn=lambda message: listen({"event": "warning", "message": message}),
+    )  # fmt: skip
 
 
 def _held_out(loaded: Loaded, recipe: Recipe) -> list[Tensor]:
     asked = recipe.evaluation
     if asked.source is None:
         return []
-    return evaluation_windows(loaded.tokenizer, documents(asked.source), window=asked.window, max_windows=asked.max_windows)
+    return held_out_windows(loaded.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
 
 
 def _evaluate(model: Any, windows: list[Tensor], recipe: Recipe, outcome: Outcome, listen: Listener, *, stage: int) -> None:
@@ -357,6 +260,10 @@ def _evaluate(model: Any, windows: list[Tensor], recipe: Recipe, outcome: Outcom
 
 def _progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int], None]:
     return lambda done, of: listen({"event": "progress", "phase": phase, "done": done, "of": of, **where})
+
+
+def _on_step(listen: Listener, stage: int) -> Callable[[Step], None]:
+    return lambda step: listen({"event": "step", "stage": stage, **asdict(step)})
 
 
 def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
@@ -375,11 +282,13 @@ def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
 
 def _provenance() -> str:
     """Versions of what made a run, and the commit when the package lies in a git checkout."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("adapt-pruner", "torch", "transformers"))
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip() if shutil.which("git") else ""  # fmt: skip
-    return f"{packages}, Python {platform.python_version()}" + (f", commit {commit}" if commit else "")
+    text = ", ".join(f"{name} {version(name)}" for name in ("adapt-pruner", "torch", "transformers"))
+    text += f", Python {platform.python_version()}"
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        text += f", commit {commit}" if commit else ""
+    return text
 
 
 @contextmanager

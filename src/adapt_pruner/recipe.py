@@ -31,10 +31,14 @@ class _Frozen(BaseModel):
 class Calibration(_Frozen):
     """The text that importance is measured on."""
 
-    source: str = Field("python-docs:train", description="SPEC of text, drawn anew each iteration; `self` is written once by the model")
+    source: str = Field(
+        "python-docs:train", description="SPEC of text, drawn anew each iteration; `self` is written once by the model"
+    )
     samples: int = Field(64, ge=1, description="sequences an iteration")
     length: int = Field(128, ge=2, description="tokens a sequence")
-    ids: str | None = Field(None, description="JSON file with input_ids: exactly these tokens, every iteration, instead of source")
+    ids: str | None = Field(
+        None, description="JSON file with input_ids: exactly these tokens, every iteration, instead of source"
+    )
 
 
 class Training(_Frozen):
@@ -90,14 +94,18 @@ class Recipe(_Frozen):
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
-    debt: Literal["carry", "reset"] = Field("carry", description="fractions of a unit still owed: carried on, or forgotten each stage")
+    debt: Literal["carry", "reset"] = Field(
+        "carry", description="fractions of a unit still owed: carried on, or forgotten each stage"
+    )
     moments: Literal["carry", "reset"] = Field("carry", description="AdamW moments after a cut: sliced along, or forgotten")
-    calibration: Calibration = Calibration()
-    training: Training = Training()
-    evaluation: Evaluation = Evaluation()
+    calibration: Calibration = Field(default_factory=Calibration)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = Field("auto", description="auto, cpu, cuda, …")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of matrix products; auto is bfloat16 where native")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of matrix products; auto is bfloat16 where native"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that a foreign checkpoint brings")
 
     @model_validator(mode="before")
@@ -133,7 +141,9 @@ def builtin() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
-def read(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
+def read(
+    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Recipe:
     """A validated recipe from a YAML file, the name of a built-in one, or plain data.
 
     Args:
@@ -166,7 +176,9 @@ def _read_yaml(name: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})") from error
+        raise UsageError(
+            f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:

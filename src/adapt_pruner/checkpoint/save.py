@@ -1,12 +1,12 @@
 """Writing a model as a Hugging Face folder, whole or not at all.
 
-    config.json             the dense config with sizes as they are; `per_layer_config` where layers differ
-    model*.safetensors      weights
-    tokenizer*, …           the tokenizer as it was
-    generation_config.json  where the dense model has one
-    modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
-    mask.json               which units of the dense model stayed
-    pruning.json            how the model was made
+config.json             the dense config with sizes as they are; `per_layer_config` where layers differ
+model*.safetensors      weights
+tokenizer*, …           the tokenizer as it was
+generation_config.json  where the dense model has one
+modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
+mask.json               which units of the dense model stayed
+pruning.json            how the model was made
 """
 
 import copy
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
@@ -66,10 +65,14 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         partial.rename(path)
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise RunError(f"{path} could not be written: {why}; nothing was left there, free some space or name another folder") from error
+        raise RunError(
+            f"{path} could not be written: {why}; nothing was left there, free some space or name another folder"
+        ) from error
     except Exception as error:
         if "No space left" in str(error) or "os error 28" in str(error):  # safetensors wraps the system's error
-            raise RunError(f"{path} could not be written: the disk is full; nothing was left there, free some space and run again") from error
+            raise RunError(
+                f"{path} could not be written: the disk is full; nothing was left there, free some space and run again"
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -133,5 +136,3 @@ def _save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 def _write_json(path: Path, data: Any, *, indent: int | None) -> None:
     path.write_text(json.dumps(data, indent=indent, sort_keys=False) + "\n", encoding="utf-8")
-
-

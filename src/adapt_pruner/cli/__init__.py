@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -19,7 +19,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
@@ -40,7 +39,9 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -49,26 +50,43 @@ def main() -> None:
     """Run the command line; every error becomes one sentence and an exit status: 2 for usage, 1 for failure."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; progress is ours to show
     try:
-        app()
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
         _stop(str(error), 2)
     except RunError as error:
         _stop(str(error), 1)
     except KeyboardInterrupt:
-        _stop("interrupted; nothing half-written was left under its final name", 1)
-    except OSError as error:
-        full = "the disk is full; free some space and run again" if error.errno == errno.ENOSPC else str(error)
-        _stop(full, 1, error)
+        _stop(_INTERRUPTED, 1)
     except MemoryError as error:
-        _stop("out of memory; use fewer calibration or batch tokens, or a machine with more memory", 1, error)
-    except Exception as error:  # the last resort: a fault of ours still ends in a sentence
-        if type(error).__name__ == "OutOfMemoryError":
-            _stop("out of GPU memory; use fewer calibration or batch tokens, or --device cpu", 1, error)
-        first = str(error).strip().partition("\n")[0]
-        _stop(f"unexpected {type(error).__name__}: {first} (ADAPT_PRUNER_TRACEBACK=1 shows where)", 1, error)
+        _stop(_OUT_OF_MEMORY, 1, error)
+    except Exception as error:
+        _stop_on_other(error)
+    else:
+        if status == _SIGINT_STATUS:
+            _stop(_INTERRUPTED, 1)
+        sys.exit(status if isinstance(status, int) else 0)
 
 
-def _stop(sentence: str, status: int, error: BaseException | None = None) -> None:
+_SIGINT_STATUS = 130  # what typer makes of Ctrl-C
+_INTERRUPTED = "interrupted; nothing half-written was left under its final name"
+_OUT_OF_MEMORY = "out of memory; use fewer calibration or batch tokens, --device cpu, or a machine with more memory"
+
+
+def _stop_on_other(error: Exception) -> NoReturn:
+    """End on an error that is not one of ours: the parser's, the system's, or a fault of the program."""
+    if hasattr(error, "format_message"):  # the parser's own; typer carries its own copy of click, so no class to name
+        _stop(f"{error.format_message().rstrip('.')} (--help shows what there is)", 2)
+    if type(error).__name__ == "Abort":
+        _stop(_INTERRUPTED, 1)
+    if type(error).__name__ == "OutOfMemoryError":
+        _stop(_OUT_OF_MEMORY, 1, error)
+    if isinstance(error, OSError):
+        _stop("the disk is full; free some space and run again" if error.errno == errno.ENOSPC else str(error), 1, error)
+    first = str(error).strip().partition("\n")[0]
+    _stop(f"unexpected {type(error).__name__}: {first} (ADAPT_PRUNER_TRACEBACK=1 shows where)", 1, error)
+
+
+def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoReturn:
     if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
         traceback.print_exception(error)
     print(f"error: {sentence}", file=sys.stderr)

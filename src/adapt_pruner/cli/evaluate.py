@@ -11,7 +11,9 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+    ],
     text: Annotated[str, typer.Option(help="Text: file, folder, glob, hub:NAME, python-docs:heldout.")],
     window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Windows at most; the whole text by default.", min=1)] = None,
@@ -42,8 +44,8 @@ def evaluate(
     from adapt_pruner.cli.tables import print_json
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.data.tokens import evaluation_windows
+    from adapt_pruner.evaluate.anatomy import decoder_parameters
     from adapt_pruner.evaluate.perplexity import perplexity
-    from adapt_pruner.pipeline import decoder_parameters
 
     quiet_libraries()
     with screen() as listen:

@@ -10,7 +10,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+    ],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -25,10 +27,11 @@ def inspect(
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries
     from adapt_pruner.cli.tables import print_json, print_table
-    from adapt_pruner.pipeline import anatomy
+    from adapt_pruner.evaluate.anatomy import anatomy
 
     quiet_libraries()
-    found = anatomy(load(model, dtype=None, trust_remote_code=trust_remote_code))
+    loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)
+    found = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if as_json:
         print_json({"model": model, **found})
         return

@@ -1,9 +1,5 @@
 """`adapt-pruner methods`: what there is to choose from."""
 
-from typing import Annotated
-
-import typer
-
 from adapt_pruner.cli.options import Json
 
 __all__ = ["methods"]

@@ -11,17 +11,23 @@ __all__ = ["prune"]
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+    ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint; must not exist or be empty.")],
     params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")],
     method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "adapt-pruner",
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or self. [default: python-docs:train]"),
+        typer.Option(
+            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or self. [default: python-docs:train]"
+        ),
     ] = None,
     calibration_samples: Annotated[int, typer.Option(help="Sequences an iteration.")] = 64,
     calibration_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
-    calibration_ids: Annotated[Path | None, typer.Option(help="JSON file with input_ids: exactly these tokens instead of a text.")] = None,
+    calibration_ids: Annotated[
+        Path | None, typer.Option(help="JSON file with input_ids: exactly these tokens instead of a text.")
+    ] = None,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: Device = "auto",
@@ -76,9 +82,16 @@ def prune(
         ["", "before", "after", "kept"],
         [
             ["parameters", f"{figures['params_before']:,}", f"{figures['params_after']:,}", f"{kept:.1%}"],
-            ["in the layers", f"{figures['decoder_params_before']:,}", f"{figures['decoder_params_after']:,}", f"{kept_in_layers:.1%}"],
+            [
+                "in the layers",
+                f"{figures['decoder_params_before']:,}",
+                f"{figures['decoder_params_after']:,}",
+                f"{kept_in_layers:.1%}",
+            ],
         ],
     )
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {duration(figures['seconds'])}, peak memory {peak:.1f} GiB")
-    print(f"saved {out} ({millions(figures['params_after'])} parameters); try: adapt-pruner eval {out} --text python-docs:heldout")
+    print(
+        f"saved {out} ({millions(figures['params_after'])} parameters); try: adapt-pruner eval {out} --text python-docs:heldout"
+    )

@@ -12,10 +12,14 @@ __all__ = ["run"]
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in recipe such as smollm2-demo.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a built-in recipe such as smollm2-demo.")
+    ],
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [default: runs/RECIPE-DATE]")] = None,
     overrides: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with time and memory estimated by a quick probe.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, with time and memory estimated by a quick probe.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a RECIPE: prune, train, prune, train, … and save.
@@ -42,7 +46,7 @@ def run(
     quiet_libraries()
     if dry_run:
         with screen() as listen:
-            planned = pipeline.plan(resolved, listen=listen)
+            planned = pipeline.dry_run(resolved, listen=listen)
         print_json(planned) if as_json else _print_plan(planned)
         return
     with screen() as listen:
@@ -50,7 +54,9 @@ def run(
     if as_json:
         print_json(figures | {"path": str(run_dir / "model")})
         return
-    print(f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {duration(figures['seconds'])}")
+    print(
+        f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {duration(figures['seconds'])}"
+    )
     if figures.get("perplexities"):
         print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}")
@@ -61,8 +67,17 @@ def _print_plan(planned: dict[str, Any]) -> None:
     from adapt_pruner.cli.tables import print_table
 
     rows = [
-        [str(row["stage"]), f"{row['params']:,}", str(row["iterations"]), f"{row['tokens']:,}", str(row["steps"]), duration(row["seconds"])]
+        [
+            str(row["stage"]),
+            f"{row['params']:,}",
+            str(row["iterations"]),
+            f"{row['tokens']:,}",
+            str(row["steps"]),
+            duration(row["seconds"]),
+        ]
         for row in planned["stages"]
     ]
     print_table(["stage", "parameters", "iterations", "tokens", "steps", "time"], rows)
-    print(f"\nin all about {duration(planned['seconds'])} and {planned['peak_rss_bytes'] / 2**30:.1f} GiB of memory; nothing was written")
+    print(
+        f"\nin all about {duration(planned['seconds'])} and {planned['peak_rss_bytes'] / 2**30:.1f} GiB of memory; nothing was written"
+    )

@@ -117,7 +117,9 @@ class Screen:
             start, target = self._work["params"], self._work["target"]
             self._pruned = min(1.0, (start - event["params"]) / max(1, start - target))
         left = self._advance(f"stage {event['stage']}: pruning")
-        text = f"stage {event['stage']}, iteration {event['iteration']}: {event['params']:,} parameters (target {event['target']:,})"
+        text = (
+            f"stage {event['stage']}, iteration {event['iteration']}: {event['params']:,} parameters (target {event['target']:,})"
+        )
         self._say(f"{text}, calibration loss {event['loss']:.3f}{left}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
@@ -136,5 +138,3 @@ class Screen:
     def _on_saved(self, event: dict[str, Any]) -> None:
         if "params_after" not in event:
             self._say(f"stage {event['stage']}: saved {event['path']}")
-
-

@@ -64,7 +64,7 @@ class Budget:
         return self.total - self.keep
 
     @classmethod
-    def parse(cls, text: str | int, *, dense: int) -> "Budget":
+    def parse(cls, text: str | int, *, dense: int) -> Budget:
         """Read `110M`, `110_000_000` or `80%` (of `dense` parameters).
 
         Raises:
@@ -77,7 +77,9 @@ class Budget:
             except ValueError:
                 share = 0.0
             if not 0 < share <= 100:
-                raise UsageError(f"budget {written!r} is not a share of the dense model; write it like 80%, above 0% and up to 100%")
+                raise UsageError(
+                    f"budget {written!r} is not a share of the dense model; write it like 80%, above 0% and up to 100%"
+                )
             keep = int(dense * share / 100)
         else:
             keep = parse_count(written)

@@ -42,7 +42,7 @@ Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, None, Scores]
 def native_bfloat16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 matrices natively."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
         return any(probe is not None and bool(probe()) for probe in probes)
@@ -124,7 +124,9 @@ def score(
                         on_batch(done, len(batches))
                 total = float(nll) / num_predicted
                 if not torch.isfinite(torch.tensor(total)):
-                    raise RunError(f"the loss on the calibration text is {total}; the model's weights are damaged or overflow in {dtype}")
+                    raise RunError(
+                        f"the loss on the calibration text is {total}; the model's weights are damaged or overflow in {dtype}"
+                    )
             merged: Scores = {}
             for metric in running:
                 merged |= _finish(metric)

@@ -36,8 +36,8 @@ def next_token_nll(model: nn.Module, input_ids: Tensor, *, backward_scale: float
         nll = F.cross_entropy(head(piece).float(), target, reduction="sum")
         total += nll.detach()
         if backward_scale is not None:
-            (nll * backward_scale).backward()  # type: ignore[no-untyped-call]
+            (nll * backward_scale).backward()
             gradients.append(piece.grad)
     if backward_scale is not None and entering.requires_grad:
-        entering.backward(torch.cat(gradients))  # type: ignore[no-untyped-call, arg-type]
+        entering.backward(torch.cat(gradients))
     return total

@@ -1,11 +1,11 @@
 """Where text comes from: a SPEC, as written on the command line, to a list of documents.
 
-    notes.txt                     one document
-    books/  'corpus/*/*.jsonl.gz' every .txt, .jsonl[.gz|.zst] and .parquet below a folder or under a glob
-    data.jsonl.gz  data.parquet   one document a row, its field `text`
-    hub:NAME[:config][:split][:field]   a data set by its name, through the datasets library (split `train`, field `text`)
-    python-docs[:train|:heldout]  Python's own language reference, which comes with Python
-    self                          text the model writes itself (see data.selfwritten; needs the model)
+notes.txt                     one document
+books/  'corpus/*/*.jsonl.gz' every .txt, .jsonl[.gz|.zst] and .parquet below a folder or under a glob
+data.jsonl.gz  data.parquet   one document a row, its field `text`
+hub:NAME[:config][:split][:field]   a data set by its name, through the datasets library (split `train`, field `text`)
+python-docs[:train|:heldout]  Python's own language reference, which comes with Python
+self                          text the model writes itself (see data.selfwritten; needs the model)
 """
 
 import glob
@@ -104,10 +104,14 @@ def _rows(lines: IO[str], path: Path, field: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number}, is not JSON ({error.msg}); a .jsonl file holds one JSON object a line") from error
+            raise UsageError(
+                f"{path}, line {number}, is not JSON ({error.msg}); a .jsonl file holds one JSON object a line"
+            ) from error
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UsageError(f"{path}, line {number}, has no text in a field {field!r}; each line is an object like {{\"{field}\": \"…\"}}")
+            raise UsageError(
+                f'{path}, line {number}, has no text in a field {field!r}; each line is an object like {{"{field}": "…"}}'
+            )
         yield text
 
 
@@ -144,7 +148,9 @@ def _hub(spec: str) -> list[str]:
         raise
     except Exception as error:  # the datasets library raises errors of many libraries for one cause: it is not to be had
         cause = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"data set {spec!r} could not be had ({cause}); check the name and the network, or give a local file") from error
+        raise UsageError(
+            f"data set {spec!r} could not be had ({cause}); check the name and the network, or give a local file"
+        ) from error
 
 
 def _python_docs(part: str) -> list[str]:
@@ -154,7 +160,9 @@ def _python_docs(part: str) -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise UsageError("this Python was installed without pydoc_data, so python-docs is not to be had; give a text file") from error
+        raise UsageError(
+            "this Python was installed without pydoc_data, so python-docs is not to be had; give a text file"
+        ) from error
     if part == "all":
         return [text for _, text in sorted(topics.items())]
     held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0}

@@ -73,14 +73,20 @@ def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["input_ids"]
         tensors = [torch.tensor(row, dtype=torch.long)[None] for row in rows]
     except FileNotFoundError as error:
-        raise UsageError(f"calibration ids {str(path)!r} do not exist; give a JSON file with input_ids, a list of lists") from error
+        raise UsageError(
+            f"calibration ids {str(path)!r} do not exist; give a JSON file with input_ids, a list of lists"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} does not hold token ids ({error}); it is JSON with input_ids, a list of lists of integers") from error
+        raise UsageError(
+            f"{path} does not hold token ids ({error}); it is JSON with input_ids, a list of lists of integers"
+        ) from error
     if not tensors or any(row.dim() != 2 or row.shape[1] < 2 for row in tensors):
         raise UsageError(f"{path} must hold at least one sequence of at least 2 token ids")
     low, high = min(int(row.min()) for row in tensors), max(int(row.max()) for row in tensors)
     if low < 0 or high >= vocab_size:
-        raise UsageError(f"{path} holds token id {high if high >= vocab_size else low}, the model's vocabulary is 0 to {vocab_size - 1}")
+        raise UsageError(
+            f"{path} holds token id {high if high >= vocab_size else low}, the model's vocabulary is 0 to {vocab_size - 1}"
+        )
     return tensors
 
 
@@ -145,6 +151,8 @@ def training_blocks(tokenizer: Any, texts: Sequence[str], *, length: int, tokens
             if len(blocks) == wanted:
                 break
         if len(blocks) == before:
-            raise UsageError(f"the training text is shorter than one block of {length} tokens; give more text or lower training.length")
+            raise UsageError(
+                f"the training text is shorter than one block of {length} tokens; give more text or lower training.length"
+            )
     order = torch.randperm(wanted, generator=generator)
     return torch.stack(blocks)[order], sum(map(len, encoded.values()))

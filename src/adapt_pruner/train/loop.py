@@ -51,7 +51,7 @@ def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
     Source: Adapt-Pruner, arXiv:2502.03460, the released `seperate_strategy`.
     """
     t = stages
-    shares = {
+    shares: dict[str, Callable[[int], float]] = {
         "linear": lambda k: 2 * k / (t * (t + 1)),
         "constant": lambda k: 1 / t,
         "cosine": lambda k: math.cos((k - 1) * math.pi / (2 * t)) - math.cos(k * math.pi / (2 * t)),

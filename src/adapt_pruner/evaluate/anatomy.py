@@ -1,0 +1,56 @@
+"""What a model is made of: parameters in all, in its layers, and layer by layer."""
+
+from typing import Any
+
+from torch import nn
+
+from adapt_pruner import families
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import count_parameters
+
+__all__ = ["anatomy", "decoder_parameters"]
+
+
+def decoder_parameters(model: nn.Module) -> int:
+    """Parameters of all decoder layers together, without embeddings, head and final norm."""
+    depth = next(axis for axis in families.axes(model) if axis.name == "layers")
+    return count_parameters(model.get_submodule(depth.gate.module))
+
+
+def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | None = None) -> dict[str, Any]:
+    """What a model is made of: for each layer its sizes, parameters, and share of the dense model where a mask tells.
+
+    Args:
+        model: of a known family.
+        mask: against the dense model, where known.
+        dense_params: parameters of the dense model, where known.
+
+    Returns:
+        `params`, `decoder_params`, `share_of_dense` (None where not known) and `layers`, one dict a layer with `layer`
+        (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `share_of_dense`.
+    """
+    axes = families.axes(model)
+    depth = next(axis for axis in axes if axis.name == "layers")
+    stack: Any = model.get_submodule(depth.gate.module)
+    stayed = mask["layers"].nonzero().flatten().tolist() if mask is not None and "layers" in mask else list(range(depth.size))
+    layers = []
+    for i in range(depth.size):
+        sizes = {field: axis.size * units for axis in axes if axis.layer == i for field, units in axis.fields}
+        params = count_parameters(stack[i])
+        gone = 0
+        for axis in axes:
+            dense_name = axis.name.replace(f"layers.{i}.", f"layers.{stayed[i]}.")
+            if axis.layer == i and mask is not None and dense_name in mask:
+                gone += int((~mask[dense_name]).sum()) * axis.cost
+        layers.append({
+            "layer": i, "dense_layer": stayed[i], "heads": sizes.get("num_attention_heads"), "kv_heads": sizes.get("num_key_value_heads"),
+            "neurons": sizes.get("intermediate_size"), "params": params,
+            "share_of_dense": None if mask is None else params / (params + gone),
+        })  # fmt: skip
+    params, decoder = count_parameters(model), count_parameters(stack)
+    return {
+        "params": params,
+        "decoder_params": decoder,
+        "share_of_dense": dense_params and params / dense_params,
+        "layers": layers,
+    }

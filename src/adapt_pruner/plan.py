@@ -1,0 +1,50 @@
+"""What a run is going to do, stage by stage, in parameters, iterations, tokens and steps: arithmetic, before any work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapt_pruner.core.axes import Axis
+from adapt_pruner.recipe import Recipe
+from adapt_pruner.train.loop import stage_tokens
+
+__all__ = ["Stage", "stage_targets", "stages"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of pruning and training.
+
+    Attributes:
+        stage: its number, from 1.
+        params: parameters that may be left after it.
+        iterations: pruning iterations it will take, as far as the step tells.
+        calibration_tokens: tokens that those iterations look at.
+        tokens: tokens trained on.
+        steps: optimiser steps.
+    """
+
+    stage: int
+    params: int
+    iterations: int
+    calibration_tokens: int
+    tokens: int
+    steps: int
+
+
+def stage_targets(start: int, end: int, stages: int) -> list[int]:
+    """Parameters after each of T stages, linear: N_k = N_0 - (N_0 - N_T) · k / T, in whole numbers."""
+    return [start - (start - end) * k // stages for k in range(1, stages + 1)]
+
+
+def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> list[Stage]:
+    """The stages of `recipe` on a model of `start` parameters with prunable `axes`, down to `end` parameters."""
+    tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
+    per_iteration = recipe.step * sum(axis.size * axis.cost for axis in axes)
+    planned, reached = [], start
+    for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
+        iterations = max(1, round((reached - target) / per_iteration)) if reached > target else 0
+        looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
+        trained = tokens[k - 1]
+        planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))
+        reached = target
+    return planned
