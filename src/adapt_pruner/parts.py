@@ -22,6 +22,7 @@ __all__ = ["FOLDERS", "bind", "check", "names", "summaries"]
 FOLDERS = {
     "metric": ("metrics", ("weights",)),
     "distance": ("metrics", ("blocks",)),
+    "head_metric": ("metrics", ("blocks",)),
     "chooser": ("choose", ("allocate",)),
     "objective": ("train", ("objectives",)),
     "schedule": ("train", ("schedules",)),
@@ -46,6 +47,7 @@ def _is_part(key: str, node: ast.FunctionDef) -> bool:
     returns = {
         "metric": "Generator",
         "distance": "Generator",
+        "head_metric": "Scores",
         "chooser": "tuple[Mask, Debt]",
         "objective": "Tensor",
         "schedule": "float",

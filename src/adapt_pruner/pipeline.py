@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from adapt_pruner import families, parts
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.choose.allocate import Debt
-from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Metric, score
 from adapt_pruner.core.surgery import cut
@@ -37,6 +38,8 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
 
 __all__ = ["Outcome", "dry_run", "prune", "run", "shrink"]
+
+_HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -94,7 +97,8 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
                 tell = _progress(listen, "score", **where)
                 scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
             with _clock(spent, "cut"):
-                mask, debt = chooser(scores, _prunable(model, recipe), Budget(keep=stage.params, total=now), debt=debt)
+                choose = partial(chooser, axes=_prunable(model, recipe), budget=Budget(keep=stage.params, total=now), debt=debt)
+                mask, debt = choose(_head_scores(model, axes, choose(scores)[0], scores, batches, recipe))
                 cut(model, axes, mask, optimizer=optimizer)
                 outcome.mask = outcome.mask.then(mask)
             note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
@@ -223,6 +227,21 @@ def _prunable(model: Any, recipe: Recipe) -> list[Axis]:
 
 def _metrics(recipe: Recipe, *, seed: int) -> list[Metric]:
     return [parts.bind("metric", recipe.metric, seed=seed), parts.bind("distance", recipe.distance)]
+
+
+def _head_scores(
+    model: Any, axes: Sequence[Axis], mask: Mask, scores: Scores, batches: Sequence[Tensor], recipe: Recipe
+) -> Scores:
+    """`scores`, with the KV heads of every layer that is to lose one ranked by `recipe.head_metric`.
+
+    How many heads a layer loses does not depend on what they score, so the layers are known before the heads are measured.
+    """
+    losing = [axis for axis in axes if axis.kind == "kv_heads" and axis.name in mask and not mask[axis.name].all()]
+    if recipe.head_metric is None or not losing:
+        return scores
+    measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype)
+    measured: Scores = measure(model, losing, [batches[0][: max(1, _HEAD_TOKENS // batches[0].shape[1])]])
+    return scores | measured
 
 
 def _load(recipe: Recipe, listen: Listener) -> Loaded:

@@ -91,6 +91,9 @@ class Recipe(_Frozen):
     axes: tuple[Literal["neurons", "kv_heads"], ...] = Field(("neurons", "kv_heads"), min_length=1, description="what may go")
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
     distance: _part("distance") = Field("blocks.cosine", description="what a layer is worth")  # type: ignore[valid-type]
+    head_metric: Annotated[str | None, AfterValidator(lambda written: written and parts.check("head_metric", written))] = Field(
+        "blocks.loss_drop", description="what a KV head is worth when its layer is about to lose one; null: what metric says"
+    )
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")

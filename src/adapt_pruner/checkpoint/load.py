@@ -163,8 +163,9 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
     known = families.model_types()
     if model_type in known:
         return
-    encoders = any("MaskedLM" in entry or entry.endswith("Model") for entry in raw.get("architectures") or [])
-    if raw.get("is_encoder_decoder") or model_type not in causal or (encoders and not raw.get("is_decoder")):
+    named = raw.get("architectures") or []
+    headless = bool(named) and causal.get(model_type) not in named  # an encoder, or a decoder saved without its head
+    if raw.get("is_encoder_decoder") or model_type not in causal or headless:
         raise UsageError(
             f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
         )
@@ -227,6 +228,8 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
             return None, None
         mask = Mask.from_json(json.loads(path.read_text(encoding="utf-8")))
         path = folder / "pruning.json"
+        if not path.is_file():
+            return mask, None
         return mask, int(json.loads(path.read_text(encoding="utf-8"))["dense_params"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(

@@ -25,7 +25,7 @@ from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "precision", "score"]
+__all__ = ["Evidence", "Metric", "mean_loss", "precision", "score"]
 
 
 class Evidence(Enum):
@@ -134,6 +134,15 @@ def score(
         for metric in running:
             metric.close()
     return merged, total
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto") -> float:
+    """Mean next-token cross-entropy over all predicted tokens of `batches`, nats per token; the model is left as found."""
+    device = next(model.parameters()).device
+    num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    with _as_found(model, set()), precision(device, dtype):
+        return sum(float(next_token_nll(model, batch.to(device))) for batch in batches) / num_predicted
 
 
 def _finish(metric: Generator[Evidence, None, Scores]) -> Scores:

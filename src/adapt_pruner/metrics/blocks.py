@@ -1,6 +1,7 @@
-"""What each decoder layer is worth: how far its output lies from its input, the residual stream included.
+"""What a whole block is worth: a decoder layer by how far its output lies from its input, a unit by shutting it.
 
-All three distances grow with the change a layer makes, so a layer that hardly changes its input scores lowest.
+All three distances (residual stream included) grow with the change a layer makes, so a layer that hardly changes its
+input scores lowest.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.axes import Axis, Scores
-from adapt_pruner.core.calibrate import Evidence
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.calibrate import Evidence, mean_loss
+from adapt_pruner.core.surgery import gated
 
-__all__ = ["cosine", "euclidean", "manhattan"]
+__all__ = ["cosine", "euclidean", "loss_drop", "manhattan"]
 
 
 def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
@@ -49,6 +51,35 @@ def manhattan(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     Source: Adapt-Pruner, arXiv:2502.03460. Differs: the sign, as for `euclidean`.
     """
     return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=1, dim=-1)))
+
+
+def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor], *, dtype: str = "auto") -> Scores:
+    """What the loss would drop by if a shut unit were opened again: each unit is shut alone and the loss measured.
+
+    score[u] = L(u shut), the mean next-token cross-entropy in nats per token; within an axis that ranks like
+    L(u shut) - L. One forward pass a unit, so it is for few and dear units, such as the KV heads of a layer. First-order
+    scores can miss them by far: in SmolLM2-135M the KV head of layer 1 that Taylor ranks last costs 2.5 nats.
+
+    Args:
+        model: causal LM; left as found.
+        axes: the axes whose units to shut, one after the other.
+        batches: token ids, int64 [batch, length].
+        dtype: precision of the matrix products.
+
+    Returns:
+        axis name -> float32 [axis.size] on the CPU.
+
+    Source: ours; removal as a measure is that of MoPE-CLIP (arXiv:2403.07839) and of layer-dropping work.
+    """
+    scores: Scores = {}
+    for axis in axes:
+        losses = []
+        for unit in range(axis.size):
+            keep = torch.arange(axis.size) != unit
+            with gated(model, axes, Mask({axis.name: keep})):
+                losses.append(mean_loss(model, batches, dtype=dtype))
+        scores[axis.name] = torch.tensor(losses)
+    return scores
 
 
 def _mean_over_tokens(

@@ -1,0 +1,92 @@
+"""Tiny random models, a byte-level tokenizer and small texts; nothing here needs a network or a real model."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a fault
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from adapt_pruner import families
+
+torch.set_num_threads(1)  # tiny models gain nothing from more
+
+LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families.all_families() for name in family.tiny()]
+VOCAB = 259  # three special tokens and the 256 bytes
+
+
+def tiny_config(layout: tuple[str, str], **changes: Any) -> Any:
+    family = next(f for f in families.all_families() if f.__name__.endswith(f".{layout[0]}"))
+    config = family.tiny()[layout[1]]
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def tiny_model(layout: tuple[str, str] = ("llama", "llama"), *, seed: int = 0, **changes: Any) -> Any:
+    """A random model whose biases and norms are not at their idle values, so that forgetting one shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(layout, **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+        elif "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            parameter.data.mul_(4)  # the usual initialisation is so small that layers hardly matter
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face folder with a tiny random Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model(vocab_size=VOCAB).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(400)), encoding="utf-8"
+    )
+    return path
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 97, (2, 12), generator=generator) for _ in range(3)]
+
+
+@pytest.fixture
+def events() -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
+    heard: list[dict[str, Any]] = []
+    return heard, heard.append
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,313 @@
+"""Checkpoints: whole or absent, read back by stock transformers in a process that never saw this package, and by us."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load, pick_device
+from adapt_pruner.checkpoint.save import check_target, save, whole_or_nothing
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import RunError, UsageError
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_config, tiny_model
+from test_law import random_mask
+
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder, again, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+ids = torch.load(folder + "/../ids.pt")
+with torch.no_grad():
+    logits = model(ids).logits
+torch.save(logits, folder + "/../logits.pt")
+base = AutoModel.from_pretrained(folder, trust_remote_code=trust)
+with torch.no_grad():
+    same_base = torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+prompt = ids[:1, :5]
+options = dict(max_new_tokens=8, do_sample=False)
+cached = model.generate(prompt, **options)
+uncached = model.generate(prompt, use_cache=False, **options)
+static = model.generate(prompt, cache_implementation="static", **options)
+model.train()
+model.gradient_checkpointing_enable()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+losses = []
+for _ in range(3):
+    loss = model(ids, labels=ids).loss
+    loss.backward(); optimizer.step(); optimizer.zero_grad(); losses.append(float(loss))
+model.eval()
+model.save_pretrained(again)
+AutoTokenizer.from_pretrained(folder).save_pretrained(again)
+reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=trust)
+with torch.no_grad():
+    same_again = torch.equal(model(ids).logits, reloaded(ids).logits)
+print(json.dumps({
+    "ours": [name for name in sys.modules if name.split(".")[0] == "adapt_pruner"], "class": type(model).__name__, "base": same_base,
+    "cached": torch.equal(cached, uncached), "static": torch.equal(cached, static), "learns": losses[-1] < losses[0], "again": same_again,
+}))
+"""
+
+
+def pruned(
+    layout: tuple[str, str], kinds: tuple[str, ...] = ("kv_heads", "neurons", "layers"), seed: int = 1
+) -> tuple[Any, Mask]:
+    """A tiny model, cut so that its layers differ."""
+    model = tiny_model(layout, vocab_size=VOCAB)
+    axes = families.axes(model)
+    mask = random_mask(axes, kinds, seed)
+    for axis in axes:
+        if axis.kind == "neurons" and axis.name in mask:
+            mask[axis.name][: 3 * (axis.layer or 0)] = True  # another width in each layer
+    cut(model, axes, mask)
+    return model, mask
+
+
+def ask_a_stranger(folder: Path, again: Path, *, trust: bool) -> dict[str, Any]:
+    """Load `folder` with stock transformers in a process in which this package cannot even be imported."""
+    blocked = "import sys; sys.modules['adapt_pruner'] = None\n"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-c", blocked + STRANGER, str(folder), str(again), "trust" if trust else "no"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_a_stranger_reads_unequal_layers_bit_for_bit(layout: tuple[str, str], tmp_path: Path) -> None:
+    model, mask = pruned(layout)
+    ids = torch.randint(3, VOCAB, (2, 24))
+    torch.save(ids, tmp_path / "ids.pt")
+    save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
+    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+    stock = type(model).__name__
+    assert found == {
+        "ours": ["adapt_pruner"], "class": f"Pruned{stock}", "base": True, "cached": True, "static": True, "learns": True, "again": True,
+    }  # fmt: skip
+
+    ours = load(str(tmp_path / "model"))  # no trust_remote_code
+    with torch.no_grad():
+        assert torch.equal(ours.model(ids).logits, model(ids).logits)
+    assert ours.mask == mask
+    # and what we loaded can be cut again like any other model
+    axes = families.axes(ours.model)
+    assert {axis.name: axis.size for axis in axes} == {axis.name: axis.size for axis in families.axes(model)}
+    cut(ours.model, axes, random_mask(axes, ("neurons",), seed=5))
+    assert count_parameters(ours.model) < count_parameters(model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_equal_layers_become_a_plain_folder(layout: tuple[str, str], tmp_path: Path) -> None:
+    model = tiny_model(layout, vocab_size=VOCAB)
+    axes = families.axes(model)
+    keep = {axis.name: torch.arange(axis.size) < 2 * axis.size // 3 for axis in axes if axis.layer is not None}
+    cut(model, axes, Mask(keep))
+    torch.save(torch.randint(3, VOCAB, (2, 24)), tmp_path / "ids.pt")
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    assert not (tmp_path / "model" / "modeling_pruned.py").exists()
+    config = read_json(tmp_path / "model" / "config.json")
+    assert "per_layer_config" not in config
+    assert "auto_map" not in config
+    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=False)
+    assert found["class"] == type(model).__name__
+    assert found["cached"]
+    assert found["again"]
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.load(tmp_path / "ids.pt")).logits)
+
+
+def test_equal_layers_that_the_stock_config_refuses_are_still_saved(tmp_path: Path) -> None:
+    """Llama wants hidden_size (48) to be a multiple of the heads; five heads in every layer are not."""
+    model = tiny_model(("llama", "llama-mha-biased"), vocab_size=VOCAB)
+    axes = families.axes(model)
+    cut(model, axes, Mask({axis.name: torch.arange(axis.size) < 5 for axis in axes if axis.kind == "kv_heads"}))
+    torch.save(torch.randint(3, VOCAB, (2, 24)), tmp_path / "ids.pt")
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    assert found["class"] == "PrunedLlamaForCausalLM"
+    assert found["again"]
+    assert torch.equal(
+        load(str(tmp_path / "model")).model(torch.load(tmp_path / "ids.pt")).logits, torch.load(tmp_path / "logits.pt")
+    )
+
+
+def test_the_kernel_can_be_chosen_after_loading(tmp_path: Path) -> None:
+    model, _ = pruned(("llama", "llama"))
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    loaded = load(str(tmp_path / "model")).model
+    loaded.set_attn_implementation("eager")
+    assert all(layer.self_attn.config._attn_implementation == "eager" for layer in loaded.model.layers)
+
+
+def test_weights_are_saved_in_the_precision_asked_for(tmp_path: Path) -> None:
+    model, _ = pruned(("llama", "llama"))
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors"), "tied weights are written once"
+    assert model.dtype == torch.float32, "the model itself is left as found"
+    assert load(str(tmp_path / "model")).dtype == torch.bfloat16
+    assert load(str(tmp_path / "model")).model.dtype == torch.float32
+    assert load(str(tmp_path / "model"), dtype=None).model.dtype == torch.bfloat16
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), whole_or_nothing(tmp_path / "out") as folder:
+        (folder / "half").write_text("…")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with whole_or_nothing(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("where", ["weights", "config", "mask"])
+def test_a_full_disk_leaves_nothing_behind(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mask = pruned(("llama", "llama"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def full_in_rust(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    if where == "weights":
+        monkeypatch.setattr(model, "save_pretrained", full_in_rust)
+    elif where == "config":
+        monkeypatch.setattr(type(model.config), "save_pretrained", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"the disk is full; nothing was left there, free some space"):
+        save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_are_checked_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("…")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        check_target(tmp_path / "full")
+    with pytest.raises(UsageError, match="not a folder"):
+        check_target(tmp_path / "full" / "precious")
+    check_target(tmp_path / "new" / "deeper")
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty")
+
+
+def spoil(folder: Path, tmp_path: Path, name: str) -> Path:
+    copy = tmp_path / name
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_damaged_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+    cut_off = spoil(tiny_folder, tmp_path, "cut-off")
+    weights = cut_off / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(RunError, match=r"weights of .*cut-off are damaged .*; get the files again"):
+        load(str(cut_off))
+
+    empty = spoil(tiny_folder, tmp_path, "empty")
+    (empty / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match="weights of .*empty"):
+        load(str(empty))
+
+    lacking = spoil(tiny_folder, tmp_path, "lacking")
+    from safetensors.torch import save_file
+
+    state = load_file(lacking / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"lack 1 parameters, for example 'model.layers.1.mlp.up_proj.weight'"):
+        load(str(lacking))
+
+    pickled = spoil(tiny_folder, tmp_path, "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save(state, pickled / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="only safetensors weights are read"):
+        load(str(pickled))
+
+
+def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"'nothing-here' does not exist; .*known: smollm2-135m-instruct"):
+        load("nothing-here")
+    with pytest.raises(UsageError, match="did you mean 'smollm2-135m-instruct'"):
+        load("smollm2-135m-instrukt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="no config.json"):
+        load(str(tmp_path / "folder"))
+    (tmp_path / "x.gguf").write_bytes(b"GGML....")
+    with pytest.raises(UsageError, match="not a GGUF file"):
+        load(str(tmp_path / "x.gguf"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises((RunError, UsageError), match=r"cut.gguf"):
+        load(str(tmp_path / "cut.gguf"))
+    with pytest.raises(UsageError, match="not on this machine and could not be had"):
+        load("some-org/some-model")
+    for raw, said in (
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            "'bert', which is not a causal language model; known families: llama",
+        ),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5', which is not a causal"),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "'gpt2', which is of no known family; known: llama, mistral",
+        ),
+        ({"hidden_size": 4}, "names no model_type"),
+    ):
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(UsageError, match=said):
+            load(str(tmp_path / "folder"))
+    (tmp_path / "folder" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load(str(tmp_path / "folder"))
+    with pytest.raises(UsageError, match="device 'quantum'"):
+        pick_device("quantum")
+
+
+def test_foreign_code_is_never_run_unasked(tiny_folder: Path, tmp_path: Path) -> None:
+    foreign = spoil(tiny_folder, tmp_path, "foreign")
+    config = read_json(foreign / "config.json")
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.EvilForCausalLM", "AutoConfig": "evil.EvilConfig"}
+    config["model_type"] = "evil"
+    (foreign / "config.json").write_text(json.dumps(config))
+    (foreign / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UsageError):
+        load(str(foreign))
+    # nor where the type is one of ours and the weights could be read without it
+    config["model_type"] = "llama"
+    config["per_layer_config"] = {"0": {"intermediate_size": 40}}
+    (foreign / "config.json").write_text(json.dumps(config))
+    load(str(foreign))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match="no usable tokenizer"):
+        load(str(tmp_path / "bare"))
+
+
+def test_every_layout_has_a_pruned_class() -> None:
+    from adapt_pruner.checkpoint import modeling_pruned
+
+    for layout in LAYOUTS:
+        stock = type(tiny_model(layout)).__name__
+        assert issubclass(getattr(modeling_pruned, f"Pruned{stock}"), type(tiny_model(layout)))
+        assert hasattr(modeling_pruned, f"Pruned{stock.replace('ForCausalLM', 'Model')}")
+        assert tiny_config(layout).model_type in families.model_types()

@@ -1,0 +1,183 @@
+"""What goes under a budget: the adaptive rule by hand, the debt, and the budget met within one unit."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.choose.allocate import Debt, adaptive, layer_importance, uniform
+from adapt_pruner.core.axes import Axis, Gate, Mask
+from adapt_pruner.core.budget import Budget, count_parameters, parse_count
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import UsageError
+from conftest import tiny_model
+
+NEURON, HEAD = 10, 1000
+
+
+def toy_axes(neurons: tuple[int, ...], heads: tuple[int, ...] = ()) -> list[Axis]:
+    axes = [Axis(f"layers.{i}.neurons", size, NEURON, Gate("")) for i, size in enumerate(neurons)]
+    return axes + [Axis(f"layers.{i}.kv_heads", size, HEAD, Gate("")) for i, size in enumerate(heads)]
+
+
+def toy_scores(axes: list[Axis], importance: list[float]) -> dict[str, torch.Tensor]:
+    return {axis.name: torch.arange(axis.size).float() for axis in axes} | {"layers": torch.tensor(importance)}
+
+
+def kept(mask: Mask) -> dict[str, int]:
+    return {name: int(mask[name].sum()) for name in mask}
+
+
+def after(axes: list[Axis], mask: Mask) -> list[Axis]:
+    return [Axis(axis.name, int(mask[axis.name].sum()), axis.cost, axis.gate) for axis in axes]
+
+
+def size_of(axes: list[Axis]) -> int:
+    return sum(axis.size * axis.cost for axis in axes)
+
+
+def test_importance_is_centred_and_scaled_to_one() -> None:
+    found = layer_importance(torch.tensor([-1.0, -0.9, -0.2]))
+    # mean -0.7; deviations -0.3, -0.2, 0.5; over 0.5
+    assert found == pytest.approx([-0.6, -0.4, 1.0], abs=1e-6)
+    assert layer_importance(torch.tensor([0.3, 0.3, 0.3])) == [0.0, 0.0, 0.0]
+
+
+def test_one_adaptive_step_by_hand() -> None:
+    axes = toy_axes((990, 990, 990))
+    budget = Budget(keep=0, total=size_of(axes))
+    mask, debt = adaptive(toy_scores(axes, [-1.0, -0.9, -0.2]), axes, budget, debt=Debt.none(axes), step=0.02, amplitude=0.02)
+    # s = 0.02 - 0.02 · (-0.6, -0.4, 1.0) = 0.032, 0.028, 0
+    assert [debt.sparsity[axis.name] for axis in axes] == pytest.approx([0.032, 0.028, 0.0], abs=1e-6)
+    assert list(kept(mask).values()) == [959, 963, 990]
+    assert not mask["layers.0.neurons"][:31].any(), "the worst-scored units go"
+    assert mask["layers.0.neurons"][31:].all()
+
+
+def test_the_amplitude_acts_on_every_step_and_importance_is_taken_anew() -> None:
+    axes = toy_axes((1000, 1000))
+    debt = Debt.none(axes)
+    for importance in ([0.0, 1.0], [1.0, 0.0], [0.0, 1.0]):
+        mask, debt = adaptive(toy_scores(axes, importance), axes, Budget(0, size_of(axes)), debt=debt, step=0.02, amplitude=0.01)
+        axes = after(axes, mask)
+    assert [debt.sparsity[axis.name] for axis in axes] == pytest.approx([0.03 + 0.01 + 0.03, 0.01 + 0.03 + 0.01])
+    assert [axis.size for axis in axes] == [930, 950], "shares are of the size at the start"
+
+
+def test_amplitude_zero_is_uniform() -> None:
+    axes = toy_axes((100, 60, 80), (4, 4, 4))
+    scores = toy_scores(axes, [0.1, 0.5, 0.9])
+    budget = Budget(keep=9_000, total=size_of(axes))
+    debts = [Debt.none(axes)] * 2
+    one = adaptive(scores, axes, budget, debt=debts[0], step=0.3, amplitude=0.0)[0]
+    other = uniform(scores, axes, budget, debt=debts[1], step=0.3)[0]
+    assert one == other
+
+
+def test_a_head_goes_once_a_whole_one_is_owed() -> None:
+    """With 3 heads and steps of 0.02 the first goes at step 17 (0.34 ≥ 1/3): the debt is carried until then."""
+    axes = toy_axes((1000,), (3,))
+    debt, went_at = Debt.none(axes), 0
+    for step in range(1, 20):
+        mask, debt = uniform(toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.02)
+        axes = after(axes, mask)
+        if axes[1].size == 2:
+            went_at = step
+            break
+    assert went_at == 17
+
+
+def test_a_debt_reset_each_stage_never_takes_a_head() -> None:
+    axes = toy_axes((1000,), (3,))
+    for _ in range(10):
+        debt = Debt.none(axes)
+        for _ in range(5):
+            mask, debt = uniform(toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.02)
+            axes = after(axes, mask)
+    assert axes[1].size == 3
+    assert axes[0].size < 600
+
+
+@pytest.mark.parametrize("chooser", [uniform, adaptive], ids=["uniform", "adaptive"])
+@pytest.mark.parametrize("neurons", [(50, 50, 50), (7, 90, 33)])
+@pytest.mark.parametrize("share", [0.99, 0.9, 0.71, 0.5, 0.31, 0.295])
+@pytest.mark.parametrize("step", [0.02, 0.13, 1.0])
+def test_the_budget_is_met_from_below_within_one_neuron(
+    chooser: Any, neurons: tuple[int, ...], share: float, step: float
+) -> None:
+    axes = toy_axes(neurons, (3, 2, 4))
+    keep = int(size_of(axes) * share)
+    debt, options = Debt.none(axes), {"amplitude": 0.02} if chooser is adaptive else {}
+    for _ in range(500):
+        total = size_of(axes)
+        if total <= keep:
+            break
+        mask, debt = chooser(toy_scores(axes, [0.2, 0.9, 0.4]), axes, Budget(keep, total), debt=debt, step=step, **options)
+        assert mask.num_removed() > 0, "every iteration gets somewhere"
+        axes = after(axes, mask)
+    assert keep - NEURON < size_of(axes) <= keep
+
+
+def test_where_only_heads_may_go_the_budget_is_met_within_one_head() -> None:
+    axes = toy_axes((), (3, 2, 4))
+    debt, keep = Debt.none(axes), 5_500
+    for _ in range(100):
+        if size_of(axes) <= keep:
+            break
+        mask, debt = uniform(toy_scores(axes, [0.0] * 3), axes, Budget(keep, size_of(axes)), debt=debt, step=0.02)
+        axes = after(axes, mask)
+    assert size_of(axes) == 5_000
+
+
+def test_ranking_is_local_and_ties_keep_the_first() -> None:
+    axes = toy_axes((10, 10))
+    scores = {"layers.0.neurons": torch.ones(10), "layers.1.neurons": torch.arange(10).float() * 1e6, "layers": torch.zeros(2)}
+    mask, _ = uniform(scores, axes, Budget(0, 200), debt=Debt.none(axes), step=0.3)
+    assert mask["layers.0.neurons"].tolist() == [True] * 7 + [False] * 3
+    assert mask["layers.1.neurons"].tolist() == [False] * 3 + [True] * 7
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    axes = toy_axes((10,))
+    scores = {"layers.0.neurons": torch.full((10,), math.nan)}
+    with pytest.raises(ValueError, match="not finite"):
+        uniform(scores, axes, Budget(0, 100), debt=Debt.none(axes), step=0.3)
+    with pytest.raises(ValueError, match=r"layers\.0\.neurons has 10 units but scores None"):
+        uniform({}, axes, Budget(0, 100), debt=Debt.none(axes), step=0.3)
+
+
+def test_the_count_a_chooser_promises_is_the_count_after_the_cut() -> None:
+    model = tiny_model(("llama", "qwen2"))
+    axes = [axis for axis in families.axes(model) if axis.slices]
+    total = count_parameters(model)
+    scores = {axis.name: torch.rand(axis.size) for axis in axes}
+    mask, _ = uniform(scores, axes, Budget(int(total * 0.8), total), debt=Debt.none(axes), step=1.0)
+    cut(model, families.axes(model), mask)
+    cost = min(axis.cost for axis in axes)
+    assert int(total * 0.8) - cost < count_parameters(model) <= int(total * 0.8)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("110M", 110_000_000), ("110_000_000", 110_000_000), ("1.5B", 1_500_000_000), ("12k", 12_000), (7, 7)]
+)
+def test_counts_are_read_as_people_write_them(text: str | int, count: int) -> None:
+    assert parse_count(text) == count
+
+
+def test_budgets() -> None:
+    assert Budget.parse("80%", dense=1000) == Budget(keep=800, total=1000)
+    assert Budget.parse("113.3M", dense=134_515_008).keep == 113_300_000
+    for text, said in (
+        ("2k", "above the 1,000"),
+        ("0%", "not a share"),
+        ("130%", "not a share"),
+        ("many", "not a count"),
+        ("-5", "not a count"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Budget.parse(text, dense=1000)
+    axes = toy_axes((50, 50), (3, 3))
+    with pytest.raises(UsageError, match="nearest that can be had is 3,020"):
+        Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(axes)

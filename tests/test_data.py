@@ -1,0 +1,215 @@
+"""Text in all its forms, and what becomes of it: windows, blocks, batches."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import zstandard
+
+from adapt_pruner.data.feeds import calibration_feed, training_shards
+from adapt_pruner.data.selfwritten import selfwritten_windows
+from adapt_pruner.data.sources import documents
+from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, training_blocks
+from adapt_pruner.errors import UsageError
+from conftest import VOCAB, tiny_model
+
+ROWS = ["first document, with an é", "second document", "third"]
+LINES = "".join(json.dumps({"text": row, "source": "x"}) + "\n" for row in ROWS)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text(LINES, encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(LINES.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS, "n": [1, 2, 3]}), tmp_path / "d.parquet")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "e.txt").write_text("plain text", encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
+def test_files_of_rows(corpus: Path, name: str) -> None:
+    assert documents(str(corpus / name)) == ROWS
+
+
+def test_text_files_folders_and_globs(corpus: Path) -> None:
+    assert documents(str(corpus / "deeper" / "e.txt")) == ["plain text"]
+    assert documents(str(corpus)) == [*ROWS * 4, "plain text"]
+    assert documents(str(corpus / "*.jsonl*")) == ROWS * 3
+    assert documents(str(corpus / "**" / "*.txt")) == ["plain text"]
+
+
+def test_a_data_set_through_the_datasets_library(corpus: Path) -> None:
+    """A local folder stands in for the hub: the same call, no network."""
+    folder = corpus / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(LINES, encoding="utf-8")
+    (folder / "test.jsonl").write_text(json.dumps({"text": "held out", "source": "y"}) + "\n", encoding="utf-8")
+    assert documents(f"hub:{folder}") == ROWS
+    assert documents(f"hub:{folder}::test:source") == ["y"]
+    with pytest.raises(UsageError, match="no text in a field 'body'; its fields: text, source"):
+        documents(f"hub:{folder}::train:body")
+    with pytest.raises(UsageError, match="could not be had"):
+        documents(f"hub:{folder}::validation")
+
+
+def test_python_docs_are_real_text_and_the_held_out_part_is_held_out() -> None:
+    train, held_out = documents("python-docs:train"), documents("python-docs:heldout")
+    assert sum(map(len, train)) > 300_000
+    assert sum(map(len, held_out)) > 20_000
+
+    def paragraphs(texts: list[str]) -> set[str]:
+        return {" ".join(part.split()) for text in texts for part in text.split("\n\n") if part.strip()}
+
+    assert not paragraphs(train) & paragraphs(held_out)
+    with pytest.raises(UsageError, match="known: train, heldout"):
+        documents("python-docs:test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"  \n", "is empty"),
+        ("latin1.txt", "caf\xe9".encode("latin1"), r"not UTF-8 text \(byte 3 is 0xe9\).*iconv"),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2, is not JSON"),
+        ("other.jsonl", b'{"body": "x"}\n', "line 1, has no text in a field 'text'"),
+        ("cut.jsonl.gz", gzip.compress(LINES.encode() * 50)[:-20], "cannot be read"),
+        ("not.parquet", b"PAR1 no", "is not a parquet file"),
+    ],
+)
+def test_bad_text_is_refused_with_a_remedy(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        documents(str(tmp_path / name))
+
+
+def test_a_missing_text_names_the_forms_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"does not exist; give a file .*hub:NAME, python-docs or self"):
+        documents(str(tmp_path / "nothing.txt"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="holds no text file"):
+        documents(str(tmp_path / "folder"))
+
+
+def test_calibration_windows_are_distinct_pieces_of_the_text(tokenizer: Any) -> None:
+    text = "".join(f"{i:05d}" for i in range(2000))
+    windows = calibration_windows(tokenizer, [text], samples=50, length=100, seed=1)
+    assert windows.shape == (50, 100)
+    pieces = [tokenizer.decode(row) for row in windows]
+    assert all(piece in text for piece in pieces)
+    spans = sorted(text.index(piece) for piece in pieces)
+    assert all(b - a >= 100 for a, b in zip(spans, spans[1:], strict=False)), "no two overlap"
+    assert torch.equal(windows, calibration_windows(tokenizer, [text], samples=50, length=100, seed=1))
+    assert not torch.equal(windows, calibration_windows(tokenizer, [text], samples=50, length=100, seed=2))
+
+
+def test_calibration_takes_one_window_a_document_first_then_more_then_joins_short_ones(tokenizer: Any) -> None:
+    texts = [letter * 1000 for letter in "abcdefgh"]
+    one_each = calibration_windows(tokenizer, texts, samples=8, length=100, seed=0)
+    assert len({row[0].item() for row in one_each}) == 8
+    assert calibration_windows(tokenizer, texts, samples=60, length=100, seed=0).shape == (60, 100)
+    short = calibration_windows(tokenizer, ["0123456789"] * 30, samples=3, length=100, seed=0)
+    assert tokenizer.decode(short[0]) == "0123456789" * 10
+
+
+def test_too_short_a_text_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="gives 2 windows of 100 tokens, 3 are asked for"):
+        calibration_windows(tokenizer, ["x" * 250], samples=3, length=100, seed=0)
+    with pytest.raises(UsageError, match="shorter than one block of 512"):
+        training_blocks(tokenizer, ["x" * 100], length=512, tokens=1024, seed=0)
+    with pytest.raises(UsageError, match="1 tokens long"):
+        evaluation_windows(tokenizer, ["x"], window=512, max_windows=None)
+    with pytest.raises(UsageError, match="window 1 predicts nothing"):
+        evaluation_windows(tokenizer, ["xyz"], window=1, max_windows=None)
+
+
+def test_calibration_ids_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps({"input_ids": [[1, 2, 3], [4, 5, 6], [7, 8]]}))
+    rows = calibration_ids(path, vocab_size=9)
+    assert [row.tolist() for row in rows] == [[[1, 2, 3]], [[4, 5, 6]], [[7, 8]]]
+    assert [tuple(batch.shape) for batch in batches_of(rows, max_tokens=6)] == [(2, 3), (1, 2)]
+    assert [tuple(batch.shape) for batch in batches_of(rows, max_tokens=1)] == [(1, 3), (1, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"input_ids": [[1, 99]]}', "token id 99, the model's vocabulary is 0 to 8"),
+        ('{"input_ids": [[1, -1]]}', "token id -1"),
+        ('{"input_ids": []}', "at least one sequence"),
+        ('{"input_ids": [[1]]}', "at least 2 token ids"),
+        ('{"ids": [[1]]}', "does not hold token ids"),
+        ("[1, 2", "does not hold token ids"),
+    ],
+)
+def test_bad_calibration_ids(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "ids.json").write_text(content)
+    with pytest.raises(UsageError, match=said):
+        calibration_ids(tmp_path / "ids.json", vocab_size=9)
+    with pytest.raises(UsageError, match="do not exist"):
+        calibration_ids(tmp_path / "none.json", vocab_size=9)
+
+
+def test_evaluation_windows_cover_the_text_once(tokenizer: Any) -> None:
+    text = "abcdefghij" * 5
+    windows = evaluation_windows(tokenizer, [text], window=20, max_windows=None)
+    assert [window.shape[1] for window in windows] == [20, 20, 10]
+    assert tokenizer.decode(torch.cat(windows, dim=1)[0]) == text, "no special token is added"
+    assert len(evaluation_windows(tokenizer, [text], window=20, max_windows=2)) == 2
+    assert len(evaluation_windows(tokenizer, ["x" * 21], window=20, max_windows=None)) == 1, "a single token predicts nothing"
+
+
+def test_training_blocks_hold_every_document_once_before_any_twice(tokenizer: Any) -> None:
+    texts = [chr(97 + i) * 15 for i in range(26)]  # 16 tokens each with its end-of-text token
+    blocks, there = training_blocks(tokenizer, texts, length=16, tokens=26 * 16, seed=3)
+    assert there == 26 * 16
+    assert blocks.shape == (26, 16)
+    assert sorted(tokenizer.decode(row) for row in blocks) == [text + "</s>" for text in texts]
+    again, _ = training_blocks(tokenizer, texts, length=16, tokens=2 * 26 * 16, seed=3)
+    counts = [tokenizer.decode(row) for row in again]
+    assert all(counts.count(text + "</s>") == 2 for text in texts)
+
+
+def test_shards_follow_the_stages_and_a_short_text_is_said_to_repeat(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("x" * 999)
+    warnings: list[str] = []
+    shards = training_shards(tokenizer, source=str(path), length=50, stage_tokens=[500, 1000, 1500], seed=0, warn=warnings.append)
+    assert [len(shard) for shard in shards] == [10, 20, 30]
+    assert warnings == ["the training text has 1,000 tokens and 3,000 are asked for, so it is repeated"]
+    with pytest.raises(UsageError, match="own text"):
+        training_shards(tokenizer, source="self", length=50, stage_tokens=[500], seed=0, warn=warnings.append)
+
+
+def test_calibration_draws_anew_each_iteration_unless_fixed(text_file: Path, tmp_path: Path, tokenizer: Any) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    common = {"samples": 4, "length": 32, "seed": 0}
+    drawn = calibration_feed(model, tokenizer, source=str(text_file), ids=None, **common)
+    assert not torch.equal(drawn(1)[0], drawn(2)[0])
+    assert torch.equal(drawn(1)[0], drawn(1)[0])
+    written = calibration_feed(model, tokenizer, source="self", ids=None, **common)
+    assert written(1)[0].shape == (4, 32)
+    assert torch.equal(written(1)[0], written(2)[0])
+
+
+def test_self_written_text_is_the_models_own(tokenizer: Any) -> None:
+    model = tiny_model(vocab_size=VOCAB).train()
+    state = torch.get_rng_state()
+    rows = selfwritten_windows(model, tokenizer, samples=40, length=12, seed=5)
+    assert rows.shape == (40, 12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.equal(rows, selfwritten_windows(model, tokenizer, samples=40, length=12, seed=5))
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.randint(0, VOCAB, (40, 12), generator=generator)
+    with torch.no_grad():
+        own, other = (float(model.eval()(ids, labels=ids).loss) for ids in (rows, chance))
+    assert own < other - 0.2, "the model finds its own text likelier than chance"

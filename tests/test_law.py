@@ -1,0 +1,235 @@
+"""The law, over every family file by itself: shutting units and cutting them give the same logits."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.core.axes import Gate, Mask
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.surgery import cut, gated
+from conftest import LAYOUTS, tiny_model
+
+KINDS = ("kv_heads", "neurons", "layers")
+
+
+def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
+    """About half of every axis of these kinds, never all and never none of one that has two units or more."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for axis in axes:
+        if axis.kind in kinds and axis.size > 1:
+            order = torch.randperm(axis.size, generator=generator)
+            keep = torch.ones(axis.size, dtype=torch.bool)
+            keep[order[: max(1, axis.size // 2)]] = False
+            kept[axis.name] = keep
+    return Mask(kept)
+
+
+def gap(model: Any, axes: Any, mask: Mask, ids: torch.Tensor) -> float:
+    """Greatest difference between the logits of the gated and of the cut model; infinite when the cut one cannot run."""
+    with torch.no_grad():
+        with gated(model, axes, mask):
+            shut = model(ids).logits
+        smaller = copy.deepcopy(model)
+        try:
+            cut(smaller, axes, mask)
+            return float((smaller(ids).logits - shut).abs().max())
+        except (RuntimeError, IndexError):
+            return float("inf")
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize("kinds", [("neurons",), ("kv_heads",), ("layers",), KINDS], ids="+".join)
+def test_cut_equals_gated(layout: tuple[str, str], kinds: tuple[str, ...], ids: torch.Tensor) -> None:
+    model = tiny_model(layout).double()
+    axes = families.axes(model)
+    mask = random_mask(axes, kinds, seed=1)
+    with torch.no_grad():
+        dense = model(ids).logits
+        with gated(model, axes, mask):
+            assert (model(ids).logits - dense).abs().max() > 1e-3, "the gates must do something"
+        assert torch.equal(model(ids).logits, dense), "gates come off"
+    assert gap(model, axes, mask, ids) <= 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_sizes_and_config_follow_the_cut(layout: tuple[str, str], ids: torch.Tensor) -> None:
+    model = tiny_model(layout)
+    axes = families.axes(model)
+    mask = random_mask(axes, KINDS, seed=2)
+    removed = sum(
+        axis.cost * int((~mask[axis.name]).sum())
+        for axis in axes
+        if axis.name in mask and axis.slices and mask["layers"][axis.layer]
+    )
+    gone = sum(
+        count_parameters(layer) for layer, stays in zip(model.model.layers, mask["layers"].tolist(), strict=True) if not stays
+    )
+    before = count_parameters(model)
+    cut(model, axes, mask)
+    assert count_parameters(model) == before - removed - gone
+    assert model.config.num_hidden_layers == len(model.model.layers) == int(mask["layers"].sum())
+    for i, layer in enumerate(model.model.layers):
+        config = model.config.per_layer_config[i]
+        assert config.intermediate_size == layer.mlp.gate_proj.out_features == layer.mlp.down_proj.in_features
+        assert config.num_key_value_heads * config.head_dim == layer.self_attn.k_proj.out_features
+        assert config.num_attention_heads * config.head_dim == layer.self_attn.q_proj.out_features
+        assert layer.self_attn.layer_idx == i
+    prompt = ids[:1, :5]
+    cached = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert torch.equal(cached, model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_optimizer_moments_shrink_along(layout: tuple[str, str], ids: torch.Tensor) -> None:
+    """A step of Adam after the cut equals the step of the dense model whose gradients are gated, on the weights that stay."""
+    model = tiny_model(layout).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    axes = families.axes(model)
+    mask = random_mask(axes, ("kv_heads", "neurons"), seed=4)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    cut(model, axes, mask, optimizer=optimizer)
+    optimizer.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    twin_optimizer.zero_grad()
+    with gated(twin, axes, mask):
+        twin(ids, labels=ids).loss.backward()
+    twin_optimizer.step()
+    cut(twin, axes, mask)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12), name
+
+
+def test_dropped_layers_leave_the_optimizer(ids: torch.Tensor) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    cut(model, families.axes(model), Mask({"layers": torch.tensor([True, False, True])}), optimizer=optimizer)
+    alive = {id(parameter) for parameter in model.parameters()}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == alive
+    assert {id(p) for p in optimizer.state} == alive
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = tiny_model()
+    cut(model, families.axes(model), random_mask(families.axes(model), KINDS, seed=1))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_masks_compose(layout: tuple[str, str], ids: torch.Tensor) -> None:
+    """Two cuts one after the other equal one cut by the composed mask, also when the first drops a layer."""
+    twice, once = tiny_model(layout).double(), tiny_model(layout).double()
+    dense_axes = families.axes(once)
+    total = Mask()
+    for seed, kinds in enumerate((KINDS, ("kv_heads", "neurons"))):
+        axes = families.axes(twice)
+        mask = random_mask(axes, kinds, seed=seed)
+        cut(twice, axes, mask)
+        total = total.then(mask)
+    cut(once, dense_axes, total)
+    assert torch.equal(once(ids).logits, twice(ids).logits)
+    assert Mask.from_json(total.to_json()) == total
+
+
+# The law has teeth: each fault that is easily made in a family file breaks it.
+
+
+def _without(axis: Any, part: str) -> Any:
+    return dataclasses.replace(axis, slices=tuple(piece for piece in axis.slices if part not in piece.parameter))
+
+
+FAULTS = {
+    "a forgotten bias": ("qwen2", "kv_heads", lambda axis: _without(axis, "q_proj.bias")),
+    "a forgotten o_proj": ("llama", "kv_heads", lambda axis: _without(axis, "o_proj")),
+    "a forgotten up_proj": ("llama", "neurons", lambda axis: _without(axis, "up_proj")),
+    "heads gated one by one": (
+        "llama",
+        "kv_heads",
+        lambda axis: dataclasses.replace(axis, gate=Gate(axis.gate.module, axis.gate.width // 2)),
+    ),
+    "query heads cut like KV heads": (
+        "llama",
+        "kv_heads",
+        lambda axis: dataclasses.replace(
+            axis, slices=tuple(dataclasses.replace(p, width=p.width // 2) if "q_proj" in p.parameter else p for p in axis.slices)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_law_catches(fault: str, ids: torch.Tensor) -> None:
+    name, kind, spoil = FAULTS[fault]
+    model = tiny_model(("llama", name)).double()
+    axes = [spoil(axis) if axis.kind == kind else axis for axis in families.axes(model)]
+    try:
+        found = gap(model, axes, random_mask(axes, (kind,), seed=1), ids)
+    except RuntimeError:  # the gate itself no longer fits
+        return
+    assert found > 1e-9
+
+
+def test_the_law_catches_query_heads_folded_by_remainder(ids: torch.Tensor) -> None:
+    """Cutting query heads h mod num_kv_heads, as the released fold has it, is not what the gate shuts."""
+    model = tiny_model().double()
+    axes = families.axes(model)
+    mask = random_mask(axes, ("kv_heads",), seed=1)
+    wrong = copy.deepcopy(model)
+    for i, layer in enumerate(wrong.model.layers):
+        dim, kv = layer.self_attn.head_dim, axes[2 * i].size
+        folded = layer.self_attn.q_proj.weight.view(-1, kv, dim, layer.self_attn.q_proj.in_features).transpose(0, 1)
+        layer.self_attn.q_proj.weight.data = folded.reshape(layer.self_attn.q_proj.weight.shape).clone()
+    with torch.no_grad():
+        cut(wrong, axes, mask)
+        with gated(model, axes, mask):
+            assert (wrong(ids).logits - model(ids).logits).abs().max() > 1e-9
+
+
+def test_the_law_catches_a_stale_layer_number(ids: torch.Tensor) -> None:
+    """The cache is addressed by layer number: with a stale one, cached generation goes wrong or fails."""
+    model = tiny_model()
+    cut(model, families.axes(model), Mask({"layers": torch.tensor([True, False, True])}))
+    good = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)
+    model.model.layers[1].self_attn.layer_idx = 0
+    try:
+        bad = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)
+    except (RuntimeError, IndexError):
+        return
+    assert not torch.equal(good, bad)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    with pytest.raises(ValueError, match="not an axis"):
+        cut(model, axes, Mask({"layers.9.neurons": torch.tensor([True, False])}))
+    with pytest.raises(ValueError, match="has 2 units, the model has 40"):
+        cut(model, axes, Mask({"layers.0.neurons": torch.tensor([True, False])}))
+    with pytest.raises(ValueError, match="keeps nothing"):
+        Mask({"layers.0.neurons": torch.zeros(40, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="2 units, but 3 are left"):
+        Mask({"layers": torch.tensor([True] * 3)}).then(Mask({"layers": torch.tensor([True, False])}))
+    with pytest.raises(ValueError, match="not a mask"):
+        Mask.from_json({"format": 1, "axes": {"layers": {"size": 2, "kept": [5]}}})
+    with pytest.raises(ValueError, match="format 2"):
+        Mask.from_json({"format": 2, "axes": {}})

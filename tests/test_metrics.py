@@ -1,0 +1,186 @@
+"""Scores against slow, independent implementations; and what scoring leaves behind: nothing."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adapt_pruner import families
+from adapt_pruner.core.calibrate import Evidence, score
+from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.metrics import blocks, weights
+from conftest import LAYOUTS, tiny_model
+
+
+def mean_loss(model: Any, batches: list[torch.Tensor]) -> torch.Tensor:
+    """The mean next-token cross-entropy over all tokens of all batches, by transformers' own forward."""
+    logits = [model(ids).logits[:, :-1].flatten(0, 1) for ids in batches]
+    targets = [ids[:, 1:].flatten() for ids in batches]
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_taylor_is_the_sum_of_weight_times_gradient(layout: tuple[str, str], batches: list[torch.Tensor]) -> None:
+    model = tiny_model(layout)
+    scores, loss = score(model, families.axes(model), batches, metrics=[weights.taylor], dtype="float32")
+    expected_loss = mean_loss(model, batches)
+    expected_loss.backward()
+    assert loss == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    for i, layer in enumerate(model.model.layers):
+        mlp, attention = layer.mlp, layer.self_attn
+        for u in (0, 7, 39):
+            expected = sum(
+                float((w * g).detach().abs().sum())
+                for w, g in (
+                    (mlp.gate_proj.weight[u], mlp.gate_proj.weight.grad[u]),
+                    (mlp.up_proj.weight[u], mlp.up_proj.weight.grad[u]),
+                    (mlp.down_proj.weight[:, u], mlp.down_proj.weight.grad[:, u]),
+                )
+            )
+            assert float(scores[f"layers.{i}.neurons"][u]) == pytest.approx(expected, rel=1e-4)
+        dim = attention.head_dim
+        num_kv = attention.k_proj.out_features // dim
+        group = attention.q_proj.out_features // attention.k_proj.out_features
+        for g in range(num_kv):
+            expected = 0.0
+            for projection in (attention.k_proj, attention.v_proj):
+                rows = slice(g * dim, (g + 1) * dim)
+                expected += float((projection.weight[rows] * projection.weight.grad[rows]).abs().sum())
+            for head in range(num_kv * group):
+                if head // group == g:  # the query heads that read this KV head
+                    rows = slice(head * dim, (head + 1) * dim)
+                    expected += float((attention.q_proj.weight[rows] * attention.q_proj.weight.grad[rows]).abs().sum())
+                    expected += float((attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).abs().sum())
+            assert float(scores[f"layers.{i}.kv_heads"][g]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_taylor_takes_the_absolute_value_after_summing_over_batches(batches: list[torch.Tensor]) -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    together, _ = score(model, axes, batches, metrics=[weights.taylor], dtype="float32")
+    as_one, _ = score(model, axes, [torch.cat(batches)], metrics=[weights.taylor], dtype="float32")
+    singly = [score(model, axes, [batch], metrics=[weights.taylor], dtype="float32")[0] for batch in batches]
+    for name, scores in together.items():
+        assert torch.allclose(scores, as_one[name], rtol=1e-4), "how the text is split into batches does not matter"
+        summed = sum(single[name] for single in singly) / len(batches)
+        assert (summed > scores * 1.01).any(), "the sum of absolute values is another, larger thing"
+
+
+def test_block_distances_are_those_between_input_and_output_of_whole_layers(batches: list[torch.Tensor]) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        entered, left = [[] for _ in range(3)], [[] for _ in range(3)]
+        for ids in batches:
+            stream = model.model.embed_tokens(ids)
+            position = model.model.rotary_emb(stream, torch.arange(ids.shape[1])[None])
+            for i, layer in enumerate(model.model.layers):
+                entered[i].append(stream.flatten(0, 1))
+                stream = layer(stream, attention_mask=None, position_embeddings=position)
+                left[i].append(stream.flatten(0, 1))
+    for metric, distance in (
+        (blocks.cosine, lambda x, y: -(x * y).sum(1) / x.norm(dim=1) / y.norm(dim=1)),
+        (blocks.euclidean, lambda x, y: (x - y).square().sum(1).sqrt()),
+        (blocks.manhattan, lambda x, y: (x - y).abs().sum(1)),
+    ):
+        expected = torch.stack([distance(torch.cat(x), torch.cat(y)).mean() for x, y in zip(entered, left, strict=True)])
+        found, _ = score(model, families.axes(model), batches, metrics=[metric], dtype="float32")
+        assert torch.allclose(found["layers"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("metric", [blocks.cosine, blocks.euclidean, blocks.manhattan])
+def test_a_layer_that_changes_nothing_is_worth_least(metric: Any, batches: list[torch.Tensor]) -> None:
+    model = tiny_model()
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
+    torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    found, _ = score(model, families.axes(model), batches, metrics=[metric], dtype="float32")
+    assert int(found["layers"].argmin()) == 1
+
+
+def test_scores_and_distances_share_one_pass_a_batch(batches: list[torch.Tensor]) -> None:
+    model = tiny_model()
+    passes = {"forward": 0, "backward": 0}
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda *_: passes.__setitem__("forward", passes["forward"] + 1))
+    layer.mlp.register_full_backward_hook(lambda *_: passes.__setitem__("backward", passes["backward"] + 1))
+    scores, _ = score(model, families.axes(model), batches, metrics=[weights.taylor, blocks.cosine])
+    assert passes == {"forward": len(batches), "backward": len(batches)}
+    assert {"layers", "layers.0.neurons", "layers.2.kv_heads"} <= scores.keys()
+
+
+def test_scoring_leaves_the_model_as_found(batches: list[torch.Tensor]) -> None:
+    model = tiny_model().train()
+    model.model.layers[0].mlp.gate_proj.weight.requires_grad_(False)
+    kept_gradient = torch.ones_like(model.model.norm.weight)
+    model.model.norm.weight.grad = kept_gradient
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    score(model, families.axes(model), batches, metrics=[weights.taylor, blocks.cosine])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert model.model.norm.weight.grad is kept_gradient
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "model.norm.weight")
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_come_off_when_scoring_fails() -> None:
+    model = tiny_model()
+    with pytest.raises(IndexError):
+        score(model, families.axes(model), [torch.full((1, 4), 10_000)], metrics=[weights.taylor, blocks.cosine])
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_loss_that_is_not_a_number_is_refused(batches: list[torch.Tensor]) -> None:
+    model = tiny_model()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(RunError, match="loss on the calibration text is nan"):
+        score(model, families.axes(model), batches, metrics=[weights.taylor])
+
+
+def test_magnitude_needs_no_text() -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    mlp = model.model.layers[1].mlp
+    for norm, power in (("l1", 1), ("l2", 2)):
+        scores, loss = score(model, axes, [], metrics=[partial(weights.magnitude, norm=norm)])
+        expected = sum(
+            float(w.abs().pow(power).sum()) for w in (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5])
+        )
+        assert float(scores["layers.1.neurons"][5]) == pytest.approx(expected, rel=1e-5)
+        assert loss != loss, "no pass, no loss"
+    with pytest.raises(UsageError, match="l3"):
+        score(model, axes, [], metrics=[partial(weights.magnitude, norm="l3")])
+
+
+def test_random_is_fixed_by_its_seed() -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    one, same, other = (score(model, axes, [], metrics=[partial(weights.random, seed=seed)])[0] for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["layers.0.neurons"], other["layers.0.neurons"])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_the_chunked_loss_is_the_loss(chunk: int, batches: list[torch.Tensor]) -> None:
+    """Value and gradient of the pieces equal those of transformers' own full logits, tied embeddings included."""
+    model, twin = tiny_model(), tiny_model()
+    ids = batches[0]
+    num_predicted = ids.shape[0] * (ids.shape[1] - 1)
+    total = next_token_nll(model, ids, backward_scale=1 / num_predicted, chunk=chunk)
+    expected = twin(ids, labels=ids).loss
+    expected.backward()
+    assert float(total) / num_predicted == pytest.approx(float(expected.detach()), rel=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_a_metric_says_what_it_needs() -> None:
+    model = tiny_model()
+    needs = {metric: next(metric(model, families.axes(model))) for metric in (weights.taylor, weights.magnitude, blocks.cosine)}
+    assert list(needs.values()) == [Evidence.GRADIENTS, Evidence.WEIGHTS, Evidence.FORWARD]
