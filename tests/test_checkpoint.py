@@ -64,12 +64,12 @@ def pruned(
     """A tiny model, cut so that its layers differ."""
     model = tiny_model(layout, vocab_size=VOCAB)
     axes = families.axes(model)
-    mask = random_mask(axes, kinds, seed)
+    kept = dict(random_mask(axes, kinds, seed).kept)
     for axis in axes:
-        if axis.kind == "neurons" and axis.name in mask:
-            mask[axis.name][: 3 * (axis.layer or 0)] = True  # another width in each layer
-    cut(model, axes, mask)
-    return model, mask
+        if axis.kind == "neurons":
+            kept[axis.name] = torch.arange(axis.size) % 7 > (axis.layer or 0)  # another width in each layer
+    cut(model, axes, Mask(kept))
+    return model, Mask().then(Mask(kept))
 
 
 def ask_a_stranger(folder: Path, again: Path, *, trust: bool) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_nothing_behind(where: str, tmp_path: Path, monkeypat
     elif where == "config":
         monkeypatch.setattr(type(model.config), "save_pretrained", full)
     else:
-        monkeypatch.setattr(Path, "write_text", full)
+        monkeypatch.setattr(Path, "write_text", full)  # mask.json
     with pytest.raises(RunError, match=r"the disk is full; nothing was left there, free some space"):
         save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
     assert list(tmp_path.iterdir()) == []
@@ -232,7 +232,17 @@ def test_damaged_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     state = load_file(lacking / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match=r"lack 1 parameters, for example 'model.layers.1.mlp.up_proj.weight'"):
+    with pytest.raises(
+        RunError, match=r"lack 1 parameters, for example 'model.layers.1.mlp.up_proj.weight'; get the right files"
+    ):
+        load(str(lacking))
+
+    state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 48)
+    state["model.layers.1.mlp.up_proj.bias"] = torch.zeros(40)
+    save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        RunError, match=r"beyond what the config asks for, 1 parameters, for example 'model.layers.1.mlp.up_proj.bias'"
+    ):
         load(str(lacking))
 
     pickled = spoil(tiny_folder, tmp_path, "pickled")
@@ -301,6 +311,35 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "bare")
     with pytest.raises(UsageError, match="no usable tokenizer"):
         load(str(tmp_path / "bare"))
+
+
+def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, _ = pruned(("llama", "llama"))
+    other = Mask({"layers.0.neurons": torch.arange(40) < 5})
+    save(model, byte_tokenizer(), tmp_path / "model", mask=other, dtype=torch.float32)
+    with pytest.raises(RunError, match="of another model: layers.0.neurons keeps 5 units"):
+        load(str(tmp_path / "model"))
+    (tmp_path / "model" / "mask.json").write_text("{")
+    with pytest.raises(RunError, match=r"mask.json is damaged"):
+        load(str(tmp_path / "model"))
+
+
+def test_the_result_survives_a_target_that_was_filled_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the result is complete in") as caught, whole_or_nothing(tmp_path / "out") as folder:
+        (folder / "weights").write_text("whole")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("…")
+    rescued = Path(str(caught.value).rpartition(" ")[2])
+    assert (rescued / "weights").read_text() == "whole"
+    assert (tmp_path / "out" / "theirs").exists()
+
+
+def test_the_current_folder_can_be_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with whole_or_nothing(Path()) as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "here" / "file").read_text() == "whole"
 
 
 def test_every_layout_has_a_pruned_class() -> None:

@@ -26,12 +26,9 @@ def toy_scores(axes: list[Axis], importance: list[float]) -> dict[str, torch.Ten
     return {axis.name: torch.arange(axis.size).float() for axis in axes} | {"layers": torch.tensor(importance)}
 
 
-def kept(mask: Mask) -> dict[str, int]:
-    return {name: int(mask[name].sum()) for name in mask}
-
-
-def after(axes: list[Axis], mask: Mask) -> list[Axis]:
-    return [Axis(axis.name, int(mask[axis.name].sum()), axis.cost, axis.gate) for axis in axes]
+def after(axes: list[Axis], sizes: dict[str, int]) -> list[Axis]:
+    assert all(1 <= sizes[axis.name] <= axis.size for axis in axes)
+    return [Axis(axis.name, sizes[axis.name], axis.cost, axis.gate) for axis in axes]
 
 
 def size_of(axes: list[Axis]) -> int:
@@ -48,10 +45,11 @@ def test_importance_is_centred_and_scaled_to_one() -> None:
 def test_one_adaptive_step_by_hand() -> None:
     axes = toy_axes((990, 990, 990))
     budget = Budget(keep=0, total=size_of(axes))
-    mask, debt = adaptive(toy_scores(axes, [-1.0, -0.9, -0.2]), axes, budget, debt=Debt.none(axes), step=0.02, amplitude=0.02)
+    sizes, debt = adaptive(toy_scores(axes, [-1.0, -0.9, -0.2]), axes, budget, debt=Debt.none(axes), step=0.02, amplitude=0.02)
     # s = 0.02 - 0.02 · (-0.6, -0.4, 1.0) = 0.032, 0.028, 0
     assert [debt.sparsity[axis.name] for axis in axes] == pytest.approx([0.032, 0.028, 0.0], abs=1e-6)
-    assert list(kept(mask).values()) == [959, 963, 990]
+    assert list(sizes.values()) == [959, 963, 990]
+    mask = Mask.of_sizes(axes, toy_scores(axes, []), sizes)
     assert not mask["layers.0.neurons"][:31].any(), "the worst-scored units go"
     assert mask["layers.0.neurons"][31:].all()
 
@@ -60,8 +58,8 @@ def test_the_amplitude_acts_on_every_step_and_importance_is_taken_anew() -> None
     axes = toy_axes((1000, 1000))
     debt = Debt.none(axes)
     for importance in ([0.0, 1.0], [1.0, 0.0], [0.0, 1.0]):
-        mask, debt = adaptive(toy_scores(axes, importance), axes, Budget(0, size_of(axes)), debt=debt, step=0.02, amplitude=0.01)
-        axes = after(axes, mask)
+        sizes, debt = adaptive(toy_scores(axes, importance), axes, Budget(0, size_of(axes)), debt=debt, step=0.02, amplitude=0.01)
+        axes = after(axes, sizes)
     assert [debt.sparsity[axis.name] for axis in axes] == pytest.approx([0.03 + 0.01 + 0.03, 0.01 + 0.03 + 0.01])
     assert [axis.size for axis in axes] == [930, 950], "shares are of the size at the start"
 
@@ -81,8 +79,8 @@ def test_a_head_goes_once_a_whole_one_is_owed() -> None:
     axes = toy_axes((1000,), (3,))
     debt, went_at = Debt.none(axes), 0
     for step in range(1, 20):
-        mask, debt = uniform(toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.02)
-        axes = after(axes, mask)
+        sizes, debt = uniform(toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.02)
+        axes = after(axes, sizes)
         if axes[1].size == 2:
             went_at = step
             break
@@ -94,8 +92,8 @@ def test_a_debt_reset_each_stage_never_takes_a_head() -> None:
     for _ in range(10):
         debt = Debt.none(axes)
         for _ in range(5):
-            mask, debt = uniform(toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.02)
-            axes = after(axes, mask)
+            sizes, debt = uniform(toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.02)
+            axes = after(axes, sizes)
     assert axes[1].size == 3
     assert axes[0].size < 600
 
@@ -114,9 +112,9 @@ def test_the_budget_is_met_from_below_within_one_neuron(
         total = size_of(axes)
         if total <= keep:
             break
-        mask, debt = chooser(toy_scores(axes, [0.2, 0.9, 0.4]), axes, Budget(keep, total), debt=debt, step=step, **options)
-        assert mask.num_removed() > 0, "every iteration gets somewhere"
-        axes = after(axes, mask)
+        sizes, debt = chooser(toy_scores(axes, [0.2, 0.9, 0.4]), axes, Budget(keep, total), debt=debt, step=step, **options)
+        assert any(sizes[axis.name] < axis.size for axis in axes), "every iteration gets somewhere"
+        axes = after(axes, sizes)
     assert keep - NEURON < size_of(axes) <= keep
 
 
@@ -126,35 +124,98 @@ def test_where_only_heads_may_go_the_budget_is_met_within_one_head() -> None:
     for _ in range(100):
         if size_of(axes) <= keep:
             break
-        mask, debt = uniform(toy_scores(axes, [0.0] * 3), axes, Budget(keep, size_of(axes)), debt=debt, step=0.02)
-        axes = after(axes, mask)
+        sizes, debt = uniform(toy_scores(axes, [0.0] * 3), axes, Budget(keep, size_of(axes)), debt=debt, step=0.02)
+        axes = after(axes, sizes)
     assert size_of(axes) == 5_000
 
 
 def test_ranking_is_local_and_ties_keep_the_first() -> None:
     axes = toy_axes((10, 10))
-    scores = {"layers.0.neurons": torch.ones(10), "layers.1.neurons": torch.arange(10).float() * 1e6, "layers": torch.zeros(2)}
-    mask, _ = uniform(scores, axes, Budget(0, 200), debt=Debt.none(axes), step=0.3)
+    scores = {"layers.0.neurons": torch.ones(10), "layers.1.neurons": torch.arange(10).float() * 1e6}
+    mask = Mask.of_sizes(axes, scores, {"layers.0.neurons": 7, "layers.1.neurons": 7})
     assert mask["layers.0.neurons"].tolist() == [True] * 7 + [False] * 3
     assert mask["layers.1.neurons"].tolist() == [False] * 3 + [True] * 7
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     axes = toy_axes((10,))
-    scores = {"layers.0.neurons": torch.full((10,), math.nan)}
     with pytest.raises(ValueError, match="not finite"):
-        uniform(scores, axes, Budget(0, 100), debt=Debt.none(axes), step=0.3)
+        Mask.of_sizes(axes, {"layers.0.neurons": torch.full((10,), math.nan)}, {"layers.0.neurons": 7})
     with pytest.raises(ValueError, match=r"layers\.0\.neurons has 10 units but scores None"):
-        uniform({}, axes, Budget(0, 100), debt=Debt.none(axes), step=0.3)
+        Mask.of_sizes(axes, {}, {"layers.0.neurons": 7})
+    with pytest.raises(ValueError, match="block distances are not finite"):
+        layer_importance(torch.tensor([0.1, math.nan]))
+
+
+def shrink_in_stages(
+    axes: list[Axis], keep: int, *, stages: int, step: float, chooser: Any = uniform, importance: Any = (0.0,) * 99
+) -> list[list[Axis]]:
+    """The axes after each of some stages with linear targets, the debt carried."""
+    debt, start, reached = Debt.none(axes), size_of(axes), []
+    options = {"amplitude": step} if chooser is adaptive else {}
+    scores = {"layers": torch.tensor(importance[: max(axis.layer or 0 for axis in axes) + 1])}
+    for k in range(1, stages + 1):
+        target = start - (start - keep) * k // stages
+        for _ in range(1000):
+            if size_of(axes) <= target:
+                break
+            sizes, debt = chooser(scores, axes, Budget(target, size_of(axes)), debt=debt, step=step, **options)
+            axes = after(axes, sizes)
+        assert target - NEURON < size_of(axes) <= target
+        reached.append(axes)
+    return reached
+
+
+@pytest.mark.parametrize("stages", [1, 5, 20, 40])
+@pytest.mark.parametrize("chooser", [uniform, adaptive], ids=["uniform", "adaptive"])
+def test_heads_owed_by_all_layers_at_once_are_paid_as_stages_can_afford_them(stages: int, chooser: Any) -> None:
+    """30 layers cross 1/3 together and no small stage can pay for 30 heads: each pays for some, and in the end they are gone."""
+    axes = toy_axes((400,) * 30, (3,) * 30)
+    importance = [0.1 * (i % 3) for i in range(30)]
+    last = shrink_in_stages(axes, int(size_of(axes) * 0.55), stages=stages, step=0.02, chooser=chooser, importance=importance)[-1]
+    heads = [axis.size for axis in last if axis.kind == "kv_heads"]
+    assert sum(heads) <= 70
+
+
+def test_a_layer_whose_increment_is_zero_does_not_stop_the_others() -> None:
+    """The most important layer has increment 0 (step = amplitude) and may hold an unpaid head: the walk still ends."""
+    axes = toy_axes((40, 40), (3, 3))
+    debt = Debt(start={axis.name: axis.size for axis in axes}, sparsity={axis.name: 0.34 for axis in axes})
+    sizes, _ = adaptive(
+        {"layers": torch.tensor([0.0, 1.0])},
+        axes,
+        Budget(size_of(axes) - 15, size_of(axes)),
+        debt=debt,
+        step=0.02,
+        amplitude=0.02,
+    )
+    assert sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes) == 20
+
+
+def test_far_budgets_take_few_iterations() -> None:
+    """Once most axes stand at their limit, steps lengthen instead of removing one neuron each."""
+    axes = toy_axes((300,) * 6, (3,) * 6)
+    floor = 6 * (NEURON + HEAD)
+    debt, count = Debt.none(axes), 0
+    while size_of(axes) > floor + 50:
+        sizes, debt = adaptive(
+            {"layers": torch.tensor([1.0, 0, 0, 0, 0, 0])},
+            axes,
+            Budget(floor + 50, size_of(axes)),
+            debt=debt,
+            step=0.02,
+            amplitude=0.02,
+        )
+        axes, count = after(axes, sizes), count + 1
+    assert count < 120
 
 
 def test_the_count_a_chooser_promises_is_the_count_after_the_cut() -> None:
     model = tiny_model(("llama", "qwen2"))
     axes = [axis for axis in families.axes(model) if axis.slices]
     total = count_parameters(model)
-    scores = {axis.name: torch.rand(axis.size) for axis in axes}
-    mask, _ = uniform(scores, axes, Budget(int(total * 0.8), total), debt=Debt.none(axes), step=1.0)
-    cut(model, families.axes(model), mask)
+    sizes, _ = uniform({}, axes, Budget(int(total * 0.8), total), debt=Debt.none(axes), step=1.0)
+    cut(model, families.axes(model), Mask.of_sizes(axes, {axis.name: torch.rand(axis.size) for axis in axes}, sizes))
     cost = min(axis.cost for axis in axes)
     assert int(total * 0.8) - cost < count_parameters(model) <= int(total * 0.8)
 

@@ -166,10 +166,11 @@ def test_random_is_fixed_by_its_seed() -> None:
     assert not torch.equal(one["layers.0.neurons"], other["layers.0.neurons"])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_the_chunked_loss_is_the_loss(chunk: int, batches: list[torch.Tensor]) -> None:
-    """Value and gradient of the pieces equal those of transformers' own full logits, tied embeddings included."""
-    model, twin = tiny_model(), tiny_model()
+def test_the_chunked_loss_is_the_loss(layout: tuple[str, str], chunk: int, batches: list[torch.Tensor]) -> None:
+    """For every family, value and gradient of the pieces equal those of transformers' own full logits."""
+    model, twin = tiny_model(layout), tiny_model(layout)
     ids = batches[0]
     num_predicted = ids.shape[0] * (ids.shape[1] - 1)
     total = next_token_nll(model, ids, backward_scale=1 / num_predicted, chunk=chunk)
@@ -184,3 +185,17 @@ def test_a_metric_says_what_it_needs() -> None:
     model = tiny_model()
     needs = {metric: next(metric(model, families.axes(model))) for metric in (weights.taylor, weights.magnitude, blocks.cosine)}
     assert list(needs.values()) == [Evidence.GRADIENTS, Evidence.WEIGHTS, Evidence.FORWARD]
+
+
+def test_loss_drop_is_the_loss_with_the_unit_taken_out(batches: list[torch.Tensor]) -> None:
+    """Against weights set to zero by hand: no v, no contribution of the head."""
+    model = tiny_model()
+    axes = [axis for axis in families.axes(model) if axis.kind == "kv_heads"]
+    found = blocks.loss_drop(model, axes, batches, dtype="float32")
+    assert found.keys() == {axis.name for axis in axes}
+    for layer, head in ((0, 1), (2, 2)):
+        twin = tiny_model()
+        dim = twin.model.layers[layer].self_attn.head_dim
+        twin.model.layers[layer].self_attn.v_proj.weight.data[head * dim : (head + 1) * dim] = 0
+        assert float(found[f"layers.{layer}.kv_heads"][head]) == pytest.approx(float(mean_loss(twin, batches).detach()), rel=1e-5)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())

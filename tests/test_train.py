@@ -94,7 +94,7 @@ def test_one_curve_spans_all_stages(blocks: torch.Tensor) -> None:
     for stage in (blocks[:20], blocks[20:]):
         steps = run(model, stage, optimizer=optimizer, progress=progress, schedule=schedule, total_tokens=blocks.numel())
         rates += [step.lr for step in steps]
-    assert rates == pytest.approx([1e-2 * schedule(k / 10) for k in range(1, 11)])
+    assert rates == pytest.approx([1e-2 * schedule((k - 0.5) / 10) for k in range(1, 11)])
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:
@@ -121,3 +121,8 @@ def test_bfloat16_training_keeps_float32_weights(blocks: torch.Tensor) -> None:
     steps = run(model, blocks.repeat(5, 1), dtype="bfloat16", batch_tokens=128)
     assert steps[-1].loss < 0.6 * steps[0].loss
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_a_stage_without_a_block_is_passed_over(blocks: torch.Tensor) -> None:
+    model = tiny_model()
+    assert run(model, blocks[:0], total_tokens=100) == []

@@ -1,6 +1,6 @@
 """Finding a part by its name: the import path below its folder, `weights.taylor` for `metrics/weights.py`, `taylor`.
 
-There is no registry: a function that a file of the folder lists in `__all__` is a part. Options go in brackets,
+There is no registry: a function in one of the files of FOLDERS that returns what such parts return is one. Options go in brackets,
 `weights.magnitude(norm=l2)`; where one part alone bears a name the file may be left out, `taylor`.
 """
 
@@ -32,13 +32,17 @@ FOLDERS = {
 
 def summaries(key: str) -> dict[str, str]:
     """Every part that the recipe key may name, with the first line of its docstring; imports nothing."""
+    return {name: (ast.get_docstring(node) or "").partition("\n")[0] for name, node in _functions(key).items()}
+
+
+def _functions(key: str) -> dict[str, ast.FunctionDef]:
     folder, files = FOLDERS[key]
     found = {}
     for file in files:
         tree = ast.parse((Path(__file__).parent / folder / f"{file}.py").read_text(encoding="utf-8"))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and _is_part(key, node):
-                found[f"{file}.{node.name}"] = (ast.get_docstring(node) or "").partition("\n")[0]
+                found[f"{file}.{node.name}"] = node
     return found
 
 
@@ -48,7 +52,7 @@ def _is_part(key: str, node: ast.FunctionDef) -> bool:
         "metric": "Generator",
         "distance": "Generator",
         "head_metric": "Scores",
-        "chooser": "tuple[Mask, Debt]",
+        "chooser": "tuple[dict[str, int], Debt]",
         "objective": "Tensor",
         "schedule": "float",
     }
@@ -69,13 +73,21 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
         option, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"option {item.strip()!r} of {key} {name!r} has no value; write it like option=value")
-        options[option.strip()] = yaml.safe_load(value)
-    known = names(key)
+        try:
+            options[option.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"the value of option {option.strip()!r} of {key} {name!r} is not YAML; quote it") from error
+    functions = _functions(key)
+    known = sorted(functions)
     if name not in known:
         same = [full for full in known if full.rpartition(".")[2] == name]
         if len(same) != 1:
             raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
         name = same[0]
+    takes = [argument.arg for argument in functions[name].args.kwonlyargs]
+    for option in options:
+        if option not in takes:
+            raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
     return name, options
 
 
@@ -101,8 +113,5 @@ def bind(key: str, written: str, **context: Any) -> Callable[..., Any]:
     file, _, leaf = name.partition(".")
     function: Callable[..., Any] = getattr(importlib.import_module(f"adapt_pruner.{folder}.{file}"), leaf)
     takes = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    for option in options:
-        if option not in takes:
-            raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
     bound = {option: value for option, value in context.items() if option in takes} | options
     return functools.partial(function, **bound)

@@ -4,18 +4,16 @@
 happens on the way is told to a listener as plain dicts with an `event` key; the library itself prints nothing.
 """
 
-import json
 import platform
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Metric, score
+from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feeds import calibration_feed, held_out_windows, training_shards
 from adapt_pruner.errors import RunError
@@ -96,14 +95,18 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
                 metrics = _metrics(recipe, seed=recipe.seed + where["iteration"])
                 tell = _progress(listen, "score", **where)
                 scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
+                prunable = _prunable(model, recipe)
+                sizes, debt = chooser(scores, prunable, Budget(keep=stage.params, total=now), debt=debt)
+                scores |= _head_scores(model, prunable, sizes, batches, recipe)
             with _clock(spent, "cut"):
-                choose = partial(chooser, axes=_prunable(model, recipe), budget=Budget(keep=stage.params, total=now), debt=debt)
-                mask, debt = choose(_head_scores(model, axes, choose(scores)[0], scores, batches, recipe))
+                mask = Mask.of_sizes(prunable, scores, sizes)
                 cut(model, axes, mask, optimizer=optimizer)
                 outcome.mask = outcome.mask.then(mask)
             note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
             outcome.history.append(note)
-            listen({"event": "cut", **note, "importance": scores["layers"].tolist(), "sparsity": dict(debt.sparsity)})
+            listen(
+                {"event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None}
+            )
 
         if optimizer is not None:
             if recipe.moments == "reset":
@@ -136,20 +139,24 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
     return outcome
 
 
-def prune(recipe: Recipe, out: Path, *, listen: Listener) -> Outcome:
+def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
     """Run the recipe and write the resulting checkpoint to the folder `out`; see `shrink` for what can go wrong."""
+    out = Path(out)
     check_target(out)
-    loaded = _load(recipe, listen)
+    loaded = _load(recipe.ready(), listen, trust_remote_code)
     outcome = shrink(loaded, recipe, listen=listen, on_stage=lambda stage, so_far: None)
     _save(outcome, recipe, out)
     listen({"event": "saved", "path": str(out), **outcome.figures})
     return outcome
 
 
-def run(recipe: Recipe, run_dir: Path, *, listen: Listener) -> Outcome:
+def run(
+    recipe: Recipe, run_dir: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False
+) -> Outcome:
     """Run the recipe in a run folder: recipe.yaml, log.jsonl, checkpoints/stage-K (the newest), model/."""
+    run_dir = Path(run_dir)
     check_target(run_dir)
-    loaded = _load(recipe, listen)
+    loaded = _load(recipe.ready(), listen, trust_remote_code)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(f"# {_provenance()}\n{recipe.to_yaml()}", encoding="utf-8")
     newest: list[Path] = []
@@ -158,7 +165,7 @@ def run(recipe: Recipe, run_dir: Path, *, listen: Listener) -> Outcome:
 
         def tell(event: dict[str, Any]) -> None:
             if event["event"] != "progress":
-                log.write(json.dumps({"time": time.time()} | event) + "\n")
+                log.write(to_json({"time": time.time()} | event) + "\n")
                 log.flush()
             listen(event)
 
@@ -180,19 +187,22 @@ def run(recipe: Recipe, run_dir: Path, *, listen: Listener) -> Outcome:
     return outcome
 
 
-def dry_run(recipe: Recipe, *, listen: Listener) -> dict[str, Any]:
+def dry_run(recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> dict[str, Any]:
     """What a run would do, with time and memory estimated from a quick probe of the real model; nothing is written.
 
     The probe is one calibration batch, forward and backward. A training token is taken to cost what a calibration token
     does; Adam's two moments and the gradients of all weights are added to the memory seen.
     """
-    loaded = _load(recipe, listen)
+    loaded = _load(recipe.ready(), listen, trust_remote_code)
     model = loaded.model
     dense = count_parameters(model)
     planned, budget = _planned(model, recipe)
+    _shards(loaded, recipe, planned, listen)
+    _held_out(loaded, recipe)
     batch = calibration_feed(model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)(1)[0]
-    began = time.perf_counter()
-    score(model, families.axes(model), [batch], metrics=_metrics(recipe, seed=recipe.seed), dtype=recipe.dtype)
+    for _ in range(2):  # the first pass of a process is slow
+        began = time.perf_counter()
+        score(model, families.axes(model), [batch], metrics=_metrics(recipe, seed=recipe.seed), dtype=recipe.dtype)
     per_token = (time.perf_counter() - began) / batch.numel()
     seconds = [(stage.calibration_tokens + stage.tokens) * per_token for stage in planned]
     return {
@@ -226,27 +236,23 @@ def _prunable(model: Any, recipe: Recipe) -> list[Axis]:
 
 
 def _metrics(recipe: Recipe, *, seed: int) -> list[Metric]:
-    return [parts.bind("metric", recipe.metric, seed=seed), parts.bind("distance", recipe.distance)]
+    metrics = [parts.bind("metric", recipe.metric, seed=seed)]
+    return metrics + ([parts.bind("distance", recipe.distance)] if recipe.distance is not None else [])
 
 
-def _head_scores(
-    model: Any, axes: Sequence[Axis], mask: Mask, scores: Scores, batches: Sequence[Tensor], recipe: Recipe
-) -> Scores:
-    """`scores`, with the KV heads of every layer that is to lose one ranked by `recipe.head_metric`.
-
-    How many heads a layer loses does not depend on what they score, so the layers are known before the heads are measured.
-    """
-    losing = [axis for axis in axes if axis.kind == "kv_heads" and axis.name in mask and not mask[axis.name].all()]
+def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], recipe: Recipe) -> Scores:
+    """What `recipe.head_metric` says of the KV heads in every layer that is to lose one; nothing of the others."""
+    losing = [axis for axis in axes if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
     if recipe.head_metric is None or not losing:
-        return scores
+        return {}
     measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype)
-    measured: Scores = measure(model, losing, [batches[0][: max(1, _HEAD_TOKENS // batches[0].shape[1])]])
-    return scores | measured
+    measured: Scores = measure(model, losing, batches[: max(1, _HEAD_TOKENS // batches[0].numel())])
+    return measured
 
 
-def _load(recipe: Recipe, listen: Listener) -> Loaded:
+def _load(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loaded:
     listen({"event": "load", "model": recipe.model})
-    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=recipe.trust_remote_code)
+    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
     listen({"event": "loaded", "model": recipe.model, "params": count_parameters(loaded.model)})
     return loaded
 
@@ -290,7 +296,7 @@ def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
     loaded = outcome.loaded
     mask = loaded.mask.then(outcome.mask) if loaded.mask is not None else outcome.mask
     pruning = {
-        "dense_params": loaded.dense_params or outcome.figures["params_before"],
+        "dense_params": outcome.figures["params_before"] if loaded.mask is None else loaded.dense_params,
         "made_by": _provenance(),
         "recipe": recipe.model_dump(mode="json"),
         "figures": outcome.figures,
@@ -300,11 +306,17 @@ def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
 
 
 def _provenance() -> str:
-    """Versions of what made a run, and the commit when the package lies in a git checkout."""
-    text = ", ".join(f"{name} {version(name)}" for name in ("adapt-pruner", "torch", "transformers"))
-    text += f", Python {platform.python_version()}"
-    if shutil.which("git"):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Versions of what made a run, and the commit when the package lies in its own git checkout."""
+    versions = []
+    for name in ("adapt-pruner", "torch", "transformers"):
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            versions.append(f"{name} unknown")
+    text = ", ".join([*versions, f"Python {platform.python_version()}"])
+    checkout = Path(__file__).parents[2]
+    if (checkout / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         text += f", commit {commit}" if commit else ""
     return text

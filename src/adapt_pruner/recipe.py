@@ -1,7 +1,8 @@
 """What a run is: every choice in one validated, frozen description, as YAML in and out.
 
 A recipe file holds any of the keys below; what it leaves out has the default. `--set KEY=VALUE` on the command line
-overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe that names its parts (`methods/*.yaml`).
+overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe that names its parts
+(`methods/*.yaml`); `method: NAME` in a recipe takes from it what the recipe itself leaves out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,10 @@ Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isins
 
 def _part(key: str) -> Any:
     return Annotated[str, AfterValidator(lambda written: parts.check(key, written))]
+
+
+def _optional_part(key: str) -> Any:
+    return Annotated[str | None, AfterValidator(lambda written: written and parts.check(key, written))]
 
 
 class _Frozen(BaseModel):
@@ -68,6 +73,10 @@ class Training(_Frozen):
             raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
         if self.batch_tokens < self.length:
             raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
+        if self.warmup + self.decay > 1:
+            raise ValueError(
+                f"training.warmup {self.warmup} and training.decay {self.decay} are more than the whole run; lower one"
+            )
         return self
 
 
@@ -84,17 +93,17 @@ class Recipe(_Frozen):
 
     about: str = Field("", description="one line for people")
     paper: str = Field("", description="where the method comes from")
-    method: str = Field("adapt-pruner", description="the name it goes by in results")
+    method: str = Field("adapt-pruner", description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
     axes: tuple[Literal["neurons", "kv_heads"], ...] = Field(("neurons", "kv_heads"), min_length=1, description="what may go")
+    # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
-    distance: _part("distance") = Field("blocks.cosine", description="what a layer is worth")  # type: ignore[valid-type]
-    head_metric: Annotated[str | None, AfterValidator(lambda written: written and parts.check("head_metric", written))] = Field(
-        "blocks.loss_drop", description="what a KV head is worth when its layer is about to lose one; null: what metric says"
-    )
+    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer is worth; null where the chooser does not ask")  # type: ignore[valid-type]
+    head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is to lose one; null: what metric says")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
+    # fmt: on
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
     debt: Literal["carry", "reset"] = Field(
@@ -109,7 +118,6 @@ class Recipe(_Frozen):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of matrix products; auto is bfloat16 where native"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that a foreign checkpoint brings")
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +125,16 @@ class Recipe(_Frozen):
         if isinstance(data, dict) and isinstance(data.get("budget"), int):
             data = data | {"budget": str(data["budget"])}
         return data
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Recipe":
+        if self.budget and not self.budget.strip().endswith("%"):
+            parse_count(self.budget)
+        if self.distance is None and self.chooser.startswith("allocate.adaptive"):
+            raise ValueError(
+                "chooser 'allocate.adaptive' needs a distance, and distance is null; name one, for example blocks.cosine"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` takes back."""
@@ -168,8 +186,12 @@ def read(
             _put(data, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise UsageError(f"the value of --set {text!r} is not YAML; quote it") from error
+    name = data.get("method", "adapt-pruner")
+    if name not in methods():
+        raise UsageError(f"method {name!r} is not known; {nearest(str(name), methods())}")
+    row = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(row | data)
     except ValidationError as error:
         raise UsageError(_sentence(error)) from error
 

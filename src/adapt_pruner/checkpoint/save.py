@@ -11,7 +11,6 @@ pruning.json            how the model was made
 
 import copy
 import errno
-import json
 import os
 import shutil
 import uuid
@@ -23,7 +22,9 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
 
@@ -52,6 +53,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: it could not be written (disk full, no permission); nothing is left under `path`.
     """
+    path = path.absolute()  # "." cannot be renamed over, its full name can
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -60,8 +62,11 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         for file in partial.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        if path.is_dir():
-            path.rmdir()  # only an empty folder stands here, see check_target
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        if path.exists():
+            rescued = partial.rename(path.with_name(f"{path.name}-{partial.name[-8:]}"))
+            raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
         partial.rename(path)
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
@@ -102,9 +107,9 @@ def save(
         if config.is_heterogeneous:
             shutil.copyfile(Path(__file__).with_name("modeling_pruned.py"), folder / "modeling_pruned.py")
         if mask is not None:
-            _write_json(folder / "mask.json", mask.to_json(), indent=None)
+            (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if pruning is not None:
-            _write_json(folder / "pruning.json", pruning, indent=2)
+            (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(model: Any, dtype: torch.dtype) -> Any:
@@ -116,6 +121,8 @@ def _config(model: Any, dtype: torch.dtype) -> Any:
     config.architectures = [stock]
     config.__dict__.pop("auto_map", None)
     if config.is_heterogeneous:
+        if not hasattr(modeling_pruned, f"Pruned{stock}"):
+            raise UsageError(f"{stock} has no class in modeling_pruned.py, so unequal layers cannot be saved; add one")
         config.architectures = [f"Pruned{stock}"]
         config.auto_map = {
             "AutoModel": f"modeling_pruned.Pruned{stock.replace('ForCausalLM', 'Model')}",
@@ -132,7 +139,3 @@ def _save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
             if tensor.is_floating_point():
                 state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
     model.save_pretrained(folder, state_dict=state)
-
-
-def _write_json(path: Path, data: Any, *, indent: int | None) -> None:
-    path.write_text(json.dumps(data, indent=indent, sort_keys=False) + "\n", encoding="utf-8")

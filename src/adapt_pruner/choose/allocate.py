@@ -1,11 +1,12 @@
-"""How much each axis gives up in one pruning iteration, and with which units: adaptive by layer, or the same everywhere.
+"""How much each axis gives up in one pruning iteration: adaptive by layer, or the same everywhere.
 
-A chooser is called once an iteration and takes one step towards the budget:
+A chooser is called once an iteration, takes one step towards the budget and says how many units each axis keeps; which
+ones is up to their scores (`Mask.of_sizes`):
 
-    mask, debt = chooser(scores, axes, budget, debt=debt, step=0.02, …)
+    sizes, debt = chooser(scores, axes, budget, debt=debt, step=0.02, …)
 
 Every axis a has a sparsity s_a, the share of its size at the start that is to be gone by now. A step raises all of them;
-axis a then keeps start_a - floor(start_a · s_a) units, those with the best scores. What a floor leaves undone (a third of
+axis a then keeps start_a - floor(start_a · s_a) units. What a floor leaves undone (a third of
 a KV head cannot go) is a debt that later steps pay: it is carried in `Debt`, by default through the whole run.
 The step that would pass the budget is shortened so that the model ends below it by less than one unit.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.budget import Budget
 
 __all__ = ["Debt", "adaptive", "layer_importance", "uniform"]
@@ -47,6 +48,8 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
 
     Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike.
     """
+    if not torch.isfinite(distances).all():
+        raise ValueError("block distances are not finite; the model or its calibration text gives NaN or infinity")
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())
     # Below the rounding of a float32 mean the layers are alike.
@@ -57,14 +60,14 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
 
 def adaptive(
     scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, amplitude: float
-) -> tuple[Mask, Debt]:
+) -> tuple[dict[str, int], Debt]:
     """Layers that change their input less give up more: s += step - amplitude · I, with I the layer's importance.
 
     I is `layer_importance` of scores["layers"], measured anew each iteration on the model as pruned so far; s is clipped
-    to [0, 0.99]. Within an axis the units with the lowest scores go. The last step is scaled as a whole.
+    to [0, 0.99]. The last step is scaled as a whole.
 
     Args:
-        scores: of every axis in `axes`, and of `layers`.
+        scores: of `layers`; others are not looked at.
         axes: the axes that may shrink.
         budget: parameters to keep.
         debt: where every axis stands; `Debt.none(axes)` at first.
@@ -72,38 +75,35 @@ def adaptive(
         amplitude: how much importance shifts that share (0.02 in the authors' scripts; 0 makes it uniform).
 
     Returns:
-        The mask of this iteration and the debt after it.
+        Units each axis keeps, and the debt after it.
 
     Raises:
-        ValueError: scores are missing, misshapen or not finite.
+        ValueError: the layers' scores are not finite, or an axis lies in no layer.
 
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
     of the budget instead of one iteration beyond it; a negative increment never asks for units back.
     """
     importance = layer_importance(scores["layers"])
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
-    return _advance(scores, axes, budget, debt, increments)
+    return _advance(axes, budget, debt, increments)
 
 
-def uniform(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[Mask, Debt]:
+def uniform(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
     """Every axis gives up the same share: s += step; the control that adaptive has to beat.
 
     Args:
-        scores: of every axis in `axes`.
+        scores: not looked at.
         axes: the axes that may shrink.
         budget: parameters to keep.
         debt: where every axis stands; `Debt.none(axes)` at first.
         step: share of an axis's start size removed an iteration; 1 prunes in one shot.
 
     Returns:
-        The mask of this iteration and the debt after it.
-
-    Raises:
-        ValueError: scores are missing, misshapen or not finite.
+        Units each axis keeps, and the debt after it.
 
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
-    return _advance(scores, axes, budget, debt, {axis.name: step for axis in axes})
+    return _advance(axes, budget, debt, {axis.name: step for axis in axes})
 
 
 def _layer(axis: Axis) -> int:
@@ -112,10 +112,12 @@ def _layer(axis: Axis) -> int:
     return axis.layer
 
 
-def _advance(
-    scores: Scores, axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mapping[str, float]
-) -> tuple[Mask, Debt]:
-    """Raise the sparsities by `increments`, as often as it takes for a unit to go, but not past the budget."""
+def _advance(axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mapping[str, float]) -> tuple[dict[str, int], Debt]:
+    """Raise the sparsities by `increments`, but not past the budget.
+
+    Where that would remove next to nothing (no axis owes a whole unit yet, or most stand at their limit) the step is
+    taken as often as it needs to get somewhere: nothing would have changed for another measurement to see.
+    """
 
     def sparsity_after(times: float) -> dict[str, float]:
         return {
@@ -131,56 +133,64 @@ def _advance(
             sizes[axis.name] = min(axis.size, max(1, owed))
         return sizes
 
-    def removed(sizes: Mapping[str, int]) -> int:
-        return sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes)
+    def removed(times: float) -> int:
+        return _removed(axes, sizes_after(times))
 
+    average = sum(abs(increments[axis.name]) * axis.size * axis.cost for axis in axes)
     times = 1.0
-    while removed(sizes_after(times)) == 0 and sparsity_after(times) != sparsity_after(times + 1):
+    while removed(times) < min(average / 10, budget.excess) and sparsity_after(times) != sparsity_after(times + 1):
         times += 1.0
-    sizes = sizes_after(times)
-    if removed(sizes) > budget.excess:
-        under, over = times - 1.0, times
-        while removed(sizes_after(under)) > budget.excess:
-            under -= 1.0
+    if removed(times) >= budget.excess:
+        under, over = max(0.0, times - 1), times
         for _ in range(60):
             middle = (under + over) / 2
-            under, over = (under, middle) if removed(sizes_after(middle)) >= budget.excess else (middle, over)
+            under, over = (under, middle) if removed(middle) >= budget.excess else (middle, over)
         times = over
-        sizes = _settle(axes, budget.excess, sizes_after(under), sizes_after(over))
-    elif removed(sizes) == 0:  # every axis is at its greatest sparsity and the budget is still out of reach of the rule
-        sizes = _settle(axes, budget.excess, sizes, {axis.name: 1 for axis in axes})
-    return Mask.of_sizes(axes, scores, sizes), Debt(start=debt.start, sparsity=sparsity_after(times))
+    sizes, sparsity = sizes_after(times), sparsity_after(times)
+    # Nothing removed means that every axis stands at its limit and the rule has nothing more to say.
+    if _removed(axes, sizes) >= budget.excess or _removed(axes, sizes) == 0:
+        sizes = _settle(axes, budget.excess, sizes, sparsity, debt)
+    return sizes, Debt(start=debt.start, sparsity=sparsity)
 
 
-def _settle(axes: Sequence[Axis], excess: int, under: Mapping[str, int], over: Mapping[str, int]) -> dict[str, int]:
-    """Sizes between `under` (removes too little) and `over` (enough) that remove `excess` parameters, less than a unit more.
+def _removed(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
+    return sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes)
 
-    Units of the cheapest kind (neurons) are given back evenly. Where that is not enough, because a dear unit (a KV head)
-    fell at the end of the step, the dear ones stay and cheap ones go instead.
+
+def _settle(
+    axes: Sequence[Axis], excess: int, wanted: Mapping[str, int], sparsity: Mapping[str, float], debt: Debt
+) -> dict[str, int]:
+    """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
+
+    Of the dear units (KV heads) that `wanted` lets go, as many go as the excess pays for, those owed longest first; what
+    stays is still owed. Cheap units make up the difference, taken from or given back to all their axes evenly. Only where
+    no cheap unit is left do more dear ones go than are owed.
     """
     cheapest = min(axis.cost for axis in axes)
     cheap = [axis for axis in axes if axis.cost == cheapest]
+    dear = [axis for axis in axes if axis.cost != cheapest]
+    sizes = {axis.name: axis.size for axis in axes}
 
-    def spare(sizes: Mapping[str, int]) -> int:
-        return sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes) - excess
+    def owed(axis: Axis) -> float:
+        """Units of a dear axis that are due and not gone, with their fraction."""
+        start = debt.start[axis.name]
+        return start * sparsity[axis.name] - (start - sizes[axis.name])
 
-    sizes = dict(over)
-    # First to the axes that lost more at the end of the step than before, then to all that lost anything in it.
-    for top in (under, {axis.name: axis.size for axis in axes}):
-        while spare(sizes) >= cheapest:
-            losers = [axis for axis in cheap if sizes[axis.name] < top[axis.name]]
-            if not losers:
-                break
-            for axis in losers[: spare(sizes) // cheapest]:
-                sizes[axis.name] += 1
-    if spare(sizes) < cheapest:
-        return sizes
+    while payable := [
+        axis for axis in dear if sizes[axis.name] > wanted[axis.name] and _removed(axes, sizes) + axis.cost <= excess
+    ]:
+        sizes[max(payable, key=owed).name] -= 1
+    room = sum((axis.size - 1) * cheapest for axis in cheap)
+    while excess - _removed(axes, sizes) > room and (left := [axis for axis in dear if sizes[axis.name] > 1]):
+        sizes[max(left, key=owed).name] -= 1
 
-    sizes = dict(under)
-    while spare(sizes) < 0:
-        losers = sorted((axis for axis in cheap if sizes[axis.name] > 1), key=lambda axis: -sizes[axis.name])
-        if not losers:
-            return dict(over)
-        for axis in losers[: math.ceil(-spare(sizes) / cheapest)]:
-            sizes[axis.name] -= 1
-    return sizes
+    taken = {axis.name: axis.size - wanted[axis.name] for axis in cheap}
+    due = min(room // cheapest, max(0, math.ceil((excess - _removed(axes, sizes)) / cheapest)))
+    while (difference := due - sum(taken.values())) != 0:
+        if difference > 0:
+            movable = [axis for axis in cheap if taken[axis.name] < axis.size - 1]
+        else:
+            movable = [axis for axis in cheap if taken[axis.name] > 0]
+        for axis in movable[: abs(difference)]:
+            taken[axis.name] += 1 if difference > 0 else -1
+    return sizes | {axis.name: axis.size - taken[axis.name] for axis in cheap}

@@ -1,7 +1,7 @@
-"""`adapt-pruner eval`: perplexity of a model on a text."""
+"""`adapt-pruner eval`: perplexity and reading speed of one model, or of several side by side."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,8 +11,8 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folder, .gguf file, hub id or packaged name; one or more.")
     ],
     text: Annotated[str, typer.Option(help="Text: file, folder, glob, hub:NAME, python-docs:heldout.")],
     window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
@@ -22,45 +22,79 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of MODEL on a text.
+    """Measure the perplexity of MODEL on a text; several models make a table, with their speeds measured in turn.
 
     Examples:
 
         adapt-pruner eval small --text python-docs:heldout
 
-        adapt-pruner eval smollm2-135m-instruct --text wiki.test.txt --max-windows 40 --json
+        adapt-pruner eval smollm2-135m-instruct small --text wiki.test.txt --max-windows 40
     """
-    from adapt_pruner.data.sources import SELF, documents
-    from adapt_pruner.errors import UsageError
+    from adapt_pruner.errors import UsageError, nearest
 
-    if text == SELF:
-        raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UsageError(f"dtype {dtype!r} is not known; known: auto, bfloat16, float32")
-    texts = documents(text)
+    precisions = ("auto", "float32", "bfloat16")
+    if dtype not in precisions:
+        raise UsageError(f"dtype {dtype!r} is not known; {nearest(dtype, precisions)}")
 
     from adapt_pruner.checkpoint.load import load, pick_device
-    from adapt_pruner.cli.screen import millions, quiet_libraries, screen
-    from adapt_pruner.cli.tables import print_json
+    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
-    from adapt_pruner.data.tokens import evaluation_windows
+    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.data.feeds import held_out_windows
+    from adapt_pruner.data.sources import SELF, documents
     from adapt_pruner.evaluate.anatomy import decoder_parameters
     from adapt_pruner.evaluate.perplexity import perplexity
+    from adapt_pruner.evaluate.speed import forward_speed
 
     quiet_libraries()
+    if text != SELF:
+        documents(text)  # a text that is not there is said before a model is loaded
+    rows: list[dict[str, Any]] = []
+    held = []
     with screen() as listen:
-        listen({"event": "load", "model": model})
-        loaded = load(model, device=pick_device(device), trust_remote_code=trust_remote_code)
-        windows = evaluation_windows(loaded.tokenizer, texts, window=window, max_windows=max_windows)
-        measured = perplexity(
-            loaded.model,
-            windows,
-            dtype=dtype,
-            on_window=lambda done, of: listen({"event": "progress", "phase": "evaluate", "done": done, "of": of}),
-        )
-    params = count_parameters(loaded.model)
+        for name in models:
+            listen({"event": "load", "model": name})
+            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code)
+            windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
+
+            def told(done: int, of: int) -> None:
+                listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+
+            measured = perplexity(loaded.model, windows, dtype=dtype, on_window=told)
+            params = count_parameters(loaded.model)
+            rows.append({
+                "model": name, **asdict(measured), "params": params, "decoder_params": decoder_parameters(loaded.model),
+                "weight_bytes": params * loaded.dtype.itemsize,
+            })  # fmt: skip
+            held.append((loaded.model, windows[0]))
+    if len(models) > 1:
+        # The same ids for all: other vocabularies would read other text, but every model has these few ids.
+        ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
+        for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=dtype), strict=True):
+            row["tokens_per_second"] = speed
+    else:
+        rows[0]["tokens_per_second"] = rows[0]["tokens"] / rows[0]["seconds"]
     if as_json:
-        print_json({"model": model, **asdict(measured), "params": params, "decoder_params": decoder_parameters(loaded.model)})
-        return
-    print(f"perplexity {measured.perplexity:.3f} ({measured.nll:.4f} nats per token) of {model}, {millions(params)} parameters,")
-    print(f"over {measured.tokens:,} tokens in {measured.windows} windows; {measured.tokens / measured.seconds:,.0f} tokens/s")
+        print(to_json(rows[0] if len(models) == 1 else {"models": rows}))
+    else:
+        _print(rows)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from adapt_pruner.cli.tables import print_table
+
+    print_table(
+        ["model", "parameters", "weights on disk", "perplexity", "tokens/s"],
+        [
+            [
+                row["model"],
+                f"{row['params']:,}",
+                f"{row['weight_bytes'] / 1e6:,.0f} MB",
+                f"{row['perplexity']:.2f}",
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    first = rows[0]
+    print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights in the precision that is stored")

@@ -26,14 +26,15 @@ def inspect(
     """
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries
-    from adapt_pruner.cli.tables import print_json, print_table
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.plain import to_json
     from adapt_pruner.evaluate.anatomy import anatomy
 
     quiet_libraries()
     loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)
     found = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if as_json:
-        print_json({"model": model, **found})
+        print(to_json({"model": model, **found}))
         return
     rows = [
         [str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}", _share(row)]

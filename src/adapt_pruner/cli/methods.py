@@ -15,12 +15,13 @@ def methods(as_json: Json = False) -> None:
     import yaml
 
     from adapt_pruner import parts, recipe
-    from adapt_pruner.cli.tables import print_json, print_table
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.plain import to_json
 
     rows = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in recipe.methods().items()}
     kinds = {key: parts.summaries(key) for key in parts.FOLDERS}
     if as_json:
-        print_json({"methods": rows, "parts": kinds})
+        print(to_json({"methods": rows, "parts": kinds}))
         return
     print_table(["method", "what it does", "source"], [[name, row["about"], row["paper"]] for name, row in rows.items()], left=3)
     for key, found in kinds.items():

@@ -1,7 +1,7 @@
 """`adapt-pruner prune`: one model in, one smaller checkpoint out, no training."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,8 +23,8 @@ def prune(
             help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or self. [default: python-docs:train]"
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Sequences an iteration.")] = 64,
-    calibration_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    calibration_samples: Annotated[int | None, typer.Option(help="Sequences an iteration. [default: 64]")] = None,
+    calibration_length: Annotated[int | None, typer.Option(help="Tokens a sequence. [default: 128]")] = None,
     calibration_ids: Annotated[
         Path | None, typer.Option(help="JSON file with input_ids: exactly these tokens instead of a text.")
     ] = None,
@@ -44,22 +44,20 @@ def prune(
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --set amplitude=0.03
     """
     from adapt_pruner import recipe as recipes
-    from adapt_pruner.errors import UsageError, nearest
+    from adapt_pruner.errors import UsageError
 
-    rows = recipes.methods()
-    if method not in rows:
-        raise UsageError(f"method {method!r} is not known; {nearest(method, rows)}")
-    values: dict[str, Any] = {
-        "model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype,
-        "calibration.samples": calibration_samples, "calibration.length": calibration_length,
-    }  # fmt: skip
-    if trust_remote_code:
-        values["trust_remote_code"] = True
-    if calibration is not None:
-        values["calibration.source"] = calibration
+    given = {
+        "calibration.source": calibration,
+        "calibration.samples": calibration_samples,
+        "calibration.length": calibration_length,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
     if calibration_ids is not None:
-        values["calibration.ids"] = str(calibration_ids)
-    recipe = recipes.read(str(rows[method]), values=values, overrides=overrides or []).ready()
+        if given:
+            raise UsageError(f"--calibration-ids fixes every token, so {', '.join(given)} would be ignored; leave one out")
+        given["calibration.ids"] = str(calibration_ids)
+    common = {"model": model, "budget": params, "method": method, "seed": seed, "device": device, "dtype": dtype}
+    recipe = recipes.read({}, values=common | given, overrides=overrides or []).ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
     from adapt_pruner.checkpoint.save import check_target
@@ -68,13 +66,14 @@ def prune(
 
     from adapt_pruner import pipeline
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
-    from adapt_pruner.cli.tables import print_json, print_table
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.plain import to_json
 
     quiet_libraries()
     with screen() as listen:
-        figures = pipeline.prune(recipe, out, listen=listen).figures
+        figures = pipeline.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code).figures
     if as_json:
-        print_json(figures | {"path": str(out)})
+        print(to_json(figures | {"path": str(out)}))
         return
     kept = figures["params_after"] / figures["params_before"]
     kept_in_layers = figures["decoder_params_after"] / figures["decoder_params_before"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Json, Set
+from adapt_pruner.cli.options import Json, Set, TrustRemoteCode
 
 __all__ = ["run"]
 
@@ -20,6 +20,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, with time and memory estimated by a quick probe.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Run a RECIPE: prune, train, prune, train, … and save.
@@ -41,18 +42,18 @@ def run(
 
     from adapt_pruner import pipeline
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
-    from adapt_pruner.cli.tables import print_json
+    from adapt_pruner.core.plain import to_json
 
     quiet_libraries()
     if dry_run:
         with screen() as listen:
-            planned = pipeline.dry_run(resolved, listen=listen)
-        print_json(planned) if as_json else _print_plan(planned)
+            planned = pipeline.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
+        print(to_json(planned)) if as_json else _print_plan(planned)
         return
     with screen() as listen:
-        figures = pipeline.run(resolved, run_dir, listen=listen).figures
+        figures = pipeline.run(resolved, run_dir, listen=listen, trust_remote_code=trust_remote_code).figures
     if as_json:
-        print_json(figures | {"path": str(run_dir / "model")})
+        print(to_json(figures | {"path": str(run_dir / "model")}))
         return
     print(
         f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {duration(figures['seconds'])}"

@@ -1,26 +1,11 @@
-"""Results as tables on stdout, or as one JSON object."""
+"""Results as tables on stdout."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_json", "print_table"]
-
-
-def print_json(data: dict[str, Any]) -> None:
-    """One JSON object on stdout; what is not a number in JSON (NaN, infinity) becomes null."""
-    print(json.dumps(_finite(data)))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+__all__ = ["print_table"]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1) -> None:

@@ -31,7 +31,8 @@ def parse_count(text: str | int) -> int:
         UsageError: it is not a positive count.
     """
     match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBgGtT]?)\s*", str(text))
-    value = round(float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].upper()]) if match else 0
+    number = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].upper()] if match else 0.0
+    value = round(number) if number < 1e18 else 0
     if value < 1:
         raise UsageError(f"{text!r} is not a count; write it like 110M, 110_000_000 or 1.5B")
     return value

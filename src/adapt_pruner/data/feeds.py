@@ -1,9 +1,9 @@
 """From a SPEC of text to the batches a run is fed: calibration by iteration, training by stage, held-out windows."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapt_pruner.data.selfwritten import selfwritten_windows
@@ -13,7 +13,7 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["calibration_feed", "held_out_windows", "training_shards"]
 
-_MICRO_TOKENS = 2048  # calibration tokens in one forward and backward
+_MICRO_TOKENS = 512  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
 
 
 def calibration_feed(
@@ -32,9 +32,12 @@ def calibration_feed(
         rows = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed).split(1)
     else:
         texts = documents(source)
+        encoded: dict[int, list[int]] = {}
 
         def draw(iteration: int) -> list[Tensor]:
-            windows = calibration_windows(tokenizer, texts, samples=samples, length=length, seed=seed * 1_000_003 + iteration)
+            windows = calibration_windows(
+                tokenizer, texts, samples=samples, length=length, seed=seed * 1_000_003 + iteration, encoded=encoded
+            )
             return batches_of(windows.split(1), max_tokens=_MICRO_TOKENS)
 
         draw(0)  # a text that is too short is refused before any work is done
@@ -57,10 +60,16 @@ def training_shards(
     blocks, there = training_blocks(tokenizer, documents(source), length=length, tokens=total, seed=seed)
     if there < blocks.numel():
         warn(f"the training text has {there:,} tokens and {total:,} are asked for, so it is repeated")
-    ends = torch.tensor(stage_tokens).cumsum(0).div(total).mul(len(blocks)).round().long().tolist()
+    ends = [round(done * len(blocks) / total) for done in itertools.accumulate(stage_tokens)]
     return [blocks[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def held_out_windows(tokenizer: Any, *, source: str, window: int, max_windows: int | None) -> list[Tensor]:
-    """Evaluation windows of a text; see `data.tokens.evaluation_windows`."""
+    """Evaluation windows of a text; see `data.tokens.evaluation_windows`.
+
+    Raises:
+        UsageError: there is no such text, it is too short, or it is `self`.
+    """
+    if source == SELF:
+        raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
     return evaluation_windows(tokenizer, documents(source), window=window, max_windows=max_windows)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 __all__ = ["selfwritten_windows"]
 
@@ -21,28 +22,28 @@ def selfwritten_windows(model: nn.Module, tokenizer: Any, *, samples: int, lengt
     """
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     device = next(model.parameters()).device
-    training = model.training
-    state = torch.get_rng_state()
-    try:
-        model.eval()
-        torch.manual_seed(seed)
-        rows = []
-        for done in range(0, samples, _BATCH):
-            count = min(_BATCH, samples - done)
-            ids = torch.full((count, 1), start, device=device)
-            written = model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length,
-                max_new_tokens=length,
-                pad_token_id=start,
-            )
-            rows.append(written[:, 1:].cpu())
-        return torch.cat(rows)
-    finally:
-        torch.set_rng_state(state)
-        model.train(training)
+    training, own_config = model.training, model.generation_config
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            # The model's own settings (penalties, end-of-text ids) would bend what it writes.
+            model.generation_config = GenerationConfig(pad_token_id=start)
+            torch.manual_seed(seed)
+            rows = []
+            for done in range(0, samples, _BATCH):
+                ids = torch.full((min(_BATCH, samples - done), 1), start, device=device)
+                written = model.generate(  # type: ignore[operator]
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=length,
+                )
+                rows.append(written[:, 1:].cpu())
+            return torch.cat(rows)
+        finally:
+            model.generation_config = own_config
+            model.train(training)

@@ -1,7 +1,7 @@
 """Where text comes from: a SPEC, as written on the command line, to a list of documents.
 
 notes.txt                     one document
-books/  'corpus/*/*.jsonl.gz' every .txt, .jsonl[.gz|.zst] and .parquet below a folder or under a glob
+books/  'corpus/*/*.jsonl.gz' every .txt, .md, .jsonl[.gz|.zst] and .parquet below a folder or under a glob
 data.jsonl.gz  data.parquet   one document a row, its field `text`
 hub:NAME[:config][:split][:field]   a data set by its name, through the datasets library (split `train`, field `text`)
 python-docs[:train|:heldout]  Python's own language reference, which comes with Python
@@ -13,25 +13,26 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["SELF", "documents", "looks_local"]
+__all__ = ["SELF", "documents"]
 
 SELF = "self"
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_FIELD = "text"
 _MAX_HUB_DOCUMENTS = 200_000
 
 
-def documents(spec: str, *, field: str = "text") -> list[str]:
+def documents(spec: str) -> list[str]:
     """The documents that `spec` names, in a fixed order; empty ones are left out.
 
     Args:
         spec: as described at the top of this file, `self` excepted.
-        field: the column that holds the text, where rows have columns.
 
     Raises:
         UsageError: nothing is there, it holds no text, or it is not what its name says; with the remedy.
@@ -41,16 +42,11 @@ def documents(spec: str, *, field: str = "text") -> list[str]:
     elif spec.startswith("hub:"):
         found = _hub(spec)
     else:
-        found = [text for path in _paths(spec) for text in _read(path, field)]
+        found = [text for path in _paths(spec) for text in _read(path, _FIELD)]
     found = [text for text in found if text.strip()]
     if not found:
         raise UsageError(f"text {spec!r} is empty; name a file or folder that holds text")
     return found
-
-
-def looks_local(spec: str) -> bool:
-    """Whether `spec` is to be found on this machine, without a network."""
-    return not spec.startswith("hub:")
 
 
 def _paths(spec: str) -> list[Path]:
@@ -75,13 +71,13 @@ def _read(path: Path, field: str) -> list[str]:
         if name.endswith((".jsonl", ".json", ".jsonl.gz", ".jsonl.zst")):
             with _open(path) as lines:
                 return list(_rows(lines, path, field))
-        return [path.read_text(encoding="utf-8")]
+        return [path.read_bytes().decode("utf-8")]  # as it is: read_text would change line ends
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
             f"convert it first, for example: iconv -f latin1 -t utf-8 {name}"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
@@ -131,7 +127,7 @@ def _parquet(path: Path, field: str) -> list[str]:
 def _hub(spec: str) -> list[str]:
     name, *rest = spec.split(":")[1:]
     config, split, field = (rest + ["", "", ""])[:3]
-    split, field = split or "train", field or "text"
+    split, field = split or "train", field or _FIELD
     import datasets
 
     try:

@@ -21,8 +21,13 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def calibration_windows(tokenizer: Any, texts: Sequence[str], *, samples: int, length: int, seed: int) -> Tensor:
+def calibration_windows(
+    tokenizer: Any, texts: Sequence[str], *, samples: int, length: int, seed: int, encoded: dict[int, list[int]] | None = None
+) -> Tensor:
     """`samples` windows of `length` tokens drawn at random: first one a document, then more of long ones, then short ones joined.
+
+    Args:
+        encoded: index of a text -> its ids; filled in place, so that the next draw need not tokenise again.
 
     Returns:
         int64 [samples, length]; the same seed gives the same windows. No two overlap.
@@ -36,8 +41,11 @@ def calibration_windows(tokenizer: Any, texts: Sequence[str], *, samples: int, l
     first: list[list[int]] = []
     more: list[list[int]] = []
     joined: list[int] = []
+    encoded = {} if encoded is None else encoded
     for index in torch.randperm(len(texts), generator=generator).tolist():
-        ids = encode(tokenizer, texts[index])
+        if index not in encoded:
+            encoded[index] = encode(tokenizer, texts[index])
+        ids = encoded[index]
         count = len(ids) // length
         if count == 0:
             joined += ids
@@ -145,9 +153,9 @@ def training_blocks(tokenizer: Any, texts: Sequence[str], *, length: int, tokens
             if index not in encoded:
                 encoded[index] = encode(tokenizer, texts[index]) + ([] if end is None else [end])
             stream += encoded[index]
-            while len(stream) >= length and len(blocks) < wanted:
-                blocks.append(torch.tensor(stream[:length], dtype=torch.int32))
-                stream = stream[length:]
+            whole = min(len(stream) // length, wanted - len(blocks))
+            blocks += [torch.tensor(stream[i * length : (i + 1) * length], dtype=torch.int32) for i in range(whole)]
+            stream = stream[whole * length :]
             if len(blocks) == wanted:
                 break
         if len(blocks) == before:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.calibrate import precision
 from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.errors import RunError
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -39,6 +40,9 @@ def perplexity(
 
     Returns:
         The figures; `perplexity` is infinite where exp overflows.
+
+    Raises:
+        RunError: the loss is not a number.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -55,5 +59,7 @@ def perplexity(
     finally:
         model.train(was_training)
     nll = total / count
+    if math.isnan(nll):
+        raise RunError(f"the loss on the text is {nll}; the model's weights are damaged or overflow in {dtype}")
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(perplexity=value, nll=nll, tokens=count, windows=len(windows), seconds=time.perf_counter() - began)

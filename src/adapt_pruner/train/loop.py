@@ -13,7 +13,7 @@ from adapt_pruner.errors import RunError
 
 __all__ = ["Progress", "Step", "make_optimizer", "stage_tokens", "train"]
 
-_MICRO_TOKENS = 4096  # tokens in one forward and backward; a larger batch is accumulated
+_MICRO_TOKENS = 1024  # tokens in one forward and backward; a larger batch is accumulated
 
 
 @dataclass
@@ -77,12 +77,12 @@ def train(
 ) -> None:
     """Train all weights, in place, for one pass over `blocks`, moving `progress` along.
 
-    The rate of a step is lr · schedule(tokens after the step / total_tokens). Weights and moments stay float32; matrix
+    The rate of a step is lr · schedule(tokens at its middle / total_tokens). Weights and moments stay float32; matrix
     products run in `dtype` (see `core.calibrate.precision`). Gradients are clipped to a global norm of `clip`.
 
     Args:
         model: causal LM, float32 weights.
-        blocks: int32 or int64 [num_blocks, length]; one pass, in this order.
+        blocks: int32 or int64 [num_blocks, length]; one pass, in this order. A stage may have none.
         optimizer: over the model's parameters; `cut` keeps it in step with the model.
         objective: a function of `train.objectives`.
         schedule: share of the run done → share of `lr`.
@@ -93,6 +93,8 @@ def train(
     Raises:
         RunError: the loss or the gradient is not finite; the weights are those of the last good step.
     """
+    if not len(blocks):
+        return
     device = next(model.parameters()).device
     length = blocks.shape[1]
     micro = max(1, _MICRO_TOKENS // length)
@@ -113,9 +115,10 @@ def train(
                     f"the training loss became {float(loss)} (gradient norm {float(norm)}) at step {progress.steps + 1}; "
                     f"lower training.lr (now {lr:g}) or check the training text"
                 )
+            # The rate in the middle of the step: neither the first nor the last step of a run is at an end of the curve.
+            rate = lr * schedule(min(1.0, (progress.tokens + batch.numel() / 2) / total_tokens))
             progress.tokens += batch.numel()
             progress.steps += 1
-            rate = lr * schedule(min(1.0, progress.tokens / total_tokens))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()

