@@ -48,12 +48,14 @@ def test_taylor_is_the_sum_of_weight_times_gradient(layout: tuple[str, str], bat
             expected = 0.0
             for projection in (attention.k_proj, attention.v_proj):
                 rows = slice(g * dim, (g + 1) * dim)
-                expected += float((projection.weight[rows] * projection.weight.grad[rows]).abs().sum())
+                expected += float((projection.weight[rows] * projection.weight.grad[rows]).detach().abs().sum())
             for head in range(num_kv * group):
                 if head // group == g:  # the query heads that read this KV head
                     rows = slice(head * dim, (head + 1) * dim)
-                    expected += float((attention.q_proj.weight[rows] * attention.q_proj.weight.grad[rows]).abs().sum())
-                    expected += float((attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).abs().sum())
+                    expected += float((attention.q_proj.weight[rows] * attention.q_proj.weight.grad[rows]).detach().abs().sum())
+                    expected += float(
+                        (attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).detach().abs().sum()
+                    )
             assert float(scores[f"layers.{i}.kv_heads"][g]) == pytest.approx(expected, rel=1e-4)
 
 

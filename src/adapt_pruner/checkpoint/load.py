@@ -17,6 +17,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import RunError, UsageError, nearest
 
 __all__ = ["PACKAGED", "Loaded", "load", "pick_device"]
@@ -38,6 +39,7 @@ class Loaded:
         mask: against the dense model, where the folder is one of ours.
         dense_params: parameters of that dense model.
         source: what was loaded, as a path or name.
+        weight_bytes: size of its weights on disk as safetensors; a GGUF counts as the float32 weights it stands for.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Loaded:
     mask: Mask | None
     dense_params: int | None
     source: str
+    weight_bytes: int
 
 
 def pick_device(name: str) -> torch.device:
@@ -103,7 +106,9 @@ def load(
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
         _check_mask(model, mask, name)
-    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name)
+    on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if gguf is None else 0
+    weight_bytes = on_disk or count_parameters(model) * stored.itemsize
+    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

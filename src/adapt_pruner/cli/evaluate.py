@@ -61,19 +61,15 @@ def evaluate(
                 listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
 
             measured = perplexity(loaded.model, windows, dtype=dtype, on_window=told)
-            params = count_parameters(loaded.model)
             rows.append({
-                "model": name, **asdict(measured), "params": params, "decoder_params": decoder_parameters(loaded.model),
-                "weight_bytes": params * loaded.dtype.itemsize,
+                "model": name, **asdict(measured), "params": count_parameters(loaded.model),
+                "decoder_params": decoder_parameters(loaded.model), "weight_bytes": loaded.weight_bytes,
             })  # fmt: skip
             held.append((loaded.model, windows[0]))
-    if len(models) > 1:
-        # The same ids for all: other vocabularies would read other text, but every model has these few ids.
-        ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
-        for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=dtype), strict=True):
-            row["tokens_per_second"] = speed
-    else:
-        rows[0]["tokens_per_second"] = rows[0]["tokens"] / rows[0]["seconds"]
+    # The same ids for all: other vocabularies would read other text, but every model has these few ids.
+    ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
+    for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=dtype), strict=True):
+        row["tokens_per_second"] = speed
     if as_json:
         print(to_json(rows[0] if len(models) == 1 else {"models": rows}))
     else:
@@ -84,7 +80,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from adapt_pruner.cli.tables import print_table
 
     print_table(
-        ["model", "parameters", "weights on disk", "perplexity", "tokens/s"],
+        ["model", "parameters", "on disk", "perplexity", "tokens/s"],
         [
             [
                 row["model"],
@@ -97,4 +93,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ],
     )
     first = rows[0]
-    print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights in the precision that is stored")
+    print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights on disk as safetensors")

@@ -1,0 +1,375 @@
+"""The command line: its contract, and one sentence with an exit status for everything that goes wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import cli
+from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+
+COMMAND = [sys.executable, "-m", "adapt_pruner"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    """Run the command line in this process: exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["adapt-pruner", *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *words: call(monkeypatch, capsys, *words)
+
+
+def small(text_file: Path) -> list[Any]:
+    return ["--calibration", text_file, "--calibration-samples", 8, "--calibration-length", 32]
+
+
+def test_prune_eval_and_inspect_in_json(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    status, out, _ = ask(
+        "prune", tiny_folder, "-o", tmp_path / "out", "--params", "80%", *small(text_file), "--seed", 3, "--json"
+    )
+    figures = json.loads(out)
+    assert status == 0
+    wanted = "params_before params_after decoder_params_before decoder_params_after seconds peak_rss_bytes method seed"
+    assert set(wanted.split()) <= figures.keys()
+    assert figures["method"] == "adapt-pruner"
+    assert figures["seed"] == 3
+    assert figures["params_after"] <= 0.8 * figures["params_before"]
+    gone = figures["params_before"] - figures["params_after"]
+    assert figures["decoder_params_before"] - figures["decoder_params_after"] == gone, "only the layers shrink"
+
+    status, out, _ = ask("eval", tmp_path / "out", "--text", text_file, "--window", 64, "--max-windows", 5, "--json")
+    measured = json.loads(out)
+    assert {"perplexity", "nll", "tokens", "windows", "params", "decoder_params", "seconds"} <= measured.keys()
+    assert measured["windows"] == 5
+    assert measured["tokens"] == 5 * 63
+    assert measured["params"] == figures["params_after"]
+    assert measured["decoder_params"] == figures["decoder_params_after"]
+
+    status, out, _ = ask("inspect", tmp_path / "out", "--json")
+    anatomy = json.loads(out)
+    assert sum(layer["params"] for layer in anatomy["layers"]) == figures["decoder_params_after"]
+    assert anatomy["share_of_dense"] == pytest.approx(figures["params_after"] / figures["params_before"])
+    dense = json.loads(ask("inspect", tiny_folder, "--json")[1])
+    for now, before in zip(anatomy["layers"], dense["layers"], strict=True):
+        assert now["share_of_dense"] == pytest.approx(now["params"] / before["params"])
+        assert now["heads"] == 2 * now["kv_heads"]
+        assert before["share_of_dense"] is None
+
+
+def test_perplexity_is_what_it_says(ask: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """exp of the mean loss over non-overlapping windows of the text as it is, by transformers' own forward."""
+    from transformers import AutoModelForCausalLM
+
+    text = "Some text, as it is.\r\n\tWith its odd  spaces and é.\n" * 9
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    measured = json.loads(ask("eval", tiny_folder, "--text", tmp_path / "t.txt", "--window", 50, "--json")[1])
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    ids = torch.tensor(byte_tokenizer()(text)["input_ids"])
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in ids.split(50):
+            if len(window) > 1:
+                total += float(model(window[None], labels=window[None]).loss) * (len(window) - 1)
+                count += len(window) - 1
+    assert measured["tokens"] == count
+    assert measured["nll"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_several_models_make_a_table(ask: Any, tiny_folder: Path, text_file: Path) -> None:
+    status, out, _ = ask("eval", tiny_folder, tiny_folder, "--text", text_file, "--window", 64, "--max-windows", 2)
+    assert status == 0
+    rows = [line for line in out.splitlines() if str(tiny_folder) in line]
+    assert len(rows) == 2
+    assert rows[0].split()[1:4] == rows[1].split()[1:4], "the same model has the same size and perplexity"
+    assert all(word in out for word in ("parameters", "on disk", "perplexity", "tokens/s"))
+
+
+def test_tables_for_people(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    status, out, err = ask(
+        "prune", tiny_folder, "-o", tmp_path / "out", "--params", "80%", *small(text_file), "--set", "step=0.1"
+    )
+    assert status == 0
+    assert "parameters" in out
+    assert "iteration 1" in err, "progress goes to stderr"
+    assert re.search(r"^0 +\d+ +\d+ +\d+ +[\d,]+ +\d+\.\d%$", ask("inspect", tmp_path / "out")[1], re.MULTILINE)
+
+
+def test_calibration_ids_decide_the_mask(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "ids.json").write_text(json.dumps({"input_ids": torch.randint(3, 200, (8, 32), generator=generator).tolist()}))
+    for name, seed in (("a", 0), ("b", 1)):
+        words = ["--calibration-ids", tmp_path / "ids.json", "--seed", seed, "--dtype", "float32", "--json"]
+        assert ask("prune", tiny_folder, "-o", tmp_path / name, "--params", "70%", *words)[0] == 0
+    assert read_json(tmp_path / "a" / "mask.json") == read_json(tmp_path / "b" / "mask.json")
+    status, _, err = ask(
+        "prune",
+        tiny_folder,
+        "-o",
+        tmp_path / "c",
+        "--params",
+        "70%",
+        "--calibration-ids",
+        tmp_path / "ids.json",
+        *small(text_file),
+    )
+    assert status == 2
+    assert "would be ignored" in err
+
+
+def test_run_and_dry_run(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_folder}\nbudget: 80%\nstages: 2\nstep: 0.1\ncalibration: {{source: {text_file}, samples: 4, length: 32}}\n"
+        f"training: {{source: {text_file}, tokens: 2k, batch_tokens: 256, length: 64, lr: 1e-3}}\n"
+    )
+    status, out, _ = ask("run", tmp_path / "recipe.yaml", "-o", tmp_path / "run", "--dry-run")
+    assert status == 0
+    assert "nothing was written" in out
+    assert not (tmp_path / "run").exists()
+    planned = json.loads(ask("run", tmp_path / "recipe.yaml", "--dry-run", "--set", "training.tokens=4k", "--json")[1])
+    assert sum(stage["tokens"] for stage in planned["stages"]) == 4_000
+    status, out, err = ask("run", tmp_path / "recipe.yaml", "-o", tmp_path / "run", "--set", "seed=5")
+    assert status == 0
+    assert f"saved {tmp_path / 'run' / 'model'}" in out
+    assert "training" in err
+    assert "seed: 5" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_methods_lists_rows_and_parts(ask: Any) -> None:
+    out = ask("methods")[1]
+    for name in (
+        "adapt-pruner",
+        "uniform",
+        "weights.taylor",
+        "blocks.cosine",
+        "allocate.adaptive",
+        "schedules.wsd",
+        "arXiv:2502.03460",
+    ):
+        assert name in out
+    assert "random" in json.loads(ask("methods", "--json")[1])["methods"]
+
+
+def test_help_has_examples(ask: Any) -> None:
+    for command in ("prune", "run", "eval", "inspect", "methods"):
+        status, out, _ = ask(command, "--help")
+        assert status == 0
+        assert f"adapt-pruner {command}" in out
+    assert ask()[0] == 0
+    assert re.match(r"adapt-pruner \d+\.\d+", ask("--version")[1])
+
+
+# Bad input: a sentence, an exit status, nothing left behind.
+
+BAD_PRUNE = {
+    "no such model": (["nowhere", "--params", "80%"], 2, "model 'nowhere' does not exist"),
+    "no such packaged model": (["smollm2-135m-instrukt", "--params", "80%"], 2, "did you mean 'smollm2-135m-instruct'"),
+    "budget above the model": (["TINY", "--params", "1B"], 2, "above the"),
+    "budget below what must stay": (["TINY", "--params", "1000"], 2, "the nearest that can be had is"),
+    "budget that is no number": (["TINY", "--params", "much"], 2, "'much' is not a count"),
+    "share of nothing": (["TINY", "--params", "0%"], 2, "not a share"),
+    "unknown method": (["TINY", "--params", "80%", "--method", "adapt-prunner"], 2, "did you mean 'adapt-pruner'"),
+    "unknown key": (["TINY", "--params", "80%", "--set", "amplitud=1"], 2, "did you mean 'amplitude'"),
+    "unknown inner key": (["TINY", "--params", "80%", "--set", "calibration.sampels=1"], 2, "did you mean 'samples'"),
+    "unknown part": (["TINY", "--params", "80%", "--set", "metric=weights.tailor"], 2, "did you mean 'weights.taylor'"),
+    "unknown option of a part": (
+        ["TINY", "--params", "80%", "--set", "metric=weights.magnitude(nrom=l2)"],
+        2,
+        "did you mean 'norm'",
+    ),
+    "value out of range": (["TINY", "--params", "80%", "--set", "step=7"], 2, "less than or equal to 1"),
+    "value of another kind": (["TINY", "--params", "80%", "--set", "debt=forget"], 2, "'carry' or 'reset'"),
+    "key without a value": (["TINY", "--params", "80%", "--set", "step"], 2, "has no value"),
+    "training in prune": (
+        ["TINY", "--params", "80%", "--set", "training.source=x", "--set", "training.tokens=5"],
+        2,
+        "prune does not train",
+    ),
+    "no such text": (["TINY", "--params", "80%", "--calibration", "no.txt"], 2, "text 'no.txt' does not exist"),
+    "too short a text": (
+        ["TINY", "--params", "80%", "--calibration", "SHORT"],
+        2,
+        "gives 0 windows of 128 tokens, 64 are asked for",
+    ),
+    "empty text": (["TINY", "--params", "80%", "--calibration", "EMPTY"], 2, "is empty"),
+    "text that is not UTF-8": (["TINY", "--params", "80%", "--calibration", "LATIN1"], 2, "is not UTF-8"),
+    "unknown device": (["TINY", "--params", "80%", "--device", "abacus"], 2, "device 'abacus'"),
+    "unknown precision": (["TINY", "--params", "80%", "--dtype", "int3"], 2, "dtype"),
+    "unknown option": (["TINY", "--params", "80%", "--bogus"], 2, "No such option"),
+    "truncated weights": (["TRUNCATED", "--params", "80%"], 1, "are damaged"),
+    "encoder-only": (["ENCODER", "--params", "80%"], 2, "not a causal language model"),
+    "unknown family": (["STRANGE", "--params", "80%"], 2, "no known family; known: llama, mistral, qwen2, qwen3"),
+    "not a model": (["FOLDER", "--params", "80%"], 2, "no config.json"),
+    "weights that are not numbers": (
+        ["NAN", "--params", "80%", "--calibration", "LONG"],
+        1,
+        "loss on the calibration text is nan",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text_file: Path) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("things")
+    found = {"TINY": tiny_folder, "LONG": text_file}
+    for name, content in (("SHORT", b"too short"), ("EMPTY", b" \n"), ("LATIN1", b"caf\xe9 " * 9)):
+        found[name] = base / f"{name}.txt"
+        found[name].write_bytes(content)
+    for name, raw in (
+        ("ENCODER", {"model_type": "bert", "architectures": ["BertModel"]}),
+        ("STRANGE", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+    ):
+        found[name] = base / name
+        found[name].mkdir()
+        (found[name] / "config.json").write_text(json.dumps(raw))
+    found["FOLDER"] = base / "folder"
+    found["FOLDER"].mkdir()
+    found["TRUNCATED"] = base / "truncated"
+    found["TRUNCATED"].mkdir()
+    for file in tiny_folder.iterdir():
+        content = file.read_bytes()
+        (found["TRUNCATED"] / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    broken = tiny_model(vocab_size=VOCAB)
+    broken.model.norm.weight.data[0] = float("nan")
+    broken.save_pretrained(base / "nan")
+    byte_tokenizer().save_pretrained(base / "nan")
+    found["NAN"] = base / "nan"
+    return {name: str(path) for name, path in found.items()}
+
+
+def one_sentence(err: str) -> str:
+    """The last line of stderr, which must be the only one about the error."""
+    lines = err.strip().splitlines()
+    assert "Traceback" not in err
+    assert [line for line in lines if line.startswith("error: ")] == [lines[-1]]
+    return lines[-1]
+
+
+@pytest.mark.parametrize("case", BAD_PRUNE)
+def test_bad_input_to_prune(case: str, ask: Any, things: dict[str, str], tmp_path: Path) -> None:
+    words, expected, said = BAD_PRUNE[case]
+    status, out, err = ask("prune", *[things.get(word, word) for word in words], "-o", tmp_path / "out")
+    assert said in one_sentence(err)
+    assert status == expected
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_OTHERS = {
+    "no such recipe": (["run", "no-recipe.yaml"], 2, "recipe 'no-recipe.yaml' does not exist"),
+    "recipe that is not YAML": (["run", "YAML"], 2, "is not YAML"),
+    "recipe without a model": (["run", "BARE"], 2, "names no model"),
+    "recipe with an unknown method": (["run", "METHOD"], 2, "did you mean 'uniform'"),
+    "recipe that trains on nothing": (["run", "NOTHING"], 2, "training.source is not"),
+    "eval without text": (["eval", "TINY"], 2, "Missing option '--text'"),
+    "eval on self": (["eval", "TINY", "--text", "self"], 2, "its own text"),
+    "eval on empty text": (["eval", "TINY", "--text", "EMPTY"], 2, "is empty"),
+    "eval of damaged weights": (["eval", "NAN", "--text", "LONG"], 1, "loss on the text is nan"),
+    "eval in unknown precision": (["eval", "TINY", "--text", "LONG", "--dtype", "f32"], 2, "did you mean 'float32'"),
+    "inspect of nothing": (["inspect", "nowhere"], 2, "does not exist"),
+    "no such command": (["prun"], 2, "No such command"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OTHERS)
+def test_bad_input_to_the_others(case: str, ask: Any, things: dict[str, str], tmp_path: Path) -> None:
+    for name, content in (
+        ("YAML", "a: [1"),
+        ("BARE", "budget: 80%"),
+        ("METHOD", f"model: {things['TINY']}\nbudget: 80%\nmethod: unifrm"),
+        ("NOTHING", f"model: {things['TINY']}\nbudget: 80%\ntraining: {{tokens: 5}}"),
+    ):
+        (tmp_path / name).write_text(content)
+        things = things | {name: str(tmp_path / name)}
+    words, expected, said = BAD_OTHERS[case]
+    status, out, err = ask(*[things.get(word, word) for word in words])
+    assert said in one_sentence(err)
+    assert status == expected
+    assert out == ""
+
+
+def test_a_full_target_is_refused_before_any_work(ask: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("…")
+    for words in (["prune", tiny_folder, "--params", "80%"], ["run", "smollm2-demo"]):
+        status, _, err = ask(*words, "-o", tmp_path)
+        assert (status, "exists and is not empty" in one_sentence(err)) == (2, True)
+        assert "loading" not in err
+    assert (tmp_path / "precious").read_text() == "…"
+
+
+def test_a_full_disk(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    status, _, err = ask("prune", tiny_folder, "-o", tmp_path / "out", "--params", "80%", *small(text_file), "--set", "step=0.2")
+    assert status == 1
+    assert "the disk is full; nothing was left there" in one_sentence(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unexpected_fault_is_still_a_sentence(ask: Any, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr("adapt_pruner.checkpoint.load.load", broken)
+    status, _, err = ask("inspect", tiny_folder)
+    assert status == 1
+    assert "unexpected ZeroDivisionError: of ours" in one_sentence(err)
+
+
+@pytest.mark.parametrize("when", ["scoring", "training", "start"])
+def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """A real SIGINT while it scores, while it trains, and while it starts."""
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_folder}\nbudget: 60%\nstep: 0.0005\ncalibration: {{source: {text_file}, samples: 64, length: 64}}\n"
+        if when != "training"
+        else f"model: {tiny_folder}\nbudget: 90%\nstep: 1\ncalibration: {{source: {text_file}, samples: 4, length: 32}}\n"
+        f"training: {{source: {text_file}, tokens: 1M, batch_tokens: 256, length: 64}}\n"
+    )
+    wait_for = {"scoring": "iteration 1", "training": "training, ", "start": "loading"}[when]
+    process = subprocess.Popen(
+        [*COMMAND, "run", "recipe.yaml", "-o", "run"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if wait_for in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 1, seen + rest
+    assert "interrupted" in one_sentence(seen + rest)
+    assert out == ""
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list(tmp_path.rglob("*.partial-*"))
+
+
+def test_ctrl_c_while_saving(
+    ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adapt_pruner.checkpoint.save.to_json", interrupted)
+    status, _, err = ask("prune", tiny_folder, "-o", tmp_path / "out", "--params", "80%", *small(text_file), "--set", "step=0.2")
+    assert status == 1
+    assert "interrupted" in one_sentence(err)
+    assert list(tmp_path.iterdir()) == []

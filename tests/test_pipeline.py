@@ -1,0 +1,210 @@
+"""Whole runs on tiny models: the loop, its folders, its log, and what it does when something breaks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.pipeline import dry_run, prune, run
+from adapt_pruner.plan import stage_targets
+from adapt_pruner.recipe import Recipe, read
+from conftest import read_json
+
+Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
+    return read({
+        "model": str(tiny_folder), "budget": "70%", "stages": 3, "step": 0.1, "amplitude": 0.05, "dtype": "float32",
+        "calibration": {"source": str(text_file), "samples": 8, "length": 32},
+        "training": {"source": str(text_file), "tokens": 6_000, "batch_tokens": 512, "length": 64, "lr": 3e-3},
+        "evaluation": {"source": str(text_file), "window": 64, "max_windows": 5},
+    })  # fmt: skip
+
+
+def without_training(recipe: Recipe, **changes: Any) -> Recipe:
+    data = recipe.model_dump() | {"training": {}, "evaluation": {}, "stages": 1} | changes
+    return read(data)
+
+
+def cost_of_a_neuron(folder: Path) -> int:
+    return next(axis.cost for axis in families.axes(load(str(folder)).model) if axis.kind == "neurons")
+
+
+def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> None:
+    heard, listen = events
+    outcome = run(recipe, tmp_path / "run", listen=listen)
+    figures = outcome.figures
+    dense = figures["params_before"]
+    neuron = cost_of_a_neuron(Path(recipe.model))
+
+    # linear parameter targets, each met from below within one neuron
+    targets = stage_targets(dense, int(dense * 0.7), 3)
+    evaluations = [event for event in heard if event["event"] == "evaluation"]
+    assert [event["stage"] for event in evaluations] == [0, 1, 2, 3]
+    for target, event in zip(targets, evaluations[1:], strict=True):
+        assert target - neuron < event["params"] <= target
+
+    # tokens 1 : 2 : 3 over the stages, on one rate curve that ends low
+    steps = [event for event in heard if event["event"] == "step"]
+    tokens = [max(e["tokens"] for e in steps if e["stage"] == k) for k in (1, 2, 3)]
+    assert tokens == pytest.approx([1000, 3000, 6000], abs=64)
+    assert figures["trained_tokens"] == tokens[-1]
+    assert steps[-1]["lr"] < 0.5 * max(event["lr"] for event in steps)
+
+    # training brings the quality back
+    assert figures["perplexities"][-1] < 0.7 * figures["perplexities"][0]
+
+    # the folder
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "log.jsonl", "checkpoints", "model"}
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["stage-2"], "only the newest is kept"
+    assert read(str(tmp_path / "run" / "recipe.yaml")) == recipe
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in log if event["event"] != "step"][:2] == ["start", "evaluation"]
+    assert log[-1]["params_after"] == figures["params_after"]
+    assert load(str(tmp_path / "run" / "checkpoints" / "stage-2")).mask is not None
+
+    # the model
+    saved = load(str(tmp_path / "run" / "model"))
+    assert count_parameters(saved.model) == figures["params_after"]
+    assert saved.mask == outcome.mask
+    pruning = read_json(tmp_path / "run" / "model" / "pruning.json")
+    assert pruning["recipe"]["budget"] == "70%"
+    assert pruning["dense_params"] == dense
+    assert "torch" in pruning["made_by"]
+
+
+def test_the_same_seed_gives_the_same_model_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
+    one = run(recipe, tmp_path / "one")
+    other = run(recipe, tmp_path / "other")
+    another = run(read(recipe.model_dump() | {"seed": 1}), tmp_path / "another")
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "other")]
+    assert one.mask == other.mask
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert one.mask != another.mask, "another seed draws another text"
+
+
+def test_pruning_a_pruned_model_keeps_the_mask_against_the_dense_one(recipe: Recipe, tmp_path: Path) -> None:
+    prune(without_training(recipe, budget="80%"), tmp_path / "first")
+    first = load(str(tmp_path / "first"))
+    prune(without_training(recipe, model=str(tmp_path / "first"), budget="80%"), tmp_path / "second")
+    second = load(str(tmp_path / "second"))
+    dense = load(recipe.model).model
+    assert second.dense_params == first.dense_params == count_parameters(dense)
+    # the dense model cut by the composed mask is the result (no training: the weights are the dense ones)
+    from adapt_pruner.core.surgery import cut
+
+    assert second.mask is not None
+    cut(dense, families.axes(dense), second.mask)
+    ids = torch.randint(3, 200, (1, 16))
+    assert torch.equal(dense(ids).logits, second.model(ids).logits)
+
+
+def test_a_carried_debt_takes_heads_and_a_reset_one_does_not(recipe: Recipe, tmp_path: Path) -> None:
+    common = {"stages": 6, "step": 0.05, "chooser": "allocate.uniform", "budget": "72%"}
+    heads = {}
+    for debt in ("carry", "reset"):
+        prune(without_training(recipe, debt=debt, **common), tmp_path / debt)
+        heads[debt] = sum(axis.size for axis in families.axes(load(str(tmp_path / debt)).model) if axis.kind == "kv_heads")
+    assert heads["carry"] < heads["reset"] == 9
+
+
+def test_moments_are_carried_or_reset(recipe: Recipe, tmp_path: Path) -> None:
+    seen = {}
+    for moments in ("carry", "reset"):
+        events: list[dict[str, Any]] = []
+        run(read(recipe.model_dump() | {"moments": moments}), tmp_path / moments, listen=events.append)
+        seen[moments] = [event["loss"] for event in events if event["event"] == "step"]
+    first_of_stage_2 = sum(1 for _ in range(2))  # two steps of 512 tokens fill stage 1
+    assert seen["carry"][: first_of_stage_2 + 1] == seen["reset"][: first_of_stage_2 + 1]
+    assert seen["carry"][first_of_stage_2 + 2 :] != seen["reset"][first_of_stage_2 + 2 :]
+
+
+def test_only_what_may_go_goes(recipe: Recipe, tmp_path: Path) -> None:
+    prune(without_training(recipe, axes=["kv_heads"], budget="90%", chooser="allocate.uniform"), tmp_path / "heads")
+    axes = families.axes(load(str(tmp_path / "heads")).model)
+    assert all(axis.size == 40 for axis in axes if axis.kind == "neurons")
+    with pytest.raises(UsageError, match=r"below the .* parameters that stay when one unit of each axis \(kv_heads\) is left"):
+        prune(without_training(recipe, axes=["kv_heads"], budget="50%"), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_heads_are_measured_before_one_goes(recipe: Recipe, tmp_path: Path) -> None:
+    """The head that the loss needs least goes, whatever the first-order score says of it."""
+    outcome = prune(
+        without_training(recipe, axes=["kv_heads"], budget="88%", chooser="allocate.uniform", step=0.34), tmp_path / "out"
+    )
+    scored = prune(
+        without_training(recipe, axes=["kv_heads"], budget="88%", chooser="allocate.uniform", step=0.34, head_metric=None),
+        tmp_path / "s",
+    )
+    assert outcome.mask.num_removed() == scored.mask.num_removed() > 0
+
+    def loss(mask: Any) -> float:
+        from adapt_pruner.core.calibrate import mean_loss
+        from adapt_pruner.core.surgery import gated
+        from adapt_pruner.data.feeds import calibration_feed
+
+        loaded = load(recipe.model)
+        batches = calibration_feed(loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=0)(1)
+        with gated(loaded.model, families.axes(loaded.model), mask):
+            return mean_loss(loaded.model, batches, dtype="float32")
+
+    assert loss(outcome.mask) <= loss(scored.mask)
+
+
+def test_a_loss_that_is_not_a_number_names_the_last_good_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    wild = read(recipe.model_dump() | {"training": recipe.training.model_dump() | {"lr": 1e30, "warmup": 0.5, "clip": 1e9}})
+    with pytest.raises(
+        RunError, match=r"lower training.lr .*; (no stage was complete yet|the last complete checkpoint is .*stage-1)"
+    ):
+        run(wild, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_dry_run_writes_nothing_and_plans_what_happens(recipe: Recipe, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    planned = dry_run(recipe)
+    assert sorted(tmp_path.rglob("*")) == before
+    outcome = run(recipe, tmp_path / "run")
+    assert planned["params_before"] == outcome.figures["params_before"]
+    assert planned["stages"][-1]["params"] == outcome.figures["budget"]
+    assert [stage["tokens"] for stage in planned["stages"]] == [1000, 2000, 3000]
+    assert abs(sum(stage["iterations"] for stage in planned["stages"]) - outcome.figures["iterations"]) <= 3
+    assert planned["seconds"] > 0
+    assert planned["peak_rss_bytes"] > 10**8
+
+
+def test_calibration_by_self_and_by_ids(recipe: Recipe, tmp_path: Path) -> None:
+    ids = torch.randint(3, 200, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "ids.json").write_text(json.dumps({"input_ids": ids}))
+    masks = []
+    for name, calibration in (
+        ("self", {"source": "self", "samples": 8, "length": 32}),
+        ("ids", {"ids": str(tmp_path / "ids.json")}),
+    ):
+        masks.append(prune(without_training(recipe, calibration=calibration), tmp_path / name).mask)
+    assert masks[0] != masks[1]
+
+
+@pytest.mark.parametrize("method", ["adapt-pruner", "uniform", "magnitude", "random"])
+def test_every_method_prunes(method: str, recipe: Recipe, tmp_path: Path) -> None:
+    common = {
+        "model": recipe.model,
+        "budget": "80%",
+        "calibration": recipe.calibration.model_dump(),
+        "method": method,
+        "dtype": "float32",
+    }
+    figures = prune(read(common), tmp_path / method).figures
+    assert figures["method"] == method
+    assert figures["budget"] - cost_of_a_neuron(Path(recipe.model)) < figures["params_after"] <= figures["budget"]
