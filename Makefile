@@ -10,7 +10,7 @@ DEMO := runs/demo
 .PHONY: demo test check format clean help
 
 help:
-	@echo "make demo    prune a real language model, train it in between, and compare (about 10 minutes on two cores)"
+	@echo "make demo    prune a real language model, train it in between, and compare (under 10 minutes on two cores)"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
@@ -29,7 +29,7 @@ demo: $(READY)
 	@echo "== 2 of 3: prune in stages, with training between them"
 	$(BIN)/adapt-pruner run smollm2-demo -o $(DEMO)/recovered
 	@echo "== 3 of 3: dense, pruned, pruned and recovered, side by side on held-out text"
-	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/pruned/model $(DEMO)/recovered/model --text python-docs:heldout --max-windows 16
+	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/pruned/model $(DEMO)/recovered/model --text python-docs:heldout --max-windows 8 --dtype auto
 	@echo
 	@echo "the checkpoint is $(DEMO)/recovered/model; any tool loads it with"
 	@echo "  AutoModelForCausalLM.from_pretrained('$(DEMO)/recovered/model', trust_remote_code=True)"
