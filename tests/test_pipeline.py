@@ -200,3 +200,32 @@ def test_every_method_prunes(method: str, recipe: Recipe, tmp_path: Path) -> Non
     figures = prune(read(common), tmp_path / method).figures
     assert figures["method"] == method
     assert figures["budget"] - cost_of_a_neuron(Path(recipe.model)) < figures["params_after"] <= figures["budget"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_methods_that_read_no_text_ask_for_none(method: str, recipe: Recipe, tmp_path: Path) -> None:
+    nowhere = {"source": str(tmp_path / "nothing.txt")}
+    prune(read({"model": recipe.model, "budget": "80%", "calibration": nowhere, "method": method}), tmp_path / "out")
+    with pytest.raises(UsageError, match="does not exist"):
+        prune(read({"model": recipe.model, "budget": "80%", "calibration": nowhere}), tmp_path / "other")
+
+
+def test_a_refused_run_leaves_its_folder_free(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nearest that can be had"):
+        run(read(recipe.model_dump() | {"budget": "1000"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_is_a_row_of_defaults() -> None:
+    by_name = Recipe(method="magnitude", calibration={"samples": 3})
+    assert (by_name.metric, by_name.chooser, by_name.head_metric, by_name.calibration.samples) == (
+        "weights.magnitude", "allocate.uniform", None, 3,
+    )  # fmt: skip
+    assert Recipe(method="magnitude", step=0.5).step == 0.5, "what is given goes above the row"
+    assert read(by_name.model_dump()) == by_name
+    assert read({"metric": "weights.magnitude(norm='l2')"}).metric == 'weights.magnitude(norm="l2")'
+    for method in ("nonsense", ["a"], None):
+        with pytest.raises(UsageError, match="method .* is not known"):
+            read({"method": method})
+    with pytest.raises(UsageError, match="head_metric"):
+        read({"head_metric": ""})

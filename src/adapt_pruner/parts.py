@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,7 @@ def check(key: str, written: str) -> str:
         UsageError: there is no such part; the message names the nearest.
     """
     name, options = _split(key, written)
-    spelled = ", ".join(f"{option}={value}" for option, value in options.items())
+    spelled = ", ".join(f"{option}={json.dumps(value)}" for option, value in options.items())
     return f"{name}({spelled})" if spelled else name
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapt_pruner import families, parts
@@ -25,13 +27,14 @@ from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import Metric, score
+from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed, score
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feeds import calibration_feed, held_out_windows, training_shards
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.metrics.weights import taylor
 from adapt_pruner.plan import Stage, stages
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
@@ -69,7 +72,7 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
     model, began = loaded.model, time.perf_counter()
     dense = count_parameters(model)
     planned, budget = _planned(model, recipe)
-    calibration = calibration_feed(model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)
+    calibration = _calibration(loaded, recipe)
     shards = _shards(loaded, recipe, planned, listen)
     held_out = _held_out(loaded, recipe)
     chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
@@ -179,6 +182,11 @@ def run(
 
         try:
             outcome = shrink(loaded, recipe, listen=tell, on_stage=keep)
+        except UsageError:  # refused before any work: the folder is free for the next try
+            for name in ("recipe.yaml", "log.jsonl"):
+                (run_dir / name).unlink()
+            run_dir.rmdir()
+            raise
         except RunError as error:
             where = f"the last complete checkpoint is {newest[0]}" if newest else "no stage was complete yet"
             raise RunError(f"{error}; {where}") from error
@@ -190,7 +198,7 @@ def run(
 def dry_run(recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> dict[str, Any]:
     """What a run would do, with time and memory estimated from a quick probe of the real model; nothing is written.
 
-    The probe is one calibration batch, forward and backward. A training token is taken to cost what a calibration token
+    The probe is one batch of random tokens, forward and backward. A training token is taken to cost what a calibration token
     does; Adam's two moments and the gradients of all weights are added to the memory seen.
     """
     loaded = _load(recipe.ready(), listen, trust_remote_code)
@@ -199,12 +207,15 @@ def dry_run(recipe: Recipe, *, listen: Listener = lambda event: None, trust_remo
     planned, budget = _planned(model, recipe)
     _shards(loaded, recipe, planned, listen)
     _held_out(loaded, recipe)
-    batch = calibration_feed(model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)(1)[0]
+    _calibration(loaded, recipe)
+    length = recipe.calibration.length
+    batch = torch.randint(model.config.vocab_size, (max(1, 512 // length), length), generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # the first pass of a process is slow
         began = time.perf_counter()
-        score(model, families.axes(model), [batch], metrics=_metrics(recipe, seed=recipe.seed), dtype=recipe.dtype)
+        score(model, families.axes(model), [batch], metrics=[taylor], dtype=recipe.dtype)
     per_token = (time.perf_counter() - began) / batch.numel()
-    seconds = [(stage.calibration_tokens + stage.tokens) * per_token for stage in planned]
+    measured = 1 if _reads_text(model, recipe) else 0
+    seconds = [(measured * stage.calibration_tokens + stage.tokens) * per_token for stage in planned]
     return {
         "model": recipe.model,
         "method": recipe.method,
@@ -246,7 +257,12 @@ def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], bat
     if recipe.head_metric is None or not losing:
         return {}
     measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype)
-    measured: Scores = measure(model, losing, batches[: max(1, _HEAD_TOKENS // batches[0].numel())])
+    enough = [
+        batch
+        for batch, before in zip(batches, accumulate((b.numel() for b in batches), initial=0), strict=False)
+        if before < _HEAD_TOKENS
+    ]
+    measured: Scores = measure(model, losing, enough)
     return measured
 
 
@@ -255,6 +271,20 @@ def _load(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loaded:
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
     listen({"event": "loaded", "model": recipe.model, "params": count_parameters(loaded.model)})
     return loaded
+
+
+def _reads_text(model: Any, recipe: Recipe) -> bool:
+    """Whether anything the recipe scores with looks at the calibration text."""
+    if recipe.head_metric is not None and "kv_heads" in recipe.axes:
+        return True
+    return evidence_needed(model, families.axes(model), _metrics(recipe, seed=0)) is not Evidence.WEIGHTS
+
+
+def _calibration(loaded: Loaded, recipe: Recipe) -> Callable[[int], list[Tensor]]:
+    """A function from the number of the iteration to its batches; to none where nothing looks at them."""
+    if not _reads_text(loaded.model, recipe):
+        return lambda iteration: []
+    return calibration_feed(loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)
 
 
 def _shards(loaded: Loaded, recipe: Recipe, planned: list[Stage], listen: Listener) -> list[Tensor]:

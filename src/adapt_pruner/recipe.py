@@ -26,7 +26,7 @@ def _part(key: str) -> Any:
 
 
 def _optional_part(key: str) -> Any:
-    return Annotated[str | None, AfterValidator(lambda written: written and parts.check(key, written))]
+    return Annotated[str | None, AfterValidator(lambda written: None if written is None else parts.check(key, written))]
 
 
 class _Frozen(BaseModel):
@@ -73,7 +73,7 @@ class Training(_Frozen):
             raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
         if self.batch_tokens < self.length:
             raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
-        if self.warmup + self.decay > 1:
+        if self.schedule.startswith("schedules.wsd") and self.warmup + self.decay > 1:
             raise ValueError(
                 f"training.warmup {self.warmup} and training.decay {self.decay} are more than the whole run; lower one"
             )
@@ -121,10 +121,18 @@ class Recipe(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _budget_as_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("budget"), int):
-            data = data | {"budget": str(data["budget"])}
-        return data
+    def _on_its_row(cls, data: Any) -> Any:
+        """The method's row below what was given; a budget that YAML read as a number as text."""
+        if not isinstance(data, dict):
+            return data
+        name = data.get("method", "adapt-pruner")
+        if name not in list(methods()):
+            raise ValueError(f"method {name!r} is not known; {nearest(str(name), methods())}")
+        below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
+        for key, value in data.items():
+            inner = below.get(key)
+            below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+        return below | {"budget": str(below["budget"])} if isinstance(below.get("budget"), int) else below
 
     @model_validator(mode="after")
     def _fitting(self) -> "Recipe":
@@ -186,12 +194,8 @@ def read(
             _put(data, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise UsageError(f"the value of --set {text!r} is not YAML; quote it") from error
-    name = data.get("method", "adapt-pruner")
-    if name not in methods():
-        raise UsageError(f"method {name!r} is not known; {nearest(str(name), methods())}")
-    row = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
     try:
-        return Recipe.model_validate(row | data)
+        return Recipe.model_validate(data)
     except ValidationError as error:
         raise UsageError(_sentence(error)) from error
 

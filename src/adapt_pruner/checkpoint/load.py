@@ -238,7 +238,8 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
         path = folder / "pruning.json"
         if not path.is_file():
             return mask, None
-        return mask, int(json.loads(path.read_text(encoding="utf-8"))["dense_params"])
+        dense_params = json.loads(path.read_text(encoding="utf-8"))["dense_params"]
+        return mask, None if dense_params is None else int(dense_params)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} is damaged ({_first_line(error)}); remove mask.json to load the model without its history"
@@ -246,8 +247,12 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
 
 
 def _check_mask(model: Any, mask: Mask, name: str) -> None:
+    axes = families.axes(model)
     stayed = mask["layers"].nonzero().flatten().tolist() if "layers" in mask else None
-    for axis in families.axes(model):
+    num_layers = next(axis.size for axis in axes if axis.name == "layers")
+    if stayed is not None and len(stayed) != num_layers:
+        raise RunError(f"mask.json of {name} is of another model: it keeps {len(stayed)} layers, the weights have {num_layers}")
+    for axis in axes:
         dense = (
             axis.name if stayed is None or axis.layer is None else axis.name.replace(f".{axis.layer}.", f".{stayed[axis.layer]}.")
         )

@@ -84,7 +84,13 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 
 
 def save(
-    model: Any, tokenizer: Any, path: Path, *, mask: Mask | None = None, pruning: dict[str, Any] | None = None, dtype: torch.dtype
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    mask: Mask | None = None,
+    pruning: dict[str, Any] | None = None,
+    dtype: torch.dtype,
 ) -> None:
     """Write model, tokenizer, mask and history to `path`; the model is left as found.
 
@@ -100,7 +106,7 @@ def save(
         RunError: it could not be written; nothing is left under `path`.
     """
     config = _config(model, dtype)
-    with whole_or_nothing(path) as folder:
+    with whole_or_nothing(Path(path)) as folder:
         _save_weights(model, folder, dtype)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -23,6 +23,7 @@ from adapt_pruner.core.budget import Budget
 __all__ = ["Debt", "adaptive", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,14 @@ def _advance(axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mappi
         return _removed(axes, sizes_after(times))
 
     average = sum(abs(increments[axis.name]) * axis.size * axis.cost for axis in axes)
+    goal = min(average / 10, budget.excess)
     times = 1.0
-    while removed(times) < min(average / 10, budget.excess) and sparsity_after(times) != sparsity_after(times + 1):
-        times += 1.0
+    while removed(times) < goal and sparsity_after(times) != sparsity_after(2 * times):
+        times *= 2  # an increment may be minute, so the number of steps is looked for by halving
+    before = times // 2
+    while times - before > 1:
+        middle = (before + times) // 2
+        before, times = (before, middle) if removed(middle) >= goal else (middle, times)
     if removed(times) >= budget.excess:
         under, over = max(0.0, times - 1), times
         for _ in range(60):
@@ -162,8 +168,8 @@ def _settle(
 ) -> dict[str, int]:
     """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
 
-    Of the dear units (KV heads) that `wanted` lets go, as many go as the excess pays for, those owed longest first; what
-    stays is still owed. Cheap units make up the difference, taken from or given back to all their axes evenly. Only where
+    Of the dear units (KV heads) that `wanted` lets go, as many go as the excess pays for, those owed longest first and,
+    among equals, spread over the depth of the model; what stays is still owed. Cheap units make up the difference, taken from or given back to all their axes evenly. Only where
     no cheap unit is left do more dear ones go than are owed.
     """
     cheapest = min(axis.cost for axis in axes)
@@ -171,10 +177,10 @@ def _settle(
     dear = [axis for axis in axes if axis.cost != cheapest]
     sizes = {axis.name: axis.size for axis in axes}
 
-    def owed(axis: Axis) -> float:
-        """Units of a dear axis that are due and not gone, with their fraction."""
+    def owed(axis: Axis) -> tuple[float, float]:
+        """Units of a dear axis that are due and not gone, with their fraction; then its place in an even spread over depth."""
         start = debt.start[axis.name]
-        return start * sparsity[axis.name] - (start - sizes[axis.name])
+        return round(start * sparsity[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * _GOLDEN % 1)
 
     while payable := [
         axis for axis in dear if sizes[axis.name] > wanted[axis.name] and _removed(axes, sizes) + axis.cost <= excess

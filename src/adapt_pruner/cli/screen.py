@@ -1,5 +1,6 @@
 """What a user sees while work goes on: a bar with an estimate on a terminal, plain lines elsewhere, all on stderr."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -120,7 +121,8 @@ class Screen:
         text = (
             f"stage {event['stage']}, iteration {event['iteration']}: {event['params']:,} parameters (target {event['target']:,})"
         )
-        self._say(f"{text}, calibration loss {event['loss']:.3f}{left}")
+        loss = f", calibration loss {event['loss']:.3f}" if math.isfinite(event["loss"]) else ""  # none when no text was read
+        self._say(f"{text}{loss}{left}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
         self._trained = event["tokens"]

@@ -25,7 +25,7 @@ from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "mean_loss", "precision", "score"]
+__all__ = ["Evidence", "Metric", "evidence_needed", "mean_loss", "precision", "score"]
 
 
 class Evidence(Enum):
@@ -74,6 +74,16 @@ def _as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
         for module, mode in training.items():
             module.training = mode
         torch.set_rng_state(cpu_rng)
+
+
+def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Metric]) -> Evidence:
+    """The most that any of `metrics` needs to see, found by asking each and letting it go."""
+    needs = []
+    for metric in metrics:
+        asked = metric(model, axes)
+        needs.append(next(asked))
+        asked.close()
+    return max(needs, key=lambda evidence: evidence.value)
 
 
 def score(
