@@ -13,7 +13,7 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["calibration_feed", "held_out_windows", "training_shards"]
 
-_MICRO_TOKENS = 512  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
+_MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
 
 
 def calibration_feed(
