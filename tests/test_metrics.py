@@ -152,7 +152,8 @@ def test_magnitude_needs_no_text() -> None:
     for norm, power in (("l1", 1), ("l2", 2)):
         scores, loss = score(model, axes, [], metrics=[partial(weights.magnitude, norm=norm)])
         expected = sum(
-            float(w.detach().abs().pow(power).sum()) for w in (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5])
+            float(w.detach().abs().pow(power).sum())
+            for w in (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5])
         )
         assert float(scores["layers.1.neurons"][5]) == pytest.approx(expected, rel=1e-5)
         assert loss != loss, "no pass, no loss"
