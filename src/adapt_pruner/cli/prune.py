@@ -60,10 +60,6 @@ def prune(
     recipe = recipes.read({}, values=common | given, overrides=overrides or []).ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
-    from adapt_pruner.checkpoint.save import check_target
-
-    check_target(out)
-
     from adapt_pruner import pipeline
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
     from adapt_pruner.cli.tables import print_table

@@ -35,11 +35,6 @@ def run(
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
     run_dir = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not dry_run:
-        from adapt_pruner.checkpoint.save import check_target
-
-        check_target(run_dir)
-
     from adapt_pruner import pipeline
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
     from adapt_pruner.core.plain import to_json
