@@ -25,10 +25,12 @@ FLOORS = {
     "parts": 4,
     "recipe": 5,
     "plan": 6,
-    "pipeline": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,
+    "prepare": 7,
+    "pipeline": 8,
+    "forecast": 8,
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 10,
 }
 
 

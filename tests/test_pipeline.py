@@ -14,8 +14,9 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.forecast import dry_run
 from adapt_pruner.metrics.blocks import loss_drop
-from adapt_pruner.pipeline import dry_run, prune, run
+from adapt_pruner.pipeline import prune, run
 from adapt_pruner.plan import stage_targets
 from adapt_pruner.recipe import Recipe, read
 from conftest import read_json

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.families import axes
-    from adapt_pruner.pipeline import dry_run, prune, run
+    from adapt_pruner.forecast import dry_run
+    from adapt_pruner.pipeline import prune, run
     from adapt_pruner.recipe import Recipe
 
 _HOMES = {
@@ -34,7 +35,7 @@ _HOMES = {
     "count_parameters": "core.budget",
     "cut": "core.surgery",
     "gated": "core.surgery",
-    "dry_run": "pipeline",
+    "dry_run": "forecast",
     "load": "checkpoint.load",
     "perplexity": "evaluate.perplexity",
     "prune": "pipeline",

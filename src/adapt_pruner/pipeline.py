@@ -1,14 +1,12 @@
 """The loop on one screen: for each stage, score → choose → cut until the stage's target is met, then train.
 
-`shrink` is the loop. `prune` and `run` put a model in at its front and a folder at its back; `dry_run` only looks. What
+`shrink` is the loop. `prune` and `run` put a model in at its front and a folder at its back. What
 happens on the way is told to a listener as plain dicts with an `event` key; the library itself prints nothing.
 """
 
 import platform
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,32 +16,29 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapt_pruner import families, parts
-from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed, score
+from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.memory import peak_rss_bytes
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.feeds import calibration_feed, held_out_windows, training_shards
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, stages
+from adapt_pruner.plan import metrics_of, prunable
+from adapt_pruner.prepare import Listener, load_model, prepare
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
 
-__all__ = ["Outcome", "dry_run", "prune", "run", "shrink"]
+__all__ = ["Outcome", "prune", "run", "shrink"]
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -71,13 +66,11 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
     """
     model, began = loaded.model, time.perf_counter()
     dense = count_parameters(model)
-    planned, budget = _planned(model, recipe)
-    calibration = _calibration(loaded, recipe)
-    shards = _shards(loaded, recipe, planned, listen)
-    held_out = _held_out(loaded, recipe)
+    ready = prepare(loaded, recipe, listen=listen)
+    planned, budget, calibration, shards, held_out = ready.stages, ready.budget, ready.calibration, ready.shards, ready.held_out
     chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
     optimizer = make_optimizer(model, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay) if shards else None
-    progress, debt = Progress(), Debt.none(_prunable(model, recipe))
+    progress, debt = Progress(), Debt.none(prunable(model, recipe))
     outcome = Outcome(loaded, Mask(), {"params_before": dense, "decoder_params_before": decoder_parameters(model)})
     spent = {"score": 0.0, "cut": 0.0, "train": 0.0}
     listen({
@@ -89,20 +82,20 @@ def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callab
 
     for stage in planned:
         if recipe.debt == "reset":
-            debt = Debt.none(_prunable(model, recipe))
+            debt = Debt.none(prunable(model, recipe))
         while (now := count_parameters(model)) > stage.params:
             where = {"stage": stage.stage, "iteration": len(outcome.history) + 1}
             axes = families.axes(model)
             with _clock(spent, "score"):
                 batches = calibration(where["iteration"])
-                metrics = _metrics(recipe, seed=recipe.seed + where["iteration"])
+                metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
                 tell = _progress(listen, "score", **where)
                 scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
-                prunable = _prunable(model, recipe)
-                sizes, debt = chooser(scores, prunable, Budget(keep=stage.params, total=now), debt=debt)
-                scores |= _head_scores(model, prunable, sizes, batches, recipe)
+                may_shrink = prunable(model, recipe)
+                sizes, debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=debt)
+                scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
             with _clock(spent, "cut"):
-                mask = Mask.of_sizes(prunable, scores, sizes)
+                mask = Mask.of_sizes(may_shrink, scores, sizes)
                 cut(model, axes, mask, optimizer=optimizer)
                 outcome.mask = outcome.mask.then(mask)
             note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
@@ -146,7 +139,7 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     """Run the recipe and write the resulting checkpoint to the folder `out`; see `shrink` for what can go wrong."""
     out = Path(out)
     check_target(out)
-    loaded = _load(recipe.ready(), listen, trust_remote_code)
+    loaded = load_model(recipe.ready(), listen, trust_remote_code)
     outcome = shrink(loaded, recipe, listen=listen, on_stage=lambda stage, so_far: None)
     _save(outcome, recipe, out)
     listen({"event": "saved", "path": str(out), **outcome.figures})
@@ -159,7 +152,7 @@ def run(
     """Run the recipe in a run folder: recipe.yaml, log.jsonl, checkpoints/stage-K (the newest), model/."""
     run_dir = Path(run_dir)
     check_target(run_dir)
-    loaded = _load(recipe.ready(), listen, trust_remote_code)
+    loaded = load_model(recipe.ready(), listen, trust_remote_code)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(f"# {_provenance()}\n{recipe.to_yaml()}", encoding="utf-8")
     newest: list[Path] = []
@@ -195,62 +188,6 @@ def run(
     return outcome
 
 
-def dry_run(recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What a run would do, with time and memory estimated from a quick probe of the real model; nothing is written.
-
-    The probe is one batch of random tokens, forward and backward. A training token is taken to cost what a calibration token
-    does; Adam's two moments and the gradients of all weights are added to the memory seen.
-    """
-    loaded = _load(recipe.ready(), listen, trust_remote_code)
-    model = loaded.model
-    dense = count_parameters(model)
-    planned, budget = _planned(model, recipe)
-    _shards(loaded, recipe, planned, listen)
-    _held_out(loaded, recipe)
-    _calibration(loaded, recipe)
-    length = recipe.calibration.length
-    batch = torch.randint(model.config.vocab_size, (max(1, 512 // length), length), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):  # the first pass of a process is slow
-        began = time.perf_counter()
-        score(model, families.axes(model), [batch], metrics=[taylor], dtype=recipe.dtype)
-    per_token = (time.perf_counter() - began) / batch.numel()
-    measured = 1 if _reads_text(model, recipe) else 0
-    seconds = [(measured * stage.calibration_tokens + stage.tokens) * per_token for stage in planned]
-    return {
-        "model": recipe.model,
-        "method": recipe.method,
-        "seed": recipe.seed,
-        "params_before": dense,
-        "params_after": budget.keep,
-        "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(planned, seconds, strict=True)],
-        "seconds": sum(seconds),
-        "peak_rss_bytes": peak_rss_bytes() + (3 * 4 * dense if recipe.training.tokens else 0),
-    }
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _planned(model: Any, recipe: Recipe) -> tuple[list[Stage], Budget]:
-    """The stages and the budget, once it is known that it can be met."""
-    dense, axes = count_parameters(model), _prunable(model, recipe)
-    budget = Budget.parse(recipe.budget, dense=dense)
-    budget.check_reachable(axes)
-    return stages(recipe, axes, start=dense, end=budget.keep), budget
-
-
-def _prunable(model: Any, recipe: Recipe) -> list[Axis]:
-    return [axis for axis in families.axes(model) if axis.kind in recipe.axes]
-
-
-def _metrics(recipe: Recipe, *, seed: int) -> list[Metric]:
-    metrics = [parts.bind("metric", recipe.metric, seed=seed)]
-    return metrics + ([parts.bind("distance", recipe.distance)] if recipe.distance is not None else [])
-
-
 def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], recipe: Recipe) -> Scores:
     """What `recipe.head_metric` says of the KV heads in every layer that is to lose one; nothing of the others."""
     losing = [axis for axis in axes if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
@@ -264,46 +201,6 @@ def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], bat
     ]
     measured: Scores = measure(model, losing, enough)
     return measured
-
-
-def _load(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loaded:
-    listen({"event": "load", "model": recipe.model})
-    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
-    listen({"event": "loaded", "model": recipe.model, "params": count_parameters(loaded.model)})
-    return loaded
-
-
-def _reads_text(model: Any, recipe: Recipe) -> bool:
-    """Whether anything the recipe scores with looks at the calibration text."""
-    if recipe.head_metric is not None and "kv_heads" in recipe.axes:
-        return True
-    return evidence_needed(model, families.axes(model), _metrics(recipe, seed=0)) is not Evidence.WEIGHTS
-
-
-def _calibration(loaded: Loaded, recipe: Recipe) -> Callable[[int], list[Tensor]]:
-    """A function from the number of the iteration to its batches; to none where nothing looks at them."""
-    if not _reads_text(loaded.model, recipe):
-        return lambda iteration: []
-    return calibration_feed(loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)
-
-
-def _shards(loaded: Loaded, recipe: Recipe, planned: list[Stage], listen: Listener) -> list[Tensor]:
-    """The training blocks of each stage; empty when nothing is to be trained."""
-    asked = recipe.training
-    if asked.source is None:
-        return []
-    tokens = [stage.tokens for stage in planned]
-    return training_shards(
-        loaded.tokenizer, source=asked.source, length=asked.length, stage_tokens=tokens, seed=recipe.seed,
-        warn=lambda message: listen({"event": "warning", "message": message}),
-    )  # fmt: skip
-
-
-def _held_out(loaded: Loaded, recipe: Recipe) -> list[Tensor]:
-    asked = recipe.evaluation
-    if asked.source is None:
-        return []
-    return held_out_windows(loaded.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
 
 
 def _evaluate(model: Any, windows: list[Tensor], recipe: Recipe, outcome: Outcome, listen: Listener, *, stage: int) -> None:

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from adapt_pruner import families, parts
 from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.loop import stage_tokens
 
-__all__ = ["Stage", "stage_targets", "stages"]
+__all__ = ["Stage", "metrics_of", "plan", "prunable", "reads_text", "stage_targets", "stages"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,29 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
         planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))
         reached = target
     return planned
+
+
+def plan(model: Any, recipe: Recipe) -> tuple[list[Stage], Budget]:
+    """The stages and the budget, once it is known that it can be met."""
+    dense, axes = count_parameters(model), prunable(model, recipe)
+    budget = Budget.parse(recipe.budget, dense=dense)
+    budget.check_reachable(axes)
+    return stages(recipe, axes, start=dense, end=budget.keep), budget
+
+
+def prunable(model: Any, recipe: Recipe) -> list[Axis]:
+    """The axes of `model` that the recipe lets shrink."""
+    return [axis for axis in families.axes(model) if axis.kind in recipe.axes]
+
+
+def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
+    """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
+    metrics = [parts.bind("metric", recipe.metric, seed=seed)]
+    return metrics + ([parts.bind("distance", recipe.distance)] if recipe.distance is not None else [])
+
+
+def reads_text(model: Any, recipe: Recipe) -> bool:
+    """Whether anything the recipe scores with looks at the calibration text."""
+    if recipe.head_metric is not None and "kv_heads" in recipe.axes:
+        return True
+    return evidence_needed(model, families.axes(model), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS

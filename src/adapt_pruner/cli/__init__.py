@@ -1,4 +1,4 @@
-"""Floor 6: the command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
+"""Floor 9: the command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
 
 import errno
 import os

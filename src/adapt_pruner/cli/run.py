@@ -35,14 +35,14 @@ def run(
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
     run_dir = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    from adapt_pruner import pipeline
+    from adapt_pruner import forecast, pipeline
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
     from adapt_pruner.core.plain import to_json
 
     quiet_libraries()
     if dry_run:
         with screen() as listen:
-            planned = pipeline.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
+            planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
         print(to_json(planned)) if as_json else _print_plan(planned)
         return
     with screen() as listen:
