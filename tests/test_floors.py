@@ -25,12 +25,16 @@ FLOORS = {
     "parts": 4,
     "recipe": 5,
     "plan": 6,
+    "position": 6,
+    "runs": 6,
     "prepare": 7,
-    "pipeline": 8,
-    "forecast": 8,
-    "cli": 9,
-    "__main__": 10,
-    "__init__": 10,
+    "stage": 8,
+    "trackers": 8,
+    "pipeline": 9,
+    "forecast": 9,
+    "cli": 10,
+    "__main__": 11,
+    "__init__": 11,
 }
 
 

@@ -31,6 +31,9 @@ FOLDERS = {
 """What a recipe key may name: its folder and the files in it that hold such parts."""
 
 
+_SUPPLIED = ("debt", "dtype", "seed", "teacher")  # arguments that are not options: the run hands them in
+
+
 def summaries(key: str) -> dict[str, str]:
     """Every part that the recipe key may name, with the first line of its docstring; imports nothing."""
     return {name: (ast.get_docstring(node) or "").partition("\n")[0] for name, node in _functions(key).items()}
@@ -85,7 +88,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
         if len(same) != 1:
             raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
         name = same[0]
-    takes = [argument.arg for argument in functions[name].args.kwonlyargs]
+    takes = [argument.arg for argument in functions[name].args.kwonlyargs if argument.arg not in _SUPPLIED]
     for option in options:
         if option not in takes:
             raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))

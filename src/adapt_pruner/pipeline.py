@@ -1,15 +1,16 @@
 """The loop on one screen: for each stage, score → choose → cut until the stage's target is met, then train.
 
-`shrink` is the loop. `prune` and `run` put a model in at its front and a folder at its back. What
-happens on the way is told to a listener as plain dicts with an `event` key; the library itself prints nothing.
+`shrink` is the loop. `prune` and `run` put a model in at its front and a folder at its back; a run that was stopped
+goes on from its newest checkpoint. What happens on the way is told to a listener as plain dicts with an `event` key; the
+library itself prints nothing.
 """
 
+import json
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
@@ -19,24 +20,27 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner import families, parts
-from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.load import Loaded, pick_device
 from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
 from adapt_pruner.choose.allocate import Debt
+from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score
 from adapt_pruner.core.memory import peak_rss_bytes
-from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan import metrics_of, prunable
-from adapt_pruner.prepare import Listener, load_model, prepare
+from adapt_pruner.plan import Stage, metrics_of, prunable
+from adapt_pruner.position import Position
+from adapt_pruner.prepare import Listener, Prepared, load_model, prepare
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
+from adapt_pruner.runs import RunFolder, opened
+from adapt_pruner.stage import Trainer
 
-__all__ = ["Outcome", "prune", "run", "shrink"]
+__all__ = ["Outcome", "figures_of", "prune", "run", "shrink"]
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 
@@ -51,141 +55,79 @@ class Outcome:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def shrink(loaded: Loaded, recipe: Recipe, *, listen: Listener, on_stage: Callable[[int, Outcome], None]) -> Outcome:
-    """Prune and train `loaded.model`, in place, as the recipe says.
+def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, trainer: Trainer, listen: Listener) -> Outcome:
+    """Prune and train `loaded.model`, in place, as the recipe says, from where the run stands to its end.
 
     Args:
-        loaded: the model to prune, float32.
+        loaded: the model as it is now, float32.
         recipe: everything else.
+        ready: what `prepare` made of them.
+        at: where the run stands; moved along.
+        trainer: trains between cuts, and saves.
         listen: told of every event.
-        on_stage: told of every finished stage but the last, to save it.
 
     Raises:
-        UsageError: the budget or the text does not fit the model; nothing has been changed.
-        RunError: a loss is not finite.
+        RunError: a loss is not finite or explodes, or a checkpoint cannot be written.
     """
     model, began = loaded.model, time.perf_counter()
-    dense = count_parameters(model)
-    ready = prepare(loaded, recipe, listen=listen)
-    planned, budget, calibration, shards, held_out = ready.stages, ready.budget, ready.calibration, ready.shards, ready.held_out
-    chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
-    optimizer = make_optimizer(model, lr=recipe.training.lr, weight_decay=recipe.training.weight_decay) if shards else None
-    progress, debt = Progress(), Debt.none(prunable(model, recipe))
-    outcome = Outcome(loaded, Mask(), {"params_before": dense, "decoder_params_before": decoder_parameters(model)})
-    spent = {"score": 0.0, "cut": 0.0, "train": 0.0}
-    listen({
-        "event": "start", "method": recipe.method, "stages": recipe.stages, "params": dense, "target": budget.keep,
-        "calibration_tokens": sum(stage.calibration_tokens for stage in planned),
-        "training_tokens": sum(shard.numel() for shard in shards),
-    })  # fmt: skip
-    _evaluate(model, held_out, recipe, outcome, listen, stage=0)
-
-    for stage in planned:
-        if recipe.debt == "reset":
-            debt = Debt.none(prunable(model, recipe))
-        while (now := count_parameters(model)) > stage.params:
-            where = {"stage": stage.stage, "iteration": len(outcome.history) + 1}
-            axes = families.axes(model)
-            with _clock(spent, "score"):
-                batches = calibration(where["iteration"])
-                metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
-                tell = _progress(listen, "score", **where)
-                scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
-                may_shrink = prunable(model, recipe)
-                sizes, debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=debt)
-                scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
-            with _clock(spent, "cut"):
-                mask = Mask.of_sizes(may_shrink, scores, sizes)
-                cut(model, axes, mask, optimizer=optimizer)
-                outcome.mask = outcome.mask.then(mask)
-            note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
-            outcome.history.append(note)
-            listen(
-                {"event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None}
-            )
-
-        if optimizer is not None:
-            if recipe.moments == "reset":
-                optimizer.state.clear()
-            with _clock(spent, "train"):
-                train(
-                    model, shards[stage.stage - 1], optimizer=optimizer, progress=progress,
-                    objective=parts.bind("objective", recipe.training.objective),
-                    schedule=parts.bind("schedule", recipe.training.schedule, **recipe.training.model_dump()),
-                    lr=recipe.training.lr, total_tokens=sum(shard.numel() for shard in shards),
-                    batch_tokens=recipe.training.batch_tokens, clip=recipe.training.clip, dtype=recipe.dtype,
-                    on_step=_on_step(listen, stage.stage),
-                )  # fmt: skip
-        _evaluate(model, held_out, recipe, outcome, listen, stage=stage.stage)
+    before = at.figures.get("seconds", 0.0)
+    if "params_before" not in at.figures:
+        at.figures |= {"params_before": ready.budget.total, "decoder_params_before": decoder_parameters(model)}
+        _evaluate(model, ready, recipe, at, listen, stage=0)
+    for stage in ready.stages[at.stage - 1 :]:
+        at.stage = stage.stage
+        if not at.pruned:
+            _prune(loaded, stage, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
+            at.pruned = True
+            trainer.begin_stage()
+        trainer.train(until=ready.spans[stage.stage - 1] if ready.spans else 0)
+        _evaluate(model, ready, recipe, at, listen, stage=stage.stage)
+        at.stage, at.pruned = stage.stage + 1, False
+        at.figures["seconds"] = before + time.perf_counter() - began
         if stage.stage < recipe.stages:
-            on_stage(stage.stage, outcome)
+            trainer.save(f"stage-{stage.stage}")
 
-    outcome.figures |= {
+    at.figures |= {
         "params_after": count_parameters(model),
         "decoder_params_after": decoder_parameters(model),
-        "budget": budget.keep,
-        "iterations": len(outcome.history),
-        "trained_tokens": progress.tokens,
-        "seconds": time.perf_counter() - began,
-        **{f"seconds_{phase}": seconds for phase, seconds in spent.items()},
+        "budget": ready.budget.keep,
+        "iterations": len(at.history),
+        "trained_tokens": at.progress.tokens,
+        "seconds": before + time.perf_counter() - began,
+        **{f"seconds_{phase}": seconds for phase, seconds in at.spent.items()},
         "peak_rss_bytes": peak_rss_bytes(),
         "method": recipe.method,
         "seed": recipe.seed,
     }
-    return outcome
+    return Outcome(loaded, at.mask, at.figures, at.history)
 
 
-def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
-    """Run the recipe and write the resulting checkpoint to the folder `out`; see `shrink` for what can go wrong."""
-    out = Path(out)
-    check_target(out)
-    loaded = load_model(recipe.ready(), listen, trust_remote_code)
-    outcome = shrink(loaded, recipe, listen=listen, on_stage=lambda stage, so_far: None)
-    _save(outcome, recipe, out)
-    listen({"event": "saved", "path": str(out), **outcome.figures})
-    return outcome
-
-
-def run(
-    recipe: Recipe, run_dir: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False
-) -> Outcome:
-    """Run the recipe in a run folder: recipe.yaml, log.jsonl, checkpoints/stage-K (the newest), model/."""
-    run_dir = Path(run_dir)
-    check_target(run_dir)
-    loaded = load_model(recipe.ready(), listen, trust_remote_code)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(f"# {_provenance()}\n{recipe.to_yaml()}", encoding="utf-8")
-    newest: list[Path] = []
-
-    with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
-
-        def tell(event: dict[str, Any]) -> None:
-            if event["event"] != "progress":
-                log.write(to_json({"time": time.time()} | event) + "\n")
-                log.flush()
-            listen(event)
-
-        def keep(stage: int, so_far: Outcome) -> None:
-            path = run_dir / "checkpoints" / f"stage-{stage}"
-            _save(so_far, recipe, path)
-            for older in newest:
-                shutil.rmtree(older, ignore_errors=True)
-            newest[:] = [path]
-            tell({"event": "saved", "path": str(path), "stage": stage})
-
-        try:
-            outcome = shrink(loaded, recipe, listen=tell, on_stage=keep)
-        except UsageError:  # refused before any work: the folder is free for the next try
-            for name in ("recipe.yaml", "log.jsonl"):
-                (run_dir / name).unlink()
-            run_dir.rmdir()
-            raise
-        except RunError as error:
-            where = f"the last complete checkpoint is {newest[0]}" if newest else "no stage was complete yet"
-            raise RunError(f"{error}; {where}") from error
-        _save(outcome, recipe, run_dir / "model")
-        tell({"event": "saved", "path": str(run_dir / "model"), **outcome.figures})
-    return outcome
+def _prune(
+    loaded: Loaded, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Position, trainer: Trainer, listen: Listener
+) -> None:
+    """Score → choose → cut, in place, until the stage's target is met."""
+    model = loaded.model
+    chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
+    if recipe.debt == "reset":
+        at.debt = Debt.none(prunable(model, recipe))
+    while (now := count_parameters(model)) > stage.params:
+        where = {"stage": stage.stage, "iteration": len(at.history) + 1}
+        axes = families.axes(model)
+        with at.clock("score"):
+            batches = ready.calibration(where["iteration"])
+            metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
+            tell = _progress(listen, "score", **where)
+            scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
+            may_shrink = prunable(model, recipe)
+            sizes, at.debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=at.debt)
+            scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
+        with at.clock("cut"):
+            mask = Mask.of_sizes(may_shrink, scores, sizes)
+            cut(model, axes, mask, optimizer=trainer.optimizer)
+            at.mask = at.mask.then(mask)
+        note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
+        at.history.append(note)
+        listen({"event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None})
 
 
 def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], recipe: Recipe) -> Scores:
@@ -203,10 +145,168 @@ def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], bat
     return measured
 
 
-def _evaluate(model: Any, windows: list[Tensor], recipe: Recipe, outcome: Outcome, listen: Listener, *, stage: int) -> None:
-    if windows:
-        measured = perplexity(model, windows, dtype=recipe.dtype, on_window=_progress(listen, "evaluate", stage=stage))
-        outcome.figures.setdefault("perplexities", []).append(measured.perplexity)
+def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
+    """Run the recipe and write the resulting checkpoint to the folder `out`, with nothing saved on the way.
+
+    Raises:
+        UsageError: the budget or a text does not fit the model, or `out` is not empty.
+        RunError: a loss is not finite, or the result cannot be written.
+    """
+    out = Path(out)
+    check_target(out)
+    loaded = load_model(recipe.ready(), listen, trust_remote_code)
+    ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code)
+    at = Position(Debt.none(prunable(loaded.model, recipe)))
+    _tell_start(ready, recipe, at, listen)
+    trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
+    outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
+    _save(outcome, recipe, out)
+    listen({"event": "saved", "path": str(out), **outcome.figures})
+    return outcome
+
+
+def run(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    listen: Listener = lambda event: None,
+    trust_remote_code: bool = False,
+    force_recipe: bool = False,
+) -> Outcome | None:
+    """Run the recipe in a run folder (see `runs`); go on where it was if the folder holds an unfinished run.
+
+    Args:
+        recipe: the run.
+        run_dir: a new or empty folder, or that of a run.
+        listen: told of every event.
+        trust_remote_code: whether code that comes with the model may run.
+        force_recipe: go on with this recipe although the run began with another.
+
+    Returns:
+        What came of it; None where the run there was already finished.
+
+    Raises:
+        UsageError: the recipe does not fit the model or the folder; nothing has been changed.
+        RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
+    """
+    with opened(Path(run_dir)) as folder:
+        if not folder.is_new:
+            folder.check(recipe.ready(), force=force_recipe)
+            if folder.is_finished:
+                listen({"event": "finished", "path": str(folder.result)})
+                return None
+        tell = _logged(listen, folder)
+        try:
+            return _run(recipe.ready(), folder, tell, trust_remote_code)
+        except (RunError, KeyboardInterrupt) as error:
+            newest, _, _ = folder.newest()
+            where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
+            if isinstance(error, KeyboardInterrupt):
+                listen({"event": "interrupted", "message": f"{where}; the same command goes on from there"})
+                raise
+            raise RunError(f"{error}; {where}") from error
+
+
+def figures_of(run_dir: str | Path) -> dict[str, Any]:
+    """The figures of a finished run."""
+    figures: dict[str, Any] = json.loads((Path(run_dir) / "model" / "pruning.json").read_text(encoding="utf-8"))["figures"]
+    return figures
+
+
+def _run(recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool) -> Outcome:
+    path, state, troubles = world.agreed(folder.newest() if world.is_main() else (None, {}, []))
+    for trouble in troubles:
+        tell({"event": "warning", "message": f"a checkpoint is left out because it is damaged: {trouble}"})
+    tensors: Mapping[str, Tensor] = {}
+    if path is None:
+        loaded = load_model(recipe, tell, trust_remote_code)
+        at = Position(Debt.none(prunable(loaded.model, recipe)))
+    else:
+        _check_origin(path, state, recipe)
+        loaded, tensors = load_state(path, state, device=pick_device(recipe.device))
+        at = Position.from_json(state)
+    ready = prepare(
+        loaded,
+        recipe,
+        listen=tell,
+        trust_remote_code=trust_remote_code,
+        begun=at.figures.get("params_before"),
+        folder=folder.path,
+    )
+    if path is not None and state["rows"] != ready.digest:
+        raise UsageError(
+            f"the training text has changed since {path} was written; bring it back, or begin anew in another folder"
+        )
+    if world.is_main():
+        folder.begin(recipe, _provenance())
+        folder.tidy(keep=recipe.keep_checkpoints, log_size=state.get("log_size", 0))
+    if path is not None:
+        tell({"event": "resumed", "path": str(path), "stage": at.stage, "step": at.progress.steps, "pruned": at.pruned})
+    _tell_start(ready, recipe, at, tell)
+
+    def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        target = folder.checkpoints / name
+        folder.set_aside(target)
+        facts = {
+            **at.to_json(), "start": start_of(loaded), "model": recipe.model, "identity": identity(recipe.model),
+            "rows": ready.digest, "log_size": folder.log_size,
+        }  # fmt: skip
+        so_far = Outcome(loaded, at.mask, at.figures, at.history)
+        save_state(
+            loaded,
+            target,
+            weights=weights,
+            moments=moments,
+            mask=_whole_mask(so_far),
+            pruning=_pruning(so_far, recipe),
+            state=facts,
+        )
+        tell({"event": "saved", "path": str(target), "stage": at.stage})
+        folder.tidy(keep=recipe.keep_checkpoints)
+
+    trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
+    outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
+    if world.is_main():
+        _save(outcome, recipe, folder.result)
+    tell({"event": "saved", "path": str(folder.result), **outcome.figures})
+    return outcome
+
+
+def _check_origin(path: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
+    if state["model"] != recipe.model or state["identity"] != identity(recipe.model):
+        raise UsageError(
+            f"{path} is a checkpoint of another model ({state['model']}, as it was then) than the recipe's {recipe.model}; "
+            "name another folder, or bring that model back"
+        )
+
+
+def _logged(listen: Listener, folder: RunFolder) -> Listener:
+    """A listener that writes the log too; silent on all processes but the main one."""
+
+    def tell(event: dict[str, Any]) -> None:
+        if world.is_main():
+            if event["event"] != "progress" and not folder.is_new:
+                folder.log(event)
+            listen(event)
+
+    return tell
+
+
+def _tell_start(ready: Prepared, recipe: Recipe, at: Position, listen: Listener) -> None:
+    coming = ready.stages[at.stage - 1 + at.pruned :]
+    listen({
+        "event": "start", "method": recipe.method, "stages": recipe.stages, "params": ready.budget.total, "target": ready.budget.keep,
+        "calibration_tokens": sum(stage.calibration_tokens for stage in coming),
+        "training_tokens": 0 if ready.rows is None else ready.rows.num_tokens(0, len(ready.rows)),
+        "trained_tokens": at.progress.tokens, "processes": world.size(), "parallel": recipe.parallel,
+    })  # fmt: skip
+
+
+def _evaluate(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:
+    if ready.held_out:
+        with at.clock("evaluate"):
+            measured = perplexity(model, ready.held_out, dtype=recipe.dtype, on_window=_progress(listen, "evaluate", stage=stage))
+        at.figures.setdefault("perplexities", []).append(measured.perplexity)
         listen({"event": "evaluation", "stage": stage, "params": count_parameters(model), **asdict(measured)})
 
 
@@ -214,22 +314,26 @@ def _progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int]
     return lambda done, of: listen({"event": "progress", "phase": phase, "done": done, "of": of, **where})
 
 
-def _on_step(listen: Listener, stage: int) -> Callable[[Step], None]:
-    return lambda step: listen({"event": "step", "stage": stage, **asdict(step)})
+def _whole_mask(outcome: Outcome) -> Mask:
+    """The mask against the dense model, also where the run began from a model already pruned."""
+    mask = outcome.loaded.mask
+    return mask.then(outcome.mask) if mask is not None else outcome.mask
 
 
-def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
-    """Save with a mask against the dense model, also where the run began from a model already pruned."""
+def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
     loaded = outcome.loaded
-    mask = loaded.mask.then(outcome.mask) if loaded.mask is not None else outcome.mask
-    pruning = {
+    return {
         "dense_params": outcome.figures["params_before"] if loaded.mask is None else loaded.dense_params,
         "made_by": _provenance(),
         "recipe": recipe.model_dump(mode="json"),
         "figures": outcome.figures,
         "history": outcome.history,
     }
-    save(loaded.model, loaded.tokenizer, path, mask=mask, pruning=pruning, dtype=loaded.dtype)
+
+
+def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
+    loaded = outcome.loaded
+    save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=_pruning(outcome, recipe), dtype=loaded.dtype)
 
 
 def _provenance() -> str:
@@ -247,12 +351,3 @@ def _provenance() -> str:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         text += f", commit {commit}" if commit else ""
     return text
-
-
-@contextmanager
-def _clock(spent: dict[str, float], phase: str) -> Iterator[None]:
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        spent[phase] += time.perf_counter() - began

@@ -54,11 +54,15 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     return planned
 
 
-def plan(model: Any, recipe: Recipe) -> tuple[list[Stage], Budget]:
-    """The stages and the budget, once it is known that it can be met."""
-    dense, axes = count_parameters(model), prunable(model, recipe)
+def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget]:
+    """The stages and the budget of a run that began with `dense` parameters, once it is known that it can be met.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    axes = prunable(model, recipe)
     budget = Budget.parse(recipe.budget, dense=dense)
-    budget.check_reachable(axes)
+    Budget(keep=budget.keep, total=count_parameters(model)).check_reachable(axes)
     return stages(recipe, axes, start=dense, end=budget.keep), budget
 
 

@@ -1,14 +1,26 @@
 """What a run needs before its first step: the model, its stages, and the text each of them reads."""
 
+import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.core import world
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.data.feeds import calibration_feed, held_out_windows, training_shards
+from adapt_pruner.core.calibrate import uses_bfloat16
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.data.feeds import calibration_feed, held_out_windows
+from adapt_pruner.data.overlap import overlaps
+from adapt_pruner.data.rows import Rows, stage_spans, training_rows
+from adapt_pruner.data.selfwritten import selfwritten_windows
+from adapt_pruner.data.sources import SELF
+from adapt_pruner.errors import UsageError
 from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.recipe import Recipe
 
@@ -23,17 +35,23 @@ class Prepared:
 
     Attributes:
         stages: the rounds of pruning and training.
-        budget: what is to be left.
+        budget: what is to be left, of the parameters at the start.
         calibration: number of the iteration -> its batches, int64 [batch, length]; none where nothing looks at them.
-        shards: the training blocks of each stage; empty when nothing is to be trained.
-        held_out: evaluation windows; empty when nothing is to be evaluated.
+        rows: the training text; None where nothing is to be trained.
+        spans: the row of `rows` that each stage stops before.
+        digest: fingerprint of those rows and their order; empty without them.
+        held_out: evaluation windows; empty where nothing is to be evaluated.
+        teacher: the model to distil from; None where the objective has none.
     """
 
     stages: list[Stage]
     budget: Budget
     calibration: Callable[[int], list[Tensor]]
-    shards: list[Tensor]
+    rows: Rows | None
+    spans: list[int]
+    digest: str
     held_out: list[Tensor]
+    teacher: Any
 
 
 def load_model(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loaded:
@@ -44,35 +62,110 @@ def load_model(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loa
     return loaded
 
 
-def prepare(loaded: Loaded, recipe: Recipe, *, listen: Listener) -> Prepared:
-    """Check that the recipe fits the model and that its texts are there, before any work is done.
+def prepare(
+    loaded: Loaded,
+    recipe: Recipe,
+    *,
+    listen: Listener,
+    trust_remote_code: bool = False,
+    begun: int | None = None,
+    folder: Path | None = None,
+) -> Prepared:
+    """Check that the recipe fits model, machine and processes and that its texts are there, before any work is done.
+
+    Args:
+        loaded: the model as it is now.
+        recipe: what is asked for.
+        listen: told of warnings.
+        trust_remote_code: for a teacher.
+        begun: parameters at the start, where the run has begun and the model is not what it was.
+        folder: of the run; text that the model writes itself is kept there.
 
     Raises:
-        UsageError: the budget or a text does not fit.
+        UsageError: something does not fit, or is not there.
     """
-    planned, budget = plan(loaded.model, recipe)
+
+    def warn(message: str) -> None:
+        listen({"event": "warning", "message": message})
+
+    planned, budget = plan(loaded.model, recipe, dense=begun or count_parameters(loaded.model))
+    _check_machine(loaded.model, recipe)
+    calibration = _calibration(loaded, recipe, folder)
+    rows = _rows(loaded, recipe, warn)
+    spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
+    held_out = _held_out(loaded, recipe)
+    sources = {
+        "calibration": recipe.calibration.source if recipe.calibration.ids is None and reads_text(loaded.model, recipe) else None,
+        "training": recipe.training.source,
+        "evaluation": recipe.evaluation.source,
+    }
+    if world.is_main() and begun is None:
+        for sentence in overlaps(sources):
+            warn(sentence)
     return Prepared(
-        planned, budget, _calibration(loaded, recipe), _shards(loaded, recipe, planned, listen), _held_out(loaded, recipe)
-    )
+        planned, budget, calibration, rows, spans, "" if rows is None else rows.digest(), held_out,
+        _teacher(loaded, recipe, trust_remote_code, begun=begun is not None),
+    )  # fmt: skip
 
 
-def _calibration(loaded: Loaded, recipe: Recipe) -> Callable[[int], list[Tensor]]:
+def _check_machine(model: Any, recipe: Recipe) -> None:
+    """Refuse what this machine or these processes cannot do.
+
+    Raises:
+        UsageError: a batch does not fit the processes, or a package or GPU is missing.
+    """
+    asked = recipe.training
+    if asked.source is None:
+        return
+    rows = asked.batch_tokens // asked.length
+    if rows % world.size():
+        raise UsageError(
+            f"a batch of {asked.batch_tokens:,} tokens is {rows} rows of {asked.length}, which {world.size()} processes cannot "
+            f"share evenly; set training.batch_tokens to a multiple of {asked.length * world.size():,}"
+        )
+    if asked.liger and next(model.parameters()).device.type != "cuda":
+        raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
+    for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"training.{extra} needs a package; pip install 'adapt-pruner[{extra}]'")
+
+
+def _calibration(loaded: Loaded, recipe: Recipe, folder: Path | None) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches; to none where nothing looks at them."""
     if not reads_text(loaded.model, recipe):
         return lambda iteration: []
-    return calibration_feed(loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(), seed=recipe.seed)
+    asked = recipe.calibration.model_dump()
+    if asked["ids"] is None and asked["source"] == SELF and folder is not None:
+        written_once = folder / "calibration_self.json"  # by the model as it was at the start
+        asked["ids"] = str(written_once)
+        if world.is_main() and not written_once.exists():
+            written = selfwritten_windows(
+                loaded.model, loaded.tokenizer, samples=asked["samples"], length=asked["length"], seed=recipe.seed
+            )
+            written_once.write_text(to_json({"input_ids": written.tolist()}), encoding="utf-8")
+        world.agreed(None)
+    return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed)
 
 
-def _shards(loaded: Loaded, recipe: Recipe, planned: list[Stage], listen: Listener) -> list[Tensor]:
-    """The training blocks of each stage; empty when nothing is to be trained."""
-    asked = recipe.training
-    if asked.source is None:
-        return []
-    tokens = [stage.tokens for stage in planned]
-    return training_shards(
-        loaded.tokenizer, source=asked.source, length=asked.length, stage_tokens=tokens, seed=recipe.seed,
-        warn=lambda message: listen({"event": "warning", "message": message}),
-    )  # fmt: skip
+def _rows(loaded: Loaded, recipe: Recipe, warn: Callable[[str], None]) -> Rows | None:
+    asked, source = recipe.training, recipe.training.source
+    if source is None:
+        return None
+
+    def read() -> Rows:
+        return training_rows(
+            loaded.tokenizer,
+            source,
+            length=asked.length,
+            tokens=asked.tokens,
+            seed=recipe.seed,
+            repeat=asked.repeat,
+            warn=warn,
+        )
+
+    rows = read() if world.is_main() else None  # one process tokenises, the others read what it stored
+    world.agreed(None)
+    return rows or read()
 
 
 def _held_out(loaded: Loaded, recipe: Recipe) -> list[Tensor]:
@@ -80,3 +173,32 @@ def _held_out(loaded: Loaded, recipe: Recipe) -> list[Tensor]:
     if asked.source is None:
         return []
     return held_out_windows(loaded.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
+
+
+def _teacher(loaded: Loaded, recipe: Recipe, trust_remote_code: bool, *, begun: bool) -> Any:
+    """The model to distil from, frozen, in the precision of matrix products; None where the objective has none.
+
+    Raises:
+        UsageError: it has another vocabulary.
+    """
+    if not recipe.training.objective.startswith("objectives.distil") or recipe.training.source is None:
+        return None
+    device = next(loaded.model.parameters()).device
+    name = recipe.training.teacher or recipe.model
+    if recipe.training.teacher is None and not begun:
+        teacher = copy.deepcopy(loaded.model)
+    else:
+        other = load(name, device=device, trust_remote_code=trust_remote_code)
+        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise UsageError(
+                f"teacher {name} has another tokenizer ({len(other.tokenizer):,} tokens) than {recipe.model} "
+                f"({len(loaded.tokenizer):,}); distillation compares token by token, so name a teacher of the same vocabulary"
+            )
+        teacher = other.model
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, loaded.model)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"teacher {name} has {sizes[0]:,} logits, {recipe.model} {sizes[1]:,}; name a teacher of the same vocabulary"
+        )
+    narrow = torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32
+    return teacher.to(narrow).eval().requires_grad_(False)

@@ -16,7 +16,12 @@ from adapt_pruner import parts
 from adapt_pruner.core.budget import parse_count
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["Calibration", "Evaluation", "Recipe", "Training", "builtin", "methods", "read"]
+__all__ = ["Calibration", "Evaluation", "Lora", "Recipe", "Source", "Training", "builtin", "differing", "methods", "read"]
+
+_OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about")
+
+Source = str | dict[str, Annotated[float, Field(gt=0)]]
+"""A SPEC of text, or several with the weight of each."""
 
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
 
@@ -36,8 +41,9 @@ class _Frozen(BaseModel):
 class Calibration(_Frozen):
     """The text that importance is measured on."""
 
-    source: str = Field(
-        "python-docs:train", description="SPEC of text, drawn anew each iteration; `self` is written once by the model"
+    source: Source = Field(
+        "python-docs:train",
+        description="SPEC of text, or SPEC: weight; drawn anew each iteration; `self` is written once by the model",
     )
     samples: int = Field(64, ge=1, description="sequences an iteration")
     length: int = Field(128, ge=2, description="tokens a sequence")
@@ -46,12 +52,21 @@ class Calibration(_Frozen):
     )
 
 
+class Lora(_Frozen):
+    """Train a low-rank addition to the linear layers instead of the weights, merged before the next cut."""
+
+    rank: int = Field(128, ge=1, description="columns of the addition")
+    alpha: float = Field(16.0, gt=0, description="the addition counts alpha / rank times")
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of its inputs that the addition does not see")
+
+
 class Training(_Frozen):
     """The training between cuts; none when `tokens` is 0."""
 
-    source: str | None = Field(None, description="SPEC of text")
+    source: Source | None = Field(None, description="SPEC of text, or SPEC: weight for a mixture")
+    repeat: bool = Field(True, description="go through a text that is too short again; false refuses it")
     tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
-        0, ge=0, description="of all stages together; a shorter text is repeated"
+        0, ge=0, description="of all stages together"
     )
     batch_tokens: Count = Field(8192, ge=2, description="tokens an optimiser step")
     length: Count = Field(512, ge=2, description="tokens a sequence")
@@ -64,6 +79,15 @@ class Training(_Frozen):
     floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on matrices")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    max_rise: float = Field(2.0, gt=0, description="nats that the smoothed loss may rise above its lowest in a stage")
+    teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
+    lora: Lora | None = Field(None, description="train a low-rank addition instead of the weights: {rank, alpha, dropout}")
+    micro_batch_tokens: Count | None = Field(
+        None, description="tokens in one forward and backward of a process; null: 2048 on a CPU, 16384 on a GPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="work activations out again instead of keeping them")
+    compile: bool = Field(False, description="compile the decoder with torch.compile, anew after each stage's cuts")
+    liger: bool = Field(False, description="fused kernels of liger-kernel, on CUDA")
 
     @model_validator(mode="after")
     def _together(self) -> "Training":
@@ -71,6 +95,10 @@ class Training(_Frozen):
             raise ValueError("training.tokens is set but training.source is not; name a text to train on")
         if self.source is not None and not self.tokens:
             raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
+        if self.teacher is not None and not self.objective.startswith("objectives.distil"):
+            raise ValueError(
+                f"training.teacher is set but training.objective {self.objective!r} has no teacher; set it to objectives.distil"
+            )
         if self.batch_tokens < self.length:
             raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
         if self.schedule.startswith("schedules.wsd") and self.warmup + self.decay > 1:
@@ -83,7 +111,7 @@ class Training(_Frozen):
 class Evaluation(_Frozen):
     """The held-out text that the model is measured on after every stage; none when `source` is not set."""
 
-    source: str | None = Field(None, description="SPEC of text")
+    source: Source | None = Field(None, description="SPEC of text")
     window: int = Field(512, ge=2, description="tokens a window")
     max_windows: int | None = Field(40, ge=1, description="windows at most; null for the whole text")
 
@@ -113,7 +141,15 @@ class Recipe(_Frozen):
     calibration: Calibration = Field(default_factory=Calibration)
     training: Training = Field(default_factory=Training)
     evaluation: Evaluation = Field(default_factory=Evaluation)
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of every draw; the same seed gives the same model on one machine")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: whole model on each while training, or shares of it"
+    )
+    checkpoint_minutes: float = Field(30.0, ge=0, description="between checkpoints within a stage; 0 after every step")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints of a run that stay on disk")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="trackers beside log.jsonl"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of matrix products; auto is bfloat16 where native"
@@ -198,6 +234,18 @@ def read(
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UsageError(_sentence(error)) from error
+
+
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, as far as they decide what a run computes."""
+    left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
+    found = []
+    for key, value in left.items():
+        if key in _OF_THE_MACHINE or value == right[key]:
+            continue
+        inner = isinstance(value, dict) and isinstance(right[key], dict) and key in ("calibration", "training", "evaluation")
+        found += [f"{key}.{leaf}" for leaf in value if value[leaf] != right[key][leaf]] if inner else [key]
+    return found
 
 
 def _read_yaml(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,14 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            _sync(file)
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         if path.exists():
             rescued = partial.rename(path.with_name(f"{path.name}-{partial.name[-8:]}"))
             raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
         partial.rename(path)
+        _sync(path.parent)
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         raise RunError(
@@ -83,6 +83,14 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save(
     model: Any,
     tokenizer: Any,
@@ -91,6 +99,8 @@ def save(
     mask: Mask | None = None,
     pruning: dict[str, Any] | None = None,
     dtype: torch.dtype,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write model, tokenizer, mask and history to `path`; the model is left as found.
 
@@ -101,13 +111,15 @@ def save(
         mask: against the dense model.
         pruning: how the model was made; plain data.
         dtype: of the saved weights.
+        weights: by name, where they are not in the model (it is sharded, or adapted).
+        beside: writes more files into the folder, at the end.
 
     Raises:
         RunError: it could not be written; nothing is left under `path`.
     """
-    config = _config(model, dtype)
+    config = _config(model, dtype, as_it_says=weights is not None)
     with whole_or_nothing(Path(path)) as folder:
-        _save_weights(model, folder, dtype)
+        _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if config.is_heterogeneous:
@@ -116,12 +128,14 @@ def save(
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if pruning is not None:
             (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
+        beside(folder)
 
 
-def _config(model: Any, dtype: torch.dtype) -> Any:
-    """The model's config with its sizes as they are and the class that builds it."""
+def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
+    """The model's config with the class that builds it, its sizes read from the weights unless they are elsewhere."""
     config = copy.deepcopy(model.config)
-    write_sizes(config, families.axes(model))
+    if not as_it_says:
+        write_sizes(config, families.axes(model))
     stock = type(model).__name__.removeprefix("Pruned")
     config.dtype = dtype
     config.architectures = [stock]
@@ -137,8 +151,8 @@ def _config(model: Any, dtype: torch.dtype) -> Any:
     return config
 
 
-def _save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    state: dict[str, torch.Tensor] = model.state_dict()
+def _save_weights(model: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None) -> None:
+    state: dict[str, torch.Tensor] = model.state_dict() if weights is None else dict(weights)
     if any(tensor.dtype != dtype for tensor in state.values() if tensor.is_floating_point()):
         cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor
         for name, tensor in state.items():

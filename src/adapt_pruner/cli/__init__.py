@@ -1,7 +1,8 @@
-"""Floor 9: the command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
+"""Floor 10: the command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -49,6 +50,7 @@ def _options(
 def main() -> None:
     """Run the command line; every error becomes one sentence and an exit status: 2 for usage, 1 for failure."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; progress is ours to show
+    signal.signal(signal.SIGTERM, _as_interrupt)  # what a cluster sends before it takes the machine away
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
@@ -65,6 +67,10 @@ def main() -> None:
         if status == _SIGINT_STATUS:
             _stop(_INTERRUPTED, 1)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _as_interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 _SIGINT_STATUS = 130  # what typer makes of Ctrl-C

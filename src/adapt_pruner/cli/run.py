@@ -20,23 +20,28 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, with time and memory estimated by a quick probe.")
     ] = False,
+    force_recipe: Annotated[
+        bool, typer.Option("--force-recipe", help="Go on with a run although it was begun with another recipe.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Run a RECIPE: prune, train, prune, train, … and save.
+    """Run a RECIPE: prune, train, prune, train, … and save. In the folder of a run that was stopped, go on where it was.
 
     Examples:
 
         adapt-pruner run smollm2-demo -o runs/demo
 
         adapt-pruner run recipe.yaml --set budget=60% --set training.tokens=1M --dry-run
+
+        torchrun --nproc-per-node 8 -m adapt_pruner run recipe.yaml -o runs/mine --set parallel=fsdp
     """
     from adapt_pruner import recipe as recipes
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
-    run_dir = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    from adapt_pruner import forecast, pipeline
+    from adapt_pruner import forecast, pipeline, trackers
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
+    from adapt_pruner.core import world
     from adapt_pruner.core.plain import to_json
 
     quiet_libraries()
@@ -45,8 +50,13 @@ def run(
             planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
         print(to_json(planned)) if as_json else _print_plan(planned)
         return
-    with screen() as listen:
-        figures = pipeline.run(resolved, run_dir, listen=listen, trust_remote_code=trust_remote_code).figures
+    with world.joined():
+        run_dir = out or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        with screen(quiet=not world.is_main()) as listen, trackers.reporting(resolved, run_dir, listen) as tell:
+            outcome = pipeline.run(resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
+    if not world.is_main():
+        return
+    figures = outcome.figures if outcome is not None else pipeline.figures_of(run_dir)
     if as_json:
         print(to_json(figures | {"path": str(run_dir / "model")}))
         return

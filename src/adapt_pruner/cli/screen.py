@@ -41,10 +41,10 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def screen() -> Iterator["Screen"]:
-    """A listener for the events of a run."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+def screen(*, quiet: bool = False) -> Iterator["Screen"]:
+    """A listener for the events of a run; a quiet one shows nothing."""
+    console = Console(stderr=True, quiet=quiet)
+    if quiet or not console.is_terminal:
         yield Screen(console, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
@@ -83,9 +83,9 @@ class Screen:
         """Move the bar; returns the estimate as text."""
         if self._work is None:
             return ""
-        weight = self._work["calibration_tokens"]
-        total = weight + self._work["training_tokens"]
-        share = (weight * self._pruned + self._trained) / total if total else 1.0
+        weight, before = self._work["calibration_tokens"], self._work["trained_tokens"]
+        total = weight + self._work["training_tokens"] - before
+        share = (weight * self._pruned + self._trained - before) / total if total else 1.0
         spent = time.monotonic() - self._began
         left = f"{duration(spent / share - spent)} left" if 0.02 < share <= 1 else ""
         if self._bar is not None and self._task is not None:
@@ -99,12 +99,14 @@ class Screen:
         self._say(f"loaded {event['model']}: {millions(event['params'])} parameters")
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self._work, self._began = event, time.monotonic()
+        self._work, self._began, self._trained = event, time.monotonic(), event["trained_tokens"]
         text = f"pruning to {millions(event['target'])} parameters by {event['method']}"
         if event["stages"] > 1:
             text += f" in {event['stages']} stages"
         if event["training_tokens"]:
             text += f", training on {event['training_tokens']:,} tokens between them"
+        if event["processes"] > 1:
+            text += f", on {event['processes']} processes ({event['parallel']})"
         self._say(text)
 
     def _on_progress(self, event: dict[str, Any]) -> None:
@@ -128,7 +130,8 @@ class Screen:
         self._trained = event["tokens"]
         text = f"stage {event['stage']}: training, {event['tokens']:,} tokens, loss {event['loss']:.3f}"
         left = self._advance(text)
-        self._say(f"{text}, lr {event['lr']:.2e}{left}", often=True)
+        speed = f"{event['tokens_per_second']:,.0f} tokens/s"
+        self._say(f"{text}, lr {event['lr']:.2e}, {speed}{left}", often=True)
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         name = f"stage {event['stage']}" if event["stage"] else "dense model"
@@ -137,6 +140,16 @@ class Screen:
     def _on_warning(self, event: dict[str, Any]) -> None:
         self._say(f"warning: {event['message']}")
 
+    def _on_resumed(self, event: dict[str, Any]) -> None:
+        where = f"stage {event['stage']}, " + (f"step {event['step']}" if event["pruned"] else "before its cuts")
+        self._say(f"going on from {event['path']} ({where})")
+
+    def _on_finished(self, event: dict[str, Any]) -> None:
+        self._say(f"this run is finished: {event['path']}")
+
+    def _on_interrupted(self, event: dict[str, Any]) -> None:
+        self._say(event["message"])
+
     def _on_saved(self, event: dict[str, Any]) -> None:
         if "params_after" not in event:
-            self._say(f"stage {event['stage']}: saved {event['path']}")
+            self._say(f"saved {event['path']}", often="-step-" in event["path"])

@@ -21,11 +21,12 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "evidence_needed", "mean_loss", "precision", "score"]
+__all__ = ["Evidence", "Metric", "evidence_needed", "mean_loss", "precision", "score", "uses_bfloat16"]
 
 
 class Evidence(Enum):
@@ -49,10 +50,14 @@ def native_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def uses_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Whether matrices are multiplied in bfloat16: `auto` where it is native, else as `float32` or `bfloat16` says."""
+    return native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
+
+
 def precision(device: torch.device, dtype: str) -> torch.autocast:
-    """The context in which matrices are multiplied: `auto` takes bfloat16 where it is native, else `float32`, `bfloat16`."""
-    enabled = native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
 
 
 @contextmanager
@@ -112,6 +117,8 @@ def score(
     Returns:
         The merged scores, and L (NaN when no metric needed a pass).
 
+    Several processes each look at a share of the batches; sums are taken over all, and every one gets the same scores.
+
     Raises:
         RunError: L is not finite.
     """
@@ -124,14 +131,20 @@ def score(
             need = max((next(metric) for metric in running), key=lambda evidence: evidence.value)
             if need is not Evidence.WEIGHTS:
                 num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+                mine = world.share(batches)
                 wants_gradient = need is Evidence.GRADIENTS
                 nll = torch.zeros((), dtype=torch.float64)
-                for done, batch in enumerate(batches, start=1):
+                for done, batch in enumerate(mine, start=1):
                     with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
-                        scale = 1 / num_predicted if wants_gradient else None
-                        nll += next_token_nll(model, batch.to(device), backward_scale=scale).double().cpu()
+                        loss = next_token_nll(model, batch.to(device))
+                    if wants_gradient:
+                        (loss / num_predicted).backward()
+                    nll += loss.detach().double().cpu()
                     if on_batch is not None:
-                        on_batch(done, len(batches))
+                        on_batch(done, len(mine))
+                if wants_gradient:
+                    _sum_gradients(model, on_axes)
+                world.sum_in_place(nll)
                 total = float(nll) / num_predicted
                 if not torch.isfinite(torch.tensor(total)):
                     raise RunError(
@@ -143,7 +156,16 @@ def score(
     finally:
         for metric in running:
             metric.close()
-    return merged, total
+    return world.agreed(merged), total
+
+
+def _sum_gradients(model: nn.Module, names: set[str]) -> None:
+    """Sum, in place, the gradients of the named parameters over all processes; one that saw no batch adds zeros."""
+    if world.size() > 1:
+        parameters = [parameter for name, parameter in model.named_parameters() if name in names]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        world.sum_in_place(*(parameter.grad for parameter in parameters if parameter.grad is not None))
 
 
 @torch.no_grad()
@@ -151,8 +173,12 @@ def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto
     """Mean next-token cross-entropy over all predicted tokens of `batches`, nats per token; the model is left as found."""
     device = next(model.parameters()).device
     num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    total = torch.zeros((), dtype=torch.float64)
     with _as_found(model, set()), precision(device, dtype):
-        return sum(float(next_token_nll(model, batch.to(device))) for batch in batches) / num_predicted
+        for batch in world.share(batches):
+            total += next_token_nll(model, batch.to(device)).double().cpu()
+    world.sum_in_place(total)
+    return float(total) / num_predicted
 
 
 def _finish(metric: Generator[Evidence, None, Scores]) -> Scores:

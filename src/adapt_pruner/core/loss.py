@@ -1,43 +1,139 @@
-"""The next-token loss of a causal LM, worked out in pieces so that the full logits are never held."""
+"""Losses of a causal LM's logits, worked out a few tokens at a time so that the full logits are never held."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["next_token_nll"]
+__all__ = ["LogitLoss", "next_token_nll", "nll_of_logits", "predicting", "through_head"]
 
-_CHUNK = 512  # tokens whose logits exist at one time; 100 MB in float32 with a vocabulary of 49 k
+_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
+_CACHED_ROWS = 64  # tokens whose float32 logits are worked on at one time on a CPU: they fit its cache
+
+LogitLoss = Callable[[Tensor, slice, bool], Tensor]
+"""(float32 logits [n, vocab] of some tokens, which tokens, whether a gradient is wanted) -> the sum of the tokens' losses.
+
+Where a gradient is wanted, it leaves d loss / d logits in the place of the logits.
+"""
 
 
-def next_token_nll(model: nn.Module, input_ids: Tensor, *, backward_scale: float | None = None, chunk: int = _CHUNK) -> Tensor:
-    """Sum over all predicted tokens of -log p(token | what precedes it), in nats.
+def predicting(hidden: Tensor, input_ids: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict something, and what they predict: position t predicts token t + 1.
 
-    Every sequence predicts its tokens 1 … length - 1. With `backward_scale` the gradient of `backward_scale` × the sum
-    is added to the parameters' `.grad`: each chunk of logits is differentiated and let go before the next is made,
-    then the decoder is differentiated once.
+    Args:
+        hidden: [batch, length, width].
+        input_ids: int64 [batch, length].
+        predicted: bool [batch, length], the tokens that count; None for all. No position predicts token 0.
+
+    Returns:
+        [n, width] and int64 [n].
+    """
+    before, targets = hidden[:, :-1], input_ids[:, 1:]
+    if predicted is None:
+        return before.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    chosen = predicted[:, 1:]
+    return before[chosen], targets[chosen]
+
+
+def through_head(hidden: Tensor, head: nn.Module, loss: LogitLoss, *, chunk: int | None = None) -> Tensor:
+    """The sum of `loss` over the logits head(hidden), with its gradient, without ever holding the logits of all tokens.
+
+    The gradient is worked out with the value, chunk by chunk, so the backward pass only scales it. Memory beyond
+    inputs and gradients: chunk · vocab elements of the precision matrices are multiplied in.
+
+    Args:
+        hidden: [n, width]; n may be 0.
+        head: a linear layer, width -> vocab.
+        loss: see `LogitLoss`.
+        chunk: tokens whose logits exist at one time; by default as many as have 2^26 logits.
+
+    Returns:
+        float32 scalar, differentiable once in `hidden` and the head's weight and bias.
+    """
+    total: Tensor = _ThroughHead.apply(hidden, head.weight, head.bias, loss, chunk)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _ThroughHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: LogitLoss, chunk: int | None) -> Tensor:
+        device = hidden.device.type
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        wants = of_hidden or of_weight or of_bias
+        chunk = chunk or max(_CACHED_ROWS, _LOGITS // weight.shape[0])
+        rows_at_once = _CACHED_ROWS if device == "cpu" else chunk
+
+        narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+        total = torch.zeros((), device=hidden.device, dtype=wide)
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = grad_bias = None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, hidden.shape[0], chunk):
+                end = min(hidden.shape[0], start + chunk)
+                entering = hidden[start:end].to(dtype)
+                logits = F.linear(entering, narrow, shift)
+                for first in range(start, end, rows_at_once):
+                    rows = slice(first, min(end, first + rows_at_once))
+                    piece = logits[rows.start - start : rows.stop - start]
+                    worked = piece.to(wide)
+                    total += loss(worked, rows, wants)
+                    if wants and worked is not piece:
+                        piece.copy_(worked)
+                if grad_hidden is not None:
+                    grad_hidden[start:end] = logits @ narrow
+                if of_weight:
+                    grad_weight = _added(grad_weight, logits.t() @ entering, like=weight)
+                if of_bias and bias is not None:
+                    grad_bias = _added(grad_bias, logits.sum(0), like=bias)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> tuple[Tensor | None, ...]:
+        scaled = [None if gradient is None else gradient.mul_(outer[0]) for gradient in ctx.gradients]
+        ctx.gradients = (None, None, None)
+        return (*scaled, None, None)
+
+
+def _added(total: Tensor | None, term: Tensor, *, like: Tensor) -> Tensor:
+    return term.to(like.dtype) if total is None else total.add_(term)
+
+
+def nll_of_logits(targets: Tensor) -> LogitLoss:
+    """-log softmax(logits)[target], in nats.
+
+    Args:
+        targets: int64 [n], of all tokens.
+    """
+
+    def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+        target = targets[rows, None]
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        nll = (normaliser - logits.gather(1, target)).sum()
+        if gradient:
+            logits.sub_(normaliser).exp_().scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+        return nll
+
+    return loss
+
+
+def next_token_nll(model: nn.Module, input_ids: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
+    """Sum over the predicted tokens of -log p(token | what precedes it), in nats.
 
     Args:
         model: causal LM whose logits are `get_output_embeddings()` of `get_decoder()`'s last hidden state.
-        input_ids: int64 [batch, length], length at least 2; no padding.
-        backward_scale: None for the value only (wrap in `torch.no_grad()`), else the factor of the gradient.
-        chunk: tokens whose logits exist at one time.
+        input_ids: int64 [batch, length], length at least 2; padding, if any, on the right.
+        predicted: bool [batch, length], the tokens that count; None for all. Token 0 of a sequence never does.
+        chunk: see `through_head`.
 
     Returns:
-        float32 scalar, detached.
+        float32 scalar, differentiable once.
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    entering = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    targets = input_ids[:, 1:].reshape(-1)
-    total = torch.zeros((), device=targets.device)
-    gradients = []
-    for piece, target in zip(entering.split(chunk), targets.split(chunk), strict=True):
-        piece = piece.detach().requires_grad_(backward_scale is not None)
-        nll = F.cross_entropy(head(piece).float(), target, reduction="sum")
-        total += nll.detach()
-        if backward_scale is not None:
-            (nll * backward_scale).backward()
-            gradients.append(piece.grad)
-    if backward_scale is not None and entering.requires_grad:
-        entering.backward(torch.cat(gradients))
-    return total
+    entering, targets = predicting(hidden, input_ids, predicted)
+    return through_head(entering, model.get_output_embeddings(), nll_of_logits(targets), chunk=chunk)  # type: ignore[operator]

@@ -1,13 +1,14 @@
 """From a SPEC of text to the batches a run is fed: calibration by iteration, training by stage, held-out windows."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, documents
+from adapt_pruner.data.sources import SELF, Source, documents, domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, training_blocks
 from adapt_pruner.errors import UsageError
 
@@ -17,27 +18,34 @@ _MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activatio
 
 
 def calibration_feed(
-    model: Any, tokenizer: Any, *, source: str, samples: int, length: int, ids: str | None, seed: int
+    model: Any, tokenizer: Any, *, source: Source, samples: int, length: int, ids: str | None, seed: int
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
     Every iteration draws anew from a text; fixed `ids` and text the model wrote itself (once, as it is now) stay the same.
+    Each text of a mixture gives its share of the samples.
 
     Raises:
-        UsageError: there is no such text, or it is too short.
+        UsageError: there is no such text, it is too short, or its share is not one sample.
     """
+    shares = domains(source)
     if ids is not None:
         rows: Sequence[Tensor] = calibration_ids(ids, vocab_size=model.config.vocab_size)
-    elif source == SELF:
+    elif SELF in shares:
         rows = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed).split(1)
     else:
-        texts = documents(source)
-        encoded: dict[int, list[int]] = {}
+        texts = {spec: documents(spec) for spec in shares}
+        counts = _apportioned(samples, shares, what="calibration.samples")
+        encoded: dict[str, dict[int, list[int]]] = {spec: {} for spec in shares}
 
         def draw(iteration: int) -> list[Tensor]:
-            windows = calibration_windows(
-                tokenizer, texts, samples=samples, length=length, seed=seed * 1_000_003 + iteration, encoded=encoded
-            )
+            windows = torch.cat([
+                calibration_windows(
+                    tokenizer, texts[spec], samples=counts[spec], length=length,
+                    seed=seed * 1_000_003 + iteration, encoded=encoded[spec],
+                )
+                for spec in shares
+            ])  # fmt: skip
             return batches_of(windows.split(1), max_tokens=_MICRO_TOKENS)
 
         draw(0)  # a text that is too short is refused before any work is done
@@ -64,12 +72,38 @@ def training_shards(
     return [blocks[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def held_out_windows(tokenizer: Any, *, source: str, window: int, max_windows: int | None) -> list[Tensor]:
-    """Evaluation windows of a text; see `data.tokens.evaluation_windows`.
+def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
+    """Evaluation windows of a text, or of each text of a mixture; see `data.tokens.evaluation_windows`.
+
+    Each text of a mixture gives its share of `max_windows`, and all of itself where there is no such limit.
 
     Raises:
-        UsageError: there is no such text, it is too short, or it is `self`.
+        UsageError: there is no such text, it is too short, its share is not one window, or it is `self`.
     """
-    if source == SELF:
+    shares = domains(source)
+    if SELF in shares:
         raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
-    return evaluation_windows(tokenizer, documents(source), window=window, max_windows=max_windows)
+    counts = dict.fromkeys(shares) if max_windows is None else _apportioned(max_windows, shares, what="max_windows")
+    return [
+        ids
+        for spec, count in counts.items()
+        for ids in evaluation_windows(tokenizer, documents(spec), window=window, max_windows=count)
+    ]
+
+
+def _apportioned(number: int, shares: Mapping[str, float], *, what: str) -> dict[str, int]:
+    """`number` in whole parts by share; the largest fractions take what rounding down leaves.
+
+    Raises:
+        UsageError: a part would be 0.
+    """
+    counts = {spec: int(number * share) for spec, share in shares.items()}
+    by_fraction = sorted(shares, key=lambda spec: counts[spec] - number * shares[spec])
+    for spec in by_fraction[: number - sum(counts.values())]:
+        counts[spec] += 1
+    for spec, count in counts.items():
+        if not count:
+            raise UsageError(
+                f"{what} {number} leaves none for {spec!r}, whose share is {shares[spec]:.1%}; raise it or the weight"
+            )
+    return counts

@@ -1,35 +1,60 @@
-"""Where text comes from: a SPEC, as written on the command line, to a list of documents.
+"""Where text comes from: a SPEC, as written on the command line, to documents; a mixture is several with their weights.
 
 notes.txt                     one document
 books/  'corpus/*/*.jsonl.gz' every .txt, .md, .jsonl[.gz|.zst] and .parquet below a folder or under a glob
-data.jsonl.gz  data.parquet   one document a row, its field `text`
-hub:NAME[:config][:split][:field]   a data set by its name, through the datasets library (split `train`, field `text`)
+data.jsonl.gz  data.parquet   one document a row: its field `text`, or a conversation in its field `messages`
+saved/                        a folder written by `datasets.save_to_disk`; rows as above
+hub:NAME[:config][:split][:field]   a data set by its name, streamed by the datasets library (split `train`, field `text`)
 python-docs[:train|:heldout]  Python's own language reference, which comes with Python
 self                          text the model writes itself (see data.selfwritten; needs the model)
+
+SPEC#train  SPEC#heldout      of any of these but `self`, the part that is trained on, or the document in 20 that is not
 """
 
-import glob
-import gzip
 import hashlib
-import io
-import json
-import zlib
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from adapt_pruner.data import readers
 from adapt_pruner.errors import UsageError
 
-__all__ = ["SELF", "documents"]
+__all__ = ["SELF", "Document", "Source", "documents", "domains", "identity", "read"]
 
 SELF = "self"
-_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-_FIELD = "text"
+Source = str | Mapping[str, float]
+"""A SPEC, or a mixture: SPEC -> its weight, positive; weights need not sum to 1."""
+
+_PARTS = ("train", "heldout")
+_HELD_OUT = 20  # one document in so many
 _MAX_HUB_DOCUMENTS = 200_000
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A piece of text with the name it goes by in messages.
+
+    Attributes:
+        name: file and row, data set and row, or topic.
+        text: what it says; of a conversation, its messages joined by a blank line.
+        messages: of a conversation, what its chat template takes: objects with `role`, `content` and perhaps more.
+    """
+
+    name: str
+    text: str
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the text with its white space squeezed: what makes two documents the same one."""
+        return hashlib.sha256(_squeezed(self.text).encode()).digest()
+
+
 def documents(spec: str) -> list[str]:
-    """The documents that `spec` names, in a fixed order; empty ones are left out.
+    """The texts that `spec` names, in a fixed order; empty ones are left out. Of a hub data set, the first 200,000.
 
     Args:
         spec: as described at the top of this file, `self` excepted.
@@ -37,140 +62,103 @@ def documents(spec: str) -> list[str]:
     Raises:
         UsageError: nothing is there, it holds no text, or it is not what its name says; with the remedy.
     """
-    if spec.partition(":")[0] == "python-docs":
-        found = _python_docs(spec.partition(":")[2] or "all")
-    elif spec.startswith("hub:"):
-        found = _hub(spec)
+    most = _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None
+    return [document.text for document in itertools.islice(read(spec), most)]
+
+
+def read(spec: str) -> Iterator[Document]:
+    """The documents that `spec` names, one after another, in a fixed order; empty ones are left out.
+
+    Raises:
+        UsageError: as `documents`, when the trouble is reached.
+    """
+    base, part = _split(spec)
+    kind, _, rest = base.partition(":")
+    if kind == "python-docs":  # has a split of its own, without shared paragraphs
+        whole, part = _python_docs(":".join(filter(None, (rest, part))) or "all"), ""
     else:
-        found = [text for path in _paths(spec) for text in _read(path, _FIELD)]
-    found = [text for text in found if text.strip()]
+        whole = itertools.starmap(_document, readers.hub(base) if kind == "hub" else readers.local(base))
+    found = there = 0
+    for document in whole:
+        if document.text.strip():
+            there += 1
+            if part in ("", _part(document)):
+                found += 1
+                yield document
+    if there and not found:
+        raise UsageError(
+            f"text {spec!r} is empty: none of the {there:,} documents of {base!r} falls in that part, "
+            f"one in {_HELD_OUT} is held out; give a text of more documents, or another one"
+        )
     if not found:
         raise UsageError(f"text {spec!r} is empty; name a file or folder that holds text")
-    return found
 
 
-def _paths(spec: str) -> list[Path]:
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return [path]
-    matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    found = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
-    if not found:
-        what = "holds no text file" if path.is_dir() else "does not exist"
-        raise UsageError(
-            f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
-        )
-    return found
+def identity(spec: str) -> str | None:
+    """What tells a text from another without reading it: of a hub data set, SPEC and revision; None of all others."""
+    return f"{spec} {readers.hub_revision(_split(spec)[0])}" if spec.startswith("hub:") else None
 
 
-def _read(path: Path, field: str) -> list[str]:
-    name = path.name
-    try:
-        if name.endswith(".parquet"):
-            return _parquet(path, field)
-        if name.endswith((".jsonl", ".json", ".jsonl.gz", ".jsonl.zst")):
-            with _open(path) as lines:
-                return list(_rows(lines, path, field))
-        return [path.read_bytes().decode("utf-8")]  # as it is: read_text would change line ends
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            f"convert it first, for example: iconv -f latin1 -t utf-8 {name}"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+def domains(source: Source) -> dict[str, float]:
+    """SPEC -> its share of the tokens; the shares sum to 1.
+
+    Raises:
+        UsageError: there is no SPEC, a weight is not positive, or `self` is one of several.
+    """
+    if isinstance(source, str):
+        return {source: 1.0}
+    for spec, weight in source.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise UsageError(f"the weight of {spec!r} is {weight}; weights are above 0, leave out what is not wanted")
+    if not source:
+        raise UsageError("the mixture names no text; write it like {wiki.jsonl.gz: 3, books/: 1}")
+    if SELF in source and len(source) > 1:
+        raise UsageError("'self' is no part of a mixture; name it alone, or give texts only")
+    total = math.fsum(source.values())
+    return {spec: weight / total for spec, weight in source.items()}
 
 
-def _open(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.name.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UsageError(f"{path} needs the zstandard package; pip install 'adapt-pruner[zstd]'") from error
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True), encoding="utf-8")
-    return path.open(encoding="utf-8")
+def _split(spec: str) -> tuple[str, str]:
+    """What comes before #train or #heldout, and the part; an empty one for the whole text."""
+    base, mark, part = spec.rpartition("#")
+    if not mark or Path(spec).exists() or not part.isalpha():
+        return spec, ""
+    if part not in _PARTS:
+        raise UsageError(f"text {spec!r} has no part {part!r}; known: {', '.join(_PARTS)}")
+    return base, part
 
 
-def _rows(lines: IO[str], path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path}, line {number}, is not JSON ({error.msg}); a .jsonl file holds one JSON object a line"
-            ) from error
-        text = row.get(field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UsageError(
-                f'{path}, line {number}, has no text in a field {field!r}; each line is an object like {{"{field}": "…"}}'
-            )
-        yield text
+def _part(document: Document) -> str:
+    return "train" if int.from_bytes(document.digest[:8], "big") % _HELD_OUT else "heldout"
 
 
-def _parquet(path: Path, field: str) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, columns=[field])
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UsageError(f"{path} is not a parquet file with a column {field!r}: {error}") from error
-    if field not in table.column_names:
-        raise UsageError(f"{path} has no column {field!r}; rename the column that holds the text")
-    return [str(text) for text in table.column(field).to_pylist() if text is not None]
+def _document(name: str, content: str | list[Mapping[str, Any]]) -> Document:
+    if isinstance(content, str):
+        return Document(name, content)
+    return Document(name, "\n\n".join(message["content"] for message in content), tuple(content))
 
 
-def _hub(spec: str) -> list[str]:
-    name, *rest = spec.split(":")[1:]
-    config, split, field = (rest + ["", "", ""])[:3]
-    split, field = split or "train", field or _FIELD
-    import datasets
-
-    try:
-        stream: Any = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        found = []
-        for row in stream:
-            if not isinstance(row.get(field), str):
-                raise UsageError(f"{spec!r} has no text in a field {field!r}; its fields: {', '.join(row)}")
-            found.append(row[field])
-            if len(found) == _MAX_HUB_DOCUMENTS:
-                break
-        return found
-    except UsageError:
-        raise
-    except Exception as error:  # the datasets library raises errors of many libraries for one cause: it is not to be had
-        cause = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(
-            f"data set {spec!r} could not be had ({cause}); check the name and the network, or give a local file"
-        ) from error
-
-
-def _python_docs(part: str) -> list[str]:
+def _python_docs(part: str) -> Iterator[Document]:
     """Python's language reference by topic; a tenth of it is held out and shares no paragraph with the rest."""
-    if part not in ("all", "train", "heldout"):
-        raise UsageError(f"python-docs has no part {part!r}; known: train, heldout")
+    if part not in ("all", *_PARTS):
+        raise UsageError(f"python-docs has no part {part!r}; known: {', '.join(_PARTS)}")
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise UsageError(
             "this Python was installed without pydoc_data, so python-docs is not to be had; give a text file"
         ) from error
-    if part == "all":
-        return [text for _, text in sorted(topics.items())]
     held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0}
-    if part == "heldout":
-        return [topics[name] for name in sorted(held_out)]
     # Topics quote each other: what the held-out ones say is taken out of the rest, paragraph by paragraph.
     said = {_squeezed(paragraph) for name in held_out for paragraph in topics[name].split("\n\n")}
-    kept = []
-    for name in sorted(set(topics) - held_out):
-        kept.append("\n\n".join(paragraph for paragraph in topics[name].split("\n\n") if _squeezed(paragraph) not in said))
-    return kept
+    for name in sorted({"all": set(topics), "heldout": held_out, "train": set(topics) - held_out}[part]):
+        text = topics[name]
+        yield Document(f"python-docs topic {name!r}", _without(text, said) if part == "train" else text)
 
 
-def _squeezed(paragraph: str) -> str:
-    return " ".join(paragraph.split())
+def _without(text: str, said: Iterable[str]) -> str:
+    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if _squeezed(paragraph) not in said)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())

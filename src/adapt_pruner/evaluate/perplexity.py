@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.core import world
 from adapt_pruner.core.calibrate import precision
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError
@@ -47,18 +48,19 @@ def perplexity(
     device = next(model.parameters()).device
     was_training = model.training
     began = time.perf_counter()
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64), sum(ids.numel() - ids.shape[0] for ids in windows)
+    mine = world.share(windows)
     try:
         model.eval()
-        for done, ids in enumerate(windows, start=1):
+        for done, ids in enumerate(mine, start=1):
             with precision(device, dtype):
-                total += float(next_token_nll(model, ids.to(device)))
-            count += ids.numel() - ids.shape[0]
+                total += next_token_nll(model, ids.to(device)).double().cpu()
             if on_window is not None:
-                on_window(done, len(windows))
+                on_window(done, len(mine))
     finally:
         model.train(was_training)
-    nll = total / count
+    world.sum_in_place(total)
+    nll = float(total) / count
     if math.isnan(nll):
         raise RunError(f"the loss on the text is {nll}; the model's weights are damaged or overflow in {dtype}")
     value = math.exp(nll) if nll < 700 else math.inf

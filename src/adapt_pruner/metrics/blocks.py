@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.calibrate import Evidence, mean_loss
 from adapt_pruner.core.surgery import gated
@@ -107,4 +108,5 @@ def _mean_over_tokens(
     finally:
         for handle in handles:
             handle.remove()
+    world.sum_in_place(totals, counts)
     return {"layers": (totals / counts).float()}

@@ -1,23 +1,107 @@
-"""What training minimises: given a model and a batch, add the gradient and return the loss."""
+"""What training minimises: (model, ids, which tokens are predicted) → the sum of a loss over those tokens."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.loss import LogitLoss, next_token_nll, nll_of_logits, predicting, through_head
+from adapt_pruner.errors import UsageError
 
-__all__ = ["lm"]
+__all__ = ["distil", "lm"]
 
 
-def lm(model: nn.Module, input_ids: Tensor, *, share: float = 1.0) -> Tensor:
-    """Next-token cross-entropy, the mean over the predicted tokens of the batch.
-
-    Adds `share` × its gradient to the parameters' `.grad` (`share` < 1 for a part of a batch).
+def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> Tensor:
+    """Next-token cross-entropy: -log p(token | what precedes it), nats, summed over the predicted tokens.
 
     Args:
-        input_ids: int64 [batch, length], no padding.
-        share: the part's share of the whole batch.
+        input_ids: int64 [batch, length].
+        predicted: bool [batch, length]; None for every token but the first.
 
     Returns:
-        The loss, float32 scalar, nats per token, detached.
+        float32 scalar, differentiable.
     """
-    num_predicted = input_ids.shape[0] * (input_ids.shape[1] - 1)
-    return next_token_nll(model, input_ids, backward_scale=share / num_predicted) / num_predicted
+    return next_token_nll(model, input_ids, predicted=predicted)
+
+
+def distil(
+    model: Any,
+    input_ids: Tensor,
+    predicted: Tensor | None = None,
+    *,
+    teacher: Any,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    hidden: float = 0.0,
+) -> Tensor:
+    """Distillation: (1 - α) · cross-entropy + α · T² · KL(teacher ‖ student) [+ hidden · distance of hidden states].
+
+    With softmax at temperature T on both sides; all terms per token, summed over the predicted tokens. Position t counts
+    when token t + 1, which it predicts, does. The distance is ‖h - h'‖² / ‖h'‖², the mean over all layers' outputs.
+    Logits of teacher and student exist for a few tokens at a time only.
+
+    Args:
+        input_ids: int64 [batch, length].
+        predicted: bool [batch, length]; None for every token but the first.
+        teacher: causal LM of the same vocabulary; for `hidden` also of the same width and number of layers.
+        temperature: T.
+        alpha: α in [0, 1]; 1 is distillation alone.
+        hidden: weight of the hidden-state term; 0 leaves it out.
+
+    Returns:
+        float32 scalar, differentiable in the student.
+
+    Raises:
+        UsageError: `hidden` is asked for and the hidden states do not compare.
+
+    Source: arXiv:1503.02531; T = 2 and α = 1 are the defaults of Adapt-Pruner's `use_distill`. Differs: there position t is
+    masked by its own label. The hidden-state term is SquareHead's (arXiv:2310.06927), taken per token.
+    """
+    asked = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": hidden > 0}
+    student = model.get_decoder()(**asked)
+    with torch.no_grad():
+        taught = teacher.get_decoder()(**asked)
+    entering, targets = predicting(student.last_hidden_state, input_ids, predicted)
+    goal, _ = predicting(taught.last_hidden_state, input_ids, predicted)
+    loss = _kl_of_logits(targets, goal, teacher.get_output_embeddings(), temperature=temperature, alpha=alpha)
+    total = through_head(entering, model.get_output_embeddings(), loss)
+    if hidden > 0:
+        total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, input_ids, predicted)
+    return total
+
+
+def _kl_of_logits(targets: Tensor, goal: Tensor, head: Any, *, temperature: float, alpha: float) -> LogitLoss:
+    nll, t = nll_of_logits(targets), temperature
+
+    def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+        wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)
+        log_p, log_q = torch.log_softmax(wanted / t, -1), torch.log_softmax(logits / t, -1)
+        p = log_p.exp()
+        kl = (p * (log_p - log_q)).sum()
+        total = alpha * t**2 * kl
+        if alpha < 1:
+            total = total + (1 - alpha) * nll(logits, rows, gradient)
+        if gradient:
+            slope = log_q.exp_().sub_(p).mul_(alpha * t)
+            if alpha < 1:
+                logits.mul_(1 - alpha).add_(slope)
+            else:
+                logits.copy_(slope)
+        return total
+
+    return loss
+
+
+def _hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], input_ids: Tensor, predicted: Tensor | None) -> Tensor:
+    if len(ours) != len(theirs) or ours[0].shape != theirs[0].shape:
+        raise UsageError(
+            f"hidden states do not compare: the model has {len(ours) - 1} layers of width {ours[0].shape[-1]}, "
+            f"the teacher {len(theirs) - 1} of {theirs[0].shape[-1]}; leave out the option hidden of objectives.distil"
+        )
+    total = torch.zeros((), device=input_ids.device)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        state, goal = (predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
+        total = total + ((state - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
+    return total / (len(ours) - 1)

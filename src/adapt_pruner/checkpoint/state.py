@@ -1,0 +1,139 @@
+"""A checkpoint in the middle of a run: a model folder as `checkpoint.save` writes it, float32, and what decides the next step.
+
+optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only where there are any
+lora.safetensors        the low-rank additions being trained; only where there are any
+state.json              the run's state, and the size and SHA-256 of every other file
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.errors import RunError
+from adapt_pruner.train.adapters import base_name
+
+__all__ = ["identity", "load_state", "read_state", "save_state", "start_of"]
+
+
+def save_state(
+    loaded: Loaded,
+    path: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    mask: Mask,
+    pruning: dict[str, Any],
+    state: dict[str, Any],
+) -> None:
+    """Write a checkpoint to `path`, whole or not at all.
+
+    Args:
+        loaded: the model being made; its config and tokenizer are written, and its weights as `weights` has them.
+        weights: by name, float32, whole; low-rank additions among them.
+        moments: by name, see the top of this file.
+        mask: against the dense model.
+        pruning: how the model was made so far; plain data.
+        state: plain data; `start` in it is what `start_of` says.
+
+    Raises:
+        RunError: it could not be written; nothing is left under `path`.
+    """
+    base = {inner: tensor for name, tensor in weights.items() if (inner := base_name(name)) is not None}
+    additions = {name: tensor for name, tensor in weights.items() if base_name(name) is None}
+
+    def beside(folder: Path) -> None:
+        for name, tensors in (("optimizer", moments), ("lora", additions)):
+            if tensors:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        files = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(folder.iterdir())}
+        (folder / "state.json").write_text(to_json({**state, "files": files}) + "\n", encoding="utf-8")
+
+    save(
+        loaded.model, loaded.tokenizer, path,
+        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, beside=beside,
+    )  # fmt: skip
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, once every file of it is known to be whole.
+
+    Raises:
+        RunError: a file is missing, cut short or changed.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for name, (size, digest) in state["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise RunError(f"{file} is missing")
+            if file.stat().st_size != size:
+                raise RunError(f"{file} has {file.stat().st_size:,} bytes instead of {size:,}")
+            if _digest(file) != digest:
+                raise RunError(f"{file} is not what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / 'state.json'} is damaged ({error})") from error
+    return state
+
+
+def load_state(path: Path, state: Mapping[str, Any], *, device: torch.device) -> tuple[Loaded, dict[str, Tensor]]:
+    """The model of a checkpoint that `read_state` has found whole, and its moments and additions by name.
+
+    Args:
+        path: the checkpoint.
+        state: what `read_state` returned; its `start` says what the model at the start of the run was (see `start_of`).
+        device: for the model; moments and additions lie on the CPU.
+    """
+    loaded = load(str(path), device=device)
+    extras: dict[str, Tensor] = {}
+    for name in ("optimizer", "lora"):
+        file = path / f"{name}.safetensors"
+        if file.is_file():  # in memory of their own: a product may round differently where a tensor is not aligned
+            extras |= {key: tensor.clone() for key, tensor in load_file(file).items()}
+    start = state["start"]
+    loaded = replace(
+        loaded,
+        dtype=getattr(torch, start["dtype"]),
+        mask=None if start["mask"] is None else Mask.from_json(start["mask"]),
+        dense_params=start["dense_params"],
+        source=start["source"],
+        weight_bytes=start["weight_bytes"],
+    )
+    return loaded, extras
+
+
+def start_of(loaded: Loaded) -> dict[str, Any]:
+    """What a checkpoint says of the model at the start of the run, as plain data."""
+    return {
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "mask": None if loaded.mask is None else loaded.mask.to_json(),
+        "dense_params": loaded.dense_params,
+        "source": loaded.source,
+        "weight_bytes": loaded.weight_bytes,
+    }
+
+
+def identity(name: str) -> str:
+    """Tells whether a model is still the one it was, without loading it: by its config and the sizes of its files."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return f"{path.name} {path.stat().st_size}"
+    if not (path / "config.json").is_file():
+        return name
+    sizes = [f"{file.name} {file.stat().st_size}" for file in sorted(path.glob("*.safetensors"))]
+    return " ".join([_digest(path / "config.json"), *sizes])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

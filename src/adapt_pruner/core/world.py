@@ -1,0 +1,73 @@
+"""The processes that work together on a run (`torchrun`, `accelerate launch`); alone, every function here does nothing.
+
+Every process holds the same recipe and takes the same decisions; they differ in which batches they look at.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["agreed", "is_main", "joined", "local_device", "rank", "share", "size", "sum_in_place"]
+
+T = TypeVar("T")
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return rank() == 0
+
+
+def local_device() -> str:
+    """The CUDA device of this process, `cuda:N` by its number on this machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """While it lasts, the processes that a launcher started together can talk; gloo on CPUs, NCCL on GPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The part of `items` that this process looks at: every size-th, beginning with its own number."""
+    return items[rank() :: size()] if size() > 1 else items
+
+
+def sum_in_place(*tensors: Tensor) -> None:
+    """Replace, in place, each tensor by its sum over all processes."""
+    if size() > 1:
+        for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            handle.wait()
+
+
+def agreed(value: T) -> T:
+    """What the main process holds, on every process; plain data and CPU tensors."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

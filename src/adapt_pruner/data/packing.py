@@ -1,0 +1,163 @@
+"""From documents to the rows that training reads: plain text packed, conversations one a row; tokenised once."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from adapt_pruner.data.chat import encode_chats
+from adapt_pruner.data.sources import Document, identity, read
+from adapt_pruner.data.store import Chunk, Store, stored
+from adapt_pruner.errors import UsageError
+
+__all__ = ["tokenised"]
+
+T = TypeVar("T")
+_CHARACTERS = 2**20  # of text tokenised at one time
+
+
+def tokenised(
+    tokenizer: Any, spec: str, *, length: int, limit: int, seed: int, cache: Path | None, warn: Callable[[str], None]
+) -> Store:
+    """Rows of at most `length` tokens from one text, until they hold `limit` tokens or the text is at its end.
+
+    Plain text: documents in a random order, an end-of-text token after each, cut into rows of `length`; what is left over
+    at the end is dropped. Conversations: one a row, cut at `length`; those without an answer by then are left out. A hub
+    data set is taken in its own order.
+
+    Raises:
+        UsageError: there is no such text, it does not give a row, or holds both plain text and conversations.
+        RunError: the rows cannot be written.
+    """
+    revision = identity(spec)
+    documents: Iterable[Document] = read(spec)
+    if revision is None:
+        there = list(documents)
+        revision = _digest(there)
+        documents = (there[index] for index in np.random.default_rng(seed).permutation(len(there)))
+    made_from = {
+        "text": revision,
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "end": tokenizer.eos_token_id,
+        "chat_template": tokenizer.chat_template,
+        "length": length,
+        "limit": limit,
+        "seed": seed,
+    }
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    store = stored(
+        made_from,
+        lambda: _rows(tokenizer, spec, iter(documents), length, limit),
+        dtype="<u2" if largest < 2**16 else "<u4",
+        cache=cache,
+        warn=warn,
+    )
+    if not len(store.ids):
+        what = "is shorter than one block of" if store.mask is None else "has no conversation with an answer in its first"
+        raise UsageError(f"the training text {spec!r} {what} {length} tokens; give more text or change training.length")
+    if store.left_out:
+        warn(f"{store.left_out:,} conversations of {spec!r} are left out: no answer in their first {length} tokens")
+    return store
+
+
+def _rows(tokenizer: Any, spec: str, documents: Iterator[Document], length: int, limit: int) -> Iterator[Chunk]:
+    opening = next(documents)
+    found = _of_one_kind(itertools.chain([opening], documents), opening, spec)
+    return _chats(tokenizer, found, length, limit) if opening.messages else _packed(tokenizer, found, length, limit)
+
+
+def _of_one_kind(documents: Iterable[Document], opening: Document, spec: str) -> Iterator[Document]:
+    for document in documents:
+        if bool(document.messages) != bool(opening.messages):
+            plain, chat = (opening, document) if document.messages else (document, opening)
+            raise UsageError(
+                f"text {spec!r} holds plain text ({plain.name}) and conversations ({chat.name}); make them two texts of a mixture"
+            )
+        yield document
+
+
+def _packed(tokenizer: Any, documents: Iterable[Document], length: int, limit: int) -> Iterator[Chunk]:
+    end = tokenizer.eos_token_id
+    start = [token for token in tokenizer("", verbose=False)["input_ids"] if token != end]  # what it puts before a text by itself
+    wanted = -(-limit // length)
+    stream: list[int] = []
+    for batch in _batched((piece[0], piece) for document in documents for piece in _pieces(document.text)):
+        texts = [text for text, _, _ in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for ids, (_, first, last) in zip(encoded, batch, strict=True):
+            stream += (start if first else []) + ids + ([end] if last and end is not None else [])
+        whole = min(len(stream) // length, wanted)
+        yield Chunk(np.array(stream[: whole * length], np.uint32), np.full(whole, length, np.int64))
+        stream = stream[whole * length :]
+        wanted -= whole
+        if not wanted:
+            return
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """A text in pieces that fit in memory once tokenised, cut before a blank; whether each is its first, its last."""
+    start = 0
+    while start < len(text):
+        stop = start + _CHARACTERS
+        blank = text.find(" ", stop, stop + _CHARACTERS)
+        stop = blank if blank >= 0 else stop + _CHARACTERS
+        yield text[start:stop], start == 0, stop >= len(text)
+        start = stop
+
+
+def _chats(tokenizer: Any, documents: Iterable[Document], length: int, limit: int) -> Iterator[Chunk]:
+    for batch in _batched((document.text, document) for document in documents):
+        kept: list[tuple[list[int], list[bool]]] = []
+        left_out = 0
+        for ids, mask in encode_chats(tokenizer, batch):
+            if any(mask[1:length]):  # nothing predicts token 0
+                kept.append((ids[:length], mask[:length]))
+                limit -= len(kept[-1][0])
+            else:
+                left_out += 1
+            if limit <= 0:
+                break
+        yield Chunk(
+            np.array([token for ids, _ in kept for token in ids], np.uint32),
+            np.array([len(ids) for ids, _ in kept], np.int64),
+            np.array([said for _, mask in kept for said in mask], np.bool_),
+            left_out,
+        )
+        if limit <= 0:
+            return
+
+
+def _batched(items: Iterable[tuple[str, T]]) -> Iterator[list[T]]:
+    """What belongs to texts that are about `_CHARACTERS` long together."""
+    batch: list[T] = []
+    characters = 0
+    for text, item in items:
+        batch.append(item)
+        characters += len(text)
+        if characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        said = json.dumps(document.messages) if document.messages else document.text
+        digest.update(hashlib.sha256(said.encode()).digest())
+    return digest.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """A fingerprint of everything by which text becomes token ids; padding and truncation are settings of a call."""
+    if tokenizer.is_fast:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        described = {key: value for key, value in described.items() if key not in ("padding", "truncation")}
+    else:
+        described = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,187 @@
+"""How text files, rows of files and data sets are read: (name, text or messages) one after another."""
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from adapt_pruner.errors import UsageError
+
+__all__ = ["hub", "hub_revision", "local"]
+
+Row = tuple[str, str | list[Mapping[str, Any]]]
+_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_TEXT, _CHAT = "text", "messages"
+_FORMS = f'{{"{_TEXT}": "…"}} or {{"{_CHAT}": [{{"role": "user", "content": "…"}}, …]}}'
+
+
+def local(spec: str) -> Iterator[Row]:
+    """The rows of a file, of the files below a folder or under a glob, or of a folder of `datasets.save_to_disk`."""
+    folder = Path(spec).expanduser()
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        yield from _saved(folder)
+    else:
+        for path in _paths(spec):
+            yield from _file(path)
+
+
+def hub(spec: str) -> Iterator[Row]:
+    """The rows of `hub:NAME[:config][:split][:field]`, streamed."""
+    _, _, split, field = _hub_parts(spec)
+    try:
+        for number, row in enumerate(_hub_builder(spec).as_streaming_dataset(split=split), start=1):
+            content = _content(row, field)
+            if content is None:
+                raise UsageError(f"{spec!r} has no text in a field {field!r}; its fields: {', '.join(row)}")
+            yield f"{spec} row {number}", content
+    except UsageError:
+        raise
+    except Exception as error:  # the datasets library raises errors of many libraries for one cause: it is not to be had
+        raise _not_to_be_had(spec, error) from error
+
+
+def hub_revision(spec: str) -> str:
+    """What changes when the data set does: a hash over its files as the hub lists them."""
+    return str(_hub_builder(spec).hash)
+
+
+def _hub_parts(spec: str) -> tuple[str, str, str, str]:
+    name, config, split, field = (spec.split(":")[1:] + ["", "", ""])[:4]
+    return name, config, split or "train", field or _TEXT
+
+
+def _hub_builder(spec: str) -> Any:
+    import datasets
+
+    name, config, _, _ = _hub_parts(spec)
+    try:
+        return datasets.load_dataset_builder(name, config or None)
+    except Exception as error:  # as in `hub`
+        raise _not_to_be_had(spec, error) from error
+
+
+def _not_to_be_had(spec: str, error: Exception) -> UsageError:
+    cause = str(error).partition("\n")[0] or type(error).__name__
+    return UsageError(f"data set {spec!r} could not be had ({cause}); check the name and the network, or give a local file")
+
+
+def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | None:
+    """The text of a row or, where its field (or without one `messages`) holds such, its messages; None if neither."""
+    if not isinstance(row, Mapping):
+        return None
+    found = row.get(field)
+    if found is None and field == _TEXT:
+        found = row.get(_CHAT)
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, list) or not all(isinstance(message, Mapping) for message in found):
+        return None
+    if not all(isinstance(message.get(key), str) for message in found for key in ("role", "content")):
+        return None
+    return [{key: value for key, value in message.items() if value is not None} for message in found] or None
+
+
+def _saved(folder: Path) -> Iterator[Row]:
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(folder)
+    except Exception as error:  # as in `hub`
+        raise UsageError(f"{folder} is not a folder that datasets.save_to_disk wrote: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found:
+            raise UsageError(f"{folder} has no split 'train'; name one by its folder, for example {folder / min(found)}")
+        found = found["train"]
+    for number, row in enumerate(found, start=1):
+        content = _content(row)
+        if content is None:
+            raise UsageError(f"{folder}, row {number}, has no text; a row is like {_FORMS}; its fields: {', '.join(row)}")
+        yield f"{folder} row {number}", content
+
+
+def _paths(spec: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    found = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
+    if not found:
+        what = "holds no text file" if path.is_dir() else "does not exist"
+        raise UsageError(
+            f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
+        )
+    return found
+
+
+def _file(path: Path) -> Iterator[Row]:
+    name = path.name
+    try:
+        if name.endswith(".parquet"):
+            yield from _parquet(path)
+        elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".jsonl.zst")):
+            with _open(path) as lines:
+                yield from _lines(lines, path)
+        else:
+            yield str(path), path.read_bytes().decode("utf-8")  # as it is: read_text would change line ends
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
+            f"convert it first, for example: iconv -f latin1 -t utf-8 {name}"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> IO[str]:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.name.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UsageError(f"{path} needs the zstandard package; pip install 'adapt-pruner[zstd]'") from error
+        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True), encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = _content(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"{path}, line {number}, is not JSON ({error.msg}); a .jsonl file holds one JSON object a line"
+            ) from error
+        if content is None:
+            raise UsageError(f"{path}, line {number}, has no text in a field {_TEXT!r}; each line is an object like {_FORMS}")
+        yield f"{path} line {number}", content
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        column = next((name for name in (_TEXT, _CHAT) if name in file.schema_arrow.names), None)
+        if column is None:
+            raise UsageError(f"{path} has no column {_TEXT!r} or {_CHAT!r}; rename the column that holds the text")
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                content = _content({column: value})
+                if content is None and value is not None:
+                    raise UsageError(f"{path}, row {number}, has no text in column {column!r}; a row is like {_FORMS}")
+                if content is not None:
+                    yield f"{path} row {number}", content
+    except (pyarrow.ArrowException, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is not a parquet file with a column {_TEXT!r}: {error}") from error

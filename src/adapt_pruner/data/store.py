@@ -1,0 +1,182 @@
+"""Rows of token ids on disk: written once under a fingerprint of what they are made from, read as memory-mapped files."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapt_pruner.errors import RunError
+
+__all__ = ["Chunk", "Store", "stored"]
+
+_FORMAT = 1
+_FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin"}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows on their way to disk.
+
+    Attributes:
+        ids: unsigned ints [tokens], the rows one after another.
+        lengths: int64 [rows], tokens of each.
+        mask: bool [tokens], which are to be predicted; None for all.
+        left_out: documents that gave no row.
+    """
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    mask: NDArray[np.bool_] | None = None
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Store:
+    """Rows of token ids, in memory-mapped files.
+
+    Attributes:
+        ids: uint16 or uint32 [tokens], the rows one after another.
+        offsets: int64 [rows + 1], where each starts; the last is the number of tokens.
+        mask: bool [tokens], which are to be predicted; None for all.
+        digest: SHA-256 of all of that.
+        left_out: documents that gave no row.
+    """
+
+    ids: NDArray[Any]
+    offsets: NDArray[np.int64]
+    mask: NDArray[np.bool_] | None
+    digest: str
+    left_out: int
+
+
+def stored(
+    made_from: Mapping[str, Any],
+    make: Callable[[], Iterable[Chunk]],
+    *,
+    dtype: str,
+    cache: Path | None,
+    warn: Callable[[str], None],
+) -> Store:
+    """The store of what `made_from` describes: the one on disk, or one that is `make`d and kept for the next time.
+
+    It is written beside its place and renamed. Of two processes that make it at once, the first to finish keeps its own.
+
+    Args:
+        made_from: everything that decides the rows, as JSON has it.
+        make: gives the rows; called only where they are not on disk.
+        dtype: of the ids, for example "<u2".
+        cache: folder of the stores; by default $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    inputs = {"format": _FORMAT, "dtype": dtype, **made_from}
+    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    root = cache or Path(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner").expanduser()
+    folder = root / "tokens" / fingerprint
+    found, damage = _opened(folder)
+    if found is not None:
+        return found
+    if damage:
+        warn(f"the tokens in {folder} are damaged ({damage}), so they are made anew")
+    beside = folder.with_name(f".{fingerprint}.{uuid.uuid4().hex}")
+    try:
+        try:
+            beside.mkdir(parents=True)
+            _write(beside, make(), inputs, dtype)
+            own, _ = _opened(beside)  # stays readable wherever the folder goes
+            assert own is not None
+            return _settled(beside, folder) or own
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"tokens cannot be kept in {root} ({error.strerror or error}); make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
+        ) from error
+
+
+def _write(folder: Path, chunks: Iterable[Chunk], inputs: Mapping[str, Any], dtype: str) -> None:
+    """Write the rows and their index into `folder`, one chunk at a time."""
+    total = left_out = 0
+    masked = False
+    paths = {name: folder / file for name, file in _FILES.items()}
+    with paths["ids"].open("wb") as ids, paths["offsets"].open("wb") as offsets, paths["mask"].open("wb") as mask:
+        offsets.write(np.zeros(1, "<i8").tobytes())
+        for chunk in chunks:
+            ids.write(chunk.ids.astype(dtype).tobytes())
+            offsets.write((total + chunk.lengths.cumsum()).astype("<i8").tobytes())
+            if chunk.mask is not None:
+                masked = True
+                mask.write(chunk.mask.astype(np.bool_).tobytes())
+            total += int(chunk.lengths.sum())
+            left_out += chunk.left_out
+    if not masked:
+        paths.pop("mask").unlink()
+    digest = hashlib.sha256()
+    for path in paths.values():
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    index = {
+        "made_from": inputs,
+        "bytes": {path.name: path.stat().st_size for path in paths.values()},
+        "tokens": total,
+        "left_out": left_out,
+        "digest": digest.hexdigest(),
+    }
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _opened(folder: Path) -> tuple[Store | None, str]:
+    """The store in `folder`, if it is there and whole; and what is wrong with it, if anything."""
+    if not folder.is_dir():
+        return None, ""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        for name, size in index["bytes"].items():
+            there = (folder / name).stat().st_size
+            if there != size:
+                return None, f"{name} has {there:,} of {size:,} bytes"
+        arrays = {
+            name: _mapped(folder / file, {"ids": index["made_from"]["dtype"], "offsets": "<i8", "mask": "?"}[name])
+            for name, file in _FILES.items()
+            if file in index["bytes"]
+        }
+        return Store(arrays["ids"], arrays["offsets"], arrays.get("mask"), index["digest"], index["left_out"]), ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, str(error)
+
+
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    return (
+        np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
+    )  # an empty file has no map
+
+
+def _settled(beside: Path, folder: Path) -> Store | None:
+    """Rename `beside` to `folder`, or leave there what another process has finished; a damaged store gives way."""
+    for _ in range(3):
+        try:
+            beside.rename(folder)
+        except OSError:
+            winner, damage = _opened(folder)
+            if winner is not None:
+                return winner
+            if not damage:
+                continue
+            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+            try:
+                folder.rename(aside)
+            except FileNotFoundError:
+                continue  # another process was quicker
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            return None
+    return None

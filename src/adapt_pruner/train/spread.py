@@ -1,0 +1,118 @@
+"""A model spread over the processes while it trains (torch's `fully_shard`, FSDP2), and whole again afterwards.
+
+Between trainings every process holds the whole model, since scoring and cutting work on whole weights. `spread` gives
+each process its share of weights, gradients and moments, and takes the rest away until training is over.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from adapt_pruner.core import world
+from adapt_pruner.core.calibrate import uses_bfloat16
+
+__all__ = ["full_state", "load_moments", "shard", "spread"]
+
+
+@contextmanager
+def spread(model: nn.Module, optimizer: AdamW, *, dtype: str) -> Iterator[tuple[nn.Module, AdamW]]:
+    """While it lasts, a sharded twin of `model` and its optimiser; afterwards `model` and `optimizer` hold what they became.
+
+    Alone, the two themselves. Meanwhile `model`'s own parameters are empty, so that memory is spread. After an error
+    they stay so.
+
+    Args:
+        model: plain and the same on every process.
+        optimizer: over its parameters that train.
+        dtype: precision of the matrix products, which is also that of the gathered weights.
+    """
+    if world.size() == 1:
+        yield model, optimizer
+        return
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # new modules around the same tensors
+    shard(twin, dtype=dtype)
+    pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
+    whole, sharded = [plain for plain, _ in pairs], {id(plain): part for plain, part in pairs}
+    groups = [{**group, "params": [sharded[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups]
+    its_optimizer = AdamW(groups, fused=True)
+    for plain, part in pairs:
+        plain.data = torch.empty(0, dtype=plain.dtype, device=plain.device)
+        state = optimizer.state.pop(plain, None)
+        if state is not None:
+            its_optimizer.state[part] = {key: _distributed(value, part) for key, value in state.items()}
+    yield twin, its_optimizer
+    for plain, part in zip(whole, twin.parameters(), strict=True):
+        plain.data = _whole(part.data)
+        state = its_optimizer.state.pop(part, None)
+        if state is not None:
+            optimizer.state[plain] = {key: _whole(value) for key, value in state.items()}
+
+
+def shard(model: Any, *, dtype: str) -> None:
+    """Shard `model`, in place, over all processes: each decoder layer a group, the rest another.
+
+    `model.as_forward(f, …)` then calls f(model, …) with the model gathered as in its own forward pass.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    device = next(model.parameters()).device
+    narrow = torch.bfloat16 if uses_bfloat16(device, dtype) else None
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (world.size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    model.as_forward = MethodType(lambda self, function, *args: function(self, *args), model)
+    register_fsdp_forward_method(model, "as_forward")
+
+
+def full_state(model: nn.Module, optimizer: AdamW | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by name, and moments as `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; whole, on the main process only.
+
+    Every process must call it. What is not sharded is not copied.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        found = {name: parameter.detach()}
+        for key, value in ({} if optimizer is None else optimizer.state.get(parameter, {})).items():
+            found[f"{key}.{name}"] = value
+        for key, value in found.items():
+            gathered = _whole(value)
+            if world.is_main():
+                (weights if key == name else moments)[key] = gathered if gathered is value else gathered.cpu()
+    return weights, moments
+
+
+def load_moments(model: nn.Module, optimizer: AdamW, moments: Mapping[str, Tensor]) -> None:
+    """Put moments, as `full_state` names them, into the optimiser, in place."""
+    for name, parameter in model.named_parameters():
+        state = {key: moments[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}.{name}" in moments}
+        if state:
+            optimizer.state[parameter] = {
+                key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+                for key, value in state.items()
+            }
+
+
+def _distributed(value: Any, like: Any) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    if isinstance(value, Tensor) and value.shape == like.shape:
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return value
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
