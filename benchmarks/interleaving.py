@@ -70,7 +70,10 @@ def main() -> None:
                 figures = measured(budget, seed, name, model=asked.model, out=asked.out)
                 rows.append({"budget": budget, "variant": name, "seed": seed, **figures})
                 (asked.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-                print(f"{budget} {name} (seed {seed}): corpus {figures['corpus']:.2f}, WikiText-2 {figures['wikitext2']:.2f}", flush=True)
+                print(
+                    f"{budget} {name} (seed {seed}): corpus {figures['corpus']:.2f}, WikiText-2 {figures['wikitext2']:.2f}",
+                    flush=True,
+                )
     print("\n| budget | variant | seed | parameters | tokens | corpus | WikiText-2 |\n|---|---|---|---|---|---|---|")
     for row in rows:
         print(

@@ -2,11 +2,13 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["ADAPT_PRUNER_CACHE"] = tempfile.mkdtemp(prefix="adapt-pruner-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a fault
 
 import pytest

@@ -5,16 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 import zstandard
 
-from adapt_pruner.data.feeds import calibration_feed, training_shards
+from adapt_pruner.data.feeds import calibration_feed, held_out_windows
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import documents
-from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, training_blocks
+from adapt_pruner.data.sources import documents, read
+from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 from conftest import VOCAB, tiny_model
 
@@ -73,6 +74,54 @@ def test_python_docs_are_real_text_and_the_held_out_part_is_held_out() -> None:
         documents("python-docs:test")
 
 
+def test_a_folder_that_datasets_saved(corpus: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ROWS, "source": ["x"] * 3})
+    rows.save_to_disk(corpus / "saved")
+    assert documents(str(corpus / "saved")) == ROWS
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(corpus / "splits")
+    assert documents(str(corpus / "splits")) == ROWS
+    assert documents(str(corpus / "splits" / "test")) == ROWS[1:2]
+    datasets.DatasetDict({"test": rows}).save_to_disk(corpus / "tests")
+    with pytest.raises(UsageError, match=r"no split 'train'; name one by its folder, for example .*/tests/test"):
+        documents(str(corpus / "tests"))
+    rows.rename_column("text", "body").save_to_disk(corpus / "other")
+    with pytest.raises(UsageError, match="row 1, has no text.* its fields: body, source"):
+        documents(str(corpus / "other"))
+
+
+def test_documents_go_by_file_and_row(corpus: Path) -> None:
+    assert [document.name for document in read(str(corpus))] == [
+        *(f"{corpus}/{file} line {number}" for file in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst") for number in (1, 2, 3)),
+        *(f"{corpus}/d.parquet row {number}" for number in (1, 2, 3)),
+        f"{corpus}/deeper/e.txt",
+    ]
+
+
+def test_one_document_in_twenty_is_held_out_whatever_surrounds_it(tmp_path: Path) -> None:
+    texts = [f"document number {number}" for number in range(2000)]
+    path, turned = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    turned.write_text("".join(json.dumps({"text": f" {text.replace(' ', '  ')}\n"}) + "\n" for text in reversed(texts)))
+    train, held_out = documents(f"{path}#train"), documents(f"{path}#heldout")
+    assert sorted(train + held_out) == sorted(texts)
+    assert not set(train) & set(held_out)
+    assert 70 < len(held_out) < 130
+    assert held_out[0] == "document number 35", "the same on every machine and in every release"
+    assert [" ".join(text.split()) for text in documents(f"{turned}#heldout")] == held_out[::-1]
+
+
+def test_a_part_that_is_none_is_refused(corpus: Path) -> None:
+    with pytest.raises(UsageError, match=r"none of the 1 documents of '.*e.txt' falls in that part, one in 20 is held out"):
+        documents(f"{corpus}/deeper/e.txt#heldout")
+    with pytest.raises(UsageError, match="has no part 'test'; known: train, heldout"):
+        documents(f"{corpus}/a.jsonl#test")
+    (corpus / "issue#train").write_text("a file may have any name")
+    assert documents(str(corpus / "issue#train")) == ["a file may have any name"]
+    assert documents("python-docs#heldout") == documents("python-docs:heldout")
+    with pytest.raises(UsageError, match="no part 'train:heldout'"):
+        documents("python-docs:train#heldout")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -122,8 +171,6 @@ def test_calibration_takes_one_window_a_document_first_then_more_then_joins_shor
 def test_too_short_a_text_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="gives 2 windows of 100 tokens, 3 are asked for"):
         calibration_windows(tokenizer, ["x" * 250], samples=3, length=100, seed=0)
-    with pytest.raises(UsageError, match="shorter than one block of 512"):
-        training_blocks(tokenizer, ["x" * 100], length=512, tokens=1024, seed=0)
     with pytest.raises(UsageError, match="1 tokens long"):
         evaluation_windows(tokenizer, ["x"], window=512, max_windows=None)
     with pytest.raises(UsageError, match="window 1 predicts nothing"):
@@ -167,28 +214,6 @@ def test_evaluation_windows_cover_the_text_once(tokenizer: Any) -> None:
     assert len(evaluation_windows(tokenizer, ["x" * 21], window=20, max_windows=None)) == 1, "a single token predicts nothing"
 
 
-def test_training_blocks_hold_every_document_once_before_any_twice(tokenizer: Any) -> None:
-    texts = [chr(97 + i) * 15 for i in range(26)]  # 16 tokens each with its end-of-text token
-    blocks, there = training_blocks(tokenizer, texts, length=16, tokens=26 * 16, seed=3)
-    assert there == 26 * 16
-    assert blocks.shape == (26, 16)
-    assert sorted(tokenizer.decode(row) for row in blocks) == [text + "</s>" for text in texts]
-    again, _ = training_blocks(tokenizer, texts, length=16, tokens=2 * 26 * 16, seed=3)
-    counts = [tokenizer.decode(row) for row in again]
-    assert all(counts.count(text + "</s>") == 2 for text in texts)
-
-
-def test_shards_follow_the_stages_and_a_short_text_is_said_to_repeat(tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "t.txt"
-    path.write_text("x" * 999)
-    warnings: list[str] = []
-    shards = training_shards(tokenizer, source=str(path), length=50, stage_tokens=[500, 1000, 1500], seed=0, warn=warnings.append)
-    assert [len(shard) for shard in shards] == [10, 20, 30]
-    assert warnings == ["the training text has 1,000 tokens and 3,000 are asked for, so it is repeated"]
-    with pytest.raises(UsageError, match="own text"):
-        training_shards(tokenizer, source="self", length=50, stage_tokens=[500], seed=0, warn=warnings.append)
-
-
 def test_calibration_draws_anew_each_iteration_unless_fixed(text_file: Path, tmp_path: Path, tokenizer: Any) -> None:
     model = tiny_model(vocab_size=VOCAB)
     common = {"samples": 4, "length": 32, "seed": 0}
@@ -198,6 +223,23 @@ def test_calibration_draws_anew_each_iteration_unless_fixed(text_file: Path, tmp
     written = calibration_feed(model, tokenizer, source="self", ids=None, **common)
     assert written(1)[0].shape == (4, 32)
     assert torch.equal(written(1)[0], written(2)[0])
+
+
+def test_a_mixture_gives_calibration_and_evaluation_their_shares(tmp_path: Path, tokenizer: Any) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    for letter in "abc":
+        (tmp_path / letter).write_text(letter * 1000)
+    source = {str(tmp_path / letter): weight for letter, weight in (("a", 5), ("b", 3), ("c", 2))}
+    drawn = calibration_feed(model, tokenizer, source=source, samples=9, length=32, ids=None, seed=0)(1)
+    starts = [tokenizer.decode(row[:1]) for batch in drawn for row in batch]
+    assert [starts.count(letter) for letter in "abc"] == [4, 3, 2]
+    windows = held_out_windows(tokenizer, source=source, window=100, max_windows=10)
+    assert [tokenizer.decode(ids[0, :1]) for ids in windows] == ["a"] * 5 + ["b"] * 3 + ["c"] * 2
+    assert len(held_out_windows(tokenizer, source=source, window=100, max_windows=None)) == 30
+    with pytest.raises(UsageError, match=r"calibration.samples 2 leaves none for '.*c', whose share is 20.0%"):
+        calibration_feed(model, tokenizer, source=source, samples=2, length=32, ids=None, seed=0)
+    with pytest.raises(UsageError, match="max_windows 2 leaves none"):
+        held_out_windows(tokenizer, source=source, window=100, max_windows=2)
 
 
 def test_self_written_text_is_the_models_own(tokenizer: Any) -> None:

@@ -14,13 +14,24 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from adapt_pruner import parts
 from adapt_pruner.core.budget import parse_count
+from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import UsageError, nearest
 
 __all__ = ["Calibration", "Evaluation", "Lora", "Recipe", "Source", "Training", "builtin", "differing", "methods", "read"]
 
 _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about")
 
-Source = str | dict[str, Annotated[float, Field(gt=0)]]
+
+def _checked_source(source: Any) -> Any:
+    if not isinstance(source, str | Mapping):
+        raise ValueError(
+            f"text {source!r} is neither a SPEC nor SPEC: weight; write it like wiki.jsonl.gz or {{wiki.jsonl.gz: 3, books/: 1}}"
+        )
+    domains(source)
+    return source
+
+
+Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
 """A SPEC of text, or several with the weight of each."""
 
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]

@@ -18,6 +18,7 @@ from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.adapters import adapted
+from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Step, make_optimizer, train
 from adapt_pruner.train.spread import full_state, load_moments, spread
 
@@ -118,7 +119,8 @@ class Trainer:
             model: Any = self._model
             if self._recipe.parallel == "fsdp":
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=self._recipe.dtype))
-            stack.enter_context(_kernels(model, asked))
+            how = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile, "liger": asked.liger}
+            stack.enter_context(kernels(model, **how))
             self._working = (model, optimizer)
             try:
                 yield model, optimizer
@@ -141,24 +143,3 @@ def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in model.named_parameters():
             if name in tensors:
                 parameter.copy_(tensors[name])
-
-
-@contextmanager
-def _kernels(model: Any, asked: Any) -> Iterator[None]:
-    """While it lasts, activations are worked out again where asked, and the decoder runs compiled or on fused kernels."""
-    decoder = model.get_decoder()
-    if asked.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-    if asked.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if asked.compile:
-        torch._dynamo.reset()  # the cuts changed every shape; what was compiled before is of no use
-        decoder.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        decoder._compiled_call_impl = None
-        if asked.gradient_checkpointing:
-            model.gradient_checkpointing_disable()

@@ -93,8 +93,13 @@ def _stop_on_other(error: Exception) -> NoReturn:
 
 
 def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoReturn:
+    """End with a sentence; of several processes the main one says what befell all, another what befell it alone."""
+    process = os.environ.get("RANK", "0")
     if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
         traceback.print_exception(error)
-    print(f"error: {sentence}", file=sys.stderr)
+    if process == "0":
+        print(f"error: {sentence}", file=sys.stderr)
+    elif error is not None:
+        print(f"error in process {process}: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(status)

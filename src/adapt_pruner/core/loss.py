@@ -52,18 +52,21 @@ def through_head(hidden: Tensor, head: nn.Module, loss: LogitLoss, *, chunk: int
     Returns:
         float32 scalar, differentiable once in `hidden` and the head's weight and bias.
     """
-    total: Tensor = _ThroughHead.apply(hidden, head.weight, head.bias, loss, chunk)  # type: ignore[no-untyped-call]
+    learns = torch.is_grad_enabled()  # the function cannot tell: needs_input_grad is what requires_grad says
+    total: Tensor = _ThroughHead.apply(hidden, head.weight, head.bias, loss, chunk, learns)  # type: ignore[no-untyped-call]
     return total
 
 
 class _ThroughHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: LogitLoss, chunk: int | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: LogitLoss, chunk: int | None, learns: bool
+    ) -> Tensor:
         device = hidden.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_hidden, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
         wants = of_hidden or of_weight or of_bias
         chunk = chunk or max(_CACHED_ROWS, _LOGITS // weight.shape[0])
         rows_at_once = _CACHED_ROWS if device == "cpu" else chunk
@@ -71,7 +74,9 @@ class _ThroughHead(torch.autograd.Function):
         narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device, dtype=wide)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
-        grad_weight = grad_bias = None
+        nothing = hidden.shape[0] == 0  # then gradients are zeros, not None: processes add them up one by one
+        grad_weight = torch.zeros_like(weight) if of_weight and nothing else None
+        grad_bias = torch.zeros_like(bias) if of_bias and nothing and bias is not None else None
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
                 end = min(hidden.shape[0], start + chunk)
@@ -97,7 +102,7 @@ class _ThroughHead(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else gradient.mul_(outer[0]) for gradient in ctx.gradients]
         ctx.gradients = (None, None, None)
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 def _added(total: Tensor | None, term: Tensor, *, like: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[i
 
     What the assistant says is its message with the token that ends its turn, not the header before nor the line end
     after it. A template that marks it itself (`{% generation %}`) is believed; of others it is what an assistant's
-    message adds to the conversation before it with the header of its turn. A token counts if its last character does.
+    message adds to the conversation before it with the header of its turn. A message that opens the conversation answers
+    nothing and is left out. A token counts if its last character does.
 
     Raises:
         UsageError: there is no template, a conversation does not fit it, or the template writes earlier messages
@@ -63,7 +64,7 @@ def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> l
     """The characters of the rendered `text` that the assistant says, first to one past the last, turn by turn."""
     spans = []
     for index, message in enumerate(chat.messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not index:  # an opening message answers nothing
             continue
         before = _rendered(tokenizer, chat, chat.messages[:index], add_generation_prompt=True)
         after = _rendered(tokenizer, chat, chat.messages[: index + 1])
@@ -81,7 +82,7 @@ def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> l
 def _applied(tokenizer: Any, chats: Sequence[Document], **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template([list(chat.messages) for chat in chats], **options)
-    except (TemplateError, LookupError, TypeError):
+    except (TemplateError, LookupError, TypeError, ValueError):
         for chat in chats:  # which one it is
             _rendered(tokenizer, chat, chat.messages)
         raise
@@ -90,7 +91,7 @@ def _applied(tokenizer: Any, chats: Sequence[Document], **options: Any) -> Any:
 def _rendered(tokenizer: Any, chat: Document, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except (TemplateError, LookupError, TypeError) as error:
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise UsageError(
             f"{chat.name} does not fit the tokenizer's chat template ({error}); mend the conversation or leave it out"
         ) from error

@@ -1,6 +1,5 @@
 """From a SPEC of text to the batches a run is fed: calibration by iteration, training by stage, held-out windows."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF, Source, documents, domains
-from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, training_blocks
+from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 
-__all__ = ["calibration_feed", "held_out_windows", "training_shards"]
+__all__ = ["calibration_feed", "held_out_windows"]
 
 _MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
 
@@ -52,24 +51,6 @@ def calibration_feed(
         return draw
     batches = batches_of(rows, max_tokens=_MICRO_TOKENS)
     return lambda iteration: batches
-
-
-def training_shards(
-    tokenizer: Any, *, source: str, length: int, stage_tokens: Sequence[int], seed: int, warn: Callable[[str], None]
-) -> list[Tensor]:
-    """The training blocks of each stage, int32 [blocks, length], as many as its share of the tokens.
-
-    Raises:
-        UsageError: there is no such text, it is shorter than one block, or it is `self`.
-    """
-    if source == SELF:
-        raise UsageError("training.source 'self' would train the model on its own text; it serves calibration only, name a text")
-    total = sum(stage_tokens)
-    blocks, there = training_blocks(tokenizer, documents(source), length=length, tokens=total, seed=seed)
-    if there < blocks.numel():
-        warn(f"the training text has {there:,} tokens and {total:,} are asked for, so it is repeated")
-    ends = [round(done * len(blocks) / total) for done in itertools.accumulate(stage_tokens)]
-    return [blocks[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:

@@ -108,8 +108,8 @@ def domains(source: Source) -> dict[str, float]:
     if isinstance(source, str):
         return {source: 1.0}
     for spec, weight in source.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise UsageError(f"the weight of {spec!r} is {weight}; weights are above 0, leave out what is not wanted")
+        if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            raise UsageError(f"the weight of {spec!r} is {weight!r}; weights are numbers above 0, leave out what is not wanted")
     if not source:
         raise UsageError("the mixture names no text; write it like {wiki.jsonl.gz: 3, books/: 1}")
     if SELF in source and len(source) > 1:

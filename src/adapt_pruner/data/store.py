@@ -99,7 +99,8 @@ def stored(
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise RunError(
-            f"tokens cannot be kept in {root} ({error.strerror or error}); make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
+            f"tokens cannot be kept in {root} ({error.strerror or error}); "
+            "make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
         ) from error
 
 

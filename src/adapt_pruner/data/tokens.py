@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "training_blocks"]
+__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows"]
 
 _JOINT = "\n\n"
 
@@ -127,40 +127,3 @@ def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max
     if not windows:
         raise UsageError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
     return windows
-
-
-def training_blocks(tokenizer: Any, texts: Sequence[str], *, length: int, tokens: int, seed: int) -> tuple[Tensor, int]:
-    """Documents shuffled, joined with an end-of-text token between them, and cut into blocks of `length`.
-
-    A text shorter than `tokens` is repeated, in another order each time.
-
-    Returns:
-        int32 [tokens // length, length] (at least one row; the same seed gives the same blocks), and the tokens that
-        were there to take: of the whole text if it was gone through, which is less than `tokens` where it is repeated.
-
-    Raises:
-        UsageError: the text is shorter than one block.
-    """
-    wanted = max(1, tokens // length)
-    generator = torch.Generator().manual_seed(seed)
-    end = tokenizer.eos_token_id
-    blocks: list[Tensor] = []
-    encoded: dict[int, list[int]] = {}
-    while len(blocks) < wanted:
-        stream: list[int] = []
-        before = len(blocks)
-        for index in torch.randperm(len(texts), generator=generator).tolist():
-            if index not in encoded:
-                encoded[index] = encode(tokenizer, texts[index]) + ([] if end is None else [end])
-            stream += encoded[index]
-            whole = min(len(stream) // length, wanted - len(blocks))
-            blocks += [torch.tensor(stream[i * length : (i + 1) * length], dtype=torch.int32) for i in range(whole)]
-            stream = stream[whole * length :]
-            if len(blocks) == wanted:
-                break
-        if len(blocks) == before:
-            raise UsageError(
-                f"the training text is shorter than one block of {length} tokens; give more text or lower training.length"
-            )
-    order = torch.randperm(wanted, generator=generator)
-    return torch.stack(blocks)[order], sum(map(len, encoded.values()))

@@ -1,0 +1,94 @@
+"""The same computation in less time or memory while a model trains: lean norms, recomputed activations, compilation, Liger."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["kernels"]
+
+
+@contextmanager
+def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: bool) -> Iterator[None]:
+    """While it lasts, `model` trains the way that is asked for; Liger's kernels stay.
+
+    Args:
+        model: causal LM, as it trains.
+        gradient_checkpointing: keep each decoder layer's input only and work the rest out again in the backward pass.
+        compiled: run the decoder through torch.compile; what was compiled for other shapes is forgotten.
+        liger: the fused kernels of liger-kernel.
+    """
+    decoder = model.get_decoder()
+    if liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        torch._dynamo.reset()
+        decoder.compile(dynamic=False)
+    lean = [] if compiled or liger else [module for module in decoder.modules() if _is_rms_norm(module)]
+    for module in lean:
+        module.forward = MethodType(_lean_forward, module)
+    try:
+        yield
+    finally:
+        for module in lean:
+            del module.forward
+        decoder._compiled_call_impl = None
+        if gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module is x · w / √(mean(x²) + eps) and nothing more, found by trying."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None or len(list(module.parameters())) != 1:
+        return False
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        if local.shape != weight.shape:
+            return type(module).__name__.endswith(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"))
+        tried = torch.linspace(-2, 3, 2 * weight.shape[0], device=weight.device).view(2, -1)
+        expected = weight * tried * torch.rsqrt(tried.square().mean(-1, keepdim=True) + eps)
+        return torch.allclose(module(tried), expected, atol=1e-5, rtol=1e-5)
+
+
+def _lean_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    normed: Tensor = _LeanRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _LeanRMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number a token for the backward pass, instead of the normed values as well.
+
+    Where products are in bfloat16 and the input is not, the output is cast once, here, instead of by each linear layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        device = x.device.type
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        gradient = outer[0].to(scale.dtype)
+        normed = x * scale
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        gradient = gradient * weight
+        along = (gradient * normed).mean(-1, keepdim=True)
+        of_x = (gradient - normed.mul_(along)).mul_(scale).to(x.dtype)
+        return of_x, of_weight, None
