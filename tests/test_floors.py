@@ -24,6 +24,7 @@ FLOORS = {
     "checkpoint": 3,
     "parts": 4,
     "recipe": 5,
+    "estimate": 6,
     "plan": 6,
     "position": 6,
     "runs": 6,

@@ -174,7 +174,7 @@ def test_a_dry_run_writes_nothing_and_plans_what_happens(recipe: Recipe, tmp_pat
     assert [stage["tokens"] for stage in planned["stages"]] == [1000, 2000, 3000]
     assert abs(sum(stage["iterations"] for stage in planned["stages"]) - outcome.figures["iterations"]) <= 3
     assert planned["seconds"] > 0
-    assert planned["peak_rss_bytes"] > 10**8
+    assert planned["peak_bytes"] > 10**8
 
 
 def test_calibration_by_self_and_by_ids(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run would take, before it is started: time and memory."""
+"""What a run would take, before it is started: time and memory, by formulas and a quick probe, or on paper without weights."""
 
 import time
 from dataclasses import asdict
@@ -7,42 +7,118 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.calibrate import score
-from adapt_pruner.core.memory import peak_rss_bytes
+from adapt_pruner.checkpoint.load import has_weights, load_shapes, pick_device
+from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.calibrate import score, uses_bfloat16
+from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import reads_text
+from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.prepare import Listener, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
 __all__ = ["dry_run"]
 
+_PROBED_TOKENS = 512
 
-def dry_run(recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What a run would do, with time and memory estimated from a quick probe of the real model; nothing is written.
 
-    The probe is one batch of random tokens, forward and backward. A training token is taken to cost what a calibration token
-    does; Adam's two moments and the gradients of all weights are added to the memory seen.
+def dry_run(
+    recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
+) -> dict[str, Any]:
+    """What a run would do, with time and memory; nothing is written.
+
+    Where the weights are on this machine the model is loaded, the texts are looked for, and its speed is probed: a batch of
+    random tokens, forward and backward. Otherwise its config.json is all that is read, and the time is on paper. Memory and
+    operations are those of `estimate`; measuring KV heads (`head_metric`) is not in the time.
+
+    Args:
+        recipe: the run.
+        listen: told of events.
+        trust_remote_code: whether code that comes with the model may run.
+        processes: how many would share the work.
+
+    Raises:
+        UsageError: the recipe does not fit the model, or something is not there.
     """
-    loaded = load_model(recipe.ready(), listen, trust_remote_code)
-    model = loaded.model
-    dense = count_parameters(model)
-    ready = prepare(loaded, recipe, listen=listen)
-    length = recipe.calibration.length
-    batch = torch.randint(model.config.vocab_size, (max(1, 512 // length), length), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):  # the first pass of a process is slow
-        began = time.perf_counter()
-        score(model, families.axes(model), [batch], metrics=[taylor], dtype=recipe.dtype)
-    per_token = (time.perf_counter() - began) / batch.numel()
-    measured = 1 if reads_text(model, recipe) else 0
-    seconds = [(measured * stage.calibration_tokens + stage.tokens) * per_token for stage in ready.stages]
+    recipe = recipe.ready()
+    on_paper = not has_weights(recipe.model)
+    if not on_paper:
+        loaded = load_model(recipe, listen, trust_remote_code)
+        ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code)
+        model, planned, budget = loaded.model, ready.stages, ready.budget
+        teacher = None if ready.teacher is None else shapes(ready.teacher)
+        device = next(model.parameters()).device
+        narrow = uses_bfloat16(device, recipe.dtype)
+        speed = _probe(model, recipe, narrow=narrow)
+        kind = device.type
+    else:
+        model = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
+        planned, budget = plan(model, recipe, dense=count_parameters(model))
+        teacher = _teacher(model, recipe, trust_remote_code)
+        kind = "cuda" if recipe.device == "auto" else pick_device(recipe.device).type
+        narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
+        speed = PAPER[kind]
+    how = _setup(recipe, kind, narrow, teacher, processes)
+    return _told(recipe, shapes(model), planned, budget, how, speed, reads=reads_text(model, recipe), on_paper=on_paper)
+
+
+def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
+    """How a recipe trains."""
+    asked = recipe.training
+    return Setup(
+        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.batch_tokens,
+        checkpointing=asked.gradient_checkpointing, lora=0 if asked.lora is None else asked.lora.rank, teacher=teacher,
+        processes=processes, parallel=recipe.parallel,
+    )  # fmt: skip
+
+
+def _told(
+    recipe: Recipe, dense: Shapes, planned: list[Stage], budget: Budget, how: Setup, speed: Speed, *, reads: bool, on_paper: bool
+) -> dict[str, Any]:
+    spans, evaluation = [], recipe.evaluation
+    read = 0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0)
+    for stage in planned:
+        scored = stage.calibration_tokens if reads else 0
+        spans.append(seconds(dense.cut_to(stage.params), how, speed, scored=scored, trained=stage.tokens, read=read))
+    trains = bool(recipe.training.tokens)
+    carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
+    memory = {"pruning": pruning_memory(dense, how, calibration_length=recipe.calibration.length, moments=carried)}
+    if trains:
+        memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
+    peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}
     return {
         "model": recipe.model,
         "method": recipe.method,
         "seed": recipe.seed,
-        "params_before": dense,
-        "params_after": ready.budget.keep,
-        "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(ready.stages, seconds, strict=True)],
-        "seconds": sum(seconds),
-        "peak_rss_bytes": peak_rss_bytes() + (3 * 4 * dense if recipe.training.tokens else 0),
+        "params_before": dense.params,
+        "params_after": budget.keep,
+        "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(planned, spans, strict=True)],
+        "seconds": sum(spans),
+        "time_by": "time on paper" if on_paper else "time by a probe",
+        "speed": speed.words,
+        "processes": how.processes,
+        "parallel": recipe.parallel,
+        "device": how.device,
+        "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in memory.items()},
+        "peak_bytes": max(peaks.values()),
     }
+
+
+def _probe(model: Any, recipe: Recipe, *, narrow: bool) -> Speed:
+    """What this machine makes of the model, by one batch of random tokens."""
+    length = recipe.calibration.length
+    shape = (max(1, _PROBED_TOKENS // length), length)
+    batch = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the first pass of a process is slow
+        began = time.perf_counter()
+        score(model, families.axes(model), [batch], metrics=[taylor], dtype=recipe.dtype)
+    span = time.perf_counter() - began
+    device = next(model.parameters()).device
+    flops = batch.numel() * work(shapes(model), Setup(device.type, narrow, length), kind="score") / span
+    return Speed(flops, f"this machine makes {flops / 1e12:.3g} TFLOP/s of this model")
+
+
+def _teacher(model: Any, recipe: Recipe, trust_remote_code: bool) -> Shapes | None:
+    if not recipe.training.objective.startswith("objectives.distil"):
+        return None
+    named = recipe.training.teacher
+    return shapes(model if named is None else load_shapes(named, trust_remote_code=trust_remote_code))

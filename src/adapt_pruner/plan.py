@@ -43,10 +43,11 @@ def stage_targets(start: int, end: int, stages: int) -> list[int]:
 def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> list[Stage]:
     """The stages of `recipe` on a model of `start` parameters with prunable `axes`, down to `end` parameters."""
     tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
-    per_iteration = recipe.step * sum(axis.size * axis.cost for axis in axes)
+    may_go = sum(axis.size * axis.cost for axis in axes)
     planned, reached = [], start
     for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
-        iterations = max(1, round((reached - target) / per_iteration)) if reached > target else 0
+        counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
+        iterations = max(1, round((reached - target) / (recipe.step * counted_from))) if reached > target else 0
         looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
         trained = tokens[k - 1]
         planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))

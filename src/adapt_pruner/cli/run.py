@@ -10,6 +10,8 @@ from adapt_pruner.cli.options import Json, Set, TrustRemoteCode
 
 __all__ = ["run"]
 
+_SHOWN_BYTES = 2**30 / 200  # what is less rounds to 0.00 GiB
+
 
 def run(
     recipe: Annotated[
@@ -18,7 +20,7 @@ def run(
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [default: runs/RECIPE-DATE]")] = None,
     overrides: Set = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, with time and memory estimated by a quick probe.")
+        bool, typer.Option("--dry-run", help="Print the plan with time and memory; a model's config.json is enough.")
     ] = False,
     force_recipe: Annotated[
         bool, typer.Option("--force-recipe", help="Go on with a run although it was begun with another recipe.")
@@ -84,6 +86,19 @@ def _print_plan(planned: dict[str, Any]) -> None:
         for row in planned["stages"]
     ]
     print_table(["stage", "parameters", "iterations", "tokens", "steps", "time"], rows)
+    phases = [
+        [
+            phase,
+            f"{needed['bytes'] / 2**30:.2f} GiB",
+            ", ".join(f"{what} {size / 2**30:.2f}" for what, size in needed["of"].items() if size >= _SHOWN_BYTES),
+        ]
+        for phase, needed in planned["memory"].items()
+    ]
+    print()
+    print_table(["memory while", "at most", "of which"], phases)
+    many = f" on {planned['processes']} processes ({planned['parallel']})" if planned["processes"] > 1 else ""
     print(
-        f"\nin all about {duration(planned['seconds'])} and {planned['peak_rss_bytes'] / 2**30:.1f} GiB of memory; nothing was written"
+        f"\nin all about {duration(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
+        "nothing was written"
     )
+    print(f"{planned['time_by']}: {planned['speed']}")

@@ -6,7 +6,11 @@ A family file has
     axes(model)   every axis of such a model, sizes read from its weights
     tiny()        name -> config of tiny random models of every layout; the contract tests run over them
 
-and is found by being in this folder: there is no list to add it to.
+and, where checkpoints bring code of their own that stock code can stand in for,
+
+    stock_config(raw)   the stock config that a config.json, as plain data, stands for
+
+It is found by being in this folder: there is no list to add it to.
 """
 
 import importlib
@@ -19,7 +23,7 @@ from torch import nn
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["all_families", "axes", "family_of", "model_types"]
+__all__ = ["all_families", "axes", "family_of", "model_types", "stock_config"]
 
 
 def all_families() -> list[ModuleType]:
@@ -51,3 +55,15 @@ def axes(model: nn.Module) -> tuple[Axis, ...]:
     """Every axis of a model, sizes as its weights have them now."""
     found: tuple[Axis, ...] = family_of(model.config).axes(model)
     return found
+
+
+def stock_config(raw: dict[str, Any]) -> Any:
+    """The stock config that a config.json stands for; None where its type is a stock one.
+
+    Raises:
+        UsageError: no stock code computes what that checkpoint's own does.
+    """
+    for family in all_families():
+        if raw.get("model_type") in family.MODEL_TYPES and hasattr(family, "stock_config"):
+            return family.stock_config(raw)
+    return None

@@ -39,7 +39,7 @@ def distil(
     """Distillation: (1 - α) · cross-entropy + α · T² · KL(teacher ‖ student) [+ hidden · distance of hidden states].
 
     With softmax at temperature T on both sides; all terms per token, summed over the predicted tokens. Position t counts
-    when token t + 1, which it predicts, does. The distance is ‖h - h'‖² / ‖h'‖², the mean over all layers' outputs.
+    when token t + 1, which it predicts, does. The distance is ‖h - h'‖² / ‖h'‖², the mean over all layers' outputs, the last one normed.
     Logits of teacher and student exist for a few tokens at a time only.
 
     Args:

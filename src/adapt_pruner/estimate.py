@@ -1,0 +1,254 @@
+"""What a model costs to prune and to train, in bytes and in operations: formulas over its shapes, nothing is run.
+
+Units: bytes of one process, FLOPs (a multiply-add is two), seconds. Symbols: N parameters, n processes, V vocabulary, H width
+of the residual stream, A, K, I query features, key features and neurons, summed over the layers, m tokens of a pass.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from adapt_pruner import families
+from adapt_pruner.core.budget import count_parameters
+
+__all__ = ["PAPER", "Setup", "Shapes", "Speed", "held", "pruning_memory", "seconds", "shapes", "training_memory", "work"]
+
+_LOGITS = 2**26  # logits that exist at one time, as in core.loss
+_CPU_ROWS = 64  # rows of them that are worked on in float32 at one time on a CPU
+_SCORED_TOKENS = 256  # tokens of a pass while scoring, as in data.feeds
+_MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens of a pass while training, as in train.loop
+_SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
+_HOLES = 0.5  # on a CPU, of activations: what glibc keeps where they lay, between gradients and moments that stay
+_PROCESS = 400 * 2**20  # Python with torch and transformers, before there is a model
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a model decides memory and time.
+
+    Attributes:
+        params: N, tied weights once.
+        decoder: parameters in decoder layers.
+        largest: parameters of the largest layer.
+        layers: decoder layers.
+        vocabulary: V.
+        width: H.
+        queries: A, query features, summed over layers.
+        keys: K, key features, summed over layers.
+        neurons: I, summed over layers.
+    """
+
+    params: int
+    decoder: int
+    largest: int
+    layers: int
+    vocabulary: int
+    width: int
+    queries: int
+    keys: int
+    neurons: int
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output embedding."""
+        return self.vocabulary * self.width
+
+    def cut_to(self, params: int) -> "Shapes":
+        """These shapes with every layer pruned alike until `params` parameters are left."""
+        share = (self.decoder - (self.params - params)) / self.decoder
+        shrunk = {key: round(getattr(self, key) * share) for key in ("decoder", "largest", "queries", "keys", "neurons")}
+        return replace(self, params=params, **shrunk)
+
+
+def shapes(model: Any) -> Shapes:
+    """The shapes of a causal LM of a known family; it may lie on the meta device."""
+    sums = {"queries": 0, "keys": 0, "neurons": 0}
+    for axis in families.axes(model):
+        if axis.kind == "kv_heads":
+            sums["queries"] += axis.size * axis.gate.width
+            sums["keys"] += axis.size * min(piece.width for piece in axis.slices)
+        elif axis.kind == "neurons":
+            sums["neurons"] += axis.size
+    stack = [count_parameters(layer) for layer in model.get_decoder().layers]
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    return Shapes(count_parameters(model), sum(stack), max(stack), len(stack), vocabulary, width, **sums)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained, and where.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        narrow: whether matrices are multiplied in bfloat16.
+        length: tokens of a row.
+        micro_tokens: tokens of a pass, of one process; None for what the device gets by default.
+        batch_tokens: tokens of an optimiser step, of all processes.
+        checkpointing: whether layers' activations are worked out again in the backward pass.
+        lora: rank of the additions that are trained instead of the weights; 0 for none.
+        teacher: shapes of the model to distil from.
+        processes: n.
+        parallel: whole model on each process while training, or a share of it.
+    """
+
+    device: str
+    narrow: bool
+    length: int
+    micro_tokens: int | None = None
+    batch_tokens: int = 0
+    checkpointing: bool = False
+    lora: int = 0
+    teacher: Shapes | None = None
+    processes: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+    @property
+    def tokens(self) -> int:
+        """m: whole rows, as many as fit `micro_tokens` or a process's part of a step."""
+        most = self.micro_tokens or _MICRO_TOKENS[self.device]
+        most = min(most, self.batch_tokens // self.processes) if self.batch_tokens else most
+        return max(1, most // self.length) * self.length
+
+    def trained(self, of: Shapes) -> int:
+        """Parameters that have a gradient and moments."""
+        in_and_out = 7 * of.layers * of.width + 2 * of.queries + 2 * of.keys + 3 * of.neurons
+        return self.lora * in_and_out if self.lora else of.params
+
+
+def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
+    """Bytes of one process at the peak of an optimiser step, by what they hold.
+
+    weights 4 N, gradients 4 N, moments 8 N; with FSDP each is divided by n, and the layer at work, the next one and what lies
+    outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec, and two with
+    checkpointing. The peak is where the last pass of a step has reached the loss: all gradients, activations and logits.
+
+    Returns:
+        what -> bytes; see `held` for what a process then occupies.
+    """
+    element = 2 if how.narrow else 4
+    sharded = how.parallel == "fsdp" and how.processes > 1
+    shares = how.processes if sharded else 1
+    trained, whole = how.trained(of), of.params + (how.trained(of) if how.lora else 0)
+    parts = {"weights": 4 * whole // shares, "gradients": 4 * trained // shares, "moments": 8 * trained // shares}
+    if sharded:
+        outside = of.params - of.decoder
+        parts["gathered"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
+    elif how.narrow:
+        parts["copies"] = 2 * of.decoder * (2 if how.checkpointing else 1)
+    parts["activations"] = _activations(of, how, norms=(16, 12))
+    parts["loss"] = _loss(of, how, how.tokens, learns=not how.lora)
+    if how.teacher is not None:
+        parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)
+    return parts
+
+
+def pruning_memory(of: Shapes, how: Setup, *, calibration_length: int, moments: bool) -> dict[str, int]:
+    """Bytes of one process at the peak of scoring, by what they hold; the model is whole on each, with FSDP too.
+
+    weights 4 N, gradients of the decoder 4 N_dec, moments 8 N where they are carried from stage to stage. Several processes
+    share the batches, not the memory.
+    """
+    rows = replace(how, length=calibration_length, micro_tokens=_SCORED_TOKENS, batch_tokens=0, checkpointing=False)
+    parts = {"weights": 4 * of.params, "gradients": 4 * of.decoder, "moments": 8 * of.params if moments else 0}
+    parts["copies"] = 2 * of.decoder if how.narrow else 0
+    parts["activations"] = _activations(of, rows, norms=(24, 26))
+    parts["loss"] = _loss(of, replace(rows, teacher=None), rows.tokens, learns=False)
+    if how.teacher is not None:
+        parts["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+    return parts
+
+
+def held(parts: Mapping[str, int], device: str) -> int:
+    """Bytes that a process occupies whose model asks for `parts`: with what allocators keep, and on a CPU Python itself."""
+    asked = _SLACK[device] * sum(parts.values())
+    return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)
+
+
+def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
+    """What autograd keeps of m tokens.
+
+    Of each layer: inputs and outputs of its two norms (`norms` bytes a channel in float32, and in bfloat16), queries, keys,
+    values and what attention gives, gate, its activation, up and their product. With checkpointing the input of each layer,
+    and all of one layer.
+    """
+    wide, narrow = norms
+    each = narrow if how.narrow else wide
+    element = 2 if how.narrow else 4
+    layers = each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
+    last_norm = (4 + element) * of.width
+    if how.checkpointing:
+        return how.tokens * (4 * of.layers * of.width + layers // of.layers + last_norm)
+    return how.tokens * (layers + last_norm)
+
+
+def _loss(of: Shapes, how: Setup, tokens: int, *, learns: bool) -> int:
+    """What the head needs: its bfloat16 copy, the logits of a chunk of tokens, its gradient and that of what enters it."""
+    element = 2 if how.narrow else 4
+    chunk = min(tokens, max(_CPU_ROWS, _LOGITS // of.vocabulary))
+    at_once = _CPU_ROWS if how.device == "cpu" else chunk
+    logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
+    if how.teacher is not None:
+        logits += 20 * of.vocabulary * at_once
+    gradient = (4 + element) * of.head if learns else 0
+    return logits + gradient + (element * of.head if how.narrow else 0) + 4 * tokens * of.width
+
+
+def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:
+    """FLOPs a token.
+
+    Forward 2 (N_dec + V·H) + 2 A·length, attention being causal; an embedding is looked up, not multiplied. Training: three
+    times that, twice for frozen weights, once more of the decoder with checkpointing, and a teacher's forward pass.
+    Scoring is training without a gradient of the head. Reading is forward only.
+    """
+    layers = 2 * of.decoder + 2 * of.queries * how.length
+    head = 2 * of.head
+    if kind == "read":
+        return layers + head
+    if kind == "score":
+        return 3 * layers + 2 * head
+    taught = work(how.teacher, how, kind="read") if how.teacher is not None else 0
+    return (2 if how.lora else 3) * (layers + head) + (layers if how.checkpointing else 0) + taught
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a process achieves.
+
+    Attributes:
+        flops: FLOPs a second.
+        words: how that is known, for people.
+        near: bytes a second to another process of the same machine, of 8.
+        far: bytes a second to one of another machine.
+    """
+
+    flops: float
+    words: str
+    near: float = 300e9
+    far: float = 40e9
+
+
+PAPER = {
+    "cuda": Speed(0.4 * 989e12, "an H100 at 40 % of its 989 TFLOP/s in bfloat16"),
+    "cpu": Speed(1e11, "a CPU at 0.1 TFLOP/s"),
+}
+"""Speeds assumed where nothing can be measured, by device."""
+
+
+def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
+    """Seconds of one stage that scores, trains on and evaluates so many tokens.
+
+    The processes share the operations evenly. Of each, (n - 1) / n of so many bytes go to others: with DDP 8 N a training
+    step, the gradients there and back; with FSDP the weights twice, in the precision of products, and the gradients once, 4 N,
+    a pass. Sending is not taken to overlap with computing; what scoring sends is left out.
+    """
+    n = how.processes
+    total = scored * work(of, how, kind="score") + trained * work(of, how, kind="train") + read * work(of, how, kind="read")
+    wire = speed.near if n <= 8 else speed.far
+    share = (n - 1) / n
+    steps = trained / how.batch_tokens if how.batch_tokens else 0
+    if how.parallel == "fsdp":
+        passes = steps * max(1, how.batch_tokens / n / how.tokens)
+        sent = passes * (2 * (2 if how.narrow else 4) + 4) * of.params
+    else:
+        sent = steps * 8 * how.trained(of)
+    return total / speed.flops / n + sent * share / wire

@@ -1,0 +1,54 @@
+"""MobileLLM, which on the hub brings its own code but is a Llama: its config is translated, and stock Llama reads its weights.
+
+Read off that code: `share_embedding` is tied embeddings, though `tie_word_embeddings` says false; `layer_sharing` (the -LS
+models) runs every layer twice, which no stock class does; `pretraining_tp` only splits matrix products. What is loaded is
+of type `llama` from then on, and so is what is saved.
+
+Source: MobileLLM, arXiv:2402.14905; modeling_mobilellm.py as the Adapt-Pruner repository carries it.
+"""
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from adapt_pruner.errors import UsageError
+from adapt_pruner.families.llama import axes
+
+__all__ = ["MODEL_TYPES", "axes", "stock_config", "tiny"]
+
+MODEL_TYPES = ("mobilellm",)
+
+_ITS_OWN = ("architectures", "auto_map", "layer_sharing", "model_type", "share_embedding", "transformers_version")
+
+
+def stock_config(raw: dict[str, Any]) -> LlamaConfig:
+    """The Llama config under which stock code computes what MobileLLM's own does.
+
+    Raises:
+        UsageError: no Llama does; the message says why.
+    """
+    if raw.get("layer_sharing"):
+        raise UsageError(
+            "this MobileLLM runs every layer twice with the same weights (layer_sharing: true), which cannot be pruned yet; "
+            "take a MobileLLM without -LS in its name"
+        )
+    for key, value in raw.items():
+        if isinstance(value, list) and key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            raise UsageError(
+                f"{key} of this MobileLLM is a list, one size a layer, which only the code that pruned it reads; take the dense model"
+            )
+    tied = bool(raw.get("share_embedding") or raw.get("tie_word_embeddings"))
+    config: LlamaConfig = LlamaConfig.from_dict(
+        {key: value for key, value in raw.items() if key not in _ITS_OWN} | {"tie_word_embeddings": tied}
+    )
+    return config
+
+
+def tiny() -> dict[str, Any]:
+    """A config as it is on the hub, translated: shared embedding, grouped heads."""
+    raw = {
+        "model_type": "mobilellm", "share_embedding": True, "layer_sharing": False, "tie_word_embeddings": False,
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    return {"mobilellm": stock_config(raw)}

@@ -1,0 +1,123 @@
+"""The five published runs: their recipes say what the authors' scripts do, and plan on the real models' shapes alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapt_pruner.checkpoint.load import has_weights, load_shapes
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.errors import UsageError
+from adapt_pruner.forecast import dry_run
+from adapt_pruner.recipe import builtin, read
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# model's folder, its parameters with tied weights once, stages, target in the script, target with tied weights once, min LR / LR
+PUBLISHED = {
+    "mobilellm-350m-to-125m": ("mobilellm-350m", 345_355_200, 20, 143_100_000, 143_100_000 - 32_000 * 960, 0.0),
+    "mobilellm-600m-to-350m": ("mobilellm-600m", 603_188_352, 9, 376_000_000, 376_000_000, 0.1),
+    "mobilellm-1b-to-600m": ("mobilellm-1b", 1_005_461_760, 10, 603_188_352, 603_188_352, 0.1),
+    "qwen2.5-0.5b-to-350m": ("qwen2.5-0.5b", 494_032_768, 5, 376_100_000, 376_100_000, 0.1),
+    "deepseek-r1-distill-qwen-1.5b-to-1b": (
+        "deepseek-r1-distill-qwen-1.5b", 1_777_088_000, 11, 1_005_461_760, 1_005_461_760, 0.1,
+    ),
+}  # fmt: skip
+
+
+def config_of(name: str) -> str:
+    return str(CONFIGS / PUBLISHED[name][0])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_says_what_the_script_does(name: str) -> None:
+    _, _, stages, _, _, floor = PUBLISHED[name]
+    found = read(name)
+    assert (found.stages, found.training.floor) == (stages, floor)
+    assert (found.step, found.amplitude, found.debt, found.moments, found.head_metric) == (0.02, 0.02, "reset", "reset", None)
+    assert (found.metric, found.distance, found.chooser) == ("weights.taylor", "blocks.cosine", "allocate.adaptive")
+    assert found.calibration.model_dump(include={"source", "samples", "length"}) == {
+        "source": "hub:DKYoon/SlimPajama-6B", "samples": 512, "length": 64,
+    }  # fmt: skip
+    asked = found.training
+    assert (asked.lr, asked.schedule, asked.warmup, asked.decay, asked.shards) == (2e-5, "schedules.wsd", 0.05, 0.1, "linear")
+    assert (asked.batch_tokens // asked.length, asked.length, asked.weight_decay, asked.clip) == (128, 1024, 0, 1)
+    assert isinstance(asked.source, dict)
+    assert len(asked.source) == 9
+    assert sum(asked.source.values()) == 7_714_363, "all their samples"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_plans_on_shapes_alone(name: str) -> None:
+    _, dense, stages, in_script, target, _ = PUBLISHED[name]
+    planned = dry_run(read(name, values={"model": config_of(name)}))
+    assert planned["params_before"] == dense
+    assert planned["params_after"] == planned["stages"][-1]["params"] == target <= in_script
+    assert len(planned["stages"]) == stages
+    assert [row["params"] for row in planned["stages"]] == [dense - (dense - target) * k // stages for k in range(1, stages + 1)]
+    assert all(row["iterations"] > 0 and row["steps"] > 0 and row["seconds"] > 0 for row in planned["stages"])
+    tokens = [row["tokens"] for row in planned["stages"]]
+    assert sum(tokens) == 5_000_000_000
+    assert tokens == pytest.approx([5e9 * 2 * k / (stages * (stages + 1)) for k in range(1, stages + 1)], abs=stages)
+    assert planned["time_by"] == "time on paper"
+    assert "989 TFLOP/s" in planned["speed"]
+
+
+def test_every_published_run_has_a_recipe() -> None:
+    assert set(PUBLISHED) <= set(builtin())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_arithmetic_in_the_comment_is_right(name: str) -> None:
+    text = builtin()[name].read_text(encoding="utf-8")
+    numbers = {
+        "mobilellm-350m-to-125m": (345_355_200 + 32_000 * 960, 124_635_456 + 32_000 * 576, (345_355_200 - 112_380_000) // 20),
+        "mobilellm-600m-to-350m": (32_000 * 1152, 345_355_200 + 32_000 * 960),
+        "mobilellm-1b-to-600m": (1_005_461_760, 603_188_352),
+        "qwen2.5-0.5b-to-350m": (151_936 * 896, 345_355_200 + 32_000 * 960),
+        "deepseek-r1-distill-qwen-1.5b-to-1b": (151_936 * 1536,),
+    }[name]
+    for number in numbers:
+        assert f"{number:,}" in text
+    assert f"{PUBLISHED[name][4]:,}" in text
+    assert count_parameters(load_shapes(str(CONFIGS / "mobilellm-125m"))) == 124_635_456
+
+
+def test_a_budget_out_of_reach_is_refused_on_shapes_alone() -> None:
+    with pytest.raises(UsageError, match=r"budget 40,000,000 is below the 46,603,200 parameters that stay"):
+        dry_run(read("mobilellm-350m-to-125m", values={"model": config_of("mobilellm-350m-to-125m"), "budget": "40M"}))
+
+
+def test_from_the_command_line_nothing_but_the_config_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((CONFIGS / "qwen2.5-0.5b" / "config.json").read_text())
+    assert not has_weights(str(tmp_path))
+    words = ["run", "qwen2.5-0.5b-to-350m", "--set", f"model={tmp_path}", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "adapt_pruner", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "376,100,000" in done.stdout
+    assert "time on paper: an H100 at 40 % of its 989 TFLOP/s" in done.stdout
+    assert "nothing was written" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    done = subprocess.run([sys.executable, "-m", "adapt_pruner", *words, "--json"], capture_output=True, text=True, check=True)
+    planned: dict[str, Any] = json.loads(done.stdout)
+    assert set(planned["memory"]) == {"pruning", "training"}
+
+
+def test_a_model_already_pruned_is_planned_from_its_config(tmp_path: Path, tiny_folder: Path) -> None:
+    from adapt_pruner import families
+    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.checkpoint.save import save
+    from adapt_pruner.core.surgery import cut
+    from test_law import random_mask
+
+    loaded = load(str(tiny_folder))
+    axes = families.axes(loaded.model)
+    cut(loaded.model, axes, random_mask(axes, ("neurons", "kv_heads"), seed=1))
+    save(loaded.model, loaded.tokenizer, tmp_path / "pruned", dtype=loaded.dtype)
+    (tmp_path / "pruned" / "model.safetensors").unlink()
+    assert count_parameters(load_shapes(str(tmp_path / "pruned"))) == count_parameters(loaded.model)
