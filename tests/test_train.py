@@ -1,5 +1,6 @@
 """The training loop: what a step minimises, its schedules and shards, the divergence guard, and going on exactly."""
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapt_pruner.core import world
 from adapt_pruner.errors import RunError
-from adapt_pruner.train.loop import Progress, Step, make_optimizer, stage_tokens, train
+from adapt_pruner.train.loop import Progress, Step, _Batch, make_optimizer, stage_tokens, train
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
@@ -156,6 +158,28 @@ def test_the_loss_is_the_mean_over_the_predicted_tokens_of_the_whole_batch(chats
     before = dict(tiny_model().named_parameters())
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(before[name] - ours, 1e-2 * theirs.grad, atol=1e-6, rtol=1e-2), name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_row_is_learnt_from_once_in_as_many_passes_by_all(size: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows there are for the processes; who has none looks at one again and predicts nothing of it."""
+    monkeypatch.setattr(world, "size", lambda: size)
+    monkeypatch.setattr(world, "sum_in_place", lambda *tensors: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
+    for num_rows, micro_tokens in itertools.product(range(1, 8), (1, 8, 1000)):
+        ids = torch.arange(100, 110)[:, None].expand(10, 4)  # a row is known by its token
+        text = Text(ids, torch.ones(10, 4, dtype=torch.bool) if masked else None)
+        passes, learnt = [], []
+        for rank in range(size):
+            monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
+            parts = _Batch(text, 2, 2 + num_rows, device=torch.device("cpu"), micro_tokens=micro_tokens).parts
+            passes.append(len(parts))
+            for rows, counts in parts:
+                assert rows.numel() <= max(4, micro_tokens)
+                learnt += rows[:, 1:].flatten().tolist() if counts is None else rows[:, 1:][counts[:, 1:]].tolist()
+        assert len(set(passes)) == 1, (num_rows, micro_tokens)
+        assert sorted(learnt) == sorted(3 * list(range(102, 102 + num_rows))), (num_rows, micro_tokens)
 
 
 def test_padding_counts_neither_as_tokens_nor_in_the_rate(chats: Text) -> None:

@@ -53,6 +53,11 @@ class Shapes:
         """Parameters of the output embedding."""
         return self.vocabulary * self.width
 
+    @property
+    def tied(self) -> bool:
+        """Whether input and output embedding are one."""
+        return self.params - self.decoder < 2 * self.head
+
     def cut_to(self, params: int) -> "Shapes":
         """These shapes with every layer pruned alike until `params` parameters are left."""
         share = (self.decoder - (self.params - params)) / self.decoder
@@ -119,8 +124,11 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     """Bytes of one process at the peak of an optimiser step, by what they hold.
 
     weights 4 N, gradients 4 N, moments 8 N; with FSDP each is divided by n, and the layer at work, the next one and what lies
-    outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec, and two with
-    checkpointing. The peak is where the last pass of a step has reached the loss: all gradients, activations and logits.
+    outside the layers are gathered. Without it autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
+
+    The peak is in the last pass of a step: at the loss, when activations and logits are there, or at the end of the backward
+    pass, when the gradients still on their way are. Those are of the embedding, 4 V·H, of the head tied to it as much again,
+    and in bfloat16 of all copies, 2 N_dec, since they go through the casts of the step's first pass, which come last.
 
     Returns:
         what -> bytes; see `held` for what a process then occupies.
@@ -130,13 +138,18 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     shares = how.processes if sharded else 1
     trained, whole = how.trained(of), of.params + (how.trained(of) if how.lora else 0)
     parts = {"weights": 4 * whole // shares, "gradients": 4 * trained // shares, "moments": 8 * trained // shares}
+    on_their_way = 0
     if sharded:
         outside = of.params - of.decoder
         parts["gathered"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
-    elif how.narrow:
-        parts["copies"] = 2 * of.decoder * (2 if how.checkpointing else 1)
+    else:
+        parts["copies"] = 2 * of.decoder if how.narrow else 0
+        if not how.lora:
+            again = how.batch_tokens // how.processes > how.tokens
+            on_their_way = 4 * of.head * (2 if of.tied else 1) + (parts["copies"] if again else 0)
     parts["activations"] = _activations(of, how, norms=(16, 12))
-    parts["loss"] = _loss(of, how, how.tokens, learns=not how.lora)
+    parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
+    parts["on their way"] = max(0, on_their_way - parts["activations"] - parts["loss"])
     if how.teacher is not None:
         parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)
     return parts
@@ -152,7 +165,7 @@ def pruning_memory(of: Shapes, how: Setup, *, calibration_length: int, moments: 
     parts = {"weights": 4 * of.params, "gradients": 4 * of.decoder, "moments": 8 * of.params if moments else 0}
     parts["copies"] = 2 * of.decoder if how.narrow else 0
     parts["activations"] = _activations(of, rows, norms=(24, 26))
-    parts["loss"] = _loss(of, replace(rows, teacher=None), rows.tokens, learns=False)
+    parts["loss"] = _loss(of, replace(rows, teacher=None), learns=False)
     if how.teacher is not None:
         parts["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     return parts
@@ -181,16 +194,19 @@ def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
     return how.tokens * (layers + last_norm)
 
 
-def _loss(of: Shapes, how: Setup, tokens: int, *, learns: bool) -> int:
-    """What the head needs: its bfloat16 copy, the logits of a chunk of tokens, its gradient and that of what enters it."""
+def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False) -> int:
+    """What the head needs: the logits of a chunk of tokens, the gradient of what enters it, and its own with a copy of it.
+
+    The last two are among what FSDP gathers.
+    """
     element = 2 if how.narrow else 4
-    chunk = min(tokens, max(_CPU_ROWS, _LOGITS // of.vocabulary))
+    chunk = min(how.tokens, max(_CPU_ROWS, _LOGITS // of.vocabulary))
     at_once = _CPU_ROWS if how.device == "cpu" else chunk
     logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
     if how.teacher is not None:
         logits += 20 * of.vocabulary * at_once
-    gradient = (4 + element) * of.head if learns else 0
-    return logits + gradient + (element * of.head if how.narrow else 0) + 4 * tokens * of.width
+    own = ((4 + element) * learns + element * how.narrow) * of.head
+    return logits + 4 * how.tokens * of.width + (0 if gathered else own)
 
 
 def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:

@@ -5,12 +5,12 @@ goes on from its newest checkpoint. What happens on the way is told to a listene
 library itself prints nothing.
 """
 
+import functools
 import json
 import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
@@ -39,6 +39,7 @@ from adapt_pruner.prepare import Listener, Prepared, load_model, prepare
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import RunFolder, opened
 from adapt_pruner.stage import Trainer
+from adapt_pruner.train.adapters import base_name
 
 __all__ = ["Outcome", "figures_of", "prune", "run", "shrink"]
 
@@ -69,8 +70,7 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
     Raises:
         RunError: a loss is not finite or explodes, or a checkpoint cannot be written.
     """
-    model, began = loaded.model, time.perf_counter()
-    before = at.figures.get("seconds", 0.0)
+    model = loaded.model
     if "params_before" not in at.figures:
         at.figures |= {"params_before": ready.budget.total, "decoder_params_before": decoder_parameters(model)}
         _evaluate(model, ready, recipe, at, listen, stage=0)
@@ -83,7 +83,6 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
         trainer.train(until=ready.spans[stage.stage - 1] if ready.spans else 0)
         _evaluate(model, ready, recipe, at, listen, stage=stage.stage)
         at.stage, at.pruned = stage.stage + 1, False
-        at.figures["seconds"] = before + time.perf_counter() - began
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
 
@@ -93,7 +92,7 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
         "budget": ready.budget.keep,
         "iterations": len(at.history),
         "trained_tokens": at.progress.tokens,
-        "seconds": before + time.perf_counter() - began,
+        "seconds": at.seconds,
         **{f"seconds_{phase}": seconds for phase, seconds in at.spent.items()},
         "peak_rss_bytes": peak_rss_bytes(),
         "method": recipe.method,
@@ -159,7 +158,8 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     at = Position(Debt.none(prunable(loaded.model, recipe)))
     _tell_start(ready, recipe, at, listen)
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
-    outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
+    with at.clock("other"):
+        outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
     _save(outcome, recipe, out)
     listen({"event": "saved", "path": str(out), **outcome.figures})
     return outcome
@@ -190,19 +190,23 @@ def run(
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     with opened(Path(run_dir)) as folder:
+        changed: list[str] = []
         if not folder.is_new:
-            folder.check(recipe.ready(), force=force_recipe)
+            changed = folder.check(recipe.ready(), force=force_recipe)
             if folder.is_finished:
                 listen({"event": "finished", "path": str(folder.result)})
                 return None
         tell = _logged(listen, folder)
         try:
-            return _run(recipe.ready(), folder, tell, trust_remote_code)
+            return _run(recipe.ready(), folder, tell, trust_remote_code, force=force_recipe, changed=changed)
         except (RunError, KeyboardInterrupt) as error:
-            newest, _, _ = folder.newest()
+            newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
+            if world.is_main():
+                folder.tidy()
             where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
             if isinstance(error, KeyboardInterrupt):
-                listen({"event": "interrupted", "message": f"{where}; the same command goes on from there"})
+                then = "goes on from there" if newest else "begins anew"
+                listen({"event": "interrupted", "message": f"{where}; the same command {then}"})
                 raise
             raise RunError(f"{error}; {where}") from error
 
@@ -213,18 +217,20 @@ def figures_of(run_dir: str | Path) -> dict[str, Any]:
     return figures
 
 
-def _run(recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool) -> Outcome:
-    path, state, troubles = world.agreed(folder.newest() if world.is_main() else (None, {}, []))
-    for trouble in troubles:
-        tell({"event": "warning", "message": f"a checkpoint is left out because it is damaged: {trouble}"})
+def _run(
+    recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool, *, force: bool, changed: list[str]
+) -> Outcome:
+    path, state, damaged = world.agreed(folder.newest() if world.is_main() else (None, {}, {}))
+    origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
         loaded = load_model(recipe, tell, trust_remote_code)
         at = Position(Debt.none(prunable(loaded.model, recipe)))
     else:
-        _check_origin(path, state, recipe)
+        _check_origin(path, state, recipe, origin)
         loaded, tensors = load_state(path, state, device=pick_device(recipe.device))
         at = Position.from_json(state)
+        _check_place(path, at, recipe, changed, tensors)
     ready = prepare(
         loaded,
         recipe,
@@ -233,23 +239,29 @@ def _run(recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: b
         begun=at.figures.get("params_before"),
         folder=folder.path,
     )
-    if path is not None and state["rows"] != ready.digest:
+    replaced = [] if path is None else [what for what, digest in ready.digests.items() if digest != state["digests"][what]]
+    if replaced and not force:
         raise UsageError(
-            f"the training text has changed since {path} was written; bring it back, or begin anew in another folder"
+            f"the {' and the '.join(replaced)} changed after {path} was written; bring back what was there, begin anew in another "
+            "folder, or pass --force-recipe to go on with what is there now"
         )
     if world.is_main():
         folder.begin(recipe, _provenance())
-        folder.tidy(keep=recipe.keep_checkpoints, log_size=state.get("log_size", 0))
+        folder.rewind(log_size=state.get("log_size", 0), damaged=damaged)
+        folder.tidy(keep=recipe.keep_checkpoints)
+    for sentence in _sentences(path, at, damaged=damaged, changed=changed, replaced=replaced):
+        tell({"event": "warning", "message": sentence})
+    if changed or replaced:
+        at.fit(prunable(loaded.model, recipe), ready.rows)
     if path is not None:
         tell({"event": "resumed", "path": str(path), "stage": at.stage, "step": at.progress.steps, "pruned": at.pruned})
     _tell_start(ready, recipe, at, tell)
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         target = folder.checkpoints / name
-        folder.set_aside(target)
         facts = {
-            **at.to_json(), "start": start_of(loaded), "model": recipe.model, "identity": identity(recipe.model),
-            "rows": ready.digest, "log_size": folder.log_size,
+            **at.to_json(), "start": start_of(loaded), "model": recipe.model, "identity": origin,
+            "digests": ready.digests, "log_size": folder.log_size,
         }  # fmt: skip
         so_far = Outcome(loaded, at.mask, at.figures, at.history)
         save_state(
@@ -265,19 +277,48 @@ def _run(recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: b
         folder.tidy(keep=recipe.keep_checkpoints)
 
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
-    outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
+    with at.clock("other"):
+        outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
     if world.is_main():
         _save(outcome, recipe, folder.result)
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
     return outcome
 
 
-def _check_origin(path: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
-    if state["model"] != recipe.model or state["identity"] != identity(recipe.model):
+def _check_origin(path: Path, state: Mapping[str, Any], recipe: Recipe, origin: str) -> None:
+    if state["model"] != recipe.model or state["identity"] != origin:
         raise UsageError(
             f"{path} is a checkpoint of another model ({state['model']}, as it was then) than the recipe's {recipe.model}; "
             "name another folder, or bring that model back"
         )
+
+
+def _check_place(path: Path, at: Position, recipe: Recipe, changed: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what even a forced recipe cannot go on with from where the run stands."""
+    if at.stage > recipe.stages:
+        raise UsageError(
+            f"the run of {path} is in stage {at.stage} and the recipe has {recipe.stages}; set stages to {at.stage} or more, "
+            "or name another folder"
+        )
+    if "training.lora" in changed and any(base_name(name) is None for name in tensors):
+        raise UsageError(
+            f"{path} holds low-rank additions in the middle of their training, which other ones would forget; "
+            "leave training.lora as it was, or name another folder"
+        )
+
+
+def _sentences(
+    path: Path | None, at: Position, *, damaged: Mapping[Path, str], changed: Sequence[str], replaced: Sequence[str]
+) -> Iterator[str]:
+    """What is to be said of a run that does not go on quite as it was."""
+    for checkpoint, trouble in damaged.items():
+        yield f"a checkpoint is damaged and set aside as {checkpoint.name}.damaged: {trouble}"
+    if damaged and path is None:
+        yield "no checkpoint is whole, so the run begins anew; the log of the work that is lost is log.damaged.jsonl"
+    if changed:
+        yield f"going on with another recipe, which differs in {', '.join(changed)}"
+    if replaced:
+        yield f"going on with another {' and another '.join(replaced)}, from where the run stands"
 
 
 def _logged(listen: Listener, folder: RunFolder) -> Listener:
@@ -285,7 +326,7 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
 
     def tell(event: dict[str, Any]) -> None:
         if world.is_main():
-            if event["event"] != "progress" and not folder.is_new:
+            if event["event"] != "progress":
                 folder.log(event)
             listen(event)
 
@@ -336,6 +377,7 @@ def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
     save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=_pruning(outcome, recipe), dtype=loaded.dtype)
 
 
+@functools.cache
 def _provenance() -> str:
     """Versions of what made a run, and the commit when the package lies in its own git checkout."""
     versions = []

@@ -1,13 +1,14 @@
 """Where a run stands: with weights, moments and text, everything that decides what it does next."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adapt_pruner.choose.allocate import Debt
-from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.data.rows import Rows, stage_spans
 from adapt_pruner.train.loop import Progress
 
 __all__ = ["Position"]
@@ -25,7 +26,7 @@ class Position:
         mask: what has stayed, against the model at the start of the run.
         figures: measured so far.
         history: a note on every iteration of pruning.
-        spent: seconds by phase.
+        spent: seconds by phase, of all processes that have worked on the run one after another; phases do not overlap.
 
     The text needs no more than its row, calibration no more than the number of the iteration, and random numbers no
     more than the step: all three are functions of those and the seed.
@@ -39,20 +40,45 @@ class Position:
     figures: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     spent: dict[str, float] = field(
-        default_factory=lambda: {"score": 0.0, "cut": 0.0, "train": 0.0, "save": 0.0, "evaluate": 0.0}
+        default_factory=lambda: {"score": 0.0, "cut": 0.0, "train": 0.0, "save": 0.0, "evaluate": 0.0, "other": 0.0}
     )
+    _phase: str | None = field(default=None, init=False)
+    _since: float = field(default=0.0, init=False)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Add what passes meanwhile to the seconds of a phase, in place."""
-        began = time.perf_counter()
+        """Count what passes meanwhile to a phase, in place; not to the one around it, which goes on afterwards."""
+        around = self._turn_to(phase)
         try:
             yield
         finally:
-            self.spent[phase] += time.perf_counter() - began
+            self._turn_to(around)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all phases together, up to now."""
+        self._turn_to(self._phase)
+        return sum(self.spent.values())
+
+    def _turn_to(self, phase: str | None) -> str | None:
+        now, before = time.perf_counter(), self._phase
+        if before is not None:
+            self.spent[before] += now - self._since
+        self._phase, self._since = phase, now
+        return before
+
+    def fit(self, axes: Sequence[Axis], rows: Rows | None) -> None:
+        """Fit, in place, another recipe: axes that are new to it owe nothing, and the row comes after as many tokens."""
+        none = Debt.none(axes)
+        self.debt = Debt({**none.start, **self.debt.start}, {**none.sparsity, **self.debt.sparsity})
+        if rows is not None:
+            there = rows.num_tokens(0, len(rows))
+            done = min(there, self.progress.tokens)
+            self.progress.rows = stage_spans(rows, [done, there - done])[0].stop
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; floats come back as they were."""
+        self._turn_to(self._phase)
         return {
             "stage": self.stage, "pruned": self.pruned, "progress": asdict(self.progress), "mask": self.mask.to_json(),
             "debt": {"start": dict(self.debt.start), "sparsity": dict(self.debt.sparsity)},

@@ -1,8 +1,11 @@
 """What a run needs before its first step: the model, its stages, and the text each of them reads."""
 
 import copy
+import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.save import why, write_whole
+from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.core import world
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
@@ -20,9 +25,10 @@ from adapt_pruner.data.overlap import overlaps
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.runs import OWN_TEXT
 
 __all__ = ["Listener", "Prepared", "load_model", "prepare"]
 
@@ -39,7 +45,8 @@ class Prepared:
         calibration: number of the iteration -> its batches, int64 [batch, length]; none where nothing looks at them.
         rows: the training text; None where nothing is to be trained.
         spans: the row of `rows` that each stage stops before.
-        digest: fingerprint of those rows and their order; empty without them.
+        digests: fingerprints of what is read beside the model, by what a person calls it: of the training text all rows
+            and their order, of the calibration text the first batches.
         held_out: evaluation windows; empty where nothing is to be evaluated.
         teacher: the model to distil from; None where the objective has none.
     """
@@ -49,7 +56,7 @@ class Prepared:
     calibration: Callable[[int], list[Tensor]]
     rows: Rows | None
     spans: list[int]
-    digest: str
+    digests: dict[str, str]
     held_out: list[Tensor]
     teacher: Any
 
@@ -90,7 +97,7 @@ def prepare(
 
     planned, budget = plan(loaded.model, recipe, dense=begun or count_parameters(loaded.model))
     _check_machine(loaded.model, recipe)
-    calibration = _calibration(loaded, recipe, folder)
+    calibration = _calibration(loaded, recipe, folder, begun=begun is not None)
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
@@ -102,8 +109,13 @@ def prepare(
     if world.is_main() and begun is None:
         for sentence in overlaps(sources):
             warn(sentence)
+    digests = {
+        "calibration text": _digest(calibration(0)),
+        "training text": "" if rows is None else rows.digest(),
+        "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
+    }
     return Prepared(
-        planned, budget, calibration, rows, spans, "" if rows is None else rows.digest(), held_out,
+        planned, budget, calibration, rows, spans, digests, held_out,
         _teacher(loaded, recipe, trust_remote_code, begun=begun is not None),
     )  # fmt: skip
 
@@ -130,21 +142,38 @@ def _check_machine(model: Any, recipe: Recipe) -> None:
             raise UsageError(f"training.{extra} needs a package; pip install 'adapt-pruner[{extra}]'")
 
 
-def _calibration(loaded: Loaded, recipe: Recipe, folder: Path | None) -> Callable[[int], list[Tensor]]:
+def _calibration(loaded: Loaded, recipe: Recipe, folder: Path | None, *, begun: bool) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches; to none where nothing looks at them."""
     if not reads_text(loaded.model, recipe):
         return lambda iteration: []
     asked = recipe.calibration.model_dump()
     if asked["ids"] is None and asked["source"] == SELF and folder is not None:
-        written_once = folder / "calibration_self.json"  # by the model as it was at the start
-        asked["ids"] = str(written_once)
-        if world.is_main() and not written_once.exists():
-            written = selfwritten_windows(
-                loaded.model, loaded.tokenizer, samples=asked["samples"], length=asked["length"], seed=recipe.seed
-            )
-            written_once.write_text(to_json({"input_ids": written.tolist()}), encoding="utf-8")
+        asked["ids"] = str(folder / OWN_TEXT)
+        if world.is_main():
+            _write_own_text(folder / OWN_TEXT, loaded, recipe, begun=begun)
         world.agreed(None)
     return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed)
+
+
+def _write_own_text(path: Path, loaded: Loaded, recipe: Recipe, *, begun: bool) -> None:
+    """Keep the text that the model as it was at the start writes, unless a run that has begun already has."""
+    asked = {"samples": recipe.calibration.samples, "length": recipe.calibration.length, "seed": recipe.seed}
+    if begun:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(path.read_text(encoding="utf-8"))["asked"] == asked:
+                return
+    writer = loaded.model
+    if begun:  # it has been cut since
+        writer = load(recipe.model, device=next(loaded.model.parameters()).device).model
+    written = selfwritten_windows(writer, loaded.tokenizer, **asked)
+    try:
+        write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {why(error)}") from error
+
+
+def _digest(batches: list[Tensor]) -> str:
+    return hashlib.sha256(to_json([batch.tolist() for batch in batches]).encode()).hexdigest()
 
 
 def _rows(loaded: Loaded, recipe: Recipe, warn: Callable[[str], None]) -> Rows | None:

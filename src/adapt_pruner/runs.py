@@ -3,6 +3,8 @@
 recipe.yaml              the resolved recipe, with the versions of what ran it
 log.jsonl                one JSON object an event
 checkpoints/stage-K/     after stage K; stage-K-pruned after its cuts, stage-K-step-N within its training; the newest few
+checkpoints/*.damaged/   what could not be gone on from; log.damaged.jsonl is the log where nothing could
+calibration_self.json    the text that the model wrote, where it is calibrated on that
 model/                   the result; a folder that has it is finished
 .lock                    held by the process that works here
 """
@@ -12,20 +14,22 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from adapt_pruner.checkpoint.save import check_target
+from adapt_pruner.checkpoint.save import check_target, why, write_whole
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 
-__all__ = ["RunFolder", "opened"]
+__all__ = ["OWN_TEXT", "RunFolder", "opened"]
 
+OWN_TEXT = "calibration_self.json"
 _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
 
 
@@ -36,11 +40,12 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.result = path / "model"
+        self._begun = False
 
     @property
     def is_new(self) -> bool:
         """Whether no run has begun here."""
-        return not (self.path / "recipe.yaml").exists()
+        return not (self.path / "recipe.yaml").exists() and not self._found()
 
     @property
     def is_finished(self) -> bool:
@@ -48,28 +53,47 @@ class RunFolder:
         return self.result.is_dir()
 
     def begin(self, recipe: Recipe, provenance: str) -> None:
-        """Write down what the run is asked to do."""
-        whole = self.path / ".recipe.yaml"
-        whole.write_text(f"# {provenance}\n{recipe.to_yaml()}", encoding="utf-8")
-        whole.rename(self.path / "recipe.yaml")
+        """Write down what the run is asked to do; what is logged from now on is kept."""
+        try:
+            write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
+        except OSError as error:
+            raise RunError(f"{self.path / 'recipe.yaml'} could not be written: {why(error)}") from error
+        self._begun = True
 
-    def check(self, recipe: Recipe, *, force: bool) -> None:
-        """Refuse to go on with another recipe than the one the run began with.
+    def check(self, recipe: Recipe, *, force: bool) -> list[str]:
+        """The keys in which a recipe differs from the one the run began with, as far as they decide the result.
 
         Raises:
-            UsageError: it differs in what decides the result, and `force` is not set.
+            UsageError: there are any, or that recipe cannot be read, and `force` is not set.
         """
-        keys = differing(read(self.path / "recipe.yaml"), recipe)
+        try:
+            keys = differing(read(self.path / "recipe.yaml"), recipe)
+        except UsageError as error:
+            if force:
+                return ["what cannot be read of the old one"]
+            raise UsageError(
+                f"what {self.path / 'recipe.yaml'} says the run was begun with cannot be read ({error}); "
+                "name another folder, or pass --force-recipe to go on with the recipe given"
+            ) from error
         if keys and not force:
             raise UsageError(
                 f"{self.path} was begun with another recipe, which differs in {', '.join(keys)}; "
                 "name another folder, or pass --force-recipe to go on with the new one"
             )
+        return keys
 
     def log(self, event: dict[str, Any]) -> None:
-        """Add an event to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(to_json({"time": time.time()} | event) + "\n")
+        """Add an event to log.jsonl; none before the run has begun or goes on, when it may still be refused.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if not self._begun:
+            return
+        try:
+            self._append(to_json({"time": time.time()} | event) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path / 'log.jsonl'} could not be written: {why(error)}") from error
 
     @property
     def log_size(self) -> int:
@@ -77,36 +101,59 @@ class RunFolder:
         log = self.path / "log.jsonl"
         return log.stat().st_size if log.exists() else 0
 
-    def newest(self) -> tuple[Path | None, dict[str, Any], list[str]]:
-        """The newest checkpoint that is whole, its state, and what was wrong with any newer ones."""
-        troubles: list[str] = []
+    def newest(self, *, thorough: bool = True) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
+        """The newest checkpoint that is whole, its state, and what is wrong with any newer ones (see `read_state`)."""
+        damaged: dict[Path, str] = {}
         for path in self._found():
             try:
-                return path, read_state(path), troubles
+                return path, read_state(path, thorough=thorough), damaged
             except RunError as error:
-                troubles.append(str(error))
-        return None, {}, troubles
+                damaged[path] = str(error)
+        return None, {}, damaged
 
-    def tidy(self, *, keep: int, log_size: int | None = None) -> None:
-        """Remove, in place, all checkpoints but the newest `keep`, what a killed process left half-written, and log lines of lost work."""
-        for path in self._found()[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+    def rewind(self, *, log_size: int, damaged: Mapping[Path, str]) -> None:
+        """Take away, in place, what is newer than the checkpoint that the run goes on from.
+
+        Log lines of work that is to be done again go. Damaged checkpoints are set aside, since they would count as the
+        newest; and with them the log, where none was whole and all work is lost.
+
+        Args:
+            log_size: of the log when that checkpoint was written; 0 where there is none.
+            damaged: what `newest` found.
+        """
+        log = self.path / "log.jsonl"
+        if damaged and not log_size and log.exists():
+            log.replace(self.path / "log.damaged.jsonl")
+        elif self.log_size > log_size:
+            os.truncate(log, log_size)
+        for path in damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            self._remove(aside)
+            path.rename(aside)
+
+    def tidy(self, *, keep: int | None = None) -> None:
+        """Remove, in place, all checkpoints but the newest `keep`, and what was left half-written or half-removed."""
+        for path in self._found()[keep:] if keep is not None else ():
+            self._remove(path)
         for folder in (self.path, self.checkpoints):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if _PARTIAL.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
-        if log_size is not None and self.log_size > log_size:
-            os.truncate(self.path / "log.jsonl", log_size)
+                    self._remove(path)
 
-    def set_aside(self, path: Path) -> None:
-        """Remove a checkpoint that is in the way of a new one of its name."""
-        if path.exists():
-            shutil.rmtree(path)
+    def _append(self, line: str) -> None:
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(line)
 
-    def abandon(self) -> None:
-        """Undo `begin` where no work was done, so that the folder is free for the next try."""
-        for name in ("recipe.yaml", "log.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
+    @staticmethod
+    def _remove(path: Path) -> None:
+        """Remove, in place, a file or folder; what is half removed does not bear its name."""
+        if not _PARTIAL.fullmatch(path.name):
+            with suppress(OSError):  # then there is none, or it cannot be removed
+                path = path.rename(path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}"))
+        if path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _found(self) -> list[Path]:
         """Checkpoints by their names, the newest first."""
@@ -126,21 +173,15 @@ def opened(path: Path) -> Iterator[RunFolder]:
     Raises:
         UsageError: another process works in it, or it is a folder of something else.
     """
-    if not (path / "recipe.yaml").exists() and not (path / ".lock").exists():
-        check_target(path)
-    existed = path.exists()
-    path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     if not world.is_main():
         yield folder
         return
-    with (path / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UsageError(f"{path} is in use by process {owner}; wait for it, or name another folder") from error
+    if not (path / "recipe.yaml").exists() and not (path / ".lock").exists():
+        check_target(path)
+    existed = path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path / ".lock") as lock:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -148,6 +189,28 @@ def opened(path: Path) -> Iterator[RunFolder]:
             yield folder
         finally:
             if folder.is_new:
-                (path / ".lock").unlink(missing_ok=True)
+                for name in (OWN_TEXT, ".lock"):
+                    (path / name).unlink(missing_ok=True)
                 if not existed and not any(path.iterdir()):
                     path.rmdir()
+
+
+def _locked(path: Path) -> IO[str]:
+    """A lock file that this process has locked, until it is closed or the process ends, however it ends.
+
+    Raises:
+        UsageError: another process has locked it, or it cannot be locked there.
+    """
+    while True:
+        lock = path.open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UsageError(f"{path.parent} is in use by process {owner}; wait for it, or name another folder") from error
+        except OSError as error:
+            raise UsageError(f"{path} cannot be locked ({why(error)}); name a folder on another file system") from error
+        lock.close()  # its last holder has just taken it away

@@ -73,7 +73,8 @@ class Trainer:
     def train(self, *, until: int) -> None:
         """Train, in place, up to a row of the text."""
         rows, asked, at = self._ready.rows, self._recipe.training, self._at
-        if rows is None or at.progress.rows >= until:
+        unmerged = asked.lora is not None and bool(self._tensors)  # saved after the last step of the stage
+        if rows is None or (at.progress.rows >= until and not unmerged):
             return
         context = {"teacher": self._ready.teacher}
         with at.clock("train"), self._at_work() as (model, optimizer):

@@ -1,7 +1,7 @@
 """Telling a tracker (TensorBoard, Weights & Biases, trackio, MLflow) what the log says, by accelerate's own trackers."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ _FIGURES = {
 
 @contextmanager
 def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Listener]:
-    """`listen`, and beside it the trackers that the recipe reports to; local ones write below `run_dir`/trackers.
+    """`listen`, and beside it the trackers that the recipe reports to; TensorBoard's files lie in `run_dir`/trackers/run.
 
-    Figures are told at the optimiser step they belong to. Only the main process reports.
+    Figures are told at the optimiser step they belong to; a run that goes on adds to them, steps that it takes again
+    included. Only the main process reports. A tracker that fails on the way is dropped with a warning.
 
     Raises:
-        UsageError: a tracker's package is not installed.
+        UsageError: a tracker's package is not installed, or it cannot be started; that shows before any work.
     """
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
@@ -40,32 +41,49 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's trackers ask it which process they are in
-    running: list[Any] = []
+    running: dict[str, Any] = {}
     step = 0
+
+    def start(name: str) -> None:
+        tracker_class = LOGGER_TYPE_TO_CLASS[name]
+        where = {"logging_dir": str(run_dir / "trackers")} if tracker_class.requires_logging_directory else {}
+        try:
+            tracker = tracker_class("run" if where else run_dir.absolute().name, **where)
+            if hasattr(tracker, "start"):
+                tracker.start()
+            tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+        except Exception as error:  # each tracker has its own kinds
+            raise UsageError(f"report_to {name} cannot be started ({_first_line(error)}); set it up, or leave it out") from error
+        running[name] = tracker
+
+    def attempt(name: str, do: Callable[[Any], None]) -> None:
+        try:
+            do(running[name])
+        except Exception as error:  # a run is worth more than its curves
+            del running[name]
+            listen({"event": "warning", "message": f"{name} is told no more of this run, since it failed: {_first_line(error)}"})
 
     def tell(event: dict[str, Any]) -> None:
         nonlocal step
         listen(event)
         kind = event["event"]
-        if kind == "start" and not running:  # not before: a run that is refused leaves nothing behind
+        if kind == "start":  # not before: a run that is refused leaves nothing behind
             for name in recipe.report_to:
-                tracker_class = LOGGER_TYPE_TO_CLASS[name]
-                where = {"logging_dir": str(run_dir / "trackers")} if tracker_class.requires_logging_directory else {}
-                tracker = tracker_class(f"{run_dir.name}" if not where else "run", **where)
-                if hasattr(tracker, "start"):
-                    tracker.start()
-                tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
-                running.append(tracker)
+                start(name)
         step = event["step"] if kind in ("step", "resumed") else step
         told = {f"{kind}/{figure}": event[figure] for figure in _FIGURES.get(kind, ()) if event.get(figure) is not None}
-        for tracker in running if told else ():
-            tracker.log(told, step=step)
+        for tracked in list(running) if told else ():
+            attempt(tracked, lambda tracker: tracker.log(told, step=step))
 
     try:
         yield tell
     finally:
-        for tracker in running:
-            tracker.finish()
+        for tracked in list(running):
+            attempt(tracked, lambda tracker: tracker.finish())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _flat(data: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ ORG/NAME               a model on the Hugging Face hub (the only case that may u
 """
 
 import importlib.util
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def load(
         if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
             remedy = "if they are a tokenizer.model: pip install sentencepiece"
         raise UsageError(f"{name} has no usable tokenizer ({_first_line(error)}); {remedy}") from error
+    _take_into_memory(model)
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
         _check_mask(model, mask, name)
@@ -258,6 +260,16 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         if keys:
             raise RunError(f"the weights of {name} {what} {len(keys)} parameters, for example {min(keys)!r}; get the right files")
     return model
+
+
+def _take_into_memory(model: Any) -> None:
+    """Give weights, in place, memory of their own, aligned, where they still lie in the file.
+
+    A product may round differently where a tensor is not aligned, a file that is removed meanwhile would keep its place on
+    the disk, and one that is overwritten would change the model.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _forget_gguf(model: Any) -> None:

@@ -28,7 +28,7 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["check_target", "save", "whole_or_nothing"]
+__all__ = ["check_target", "save", "whole_or_nothing", "why", "write_whole"]
 
 
 def check_target(path: Path) -> None:
@@ -54,12 +54,11 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         RunError: it could not be written (disk full, no permission); nothing is left under `path`.
     """
     path = path.absolute()  # "." cannot be renamed over, its full name can
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
+        for file in [*partial.iterdir(), partial]:
             _sync(file)
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
@@ -69,9 +68,8 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         partial.rename(path)
         _sync(path.parent)
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         raise RunError(
-            f"{path} could not be written: {why}; nothing was left there, free some space or name another folder"
+            f"{path} could not be written: {why(error)}; nothing was left there, free some space or name another folder"
         ) from error
     except Exception as error:
         if "No space left" in str(error) or "os error 28" in str(error):  # safetensors wraps the system's error
@@ -81,6 +79,26 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def why(error: OSError) -> str:
+    """What was wrong, as a person would say it."""
+    return "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
 
 
 def _sync(path: Path) -> None:

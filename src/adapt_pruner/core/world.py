@@ -6,6 +6,7 @@ Every process holds the same recipe and takes the same decisions; they differ in
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 __all__ = ["agreed", "is_main", "joined", "local_device", "rank", "share", "size", "sum_in_place"]
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait
 
 
 def size() -> int:
@@ -24,7 +26,9 @@ def size() -> int:
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", 0)) if _num_started() > 1 else 0
 
 
 def is_main() -> bool:
@@ -37,15 +41,20 @@ def local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
+def _num_started() -> int:
+    """How many processes the launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """While it lasts, the processes that a launcher started together can talk; gloo on CPUs, NCCL on GPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+    if _num_started() < 2 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:
