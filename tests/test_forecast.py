@@ -149,7 +149,7 @@ def test_a_process_asks_for_what_the_formulas_say(phase: str, config: dict[str, 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("config", "how"),
-    [(WIDE, Setup("cpu", True, 64, 128, 256)), (LONG, Setup("cpu", False, 64, 2048, 4096))],
+    [(WIDE, Setup("cpu", True, 64, 128, 256)), (LONG, Setup("cpu", True, 64, 2048, 4096))],
     ids=["states", "activations"],
 )
 def test_a_process_holds_what_is_foretold(config: dict[str, Any], how: Setup, tmp_path: Path) -> None:

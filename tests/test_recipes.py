@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
+from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.forecast import dry_run
 from adapt_pruner.recipe import builtin, read
+from conftest import byte_tokenizer
+from test_checkpoint import pruned
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -108,16 +112,26 @@ def test_from_the_command_line_nothing_but_the_config_is_read(tmp_path: Path) ->
     assert set(planned["memory"]) == {"pruning", "training"}
 
 
-def test_a_model_already_pruned_is_planned_from_its_config(tmp_path: Path, tiny_folder: Path) -> None:
-    from adapt_pruner import families
-    from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.checkpoint.save import save
-    from adapt_pruner.core.surgery import cut
-    from test_law import random_mask
+def test_a_step_is_a_share_of_what_a_stage_begins_with() -> None:
+    """Where sparsities begin anew in every stage the same 11.65 M take more and more iterations."""
+    counted = {
+        debt: [
+            row["iterations"]
+            for row in dry_run(
+                read("mobilellm-350m-to-125m", values={"model": config_of("mobilellm-350m-to-125m"), "debt": debt})
+            )["stages"]
+        ]
+        for debt in ("reset", "carry")
+    }
+    assert counted["carry"] == [2] * 20, "11.65 M of 2 % of 314.6 M"
+    assert counted["reset"][0] == 2
+    assert counted["reset"][-1] == 6, "11.65 M of 2 % of the last 93.3 M"
 
-    loaded = load(str(tiny_folder))
-    axes = families.axes(loaded.model)
-    cut(loaded.model, axes, random_mask(axes, ("neurons", "kv_heads"), seed=1))
-    save(loaded.model, loaded.tokenizer, tmp_path / "pruned", dtype=loaded.dtype)
+
+def test_a_model_already_pruned_is_planned_from_its_config(tmp_path: Path) -> None:
+    model, mask = pruned(("llama", "llama"))
+    save(model, byte_tokenizer(), tmp_path / "pruned", mask=mask, dtype=torch.float32)
     (tmp_path / "pruned" / "model.safetensors").unlink()
-    assert count_parameters(load_shapes(str(tmp_path / "pruned"))) == count_parameters(loaded.model)
+    shapes = load_shapes(str(tmp_path / "pruned"))
+    assert shapes.config.is_heterogeneous
+    assert count_parameters(shapes) == count_parameters(model)

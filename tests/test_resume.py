@@ -405,7 +405,7 @@ def test_interrupted_at_random_moments(
     while status == 1:
         within = draw.uniform(0.2, 0.6) * seconds if interrupted < 5 else None
         status, said = live("run", place / "main.yaml", "-o", run, seconds=within, sent=sent)
-        if last is not None:
+        if last is not None and (status == 0 or "saved " in said):  # a life may end before it has come so far
             assert f"going on from {last} (stage " in said
         if status == 1:
             interrupted += 1

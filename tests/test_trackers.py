@@ -63,11 +63,12 @@ class Fake:
     fails_at = ""
     told: Told
     configuration: dict[str, Any]
+    started: list[str]
     finished: list[str]
 
     def __init__(self, name: str) -> None:
         self.name = name
-        type(self).told, type(self).finished = [], []
+        type(self).told, type(self).started, type(self).finished = [], [name], []
 
     def _at(self, what: str) -> None:
         if self.fails_at == what:
@@ -95,7 +96,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     found = importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: found("json") if name == "wandb" else found(name))
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Fake)
-    monkeypatch.setattr(Fake, "fails_at", "")
+    for key, value in {"fails_at": "", "told": [], "started": [], "finished": [], "configuration": {}}.items():
+        monkeypatch.setattr(Fake, key, value, raising=False)
     return Fake
 
 
@@ -104,13 +106,13 @@ def test_tensorboard_is_told_what_the_log_says(recipe: Recipe, tmp_path: Path) -
     """Also by a run that was stopped and goes on; and the result is what it is without a tracker."""
 
     def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 2:
+        if event["event"] == "evaluation" and event["stage"] == 1:  # the first thing that is told again
             raise KeyboardInterrupt
 
     asked = reporting_to(recipe, "tensorboard")
     with pytest.raises(KeyboardInterrupt):
         tracked(asked, tmp_path / "run", stop)
-    assert set(scalars(tmp_path / "run")["step/loss"]) == {1}
+    assert set(scalars(tmp_path / "run")["step/loss"]) == {1, 2}
     tracked(asked, tmp_path / "run")
     assert len(list((tmp_path / "run" / "trackers" / "run").glob("events.out.tfevents.*"))) == 2
     told, log = scalars(tmp_path / "run"), log_of(tmp_path / "run")
@@ -197,6 +199,7 @@ def test_a_run_that_is_refused_leaves_nothing_with_a_tracker(recipe: Recipe, fak
     with pytest.raises(UsageError, match="below"):
         tracked(read(recipe.model_dump() | {"budget": "1000", "report_to": ["wandb"]}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert fake.started == []
 
 
 def test_an_unknown_tracker() -> None:

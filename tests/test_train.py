@@ -176,7 +176,7 @@ def test_every_row_is_learnt_from_once_in_as_many_passes_by_all(size: int, maske
             parts = _Batch(text, 2, 2 + num_rows, device=torch.device("cpu"), micro_tokens=micro_tokens).parts
             passes.append(len(parts))
             for rows, counts in parts:
-                assert rows.numel() <= max(4, micro_tokens)
+                assert 0 < rows.numel() <= max(4, micro_tokens)
                 learnt += rows[:, 1:].flatten().tolist() if counts is None else rows[:, 1:][counts[:, 1:]].tolist()
         assert len(set(passes)) == 1, (num_rows, micro_tokens)
         assert sorted(learnt) == sorted(3 * list(range(102, 102 + num_rows))), (num_rows, micro_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import has_weights, load_shapes, pick_device
+from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
@@ -49,12 +49,12 @@ def dry_run(
         device = next(model.parameters()).device
         narrow = uses_bfloat16(device, recipe.dtype)
         speed = _probe(model, recipe, narrow=narrow)
-        kind = device.type
+        kind = "cpu" if device.type == "cpu" else "cuda"
     else:
         model = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
         planned, budget = plan(model, recipe, dense=count_parameters(model))
         teacher = _teacher(model, recipe, trust_remote_code)
-        kind = "cuda" if recipe.device == "auto" else pick_device(recipe.device).type
+        kind = "cpu" if recipe.device == "cpu" else "cuda"
         narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
         speed = PAPER[kind]
     how = _setup(recipe, kind, narrow, teacher, processes)
