@@ -199,12 +199,14 @@ def run(
         tell = _logged(listen, folder)
         try:
             return _run(recipe.ready(), folder, tell, trust_remote_code, force=force_recipe, changed=changed)
-        except (RunError, KeyboardInterrupt) as error:
+        except UsageError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # out of memory, too
             newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
             if world.is_main():
                 folder.tidy()
             where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
-            if isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, RunError):
                 then = "goes on from there" if newest else "begins anew"
                 listen({"event": "interrupted", "message": f"{where}; the same command {then}"})
                 raise

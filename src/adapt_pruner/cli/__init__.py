@@ -50,7 +50,8 @@ def _options(
 def main() -> None:
     """Run the command line; every error becomes one sentence and an exit status: 2 for usage, 1 for failure."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; progress is ours to show
-    signal.signal(signal.SIGTERM, _as_interrupt)  # what a cluster sends before it takes the machine away
+    for sent in (signal.SIGINT, signal.SIGTERM):  # the second is what a cluster sends before it takes the machine away
+        signal.signal(sent, _interrupt)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
@@ -69,7 +70,11 @@ def main() -> None:
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def _as_interrupt(*_: object) -> NoReturn:
+_interrupts: list[object] = []
+
+
+def _interrupt(sent: object, _: object) -> NoReturn:
+    _interrupts.append(sent)
     raise KeyboardInterrupt
 
 
@@ -80,6 +85,8 @@ _OUT_OF_MEMORY = "out of memory; use fewer calibration or batch tokens, --device
 
 def _stop_on_other(error: Exception) -> NoReturn:
     """End on an error that is not one of ours: the parser's, the system's, or a fault of the program."""
+    if _interrupts:  # compiled code may have made another error of it
+        _stop(_INTERRUPTED, 1)
     if hasattr(error, "format_message"):  # the parser's own; typer carries its own copy of click, so no class to name
         _stop(f"{error.format_message().rstrip('.')} (--help shows what there is)", 2)
     if type(error).__name__ == "Abort":
