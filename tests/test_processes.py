@@ -118,6 +118,7 @@ def losses_under_dropout() -> list[float]:
 def work(base: Path) -> None:
     """What each of the processes of the launch `work` does; the first writes what came of it."""
     asked = read_json(base / "recipes.json")
+    os.environ["ADAPT_PRUNER_CACHE"] = str(base / "cache")  # one for all
     with world.joined():
         assert world.size() == NUM
         found: dict[str, Any] = {}
