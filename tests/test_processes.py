@@ -45,7 +45,7 @@ def recipe_for(folder: Path, text: Path, **changes: Any) -> Recipe:
     training |= changes.pop("training", {})
     return read({
         "model": str(folder), "budget": "70%", "stages": 2, "step": 0.1, "amplitude": 0.05, "dtype": "float32", "device": "cpu",
-        "calibration": {"source": str(text), "samples": 8, "length": 32}, "training": training, "moments": "carry",
+        "calibration": {"source": str(text), "samples": 24, "length": 32}, "training": training, "moments": "carry",
         "evaluation": {"source": str(text), "window": 64, "max_windows": 3}, **changes,
     })  # fmt: skip
 
