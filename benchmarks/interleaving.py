@@ -1,4 +1,4 @@
-"""The experiment of docs/results.md: what interleaving, carried moments, distillation and adaptive pruning are each worth.
+"""What interleaving, carried moments, distillation and adaptive pruning are each worth.
 
     python benchmarks/interleaving.py --budgets 105M 90M --seeds 0 [--variants NAME …] [--out runs/interleaving]
 
@@ -45,7 +45,7 @@ def measured(budget: str, seed: int, name: str, *, model: str, out: Path) -> dic
         wikitext = json.loads(command("eval", str(folder / "model"), *where))
         figures = {
             "params": run["params_after"], "corpus": run["perplexities"][-1], "dense_corpus": run["perplexities"][0],
-            "wikitext2": wikitext["models"][0]["perplexity"] if "models" in wikitext else wikitext["perplexity"],
+            "wikitext2": wikitext["perplexity"],
             "tokens": run["trained_tokens"], "seconds": run["seconds"], "seconds_train": run["seconds_train"],
         }  # fmt: skip
         told.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

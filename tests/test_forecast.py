@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import estimate, families
+from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.calibrate import score
 from adapt_pruner.data import feeds
@@ -158,11 +158,25 @@ def test_a_process_holds_what_is_foretold(config: dict[str, Any], how: Setup, tm
     assert held(parts, "cpu") - held({}, "cpu") == pytest.approx(grown, rel=0.15), parts
 
 
-def test_the_sizes_that_other_files_set_are_the_same_here() -> None:
-    assert estimate._LOGITS == loss._LOGITS
-    assert estimate._CPU_ROWS == loss._CACHED_ROWS
-    assert estimate._SCORED_TOKENS == feeds._MICRO_TOKENS
-    assert estimate._MICRO_TOKENS == {**loop._MICRO_TOKENS, "cuda": loop._MICRO_TOKENS_GPU}
+def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas read them where the work is done: what changes there changes here."""
+    of, how = shapes(tiny_model()), Setup("cpu", True, 64, None, 2**20)
+
+    def told() -> dict[str, int]:
+        training, pruning = training_memory(of, how), pruning_memory(of, how, calibration_length=64, moments=False)
+        return {"tokens": how.tokens, "loss": training["loss"], "scored": pruning["activations"]}
+
+    before = told()
+    monkeypatch.setattr(loop, "MICRO_TOKENS", {"cpu": 1024, "cuda": 1024})
+    assert told()["tokens"] == before["tokens"] // 2 == 1024
+    monkeypatch.setattr(feeds, "MICRO_TOKENS", 2 * feeds.MICRO_TOKENS)
+    assert told()["scored"] == 2 * before["scored"]
+    fewer = told()["loss"]
+    monkeypatch.setattr(loss, "MAX_LOGITS", of.vocabulary)
+    rows = told()["loss"]
+    assert fewer - rows == 2 * of.vocabulary * (1024 - loss.CACHED_ROWS)
+    monkeypatch.setattr(loss, "CACHED_ROWS", 1)
+    assert rows - told()["loss"] == (2 + 4) * of.vocabulary * 63
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])

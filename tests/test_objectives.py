@@ -86,8 +86,8 @@ def agree(one: Any, other: Any, *, rtol: float) -> None:
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, rows: int) -> None:
     """`chunk` tokens have logits at one time, of which `rows` are worked on."""
-    monkeypatch.setattr(core_loss, "_LOGITS", chunk * VOCAB)
-    monkeypatch.setattr(core_loss, "_CACHED_ROWS", rows)
+    monkeypatch.setattr(core_loss, "MAX_LOGITS", chunk * VOCAB)
+    monkeypatch.setattr(core_loss, "CACHED_ROWS", rows)
 
 
 PIECES = [(1, 1), (7, 3), (1000, 5)]  # the last ones cut short, the logits of one chunk worked on at once or not

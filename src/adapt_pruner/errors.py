@@ -10,7 +10,7 @@ The message is one sentence with the value, the limit and the remedy; the comman
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UsageError", "nearest"]
+__all__ = ["RunError", "UsageError", "first_line", "nearest"]
 
 
 class UsageError(ValueError):
@@ -19,6 +19,11 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The request was fine and the work failed; nothing is half-written under its final name."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the rest; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adapt_pruner import families
+from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.data import feeds
+from adapt_pruner.train import loop
 
 __all__ = ["PAPER", "Setup", "Shapes", "Speed", "held", "pruning_memory", "seconds", "shapes", "training_memory", "work"]
 
-_LOGITS = 2**26  # logits that exist at one time, as in core.loss
-_CPU_ROWS = 64  # rows of them that are worked on in float32 at one time on a CPU
-_SCORED_TOKENS = 256  # tokens of a pass while scoring, as in data.feeds
-_MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens of a pass while training, as in train.loop
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
 _HOLES = 0.5  # on a CPU, of activations: what glibc keeps where they lay, between gradients and moments that stay
 _PROCESS = 400 * 2**20  # Python with torch and transformers, before there is a model
@@ -110,7 +109,7 @@ class Setup:
     @property
     def tokens(self) -> int:
         """m: whole rows, as many as fit `micro_tokens` or a process's part of a step."""
-        most = self.micro_tokens or _MICRO_TOKENS[self.device]
+        most = self.micro_tokens or loop.MICRO_TOKENS[self.device]
         most = min(most, self.batch_tokens // self.processes) if self.batch_tokens else most
         return max(1, most // self.length) * self.length
 
@@ -161,7 +160,7 @@ def pruning_memory(of: Shapes, how: Setup, *, calibration_length: int, moments: 
     weights 4 N, gradients of the decoder 4 N_dec, moments 8 N where they are carried from stage to stage. Several processes
     share the batches, not the memory.
     """
-    rows = replace(how, length=calibration_length, micro_tokens=_SCORED_TOKENS, batch_tokens=0, checkpointing=False)
+    rows = replace(how, length=calibration_length, micro_tokens=feeds.MICRO_TOKENS, batch_tokens=0, checkpointing=False)
     parts = {"weights": 4 * of.params, "gradients": 4 * of.decoder, "moments": 8 * of.params if moments else 0}
     parts["copies"] = 2 * of.decoder if how.narrow else 0
     parts["activations"] = _activations(of, rows, norms=(24, 26))
@@ -200,8 +199,8 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False) -> in
     The last two are among what FSDP gathers.
     """
     element = 2 if how.narrow else 4
-    chunk = min(how.tokens, max(_CPU_ROWS, _LOGITS // of.vocabulary))
-    at_once = _CPU_ROWS if how.device == "cpu" else chunk
+    chunk = min(how.tokens, max(loss.CACHED_ROWS, loss.MAX_LOGITS // of.vocabulary))
+    at_once = loss.CACHED_ROWS if how.device == "cpu" else chunk
     logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
     if how.teacher is not None:
         logits += 20 * of.vocabulary * at_once

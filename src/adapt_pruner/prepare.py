@@ -194,7 +194,7 @@ def _rows(loaded: Loaded, recipe: Recipe, warn: Callable[[str], None]) -> Rows |
 
     rows = read() if world.is_main() else None  # one process tokenises, the others read what it stored
     world.agreed(None)
-    return rows or read()
+    return read() if rows is None else rows
 
 
 def _held_out(loaded: Loaded, recipe: Recipe) -> list[Tensor]:

@@ -76,12 +76,11 @@ class Trainer:
         unmerged = asked.lora is not None and bool(self._tensors)  # saved after the last step of the stage
         if rows is None or (at.progress.rows >= until and not unmerged):
             return
-        context = {"teacher": self._ready.teacher}
         with at.clock("train"), self._at_work() as (model, optimizer):
             self._began = (time.perf_counter(), at.progress.tokens)
             train(
                 model, rows, until=until, optimizer=optimizer, progress=at.progress,
-                objective=parts.bind("objective", asked.objective, **context),
+                objective=parts.bind("objective", asked.objective, teacher=self._ready.teacher),
                 schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
                 lr=asked.lr, total_tokens=rows.num_tokens(0, len(rows)), batch_rows=asked.batch_tokens // asked.length,
                 micro_tokens=asked.micro_batch_tokens, clip=asked.clip, max_rise=asked.max_rise,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core import world
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.prepare import Listener
 from adapt_pruner.recipe import Recipe
 
@@ -53,7 +53,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
                 tracker.start()
             tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
         except Exception as error:  # each tracker has its own kinds
-            raise UsageError(f"report_to {name} cannot be started ({_first_line(error)}); set it up, or leave it out") from error
+            raise UsageError(f"report_to {name} cannot be started ({first_line(error)}); set it up, or leave it out") from error
         running[name] = tracker
 
     def attempt(name: str, do: Callable[[Any], None]) -> None:
@@ -61,7 +61,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             do(running[name])
         except Exception as error:  # a run is worth more than its curves
             del running[name]
-            listen({"event": "warning", "message": f"{name} is told no more of this run, since it failed: {_first_line(error)}"})
+            listen({"event": "warning", "message": f"{name} is told no more of this run, since it failed: {first_line(error)}"})
 
     def tell(event: dict[str, Any]) -> None:
         nonlocal step
@@ -80,10 +80,6 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
     finally:
         for tracked in list(running):
             attempt(tracked, lambda tracker: tracker.finish())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _flat(data: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.errors import RunError, UsageError, nearest
+from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
 __all__ = ["PACKAGED", "Loaded", "has_weights", "load", "load_shapes", "pick_device"]
 
@@ -104,7 +104,7 @@ def load(
         remedy = "add its tokenizer files to the folder"
         if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
             remedy = "if they are a tokenizer.model: pip install sentencepiece"
-        raise UsageError(f"{name} has no usable tokenizer ({_first_line(error)}); {remedy}") from error
+        raise UsageError(f"{name} has no usable tokenizer ({first_line(error)}); {remedy}") from error
     _take_into_memory(model)
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
@@ -192,7 +192,7 @@ def _config(folder: str, options: dict[str, Any], name: str) -> Any:
     except (UsageError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds
-        why = _first_line(error)
+        why = first_line(error)
         if "trust_remote_code" in str(error):
             why = "it wants to run Python code of its own; pass --trust-remote-code if you trust it"
         elif not Path(folder).exists():
@@ -251,10 +251,10 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
             raise UsageError(
                 f"{name} has no model.safetensors; only safetensors weights are read, convert others first"
             ) from error
-        raise RunError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
+        raise RunError(f"the weights of {name} cannot be read: {first_line(error)}") from error
     except Exception as error:  # a cut-off file raises SafetensorError, struct.error, ValueError, RuntimeError, …
         raise RunError(
-            f"the weights of {name} are damaged or do not fit its config ({_first_line(error)}); get the files again"
+            f"the weights of {name} are damaged or do not fit its config ({first_line(error)}); get the files again"
         ) from error
     for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "hold, beyond what the config asks for,")):
         if keys:
@@ -295,7 +295,7 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
         return mask, None if dense_params is None else int(dense_params)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} is damaged ({_first_line(error)}); remove mask.json to load the model without its history"
+            f"{path} is damaged ({first_line(error)}); remove mask.json to load the model without its history"
         ) from error
 
 
@@ -313,8 +313,3 @@ def _check_mask(model: Any, mask: Mask, name: str) -> None:
             raise RunError(
                 f"mask.json of {name} is of another model: {dense} keeps {int(mask[dense].sum())} units, the weights have {axis.size}"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return text or type(error).__name__

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LogitLoss", "next_token_nll", "nll_of_logits", "predicting", "through_head"]
+__all__ = ["CACHED_ROWS", "MAX_LOGITS", "LogitLoss", "next_token_nll", "nll_of_logits", "predicting", "through_head"]
 
-_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
-_CACHED_ROWS = 64  # tokens whose float32 logits are worked on at one time on a CPU: they fit its cache
+MAX_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
+CACHED_ROWS = 64  # tokens whose float32 logits are worked on at one time on a CPU: they fit its cache
 
 LogitLoss = Callable[[Tensor, slice, bool], Tensor]
 """(float32 logits [n, vocab] of some tokens, which tokens, whether a gradient is wanted) -> the sum of the tokens' losses.
@@ -68,8 +68,8 @@ class _ThroughHead(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         of_hidden, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
         wants = of_hidden or of_weight or of_bias
-        chunk = chunk or max(_CACHED_ROWS, _LOGITS // weight.shape[0])
-        rows_at_once = _CACHED_ROWS if device == "cpu" else chunk
+        chunk = chunk or max(CACHED_ROWS, MAX_LOGITS // weight.shape[0])
+        rows_at_once = CACHED_ROWS if device == "cpu" else chunk
 
         narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device, dtype=wide)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agreed", "is_main", "joined", "local_device", "rank", "share", "size", "sum_in_place"]
+__all__ = ["agreed", "is_main", "joined", "rank", "share", "size", "sum_in_place"]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait
@@ -36,11 +36,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_device() -> str:
-    """The CUDA device of this process, `cuda:N` by its number on this machine."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-
-
 def _num_started() -> int:
     """How many processes the launcher says it started."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -53,7 +48,7 @@ def joined() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield

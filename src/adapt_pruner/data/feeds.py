@@ -11,9 +11,9 @@ from adapt_pruner.data.sources import SELF, Source, documents, domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 
-__all__ = ["calibration_feed", "held_out_windows"]
+__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_windows"]
 
-_MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
+MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
 
 
 def calibration_feed(
@@ -45,11 +45,11 @@ def calibration_feed(
                 )
                 for spec in shares
             ])  # fmt: skip
-            return batches_of(windows.split(1), max_tokens=_MICRO_TOKENS)
+            return batches_of(windows.split(1), max_tokens=MICRO_TOKENS)
 
         draw(0)  # a text that is too short is refused before any work is done
         return draw
-    batches = batches_of(rows, max_tokens=_MICRO_TOKENS)
+    batches = batches_of(rows, max_tokens=MICRO_TOKENS)
     return lambda iteration: batches
 
 

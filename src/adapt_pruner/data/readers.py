@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, first_line
 
 __all__ = ["hub", "hub_revision", "local"]
 
@@ -65,7 +65,7 @@ def _hub_builder(spec: str) -> Any:
 
 
 def _not_to_be_had(spec: str, error: Exception) -> UsageError:
-    cause = str(error).partition("\n")[0] or type(error).__name__
+    cause = first_line(error)
     return UsageError(f"data set {spec!r} could not be had ({cause}); check the name and the network, or give a local file")
 
 

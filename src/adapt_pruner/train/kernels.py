@@ -45,17 +45,16 @@ def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: 
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is x · w / √(mean(x²) + eps) and nothing more, found by trying."""
+    """Whether a module is x · w / √(mean(x²) + eps) and nothing more, found by trying; every process asks at once."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None or len(list(module.parameters())) != 1:
         return False
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
-        if local.shape != weight.shape:
-            return type(module).__name__.endswith(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"))
-        tried = torch.linspace(-2, 3, 2 * weight.shape[0], device=weight.device).view(2, -1)
-        expected = weight * tried * torch.rsqrt(tried.square().mean(-1, keepdim=True) + eps)
-        return torch.allclose(module(tried), expected, atol=1e-5, rtol=1e-5)
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        tried = torch.linspace(-2, 3, 2 * whole.shape[0], device=whole.device).view(2, -1)
+        expected = whole * tried * torch.rsqrt(tried.square().mean(-1, keepdim=True) + eps)
+        found = torch.func.functional_call(module, {"weight": whole}, (tried,))
+        return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def _lean_forward(self: Any, hidden_states: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from adapt_pruner.core import world
 from adapt_pruner.core.calibrate import precision
 from adapt_pruner.errors import RunError
 
-__all__ = ["Objective", "Progress", "Reads", "Step", "make_optimizer", "stage_tokens", "train"]
+__all__ = ["MICRO_TOKENS", "Objective", "Progress", "Reads", "Step", "make_optimizer", "stage_tokens", "train"]
 
-_MICRO_TOKENS = {"cpu": 2048}  # tokens in one forward and backward; a larger batch is accumulated
-_MICRO_TOKENS_GPU = 16384
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward and backward; a larger batch is accumulated
 _SMOOTHING = 0.9  # of the loss that the divergence guard watches
 
 Objective = Callable[..., Tensor]
@@ -167,14 +166,13 @@ class _Batch:
 
     def __init__(self, rows: Reads, start: int, stop: int, *, device: torch.device, micro_tokens: int | None) -> None:
         each = -(-(stop - start) // world.size())
-        first = min(stop - 1, start + world.rank() * each)
-        last = min(stop, first + each)
-        mine = max(0, min(stop, start + (world.rank() + 1) * each) - (start + world.rank() * each))
-        ids, predicted = rows.batch(first, last)
-        if mine == 0:
+        first = start + world.rank() * each
+        looked_at = min(stop - 1, first)
+        ids, predicted = rows.batch(looked_at, min(stop, looked_at + each))
+        if first >= stop:
             predicted = torch.zeros_like(ids, dtype=torch.bool)
         self.parts: list[tuple[Tensor, Tensor | None]] = []
-        micro = max(1, (micro_tokens or _MICRO_TOKENS.get(device.type, _MICRO_TOKENS_GPU)) // ids.shape[1])
+        micro = max(1, (micro_tokens or MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"]) // ids.shape[1])
         if world.size() > 1:  # chat rows differ in width from process to process
             widest = torch.tensor([-micro])
             torch.distributed.all_reduce(widest, op=torch.distributed.ReduceOp.MAX)
