@@ -373,3 +373,12 @@ def test_ctrl_c_while_saving(
     assert status == 1
     assert "interrupted" in one_sentence(err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_no_launcher_gave_silences_nothing(ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """RANK alone, as a shell may have it, does not make this one of several processes."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    status, _, err = ask("prune", tmp_path / "none", "-o", tmp_path / "out", "--params", "80%")
+    assert status == 2
+    assert "\nerror: model " in err

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapt_pruner.core import surgery, world
+from adapt_pruner.errors import UsageError
 from adapt_pruner.pipeline import run
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
@@ -138,6 +139,16 @@ def work(base: Path) -> None:
             found["there"] += there
             world.agreed(None)  # the first process has written by now
             found["again"].append(run(read(recipe), base / name) is None)
+        (base / "occupied").mkdir(exist_ok=True)
+        (base / "occupied" / "theirs.txt").write_text("x")
+        refusal = ""
+        try:
+            run(read(next(iter(asked.values()))), base / "occupied")
+        except UsageError as error:
+            refusal = str(error)
+        refusals: list[Any] = [None] * NUM
+        torch.distributed.all_gather_object(refusals, refusal)
+        found["refusals"] = refusals
         if world.is_main():
             (base / "found.json").write_text(json.dumps(found))
 
@@ -389,9 +400,14 @@ def test_a_finished_run_is_left_alone_by_all(ground: Ground) -> None:
     assert ground.work()["again"] == [True] * 3
 
 
-@pytest.mark.xfail(reason="pipeline._run returns on the other processes while the first still writes the result", strict=False)
 def test_the_result_is_there_when_the_run_is_over_for_any_process(ground: Ground) -> None:
     assert ground.work()["there"] == [True] * NUM * 3
+
+
+def test_what_the_first_process_is_refused_all_are(ground: Ground) -> None:
+    """Only the first looks at the folder; the sentence is everybody's, and nobody waits for the others."""
+    first, second = ground.work()["refusals"]
+    assert first == second == f"{ground.base / 'occupied'} exists and is not empty; name another folder or empty it first"
 
 
 @pytest.mark.parametrize("name", WIDE)

@@ -190,12 +190,10 @@ def run(
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     with opened(Path(run_dir)) as folder:
-        changed: list[str] = []
-        if not folder.is_new:
-            changed = folder.check(recipe.ready(), force=force_recipe)
-            if folder.is_finished:
-                listen({"event": "finished", "path": str(folder.result)})
-                return None
+        changed = [] if world.agreed(folder.is_new) else world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
+        if world.agreed(folder.is_finished):
+            listen({"event": "finished", "path": str(folder.result)})
+            return None
         tell = _logged(listen, folder)
         try:
             return _run(recipe.ready(), folder, tell, trust_remote_code, force=force_recipe, changed=changed)
@@ -222,7 +220,7 @@ def figures_of(run_dir: str | Path) -> dict[str, Any]:
 def _run(
     recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool, *, force: bool, changed: list[str]
 ) -> Outcome:
-    path, state, damaged = world.agreed(folder.newest() if world.is_main() else (None, {}, {}))
+    path, state, damaged = world.on_main(folder.newest)
     origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
@@ -247,10 +245,13 @@ def _run(
             f"the {' and the '.join(replaced)} changed after {path} was written; bring back what was there, begin anew in another "
             "folder, or pass --force-recipe to go on with what is there now"
         )
-    if world.is_main():
+
+    def begin() -> None:
         folder.begin(recipe, _provenance())
         folder.rewind(log_size=state.get("log_size", 0), damaged=damaged)
         folder.tidy(keep=recipe.keep_checkpoints)
+
+    world.on_main(begin)
     for sentence in _sentences(path, at, damaged=damaged, changed=changed, replaced=replaced):
         tell({"event": "warning", "message": sentence})
     if changed or replaced:
@@ -281,8 +282,7 @@ def _run(
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
-    if world.is_main():
-        _save(outcome, recipe, folder.result)
+    world.on_main(lambda: _save(outcome, recipe, folder.result))
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
     return outcome
 

@@ -149,9 +149,7 @@ def _calibration(loaded: Loaded, recipe: Recipe, folder: Path | None, *, begun: 
     asked = recipe.calibration.model_dump()
     if asked["ids"] is None and asked["source"] == SELF and folder is not None:
         asked["ids"] = str(folder / OWN_TEXT)
-        if world.is_main():
-            _write_own_text(folder / OWN_TEXT, loaded, recipe, begun=begun)
-        world.agreed(None)
+        world.on_main(lambda: _write_own_text(folder / OWN_TEXT, loaded, recipe, begun=begun))
     return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed)
 
 

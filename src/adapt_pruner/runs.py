@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -174,25 +174,31 @@ def opened(path: Path) -> Iterator[RunFolder]:
         UsageError: another process works in it, or it is a folder of something else.
     """
     folder = RunFolder(path)
-    if not world.is_main():
+    with ExitStack() as stack:
+        world.on_main(lambda: _take(folder, stack))
         yield folder
-        return
+
+
+def _take(folder: RunFolder, until: ExitStack) -> None:
+    """Make and lock a run's folder, until `until` is closed; what is empty then goes."""
+    path = folder.path
     if not (path / "recipe.yaml").exists() and not (path / ".lock").exists():
         check_target(path)
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path / ".lock") as lock:
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        try:
-            yield folder
-        finally:
-            if folder.is_new:
-                for name in (OWN_TEXT, ".lock"):
-                    (path / name).unlink(missing_ok=True)
-                if not existed and not any(path.iterdir()):
-                    path.rmdir()
+    lock = until.enter_context(_locked(path / ".lock"))
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+    def leave() -> None:
+        if folder.is_new:
+            for name in (OWN_TEXT, ".lock"):
+                (path / name).unlink(missing_ok=True)
+            if not existed and not any(path.iterdir()):
+                path.rmdir()
+
+    until.callback(leave)
 
 
 def _locked(path: Path) -> IO[str]:

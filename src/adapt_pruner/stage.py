@@ -93,9 +93,8 @@ class Trainer:
             return
         with self._at.clock("save"):
             weights, moments = full_state(*self._working)
-            if world.is_main():
-                self._save(name, weights, moments)
-            world.agreed(None)  # nobody runs ahead of a save that may fail
+            write = self._save
+            world.on_main(lambda: write(name, weights, moments))
         self._saved = time.monotonic()
 
     def _new_optimizer(self) -> AdamW:

@@ -101,7 +101,8 @@ def _stop_on_other(error: Exception) -> NoReturn:
 
 def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoReturn:
     """End with a sentence; of several processes the main one says what befell all, another what befell it alone."""
-    process = os.environ.get("RANK", "0")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    process = os.environ.get("RANK", "0") if several else "0"
     if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
         traceback.print_exception(error)
     if process == "0":

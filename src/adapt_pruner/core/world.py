@@ -4,16 +4,18 @@ Every process holds the same recipe and takes the same decisions; they differ in
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agreed", "is_main", "joined", "rank", "share", "size", "sum_in_place"]
+from adapt_pruner.errors import RunError, UsageError
+
+__all__ = ["agreed", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait
@@ -66,6 +68,26 @@ def sum_in_place(*tensors: Tensor) -> None:
     if size() > 1:
         for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             handle.wait()
+
+
+def on_main(do: Callable[[], T]) -> T:
+    """What `do` returns on the main process, which alone does it, on every process; the others wait.
+
+    Raises:
+        UsageError, RunError: `do` did; every process raises it.
+    """
+    if size() == 1:
+        return do()
+    told: tuple[T | None, UsageError | RunError | None] = (None, None)
+    if is_main():
+        try:
+            told = (do(), None)
+        except (UsageError, RunError) as error:
+            told = (None, error)
+    result, trouble = agreed(told)
+    if trouble is not None:
+        raise trouble
+    return cast(T, result)
 
 
 def agreed(value: T) -> T:
