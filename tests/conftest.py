@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapt_pruner import families
+from adapt_pruner.core import world
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
@@ -88,6 +89,22 @@ def batches() -> list[torch.Tensor]:
 def events() -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
     heard: list[dict[str, Any]] = []
     return heard, heard.append
+
+
+def in_two_processes(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
+    """What `work` gives in the second of two processes: they take turns in one, the first leaving what it would have sent."""
+    sent: list[torch.Tensor] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "size", lambda: 2)
+        patch.setattr(world, "agreed", lambda value: value)
+        patch.setattr(world, "share", lambda items: items[0::2])
+        patch.setattr(world, "sum_in_place", lambda *tensors: sent.extend(tensor.clone() for tensor in tensors))
+        work()
+        patch.setattr(world, "share", lambda items: items[1::2])
+        patch.setattr(world, "sum_in_place", lambda *tensors: [tensor.add_(sent.pop(0)) for tensor in tensors])
+        result = work()
+    assert not sent, "both send the same sums in the same order"
+    return result
 
 
 def read_json(path: Path) -> Any:

@@ -155,13 +155,19 @@ def test_methods_lists_rows_and_parts(ask: Any) -> None:
         "adapt-pruner",
         "uniform",
         "weights.taylor",
+        "activations.wanda",
+        "activations.fluctuation",
+        "activations.magnitude",
         "blocks.cosine",
+        "blocks.block_influence",
         "allocate.adaptive",
         "schedules.wsd",
         "arXiv:2502.03460",
     ):
         assert name in out
-    assert "random" in json.loads(ask("methods", "--json")[1])["methods"]
+    listed = json.loads(ask("methods", "--json")[1])
+    assert "random" in listed["methods"]
+    assert "blocks.loss_drop" in listed["parts"]["distance"]
 
 
 def test_help_has_examples(ask: Any) -> None:

@@ -28,7 +28,7 @@ def dry_run(
 
     Where the weights are on this machine the model is loaded, the texts are looked for, and its speed is probed: a batch of
     random tokens, forward and backward. Otherwise its config.json is all that is read, and the time is on paper. Memory and
-    operations are those of `estimate`; measuring KV heads (`head_metric`) is not in the time.
+    operations are those of `estimate`; measuring KV heads (`head_metric`) or whole layers one by one is not in the time.
 
     Args:
         recipe: the run.

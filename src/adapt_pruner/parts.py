@@ -21,7 +21,7 @@ from adapt_pruner.errors import UsageError, nearest
 __all__ = ["FOLDERS", "bind", "check", "names", "summaries"]
 
 FOLDERS = {
-    "metric": ("metrics", ("weights",)),
+    "metric": ("metrics", ("weights", "activations")),
     "distance": ("metrics", ("blocks",)),
     "head_metric": ("metrics", ("blocks",)),
     "chooser": ("choose", ("allocate",)),
@@ -52,9 +52,9 @@ def _functions(key: str) -> dict[str, ast.FunctionDef]:
 
 def _is_part(key: str, node: ast.FunctionDef) -> bool:
     """Whether a function is a part: it returns what parts of that key return."""
-    returns = {
+    returns: dict[str, str | tuple[str, ...]] = {
         "metric": "Generator",
-        "distance": "Generator",
+        "distance": ("Generator", "Scores"),
         "head_metric": "Scores",
         "chooser": "tuple[dict[str, int], Debt]",
         "objective": "Tensor",
@@ -85,13 +85,20 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
     known = sorted(functions)
     if name not in known:
         same = [full for full in known if full.rpartition(".")[2] == name]
-        if len(same) != 1:
+        if len(same) > 1:
+            raise UsageError(f"{key} {name!r} is the name of several; write one of {', '.join(same)}")
+        if not same:
             raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
         name = same[0]
-    takes = [argument.arg for argument in functions[name].args.kwonlyargs if argument.arg not in _SUPPLIED]
-    for option in options:
+    arguments = functions[name].args
+    takes = {argument.arg: default for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
+    takes = {option: default for option, default in takes.items() if option not in _SUPPLIED}
+    for option, value in options.items():
         if option not in takes:
             raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
+        default = takes[option]
+        if isinstance(default, ast.Constant) and isinstance(default.value, bool) and not isinstance(value, bool):
+            raise UsageError(f"option {option!r} of {key} {name!r} is {value!r}; it is true or false")
     return name, options
 
 

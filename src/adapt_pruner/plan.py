@@ -1,17 +1,18 @@
 """What a run is going to do, stage by stage, in parameters, iterations, tokens and steps: arithmetic, before any work."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapt_pruner import families, parts
-from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.loop import stage_tokens
 
-__all__ = ["Stage", "metrics_of", "plan", "prunable", "reads_text", "stage_targets", "stages"]
+__all__ = ["Stage", "layer_measure_of", "metrics_of", "plan", "prunable", "reads_text", "stage_targets", "stages"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,21 @@ def prunable(model: Any, recipe: Recipe) -> list[Axis]:
 def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
     """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
     metrics = [parts.bind("metric", recipe.metric, seed=seed)]
-    return metrics + ([parts.bind("distance", recipe.distance)] if recipe.distance is not None else [])
+    if recipe.distance is not None and layer_measure_of(recipe) is None:
+        metrics.append(parts.bind("distance", recipe.distance))
+    return metrics
+
+
+def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
+    """The recipe's distance where it takes passes of its own, as `blocks.loss_drop` does; None where it shares the metric's."""
+    if recipe.distance is None:
+        return None
+    distance = parts.bind("distance", recipe.distance, dtype=recipe.dtype)
+    return None if inspect.isgeneratorfunction(distance) else distance
 
 
 def reads_text(model: Any, recipe: Recipe) -> bool:
     """Whether anything the recipe scores with looks at the calibration text."""
-    if recipe.head_metric is not None and "kv_heads" in recipe.axes:
+    if layer_measure_of(recipe) is not None or (recipe.head_metric is not None and "kv_heads" in recipe.axes):
         return True
     return evidence_needed(model, families.axes(model), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS

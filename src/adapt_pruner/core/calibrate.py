@@ -11,7 +11,8 @@ needs (`Evidence`); at the yield the text runs through the model; after it the s
             hook.remove()
         return {"layers": ...}
 
-`score` drives any number of them over one forward (and, if one of them wants gradients, one backward) per batch.
+`score` drives any number of them over one forward (and, if one of them wants gradients, one backward) per batch, or per
+sequence if one of them wants to see the gradient of each.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,11 +31,16 @@ __all__ = ["Evidence", "Metric", "evidence_needed", "mean_loss", "precision", "s
 
 
 class Evidence(Enum):
-    """What a metric needs to see: nothing but the weights, a forward pass, or gradients too."""
+    """What a metric needs to see: nothing but the weights, a forward pass, gradients too, or that of each sequence by itself.
+
+    With SAMPLE_GRADIENTS every pass is one sequence, so that a hook on a parameter (`Tensor.register_hook`) is called once
+    a sequence, with what that sequence adds to the gradient of L.
+    """
 
     WEIGHTS = 0
     FORWARD = 1
     GRADIENTS = 2
+    SAMPLE_GRADIENTS = 3
 
 
 Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, None, Scores]]
@@ -84,11 +90,17 @@ def _as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
 def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Metric]) -> Evidence:
     """The most that any of `metrics` needs to see, found by asking each and letting it go."""
     needs = []
-    for metric in metrics:
-        asked = metric(model, axes)
-        needs.append(next(asked))
-        asked.close()
+    with _as_found(model, _on(axes)):
+        for metric in metrics:
+            asked = metric(model, axes)
+            needs.append(next(asked))
+            asked.close()
     return max(needs, key=lambda evidence: evidence.value)
+
+
+def _on(axes: Sequence[Axis]) -> set[str]:
+    """The names of the parameters that lie on an axis."""
+    return {piece.parameter for axis in axes for piece in axis.slices}
 
 
 def score(
@@ -112,7 +124,7 @@ def score(
         batches: token ids, int64 [batch, length].
         metrics: functions as described at the top of this file; their results are merged.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_batch: told (done, of) after each batch.
+        on_batch: told (done, of) after each pass.
 
     Returns:
         The merged scores, and L (NaN when no metric needed a pass).
@@ -123,7 +135,7 @@ def score(
         RunError: L is not finite.
     """
     device = next(model.parameters()).device
-    on_axes = {piece.parameter for axis in axes for piece in axis.slices}
+    on_axes = _on(axes)
     running = [metric(model, axes) for metric in metrics]
     total = float("nan")
     try:
@@ -132,7 +144,9 @@ def score(
             if need is not Evidence.WEIGHTS:
                 num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
                 mine = world.share(batches)
-                wants_gradient = need is Evidence.GRADIENTS
+                if need is Evidence.SAMPLE_GRADIENTS:
+                    mine = [sequence for batch in mine for sequence in batch.split(1)]
+                wants_gradient = need.value >= Evidence.GRADIENTS.value
                 nll = torch.zeros((), dtype=torch.float64)
                 for done, batch in enumerate(mine, start=1):
                     with torch.set_grad_enabled(wants_gradient), precision(device, dtype):

@@ -1,7 +1,7 @@
-"""What a whole block is worth: a decoder layer by how far its output lies from its input, a unit by shutting it.
+"""What a whole block is worth: a decoder layer by how far its output lies from its input, a unit or layer by shutting it.
 
-All three distances (residual stream included) grow with the change a layer makes, so a layer that hardly changes its
-input scores lowest.
+All distances (residual stream included) grow with the change a layer makes, so a layer that hardly changes its input
+scores lowest.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +16,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.calibrate import Evidence, mean_loss
 from adapt_pruner.core.surgery import gated
 
-__all__ = ["cosine", "euclidean", "loss_drop", "manhattan"]
+__all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
 
 
 def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
@@ -29,6 +29,18 @@ def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, 
     the authors sum over mini-batches, which their normalisation undoes.
     """
     return (yield from _mean_over_tokens(model, axes, lambda x, y: -F.cosine_similarity(x, y, dim=-1)))
+
+
+def block_influence(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
+    """Block influence: 1 - mean over tokens of cos(X, Y), X entering and Y leaving the whole layer; ranks as `cosine` does.
+
+    Returns:
+        {"layers": float32 [num_layers]} in [0, 2]; a layer at 0 leaves the direction of its input as it is.
+
+    Source: ShortGPT, arXiv:2403.03853. Differs: Y of the last layer is that layer's own output. The released code reads
+    the `hidden_states` that transformers returns, the last of which has been through the final norm.
+    """
+    return (yield from _mean_over_tokens(model, axes, lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1)))
 
 
 def euclidean(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
@@ -58,12 +70,13 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
     """What the loss would drop by if a shut unit were opened again: each unit is shut alone and the loss measured.
 
     score[u] = L(u shut), the mean next-token cross-entropy in nats per token; within an axis that ranks like
-    L(u shut) - L. One forward pass a unit, so it is for few and dear units, such as the KV heads of a layer. First-order
-    scores can miss them by far: in SmolLM2-135M the KV head of layer 1 that Taylor ranks last costs 2.5 nats.
+    L(u shut) - L. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers, where a
+    shut one returns its input. First-order scores can miss heads by far: in SmolLM2-135M the KV head of layer 1 that Taylor
+    ranks last costs 2.5 nats.
 
     Args:
         model: causal LM; left as found.
-        axes: the axes whose units to shut, one after the other.
+        axes: the axes whose units to shut, one after the other. An axis of one unit, which cannot be shut, scores 0.
         batches: token ids, int64 [batch, length].
         dtype: precision of the matrix products.
 
@@ -74,6 +87,9 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
     """
     scores: Scores = {}
     for axis in axes:
+        if axis.size == 1:
+            scores[axis.name] = torch.zeros(1)
+            continue
         losses = []
         for unit in range(axis.size):
             keep = torch.arange(axis.size) != unit

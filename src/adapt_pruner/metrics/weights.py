@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores, Slice
 from adapt_pruner.core.calibrate import Evidence
 from adapt_pruner.errors import UsageError
@@ -12,34 +13,89 @@ from adapt_pruner.errors import UsageError
 __all__ = ["magnitude", "random", "taylor"]
 
 
-def taylor(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
-    """First-order Taylor importance: how much the loss moves if a unit's weights go to zero.
+def taylor(
+    model: nn.Module, axes: Sequence[Axis], *, form: str = "element", authors_fold: bool = False
+) -> Generator[Evidence, None, Scores]:
+    """Taylor importance: how much the loss moves if a unit's weights go to zero, from its first or second derivative.
 
-    score[u] = sum over the weights w of unit u of |w · dL/dw|, with L the mean next-token cross-entropy over the
-    calibration text (nats per token); the gradient is summed over all batches before the absolute value is taken.
-    A KV head is credited with the query heads that read it (head h belongs to KV head h // group).
+    L is the mean next-token cross-entropy over the calibration text (nats per token), g = dL/dw, summed over all batches before
+    anything is made of it. In every coupled matrix a unit owns `width` rows (or columns) r; score[u] is the sum over them of
+
+        element   Σ_{w ∈ r} |w · g|
+        vector    | Σ_{w ∈ r} w · g |                  one absolute value a row or column, none across matrices
+        second    Σ_{w ∈ r} w² · F
+        mixed     Σ_{w ∈ r} |w · g - w² · F / 2|       the expansion of L at w = 0 to second order, with its signs
+
+    F, the diagonal of the Fisher information, stands for the second derivative: F = N · Σ_n g_n² over the N sequences, with g_n
+    what sequence n adds to g. For sequences of one length that is the mean over them of the square of the gradient of each
+    one's own mean loss. A KV head is credited with the query heads that read it (head h belongs to KV head h // group).
 
     Args:
-        model: causal LM; weights and the gradients of its decoder layers must fit in memory together.
+        model: causal LM; weights and the gradients of its decoder layers must fit in memory together, and for `second` and
+            `mixed` as much again as the gradients; the text then runs one sequence at a time.
         axes: axes to score; those without slices (`layers`) are skipped.
+        form: `element`, `vector`, `second` or `mixed`.
+        authors_fold: for reproduction. Query head h is credited to KV head h mod num_kv_heads, as the released code does
+            although other heads go with it.
 
     Returns:
-        axis name -> float32 [axis.size] on the CPU, non-negative. Comparable within an axis only.
+        axis name -> float32 [units] on the CPU, non-negative. Comparable within an axis only.
 
     Raises:
+        UsageError: another form.
         RuntimeError: a scored parameter got no gradient (named in the message).
 
-    Source: LLM-Pruner, arXiv:2305.11627, the authors' `param_first`, as Adapt-Pruner uses it; biases do not count.
-    Differs: the released code of both credits query head h to KV head h mod num_kv_heads.
+    Source: LLM-Pruner, arXiv:2305.11627, the authors' `param_first`, `vectorize`, `param_second` and `param_mix`;
+    Adapt-Pruner uses the first. Biases do not count. Differs: the fold, unless `authors_fold`.
     """
-    yield Evidence.GRADIENTS
+    if form not in ("element", "vector", "second", "mixed"):
+        raise UsageError(f"taylor form {form!r} is not known; known: element, vector, second, mixed")
+    fisher: dict[str, Tensor] = {}
+    if form in ("second", "mixed"):
+        fisher = yield from _fisher(model, axes)
+    else:
+        yield Evidence.GRADIENTS
 
-    def saliency(parameter: nn.Parameter, name: str) -> Tensor:
+    def worth(parameter: nn.Parameter, piece: Slice) -> Tensor:
         if parameter.grad is None:
-            raise RuntimeError(f"{name} got no gradient from the calibration text, so it cannot be scored")
-        return (parameter.detach().float() * parameter.grad.float()).abs()
+            raise RuntimeError(f"{piece.parameter} got no gradient from the calibration text, so it cannot be scored")
+        weight = parameter.detach().float()
+        if form == "second":
+            return _across(weight.square() * fisher[piece.parameter], piece)
+        terms = weight * parameter.grad.float()
+        if form == "mixed":
+            terms -= weight.square() * fisher[piece.parameter] / 2
+        return _across(terms, piece).abs() if form == "vector" else _across(terms.abs(), piece)
 
-    return _summed(model, axes, saliency)
+    return _summed(model, axes, worth, authors_fold=authors_fold)
+
+
+def _fisher(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
+    """N · Σ_n g_n² of every matrix on an axis, g_n the part of sequence n of N in its gradient; float32 like the matrix."""
+    squares: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            squares[name].addcmul_(gradient.float(), gradient.float())
+            seen[name] += 1
+
+        return hook
+
+    handles = []
+    try:
+        for name in dict.fromkeys(piece.parameter for axis in axes for piece in axis.slices):
+            parameter = model.get_parameter(name)
+            if parameter.dim() > 1:
+                squares[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                seen[name] = torch.zeros(())
+                handles.append(parameter.register_hook(watch(name)))
+        yield Evidence.SAMPLE_GRADIENTS
+    finally:
+        for handle in handles:
+            handle.remove()
+    world.sum_in_place(*squares.values(), *seen.values())
+    return {name: square.mul_(float(seen[name])) for name, square in squares.items()}
 
 
 def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Generator[Evidence, None, Scores]:
@@ -60,11 +116,11 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
         raise UsageError(f"magnitude norm {norm!r} is not known; known: l1, l2")
     yield Evidence.WEIGHTS
 
-    def saliency(parameter: nn.Parameter, _: str) -> Tensor:
+    def worth(parameter: nn.Parameter, piece: Slice) -> Tensor:
         weight = parameter.detach().float()
-        return weight.abs() if norm == "l1" else weight.square()
+        return _across(weight.abs() if norm == "l1" else weight.square(), piece)
 
-    return _summed(model, axes, saliency)
+    return _summed(model, axes, worth)
 
 
 def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generator[Evidence, None, Scores]:
@@ -81,21 +137,28 @@ def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generato
     return {axis.name: torch.rand(axis.size, generator=generator) for axis in axes if axis.slices}
 
 
-def _summed(model: nn.Module, axes: Sequence[Axis], saliency: Callable[[nn.Parameter, str], Tensor]) -> Scores:
-    """Each unit's saliency summed over the matrices it owns rows or columns of."""
+def _summed(
+    model: nn.Module, axes: Sequence[Axis], worth: Callable[[nn.Parameter, Slice], Tensor], *, authors_fold: bool = False
+) -> Scores:
+    """What each unit's rows (or columns) are worth, summed over them and over the matrices that it owns some of.
+
+    `worth` says it of every row of a matrix, [rows]; biases do not count.
+    """
     scores: Scores = {}
     for axis in axes:
-        if not axis.slices:
-            continue
-        score = torch.zeros(axis.size)
+        narrowest = min((piece.width for piece in axis.slices), default=0)
         for piece in axis.slices:
             parameter = model.get_parameter(piece.parameter)
             if parameter.dim() > 1:
-                score += _per_unit(saliency(parameter, piece.parameter), piece).cpu()
-        scores[axis.name] = score
+                rows = worth(parameter, piece)
+                if authors_fold:
+                    units = rows.view(-1, len(rows) // piece.width, narrowest).sum(dim=(0, 2))
+                else:
+                    units = rows.view(-1, piece.width).sum(dim=1)
+                scores[axis.name] = scores[axis.name] + units.cpu() if axis.name in scores else units.cpu()
     return scores
 
 
-def _per_unit(saliency: Tensor, piece: Slice) -> Tensor:
-    others = [dim for dim in range(saliency.dim()) if dim != piece.dim]
-    return saliency.sum(dim=others).view(-1, piece.width).sum(dim=1)
+def _across(terms: Tensor, piece: Slice) -> Tensor:
+    """The sum of each row of a matrix, or of each column where the units of a slice own columns."""
+    return terms.sum(dim=[dim for dim in range(terms.dim()) if dim != piece.dim])
