@@ -18,6 +18,7 @@ FLOORS = {
     "families": 1,
     "metrics": 2,
     "data": 2,
+    "repair": 2,
     "train": 2,
     "choose": 3,
     "evaluate": 3,

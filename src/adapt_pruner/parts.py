@@ -21,17 +21,18 @@ from adapt_pruner.errors import UsageError, nearest
 __all__ = ["FOLDERS", "bind", "check", "names", "summaries"]
 
 FOLDERS = {
-    "metric": ("metrics", ("weights", "activations")),
+    "metric": ("metrics", ("weights", "activations", "curvature")),
     "distance": ("metrics", ("blocks",)),
     "head_metric": ("metrics", ("blocks",)),
     "chooser": ("choose", ("allocate",)),
+    "repair": ("repair", ("closed_form",)),
     "objective": ("train", ("objectives",)),
     "schedule": ("train", ("schedules",)),
 }
 """What a recipe key may name: its folder and the files in it that hold such parts."""
 
 
-_SUPPLIED = ("debt", "dtype", "seed", "teacher")  # arguments that are not options: the run hands them in
+_SUPPLIED = ("debt", "dtype", "seed", "teacher", "warn")  # arguments that are not options: the run hands them in
 
 
 def summaries(key: str) -> dict[str, str]:
@@ -57,6 +58,7 @@ def _is_part(key: str, node: ast.FunctionDef) -> bool:
         "distance": ("Generator", "Scores"),
         "head_metric": "Scores",
         "chooser": "tuple[dict[str, int], Debt]",
+        "repair": "None",
         "objective": "Tensor",
         "schedule": "float",
     }

@@ -107,6 +107,10 @@ def _prune(
     """Score → choose → cut, in place, until the stage's target is met."""
     model = loaded.model
     chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
+
+    def warn(message: str) -> None:
+        listen({"event": "warning", "message": f"stage {stage.stage}: {message}"})
+
     if recipe.debt == "reset":
         at.debt = Debt.none(prunable(model, recipe))
     while (now := count_parameters(model)) > stage.params:
@@ -122,8 +126,11 @@ def _prune(
             may_shrink = prunable(model, recipe)
             sizes, at.debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=at.debt)
             scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
-        with at.clock("cut"):
             mask = Mask.of_sizes(may_shrink, scores, sizes)
+        if recipe.repair is not None:
+            with at.clock("repair"):
+                parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn)(model, axes, mask, batches)
+        with at.clock("cut"):
             cut(model, axes, mask, optimizer=trainer.optimizer)
             at.mask = at.mask.then(mask)
         note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}

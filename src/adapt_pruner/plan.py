@@ -91,6 +91,10 @@ def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
 
 def reads_text(model: Any, recipe: Recipe) -> bool:
     """Whether anything the recipe scores with looks at the calibration text."""
-    if layer_measure_of(recipe) is not None or (recipe.head_metric is not None and "kv_heads" in recipe.axes):
+    if (
+        recipe.repair is not None
+        or layer_measure_of(recipe) is not None
+        or (recipe.head_metric is not None and "kv_heads" in recipe.axes)
+    ):
         return True
     return evidence_needed(model, families.axes(model), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS

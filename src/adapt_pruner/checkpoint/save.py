@@ -23,6 +23,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned
+from adapt_pruner.checkpoint.load import needs_own_code
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
@@ -140,7 +141,7 @@ def save(
         _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if config.is_heterogeneous:
+        if needs_own_code(config):
             shutil.copyfile(Path(__file__).with_name("modeling_pruned.py"), folder / "modeling_pruned.py")
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
@@ -158,7 +159,7 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
     config.dtype = dtype
     config.architectures = [stock]
     config.__dict__.pop("auto_map", None)
-    if config.is_heterogeneous:
+    if needs_own_code(config):
         if not hasattr(modeling_pruned, f"Pruned{stock}"):
             raise UsageError(f"{stock} has no class in modeling_pruned.py, so unequal layers cannot be saved; add one")
         config.architectures = [f"Pruned{stock}"]

@@ -1,0 +1,267 @@
+"""What the layers behind the gates can do, without any training, about inputs that are about to go.
+
+Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its input, X the inputs at all N calibration tokens,
+[features, N]; k the features that stay, r those that go, as column indices.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.layerwise import streams
+from adapt_pruner.core.surgery import gated
+from adapt_pruner.errors import UsageError
+
+__all__ = ["RIDGES", "least_squares", "mean_bias"]
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""What a ridge is chosen from."""
+
+_HELD_OUT = 4  # one batch in so many, where the ridge is chosen
+
+
+@torch.no_grad()
+def least_squares(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    batches: Sequence[Tensor],
+    *,
+    ridge: float | None = 0.3,
+    sequential: bool = False,
+    dtype: str = "auto",
+    warn: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Change, in place, the columns that stay so that they give what all columns gave, as nearly as least squares can.
+
+    W'_k minimises  ‖W' Z_k - W X‖² + λ ‖W' - W_k‖²,  which is
+
+        W'_k = W_k + (W X Z_kᵀ - W_k Z_k Z_kᵀ) (Z_k Z_kᵀ + λI)⁻¹        λ = ridge · mean diagonal of Z_k Z_kᵀ
+
+    Z is X, or with `sequential` the inputs that come out of the layers below when these are pruned and repaired already; X always
+    comes from the model as it is. The ridge pulls towards the weights that stay, not towards zero: with λ → ∞ nothing changes. With
+    Z = X this is W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are taken one after the other, so one of these matrices is held at a time.
+
+    Args:
+        model: causal LM; weights of layers at gates that `mask` shuts change.
+        axes: its axes.
+        mask: what is about to be cut.
+        batches: token ids, int64 [batch, length].
+        ridge: in mean diagonals; None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does not
+            see. With fewer tokens than features it is raised by features / tokens, and `warn` is told.
+        sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
+        dtype: precision of the matrix products of the model; the systems are solved in float64.
+        warn: told when there are too few tokens.
+
+    Raises:
+        UsageError: a negative ridge; no batches; a single batch to choose a ridge on.
+
+    Source: ours, from ordinary ridge regression. Layer-wise reconstruction of what a cut removed is that of SparseGPT (arXiv:2301.00774) and ZipLM
+    (arXiv:2302.04089); inputs of the pruned model on one side only are FISTAPruner's (arXiv:2408.03728).
+    """
+    if ridge is not None and ridge < 0:
+        raise UsageError(f"repair ridge {ridge} is negative; give 0 or more, or null to choose one for each layer")
+    if not batches:
+        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
+    if ridge is None and len(batches) < 2:
+        raise UsageError(
+            "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
+        )
+    kept = _kept(axes, mask)
+    mine = world.share(batches)
+    layers = _layers(model, axes)
+    entering = streams(model, layers, mine, dtype=dtype)
+    pruned = streams(model, layers, mine, dtype=dtype) if sequential else entering
+    tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
+    world.sum_in_place(tokens)
+    short = 1.0
+    for index, layer in enumerate(layers):
+        names = [name for name in kept if name in _modules(model, layer)]
+        fits = {
+            name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None) for name, keep in kept.items() if name in names
+        }
+        whole: list[dict[str, Tensor]] = []
+        for number, stream in enumerate(entering):
+            with _watching(model, names) as seen:
+                left = stream.through(layer, index)
+            if sequential:
+                whole.append(seen)
+            else:
+                for name, fit in fits.items():
+                    fit.add(seen[name], seen[name], number)
+            stream.hidden = left
+        if sequential:
+            inside = Mask({axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask})
+            for name, fit in fits.items():
+                with gated(model, axes, inside):
+                    for number, stream in enumerate(pruned):
+                        with _watching(model, [name]) as seen:
+                            stream.through(layer, index)
+                        fit.add(whole[number][name], seen[name], number)
+                short = max(short, fit.apply(ridge, tokens=float(tokens)))
+            with gated(model, axes, inside):
+                for stream in pruned:
+                    stream.hidden = stream.through(layer, index)
+        else:
+            for fit in fits.values():
+                short = max(short, fit.apply(ridge, tokens=float(tokens)))
+    if short > 1:
+        warn(
+            f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
+            f"its ridge was raised by as much, set calibration.samples higher"
+        )
+
+
+class _Fit:
+    """The normal equations of one gate's layer, and their solution."""
+
+    def __init__(self, module: nn.Module, keep: Tensor, *, hold_out: bool) -> None:
+        self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        self.keep = keep.to(self.weight.device)
+        self.hold_out = hold_out
+        stays, features = int(keep.sum()), keep.numel()
+        self.parts = [  # fitted and held out: Z_k Z_kᵀ and X Z_kᵀ
+            (
+                self.weight.new_zeros(stays, stays, dtype=torch.float32),
+                self.weight.new_zeros(features, stays, dtype=torch.float32),
+            )
+            for _ in range(1 + hold_out)
+        ]
+
+    def add(self, whole: Tensor, pruned: Tensor, number: int) -> None:
+        """Look at the input of batch `number` to the layer, before and after pruning: both [tokens, features]."""
+        square, cross = self.parts[self.hold_out and number % _HELD_OUT == _HELD_OUT - 1]
+        stays = pruned[:, self.keep]
+        square.addmm_(stays.t(), stays)
+        cross.addmm_(whole.t(), stays)
+
+    def apply(self, ridge: float | None, *, tokens: float) -> float:
+        """Change the layer's weight, in place; returns how many features there are to a token, 1 where tokens are enough."""
+        for square, cross in self.parts:
+            world.sum_in_place(square, cross)
+        weight = self.weight.double()
+        staying = weight[:, self.keep]
+        square, cross = (torch.stack([part[which].double() for part in self.parts]).sum(dim=0) for which in (0, 1))
+        short = max(1.0, self.keep.numel() / tokens)
+        if ridge is None:
+            ridge = self._chosen(weight, staying)
+        solved = _solve(square, weight @ cross - staying @ square, ridge * short)
+        self.weight[:, self.keep] = (staying + solved).to(self.weight.dtype)
+        return short
+
+    def _chosen(self, weight: Tensor, staying: Tensor) -> float:
+        """The ridge whose fit errs least on what was held out."""
+        square, cross = (part.double() for part in self.parts[0])
+        held_square, held_cross = (part.double() for part in self.parts[1])
+        asked = weight @ cross - staying @ square
+
+        def error(ridge: float) -> float:
+            tried = staying + _solve(square, asked, ridge)
+            return float(((tried @ held_square) * tried).sum() - 2 * (tried * (weight @ held_cross)).sum())
+
+        return min(RIDGES, key=error)
+
+
+def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
+    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known get nothing."""
+    shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if not int(failed) and float(factor.diagonal().min()) > 1e-6 * float(factor.diagonal().max()):
+        solved: Tensor = torch.cholesky_solve(asked.t(), factor).t()
+        return solved
+    values, vectors = torch.linalg.eigh(shifted)
+    known = values > 1e-10 * float(values.max())
+    inverse = torch.where(known, 1 / torch.where(known, values, torch.ones_like(values)), torch.zeros_like(values))
+    known_part: Tensor = ((asked @ vectors) * inverse) @ vectors.t()
+    return known_part
+
+
+@torch.no_grad()
+def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Sequence[Tensor], *, dtype: str = "auto") -> None:
+    """Add, in place, what the features that go give on average to the bias of the layer they enter: b ← b + W_r · mean(x_r).
+
+    A layer without a bias gets one, in all decoder layers alike, and `config.output_bias` says so; they count as parameters.
+
+    Args:
+        model: causal LM.
+        axes: its axes.
+        mask: what is about to be cut.
+        batches: token ids, int64 [batch, length].
+        dtype: precision of the matrix products of the model.
+
+    Raises:
+        UsageError: no batches.
+
+    Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
+    """
+    if not batches:
+        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
+    kept = _kept(axes, mask)
+    layers = _layers(model, axes)
+    entering = streams(model, layers, world.share(batches), dtype=dtype)
+    count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
+    world.sum_in_place(count)
+    for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.width):
+        module: Any = model.get_submodule(name)
+        if module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+            model.config.output_bias = True  # type: ignore[union-attr]
+    for index, layer in enumerate(layers):
+        names = [name for name in kept if name in _modules(model, layer)]
+        sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in names}
+        for stream in entering:
+            with _watching(model, names) as seen:
+                stream.hidden = stream.through(layer, index)
+            for name in names:
+                sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
+        world.sum_in_place(*sums.values())
+        for name, total in sums.items():
+            module = model.get_submodule(name)
+            goes = ~kept[name].to(total.device)
+            module.bias += (module.weight[:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
+
+
+def _kept(axes: Sequence[Axis], mask: Mask) -> dict[str, Tensor]:
+    """For the linear layer at every gate that the mask shuts in part, the features that stay: bool [features]."""
+    kept: dict[str, Tensor] = {}
+    for axis in axes:
+        if axis.gate.width and axis.name in mask and not bool(mask[axis.name].all()):
+            features = mask[axis.name].repeat_interleave(axis.gate.width)
+            kept[axis.gate.module] = kept[axis.gate.module] & features if axis.gate.module in kept else features
+    return kept
+
+
+def _layers(model: nn.Module, axes: Sequence[Axis]) -> Sequence[nn.Module]:
+    depth = next(axis for axis in axes if axis.name == "layers")
+    layers: Sequence[nn.Module] = model.get_submodule(depth.gate.module)  # type: ignore[assignment]
+    return layers
+
+
+def _modules(model: nn.Module, layer: nn.Module) -> Mapping[str, nn.Module]:
+    """The modules inside a layer by their name in the model."""
+    inside = set(layer.modules())
+    return {name: module for name, module in model.named_modules() if module in inside}
+
+
+@contextmanager
+def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, the input of each named linear layer is kept: float32 [tokens, features]."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0].detach().float().flatten(0, -2)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

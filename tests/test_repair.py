@@ -1,0 +1,240 @@
+"""Repairs in closed form, against slow solutions of the same equations, and what they promise: less damage after the cut."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.errors import UsageError
+from adapt_pruner.repair.closed_form import RIDGES, least_squares, mean_bias
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+
+
+@pytest.fixture
+def text() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(3, 97, (4, 16), generator=generator) for _ in range(8)]
+
+
+def half(axes: Any, kinds: tuple[str, ...] = ("neurons",)) -> Mask:
+    """Every other unit of these kinds."""
+    return Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind in kinds and axis.size > 1})
+
+
+def inputs(model: Any, name: str, text: list[Tensor]) -> Tensor:
+    """What enters a linear layer over the text: float64 [tokens, features]."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        for ids in text:
+            model(ids)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def fitted(weight: Tensor, x: Tensor, z: Tensor, keep: Tensor, ridge: float) -> Tensor:
+    """The columns that stay, by ordinary least squares with the ridge as further rows of data."""
+    z = z[:, keep]
+    pull = (ridge * z.square().sum(0).mean()).sqrt()
+    rows = torch.cat([z, pull * torch.eye(z.shape[1], dtype=z.dtype)])
+    targets = torch.cat([x @ weight.double().t(), pull * weight[:, keep].double().t()])
+    return torch.linalg.lstsq(rows, targets).solution.t()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: one[1])
+def test_least_squares_is_least_squares(layout: tuple[str, str], text: list[Tensor]) -> None:
+    model = tiny_model(layout)
+    dense = copy.deepcopy(model)
+    axes = families.axes(model)
+    mask = half(axes, ("neurons", "kv_heads"))
+    least_squares(model, axes, mask, text, ridge=0.1, dtype="float32")
+    for axis in axes:
+        if axis.name in mask:
+            name = axis.gate.module
+            x, keep = inputs(dense, name, text), mask[axis.name].repeat_interleave(axis.gate.width)
+            weight = dense.get_submodule(name).weight.detach()
+            found = model.get_submodule(name).weight.detach()
+            assert torch.allclose(found[:, keep].double(), fitted(weight, x, x, keep, 0.1), atol=2e-4), name
+            assert torch.equal(found[:, ~keep], weight[:, ~keep])
+    assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
+
+
+def test_sequential_reads_what_the_pruned_layers_below_give(text: list[Tensor]) -> None:
+    model = tiny_model()
+    dense = copy.deepcopy(model)
+    axes = families.axes(model)
+    mask = half(axes, ("neurons", "kv_heads"))
+    least_squares(model, axes, mask, text, ridge=0.1, sequential=True, dtype="float32")
+    slow = copy.deepcopy(dense)
+    for axis in axes:  # in the order in which they run
+        if axis.name in mask:
+            name = axis.gate.module
+            keep = mask[axis.name].repeat_interleave(axis.gate.width)
+            with gated(slow, axes, mask):
+                z = inputs(slow, name, text)
+            x = inputs(dense, name, text)
+            with torch.no_grad():
+                weight = slow.get_submodule(name).weight
+                weight[:, keep] = fitted(weight, x, z, keep, 0.1).float()
+            assert torch.allclose(model.get_submodule(name).weight[:, keep], weight[:, keep], atol=1e-3), name
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_repair_brings_the_logits_nearer(sequential: bool, text: list[Tensor]) -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    mask = half(axes)
+
+    def damage(one: Any) -> float:
+        with torch.no_grad(), gated(one, axes, mask):
+            return float(sum((one(ids).logits - whole).square().sum() for ids, whole in zip(text, logits, strict=True)))
+
+    with torch.no_grad():
+        logits = [model(ids).logits for ids in text]
+    before = damage(model)
+    least_squares(model, axes, mask, text, ridge=0.05, sequential=sequential, dtype="float32")
+    assert damage(model) < 0.9 * before
+
+
+def test_a_strong_ridge_leaves_the_weights_that_stay(text: list[Tensor]) -> None:
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    least_squares(model, families.axes(model), half(families.axes(model)), text, ridge=1e9, dtype="float32")
+    assert all(torch.allclose(tensor, before[name], atol=1e-6) for name, tensor in model.state_dict().items())
+
+
+def test_neurons_that_can_be_said_by_others_cost_nothing(text: list[Tensor]) -> None:
+    """Two pairs of neurons alike: without a ridge, cutting one of each changes nothing; the Gram matrix of what stays is fine."""
+    model = tiny_model()
+    with torch.no_grad():
+        for projection in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+            projection.weight[1], projection.weight[3] = projection.weight[0], projection.weight[2]
+    axes = families.axes(model)
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[[1, 3]] = False
+    mask = Mask({"layers.1.neurons": keep})
+    with torch.no_grad():
+        whole = model(text[0]).logits
+    least_squares(model, axes, mask, text, ridge=0.0, dtype="float32")
+    cut(model, axes, mask)
+    with torch.no_grad():
+        assert torch.allclose(model(text[0]).logits, whole, atol=2e-3)
+
+
+def test_a_singular_gram_matrix_is_no_obstacle(text: list[Tensor]) -> None:
+    """Neurons that stay and are alike, or always zero, make it singular: nothing is done along what is not known."""
+    model = tiny_model()
+    with torch.no_grad():
+        mlp = model.model.layers[0].mlp
+        mlp.up_proj.weight[4] = 0
+        mlp.gate_proj.weight[6], mlp.up_proj.weight[6] = mlp.gate_proj.weight[8], mlp.up_proj.weight[8]
+    axes = families.axes(model)
+    least_squares(model, axes, half(axes), text, ridge=0.0, dtype="float32")
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert torch.isfinite(weight).all()
+    assert weight.abs().max() < 100
+
+
+def test_the_ridge_is_chosen_by_what_was_held_out(text: list[Tensor]) -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    mask = half(axes)
+    dense = copy.deepcopy(model)
+    least_squares(model, axes, mask, text, ridge=None, dtype="float32")
+    held = [ids for number, ids in enumerate(text) if number % 4 == 3]
+    rest = [ids for number, ids in enumerate(text) if number % 4 != 3]
+    name, keep = "model.layers.1.mlp.down_proj", mask["layers.1.neurons"]
+    weight = dense.get_submodule(name).weight.detach()
+    x, unseen, everything = (inputs(dense, name, part) for part in (rest, held, text))
+    errors = {
+        ridge: float((unseen[:, keep] @ fitted(weight, x, x, keep, ridge).t() - unseen @ weight.double().t()).square().sum())
+        for ridge in RIDGES
+    }
+    best = min(errors, key=errors.__getitem__)
+    expected = fitted(weight, everything, everything, keep, best)
+    assert torch.allclose(model.get_submodule(name).weight[:, keep].double(), expected, atol=1e-3)
+
+
+def test_too_few_tokens_raise_the_ridge_and_say_so() -> None:
+    model, same = tiny_model(), tiny_model()
+    axes = families.axes(model)
+    mask = half(axes)
+    few = [torch.randint(3, 97, (1, 10), generator=torch.Generator().manual_seed(1))]
+    said: list[str] = []
+    least_squares(model, axes, mask, few, ridge=0.1, dtype="float32", warn=said.append)
+    assert len(said) == 1
+    assert "10 calibration tokens are few for a repair of layers with up to 4.0 times as many inputs" in said[0]
+    x, keep = inputs(same, "model.layers.0.mlp.down_proj", few), mask["layers.0.neurons"]
+    expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, 0.4)
+    assert torch.allclose(model.model.layers[0].mlp.down_proj.weight[:, keep].double(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("repair", [least_squares, mean_bias])
+def test_no_text_is_refused(repair: Any) -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    with pytest.raises(UsageError, match="needs calibration text"):
+        repair(model, axes, half(axes), [])
+
+
+def test_ridges_that_make_no_sense_are_refused(text: list[Tensor]) -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    with pytest.raises(UsageError, match="ridge -1 is negative"):
+        least_squares(model, axes, half(axes), text, ridge=-1)
+    with pytest.raises(UsageError, match="two batches"):
+        least_squares(model, axes, half(axes), text[:1], ridge=None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: one[1])
+def test_mean_bias_keeps_the_mean(layout: tuple[str, str], text: list[Tensor]) -> None:
+    """What a layer gives is, on average over the text, what it gave."""
+    model = tiny_model(layout)
+    axes = families.axes(model)
+    mask = half(axes, ("neurons", "kv_heads"))
+    gates = [axis for axis in axes if axis.name in mask]
+    expected = {}
+    for axis in gates:
+        module, x = model.get_submodule(axis.gate.module), inputs(model, axis.gate.module, text)
+        bias = 0 if module.bias is None else module.bias.detach().double()
+        expected[axis.name] = (module.weight.detach().double() @ x.mean(0) + bias, x)
+    mean_bias(model, axes, mask, text, dtype="float32")
+    for axis in gates:
+        module = model.get_submodule(axis.gate.module)
+        mean, x = expected[axis.name]
+        shut = x * mask[axis.name].repeat_interleave(axis.gate.width)
+        assert torch.allclose(module.weight.detach().double() @ shut.mean(0) + module.bias.detach().double(), mean, atol=1e-5)
+
+
+def test_biases_that_a_repair_made_are_saved_and_load_in_stock_transformers(text: list[Tensor], tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    axes = families.axes(model)
+    mask = Mask({axis.name: torch.arange(axis.size) < 20 for axis in axes if axis.kind == "neurons"})  # equal sizes, too
+    mean_bias(model, axes, mask, text, dtype="float32")
+    cut(model, axes, mask)
+    with torch.no_grad():
+        logits = model(text[0]).logits
+    save(model, byte_tokenizer(), tmp_path / "out", mask=mask, dtype=torch.float32)
+    again = load(str(tmp_path / "out")).model
+    with torch.no_grad():
+        assert torch.equal(again(text[0]).logits, logits)
+    code = (
+        "import sys, json, torch; sys.modules['adapt_pruner'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.double().sum().item()))"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out"), json.dumps(text[0].tolist())]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said) == pytest.approx(float(logits.double().sum()), rel=1e-6)
