@@ -59,7 +59,7 @@ print(json.dumps({
 
 
 def pruned(
-    layout: tuple[str, str], kinds: tuple[str, ...] = ("kv_heads", "neurons", "layers"), seed: int = 1
+    layout: tuple[str, str], kinds: tuple[str, ...] = ("kv_heads", "query_heads", "neurons", "layers"), seed: int = 1
 ) -> tuple[Any, Mask]:
     """A tiny model, cut so that its layers differ."""
     model = tiny_model(layout, vocab_size=VOCAB)
@@ -112,7 +112,11 @@ def test_a_stranger_reads_unequal_layers_bit_for_bit(layout: tuple[str, str], tm
 def test_equal_layers_become_a_plain_folder(layout: tuple[str, str], tmp_path: Path) -> None:
     model = tiny_model(layout, vocab_size=VOCAB)
     axes = families.axes(model)
-    keep = {axis.name: torch.arange(axis.size) < 2 * axis.size // 3 for axis in axes if axis.layer is not None}
+    keep = {
+        axis.name: (torch.arange(axis.size) < max(1, 2 * axis.size // 3)).repeat(axis.blocks)
+        for axis in axes
+        if axis.layer is not None
+    }
     cut(model, axes, Mask(keep))
     torch.save(torch.randint(3, VOCAB, (2, 24)), tmp_path / "ids.pt")
     save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)

@@ -210,12 +210,13 @@ def test_far_budgets_take_few_iterations() -> None:
     assert count < 120
 
 
-def test_the_count_a_chooser_promises_is_the_count_after_the_cut() -> None:
+@pytest.mark.parametrize("heads", ["kv_heads", "query_heads"])
+def test_the_count_a_chooser_promises_is_the_count_after_the_cut(heads: str) -> None:
     model = tiny_model(("llama", "qwen2"))
-    axes = [axis for axis in families.axes(model) if axis.slices]
+    axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", heads)]
     total = count_parameters(model)
     sizes, _ = uniform({}, axes, Budget(int(total * 0.8), total), debt=Debt.none(axes), step=1.0)
-    cut(model, families.axes(model), Mask.of_sizes(axes, {axis.name: torch.rand(axis.size) for axis in axes}, sizes))
+    cut(model, families.axes(model), Mask.of_sizes(axes, {axis.name: torch.rand(axis.entries) for axis in axes}, sizes))
     cost = min(axis.cost for axis in axes)
     assert int(total * 0.8) - cost < count_parameters(model) <= int(total * 0.8)
 
@@ -242,3 +243,8 @@ def test_budgets() -> None:
     axes = toy_axes((50, 50), (3, 3))
     with pytest.raises(UsageError, match="nearest that can be had is 3,020"):
         Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(axes)
+    # of 2 query heads in each of 3 groups one stays in the one group that does: 2 · 1000 and 100 can go of it, not 300
+    axes = [*toy_axes((), (3,)), Axis("layers.0.query_heads", 2, 300, Gate(""), blocks=3)]
+    Budget(keep=900, total=3_000).check_reachable(axes)
+    with pytest.raises(UsageError, match="below the 900 parameters"):
+        Budget(keep=899, total=3_000).check_reachable(axes)

@@ -13,7 +13,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut, gated
 from conftest import LAYOUTS, tiny_model
 
-KINDS = ("kv_heads", "neurons", "layers")
+KINDS = ("kv_heads", "query_heads", "neurons", "layers")
 
 
 def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
@@ -22,10 +22,10 @@ def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
     kept = {}
     for axis in axes:
         if axis.kind in kinds and axis.size > 1:
-            order = torch.randperm(axis.size, generator=generator)
-            keep = torch.ones(axis.size, dtype=torch.bool)
-            keep[order[: max(1, axis.size // 2)]] = False
-            kept[axis.name] = keep
+            keep = torch.ones(axis.blocks, axis.size, dtype=torch.bool)
+            for block in keep:
+                block[torch.randperm(axis.size, generator=generator)[: max(1, axis.size // 2)]] = False
+            kept[axis.name] = keep.flatten()
     return Mask(kept)
 
 
@@ -48,7 +48,9 @@ def ids() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
-@pytest.mark.parametrize("kinds", [("neurons",), ("kv_heads",), ("layers",), KINDS], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds", [("neurons",), ("kv_heads",), ("query_heads",), ("kv_heads", "query_heads"), ("layers",), KINDS], ids="+".join
+)
 def test_cut_equals_gated(layout: tuple[str, str], kinds: tuple[str, ...], ids: torch.Tensor) -> None:
     model = tiny_model(layout).double()
     axes = families.axes(model)
@@ -56,9 +58,20 @@ def test_cut_equals_gated(layout: tuple[str, str], kinds: tuple[str, ...], ids: 
     with torch.no_grad():
         dense = model(ids).logits
         with gated(model, axes, mask):
-            assert (model(ids).logits - dense).abs().max() > 1e-3, "the gates must do something"
+            assert (model(ids).logits - dense).abs().max() > 1e-3 or not mask.kept, "the gates must do something"
         assert torch.equal(model(ids).logits, dense), "gates come off"
     assert gap(model, axes, mask, ids) <= 1e-9
+
+
+def parameters_left(dense: Any, axes: Any, mask: Mask, stayed: list[int]) -> int:
+    """Counted weight by weight: one that lies in no removed unit of any axis stays."""
+    alive = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in dense.named_parameters()}
+    for axis in axes:
+        for unit in (~mask[axis.name]).nonzero().flatten().tolist() if axis.name in mask else ():
+            for piece in axis.slices:
+                alive[piece.parameter].transpose(0, piece.dim)[unit * piece.width : (unit + 1) * piece.width] = False
+    dropped = set(range(len(dense.model.layers))) - set(stayed)
+    return sum(int(a.sum()) for name, a in alive.items() if not any(f".layers.{i}." in name for i in dropped))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
@@ -66,23 +79,17 @@ def test_sizes_and_config_follow_the_cut(layout: tuple[str, str], ids: torch.Ten
     model = tiny_model(layout)
     axes = families.axes(model)
     mask = random_mask(axes, KINDS, seed=2)
-    removed = sum(
-        axis.cost * int((~mask[axis.name]).sum())
-        for axis in axes
-        if axis.name in mask and axis.slices and mask["layers"][axis.layer]
-    )
-    gone = sum(
-        count_parameters(layer) for layer, stays in zip(model.model.layers, mask["layers"].tolist(), strict=True) if not stays
-    )
-    before = count_parameters(model)
+    dense = copy.deepcopy(model)
     cut(model, axes, mask)
-    assert count_parameters(model) == before - removed - gone
+    stayed = mask["layers"].nonzero().flatten().tolist()
+    assert count_parameters(model) == parameters_left(dense, axes, mask, stayed)
     assert model.config.num_hidden_layers == len(model.model.layers) == int(mask["layers"].sum())
     for i, layer in enumerate(model.model.layers):
         config = model.config.per_layer_config[i]
         assert config.intermediate_size == layer.mlp.gate_proj.out_features == layer.mlp.down_proj.in_features
         assert config.num_key_value_heads * config.head_dim == layer.self_attn.k_proj.out_features
         assert config.num_attention_heads * config.head_dim == layer.self_attn.q_proj.out_features
+        assert layer.self_attn.num_key_value_groups == config.num_attention_heads // config.num_key_value_heads
         assert layer.self_attn.layer_idx == i
     prompt = ids[:1, :5]
     cached = model.generate(prompt, max_new_tokens=6, do_sample=False)
@@ -99,7 +106,7 @@ def test_optimizer_moments_shrink_along(layout: tuple[str, str], ids: torch.Tens
         model(ids, labels=ids).loss.backward()
         optimizer.step()
     axes = families.axes(model)
-    mask = random_mask(axes, ("kv_heads", "neurons"), seed=4)
+    mask = random_mask(axes, ("kv_heads", "query_heads", "neurons"), seed=4)
     twin = copy.deepcopy(model)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -141,7 +148,7 @@ def test_masks_compose(layout: tuple[str, str], ids: torch.Tensor) -> None:
     twice, once = tiny_model(layout).double(), tiny_model(layout).double()
     dense_axes = families.axes(once)
     total = Mask()
-    for seed, kinds in enumerate((KINDS, ("kv_heads", "neurons"))):
+    for seed, kinds in enumerate((KINDS, ("kv_heads", "query_heads", "neurons"))):
         axes = families.axes(twice)
         mask = random_mask(axes, kinds, seed=seed)
         cut(twice, axes, mask)
@@ -149,6 +156,52 @@ def test_masks_compose(layout: tuple[str, str], ids: torch.Tensor) -> None:
     cut(once, dense_axes, total)
     assert torch.equal(once(ids).logits, twice(ids).logits)
     assert Mask.from_json(total.to_json()) == total
+
+
+@pytest.mark.parametrize(
+    "order", [("K", "Q"), ("Q", "K"), ("KQ", "Q", "K"), ("Q", "KQ", "Q"), ("L", "K", "Q"), ("K", "L", "KQ")], ids="-".join
+)
+def test_masks_of_kv_heads_and_query_heads_compose_in_any_order(order: tuple[str, ...], ids: torch.Tensor) -> None:
+    """Query heads lie inside KV heads: what a mask says of one changes what the next one counts of the other."""
+    letters = {"K": "kv_heads", "Q": "query_heads", "L": "layers"}
+    geometry = {"num_attention_heads": 24, "num_key_value_heads": 6, "head_dim": 8}
+    twice, once = (tiny_model(**geometry).double() for _ in range(2))
+    dense_axes, total = families.axes(once), Mask()
+    for seed, kinds in enumerate(order):
+        axes = families.axes(twice)
+        mask = random_mask(axes, tuple(letters[kind] for kind in kinds), seed=seed)
+        cut(twice, axes, mask)
+        total = total.then(mask)
+    with gated(once, dense_axes, total), torch.no_grad():
+        assert (once(ids).logits - twice(ids).logits).abs().max() <= 1e-9
+    cut(once, dense_axes, total)
+    assert torch.equal(once(ids).logits, twice(ids).logits)
+    for i, layer in enumerate(twice.model.layers):
+        config = twice.config.per_layer_config[i]
+        assert config.num_attention_heads * 8 == layer.self_attn.q_proj.out_features
+        assert config.num_key_value_heads * 8 == layer.self_attn.k_proj.out_features
+
+
+def test_every_group_must_lose_as_many_query_heads() -> None:
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    keep = torch.tensor([True, False, True, True, True, True])
+    with pytest.raises(
+        ValueError, match=r"layers.0.query_heads' keeps \[1, 2\] units of its blocks; every block must keep the same"
+    ):
+        cut(model, families.axes(model), Mask({"layers.0.query_heads": keep, "layers.0.neurons": torch.arange(40) < 9}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "nothing is changed"
+    # a KV head that goes takes its query heads along, whatever is said of them
+    cut(model, families.axes(model), Mask({"layers.0.query_heads": keep, "layers.0.kv_heads": torch.tensor([False, True, True])}))
+    assert model.model.layers[0].self_attn.q_proj.out_features == 4 * 8
+
+
+def test_query_heads_are_ranked_within_their_group() -> None:
+    axis = next(axis for axis in families.axes(tiny_model()) if axis.name == "layers.1.query_heads")
+    assert (axis.size, axis.blocks, axis.entries) == (2, 3, 6)
+    scores = {axis.name: torch.tensor([9.0, 8.0, 1.0, 2.0, 7.0, 7.0])}
+    mask = Mask.of_sizes([axis], scores, {axis.name: 1})
+    assert mask[axis.name].tolist() == [True, False, False, True, True, False], "the best of each, and of equals the first"
 
 
 # The law has teeth: each fault that is easily made in a family file breaks it.
@@ -167,6 +220,13 @@ FAULTS = {
         "kv_heads",
         lambda axis: dataclasses.replace(axis, gate=Gate(axis.gate.module, axis.gate.width // 2)),
     ),
+    "a forgotten group size": ("llama", "query_heads", lambda axis: dataclasses.replace(axis, attributes=())),
+    "query heads cut from one group": (
+        "mobilellm",
+        "query_heads",
+        lambda axis: dataclasses.replace(axis, size=axis.entries, blocks=1),
+    ),
+    "a forgotten bias of the queries": ("qwen2", "query_heads", lambda axis: _without(axis, "q_proj.bias")),
     "query heads cut like KV heads": (
         "llama",
         "kv_heads",
@@ -180,8 +240,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_law_catches(fault: str, ids: torch.Tensor) -> None:
     name, kind, spoil = FAULTS[fault]
-    model = tiny_model(("llama", name)).double()
-    axes = [spoil(axis) if axis.kind == kind else axis for axis in families.axes(model)]
+    model = tiny_model(next(layout for layout in LAYOUTS if layout[1] == name)).double()
+    model.set_attn_implementation("eager")  # the kernel that reads the group size
+    axes = [spoil(axis) for axis in families.axes(model) if axis.kind == kind]  # no other axis mends it
     try:
         found = gap(model, axes, random_mask(axes, (kind,), seed=1), ids)
     except RuntimeError:  # the gate itself no longer fits
@@ -195,8 +256,8 @@ def test_the_law_catches_query_heads_folded_by_remainder(ids: torch.Tensor) -> N
     axes = families.axes(model)
     mask = random_mask(axes, ("kv_heads",), seed=1)
     wrong = copy.deepcopy(model)
-    for i, layer in enumerate(wrong.model.layers):
-        dim, kv = layer.self_attn.head_dim, axes[2 * i].size
+    for layer in wrong.model.layers:
+        dim, kv = layer.self_attn.head_dim, layer.self_attn.k_proj.out_features // layer.self_attn.head_dim
         folded = layer.self_attn.q_proj.weight.view(-1, kv, dim, layer.self_attn.q_proj.in_features).transpose(0, 1)
         layer.self_attn.q_proj.weight.data = folded.reshape(layer.self_attn.q_proj.weight.shape).clone()
     with torch.no_grad():
@@ -229,6 +290,8 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         Mask({"layers.0.neurons": torch.zeros(40, dtype=torch.bool)})
     with pytest.raises(ValueError, match="2 units, but 3 are left"):
         Mask({"layers": torch.tensor([True] * 3)}).then(Mask({"layers": torch.tensor([True, False])}))
+    with pytest.raises(ValueError, match=r"query_heads' has 5 units, not as many in each of 2 layers.0.kv_heads"):
+        Mask({"layers.0.query_heads": torch.tensor([True] * 5), "layers.0.kv_heads": torch.tensor([True, False])})
     with pytest.raises(ValueError, match="not a mask"):
         Mask.from_json({"format": 1, "axes": {"layers": {"size": 2, "kept": [5]}}})
     with pytest.raises(ValueError, match="format 2"):

@@ -57,6 +57,12 @@ def test_taylor_is_the_sum_of_weight_times_gradient(layout: tuple[str, str], bat
                         (attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).detach().abs().sum()
                     )
             assert float(scores[f"layers.{i}.kv_heads"][g]) == pytest.approx(expected, rel=1e-4)
+        assert scores[f"layers.{i}.query_heads"].shape == (num_kv * group,), "one for every head, group by group"
+        for head in range(num_kv * group):
+            rows = slice(head * dim, (head + 1) * dim)
+            expected = float((attention.q_proj.weight[rows] * attention.q_proj.weight.grad[rows]).detach().abs().sum())
+            expected += float((attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).detach().abs().sum())
+            assert float(scores[f"layers.{i}.query_heads"][head]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_taylor_takes_the_absolute_value_after_summing_over_batches(batches: list[torch.Tensor]) -> None:
@@ -194,7 +200,7 @@ def test_a_metric_says_what_it_needs() -> None:
 def test_loss_drop_is_the_loss_with_the_unit_taken_out(batches: list[torch.Tensor]) -> None:
     """Against weights set to zero by hand: no v, no contribution of the head."""
     model = tiny_model()
-    axes = [axis for axis in families.axes(model) if axis.kind == "kv_heads"]
+    axes = [axis for axis in families.axes(model) if axis.kind in ("kv_heads", "query_heads")]
     found = blocks.loss_drop(model, axes, batches, dtype="float32")
     assert found.keys() == {axis.name for axis in axes}
     for layer, head in ((0, 1), (2, 2)):
@@ -202,4 +208,9 @@ def test_loss_drop_is_the_loss_with_the_unit_taken_out(batches: list[torch.Tenso
         dim = twin.model.layers[layer].self_attn.head_dim
         twin.model.layers[layer].self_attn.v_proj.weight.data[head * dim : (head + 1) * dim] = 0
         assert float(found[f"layers.{layer}.kv_heads"][head]) == pytest.approx(float(mean_loss(twin, batches).detach()), rel=1e-5)
+        twin = tiny_model()  # and for a single query head: nothing of it is read
+        query = 2 * head + 1
+        twin.model.layers[layer].self_attn.o_proj.weight.data[:, query * dim : (query + 1) * dim] = 0
+        expected = float(mean_loss(twin, batches).detach())
+        assert float(found[f"layers.{layer}.query_heads"][query]) == pytest.approx(expected, rel=1e-5)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())

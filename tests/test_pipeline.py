@@ -14,6 +14,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.forecast import dry_run
 from adapt_pruner.metrics.blocks import loss_drop
 from adapt_pruner.pipeline import prune, run
@@ -230,3 +231,19 @@ def test_a_method_is_a_row_of_defaults() -> None:
             read({"method": method})
     with pytest.raises(UsageError, match="head_metric"):
         read({"head_metric": ""})
+
+
+@pytest.mark.parametrize("axes", [["query_heads"], ["neurons", "kv_heads", "query_heads"]])
+def test_query_heads_go_and_the_budget_is_met(axes: list[str], recipe: Recipe, tmp_path: Path) -> None:
+    """Also where KV heads and query heads shrink at once, so that the chooser counts some heads twice."""
+    budget = "92%" if axes == ["query_heads"] else "60%"
+    outcome = prune(without_training(recipe, axes=axes, budget=budget), tmp_path / "out")
+    loaded = load(str(tmp_path / "out"))
+    assert loaded.mask == outcome.mask
+    assert any(name.endswith(".query_heads") and not loaded.mask[name].all() for name in loaded.mask)
+    cost = min(axis.cost for axis in families.axes(loaded.model) if axis.kind in axes)
+    assert outcome.figures["budget"] - cost < outcome.figures["params_after"] <= outcome.figures["budget"]
+    layers = anatomy(loaded.model, mask=loaded.mask)["layers"]
+    for layer, dense in zip(layers, anatomy(load(recipe.model).model)["layers"], strict=True):
+        assert layer["share_of_dense"] == pytest.approx(layer["params"] / dense["params"])
+        assert layer["heads"] % layer["kv_heads"] == 0

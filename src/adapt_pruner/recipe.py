@@ -136,7 +136,9 @@ class Recipe(_Frozen):
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
-    axes: tuple[Literal["neurons", "kv_heads"], ...] = Field(("neurons", "kv_heads"), min_length=1, description="what may go")
+    axes: tuple[Literal["neurons", "kv_heads", "query_heads"], ...] = Field(
+        ("neurons", "kv_heads"), min_length=1, description="what may go: neurons, kv_heads, query_heads"
+    )
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
     distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer is worth; null where the chooser does not ask")  # type: ignore[valid-type]

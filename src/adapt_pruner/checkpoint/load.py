@@ -304,7 +304,7 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
 
 
 def _check_mask(model: Any, mask: Mask, name: str) -> None:
-    axes = families.axes(model)
+    axes, mask = families.axes(model), Mask().then(mask)  # of query heads those in KV heads that stay
     stayed = mask["layers"].nonzero().flatten().tolist() if "layers" in mask else None
     num_layers = next(axis.size for axis in axes if axis.name == "layers")
     if stayed is not None and len(stayed) != num_layers:
@@ -313,7 +313,7 @@ def _check_mask(model: Any, mask: Mask, name: str) -> None:
         dense = (
             axis.name if stayed is None or axis.layer is None else axis.name.replace(f".{axis.layer}.", f".{stayed[axis.layer]}.")
         )
-        if dense in mask and int(mask[dense].sum()) != axis.size:
+        if dense in mask and int(mask[dense].sum()) != axis.entries:
             raise RunError(
-                f"mask.json of {name} is of another model: {dense} keeps {int(mask[dense].sum())} units, the weights have {axis.size}"
+                f"mask.json of {name} is of another model: {dense} keeps {int(mask[dense].sum())} units, the weights have {axis.entries}"
             )

@@ -2,6 +2,9 @@
 
 An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
 Names are `layers` (whole decoder layers) and `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`).
+
+Units may stand in blocks: of `query_heads`, which lie inside KV heads, the same number leaves every group, so a unit is one
+head of each. Scores and masks have an entry for every head, block by block; sizes and costs count units.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +17,14 @@ from torch import Tensor
 __all__ = ["Axis", "Gate", "Mask", "Scores", "Slice"]
 
 Scores = dict[str, Tensor]
-"""Axis name -> float32 tensor [axis.size] on the CPU; higher means keep; comparable within an axis only."""
+"""Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a block of an axis only."""
+
+_WITHIN = {"query_heads": "kv_heads"}  # kinds whose entries lie inside the units of another, an equal run in each
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A parameter that shrinks with an axis: each unit owns `width` consecutive entries of dimension `dim`."""
+    """A parameter that shrinks with an axis: each entry of the axis owns `width` consecutive ones of dimension `dim`."""
 
     parameter: str
     dim: int
@@ -28,9 +33,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gate:
-    """Where a unit can be shut without being cut.
+    """Where an entry of an axis can be shut without being cut.
 
-    Each unit owns `width` consecutive features of the input of `module`, set to zero when it is shut. With
+    Each entry owns `width` consecutive features of the input of `module`, set to zero when it is shut. With
     `width` 0 the units are the entries of the module list `module`, and a shut one returns its input.
     """
 
@@ -48,9 +53,11 @@ class Axis:
         cost: parameters one unit owns (an axis whose units differ, such as `layers`, gives their mean).
         gate: where a unit can be shut without being cut.
         slices: the parameters that are cut along.
-        fields: config fields that state the size, each with how many of it one unit stands for.
+        fields: config fields that state the number of entries, each with how many of it one entry stands for.
+        attributes: module attributes, by their dotted names, that state the size.
         pins: config fields to be spelled out because stock code would derive them from a field that changes.
         lists: config fields that hold one entry per unit and lose entries with it.
+        blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
     """
 
     name: str
@@ -59,8 +66,15 @@ class Axis:
     gate: Gate
     slices: tuple[Slice, ...] = ()
     fields: tuple[tuple[str, int], ...] = ()
+    attributes: tuple[str, ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
+    blocks: int = 1
+
+    @property
+    def entries(self) -> int:
+        """Entries that scores and masks have: units in all blocks together."""
+        return self.size * self.blocks
 
     @property
     def kind(self) -> str:
@@ -70,19 +84,30 @@ class Axis:
     @property
     def layer(self) -> int | None:
         """The index of the decoder layer the axis lies in; None for `layers` itself."""
-        parts = self.name.split(".")
-        return int(parts[1]) if len(parts) == 3 else None
+        return _layer(self.name)
+
+    @property
+    def within(self) -> str | None:
+        """The name of the axis inside whose units the entries lie, an equal run in each; None for most."""
+        return _within(self.name)
 
 
-def _in_layer(name: str, layer: int) -> str:
-    return f"layers.{layer}.{name.split('.')[2]}"
+def _layer(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[1]) if len(parts) == 3 else None
+
+
+def _within(name: str) -> str | None:
+    outer = _WITHIN.get(name.rpartition(".")[2])
+    return f"{name.rpartition('.')[0]}.{outer}" if outer else None
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which units stay: axis name -> bool tensor [size]. True stays; an axis that is not named stays whole.
+    """Which entries stay: axis name -> bool tensor [entries]. True stays; an axis that is not named stays whole.
 
-    A mask is never empty along an axis, and says nothing of axes inside layers that are gone.
+    A mask is never empty along an axis, and says nothing of axes inside layers that are gone. What lies inside a unit that
+    goes, goes with it, whatever its own axis says: query heads with their KV head.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -93,6 +118,11 @@ class Mask:
                 raise ValueError(f"mask of {name!r} must be a 1-D bool tensor, not {keep.dtype} with {keep.dim()} dimensions")
             if not keep.any():
                 raise ValueError(f"mask of {name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
+            outer = self.kept.get(_within(name) or "")
+            if outer is not None and keep.numel() % outer.numel():
+                raise ValueError(
+                    f"mask of {name!r} has {keep.numel()} units, not as many in each of {outer.numel()} {_within(name)}"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.kept[name]
@@ -109,8 +139,21 @@ class Mask:
         return all(torch.equal(keep, other.kept[name]) for name, keep in self.kept.items())
 
     def num_removed(self) -> int:
-        """Units removed, of all kinds together."""
+        """Entries removed, of all kinds together."""
         return sum(int((~keep).sum()) for keep in self.kept.values())
+
+    def of(self, axis: Axis) -> Tensor:
+        """What stays of an axis, bool [axis.entries]: what its own mask keeps inside units that stay."""
+        keep = self.kept.get(axis.name)
+        keep = torch.ones(axis.entries, dtype=torch.bool) if keep is None else keep
+        return keep & self._outer(axis.name, axis.entries)
+
+    def _outer(self, name: str, entries: int) -> Tensor:
+        """Which of so many entries lie inside units that stay."""
+        outer = self.kept.get(_within(name) or "")
+        if outer is None:
+            return torch.ones(entries, dtype=torch.bool)
+        return outer.repeat_interleave(entries // outer.numel())
 
     def then(self, later: "Mask") -> "Mask":
         """This mask followed by `later`, which was chosen on the model this one left behind.
@@ -124,21 +167,28 @@ class Mask:
         stayed = self.kept["layers"].nonzero().flatten().tolist() if "layers" in self.kept else None
         result = dict(self.kept)
         for name, keep in later.kept.items():
-            if stayed is not None and name != "layers":
-                layer = int(name.split(".")[1])
+            if stayed is not None and (layer := _layer(name)) is not None:
                 if layer >= len(stayed):
                     raise ValueError(f"later mask names {name!r}, but only {len(stayed)} layers are left")
-                name = _in_layer(name, stayed[layer])
-            before = result.get(name, torch.ones_like(keep))
-            if int(before.sum()) != keep.numel():
-                raise ValueError(f"later mask of {name!r} has {keep.numel()} units, but {int(before.sum())} are left")
-            after = before.clone()
-            after[before] = keep
+                name = f"layers.{stayed[layer]}.{name.split('.')[2]}"
+            after = self._left(name, keep.numel()).clone()
+            if int(after.sum()) != keep.numel():
+                raise ValueError(f"later mask of {name!r} has {keep.numel()} units, but {int(after.sum())} are left")
+            after[after.clone()] = keep
             result[name] = after
         if "layers" in result:
             gone = {i for i, stays in enumerate(result["layers"].tolist()) if not stays}
-            result = {name: keep for name, keep in result.items() if name == "layers" or int(name.split(".")[1]) not in gone}
-        return Mask(result)
+            result = {name: keep for name, keep in result.items() if _layer(name) not in gone}
+        both = Mask(result)
+        return Mask({name: keep & both._outer(name, keep.numel()) for name, keep in result.items()})
+
+    def _left(self, name: str, entries: int) -> Tensor:
+        """Which entries of an axis stay, where `entries` do; their number before is that of the mask, or follows from it."""
+        outer = self.kept.get(_within(name) or "")
+        if name not in self.kept and outer is not None:
+            return outer.repeat_interleave(entries // int(outer.sum()))
+        before = self.kept.get(name, torch.ones(entries, dtype=torch.bool))
+        return before & self._outer(name, before.numel())
 
     def to_json(self) -> dict[str, Any]:
         """As plain data: for each axis its size and the indices of the units that stay."""
@@ -166,7 +216,7 @@ class Mask:
 
     @classmethod
     def of_sizes(cls, axes: Iterable[Axis], scores: Scores, sizes: Mapping[str, int]) -> "Mask":
-        """The mask that keeps the `sizes[name]` best-scored units of each axis; of equals the first stays.
+        """The mask that keeps the `sizes[name]` best-scored units of each axis, in each of its blocks; of equals the first stays.
 
         Raises:
             ValueError: scores of an axis are missing, of another length, or not finite.
@@ -174,11 +224,13 @@ class Mask:
         kept = {}
         for axis in axes:
             score = scores.get(axis.name)
-            if score is None or score.shape != (axis.size,):
-                raise ValueError(f"{axis.name} has {axis.size} units but scores {None if score is None else tuple(score.shape)}")
+            if score is None or score.shape != (axis.entries,):
+                raise ValueError(
+                    f"{axis.name} has {axis.entries} units but scores {None if score is None else tuple(score.shape)}"
+                )
             if not torch.isfinite(score).all():
                 raise ValueError(f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity")
-            keep = torch.zeros(axis.size, dtype=torch.bool)
-            keep[score.argsort(descending=True, stable=True)[: sizes[axis.name]]] = True
-            kept[axis.name] = keep
+            keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
+            best = score.view(axis.blocks, axis.size).argsort(dim=1, descending=True, stable=True)
+            kept[axis.name] = keep.scatter_(1, best[:, : sizes[axis.name]], True).flatten()
         return cls(kept)

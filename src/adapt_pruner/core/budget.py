@@ -94,7 +94,9 @@ class Budget:
         Raises:
             UsageError: with the smallest count that can be had.
         """
-        floor = self.total - sum((axis.size - 1) * axis.cost for axis in axes)
+        names = {axis.name for axis in axes}  # where one block is left, a unit inside it is one entry
+        dear = [axis.cost // axis.blocks if axis.within in names else axis.cost for axis in axes]
+        floor = self.total - sum((axis.size - 1) * cost for axis, cost in zip(axes, dear, strict=True))
         if self.keep < floor:
             kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
             raise UsageError(

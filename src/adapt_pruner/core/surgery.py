@@ -5,7 +5,7 @@ The law: for every model and mask, the logits under `gated(model, axes, mask)` e
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,8 @@ def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
     for name in mask:
         if name not in by_name:
             raise ValueError(f"mask names {name!r}, which is not an axis of this model")
-        if mask[name].numel() != by_name[name].size:
-            raise ValueError(f"mask of {name!r} has {mask[name].numel()} units, the model has {by_name[name].size}")
+        if mask[name].numel() != by_name[name].entries:
+            raise ValueError(f"mask of {name!r} has {mask[name].numel()} units, the model has {by_name[name].entries}")
     return {name: by_name[name] for name in mask if not bool(mask[name].all())}
 
 
@@ -81,55 +81,80 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
         optimizer: any torch optimiser over the model's parameters.
 
     Raises:
-        ValueError: the mask names an axis the model does not have, or has another size along it.
+        ValueError: the mask names an axis the model does not have, has another size along it, or keeps more in one of its
+            blocks than in another; nothing is changed.
     """
     shrinking = _checked(axes, mask)
-    stack = shrinking.pop("layers", None)
+    sizes = {axis.name: _size(axis, mask) for axis in axes}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, leaf))
 
-    for name, axis in shrinking.items():
-        for piece in axis.slices:
-            index = mask[name].repeat_interleave(piece.width).nonzero().flatten()
-            old = model.get_parameter(piece.parameter)
-            new = _shortened(old, piece.dim, index)
-            owners[id(new)] = owners.pop(id(old))
-            for module, leaf in owners[id(new)]:
-                setattr(module, leaf, new)
-                if isinstance(module, nn.Linear):
-                    module.out_features, module.in_features = module.weight.shape
-            if optimizer is not None:
-                _follow(optimizer, old, new, piece.dim, index)
-        owner = model.get_submodule(axis.gate.module.rpartition(".")[0])
-        for field, units in axis.fields:
-            if hasattr(owner, field):
-                setattr(owner, field, int(mask[name].sum()) * units)
-
-    stayed = None
-    if stack is not None:
-        stayed = mask["layers"].nonzero().flatten().tolist()
-        _drop_layers(model, stack, stayed, optimizer)
+    for old, index in _kept(model, axes, mask):
+        new = _shortened(old, index)
+        for module, leaf in owners[id(old)]:
+            setattr(module, leaf, new)
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+        if optimizer is not None:
+            _follow(optimizer, old, new, index)
+    for axis in axes:
+        for name in axis.attributes:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, sizes[axis.name])
+    if "layers" in shrinking:
+        _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist(), optimizer)
     write_sizes(model.config, axes, mask)
 
 
-def _shortened(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
-    data = parameter.data.index_select(dim, index.to(parameter.device)).contiguous()
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+def _size(axis: Axis, mask: Mask) -> int:
+    """Units that stay of an axis; the same number in every block of which anything stays.
+
+    Raises:
+        ValueError: it is not.
+    """
+    left = {int(block) for block in mask.of(axis).view(axis.blocks, -1).sum(dim=1)} - {0}
+    if len(left) != 1:
+        raise ValueError(f"mask of {axis.name!r} keeps {sorted(left)} units of its blocks; every block must keep the same number")
+    return left.pop()
 
 
-def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, index: Tensor) -> None:
+def _kept(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[tuple[nn.Parameter, dict[int, Tensor]]]:
+    """Each parameter that shrinks, with the indices that stay along each of its dimensions."""
+    found: dict[int, tuple[nn.Parameter, dict[int, Tensor]]] = {}
+    for axis in axes:
+        keep = mask.of(axis)
+        if not keep.all():
+            for piece in axis.slices:
+                parameter = model.get_parameter(piece.parameter)
+                _, dims = found.setdefault(id(parameter), (parameter, {}))
+                entries = keep.repeat_interleave(piece.width)
+                dims[piece.dim] = dims[piece.dim] & entries if piece.dim in dims else entries
+    for key in list(found):
+        parameter, dims = found.pop(key)  # so that what was cut is not held while the rest is
+        yield parameter, {dim: entries.nonzero().flatten() for dim, entries in dims.items()}
+
+
+def _at(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
+    for dim, stays in index.items():
+        tensor = tensor.index_select(dim, stays.to(tensor.device))
+    return tensor.contiguous()
+
+
+def _shortened(parameter: nn.Parameter, index: Mapping[int, Tensor]) -> nn.Parameter:
+    return nn.Parameter(_at(parameter.data, index), requires_grad=parameter.requires_grad)
+
+
+def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: Mapping[int, Tensor]) -> None:
     """Point the optimiser, in place, from `old` to `new`, its state sliced alike."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)
     if state is not None:
         optimizer.state[new] = {
-            key: value.index_select(dim, index.to(value.device)).contiguous()
-            if isinstance(value, Tensor) and value.shape == old.shape
-            else value
+            key: _at(value, index) if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in state.items()
         }
 
@@ -176,9 +201,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     sizes: dict[str, dict[int, int]] = {}
     for axis in axes:
         if axis.layer in stayed:
-            kept = int(mask[axis.name].sum()) if axis.name in mask else axis.size
             for field, units in axis.fields:
-                sizes.setdefault(field, {})[stayed.index(axis.layer)] = kept * units
+                sizes.setdefault(field, {})[stayed.index(axis.layer)] = int(mask.of(axis).sum()) * units
             for field, value in axis.pins:
                 setattr(config, field, value)
 

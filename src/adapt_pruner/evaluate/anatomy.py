@@ -1,11 +1,13 @@
 """What a model is made of: parameters in all, in its layers, and layer by layer."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import count_parameters
 
 __all__ = ["anatomy", "decoder_parameters"]
@@ -35,17 +37,12 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     stayed = mask["layers"].nonzero().flatten().tolist() if mask is not None and "layers" in mask else list(range(depth.size))
     layers = []
     for i in range(depth.size):
-        sizes = {field: axis.size * units for axis in axes if axis.layer == i for field, units in axis.fields}
+        sizes = {field: axis.entries * units for axis in axes if axis.layer == i for field, units in axis.fields}
         params = count_parameters(stack[i])
-        gone = 0
-        for axis in axes:
-            dense_name = axis.name.replace(f"layers.{i}.", f"layers.{stayed[i]}.")
-            if axis.layer == i and mask is not None and dense_name in mask:
-                gone += int((~mask[dense_name]).sum()) * axis.cost
         layers.append({
             "layer": i, "dense_layer": stayed[i], "heads": sizes.get("num_attention_heads"), "kv_heads": sizes.get("num_key_value_heads"),
             "neurons": sizes.get("intermediate_size"), "params": params,
-            "share_of_dense": None if mask is None else params / (params + gone),
+            "share_of_dense": None if mask is None else params / _dense_parameters(stack[i], f"{depth.gate.module}.{i}.", axes, mask, stayed[i]),
         })  # fmt: skip
     params, decoder = count_parameters(model), count_parameters(stack)
     return {
@@ -54,3 +51,17 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         "share_of_dense": dense_params and params / dense_params,
         "layers": layers,
     }
+
+
+def _dense_parameters(layer: nn.Module, prefix: str, axes: Sequence[Axis], mask: Mask, dense_layer: int) -> int:
+    """Parameters a layer had before `mask`: along each dimension as many as the mask of an axis that owns slices of it says."""
+    before: dict[str, dict[int, int]] = {}
+    for axis in axes:
+        name = axis.name if axis.layer is None else f"layers.{dense_layer}.{axis.kind}"
+        for piece in axis.slices if name in mask else ():
+            dims = before.setdefault(piece.parameter, {})
+            dims[piece.dim] = max(dims.get(piece.dim, 0), mask[name].numel() * piece.width)
+    return sum(
+        math.prod(before.get(prefix + name, {}).get(dim, length) for dim, length in enumerate(parameter.shape))
+        for name, parameter in layer.named_parameters()
+    )

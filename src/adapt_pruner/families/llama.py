@@ -1,7 +1,8 @@
 """The Llama layout: gated MLP and grouped-query attention in pre-norm layers (Llama, SmolLM2, Mistral, Qwen2/2.5, Qwen3).
 
 Axes: `layers.I.neurons` (an MLP channel), `layers.I.kv_heads` (a KV head with all its query heads: head h of the
-queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers` (a whole layer).
+queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers.I.query_heads` (a query head of
+every group), `layers` (a whole layer).
 Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and k_norm (Qwen3) act inside a head and stay.
 """
 
@@ -34,8 +35,21 @@ def axes(model: Any) -> tuple[Axis, ...]:
                 model,
                 gate=Gate(f"{at}.o_proj", group * head_dim),
                 rows=((f"{at}.q_proj", group * head_dim), (f"{at}.k_proj", head_dim), (f"{at}.v_proj", head_dim)),
-                fields=(("num_key_value_heads", 1), ("num_attention_heads", group)),
+                fields=(("num_key_value_heads", 1),),
                 pins=(("head_dim", head_dim),),
+            )
+        )
+        found.append(
+            _axis(
+                f"layers.{i}.query_heads",
+                group,
+                model,
+                gate=Gate(f"{at}.o_proj", head_dim),
+                rows=((f"{at}.q_proj", head_dim),),
+                fields=(("num_attention_heads", 1),),
+                attributes=(f"{at}.num_key_value_groups",),
+                pins=(("head_dim", head_dim),),
+                blocks=num_kv_heads,
             )
         )
         at = f"model.layers.{i}.mlp"
@@ -47,6 +61,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
                 gate=Gate(f"{at}.down_proj"),
                 rows=((f"{at}.gate_proj", 1), (f"{at}.up_proj", 1)),
                 fields=(("intermediate_size", 1),),
+                attributes=(f"{at}.intermediate_size",),
             )
         )
     found.append(
@@ -69,14 +84,15 @@ def _axis(
     *,
     gate: Gate,
     rows: tuple[tuple[str, int], ...],
-    fields: tuple[tuple[str, int], ...],
-    pins: tuple[tuple[str, Any], ...] = (),
+    blocks: int = 1,
+    **stated: Any,
 ) -> Axis:
     """An axis that owns rows of some linear layers (with their biases) and columns of the one at the gate."""
     slices = [Slice(f"{module}.weight", 0, width) for module, width in rows]
     slices += [Slice(f"{module}.bias", 0, width) for module, width in rows if model.get_submodule(module).bias is not None]
     slices.append(Slice(f"{gate.module}.weight", 1, gate.width))
-    return Axis(name=name, size=size, cost=unit_cost(model, slices), gate=gate, slices=tuple(slices), fields=fields, pins=pins)
+    cost = blocks * unit_cost(model, slices)
+    return Axis(name=name, size=size, cost=cost, gate=gate, slices=tuple(slices), blocks=blocks, **stated)
 
 
 def tiny() -> dict[str, Any]:

@@ -76,23 +76,24 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
 
     Args:
         model: causal LM; left as found.
-        axes: the axes whose units to shut, one after the other. An axis of one unit, which cannot be shut, scores 0.
+        axes: the axes whose units to shut, one after the other; of an axis with blocks one entry, since each block
+            ranks its own. An axis of one unit, which cannot be shut, scores 0.
         batches: token ids, int64 [batch, length].
         dtype: precision of the matrix products.
 
     Returns:
-        axis name -> float32 [axis.size] on the CPU.
+        axis name -> float32 [axis.entries] on the CPU.
 
     Source: ours; removal as a measure is that of MoPE-CLIP (arXiv:2403.07839) and of layer-dropping work.
     """
     scores: Scores = {}
     for axis in axes:
         if axis.size == 1:
-            scores[axis.name] = torch.zeros(1)
+            scores[axis.name] = torch.zeros(axis.entries)
             continue
         losses = []
-        for unit in range(axis.size):
-            keep = torch.arange(axis.size) != unit
+        for entry in range(axis.entries):
+            keep = torch.arange(axis.entries) != entry
             with gated(model, axes, Mask({axis.name: keep})):
                 losses.append(mean_loss(model, batches, dtype=dtype))
         scores[axis.name] = torch.tensor(losses)

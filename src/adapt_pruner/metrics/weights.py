@@ -39,7 +39,7 @@ def taylor(
             although other heads go with it.
 
     Returns:
-        axis name -> float32 [units] on the CPU, non-negative. Comparable within an axis only.
+        axis name -> float32 [axis.entries] on the CPU, non-negative. Comparable within an axis only.
 
     Raises:
         UsageError: another form.
@@ -105,7 +105,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
         norm: `l1` or `l2`.
 
     Returns:
-        axis name -> float32 [axis.size] on the CPU, non-negative.
+        axis name -> float32 [axis.entries] on the CPU, non-negative.
 
     Raises:
         UsageError: another norm.
@@ -130,11 +130,11 @@ def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generato
         seed: of the generator; the same seed gives the same scores.
 
     Returns:
-        axis name -> float32 [axis.size] on the CPU.
+        axis name -> float32 [axis.entries] on the CPU.
     """
     yield Evidence.WEIGHTS
     generator = torch.Generator().manual_seed(seed)
-    return {axis.name: torch.rand(axis.size, generator=generator) for axis in axes if axis.slices}
+    return {axis.name: torch.rand(axis.entries, generator=generator) for axis in axes if axis.slices}
 
 
 def _summed(
