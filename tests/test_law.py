@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -10,10 +11,23 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.core.axes import Gate, Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.surgery import cut, gated, num_left
 from conftest import LAYOUTS, tiny_model
 
 KINDS = ("kv_heads", "query_heads", "neurons", "layers")
+WIDTHS = ("kv_heads", "query_heads", "neurons", "residual")
+
+
+def wide_norms(model: Any) -> Any:
+    """Norms that work in the precision of their input; the stock ones go through float32, to 1e-7."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(forward, module)
+    return model
 
 
 def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
@@ -49,10 +63,21 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 @pytest.mark.parametrize(
-    "kinds", [("neurons",), ("kv_heads",), ("query_heads",), ("kv_heads", "query_heads"), ("layers",), KINDS], ids="+".join
+    "kinds",
+    [
+        ("neurons",),
+        ("kv_heads",),
+        ("query_heads",),
+        ("kv_heads", "query_heads"),
+        ("layers",),
+        KINDS,
+        ("residual",),
+        (*WIDTHS, "layers"),
+    ],
+    ids="+".join,
 )
 def test_cut_equals_gated(layout: tuple[str, str], kinds: tuple[str, ...], ids: torch.Tensor) -> None:
-    model = tiny_model(layout).double()
+    model = wide_norms(tiny_model(layout).double())
     axes = families.axes(model)
     mask = random_mask(axes, kinds, seed=1)
     with torch.no_grad():
@@ -75,14 +100,21 @@ def parameters_left(dense: Any, axes: Any, mask: Mask, stayed: list[int]) -> int
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
-def test_sizes_and_config_follow_the_cut(layout: tuple[str, str], ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("kinds", [KINDS, (*WIDTHS, "layers")], ids=["within layers", "and the stream"])
+def test_sizes_and_config_follow_the_cut(kinds: tuple[str, ...], layout: tuple[str, str], ids: torch.Tensor) -> None:
     model = tiny_model(layout)
     axes = families.axes(model)
-    mask = random_mask(axes, KINDS, seed=2)
+    mask = random_mask(axes, kinds, seed=2)
     dense = copy.deepcopy(model)
     cut(model, axes, mask)
     stayed = mask["layers"].nonzero().flatten().tolist()
+    assert num_left(dense, axes, Mask({name: mask[name] for name in mask if name != "layers"})) == parameters_left(
+        dense, axes, mask, [0, 1, 2]
+    )
     assert count_parameters(model) == parameters_left(dense, axes, mask, stayed)
+    width = int(mask.of(next(axis for axis in axes if axis.name == "residual")).sum())
+    assert model.config.hidden_size == width == model.get_input_embeddings().embedding_dim == model.lm_head.in_features
+    assert all(module.hidden_size == width for module in model.modules() if hasattr(module, "hidden_size"))
     assert model.config.num_hidden_layers == len(model.model.layers) == int(mask["layers"].sum())
     for i, layer in enumerate(model.model.layers):
         config = model.config.per_layer_config[i]
@@ -125,6 +157,37 @@ def test_optimizer_moments_shrink_along(layout: tuple[str, str], ids: torch.Tens
         assert torch.allclose(ours, theirs, atol=1e-12), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_moments_follow_the_width_of_the_stream(layout: tuple[str, str], ids: torch.Tensor) -> None:
+    """After a step the moments are those of the gated dense model, of gradients by the weights as they are scaled now."""
+    model = wide_norms(tiny_model(layout).double())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    axes = families.axes(model)
+    residual = next(axis for axis in axes if axis.name == "residual")
+    mask = random_mask(axes, ("residual",), seed=4)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.0)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    cut(model, axes, mask, optimizer=optimizer)
+    optimizer.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    twin_optimizer.zero_grad()
+    with gated(twin, axes, mask):
+        twin(ids, labels=ids).loss.backward()
+    twin_optimizer.step()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        factor = (residual.size / int(mask["residual"].sum())) ** dict(residual.scaled).get(name, 0.0)
+        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            expected = twin_optimizer.state[theirs][key]
+            for piece in residual.slices:
+                if piece.parameter == name:
+                    expected = expected[mask["residual"]] if piece.dim == 0 else expected[:, mask["residual"]]
+            assert torch.allclose(optimizer.state[ours][key] * factor**power, expected, rtol=1e-6, atol=1e-14), (name, key)
+
+
 def test_dropped_layers_leave_the_optimizer(ids: torch.Tensor) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -156,6 +219,29 @@ def test_masks_compose(layout: tuple[str, str], ids: torch.Tensor) -> None:
     cut(once, dense_axes, total)
     assert torch.equal(once(ids).logits, twice(ids).logits)
     assert Mask.from_json(total.to_json()) == total
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_masks_of_the_stream_compose(layout: tuple[str, str], ids: torch.Tensor) -> None:
+    twice, once = (wide_norms(tiny_model(layout).double()) for _ in range(2))
+    dense_axes, total = families.axes(once), Mask()
+    for seed, kinds in enumerate((("residual", "layers"), WIDTHS)):
+        axes = families.axes(twice)
+        mask = random_mask(axes, kinds, seed=seed)
+        cut(twice, axes, mask)
+        total = total.then(mask)
+    cut(once, dense_axes, total)
+    assert torch.allclose(once(ids).logits, twice(ids).logits, atol=1e-12)
+    assert once.config.hidden_size == 12
+    assert once.config.rms_norm_eps == pytest.approx(twice.config.rms_norm_eps, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_the_width_of_the_stream_in_float32(layout: tuple[str, str], ids: torch.Tensor) -> None:
+    """With the stock norms, which round to float32 whatever they are given: a few 2⁻²⁴ a norm."""
+    model = tiny_model(layout)
+    axes = families.axes(model)
+    assert gap(model, axes, random_mask(axes, ("residual",), seed=1), ids) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -211,6 +297,10 @@ def _without(axis: Any, part: str) -> Any:
     return dataclasses.replace(axis, slices=tuple(piece for piece in axis.slices if part not in piece.parameter))
 
 
+def _unscaled(axis: Any, part: str) -> Any:
+    return dataclasses.replace(axis, scaled=tuple(entry for entry in axis.scaled if part not in entry[0]))
+
+
 FAULTS = {
     "a forgotten bias": ("qwen2", "kv_heads", lambda axis: _without(axis, "q_proj.bias")),
     "a forgotten o_proj": ("llama", "kv_heads", lambda axis: _without(axis, "o_proj")),
@@ -226,6 +316,12 @@ FAULTS = {
         "query_heads",
         lambda axis: dataclasses.replace(axis, size=axis.entries, blocks=1),
     ),
+    "unscaled norms": ("llama", "residual", lambda axis: _unscaled(axis, "norm.weight")),
+    "an unscaled last norm": ("llama", "residual", lambda axis: _unscaled(axis, "model.norm.weight")),
+    "an unscaled epsilon": ("llama", "residual", lambda axis: _unscaled(axis, "variance_epsilon")),
+    "norms inside heads with the stream's epsilon": ("qwen3", "residual", lambda axis: _unscaled(axis, "self_attn.k_proj")),
+    "a forgotten bias that writes to the stream": ("llama-mha-biased", "residual", lambda axis: _without(axis, "o_proj.bias")),
+    "an untied head that is forgotten": ("qwen3-untied", "residual", lambda axis: _without(axis, "lm_head")),
     "a forgotten bias of the queries": ("qwen2", "query_heads", lambda axis: _without(axis, "q_proj.bias")),
     "query heads cut like KV heads": (
         "llama",
@@ -240,7 +336,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_law_catches(fault: str, ids: torch.Tensor) -> None:
     name, kind, spoil = FAULTS[fault]
-    model = tiny_model(next(layout for layout in LAYOUTS if layout[1] == name)).double()
+    model = wide_norms(tiny_model(next(layout for layout in LAYOUTS if layout[1] == name)).double())
     model.set_attn_implementation("eager")  # the kernel that reads the group size
     axes = [spoil(axis) for axis in families.axes(model) if axis.kind == kind]  # no other axis mends it
     try:

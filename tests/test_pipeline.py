@@ -18,7 +18,7 @@ from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.forecast import dry_run
 from adapt_pruner.metrics.blocks import loss_drop
 from adapt_pruner.pipeline import prune, run
-from adapt_pruner.plan import stage_targets
+from adapt_pruner.plan import scored, stage_targets
 from adapt_pruner.recipe import Recipe, read
 from conftest import read_json
 
@@ -247,3 +247,27 @@ def test_query_heads_go_and_the_budget_is_met(axes: list[str], recipe: Recipe, t
     for layer, dense in zip(layers, anatomy(load(recipe.model).model)["layers"], strict=True):
         assert layer["share_of_dense"] == pytest.approx(layer["params"] / dense["params"])
         assert layer["heads"] % layer["kv_heads"] == 0
+
+
+@pytest.mark.parametrize("axes", [["residual"], ["neurons", "residual"]])
+def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe: Recipe, tmp_path: Path) -> None:
+    changes = {"axes": axes, "chooser": "allocate.uniform", "distance": None, "budget": "70%", "head_metric": None}
+    outcome = prune(without_training(recipe, **changes), tmp_path / "out")
+    loaded = load(str(tmp_path / "out"))
+    assert loaded.mask == outcome.mask
+    assert loaded.model.config.hidden_size < 48
+    cost = min(axis.cost for axis in families.axes(loaded.model) if axis.kind in axes)
+    assert outcome.figures["budget"] - cost < outcome.figures["params_after"] <= outcome.figures["budget"]
+    layers = anatomy(loaded.model, mask=loaded.mask)["layers"]
+    for layer, dense in zip(layers, anatomy(load(recipe.model).model)["layers"], strict=True):
+        assert layer["share_of_dense"] == pytest.approx(layer["params"] / dense["params"])
+    with pytest.raises(UsageError, match="'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser"):
+        without_training(recipe, axes=axes)
+
+
+def test_only_what_may_shrink_gets_gradients(recipe: Recipe) -> None:
+    """The embeddings lie on the stream's axis: their gradients are not to be paid for where it may not shrink."""
+    model = load(recipe.model).model
+    asked = {piece.parameter for axis in scored(model, recipe) for piece in axis.slices}
+    assert not any("embed" in name or "norm" in name for name in asked)
+    assert {axis.kind for axis in scored(model, recipe)} == {"neurons", "kv_heads", "layers"}

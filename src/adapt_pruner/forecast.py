@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from adapt_pruner import families
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, plan, reads_text
+from adapt_pruner.plan import Stage, plan, reads_text, scored
 from adapt_pruner.prepare import Listener, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
@@ -110,7 +109,7 @@ def _probe(model: Any, recipe: Recipe, *, narrow: bool) -> Speed:
     batch = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # the first pass of a process is slow
         began = time.perf_counter()
-        score(model, families.axes(model), [batch], metrics=[taylor], dtype=recipe.dtype)
+        score(model, scored(model, recipe), [batch], metrics=[taylor], dtype=recipe.dtype)
     span = time.perf_counter() - began
     device = next(model.parameters()).device
     flops = batch.numel() * work(shapes(model), Setup(device.type, narrow, length), kind="score") / span

@@ -33,7 +33,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan import Stage, layer_measure_of, metrics_of, prunable
+from adapt_pruner.plan import Stage, layer_measure_of, metrics_of, prunable, scored
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, load_model, prepare
 from adapt_pruner.recipe import Recipe
@@ -120,7 +120,7 @@ def _prune(
             batches = ready.calibration(where["iteration"])
             metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
             tell = _progress(listen, "score", **where)
-            scores, loss = score(model, axes, batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
+            scores, loss = score(model, scored(model, recipe), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
             if (measure_layers := layer_measure_of(recipe)) is not None:
                 scores |= measure_layers(model, [axis for axis in axes if axis.name == "layers"], batches)
             may_shrink = prunable(model, recipe)

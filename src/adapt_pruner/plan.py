@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from adapt_pruner import families, parts
-from adapt_pruner.core.axes import Axis, Scores
-from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
+from adapt_pruner.core.surgery import num_left
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.train.loop import stage_tokens
 
-__all__ = ["Stage", "layer_measure_of", "metrics_of", "plan", "prunable", "reads_text", "stage_targets", "stages"]
+__all__ = ["Stage", "layer_measure_of", "metrics_of", "plan", "prunable", "reads_text", "scored", "stage_targets", "stages"]
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,20 @@ def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget
     """
     axes = prunable(model, recipe)
     budget = Budget.parse(recipe.budget, dense=dense)
-    Budget(keep=budget.keep, total=count_parameters(model)).check_reachable(axes)
+    least = {axis.name: 1 for axis in axes}
+    floor = num_left(model, axes, Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, least))
+    budget.check_reachable(axes, floor)
     return stages(recipe, axes, start=dense, end=budget.keep), budget
 
 
 def prunable(model: Any, recipe: Recipe) -> list[Axis]:
     """The axes of `model` that the recipe lets shrink."""
     return [axis for axis in families.axes(model) if axis.kind in recipe.axes]
+
+
+def scored(model: Any, recipe: Recipe) -> list[Axis]:
+    """The axes that metrics look at: those that may shrink, whose parameters alone get gradients, and `layers`."""
+    return [axis for axis in families.axes(model) if axis.kind in recipe.axes or axis.name == "layers"]
 
 
 def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
@@ -97,4 +107,4 @@ def reads_text(model: Any, recipe: Recipe) -> bool:
         or (recipe.head_metric is not None and "kv_heads" in recipe.axes)
     ):
         return True
-    return evidence_needed(model, families.axes(model), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS
+    return evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS

@@ -1,7 +1,8 @@
 """What of a model can shrink, and what of it stays: Axis, Scores and Mask.
 
 An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
-Names are `layers` (whole decoder layers) and `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`).
+Names are `layers` (whole decoder layers), `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`) and, where there is one
+for the whole model, KIND (`residual`).
 
 Units may stand in blocks: of `query_heads`, which lie inside KV heads, the same number leaves every group, so a unit is one
 head of each. Scores and masks have an entry for every head, block by block; sizes and costs count units.
@@ -35,12 +36,13 @@ class Slice:
 class Gate:
     """Where an entry of an axis can be shut without being cut.
 
-    Each entry owns `width` consecutive features of the input of `module`, set to zero when it is shut. With
-    `width` 0 the units are the entries of the module list `module`, and a shut one returns its input.
+    Each entry owns `width` consecutive features of the input of `module`, and of the modules `also`, set to zero when it is
+    shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input.
     """
 
     module: str
     width: int = 1
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Axis:
         attributes: module attributes, by their dotted names, that state the size.
         pins: config fields to be spelled out because stock code would derive them from a field that changes.
         lists: config fields that hold one entry per unit and lose entries with it.
+        scaled: what is multiplied by (size before / size after) ** power, since something takes a mean over the axis: dotted
+            names of parameters, module attributes and config fields, each with its power.
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
     """
 
@@ -69,6 +73,7 @@ class Axis:
     attributes: tuple[str, ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
+    scaled: tuple[tuple[str, float], ...] = ()
     blocks: int = 1
 
     @property
@@ -78,12 +83,12 @@ class Axis:
 
     @property
     def kind(self) -> str:
-        """The last part of the name: `neurons`, `kv_heads`, `layers`."""
+        """The last part of the name: `neurons`, `kv_heads`, `residual`, `layers`."""
         return self.name.rpartition(".")[2]
 
     @property
     def layer(self) -> int | None:
-        """The index of the decoder layer the axis lies in; None for `layers` itself."""
+        """The index of the decoder layer the axis lies in; None for one of the whole model."""
         return _layer(self.name)
 
     @property

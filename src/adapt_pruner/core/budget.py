@@ -88,15 +88,12 @@ class Budget:
             raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
         return cls(keep=keep, total=dense)
 
-    def check_reachable(self, axes: Sequence[Axis]) -> None:
-        """Refuse a budget that cannot be met by leaving one unit of every axis.
+    def check_reachable(self, axes: Sequence[Axis], floor: int) -> None:
+        """Refuse a budget below the `floor` that is left with one unit of every axis.
 
         Raises:
-            UsageError: with the smallest count that can be had.
+            UsageError: it is, with the smallest count that can be had.
         """
-        names = {axis.name for axis in axes}  # where one block is left, a unit inside it is one entry
-        dear = [axis.cost // axis.blocks if axis.within in names else axis.cost for axis in axes]
-        floor = self.total - sum((axis.size - 1) * cost for axis, cost in zip(axes, dear, strict=True))
         if self.keep < floor:
             kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
             raise UsageError(

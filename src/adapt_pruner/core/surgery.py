@@ -5,8 +5,10 @@ The law: for every model and mask, the logits under `gated(model, axes, mask)` e
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.budget import count_parameters
 
-__all__ = ["cut", "gated", "write_sizes"]
+__all__ = ["cut", "gated", "num_left", "write_sizes"]
+
+_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers
 
 
 def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
@@ -39,12 +44,14 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     handles = []
     try:
         for name, axis in _checked(axes, mask).items():
-            module = model.get_submodule(axis.gate.module)
             if axis.gate.width == 0:
+                stack: Any = model.get_submodule(axis.gate.module)
                 for index in (~mask[name]).nonzero().flatten().tolist():
-                    handles.append(module[index].register_forward_hook(_skip, with_kwargs=True))  # type: ignore[index]
+                    handles.append(stack[index].register_forward_hook(_skip, with_kwargs=True))
             else:
-                handles.append(module.register_forward_pre_hook(_Shut(mask[name].repeat_interleave(axis.gate.width))))
+                shut = _Shut(mask[name].repeat_interleave(axis.gate.width))
+                for module in (axis.gate.module, *axis.gate.also):
+                    handles.append(model.get_submodule(module).register_forward_pre_hook(shut))
         yield
     finally:
         for handle in handles:
@@ -70,7 +77,7 @@ def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> None:
     """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
 
-    Weights, biases, module sizes, layer numbers and `model.config` follow. Every shortened parameter is a new
+    Weights, biases, module sizes, layer numbers, norms whose mean runs over an axis and `model.config` follow. Every shortened parameter is a new
     `nn.Parameter` (tied uses stay tied); the optimiser's groups point to it, and each of its state tensors that
     had the parameter's shape is sliced alike. Gradients of shortened parameters are dropped.
 
@@ -104,9 +111,21 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
         for name in axis.attributes:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, sizes[axis.name])
+        if sizes[axis.name] < axis.size:
+            for name, power in axis.scaled:
+                _scale(model, name, (axis.size / sizes[axis.name]) ** power, optimizer)
     if "layers" in shrinking:
         _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist(), optimizer)
     write_sizes(model.config, axes, mask)
+
+
+def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
+    """Parameters that a model will have after `cut` by a mask that drops no whole layer."""
+    left = count_parameters(model)
+    for parameter, index in _kept(model, axes, mask):
+        shape = [index[dim].numel() if dim in index else length for dim, length in enumerate(parameter.shape)]
+        left += math.prod(shape) - parameter.numel()
+    return left
 
 
 def _size(axis: Axis, mask: Mask) -> int:
@@ -159,6 +178,20 @@ def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: M
         }
 
 
+def _scale(model: nn.Module, name: str, factor: float, optimizer: Optimizer | None) -> None:
+    """Multiply, in place, a parameter, module attribute or config field; moments of its gradient g, now g / factor, follow."""
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(attrgetter(owner)(model), leaf)
+    if not isinstance(value, nn.Parameter):
+        setattr(attrgetter(owner)(model), leaf, value * factor)
+        return
+    value.data = (value.data.to(torch.promote_types(value.dtype, torch.float32)) * factor).to(value.dtype)
+    value.grad = None
+    for key, moment in (optimizer.state.get(value, {}) if optimizer is not None else {}).items():
+        if key in _POWERS:
+            moment.mul_(factor ** -_POWERS[key])
+
+
 def _drop_layers(model: nn.Module, axis: Axis, stayed: list[int], optimizer: Optimizer | None) -> None:
     """Remove, in place, all decoder layers but those `stayed`; the rest are renumbered."""
     parent_name, _, leaf = axis.gate.module.rpartition(".")
@@ -200,7 +233,10 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
 
     sizes: dict[str, dict[int, int]] = {}
     for axis in axes:
-        if axis.layer in stayed:
+        if axis.layer is None and axis is not depth:
+            for field, units in axis.fields:
+                setattr(config, field, int(mask.of(axis).sum()) * units)
+        elif axis.layer in stayed:
             for field, units in axis.fields:
                 sizes.setdefault(field, {})[stayed.index(axis.layer)] = int(mask.of(axis).sum()) * units
             for field, value in axis.pins:
@@ -214,6 +250,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
         else:
             for i, size in by_layer.items():
                 per_layer[i][field] = size
+            if not _accepts(config, field, getattr(config, field)):
+                setattr(config, field, 1)  # no layer's, but it has to pass; all layers say their own
     if any(per_layer.values()):
         config.per_layer_config = per_layer
         config.allow_global_per_layer_attribute_access = _reads_global_sizes(config)

@@ -2,7 +2,7 @@
 
 Axes: `layers.I.neurons` (an MLP channel), `layers.I.kv_heads` (a KV head with all its query heads: head h of the
 queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers.I.query_heads` (a query head of
-every group), `layers` (a whole layer).
+every group), `residual` (a channel of the stream that all layers read and write), `layers` (a whole layer).
 Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and k_norm (Qwen3) act inside a head and stay.
 """
 
@@ -64,6 +64,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
                 attributes=(f"{at}.intermediate_size",),
             )
         )
+    found.append(_residual(model))
     found.append(
         Axis(
             name="layers",
@@ -88,11 +89,56 @@ def _axis(
     **stated: Any,
 ) -> Axis:
     """An axis that owns rows of some linear layers (with their biases) and columns of the one at the gate."""
-    slices = [Slice(f"{module}.weight", 0, width) for module, width in rows]
-    slices += [Slice(f"{module}.bias", 0, width) for module, width in rows if model.get_submodule(module).bias is not None]
+    slices = [Slice(name, 0, width) for module, width in rows for name in _parameters(model, module)]
     slices.append(Slice(f"{gate.module}.weight", 1, gate.width))
     cost = blocks * unit_cost(model, slices)
     return Axis(name=name, size=size, cost=cost, gate=gate, slices=tuple(slices), blocks=blocks, **stated)
+
+
+def _parameters(model: Any, linear: str) -> list[str]:
+    """Weight, and bias if there is one, of a linear layer."""
+    return [f"{linear}.weight"] + ([f"{linear}.bias"] if model.get_submodule(linear).bias is not None else [])
+
+
+def _residual(model: Any) -> Axis:
+    """The width of the stream: every norm over it, all that reads it by columns and writes it by rows, the embeddings.
+
+    A norm w · x / √(mean(x²) + ε) over d channels of which d' are not zero is, over those, one with w √(d/d') and ε d/d'.
+    The config has one ε for all norms, so those inside heads (Qwen3), whose width stays, get it too: what enters them is
+    multiplied by √(d/d'), which cancels.
+    """
+    norms, rows, columns, inner, of_layers = ["model.norm"], [], ["model.embed_tokens.weight"], [], []
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        columns.append("lm_head.weight")
+    for i, layer in enumerate(model.model.layers):
+        at = f"model.layers.{i}"
+        norms += [f"{at}.input_layernorm", f"{at}.post_attention_layernorm"]
+        for path in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            columns.append(f"{at}.{path}.weight")
+        for path in ("self_attn.o_proj", "mlp.down_proj"):
+            rows += _parameters(model, f"{at}.{path}")
+        of_layers += [f"{at}.hidden_size", f"{at}.mlp.hidden_size"]
+        if hasattr(layer.self_attn, "q_norm"):
+            inner += [(f"{at}.self_attn.{side}_norm.variance_epsilon", 1.0) for side in "qk"]
+            inner += [(name, 0.5) for side in "qk" for name in _parameters(model, f"{at}.self_attn.{side}_proj")]
+    slices = (
+        [Slice(f"{norm}.weight", 0) for norm in norms] + [Slice(name, 0) for name in rows] + [Slice(name, 1) for name in columns]
+    )
+    return Axis(
+        name="residual",
+        size=model.model.norm.weight.shape[0],
+        cost=unit_cost(model, slices),
+        gate=Gate(norms[0], also=tuple(norms[1:])),  # the stream is read through norms only
+        slices=tuple(slices),
+        fields=(("hidden_size", 1),),
+        attributes=("model.embed_tokens.embedding_dim", *of_layers),
+        scaled=(
+            *((f"{norm}.weight", 0.5) for norm in norms),
+            *((f"{norm}.variance_epsilon", 1.0) for norm in norms),
+            *inner,
+            ("config.rms_norm_eps", 1.0),
+        ),
+    )
 
 
 def tiny() -> dict[str, Any]:
