@@ -171,7 +171,7 @@ def test_methods_lists_rows_and_parts(ask: Any) -> None:
 
 
 def test_help_has_examples(ask: Any) -> None:
-    for command in ("prune", "run", "eval", "inspect", "methods"):
+    for command in ("prune", "run", "eval", "compare", "inspect", "methods"):
         status, out, _ = ask(command, "--help")
         assert status == 0
         assert f"adapt-pruner {command}" in out

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapt_pruner.data import overlap
-from adapt_pruner.data.overlap import overlaps
+from adapt_pruner.data.overlap import overlaps, same_kind
 
 
 @pytest.fixture
@@ -54,3 +54,49 @@ def test_each_text_is_read_once_and_only_if_it_is_compared(spec: str, monkeypatc
     assert seen == []
     overlaps({"calibration": spec, "training": spec, "evaluation": "python-docs:heldout"})
     assert sorted(seen) == sorted([spec, "python-docs:heldout"])
+
+
+ALIKE = {
+    "one data set": ("hub:wikitext:wikitext-2-raw-v1:train", "hub:wikitext:wikitext-2-raw-v1:test", "of wikitext"),
+    "one built-in text": ("python-docs:train", "python-docs:heldout", "of python-docs"),
+    "parts of one file": ("FOLDER/x/a.jsonl#train", "FOLDER/x/a.jsonl#heldout", "of FOLDER/x/a.jsonl"),
+    "a file below a folder": ("FOLDER/x", "FOLDER/x/a.jsonl", "of FOLDER/x"),
+    "a file under a glob": ("FOLDER/x/a.jsonl", "FOLDER/*/*.jsonl", "of FOLDER"),
+    "files of one folder": ("FOLDER/x/a.jsonl", "FOLDER/x/b.jsonl", "lie in FOLDER/x"),
+    "one name": ("some/wikitext2/valid.txt", "other/wikitext103/test.txt", "called 'wikitext'"),
+    "the beginning of a name": ("corpus/wiki", "data/wikitext2/test_public.txt", "called 'wiki'"),
+    "a name in a data set's": ("corpus/c4/en.jsonl.gz", "hub:allenai/c4:en", "called 'c4'"),
+}
+APART = [
+    ("self", "python-docs:heldout"),
+    ("corpus/web_c4", "wikitext2/test_public.txt"),
+    ("corpus/web_c4", "corpus/wiki"),
+    ("data/train/books.jsonl.gz", "data/test/code.jsonl.gz"),
+    ("hub:allenai/c4:en", "hub:wikitext"),
+    ("FOLDER/x/a.jsonl", "FOLDER/x/notes.txt"),
+    ("FOLDER/x/a.jsonl", "FOLDER/y/b.jsonl"),
+]
+
+
+def placed(spec: str, folder: Path) -> str:
+    for name in ("x/a.jsonl", "x/b.jsonl", "x/notes.txt", "y/b.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return spec.replace("FOLDER", str(folder))
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_texts_of_one_kind_are_told_by_their_names(case: str, tmp_path: Path) -> None:
+    one, other, why = (placed(spec, tmp_path) for spec in ALIKE[case])
+    for pair in ((one, other), (other, one)):
+        said = same_kind(["corpus/unlike", pair[0]], [pair[1]])
+        assert said is not None
+        assert f"(both {'are ' if not why.startswith('lie') else ''}{why})" in said
+        assert repr(pair[0]) in said
+
+
+@pytest.mark.parametrize("pair", APART, ids=" and ".join)
+def test_texts_of_different_kinds_give_no_warning(pair: tuple[str, str], tmp_path: Path) -> None:
+    one, other = (placed(spec, tmp_path) for spec in pair)
+    assert same_kind([one], [other]) is None
+    assert same_kind([other], [one]) is None

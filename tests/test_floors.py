@@ -34,6 +34,7 @@ FLOORS = {
     "trackers": 8,
     "pipeline": 9,
     "forecast": 9,
+    "compare": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 11,

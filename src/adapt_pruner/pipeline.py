@@ -5,14 +5,9 @@ goes on from its newest checkpoint. What happens on the way is told to a listene
 library itself prints nothing.
 """
 
-import functools
 import json
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,8 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score
-from adapt_pruner.core.memory import peak_rss_bytes
+from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
+from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -94,6 +90,7 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
         "trained_tokens": at.progress.tokens,
         "seconds": at.seconds,
         **{f"seconds_{phase}": seconds for phase, seconds in at.spent.items()},
+        "peak_bytes": peak_bytes(model),
         "peak_rss_bytes": peak_rss_bytes(),
         "method": recipe.method,
         "seed": recipe.seed,
@@ -256,7 +253,7 @@ def _run(
         )
 
     def begin() -> None:
-        folder.begin(recipe, _provenance())
+        folder.begin(recipe, made_by())
         folder.rewind(log_size=state.get("log_size", 0), damaged=damaged)
         folder.tidy(keep=recipe.keep_checkpoints)
 
@@ -376,7 +373,7 @@ def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
     loaded = outcome.loaded
     return {
         "dense_params": outcome.figures["params_before"] if loaded.mask is None else loaded.dense_params,
-        "made_by": _provenance(),
+        "made_by": made_by(),
         "recipe": recipe.model_dump(mode="json"),
         "figures": outcome.figures,
         "history": outcome.history,
@@ -386,21 +383,3 @@ def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
 def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
     loaded = outcome.loaded
     save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=_pruning(outcome, recipe), dtype=loaded.dtype)
-
-
-@functools.cache
-def _provenance() -> str:
-    """Versions of what made a run, and the commit when the package lies in its own git checkout."""
-    versions = []
-    for name in ("adapt-pruner", "torch", "transformers"):
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            versions.append(f"{name} unknown")
-    text = ", ".join([*versions, f"Python {platform.python_version()}"])
-    checkout = Path(__file__).parents[2]
-    if (checkout / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        text += f", commit {commit}" if commit else ""
-    return text

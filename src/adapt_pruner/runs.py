@@ -27,7 +27,7 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 
-__all__ = ["OWN_TEXT", "RunFolder", "opened"]
+__all__ = ["OWN_TEXT", "RunFolder", "locked", "opened"]
 
 OWN_TEXT = "calibration_self.json"
 _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
@@ -186,10 +186,7 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
         check_target(path)
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    lock = until.enter_context(_locked(path / ".lock"))
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    until.enter_context(locked(path / ".lock"))
 
     def leave() -> None:
         if folder.is_new:
@@ -201,7 +198,7 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
     until.callback(leave)
 
 
-def _locked(path: Path) -> IO[str]:
+def locked(path: Path) -> IO[str]:
     """A lock file that this process has locked, until it is closed or the process ends, however it ends.
 
     Raises:
@@ -212,6 +209,9 @@ def _locked(path: Path) -> IO[str]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
                 return lock
         except BlockingIOError as error:
             lock.seek(0)

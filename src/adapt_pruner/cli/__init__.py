@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
 from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
@@ -26,7 +27,14 @@ app = typer.Typer(
     help="Make small language models out of larger ones: adaptive structured pruning, interleaved with training.\n\n"
     "Try `adapt-pruner prune smollm2-135m-instruct -o small --params 110M`, or `adapt-pruner COMMAND --help`.",
 )
-for command, name in ((prune, "prune"), (run, "run"), (evaluate, "eval"), (inspect, "inspect"), (methods, "methods")):
+for command, name in (
+    (prune, "prune"),
+    (run, "run"),
+    (evaluate, "eval"),
+    (compare, "compare"),
+    (inspect, "inspect"),
+    (methods, "methods"),
+):
     app.command(name)(command)
 
 

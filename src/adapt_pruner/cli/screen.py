@@ -153,3 +153,24 @@ class Screen:
     def _on_saved(self, event: dict[str, Any]) -> None:
         if "params_after" not in event:
             self._say(f"saved {event['path']}", often="-step-" in event["path"])
+
+    def _on_reused(self, event: dict[str, Any]) -> None:
+        self._say(f"{event['done']} of {event['of']} cells are finished and used again")
+
+    def _on_cell(self, event: dict[str, Any]) -> None:
+        left = "" if event["seconds_left"] is None else f"about {duration(event['seconds_left'])} left"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=(event["cell"] - 1) / event["of"], description=_cell(event), left=left)
+        self._say(_cell(event) + (f", {left}" if left else ""))
+
+    def _on_cell_done(self, event: dict[str, Any]) -> None:
+        came = f"perplexity {math.exp(event['nll']):,.2f}" if event["error"] is None else f"failed: {event['error']}"
+        self._say(f"{_cell(event)}: {came}")
+
+    def _on_said(self, event: dict[str, Any]) -> None:
+        self._say(f"  {event['text']}", often=True)
+
+
+def _cell(event: dict[str, Any]) -> str:
+    draw = f", draw {event['draw']} of {event['draws']}" if event["draws"] > 1 else ""
+    return f"cell {event['cell']} of {event['of']}: {event['method']} to {millions(event['size'])}{draw}"

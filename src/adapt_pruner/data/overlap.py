@@ -1,15 +1,24 @@
-"""Whether calibration, training and evaluation text share documents."""
+"""Whether calibration, training and evaluation text share documents, or are of one kind."""
 
 import functools
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from adapt_pruner.data.sources import SELF, Source, domains, read
 
-__all__ = ["overlaps"]
+__all__ = ["overlaps", "same_kind"]
 
 _NAMED = 3
 _MAX_HUB_DOCUMENTS = 10_000
+_BUILT_IN = "python-docs"
+_OF_ANY_TEXT = {
+    "calibration", "clean", "corpora", "corpus", "data", "dataset", "datasets", "docs", "documents", "eval", "evaluation", "files",
+    "heldout", "input", "json", "jsonl", "parquet", "part", "private", "public", "sample", "samples", "shard", "shards", "small",
+    "split", "test", "text", "texts", "tiny", "token", "tokens", "train", "training", "valid", "validation",
+}  # fmt: skip
+"""Words in the names of texts that say nothing of their kind."""
 
 
 def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
@@ -44,3 +53,59 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
             remedy = "; to measure on text of its own, split it: SPEC#train and SPEC#heldout" if measures else ""
             sentences.append(f"{one} and {other} text share {count} ({named}){remedy}")
     return sentences
+
+
+def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | None:
+    """One sentence where a text that is calibrated on is, by its name, of the kind of one that is measured on; else None.
+
+    Two texts are of one kind if both are the same data set or built-in text, if one lies in the folder that the other
+    names, if both are files of one folder and one ending, or if the last two parts of their names share a word, or its
+    beginning, that tells a kind (`wikitext2/valid.txt`, `wiki.jsonl.gz`). It is a guess: names are all that is looked at.
+    """
+    for one, other in itertools.product(calibration, evaluation):
+        shared = _shared(one, other)
+        if shared is not None:
+            return (
+                f"calibration text {one!r} and evaluation text {other!r} look of one kind ({shared}), so the perplexities are "
+                "lower than on text of another kind; calibrate or measure on other text to see what carries over"
+            )
+    return None
+
+
+def _shared(one: str, other: str) -> str | None:
+    """What two SPECs have in common, in a few words."""
+    if SELF in (one, other):
+        return None
+    one, other = (re.sub("#(train|heldout)$", "", spec) for spec in (one, other))
+    kinds = [spec.partition(":")[0] for spec in (one, other)]
+    if kinds in (["hub"] * 2, [_BUILT_IN] * 2):
+        names = [
+            spec.split(":")[1] if kind == "hub" else spec.partition(":")[0]
+            for kind, spec in zip(kinds, (one, other), strict=True)
+        ]
+        if names[0] == names[1]:
+            return f"both are of {names[0]}"
+    elif not {"hub", _BUILT_IN} & set(kinds):
+        a, b = _place(one), _place(other)
+        if a == b or a in b.parents or b in a.parents:
+            return f"both are of {min(a, b, key=lambda path: len(path.parts))}"
+        if a.is_file() and b.is_file() and (a.parent, a.suffixes[-2:]) == (b.parent, b.suffixes[-2:]):
+            return f"both lie in {a.parent}"
+    for word, its in itertools.product(sorted(_words(one)), sorted(_words(other))):
+        if word == its or (min(len(word), len(its)) >= 4 and (word.startswith(its) or its.startswith(word))):
+            return f"both are called {min(word, its, key=len)!r}"
+    return None
+
+
+def _place(spec: str) -> Path:
+    """The file or folder that a SPEC names; of a glob, the folder that all its matches lie in."""
+    path = Path(spec).expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if not set("*?[") & set(str(folder)))
+
+
+def _words(spec: str) -> set[str]:
+    """The words in a SPEC that may tell its kind: of four letters and more, without their number, or with a number (`c4`)."""
+    parts = spec.split(":")[1] if spec.startswith("hub:") else "/".join([part for part in Path(spec).parts if part != "**"][-2:])
+    found = (re.fullmatch(r"([a-z]+)(\d*)", word) for word in re.findall(r"[a-z]+\d*", parts.lower()))
+    words = {match[1] if len(match[1]) >= 4 else match[0] for match in found if match and (len(match[1]) >= 4 or match[2])}
+    return words - _OF_ANY_TEXT

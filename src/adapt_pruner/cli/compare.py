@@ -1,0 +1,76 @@
+"""`adapt-pruner compare`: which method, and how far; several of them at equal parameters."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapt_pruner.cli.options import Device, Json, Precision, Set, TrustRemoteCode
+
+__all__ = ["compare"]
+
+
+def compare(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+    ],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures, table and picture; or of one to go on with.")],
+    methods: Annotated[str, typer.Option(help="Rows of `adapt-pruner methods`, with commas: magnitude,random.")],
+    params: Annotated[str, typer.Option(help="Sizes, with commas: 113.3M,92M or 80%,60%.")],
+    text: Annotated[list[str], typer.Option(metavar="SPEC", help="Text to measure on: file, folder, glob, …; may be repeated.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to measure importance on, for every method. [default: what its recipe says]")
+    ] = None,
+    calibration_ids: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="JSON file with input_ids, instead; each that is given is a draw.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(help="Seeds of every cell, from 0. [default: 3]", min=1)] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.", min=2)] = 512,
+    max_windows: Annotated[int, typer.Option(help="Windows at most, of each text.", min=1)] = 40,
+    overrides: Set = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints, in the folder's models/.")] = False,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL by several methods to the same sizes, measure all of them alike, and write a table and a picture.
+
+    The same command again goes on where it was stopped; more methods, sizes or draws may be added.
+
+    Examples:
+
+        adapt-pruner compare smollm2-135m-instruct --methods magnitude,random --params 113.3M --text python-docs:heldout -o compared
+
+        adapt-pruner compare ./llama --methods adapt-pruner,uniform --params 80%,60% --text wiki.test.txt --text books/ --draws 5 -o compared
+    """
+    from adapt_pruner.errors import RunError, UsageError
+
+    if calibration_ids and draws is not None:
+        raise UsageError(f"each file of --calibration-ids is a draw, so --draws {draws} would be ignored; leave one out")
+    from adapt_pruner.compare.request import Request
+
+    asked = Request(
+        model=model, methods=tuple(methods.split(",")), params=tuple(params.split(",")), texts=tuple(text), calibration=calibration,
+        calibration_ids=tuple(map(str, calibration_ids or [])), draws=3 if draws is None else draws, window=window,
+        max_windows=max_windows, overrides=tuple(overrides or []), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    ).checked()  # fmt: skip
+    from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.compare.comparison import compare as run
+    from adapt_pruner.compare.table import table
+    from adapt_pruner.core.plain import to_json
+
+    quiet_libraries()
+    with screen() as listen:
+        result = run(asked, out, listen=listen, keep=keep)
+    if as_json:
+        print(to_json(result | {"path": str(out)}))
+    else:
+        header, lines = table(result["rows"])
+        texts = "; ".join(f"{text['text']}, {text['tokens']:,} tokens in {text['windows']} windows" for text in result["texts"])
+        print_table(header, lines)
+        print(f"\nperplexity on {texts}, {result['precision']}; written to {out}")
+    failed = sum("error" in cell for cell in result["cells"])
+    if failed:
+        raise RunError(f"{failed} of {len(result['cells'])} cells failed; the table and {out / 'compare.md'} say why")

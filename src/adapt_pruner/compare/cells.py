@@ -1,0 +1,144 @@
+"""How a cell comes to its figures: pruned in a process of its own, then measured beside the dense model."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.errors import RunError
+from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.evaluate.speed import forward_speed
+from adapt_pruner.prepare import Listener
+
+__all__ = ["measure", "measure_beside", "prune_apart", "release"]
+
+_PATIENCE = 30.0  # seconds that a process which is told to stop has for tidying up
+
+
+def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
+    """Run the command line in a process of its own, so that its memory and seconds are its own, until `path` is written.
+
+    Args:
+        words: of the command `prune`.
+        path: where its checkpoint goes, whole or not at all.
+        listen: told of what it says on the way.
+
+    Raises:
+        RunError: it failed, with its own sentence.
+    """
+    command = [sys.executable, "-m", "adapt_pruner", *words, "-o", str(path), "--json"]
+    # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+        start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        try:
+            reason = _heard(process, listen)
+            status = process.wait()
+        finally:
+            _stop(process)
+    if status < 0:
+        reason = f"the process was killed by signal {-status}, which is what a machine does that runs out of memory"
+    if status:
+        raise RunError(reason or f"prune ended with status {status}")
+
+
+def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
+    """Pass on what a process says until it says no more; the sentence of its error, if it had one."""
+    reason = ""
+    assert process.stderr is not None
+    for line in map(str.strip, process.stderr):
+        kind, _, text = line.partition(": ")
+        if kind == "error":
+            reason = text
+        elif kind == "warning":
+            listen({"event": "warning", "message": text})
+        else:
+            listen({"event": "said", "text": line})
+    return reason
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    """End a process, if it still runs, in a way that lets it tidy up."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: str, listen: Listener) -> dict[str, Any]:
+    """What a model is, counted in itself, and its mean loss on each text.
+
+    Args:
+        loaded: the model.
+        windows: SPEC of a text -> int64 [1, length] each.
+        dtype: precision of the matrix products.
+        listen: told of progress.
+
+    Returns:
+        `params`, `decoder_params`, and `nll`: SPEC -> nats a token.
+
+    Raises:
+        RunError: a loss is not finite.
+    """
+
+    def told(done: int, of: int) -> None:
+        listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+
+    losses = {}
+    for text, its in windows.items():
+        losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=told).nll
+        if not math.isfinite(losses[text]):
+            raise RunError(f"the loss on {text} is infinite; the pruned model overflows")
+    return {"params": count_parameters(loaded.model), "decoder_params": decoder_parameters(loaded.model), "nll": losses}
+
+
+def measure_beside(
+    dense: Loaded, path: Path, windows: Mapping[str, Sequence[Tensor]], *, dtype: str, size: int, listen: Listener
+) -> dict[str, Any]:
+    """The figures of a checkpoint: those of `measure`, `speed_up` against the dense model, and what its pruning took.
+
+    Args:
+        dense: the model it was made from.
+        path: the checkpoint.
+        windows: as `measure` takes them; speed is that of reading the first.
+        dtype: precision of the matrix products.
+        size: parameters it may have.
+        listen: told of progress.
+
+    Raises:
+        RunError: a loss is not finite, the model is larger than it may be, or it reads other tokens than the dense one.
+    """
+    pruned = load(str(path), device=next(dense.model.parameters()).device)
+    params = count_parameters(pruned.model)
+    if params > size:  # matrices that a method adds are not free
+        raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")
+    if pruned.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        raise RunError("the model it saves has another tokenizer, so that perplexities a token do not compare")
+    figures = measure(pruned, windows, dtype=dtype, listen=listen)
+    first = next(iter(windows.values()))[0]
+    slow, fast = forward_speed([dense.model, pruned.model], first, dtype=dtype)
+    made = json.loads((path / "pruning.json").read_text(encoding="utf-8"))
+    took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
+    return {**figures, **took, "speed_up": fast / slow, "made_by": made["made_by"]}
+
+
+def release() -> None:
+    """Give memory of models that are no longer held back to the system, for the next process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

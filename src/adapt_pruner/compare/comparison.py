@@ -1,0 +1,307 @@
+"""The comparison itself: what is on disk is used again, the rest is pruned and measured cell by cell, and all is written down.
+
+compare.json      arguments, versions, rows and cells; written anew after every cell
+compare.md        the table, with every reason for a failure
+compare.svg .png  the picture, where matplotlib is there
+cells/            the figures of each finished cell, under a fingerprint of all that decides them
+models/           checkpoints, while they are measured; all of them where they are to be kept
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.save import check_target, why, write_whole
+from adapt_pruner.checkpoint.state import identity
+from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
+from adapt_pruner.compare.picture import draw
+from adapt_pruner.compare.request import Cell, Request
+from adapt_pruner.compare.table import markdown, rows_of
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.calibrate import uses_bfloat16
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.provenance import made_by
+from adapt_pruner.data.feeds import held_out_windows
+from adapt_pruner.data.overlap import overlaps, same_kind
+from adapt_pruner.data.sources import SELF, documents, domains, read
+from adapt_pruner.data.tokens import calibration_ids
+from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.plan import reads_text
+from adapt_pruner.prepare import Listener
+from adapt_pruner.runs import locked
+
+__all__ = ["compare"]
+
+_MAX_HUB_DOCUMENTS = 10_000  # of a hub data set, as many tell whether it is the one it was
+
+
+def compare(request: Request, out: str | Path, *, listen: Listener = lambda event: None, keep: bool = False) -> dict[str, Any]:
+    """Prune a model by every method at every size, measure all alike, and write table and picture to the folder `out`.
+
+    Cells that are finished in that folder are not run again; those that failed are.
+
+    Args:
+        request: what to compare.
+        out: a folder that is empty, not there yet, or of a comparison.
+        listen: told of every event.
+        keep: whether the checkpoints stay; they are used again where their cells are measured on another text.
+
+    Returns:
+        What compare.json holds: `made_by`, `arguments`, `device`, `precision`, `texts`, `dense`, `rows` as
+        `table.rows_of` says, and `cells`.
+
+    Raises:
+        UsageError: the request cannot be met as it stands; no cell has been run.
+        RunError: the dense model cannot be measured, or something cannot be written.
+    """
+    asked, out = request.checked(), Path(out)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("compare starts its processes itself, one after another; start it without torchrun or accelerate")
+    if not (out / "compare.json").exists() and not (out / "cells").is_dir():
+        check_target(out)
+    for text in asked.texts:
+        if text != SELF:
+            documents(text)  # a text that is not there is said before a model is loaded
+    listen({"event": "load", "model": asked.model})
+    device = pick_device(asked.device)
+    again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
+    work = _prepared(again(), asked, listen)
+    release()
+    listen({"event": "loaded", "model": asked.model, "params": work.params})
+    try:
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+        (out / "models").mkdir(exist_ok=True)
+        with locked(out / ".lock"):
+            _tidy(out)
+            comparison = _Comparison(asked, out, work, again, listen, keep)
+            try:
+                return comparison.run()
+            except KeyboardInterrupt:
+                listen({"event": "interrupted", "message": f"{comparison.standing}; the same command goes on from there"})
+                raise
+    except OSError as error:
+        raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe."""
+
+    cells: list[Cell]
+    windows: dict[str, list[Tensor]]
+    params: int
+    read: dict[str, Any]
+    calibration: Callable[[Cell], Any]
+
+
+def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
+    """Everything that may be refused is refused here.
+
+    Raises:
+        UsageError: a size is above the model's own, or a text is not there or too short.
+    """
+    params = count_parameters(loaded.model)
+    cells = asked.cells(params)
+    windows = {
+        text: held_out_windows(loaded.tokenizer, source=text, window=asked.window, max_windows=asked.max_windows)
+        for text in asked.texts
+    }
+    for ids in asked.calibration_ids:
+        calibration_ids(ids, vocab_size=loaded.model.config.vocab_size)
+    readers = {name for name, recipe in asked.recipes.items() if reads_text(loaded.model, recipe)}
+    specs = {
+        spec: 1.0 for name in sorted(readers) if not asked.calibration_ids
+        for spec in domains(asked.recipes[name].calibration.source) if spec != SELF
+    }  # fmt: skip
+    digests = {spec: _text_digest(spec) for spec in specs}
+    warnings = overlaps({"calibration": specs or None, "evaluation": dict.fromkeys(asked.texts, 1.0)})
+    for sentence in (*warnings, same_kind(specs, asked.texts)):
+        if sentence:
+            listen({"event": "warning", "message": sentence})
+
+    def calibration(cell: Cell) -> Any:
+        if cell.method not in readers:
+            return None
+        if cell.recipe.calibration.ids is not None:
+            return hashlib.sha256(Path(cell.recipe.calibration.ids).read_bytes()).hexdigest()
+        return [digests.get(spec) for spec in domains(cell.recipe.calibration.source)]
+
+    device = next(loaded.model.parameters()).device
+    told_apart = {
+        "model": identity(asked.model),
+        "windows": {text: _windows_digest(its) for text, its in windows.items()},
+        "bfloat16": uses_bfloat16(device, asked.dtype),
+        "device": device.type,
+    }
+    return _Work(cells, windows, params, told_apart, calibration)
+
+
+def _text_digest(spec: str) -> str:
+    digest = hashlib.sha256()
+    for document in islice(read(spec), _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None):
+        digest.update(document.digest)
+    return digest.hexdigest()
+
+
+def _windows_digest(windows: Sequence[Tensor]) -> str:
+    return hashlib.sha256(to_json([ids.tolist() for ids in windows]).encode()).hexdigest()
+
+
+def _tidy(out: Path) -> None:
+    """Remove, in place, what a process that was killed left half-written."""
+    for path in [*out.iterdir(), *(out / "models").iterdir(), *(out / "cells").iterdir()]:
+        if re.fullmatch(r"\..+\.partial-[0-9a-f]{8}", path.name):
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+class _Comparison:
+    """A comparison on its way: what has come of its cells so far."""
+
+    def __init__(self, asked: Request, out: Path, work: _Work, dense: Callable[[], Loaded], listen: Listener, keep: bool) -> None:
+        self._asked, self._out, self._work, self._dense, self._listen, self._keep = asked, out, work, dense, listen, keep
+        self._names = [cell.name(self._read_for(cell)) for cell in work.cells]
+        self._done: dict[str, dict[str, Any]] = {}  # name of the cell -> its figures or `error`
+        self._own: dict[str, Any] = {}  # figures of the dense model
+        self._warned: set[str] = set()
+
+    def _read_for(self, cell: Cell, *, measured: bool = True) -> dict[str, Any]:
+        """What decides the figures of a cell beside its recipe, or, not `measured`, its checkpoint alone."""
+        decides = {key: value for key, value in self._work.read.items() if measured or key != "windows"}
+        return decides | {"calibration": self._work.calibration(cell)}
+
+    @property
+    def standing(self) -> str:
+        """How far it has come, in words."""
+        return f"{sum('error' not in figures for figures in self._done.values())} of {len(self._names)} cells are finished"
+
+    def run(self) -> dict[str, Any]:
+        """All that is not finished yet, then table and picture."""
+        of = len(self._work.cells)
+        for name in self._names:
+            if (found := self._stored(name)) is not None:
+                self._done[name] = found
+        reused = len(self._done)
+        if reused:
+            self._listen({"event": "reused", "done": reused, "of": of})
+            self._warn_of_other_versions()
+        self._own = self._measured_dense()
+        self._write(self._result())
+        for number, (name, cell) in enumerate(zip(self._names, self._work.cells, strict=True), start=1):
+            if name in self._done:
+                continue
+            where = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
+            where |= {"draws": self._asked.num_draws}
+            self._listen({"event": "cell", **where, "seconds_left": self._seconds_left()})
+            self._done[name] = self._figures(name, cell)
+            first = next(iter(self._work.windows))
+            nll = self._done[name].get("nll", {}).get(first)
+            self._listen({"event": "cell_done", **where, "nll": nll, "error": self._done[name].get("error")})
+            self._write(self._result())
+        result = self._result()
+        picture = draw(result, self._out, warn=self._warn)
+        write_whole(self._out / "compare.md", markdown(result, picture=picture))
+        if not any((self._out / "models").iterdir()):
+            (self._out / "models").rmdir()
+        return result
+
+    def _figures(self, name: str, cell: Cell) -> dict[str, Any]:
+        """Prune and measure one cell, and keep its figures on disk; what fails is said in its place."""
+        path = self._out / "models" / cell.name(self._read_for(cell, measured=False))
+        began = time.perf_counter()
+        try:
+            if not path.exists():  # else it was pruned before this was interrupted, or kept
+                prune_apart(cell.words, path, listen=self._relay)
+            figures = measure_beside(
+                self._dense(), path, self._work.windows, dtype=self._asked.dtype, size=cell.size, listen=self._listen
+            )
+        except Exception as error:  # whatever is wrong with one cell, the others go on
+            figures = {"error": str(error) if isinstance(error, UsageError | RunError) else first_line(error)}
+        else:
+            figures["cell_seconds"] = time.perf_counter() - began
+            write_whole(self._out / "cells" / f"{name}.json", to_json(figures, indent=1) + "\n")
+        release()
+        if not self._keep or "error" in figures:
+            shutil.rmtree(path, ignore_errors=True)
+        return figures
+
+    def _stored(self, name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self._out / "cells" / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def _measured_dense(self) -> dict[str, Any]:
+        digest = hashlib.sha256(to_json(self._work.read).encode()).hexdigest()
+        name = f"dense-{digest[:12]}"
+        found = self._stored(name)
+        if found is None:
+            found = measure(self._dense(), self._work.windows, dtype=self._asked.dtype, listen=self._listen)
+            write_whole(self._out / "cells" / f"{name}.json", to_json(found, indent=1) + "\n")
+            release()
+        return found
+
+    def _seconds_left(self) -> float | None:
+        """What the cells that are left will take: each as those of its method did, or of all; None where none is finished."""
+        took: dict[str, list[float]] = {}
+        for name, cell in zip(self._names, self._work.cells, strict=True):
+            if "cell_seconds" in self._done.get(name, {}):
+                took.setdefault(cell.method, []).append(self._done[name]["cell_seconds"])
+        if not took:
+            return None
+        means = {method: statistics.fmean(seconds) for method, seconds in took.items()}
+        left = [cell.method for name, cell in zip(self._names, self._work.cells, strict=True) if name not in self._done]
+        return sum(means.get(method, statistics.fmean(means.values())) for method in left)
+
+    def _result(self) -> dict[str, Any]:
+        asked = self._asked
+        cells = [
+            {"method": cell.method, "size": cell.size, "draw": cell.draw, **self._done[name]}
+            for name, cell in zip(self._names, self._work.cells, strict=True)
+            if name in self._done
+        ]
+        return {
+            "made_by": made_by(),
+            "arguments": asdict(asked),
+            "device": self._work.read["device"],
+            "precision": "bfloat16" if self._work.read["bfloat16"] else "float32",
+            "texts": [
+                {"text": text, "windows": len(its), "tokens": sum(ids.numel() - 1 for ids in its), "digest": self._work.read["windows"][text]}
+                for text, its in self._work.windows.items()
+            ],
+            "dense": self._own,
+            "rows": rows_of(cells, self._own),
+            "cells": cells,
+        }  # fmt: skip
+
+    def _write(self, result: Mapping[str, Any]) -> None:
+        write_whole(self._out / "compare.json", to_json(dict(result), indent=1) + "\n")
+
+    def _relay(self, event: dict[str, Any]) -> None:
+        """What the process of a cell says; a warning that was heard of another cell is not repeated."""
+        self._warn(event["message"]) if event["event"] == "warning" else self._listen(event)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            self._listen({"event": "warning", "message": message})
+
+    def _warn_of_other_versions(self) -> None:
+        others = {figures["made_by"] for figures in self._done.values()} - {made_by()}
+        if others:
+            self._warn(
+                f"some of them were made by other versions ({'; '.join(sorted(others))}); name another folder to run them anew"
+            )

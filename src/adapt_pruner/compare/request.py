@@ -1,0 +1,167 @@
+"""What is to be compared: methods, sizes, draws and texts, each checked before any work; and the cells they make."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import Recipe, read
+
+__all__ = ["Cell", "Request"]
+
+_OWN_KEYS = {
+    "model": "MODEL", "budget": "--params", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
+    "device": "--device", "dtype": "--dtype",
+}  # fmt: skip
+_ANY_SIZE = 10**18  # parameters; no count is larger
+_SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "evaluation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be compared; the same for all methods but the method itself.
+
+    Attributes:
+        model: as `checkpoint.load` takes it.
+        methods: rows of `adapt-pruner methods`.
+        params: sizes, as `Budget.parse` takes them.
+        texts: SPECs of the texts that perplexity is measured on.
+        calibration: SPEC for methods that look at text; None for what their recipes say.
+        calibration_ids: JSON files of token ids instead, each of which is a draw.
+        draws: seeds, from 0, where there are no such files.
+        window: tokens an evaluation window.
+        max_windows: windows at most of each text; None for all.
+        overrides: `KEY=VALUE` of a recipe, for every method.
+        device: as a recipe has it.
+        dtype: precision of matrix products, for pruning and measuring.
+        trust_remote_code: whether Python code that comes with the model may run.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    params: tuple[str, ...]
+    texts: tuple[str, ...]
+    calibration: str | None = None
+    calibration_ids: tuple[str, ...] = ()
+    draws: int = 3
+    window: int = 512
+    max_windows: int | None = 40
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def num_draws(self) -> int:
+        """Cells of each method and size."""
+        return len(self.calibration_ids) or self.draws
+
+    def checked(self) -> "Request":
+        """This request without repetitions, if its words can be what they should be; no model or text is read for it.
+
+        Raises:
+            UsageError: a method, size or key is not known or missing, or one option makes another idle.
+        """
+        for words, option in ((self.methods, "--methods"), (self.params, "--params"), (self.texts, "--text")):
+            if not any(words):
+                raise UsageError(f"{option} names none; there must be at least one")
+        for size in self.params:
+            Budget.parse(size, dense=_ANY_SIZE)
+        for text in self.overrides:
+            key = text.partition("=")[0].strip()
+            if key in _OWN_KEYS:
+                raise UsageError(f"--set {key} would be the same in every cell of the comparison; use {_OWN_KEYS[key]}")
+        if self.calibration is not None and self.calibration_ids:
+            raise UsageError(
+                f"--calibration-ids fix every token, so --calibration {self.calibration} would be ignored; leave one out"
+            )
+        asked = replace(
+            self, methods=_once(self.methods), params=_once(self.params), texts=_once(self.texts),
+            calibration_ids=_once(self.calibration_ids),
+        )  # fmt: skip
+        for method, recipe in asked.recipes.items():
+            if recipe.training.tokens:
+                raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")
+        return asked
+
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """Method -> its recipe, as all its cells have it.
+
+        Raises:
+            UsageError: there is no such method or key, or a value is out of range.
+        """
+        common = {"model": self.model, "device": self.device, "dtype": self.dtype}
+        if self.calibration is not None:
+            common["calibration.source"] = self.calibration
+        return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
+
+    def cells(self, dense: int) -> list["Cell"]:
+        """Every cell of the comparison: the first draw of all before the second of any, large sizes before small ones.
+
+        Args:
+            dense: parameters of the model.
+
+        Raises:
+            UsageError: a size is above the model's own.
+        """
+        sizes = sorted({Budget.parse(size, dense=dense).keep for size in self.params}, reverse=True)
+        return list(self._cells(sizes))
+
+    def _cells(self, sizes: list[int]) -> Iterator["Cell"]:
+        for draw, size, method in itertools.product(range(self.num_draws), sizes, self.methods):
+            ids = self.calibration_ids[draw] if self.calibration_ids else None
+            recipe = self.recipes[method]
+            recipe = recipe.model_copy(
+                update={
+                    "budget": str(size), "seed": draw,
+                    "calibration": recipe.calibration.model_copy(update={"ids": ids} if ids else {}),
+                }
+            )  # fmt: skip
+            words = [
+                "prune", self.model, "--params", str(size), "--method", method, "--seed", str(draw),
+                "--device", self.device, "--dtype", self.dtype,
+            ]  # fmt: skip
+            words += ["--calibration-ids", ids] if ids else []
+            words += ["--calibration", self.calibration] if self.calibration is not None else []
+            words += [word for override in self.overrides for word in ("--set", override)]
+            words += ["--trust-remote-code"] if self.trust_remote_code else []
+            yield Cell(method, size, draw, recipe, tuple(words))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one size with one draw.
+
+    Attributes:
+        method: the row.
+        size: parameters that may be left.
+        draw: its number, from 0.
+        recipe: what is run.
+        words: the command that runs it, but for the program's name and where its result goes.
+    """
+
+    method: str
+    size: int
+    draw: int
+    recipe: Recipe
+    words: tuple[str, ...]
+
+    def name(self, read_by_it: dict[str, Any]) -> str:
+        """A name that no other cell bears: for people, and a fingerprint of the recipe and of what is read for it.
+
+        Args:
+            read_by_it: plain data that tells model, calibration text and windows from others.
+        """
+        recipe = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in _SAYS_NOTHING}
+        digest = hashlib.sha256(to_json({"recipe": recipe, **read_by_it}).encode()).hexdigest()
+        return f"{self.method}-{self.size}-{self.draw}-{digest[:12]}"
+
+
+def _once(words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, (word.strip() for word in words))))

@@ -1,0 +1,144 @@
+"""What came of the cells: one row a method and size, medians over its draws; as plain data, as words, as Markdown."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["label", "markdown", "rows_of", "table"]
+
+_NOTE = 72  # characters of a reason in the table; compare.md has it in full
+
+
+def rows_of(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table, the dense model first, then by size from large to small, the best on the first text first.
+
+    Perplexity is exp(loss), of each draw by itself; then medians. Parameters are those of the largest model of a row.
+
+    Args:
+        cells: figures of each, or its `error`, with `method` and `size`.
+        dense: `params`, `decoder_params` and `nll` of the model all were made from.
+
+    Returns:
+        Plain data: `method`, `size` (None for dense), `params`, `decoder_params`, `removed` (share of the decoder),
+        `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio`), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
+        to figures, `failed` that did not, and `error`, the first reason or None. What no draw tells is None or empty.
+    """
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["size"], cell["method"]), []).append(cell)
+    rows = [_row(method, size, its, dense) for (size, method), its in groups.items()]
+    first = next(iter(dense["nll"]))
+    rows.sort(key=lambda row: (-row["size"], row["texts"][first]["perplexity"] if row["texts"] else math.inf, not row["texts"]))
+    own = _row("dense", None, [{**dense, "speed_up": 1.0, "seconds": None, "peak_bytes": None}], dense)
+    return [own, *rows]
+
+
+def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> dict[str, Any]:
+    done = [cell for cell in cells if "error" not in cell]
+    failed = [cell["error"] for cell in cells if "error" in cell]
+    texts = {}
+    for text in dense["nll"] if done else ():
+        found = [_exp(cell["nll"][text]) for cell in done]
+        middle = statistics.median(found)
+        texts[text] = {"perplexity": middle, "low": min(found), "high": max(found), "ratio": middle / _exp(dense["nll"][text])}
+
+    def of(key: str, how: Callable[[list[float]], float]) -> Any:
+        values = [cell[key] for cell in done if cell[key] is not None]
+        return how(values) if values else None
+
+    decoder = of("decoder_params", max)
+    return {
+        "method": method, "size": size, "params": of("params", max), "decoder_params": decoder,
+        "removed": None if decoder is None else 1 - decoder / dense["decoder_params"], "texts": texts,
+        "seconds": of("seconds", statistics.median), "peak_bytes": of("peak_bytes", max),
+        "speed_up": of("speed_up", statistics.median), "draws": len(done), "failed": len(failed),
+        "error": failed[0] if failed else None,
+    }  # fmt: skip
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as words; a line before each size names it, and a last column says what failed, if anything did."""
+    texts = list(rows[0]["texts"])
+    spread = any(row["draws"] > 1 for row in rows)
+    notes = any(row["error"] for row in rows)
+    header = ["method", "parameters", "removed"]
+    for text in texts:
+        header.append("perplexity" if len(texts) == 1 else f"perplexity, {label(text, texts)}")
+        header += [*(["spread"] if spread else []), "× dense"]
+    header += ["seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
+    lines, size = [], None
+    for row in rows:
+        if row["size"] != size:
+            size = row["size"]
+            lines += [[""] * len(header), [f"at most {size:,}", *[""] * (len(header) - 1)]]
+        lines.append(_words(row, texts, spread=spread, notes=notes))
+    return header, lines
+
+
+def _words(row: Mapping[str, Any], texts: Sequence[str], *, spread: bool, notes: bool) -> list[str]:
+    words = [row["method"], _or_dash(row["params"], "{:,}"), _or_dash(row["removed"], "{:.1%}")]
+    for text in texts:
+        found = row["texts"].get(text)
+        words.append(_perplexity(found["perplexity"]) if found else "–")
+        if spread:
+            words.append(f"{_perplexity(found['low'])}–{_perplexity(found['high'])}" if found and row["draws"] > 1 else "–")
+        words.append(f"{found['ratio']:,.2f}" if found else "–")
+    peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
+    words += [_or_dash(row["seconds"], "{:,.1f}"), _or_dash(peak, "{:.1f} GiB"), _or_dash(row["speed_up"], "{:.2f}×")]
+    if notes:
+        some = f"{row['failed']} of {row['failed'] + row['draws']} draws: " if row["draws"] and row["failed"] else ""
+        words.append(textwrap.shorten(some + (row["error"] or "").partition(";")[0], _NOTE, placeholder=" …"))
+    return words
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _perplexity(value: float) -> str:
+    if value < 100:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if value < 10**7 else f"{value:.1e}"
+
+
+def label(text: str, texts: Sequence[str]) -> str:
+    """A short name of a text: the last two parts of a path without its ending; the SPEC where that is not one's own."""
+    names = ["/".join([*Path(spec).parts[-2:-1], Path(spec).name.partition(".")[0]]) for spec in texts]
+    name = names[list(texts).index(text)]
+    return name if names.count(name) == 1 and len(name) < len(text) else text
+
+
+def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
+    """The comparison as a page: what was measured and how, the table, the picture, and every reason in full."""
+    asked, rows = result["arguments"], result["rows"]
+    header, lines = table(rows)
+    texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
+    draws = f"{asked['draws']} seeds" if not asked["calibration_ids"] else f"{len(asked['calibration_ids'])} files of token ids"
+    page = [
+        f"# {asked['model']}: {', '.join(asked['methods'])}",
+        "",
+        f"Perplexity on {texts}; windows of {asked['window']}, {result['precision']}, {result['device']}. Draws: {draws}; medians over "
+        "them, the spread from lowest to highest. Parameters are counted in the saved models, the largest of a row. Seconds and peak "
+        "memory are those of the pruning process, the median and the largest; the speed-up is that of reading a window.",
+        "",
+        f"Made by {result['made_by']}.",
+        "",
+        f"| {' | '.join(header)} |",
+        f"|---|{'---:|' * (len(header) - 1)}",
+    ]
+    page += [f"| {' | '.join(line)} |" for line in lines if any(line)]
+    if picture:
+        page += ["", "![Perplexity against parameters](compare.svg)"]
+    failed = [
+        f"* {cell['method']}, at most {cell['size']:,}, draw {cell['draw']}: {cell['error']}"
+        for cell in result["cells"]
+        if "error" in cell
+    ]
+    return "\n".join([*page, *(["", "What failed:", "", *failed] if failed else [])]) + "\n"
