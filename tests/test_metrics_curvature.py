@@ -88,7 +88,7 @@ def test_costs_are_those_of_removal_with_the_best_repair(layout: tuple[str, str]
         if axis.layer == 1:
             weight = model.get_parameter(f"{axis.gate.module}.weight").detach()
             a, g = statistics(model, axis.gate.module, batches)
-            expected = slow_costs(weight, a, g, width=axis.gate.width, blocks=getattr(axis, "blocks", 1))
+            expected = slow_costs(weight, a, g, width=axis.gate.width, blocks=axis.blocks)
             assert torch.allclose(found[axis.name].double(), expected, rtol=2e-3), axis.name
 
 

@@ -90,7 +90,7 @@ def kfac(model: nn.Module, axes: Sequence[Axis], *, ridge: float = 0.3) -> Gener
             inputs[name] / num_tokens,
             outputs[name] * num_predicted,
             width=axis.gate.width,
-            blocks=getattr(axis, "blocks", 1),
+            blocks=axis.blocks,
             ridge=ridge,
         )
     return scores
