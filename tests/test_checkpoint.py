@@ -375,7 +375,9 @@ def test_every_layout_has_a_pruned_class() -> None:
     from adapt_pruner.checkpoint import modeling_pruned
 
     for layout in LAYOUTS:
-        stock = type(tiny_model(layout)).__name__
-        assert issubclass(getattr(modeling_pruned, f"Pruned{stock}"), type(tiny_model(layout)))
-        assert hasattr(modeling_pruned, f"Pruned{stock.replace('ForCausalLM', 'Model')}")
+        stock = tiny_model(layout)
+        pruned = getattr(modeling_pruned, f"Pruned{type(stock).__name__}")
+        assert issubclass(pruned, type(stock))
+        assert issubclass(pruned.base_class, type(stock.model))
+        assert hasattr(modeling_pruned, pruned.base_class.__name__)
         assert tiny_config(layout).model_type in families.model_types()

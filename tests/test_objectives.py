@@ -17,6 +17,7 @@ from adapt_pruner.train.objectives import distil, lm
 from conftest import tiny_model
 
 UNTIED = ("llama", "qwen3-untied")
+CAPPED = ("gemma3", "gemma3-capped")
 ROWS, LENGTH, VOCAB, WIDTH = 3, 18, 97, 48
 
 
@@ -95,7 +96,7 @@ PIECES = [(1, 1), (7, 3), (1000, 5)]  # the last ones cut short, the logits of o
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("layout", [UNTIED, ("llama", "llama")], ids=lambda layout: layout[1])
+@pytest.mark.parametrize("layout", [UNTIED, ("llama", "llama"), CAPPED], ids=lambda layout: layout[1])
 def test_lm_is_the_cross_entropy(
     layout: tuple[str, str], pieces: tuple[int, int], masked: bool, ids: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,24 @@ def test_distil_is_what_it_says(
         (0.5 * expected).backward()
         agree(model, twin, rtol=exact * 10)
         assert all(parameter.grad is None for parameter in teacher.parameters()), "the teacher learns nothing"
+
+
+@pytest.mark.parametrize("capped", ["student", "teacher"])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_distil_caps_the_logits_of_student_and_teacher_each_as_it_is(
+    alpha: float, capped: str, ids: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces(monkeypatch, 7, 3)
+    caps = (2.0, None) if capped == "student" else (None, 2.0)
+    model, teacher, twin = (
+        tiny_model(CAPPED, seed=seed, final_logit_softcapping=caps[seed]).double() for seed in (0, 1, 0)
+    )  # fmt: skip
+    options = {"teacher": teacher, "temperature": 1.5, "alpha": alpha}
+    total, expected = distil(model, ids, mask, **options), plainly(twin, ids, mask, **options)
+    assert value(total) == pytest.approx(value(expected), rel=1e-9)
+    total.backward()
+    expected.backward()
+    agree(model, twin, rtol=1e-8)
 
 
 @pytest.mark.parametrize("num_tokens", [20, 0])

@@ -10,6 +10,7 @@ Licence: Apache-2.0.
 """
 
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
@@ -53,6 +54,14 @@ class _PrunedForCausalLM(_WithoutLayers):
         super().__init__(config)
         self.model = self.base_class(config)
         self.post_init()
+
+
+class PrunedGemma3TextModel(_Pruned, Gemma3TextModel):
+    layer_class = Gemma3DecoderLayer
+
+
+class PrunedGemma3ForCausalLM(_PrunedForCausalLM, Gemma3ForCausalLM):
+    base_class = PrunedGemma3TextModel
 
 
 class PrunedLlamaModel(_Pruned, LlamaModel):

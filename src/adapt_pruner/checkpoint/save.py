@@ -160,12 +160,13 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
     config.architectures = [stock]
     config.__dict__.pop("auto_map", None)
     if needs_own_code(config):
-        if not hasattr(modeling_pruned, f"Pruned{stock}"):
+        pruned = getattr(modeling_pruned, f"Pruned{stock}", None)
+        if pruned is None:
             raise UsageError(f"{stock} has no class in modeling_pruned.py, so unequal layers cannot be saved; add one")
-        config.architectures = [f"Pruned{stock}"]
+        config.architectures = [pruned.__name__]
         config.auto_map = {
-            "AutoModel": f"modeling_pruned.Pruned{stock.replace('ForCausalLM', 'Model')}",
-            "AutoModelForCausalLM": f"modeling_pruned.Pruned{stock}",
+            "AutoModel": f"modeling_pruned.{pruned.base_class.__name__}",
+            "AutoModelForCausalLM": f"modeling_pruned.{pruned.__name__}",
         }
     return config
 

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CACHED_ROWS", "MAX_LOGITS", "LogitLoss", "next_token_nll", "nll_of_logits", "predicting", "through_head"]
+__all__ = [
+    "CACHED_ROWS",
+    "MAX_LOGITS",
+    "LogitLoss",
+    "capped",
+    "logit_cap",
+    "next_token_nll",
+    "nll_of_logits",
+    "predicting",
+    "through_head",
+]
 
 MAX_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
 CACHED_ROWS = 64  # tokens whose float32 logits are worked on at one time on a CPU: they fit its cache
@@ -127,11 +137,32 @@ def nll_of_logits(targets: Tensor) -> LogitLoss:
     return loss
 
 
+def logit_cap(model: Any) -> float | None:
+    """The c of a model whose logits are c · tanh(z / c) of what its head gives, z; None where they are z itself."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def capped(loss: LogitLoss, cap: float | None) -> LogitLoss:
+    """The loss of what the head gives, where `loss` is one of the model's logits; see `logit_cap`."""
+    if cap is None:
+        return loss
+
+    def of_what_the_head_gives(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+        logits.div_(cap).tanh_()
+        slope = 1 - logits.square() if gradient else None
+        total = loss(logits.mul_(cap), rows, gradient)
+        if slope is not None:
+            logits.mul_(slope)
+        return total
+
+    return of_what_the_head_gives
+
+
 def next_token_nll(model: nn.Module, input_ids: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
     """Sum over the predicted tokens of -log p(token | what precedes it), in nats.
 
     Args:
-        model: causal LM whose logits are `get_output_embeddings()` of `get_decoder()`'s last hidden state.
+        model: causal LM whose logits are `get_output_embeddings()` of `get_decoder()`'s last hidden state, capped or not.
         input_ids: int64 [batch, length], length at least 2; padding, if any, on the right.
         predicted: bool [batch, length], the tokens that count; None for all. Token 0 of a sequence never does.
         chunk: see `through_head`.
@@ -141,4 +172,5 @@ def next_token_nll(model: nn.Module, input_ids: Tensor, *, predicted: Tensor | N
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
     entering, targets = predicting(hidden, input_ids, predicted)
-    return through_head(entering, model.get_output_embeddings(), nll_of_logits(targets), chunk=chunk)  # type: ignore[operator]
+    loss = capped(nll_of_logits(targets), logit_cap(model))
+    return through_head(entering, model.get_output_embeddings(), loss, chunk=chunk)  # type: ignore[operator]

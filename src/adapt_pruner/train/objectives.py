@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.loss import LogitLoss, next_token_nll, nll_of_logits, predicting, through_head
+from adapt_pruner.core.loss import LogitLoss, capped, logit_cap, next_token_nll, nll_of_logits, predicting, through_head
 from adapt_pruner.errors import UsageError
 
 __all__ = ["distil", "lm"]
@@ -65,18 +65,20 @@ def distil(
         taught = teacher.get_decoder()(**asked)
     entering, targets = predicting(student.last_hidden_state, input_ids, predicted)
     goal, _ = predicting(taught.last_hidden_state, input_ids, predicted)
-    loss = _kl_of_logits(targets, goal, teacher.get_output_embeddings(), temperature=temperature, alpha=alpha)
-    total = through_head(entering, model.get_output_embeddings(), loss)
+    loss = _kl_of_logits(targets, goal, teacher, temperature=temperature, alpha=alpha)
+    total = through_head(entering, model.get_output_embeddings(), capped(loss, logit_cap(model)))
     if hidden > 0:
         total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, input_ids, predicted)
     return total
 
 
-def _kl_of_logits(targets: Tensor, goal: Tensor, head: Any, *, temperature: float, alpha: float) -> LogitLoss:
+def _kl_of_logits(targets: Tensor, goal: Tensor, teacher: Any, *, temperature: float, alpha: float) -> LogitLoss:
     nll, t = nll_of_logits(targets), temperature
+    head, cap = teacher.get_output_embeddings(), logit_cap(teacher)
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)
+        wanted = wanted if cap is None else cap * torch.tanh(wanted / cap)
         log_p, log_q = torch.log_softmax(wanted / t, -1), torch.log_softmax(logits / t, -1)
         p = log_p.exp()
         kl = (p * (log_p - log_q)).sum()
