@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -31,9 +32,12 @@ def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: 
     if compiled:
         torch._dynamo.reset()
         decoder.compile(dynamic=False)
-    lean = [] if compiled or liger else [module for module in decoder.modules() if _is_rms_norm(module)]
-    for module in lean:
-        module.forward = MethodType(_lean_forward, module)
+    lean = {}
+    for module in () if compiled or liger else decoder.modules():
+        if (recognised := _rms_norm(module)) is not None:
+            lean[module] = recognised
+    for module, (offset, eps) in lean.items():
+        module.forward = MethodType(partial(_lean_forward, offset=offset, eps=eps), module)
     try:
         yield
     finally:
@@ -44,21 +48,28 @@ def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: 
             model.gradient_checkpointing_disable()
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is x · w / √(mean(x²) + eps) and nothing more, found by trying; every process asks at once."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+def _rms_norm(module: nn.Module) -> tuple[float, float] | None:
+    """The offset and eps of a module that is x · (offset + w) / √(mean(x²) + eps) and nothing more, found by trying.
+
+    The offset is 0, or 1 (Gemma). Every process asks at once.
+    """
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None or len(list(module.parameters())) != 1:
-        return False
+        return None
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         tried = torch.linspace(-2, 3, 2 * whole.shape[0], device=whole.device).view(2, -1)
-        expected = whole * tried * torch.rsqrt(tried.square().mean(-1, keepdim=True) + eps)
+        normed = tried * torch.rsqrt(tried.square().mean(-1, keepdim=True) + eps)
         found = torch.func.functional_call(module, {"weight": whole}, (tried,))
-        return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
+        for offset in (0.0, 1.0):
+            if torch.allclose(found, (offset + whole) * normed, atol=1e-5, rtol=1e-5):
+                return offset, eps
+    return None
 
 
-def _lean_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    normed: Tensor = _LeanRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+def _lean_forward(self: Any, hidden_states: Tensor, *, offset: float, eps: float) -> Tensor:
+    normed: Tensor = _LeanRMSNorm.apply(hidden_states, self.weight, offset, eps)  # type: ignore[no-untyped-call]
     return normed
 
 
@@ -69,7 +80,7 @@ class _LeanRMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
         device = x.device.type
         dtype = torch.promote_types(x.dtype, weight.dtype)
         if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
@@ -77,7 +88,8 @@ class _LeanRMSNorm(torch.autograd.Function):
         wide = x.float() if x.dtype.itemsize < 4 else x
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        ctx.offset = offset
+        return (wide * scale).mul_(weight + offset if offset else weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> tuple[Tensor | None, ...]:
@@ -87,7 +99,7 @@ class _LeanRMSNorm(torch.autograd.Function):
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        gradient = gradient * weight
+        gradient = gradient * (weight + ctx.offset if ctx.offset else weight)
         along = (gradient * normed).mean(-1, keepdim=True)
         of_x = (gradient - normed.mul_(along)).mul_(scale).to(x.dtype)
-        return of_x, of_weight, None
+        return of_x, of_weight, None, None
