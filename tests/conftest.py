@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a fault
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapt_pruner import families
@@ -47,18 +48,26 @@ def tiny_model(layout: tuple[str, str] = ("llama", "llama"), *, seed: int = 0, *
     return model
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(*, opens: bool = False) -> PreTrainedTokenizerFast:
+    """A token a byte; with `opens` it puts <s> before every text by itself."""
     specials = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if opens:
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def opening_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(opens=True)
 
 
 @pytest.fixture(scope="session")

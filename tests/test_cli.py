@@ -90,6 +90,21 @@ def test_perplexity_is_what_it_says(ask: Any, tiny_folder: Path, tmp_path: Path)
     assert measured["nll"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_eval_says_what_its_windows_start_with(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """A model whose tokenizer puts <s> before a text is measured with it in every window; another is not, and nothing is said."""
+    opening = tmp_path / "opening"
+    tiny_model(vocab_size=VOCAB).save_pretrained(opening)
+    byte_tokenizer(opens=True).save_pretrained(opening)
+    words = ["--text", text_file, "--window", 64, "--max-windows", 3]
+    plain, opened = (json.loads(ask("eval", folder, *words, "--json")[1]) for folder in (tiny_folder, opening))
+    assert (plain["windows_start_with"], opened["windows_start_with"]) == (None, "<s>")
+    assert plain["tokens"] == opened["tokens"] == 3 * 63
+    assert plain["nll"] != opened["nll"]
+    assert "start with" not in ask("eval", tiny_folder, *words)[1]
+    assert "windows start with <s>" in ask("eval", opening, *words)[1]
+    assert f"windows of {opening} start with <s>" in ask("eval", tiny_folder, opening, *words)[1]
+
+
 def test_several_models_make_a_table(ask: Any, tiny_folder: Path, text_file: Path) -> None:
     status, out, _ = ask("eval", tiny_folder, tiny_folder, "--text", text_file, "--window", 64, "--max-windows", 2)
     assert status == 0

@@ -15,9 +15,9 @@ import zstandard
 from adapt_pruner.data.feeds import calibration_feed, held_out_windows
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import documents, read
-from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
+from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, opening
 from adapt_pruner.errors import UsageError
-from conftest import VOCAB, tiny_model
+from conftest import VOCAB, byte_tokenizer, tiny_model
 
 ROWS = ["first document, with an é", "second document", "third"]
 LINES = "".join(json.dumps({"text": row, "source": "x"}) + "\n" for row in ROWS)
@@ -212,6 +212,34 @@ def test_evaluation_windows_cover_the_text_once(tokenizer: Any) -> None:
     assert tokenizer.decode(torch.cat(windows, dim=1)[0]) == text, "no special token is added"
     assert len(evaluation_windows(tokenizer, [text], window=20, max_windows=2)) == 2
     assert len(evaluation_windows(tokenizer, ["x" * 21], window=20, max_windows=None)) == 1, "a single token predicts nothing"
+
+
+def test_windows_open_as_the_model_was_trained(tokenizer: Any, opening_tokenizer: Any) -> None:
+    """Where the tokenizer puts <s> before a text, every window has it, within its length; no token of the text is lost."""
+    text = "".join(f"{i:04d}" for i in range(250))
+    assert (opening(tokenizer), opening(opening_tokenizer)) == ([], [1])
+    windows = evaluation_windows(opening_tokenizer, [text[:50]], window=20, max_windows=None)
+    assert [window.shape[1] for window in windows] == [20, 20, 13]
+    assert [opening_tokenizer.decode(window[0]) for window in windows] == [f"<s>{text[i : min(i + 19, 50)]}" for i in (0, 19, 38)]
+    last = evaluation_windows(opening_tokenizer, [text[:20]], window=20, max_windows=None)[-1]
+    assert opening_tokenizer.decode(last[0]) == f"<s>{text[19]}", "<s> predicts a single token"
+
+    rows = calibration_windows(opening_tokenizer, [text] + ["short"] * 9, samples=45, length=21, seed=1)
+    said = [opening_tokenizer.decode(row) for row in rows]
+    assert rows.shape == (45, 21)
+    assert all(row.startswith("<s>") and row.count("<s>") == 1 for row in said)
+    spans = sorted(text.index(row[3:]) for row in said if row[3:] in text)
+    assert len(spans) >= 43
+    assert all(b - a >= 20 for a, b in zip(spans, spans[1:], strict=False)), "no two overlap"
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_self_written_text_opens_as_the_model_was_trained(opens: bool) -> None:
+    tokenizer = byte_tokenizer(opens=opens)
+    rows = selfwritten_windows(tiny_model(vocab_size=VOCAB), tokenizer, samples=30, length=12, seed=5)
+    assert rows.shape == (30, 12)
+    assert bool((rows[:, 0] == 1).all()) is opens
+    assert int((rows[:, 1] == 1).sum()) < 10
 
 
 def test_calibration_draws_anew_each_iteration_unless_fixed(text_file: Path, tmp_path: Path, tokenizer: Any) -> None:

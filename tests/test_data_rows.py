@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from adapt_pruner.data import packing, store
@@ -92,10 +91,27 @@ def test_what_the_tokenizer_puts_before_a_text_it_puts_before_every_document(
     letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     monkeypatch.setattr(packing, "_CHARACTERS", piece)
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    rows = rows_of(letters, tmp_path, tokens=26 * 17, length=17, tokenizer=tokenizer)
+    rows = rows_of(letters, tmp_path, tokens=26 * 17, length=17, tokenizer=byte_tokenizer(opens=True))
     assert sorted(texts_of(rows)) == ["<s>" + chr(97 + i) * 15 + "</s>" for i in range(26)]
+
+
+def test_with_such_a_tokenizer_every_row_begins_as_a_text_does(letters: str, tmp_path: Path) -> None:
+    """Rows of 8: the 17 tokens of a document do not fill whole ones, so most rows begin inside a document."""
+    rows = texts_of(rows_of(letters, tmp_path, tokens=60 * 8, length=8, tokenizer=byte_tokenizer(opens=True)))
+    assert len(rows) == 60
+    assert all(row.startswith("<s>") and not row.startswith("<s><s>") for row in rows)
+    pieces = Counter(letter for row in rows for letter in row.replace("<s>", "").replace("</s>", ""))
+    assert max(pieces.values()) == 15, "nothing is read twice"
+    assert sum(count == 15 for count in pieces.values()) >= 24, "nothing is left out but what is over at the end"
+    assert sum("</s><s>" in row for row in rows) >= 8, "documents within a row are told apart as before"
+
+
+def test_where_one_token_opens_and_ends_texts_it_stands_between_two_once(letters: str, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(opens=True)
+    tokenizer.eos_token = "<s>"
+    rows = texts_of(rows_of(letters, tmp_path, tokens=12 * 31, length=31, tokenizer=tokenizer))
+    assert all(row.startswith("<s>") for row in rows)
+    assert not any("<s><s>" in row for row in rows)
 
 
 def test_a_text_that_runs_out_is_repeated_in_another_order_and_that_is_said(letters: str, tmp_path: Path) -> None:

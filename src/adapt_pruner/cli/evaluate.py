@@ -42,6 +42,7 @@ def evaluate(
     from adapt_pruner.core.plain import to_json
     from adapt_pruner.data.feeds import held_out_windows
     from adapt_pruner.data.sources import SELF, documents
+    from adapt_pruner.data.tokens import opening
     from adapt_pruner.evaluate.anatomy import decoder_parameters
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.evaluate.speed import forward_speed
@@ -64,6 +65,7 @@ def evaluate(
             rows.append({
                 "model": name, **asdict(measured), "params": count_parameters(loaded.model),
                 "decoder_params": decoder_parameters(loaded.model), "weight_bytes": loaded.weight_bytes,
+                "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
             })  # fmt: skip
             held.append((loaded.model, windows[0]))
     # The same ids for all: other vocabularies would read other text, but every model has these few ids.
@@ -94,3 +96,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
     )
     first = rows[0]
     print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights on disk as safetensors")
+    starts: dict[str, list[str]] = {}
+    for row in rows:
+        if row["windows_start_with"] is not None:
+            starts.setdefault(row["windows_start_with"], []).append(row["model"])
+    for token, names in starts.items():
+        print(f"windows{'' if len(names) == len(rows) else ' of ' + ', '.join(names)} start with {token}")

@@ -12,6 +12,7 @@ import numpy as np
 from adapt_pruner.data.chat import encode_chats
 from adapt_pruner.data.sources import Document, identity, read
 from adapt_pruner.data.store import Chunk, Store, stored
+from adapt_pruner.data.tokens import opening
 from adapt_pruner.errors import UsageError
 
 __all__ = ["tokenised"]
@@ -26,7 +27,8 @@ def tokenised(
     """Rows of at most `length` tokens from one text, until they hold `limit` tokens or the text is at its end.
 
     Plain text: documents in a random order, an end-of-text token after each, cut into rows of `length`; what is left over
-    at the end is dropped. Conversations: one a row, cut at `length`; those without an answer by then are left out. A hub
+    at the end is dropped. Where the tokenizer puts a start-of-text token before a text by itself, every document and every row
+    begins with one (see `data.tokens.opening`): a row is read like a text of its own. Conversations: one a row, cut at `length`; those without an answer by then are left out. A hub
     data set is taken in its own order.
 
     Raises:
@@ -81,21 +83,35 @@ def _of_one_kind(documents: Iterable[Document], opening: Document, spec: str) ->
 
 
 def _packed(tokenizer: Any, documents: Iterable[Document], length: int, limit: int) -> Iterator[Chunk]:
-    end = tokenizer.eos_token_id
-    start = [token for token in tokenizer("", verbose=False)["input_ids"] if token != end]  # what it puts before a text by itself
+    end, start = tokenizer.eos_token_id, opening(tokenizer)
+    before = [] if start == [end] else start  # one token between two texts is enough
     wanted = -(-limit // length)
     stream: list[int] = []
     for batch in _batched((piece[0], piece) for document in documents for piece in _pieces(document.text)):
         texts = [text for text, _, _ in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for ids, (_, first, last) in zip(encoded, batch, strict=True):
-            stream += (start if first else []) + ids + ([end] if last and end is not None else [])
-        whole = min(len(stream) // length, wanted)
-        yield Chunk(np.array(stream[: whole * length], np.uint32), np.full(whole, length, np.int64))
-        stream = stream[whole * length :]
-        wanted -= whole
+            stream += (before if first else []) + ids + ([end] if last and end is not None else [])
+        rows, taken = _cut(stream, start, length, wanted)
+        yield Chunk(np.array([token for row in rows for token in row], np.uint32), np.full(len(rows), length, np.int64))
+        stream = stream[taken:]
+        wanted -= len(rows)
         if not wanted:
             return
+
+
+def _cut(stream: list[int], start: list[int], length: int, most: int) -> tuple[list[list[int]], int]:
+    """Rows from the front of a stream, each of `length` tokens and beginning with `start`; and how much of it they take."""
+    rows: list[list[int]] = []
+    taken = 0
+    while len(rows) < most:
+        opens = [] if stream[taken : taken + 1] == start else start
+        stop = taken + length - len(opens)
+        if stop > len(stream):
+            break
+        rows.append(opens + stream[taken:stop])
+        taken = stop
+    return rows, taken
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:

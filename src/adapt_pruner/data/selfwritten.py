@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from adapt_pruner.data.tokens import opening
+
 __all__ = ["selfwritten_windows"]
 
 _BATCH = 32
@@ -15,12 +17,14 @@ _BATCH = 32
 def selfwritten_windows(model: nn.Module, tokenizer: Any, *, samples: int, length: int, seed: int) -> torch.Tensor:
     """`samples` sequences of `length` tokens sampled from the model itself, at temperature 1 from the start-of-text token.
 
-    End-of-text tokens do not stop a sequence: what follows is a new text. The model's random state is left as found.
+    End-of-text tokens do not stop a sequence: what follows is a new text. The start-of-text token is the first of the `length`
+    where the tokenizer puts it before a text by itself, else it is left out (`data.tokens.opening`). The model's random state is left as found.
 
     Returns:
         int64 [samples, length] on the CPU.
     """
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    shown = len(opening(tokenizer))
     device = next(model.parameters()).device
     training, own_config = model.training, model.generation_config
     devices = [device] if device.type == "cuda" else []
@@ -40,9 +44,9 @@ def selfwritten_windows(model: nn.Module, tokenizer: Any, *, samples: int, lengt
                     temperature=1.0,
                     top_k=0,
                     top_p=1.0,
-                    max_new_tokens=length,
+                    max_new_tokens=length - shown,
                 )
-                rows.append(written[:, 1:].cpu())
+                rows.append(written[:, 1 - shown :].cpu())
             return torch.cat(rows)
         finally:
             model.generation_config = own_config

