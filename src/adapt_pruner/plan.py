@@ -9,7 +9,9 @@ from adapt_pruner import families, parts
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.slicing import width_for
 from adapt_pruner.train.loop import stage_tokens
 
 __all__ = ["Stage", "layer_measure_of", "metrics_of", "plan", "prunable", "reads_text", "stage_targets", "stages"]
@@ -49,6 +51,7 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
         counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
         iterations = max(1, round((reached - target) / (recipe.step * counted_from))) if reached > target else 0
+        iterations = iterations if recipe.rotate is None else min(1, iterations)
         looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
         trained = tokens[k - 1]
         planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))
@@ -64,7 +67,16 @@ def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget
     """
     axes = prunable(model, recipe)
     budget = Budget.parse(recipe.budget, dense=dense)
-    Budget(keep=budget.keep, total=count_parameters(model)).check_reachable(axes)
+    here = Budget(keep=budget.keep, total=count_parameters(model))
+    if here.excess > 0 and families.is_sliced(model.config):
+        raise UsageError(
+            f"the model is sliced and has {here.total:,} parameters, more than the budget {here.keep:,}, and a sliced model cannot be "
+            "cut further; prune the dense model it came from"
+        )
+    if recipe.rotate is None:
+        here.check_reachable(axes)
+    elif here.excess > 0:
+        width_for(model, here.keep)
     return stages(recipe, axes, start=dense, end=budget.keep), budget
 
 
@@ -92,7 +104,8 @@ def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
 def reads_text(model: Any, recipe: Recipe) -> bool:
     """Whether anything the recipe scores with looks at the calibration text."""
     if (
-        recipe.repair is not None
+        recipe.rotate is not None
+        or recipe.repair is not None
         or layer_measure_of(recipe) is not None
         or (recipe.head_metric is not None and "kv_heads" in recipe.axes)
     ):

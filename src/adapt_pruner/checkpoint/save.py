@@ -5,6 +5,7 @@ model*.safetensors      weights
 tokenizer*, …           the tokenizer as it was
 generation_config.json  where the dense model has one
 modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
+modeling_sliced.py      with it, where the model is sliced
 mask.json               which units of the dense model stayed
 pruning.json            how the model was made
 """
@@ -141,8 +142,8 @@ def save(
         _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if needs_own_code(config):
-            shutil.copyfile(Path(__file__).with_name("modeling_pruned.py"), folder / "modeling_pruned.py")
+        for name in _built_by(config)[1]:
+            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if pruning is not None:
@@ -155,19 +156,27 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
     config = copy.deepcopy(model.config)
     if not as_it_says:
         write_sizes(config, families.axes(model))
-    stock = type(model).__name__.removeprefix("Pruned")
+    stock = type(model).__name__.removeprefix("Pruned").removeprefix("Sliced")
     config.dtype = dtype
     config.architectures = [stock]
     config.__dict__.pop("auto_map", None)
-    if needs_own_code(config):
+    prefix, files = _built_by(config)
+    if files:
         if not hasattr(modeling_pruned, f"Pruned{stock}"):
             raise UsageError(f"{stock} has no class in modeling_pruned.py, so unequal layers cannot be saved; add one")
-        config.architectures = [f"Pruned{stock}"]
+        config.architectures = [f"{prefix}{stock}"]
         config.auto_map = {
-            "AutoModel": f"modeling_pruned.Pruned{stock.replace('ForCausalLM', 'Model')}",
-            "AutoModelForCausalLM": f"modeling_pruned.Pruned{stock}",
+            "AutoModel": f"{files[0]}.{prefix}{stock.replace('ForCausalLM', 'Model')}",
+            "AutoModelForCausalLM": f"{files[0]}.{prefix}{stock}",
         }
     return config
+
+
+def _built_by(config: Any) -> tuple[str, tuple[str, ...]]:
+    """What the names of the classes that build it begin with, and the files that have them; nothing for a stock model."""
+    if families.is_sliced(config):
+        return "Sliced", ("modeling_sliced", "modeling_pruned")
+    return ("Pruned", ("modeling_pruned",)) if needs_own_code(config) else ("", ())
 
 
 def _save_weights(model: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None) -> None:
