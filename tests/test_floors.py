@@ -24,6 +24,7 @@ FLOORS = {
     "evaluate": 3,
     "checkpoint": 3,
     "parts": 4,
+    "slicing": 4,
     "recipe": 5,
     "estimate": 6,
     "plan": 6,

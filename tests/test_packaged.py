@@ -94,7 +94,9 @@ def test_it_is_put_together_once(package: ModuleType, tmp_path: Path) -> None:
         left.append({path.name for path in models.iterdir()})
         (models / ".tiny.lock").unlink(missing_ok=True)
     assert len(package.calls) == 1
-    assert left == [{"tiny", ".tiny.lock"}, {"tiny"}], "the one file is not kept; later nothing is written, the cache may be read-only"
+    assert left == [{"tiny", ".tiny.lock"}, {"tiny"}], (
+        "the one file is not kept; later nothing is written, the cache may be read-only"
+    )
 
 
 def test_who_comes_while_it_is_being_made_waits_for_it(package: ModuleType) -> None:

@@ -34,6 +34,7 @@ from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, load_model, prepare
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import RunFolder, opened
+from adapt_pruner.slicing import slice_to, width_for
 from adapt_pruner.stage import Trainer
 from adapt_pruner.train.adapters import base_name
 
@@ -103,6 +104,9 @@ def _prune(
 ) -> None:
     """Score → choose → cut, in place, until the stage's target is met."""
     model = loaded.model
+    if recipe.rotate is not None:
+        _slice(model, stage, recipe, ready=ready, at=at, listen=listen)
+        return
     chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
 
     def warn(message: str) -> None:
@@ -133,6 +137,24 @@ def _prune(
         note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
         at.history.append(note)
         listen({"event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None})
+
+
+def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Position, listen: Listener) -> None:
+    """Slice the residual stream, in place, to the width that the stage's target allows."""
+    if count_parameters(model) <= stage.params:
+        return
+    where = {"stage": stage.stage, "iteration": len(at.history) + 1}
+    width = width_for(model, stage.params)
+    batches = ready.calibration(where["iteration"])
+    num_tokens = sum(batch.numel() for batch in batches)
+    if num_tokens < width:
+        message = f"the calibration text has {num_tokens:,} tokens, which span fewer directions than the {width:,} to keep; give it more"
+        listen({"event": "warning", "message": message})
+    with at.clock("score"):
+        slice_to(model, width, batches, dtype=recipe.dtype, on_basis=_progress(listen, "score", **where))
+    note = {**where, "params": count_parameters(model), "target": stage.params, "loss": float("nan")}
+    at.history.append(note)
+    listen({"event": "cut", **note, "sizes": {"width": width}, "distances": None})
 
 
 def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], recipe: Recipe) -> Scores:

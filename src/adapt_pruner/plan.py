@@ -9,10 +9,12 @@ import torch
 
 from adapt_pruner import families, parts
 from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
 from adapt_pruner.core.surgery import num_left
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.slicing import width_for
 from adapt_pruner.train.loop import stage_tokens
 
 __all__ = ["Stage", "layer_measure_of", "metrics_of", "plan", "prunable", "reads_text", "scored", "stage_targets", "stages"]
@@ -52,6 +54,7 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
         counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
         iterations = max(1, round((reached - target) / (recipe.step * counted_from))) if reached > target else 0
+        iterations = iterations if recipe.rotate is None else min(1, iterations)
         looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
         trained = tokens[k - 1]
         planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))
@@ -67,9 +70,18 @@ def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget
     """
     axes = prunable(model, recipe)
     budget = Budget.parse(recipe.budget, dense=dense)
-    least = {axis.name: 1 for axis in axes}
-    floor = num_left(model, axes, Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, least))
-    budget.check_reachable(axes, floor)
+    total = count_parameters(model)
+    if total > budget.keep and families.is_sliced(model.config):
+        raise UsageError(
+            f"the model is sliced and has {total:,} parameters, more than the budget {budget.keep:,}, and a sliced model cannot be "
+            "cut further; prune the dense model it came from"
+        )
+    if recipe.rotate is None:
+        least = {axis.name: 1 for axis in axes}
+        floor = num_left(model, axes, Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, least))
+        budget.check_reachable(axes, floor)
+    elif total > budget.keep:
+        width_for(model, budget.keep)
     return stages(recipe, axes, start=dense, end=budget.keep), budget
 
 
@@ -102,7 +114,8 @@ def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
 def reads_text(model: Any, recipe: Recipe) -> bool:
     """Whether anything the recipe scores with looks at the calibration text."""
     if (
-        recipe.repair is not None
+        recipe.rotate is not None
+        or recipe.repair is not None
         or layer_measure_of(recipe) is not None
         or (recipe.head_metric is not None and "kv_heads" in recipe.axes)
     ):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import why, write_whole
 from adapt_pruner.checkpoint.state import identity
@@ -135,6 +136,8 @@ def _check_machine(model: Any, recipe: Recipe) -> None:
             f"a batch of {asked.batch_tokens:,} tokens is {rows} rows of {asked.length}, which {world.size()} processes cannot "
             f"share evenly; set training.batch_tokens to a multiple of {asked.length * world.size():,}"
         )
+    if asked.liger and (recipe.rotate is not None or families.is_sliced(model.config)):
+        raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
     if asked.liger and next(model.parameters()).device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
     for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):

@@ -146,6 +146,9 @@ class Recipe(_Frozen):
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     repair: _optional_part("repair") = Field(None, description="what the weights that stay make up for before a cut; null for nothing")  # type: ignore[valid-type]
     # fmt: on
+    rotate: Literal["pca"] | None = Field(
+        None, description="pca: slice the residual stream instead, in one go; axes, metrics and chooser are not asked"
+    )
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
     debt: Literal["carry", "reset"] = Field(
@@ -195,6 +198,14 @@ class Recipe(_Frozen):
         if "residual" in self.axes and self.chooser.startswith("allocate.adaptive"):
             raise ValueError(
                 "chooser 'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"
+            )
+        if self.rotate is not None and self.repair is not None:
+            raise ValueError(
+                f"repair {self.repair!r} makes up for units that go, and rotate {self.rotate!r} takes none; set repair to null"
+            )
+        if self.rotate is not None and self.stages > 1:
+            raise ValueError(
+                f"rotate {self.rotate!r} slices the model once, which cannot be cut after it, and stages is {self.stages}; set stages to 1"
             )
         return self
 

@@ -65,6 +65,9 @@ class Trainer:
     def begin_stage(self) -> None:
         """Start a stage's training after its cuts, and save."""
         self._at.progress.begin_stage()
+        if self.optimizer is not None and self._recipe.rotate is not None:  # every parameter is another one
+            self.optimizer = self._new_optimizer()
+            self._working = (self._model, self.optimizer)
         if self.optimizer is not None:
             self._join(self.optimizer)
         if self.optimizer is not None and self._recipe.moments == "reset":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned
+from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
@@ -272,7 +272,8 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
 
 
 def _is_ours(raw: dict[str, Any]) -> bool:
-    return bool(raw.get("per_layer_config") or raw.get("output_bias")) and raw.get("model_type") in families.model_types()
+    ours = raw.get("per_layer_config") or raw.get("output_bias") or raw.get("sliced_hidden_size")
+    return bool(ours) and raw.get("model_type") in families.model_types()
 
 
 def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -282,6 +283,8 @@ def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, A
     if not needs_own_code(config):
         return AutoModelForCausalLM, options
     stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    if families.is_sliced(config):
+        return getattr(modeling_sliced, f"Sliced{stock}"), {}
     return getattr(modeling_pruned, f"Pruned{stock}"), {}
 
 

@@ -5,6 +5,7 @@ model*.safetensors      weights
 tokenizer*, …           the tokenizer as it was
 generation_config.json  where the dense model has one
 modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
+modeling_sliced.py      with it, where the model is sliced
 mask.json               which units of the dense model stayed
 pruning.json            how the model was made
 """
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned
+from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
@@ -140,8 +141,8 @@ def save(
         _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if needs_own_code(config):
-            shutil.copyfile(Path(__file__).with_name("modeling_pruned.py"), folder / "modeling_pruned.py")
+        for name in _built_by(config)[1]:
+            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if pruning is not None:
@@ -150,8 +151,8 @@ def save(
 
 
 def needs_own_code(config: Any) -> bool:
-    """Whether the classes of modeling_pruned.py build a model of this config, since no stock class does."""
-    return bool(config.is_heterogeneous or getattr(config, "output_bias", False))
+    """Whether the classes of modeling_pruned.py or modeling_sliced.py build a model of this config, since no stock class does."""
+    return bool(config.is_heterogeneous or getattr(config, "output_bias", False) or families.is_sliced(config))
 
 
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
@@ -159,20 +160,28 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
     config = copy.deepcopy(model.config)
     if not as_it_says:
         write_sizes(config, families.axes(model))
-    stock = type(model).__name__.removeprefix("Pruned")
+    stock = type(model).__name__.removeprefix("Pruned").removeprefix("Sliced")
     config.dtype = dtype
     config.architectures = [stock]
     config.__dict__.pop("auto_map", None)
-    if needs_own_code(config):
-        pruned = getattr(modeling_pruned, f"Pruned{stock}", None)
-        if pruned is None:
-            raise UsageError(f"{stock} has no class in modeling_pruned.py, so unequal layers cannot be saved; add one")
-        config.architectures = [pruned.__name__]
+    prefix, files = _built_by(config)
+    if files:
+        built = getattr(modeling_sliced if families.is_sliced(config) else modeling_pruned, f"{prefix}{stock}", None)
+        if built is None:
+            raise UsageError(f"{stock} has no class in {files[0]}.py, so unequal layers cannot be saved; add one")
+        config.architectures = [built.__name__]
         config.auto_map = {
-            "AutoModel": f"modeling_pruned.{pruned.base_class.__name__}",
-            "AutoModelForCausalLM": f"modeling_pruned.{pruned.__name__}",
+            "AutoModel": f"{files[0]}.{built.base_class.__name__}",
+            "AutoModelForCausalLM": f"{files[0]}.{built.__name__}",
         }
     return config
+
+
+def _built_by(config: Any) -> tuple[str, tuple[str, ...]]:
+    """What the names of the classes that build it begin with, and the files that have them; nothing for a stock model."""
+    if families.is_sliced(config):
+        return "Sliced", ("modeling_sliced", "modeling_pruned")
+    return ("Pruned", ("modeling_pruned",)) if needs_own_code(config) else ("", ())
 
 
 def _save_weights(model: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None) -> None:

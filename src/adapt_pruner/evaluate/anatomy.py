@@ -42,7 +42,9 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         layers.append({
             "layer": i, "dense_layer": stayed[i], "heads": sizes.get("num_attention_heads"), "kv_heads": sizes.get("num_key_value_heads"),
             "neurons": sizes.get("intermediate_size"), "params": params,
-            "share_of_dense": None if mask is None else params / _dense_parameters(stack[i], f"{depth.gate.module}.{i}.", axes, mask, stayed[i]),
+            "share_of_dense": None
+            if mask is None or families.is_sliced(model.config)
+            else params / _dense_parameters(stack[i], f"{depth.gate.module}.{i}.", axes, mask, stayed[i]),
         })  # fmt: skip
     params, decoder = count_parameters(model), count_parameters(stack)
     return {

@@ -1,0 +1,212 @@
+"""SliceGPT: the residual stream turned into its principal directions, so that the last of them can be left out.
+
+With n(x) = x / √(mean(x²) + eps), an RMSNorm is diag(scale) n(x), and n(x Q) = n(x) Q for every orthogonal Q. So a scale can
+move into the linear layers that read the norm (`fold_scale`), a layer that reads the stream takes W Q (`rotate_input`), one
+that writes to it Qᵀ W (`rotate_output`), and the shortcut past a block goes from the basis before it, Q, to that after it,
+Q', by Qᵀ Q'. With all d columns of Q nothing changes; with the first k the stream is k wide.
+
+Shapes: linear weights [out, in] as torch has them, bases float64 [d, k] with orthonormal columns, signals [batch, length, d].
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core.layerwise import streams
+from adapt_pruner.errors import RunError
+
+__all__ = [
+    "directions",
+    "fold_scale",
+    "principal_directions",
+    "rotate",
+    "rotate_input",
+    "rotate_output",
+    "sliced_parameters",
+]
+
+_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the stream, through a norm
+_WRITERS = ("o_proj", "down_proj")
+
+
+def principal_directions(moment: Tensor, width: int) -> Tensor:
+    """The `width` orthonormal directions that hold most of the signal: eigenvectors of XᵀX by descending eigenvalue.
+
+    Args:
+        moment: XᵀX, float64 [d, d].
+        width: k, at most d.
+
+    Returns:
+        float64 [d, k].
+
+    Raises:
+        RunError: the signal was not finite.
+
+    Source: SliceGPT, arXiv:2401.15024, section 3.3. The authors' code adds 1 % of the mean of the diagonal to the diagonal
+    first; that moves every eigenvalue alike and no eigenvector, so it is left out here.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise RunError("what flows through the model on the calibration text is not finite; the model's weights are damaged")
+    _, vectors = torch.linalg.eigh(moment)  # ascending
+    largest: Tensor = vectors.flip(1)[:, :width]
+    return largest.contiguous()
+
+
+def fold_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """W diag(scale): the layer after a norm takes the norm's scale, float64."""
+    return weight.double() * scale.double()
+
+
+def rotate_input(weight: Tensor, basis: Tensor) -> Tensor:
+    """W Q: what reads the stream reads it in the basis Q; float64 [out, k]."""
+    return weight.double() @ basis
+
+
+def rotate_output(weight: Tensor, basis: Tensor) -> Tensor:
+    """Qᵀ W: what writes to the stream, a weight or a bias, writes in the basis Q; float64 [k, …]."""
+    return basis.T @ weight.double()
+
+
+@torch.no_grad()
+def directions(
+    model: Any,
+    batches: Sequence[Tensor],
+    width: int,
+    *,
+    dtype: str = "auto",
+    on_basis: Callable[[int, int], None] = lambda done, of: None,
+) -> Iterator[Tensor]:
+    """The basis of the stream before each block in turn: attention of layer 0, its MLP, attention of layer 1, …
+
+    Signals are what enters a block after its norm, without scale. Those of later blocks are collected with what earlier bases
+    leave out already gone: dense blocks read and pass on x Q Qᵀ, which is what the sliced ones see.
+
+    Args:
+        model: causal LM of the Llama layout, in eval mode; left as found.
+        batches: token ids, int64 [batch, length]; several processes share them.
+        width: k.
+        dtype: precision of the blocks' matrix products: `auto`, `float32` or `bfloat16`. Moments are float64.
+        on_basis: told (done, of) after each.
+
+    Yields:
+        float64 [d, k], two a layer, on the model's device.
+
+    Raises:
+        RunError: a signal is not finite.
+
+    Source: SliceGPT, arXiv:2401.15024, section 3.3. Differs: the authors' code takes the signal before its norm. What its option
+    `final_orientation` adds, a random rotation within the k directions, cancels out and is left out.
+    """
+    layers = model.get_decoder().layers
+    flow = streams(model, layers, world.share(batches), dtype=dtype)
+    blocks = [
+        (index, norm, block)
+        for index, layer in enumerate(layers)
+        for norm, block in (
+            (layer.input_layernorm, partial(_attention, layer.self_attn)),
+            (layer.post_attention_layernorm, partial(_mlp, layer.mlp)),
+        )
+    ]
+    for done, (index, norm, block) in enumerate(blocks, start=1):
+        basis = principal_directions(_moment([stream.hidden for stream in flow], norm), width)
+        yield basis
+        narrow = basis.to(norm.weight.dtype)
+        for stream in flow:
+            kept = stream.hidden @ narrow @ narrow.T
+            with precision(kept.device, dtype):
+                stream.hidden = kept + block(norm(kept), stream.keywords[index])
+        on_basis(done, len(blocks))
+
+
+def _attention(attention: nn.Module, normed: Tensor, call: dict[str, Any]) -> Tensor:
+    output: Tensor = attention(hidden_states=normed, **call)[0]
+    return output
+
+
+def _mlp(mlp: nn.Module, normed: Tensor, call: dict[str, Any]) -> Tensor:
+    output: Tensor = mlp(normed)
+    return output
+
+
+def _moment(signals: Sequence[Tensor], norm: Any) -> Tensor:
+    """XᵀX of the normed signals without scale, over all processes, float64 [d, d]."""
+    width = norm.weight.shape[0]
+    total = torch.zeros(width, width, dtype=torch.float64, device=norm.weight.device)
+    for signal in signals:
+        wide = signal.double().flatten(0, -2)
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        total += unit.T @ unit
+    world.sum_in_place(total)
+    return total
+
+
+@torch.no_grad()
+def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
+    """Give `sliced`, in place, the weights of `model` in the bases given, cast once at the end.
+
+    The head is not sliced: the stream leaves the last layer in the dense basis, d wide.
+
+    Args:
+        model: causal LM of the Llama layout; left as found.
+        sliced: the model of `checkpoint.modeling_sliced` that is as wide as the bases.
+        bases: those before each block, float64 [d, k] with orthonormal columns, as `directions` has them.
+
+    Source: SliceGPT, arXiv:2401.15024, algorithm 1. Differs: the authors' code turns the unsliced head and what the last layer
+    writes by one more Q, which cancels out.
+    """
+    turning = iter(bases)
+    entering = next(turning)
+    sliced.get_input_embeddings().weight.copy_(rotate_input(model.get_input_embeddings().weight, entering))
+    for dense, layer in zip(model.get_decoder().layers, sliced.get_decoder().layers, strict=True):
+        between = next(turning)
+        _rotate_block(dense.self_attn, layer.self_attn, dense.input_layernorm.weight, entering, between)
+        layer.attention_shortcut.weight.copy_(between.T @ entering)
+        leaving = next(turning, None)
+        if leaving is None:
+            leaving = torch.eye(entering.shape[0], dtype=entering.dtype, device=entering.device)
+        _rotate_block(dense.mlp, layer.mlp, dense.post_attention_layernorm.weight, between, leaving)
+        layer.mlp_shortcut.weight.copy_(leaving.T @ between)
+        entering = leaving
+    sliced.get_output_embeddings().weight.copy_(fold_scale(model.get_output_embeddings().weight, model.get_decoder().norm.weight))
+
+
+def _rotate_block(dense: nn.Module, block: nn.Module, scale: Tensor, entering: Tensor, leaving: Tensor) -> None:
+    """Give a block, in place, the dense one's weights; what neither reads nor writes the stream as it is."""
+    for name, value in dense.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if module in _WRITERS:
+            turned = rotate_output(value, leaving)
+        elif module in _READERS and leaf == "weight":
+            turned = rotate_input(fold_scale(value, scale), entering)
+        else:
+            turned = value
+        block.get_parameter(name).copy_(turned)
+
+
+def sliced_parameters(model: Any, width: int) -> int:
+    """Parameters of `model` once sliced to `width`, shortcuts and untied embeddings counted, norms without a scale.
+
+    With L layers, width d before and k after, V tokens, R the rows that read or write the stream (one d or k long each):
+
+        V k + V d + L · 2 k² + k R   and for the last layer, which writes d wide,   (d - k) (k + neurons)
+    """
+    head = model.get_output_embeddings().weight
+    dense = head.shape[1]
+    layers = model.get_decoder().layers
+    last_writer = layers[-1].mlp.down_proj
+    total = head.numel() + model.get_input_embeddings().weight.shape[0] * width
+    total += 2 * len(layers) * width**2 + (dense - width) * (width + last_writer.in_features + (last_writer.bias is not None))
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            module, leaf = name.split(".")[-2:]
+            on_stream = leaf == "weight" or module in _WRITERS
+            if module in (*_READERS, *_WRITERS) and on_stream:
+                total += parameter.numel() // dense * width
+            elif module not in ("input_layernorm", "post_attention_layernorm"):
+                total += parameter.numel()
+    return int(total)
