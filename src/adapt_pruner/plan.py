@@ -56,8 +56,14 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     return planned
 
 
-def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget]:
+def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) -> tuple[list[Stage], Budget]:
     """The stages and the budget of a run that began with `dense` parameters, once it is known that it can be met.
+
+    Args:
+        model: as it is now.
+        recipe: the run.
+        dense: what the budget is a share of.
+        start: parameters at the start of the first stage, where tokens went before it.
 
     Raises:
         UsageError: it cannot.
@@ -65,7 +71,8 @@ def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget
     axes = prunable(model, recipe)
     budget = Budget.parse(recipe.budget, dense=dense)
     Budget(keep=budget.keep, total=count_parameters(model)).check_reachable(axes)
-    return stages(recipe, axes, start=dense, end=budget.keep), budget
+    start = dense if start is None else start
+    return stages(recipe, axes, start=start, end=min(start, budget.keep)), budget
 
 
 def prunable(model: Any, recipe: Recipe) -> list[Axis]:

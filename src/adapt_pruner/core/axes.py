@@ -1,7 +1,7 @@
 """What of a model can shrink, and what of it stays: Axis, Scores and Mask.
 
 An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
-Names are `layers` (whole decoder layers) and `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`).
+Names are `layers` (whole decoder layers), `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`) and `vocabulary`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,11 +31,14 @@ class Gate:
     """Where a unit can be shut without being cut.
 
     Each unit owns `width` consecutive features of the input of `module`, set to zero when it is shut. With
-    `width` 0 the units are the entries of the module list `module`, and a shut one returns its input.
+    `width` 0 the units are the entries of the module list `module`, and a shut one returns its input. With `output`
+    the units are the features of the output of `module`, and a shut one is -inf: a token that is never said. No metric
+    scores such an axis.
     """
 
     module: str
     width: int = 1
+    output: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Axis:
     """One dimension that can shrink, with everything that must shrink with it.
 
     Attributes:
-        name: `layers` or `layers.I.KIND`.
+        name: `layers`, `layers.I.KIND` or `vocabulary`.
         size: units there are now.
         cost: parameters one unit owns (an axis whose units differ, such as `layers`, gives their mean).
         gate: where a unit can be shut without being cut.
@@ -51,6 +54,7 @@ class Axis:
         fields: config fields that state the size, each with how many of it one unit stands for.
         pins: config fields to be spelled out because stock code would derive them from a field that changes.
         lists: config fields that hold one entry per unit and lose entries with it.
+        indices: config fields that hold the number of a unit, or several, and follow its renumbering.
     """
 
     name: str
@@ -61,17 +65,22 @@ class Axis:
     fields: tuple[tuple[str, int], ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
+    indices: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
-        """The last part of the name: `neurons`, `kv_heads`, `layers`."""
+        """The last part of the name: `neurons`, `kv_heads`, `layers`, `vocabulary`."""
         return self.name.rpartition(".")[2]
 
     @property
     def layer(self) -> int | None:
-        """The index of the decoder layer the axis lies in; None for `layers` itself."""
-        parts = self.name.split(".")
-        return int(parts[1]) if len(parts) == 3 else None
+        """The index of the decoder layer the axis lies in; None for one of the whole model."""
+        return _layer_of(self.name)
+
+
+def _layer_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[1]) if len(parts) == 3 else None
 
 
 def _in_layer(name: str, layer: int) -> str:
@@ -124,8 +133,8 @@ class Mask:
         stayed = self.kept["layers"].nonzero().flatten().tolist() if "layers" in self.kept else None
         result = dict(self.kept)
         for name, keep in later.kept.items():
-            if stayed is not None and name != "layers":
-                layer = int(name.split(".")[1])
+            layer = _layer_of(name)
+            if stayed is not None and layer is not None:
                 if layer >= len(stayed):
                     raise ValueError(f"later mask names {name!r}, but only {len(stayed)} layers are left")
                 name = _in_layer(name, stayed[layer])
@@ -137,7 +146,7 @@ class Mask:
             result[name] = after
         if "layers" in result:
             gone = {i for i, stays in enumerate(result["layers"].tolist()) if not stays}
-            result = {name: keep for name, keep in result.items() if name == "layers" or int(name.split(".")[1]) not in gone}
+            result = {name: keep for name, keep in result.items() if _layer_of(name) not in gone}
         return Mask(result)
 
     def to_json(self) -> dict[str, Any]:

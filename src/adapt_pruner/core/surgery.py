@@ -40,7 +40,9 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     try:
         for name, axis in _checked(axes, mask).items():
             module = model.get_submodule(axis.gate.module)
-            if axis.gate.width == 0:
+            if axis.gate.output:
+                handles.append(module.register_forward_hook(_Unsaid(mask[name])))
+            elif axis.gate.width == 0:
                 for index in (~mask[name]).nonzero().flatten().tolist():
                     handles.append(module[index].register_forward_hook(_skip, with_kwargs=True))  # type: ignore[index]
             else:
@@ -59,6 +61,16 @@ class _Shut:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0] * self.keep.to(args[0].device), *args[1:])
+
+
+class _Unsaid:
+    """A forward hook that makes the output features whose `keep` is False -inf."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.masked_fill(~self.keep.to(output.device), -torch.inf)
 
 
 def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -101,12 +113,17 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
                 setattr(module, leaf, new)
                 if isinstance(module, nn.Linear):
                     module.out_features, module.in_features = module.weight.shape
+                elif isinstance(module, nn.Embedding):
+                    module.num_embeddings, module.embedding_dim = module.weight.shape
             if optimizer is not None:
                 _follow(optimizer, old, new, piece.dim, index)
         owner = model.get_submodule(axis.gate.module.rpartition(".")[0])
-        for field, units in axis.fields:
-            if hasattr(owner, field):
-                setattr(owner, field, int(mask[name].sum()) * units)
+        for module in model.modules() if axis.layer is None else [owner]:
+            for field, units in axis.fields:
+                if hasattr(module, field):
+                    setattr(module, field, int(mask[name].sum()) * units)
+        if axis.indices:
+            _renumber(model, axis.indices, mask[name])
 
     stayed = None
     if stack is not None:
@@ -118,6 +135,19 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
 def _shortened(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
     data = parameter.data.index_select(dim, index.to(parameter.device)).contiguous()
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
+    """Let the configs and the padding of `model`, in place, name units by their numbers after the cut; None for one that is gone."""
+    new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for field in fields:
+            old = getattr(config, field, None)
+            if old is not None:
+                setattr(config, field, [new[i] for i in old if i in new] if isinstance(old, list) else new.get(old))
+    for module in model.modules():
+        if getattr(module, "padding_idx", None) is not None:
+            module.padding_idx = new.get(module.padding_idx)  # type: ignore[assignment]
 
 
 def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, index: Tensor) -> None:
@@ -167,16 +197,17 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     if depth is not None and "layers" in mask:
         stayed = mask["layers"].nonzero().flatten().tolist()
     if depth is not None:
-        for field, _ in depth.fields:
-            setattr(config, field, len(stayed))
         for name in depth.lists:
             if getattr(config, name, None) is not None and len(getattr(config, name)) == depth.size:
                 setattr(config, name, [getattr(config, name)[i] for i in stayed])
 
     sizes: dict[str, dict[int, int]] = {}
     for axis in axes:
+        kept = int(mask[axis.name].sum()) if axis.name in mask else axis.size
+        if axis.layer is None:
+            for field, units in axis.fields:
+                setattr(config, field, kept * units)
         if axis.layer in stayed:
-            kept = int(mask[axis.name].sum()) if axis.name in mask else axis.size
             for field, units in axis.fields:
                 sizes.setdefault(field, {})[stayed.index(axis.layer)] = kept * units
             for field, value in axis.pins:

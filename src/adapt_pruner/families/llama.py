@@ -1,7 +1,8 @@
 """The Llama layout: gated MLP and grouped-query attention in pre-norm layers (Llama, SmolLM2, Mistral, Qwen2/2.5, Qwen3).
 
 Axes: `layers.I.neurons` (an MLP channel), `layers.I.kv_heads` (a KV head with all its query heads: head h of the
-queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers` (a whole layer).
+queries reads KV head h // group, so the group goes as one block and the ratio stays), `vocabulary` (a token: its row of the
+input embedding, and of the head where that is another matrix), `layers` (a whole layer).
 Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and k_norm (Qwen3) act inside a head and stay.
 """
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
 
-__all__ = ["MODEL_TYPES", "axes", "tiny"]
+__all__ = ["MODEL_TYPES", "axes", "tiny", "vocabulary"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -49,6 +50,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
                 fields=(("intermediate_size", 1),),
             )
         )
+    found.append(vocabulary(model))
     found.append(
         Axis(
             name="layers",
@@ -60,6 +62,22 @@ def axes(model: Any) -> tuple[Axis, ...]:
         )
     )
     return tuple(found)
+
+
+def vocabulary(model: Any) -> Axis:
+    """The axis of tokens of a causal LM with `model.embed_tokens` and `lm_head`, tied or not."""
+    slices = [Slice("model.embed_tokens.weight", 0)]
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        slices.append(Slice("lm_head.weight", 0))
+    return Axis(
+        name="vocabulary",
+        size=model.lm_head.weight.shape[0],
+        cost=unit_cost(model, slices),
+        gate=Gate("lm_head", output=True),
+        slices=tuple(slices),
+        fields=(("vocab_size", 1),),
+        indices=("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    )
 
 
 def _axis(
