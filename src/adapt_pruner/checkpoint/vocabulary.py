@@ -2,8 +2,8 @@
 
 What stays is closed. Bytes stay, or single characters where the tokenizer has no bytes, so that every text can be written; and
 with a token that is put together by merges (BPE) stay those it is put together from, so that it can still be reached. A text
-whose tokens all stay is then split as before: BPE applies the first of its merges that fits, and those that made this text
-are all there, in their old order; Unigram takes the likeliest split, and the likeliest of all is among those left.
+whose tokens all stay is then split as before: BPE applies that merge which comes first of those that fit, and at every step
+it was one that stays; Unigram takes the likeliest split, and the likeliest of all is among those left.
 """
 
 import itertools
