@@ -28,20 +28,21 @@ from test_law import random_mask
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
 TEXTS = [text[:4000] for text in documents("python-docs:train")[:40]]
-CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+CHAT = "{% for m in messages %}<begin>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
 
 
 def byte_level(*, ignore_merges: bool = False, size: int = 700) -> PreTrainedTokenizerFast:
-    """As SmolLM2, Qwen and Llama 3 have it: bytes as characters; a start token that a template adds; an added token at the end."""
+    """As SmolLM2, Qwen and Llama 3 have it: bytes as characters; behind them a start token, which a template adds."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
-    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.add_special_tokens(["<begin>"])
+    start = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", tokenizer.token_to_id("<begin>"))])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), start])
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<begin>", eos_token="</s>", pad_token="</s>")
     found.add_tokens(["<tool>"])
     found.chat_template = CHAT
     return found
@@ -153,8 +154,8 @@ def test_a_text_whose_tokens_stay_is_split_as_before(tokenizer: Any, share: floa
             same += 1
         else:
             different += 1
-    assert same > 100
-    assert different > 100
+    assert same > 20
+    assert different > 20
 
 
 def test_a_token_that_stays_can_be_reached(tokenizer: Any) -> None:
@@ -189,7 +190,7 @@ def test_what_stays_is_what_is_used_most() -> None:
         ids = tokenizer(f"{role}:", add_special_tokens=False)["input_ids"]
         assert bool(least[ids].all())
     # rows that pad the embedding go, and so does what neither the text nor a rule wants; what a config names stays
-    odd = int((uses + 1000 * least).argmin())
+    odd = int((~keep).nonzero()[-1])
     padded = kept_tokens(tokenizer, torch.cat([uses, torch.zeros(28)]), keep=500, named=[odd])
     assert padded.shape == (len(tokenizer) + 28,)
     assert not padded[len(tokenizer) :].any()
@@ -231,12 +232,12 @@ def test_tokenizers_that_cannot_be_rewritten_are_refused() -> None:
     odd.backend_tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
     with pytest.raises(UsageError, match="post-processor BertProcessing"):
         kept_tokens(odd, uses, keep=400)
-    with pytest.raises(UsageError, match=r"token '<tool>' has number 700 and the model 600 rows"):
+    with pytest.raises(UsageError, match=r"token '<tool>' has number 701 and the model 600 rows"):
         kept_tokens(tokenizer, torch.ones(600), keep=400)
     with pytest.raises(UsageError, match=r"vocabulary\.keep 100 is below the 2\d\d tokens that always stay"):
         kept_tokens(tokenizer, uses, keep=100)
-    with pytest.raises(UsageError, match=r"keep 701 is not below the 701 tokens"):
-        kept_tokens(tokenizer, uses, keep=701)
+    with pytest.raises(UsageError, match=r"keep 702 is not below the 702 tokens"):
+        kept_tokens(tokenizer, uses, keep=702)
 
     class Stubborn(PreTrainedTokenizerFast):
         def get_vocab(self) -> dict[str, int]:
@@ -361,16 +362,18 @@ def test_bytes_of_a_text_are_its_bytes(tokenizer: Any) -> None:
     """Token by token, wherever windows cut a character; one that the tokenizer adds is no text."""
     generator = random.Random(5)
     for _ in range(20):
-        text = any_text(generator) + "<s>"
-        ids = torch.tensor([0, *tokenizer(text)["input_ids"]])[None]  # the first of a window is not predicted
-        assert text_bytes(tokenizer, [ids]) == len(text.removesuffix("<s>").encode())
+        text = any_text(generator)
+        ids = torch.tensor([0, *tokenizer(text + tokenizer.bos_token)["input_ids"]])[
+            None
+        ]  # the first of a window is not predicted
+        assert text_bytes(tokenizer, [ids]) == len(text.encode())
         halves = [ids[:, :4], ids[:, 3:]]
         assert text_bytes(tokenizer, halves) == text_bytes(tokenizer, [ids])
 
 
 def test_bits_per_byte_do_not_depend_on_the_split() -> None:
     """Of a model that knows nothing a token costs log2(V) bits, whatever it stands for."""
-    model = tiny_model(vocab_size=701)
+    model = tiny_model(vocab_size=702)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     tokenizer = byte_level()
@@ -378,5 +381,5 @@ def test_bits_per_byte_do_not_depend_on_the_split() -> None:
     num_bytes = len(TEXTS[3].encode())
     measured = perplexity(model, windows, num_bytes=text_bytes(tokenizer, windows))
     tokens = windows[0].numel() - 1
-    assert measured.bits_per_byte == pytest.approx(tokens * torch.tensor(701.0).log2().item() / num_bytes, rel=1e-5)
+    assert measured.bits_per_byte == pytest.approx(tokens * torch.tensor(702.0).log2().item() / num_bytes, rel=1e-5)
     assert perplexity(model, windows).bits_per_byte is None
