@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
+from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
+from adapt_pruner.core.surgery import cut
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
 from adapt_pruner.plan import Stage, plan, reads_text, scored
-from adapt_pruner.prepare import Listener, load_model, prepare
+from adapt_pruner.prepare import Listener, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
 __all__ = ["dry_run"]
@@ -42,7 +45,10 @@ def dry_run(
     on_paper = not has_weights(recipe.model)
     if not on_paper:
         loaded = load_model(recipe, listen, trust_remote_code)
-        ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code)
+        dense = count_parameters(loaded.model)
+        loaded, _ = cut_vocabulary(loaded, recipe, listen)
+        start = count_parameters(loaded.model)
+        ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start)
         model, planned, budget = loaded.model, ready.stages, ready.budget
         teacher = None if ready.teacher is None else shapes(ready.teacher)
         device = next(model.parameters()).device
@@ -51,13 +57,22 @@ def dry_run(
         kind = "cpu" if device.type == "cpu" else "cuda"
     else:
         model = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
-        planned, budget = plan(model, recipe, dense=count_parameters(model))
+        dense = count_parameters(model)
+        _cut_on_paper(model, recipe)
+        planned, budget = plan(model, recipe, dense=dense, start=count_parameters(model))
         teacher = _teacher(model, recipe, trust_remote_code)
         kind = "cpu" if recipe.device == "cpu" else "cuda"
         narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
         speed = PAPER[kind]
     how = _setup(recipe, kind, narrow, teacher, processes)
     return _told(recipe, shapes(model), planned, budget, how, speed, reads=reads_text(model, recipe), on_paper=on_paper)
+
+
+def _cut_on_paper(model: Any, recipe: Recipe) -> None:
+    """Shrink, in place, the vocabulary of a model without weights to its size after the run's start, where the recipe tells it."""
+    asked, axes = recipe.vocabulary, families.axes(model)
+    if asked is not None and asked.keep is not None:
+        cut(model, axes, Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in axes if axis.kind == "vocabulary"}))
 
 
 def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
@@ -88,7 +103,7 @@ def _told(
         "model": recipe.model,
         "method": recipe.method,
         "seed": recipe.seed,
-        "params_before": dense.params,
+        "params_before": budget.total,
         "params_after": budget.keep,
         "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(planned, spans, strict=True)],
         "seconds": sum(spans),

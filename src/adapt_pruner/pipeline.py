@@ -31,7 +31,7 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.plan import Stage, layer_measure_of, metrics_of, prunable, scored
 from adapt_pruner.position import Position
-from adapt_pruner.prepare import Listener, Prepared, load_model, prepare
+from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import RunFolder, opened
 from adapt_pruner.slicing import slice_to, width_for
@@ -181,9 +181,9 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     """
     out = Path(out)
     check_target(out)
-    loaded = load_model(recipe.ready(), listen, trust_remote_code)
-    ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code)
-    at = Position(Debt.none(prunable(loaded.model, recipe)))
+    loaded, at, dense = _begun(recipe.ready(), listen, trust_remote_code)
+    start = count_parameters(loaded.model)
+    ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start)
     _tell_start(ready, recipe, at, listen)
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
     with at.clock("other"):
@@ -252,19 +252,21 @@ def _run(
     origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
-        loaded = load_model(recipe, tell, trust_remote_code)
-        at = Position(Debt.none(prunable(loaded.model, recipe)))
+        loaded, at, dense = _begun(recipe, tell, trust_remote_code)
     else:
         _check_origin(path, state, recipe, origin)
         loaded, tensors = load_state(path, state, device=pick_device(recipe.device))
         at = Position.from_json(state)
         _check_place(path, at, recipe, changed, tensors)
+        dense = at.figures["params_before"]
     ready = prepare(
         loaded,
         recipe,
         listen=tell,
         trust_remote_code=trust_remote_code,
-        begun=at.figures.get("params_before"),
+        dense=dense,
+        start=at.figures.get("params_after_vocabulary", dense),
+        begun=path is not None,
         folder=folder.path,
     )
     replaced = [] if path is None else [what for what, digest in ready.digests.items() if digest != state["digests"][what]]
@@ -315,6 +317,21 @@ def _run(
     return outcome
 
 
+def _begun(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> tuple[Loaded, Position, int]:
+    """The model that a run begins with, once tokens have gone that are to go; where it stands; parameters before that."""
+    loaded = load_model(recipe, listen, trust_remote_code)
+    dense = count_parameters(loaded.model)
+    loaded, mask = cut_vocabulary(loaded, recipe, listen)
+    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask)
+    if "vocabulary" in mask:
+        at.figures |= {
+            "vocabulary_before": mask["vocabulary"].numel(),
+            "vocabulary_after": int(mask["vocabulary"].sum()),
+            "params_after_vocabulary": count_parameters(loaded.model),
+        }
+    return loaded, at, dense
+
+
 def _check_origin(path: Path, state: Mapping[str, Any], recipe: Recipe, origin: str) -> None:
     if state["model"] != recipe.model or state["identity"] != origin:
         raise UsageError(
@@ -329,6 +346,11 @@ def _check_place(path: Path, at: Position, recipe: Recipe, changed: Sequence[str
         raise UsageError(
             f"the run of {path} is in stage {at.stage} and the recipe has {recipe.stages}; set stages to {at.stage} or more, "
             "or name another folder"
+        )
+    if any(key.partition(".")[0] == "vocabulary" for key in changed):
+        raise UsageError(
+            f"the tokens of {path} went before anything else, and the recipe now asks for others; "
+            "leave vocabulary as it was, or name another folder"
         )
     if "training.lora" in changed and any(base_name(name) is None for name in tensors):
         raise UsageError(
@@ -376,8 +398,15 @@ def _tell_start(ready: Prepared, recipe: Recipe, at: Position, listen: Listener)
 def _evaluate(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:
     if ready.held_out:
         with at.clock("evaluate"):
-            measured = perplexity(model, ready.held_out, dtype=recipe.dtype, on_window=_progress(listen, "evaluate", stage=stage))
+            measured = perplexity(
+                model,
+                ready.held_out,
+                dtype=recipe.dtype,
+                num_bytes=ready.held_out_bytes,
+                on_window=_progress(listen, "evaluate", stage=stage),
+            )
         at.figures.setdefault("perplexities", []).append(measured.perplexity)
+        at.figures.setdefault("bits_per_byte", []).append(measured.bits_per_byte)
         listen({"event": "evaluation", "stage": stage, "params": count_parameters(model), **asdict(measured)})
 
 

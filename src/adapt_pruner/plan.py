@@ -62,8 +62,14 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     return planned
 
 
-def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget]:
+def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) -> tuple[list[Stage], Budget]:
     """The stages and the budget of a run that began with `dense` parameters, once it is known that it can be met.
+
+    Args:
+        model: as it is now.
+        recipe: the run.
+        dense: what the budget is a share of.
+        start: parameters at the start of the first stage, where tokens went before it.
 
     Raises:
         UsageError: it cannot.
@@ -82,7 +88,8 @@ def plan(model: Any, recipe: Recipe, *, dense: int) -> tuple[list[Stage], Budget
         budget.check_reachable(axes, floor)
     elif total > budget.keep:
         width_for(model, budget.keep)
-    return stages(recipe, axes, start=dense, end=budget.keep), budget
+    start = dense if start is None else start
+    return stages(recipe, axes, start=start, end=min(start, budget.keep)), budget
 
 
 def prunable(model: Any, recipe: Recipe) -> list[Axis]:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,26 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import why, write_whole
 from adapt_pruner.checkpoint.state import identity
+from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import world
+from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feeds import calibration_feed, held_out_windows
 from adapt_pruner.data.overlap import overlaps
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF
+from adapt_pruner.data.tokens import text_bytes
+from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import OWN_TEXT
 
-__all__ = ["Listener", "Prepared", "load_model", "prepare"]
+__all__ = ["Listener", "Prepared", "cut_vocabulary", "load_model", "prepare"]
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -49,6 +54,7 @@ class Prepared:
         digests: fingerprints of what is read beside the model, by what a person calls it: of the training text all rows
             and their order, of the calibration text the first batches.
         held_out: evaluation windows; empty where nothing is to be evaluated.
+        held_out_bytes: of the text they predict.
         teacher: the model to distil from; None where the objective has none.
     """
 
@@ -59,6 +65,7 @@ class Prepared:
     spans: list[int]
     digests: dict[str, str]
     held_out: list[Tensor]
+    held_out_bytes: int
     teacher: Any
 
 
@@ -70,13 +77,51 @@ def load_model(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loa
     return loaded
 
 
+def cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[Loaded, Mask]:
+    """Take the tokens away, in place, that the recipe does not keep, with their rows; the tokenizer is a new one.
+
+    Returns:
+        The model with its tokenizer, and the mask against what it was.
+
+    Raises:
+        UsageError: there is no such text, or the tokenizer cannot be rewritten.
+    """
+    asked = recipe.vocabulary
+    if asked is None or asked.source is None:
+        return loaded, Mask()
+    axes, tokenizer, source = families.axes(loaded.model), loaded.tokenizer, asked.source
+    axis = next((axis for axis in axes if axis.kind == "vocabulary"), None)
+    if axis is None:
+        raise UsageError(f"models of type {loaded.model.config.model_type!r} have no axis of tokens; leave vocabulary out")
+    configs = (loaded.model.config, loaded.model.generation_config)
+    named = [getattr(config, field, None) for config in configs for field in axis.indices]
+    numbers = [number for field in named for number in (field if isinstance(field, list) else [field]) if number is not None]
+    keep = world.on_main(
+        lambda: kept_tokens(
+            tokenizer,
+            token_uses(tokenizer, source, size=axis.size),
+            keep=asked.keep,
+            min_uses=asked.min_uses,
+            named=numbers,
+        )
+    )
+    smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
+    cut(loaded.model, axes, mask)
+    listen({
+        "event": "vocabulary", "tokens_before": axis.size, "tokens": int(keep.sum()), "params": count_parameters(loaded.model),
+    })  # fmt: skip
+    return replace(loaded, tokenizer=smaller), mask
+
+
 def prepare(
     loaded: Loaded,
     recipe: Recipe,
     *,
     listen: Listener,
     trust_remote_code: bool = False,
-    begun: int | None = None,
+    dense: int,
+    start: int,
+    begun: bool = False,
     folder: Path | None = None,
 ) -> Prepared:
     """Check that the recipe fits model, machine and processes and that its texts are there, before any work is done.
@@ -86,7 +131,9 @@ def prepare(
         recipe: what is asked for.
         listen: told of warnings.
         trust_remote_code: for a teacher.
-        begun: parameters at the start, where the run has begun and the model is not what it was.
+        dense: parameters of the model that the run began with.
+        start: parameters it had when its vocabulary was cut.
+        begun: whether the run has begun, and the model is not what it was then.
         folder: of the run; text that the model writes itself is kept there.
 
     Raises:
@@ -96,9 +143,9 @@ def prepare(
     def warn(message: str) -> None:
         listen({"event": "warning", "message": message})
 
-    planned, budget = plan(loaded.model, recipe, dense=begun or count_parameters(loaded.model))
+    planned, budget = plan(loaded.model, recipe, dense=dense, start=start)
     _check_machine(loaded.model, recipe)
-    calibration = _calibration(loaded, recipe, folder, begun=begun is not None)
+    calibration = _calibration(loaded, recipe, folder, begun=begun)
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
@@ -106,8 +153,9 @@ def prepare(
         "calibration": recipe.calibration.source if recipe.calibration.ids is None and reads_text(loaded.model, recipe) else None,
         "training": recipe.training.source,
         "evaluation": recipe.evaluation.source,
+        "vocabulary": None if recipe.vocabulary is None else recipe.vocabulary.source,
     }
-    if world.is_main() and begun is None:
+    if world.is_main() and not begun:
         for sentence in overlaps(sources):
             warn(sentence)
     digests = {
@@ -116,8 +164,8 @@ def prepare(
         "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
     }
     return Prepared(
-        planned, budget, calibration, rows, spans, digests, held_out,
-        _teacher(loaded, recipe, trust_remote_code, begun=begun is not None),
+        planned, budget, calibration, rows, spans, digests, held_out, text_bytes(loaded.tokenizer, held_out),
+        _teacher(loaded, recipe, trust_remote_code, begun=begun),
     )  # fmt: skip
 
 

@@ -7,19 +7,32 @@ overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe th
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner import parts
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.data.sources import domains
+from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["Calibration", "Evaluation", "Lora", "Recipe", "Source", "Training", "builtin", "differing", "methods", "read"]
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Lora",
+    "Recipe",
+    "Source",
+    "Training",
+    "Vocabulary",
+    "builtin",
+    "differing",
+    "methods",
+    "read",
+]
 
 _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about")
+_TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
 
 def _checked_source(source: Any) -> Any:
@@ -47,6 +60,22 @@ def _optional_part(key: str) -> Any:
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Vocabulary(_Frozen):
+    """The tokens that stay, by their use in a text; the others go before anything else is pruned, and from the tokenizer too."""
+
+    source: Source | None = Field(None, description="SPEC of text, or SPEC: weight, whose tokens are counted")
+    keep: Count | None = Field(None, ge=1, description="tokens that stay, the most used")
+    min_uses: int | None = Field(None, ge=1, description="instead of keep: uses from which on a token stays")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Vocabulary":
+        if self.source is None:
+            raise ValueError("vocabulary names no text; set vocabulary.source to one whose tokens are counted")
+        if (self.keep is None) == (self.min_uses is None):
+            raise ValueError("vocabulary takes one of keep and min_uses; say how many tokens stay, or how often they are used")
+        return self
 
 
 class Calibration(_Frozen):
@@ -139,6 +168,9 @@ class Recipe(_Frozen):
     axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual"], ...] = Field(
         ("neurons", "kv_heads"), min_length=1, description="what may go: neurons, kv_heads, query_heads, residual"
     )
+    vocabulary: Vocabulary | None = Field(
+        None, description="tokens that stay: {source: SPEC, keep: 16384}, or min_uses for keep; null for all"
+    )
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
     distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer is worth; null where the chooser does not ask")  # type: ignore[valid-type]
@@ -207,7 +239,24 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"rotate {self.rotate!r} slices the model once, which cannot be cut after it, and stages is {self.stages}; set stages to 1"
             )
+        if self.vocabulary is not None:
+            self._check_tokens()
         return self
+
+    def _check_tokens(self) -> None:
+        """Refuse what goes by the tokens that there were before some went."""
+        remedy = "prune the vocabulary first, in a run of its own"
+        if self.calibration.ids is not None:
+            raise ValueError(f"calibration.ids are tokens of the vocabulary before it is pruned; name a text, or {remedy}")
+        if self.calibration.source == SELF:
+            raise ValueError(
+                f"calibration.source 'self' is text of the model before its vocabulary is pruned; name a text, or {remedy}"
+            )
+        if self.training.objective.startswith("objectives.distil") and self.training.teacher is None:
+            raise ValueError(
+                "training.objective 'objectives.distil' compares with the dense model token by token, and vocabulary takes tokens "
+                f"away; name a training.teacher with the tokens that stay, or {remedy}"
+            )
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` takes back."""
@@ -272,7 +321,7 @@ def differing(one: Recipe, other: Recipe) -> list[str]:
     for key, value in left.items():
         if key in _OF_THE_MACHINE or value == right[key]:
             continue
-        inner = isinstance(value, dict) and isinstance(right[key], dict) and key in ("calibration", "training", "evaluation")
+        inner = isinstance(value, dict) and isinstance(right[key], dict) and key in _TABLES
         found += [f"{key}.{leaf}" for leaf in value if value[leaf] != right[key][leaf]] if inner else [key]
     return found
 
@@ -320,6 +369,7 @@ def _model_at(path: Sequence[Any]) -> type[BaseModel]:
     model: type[BaseModel] = Recipe
     for key in path:
         annotation = model.model_fields[str(key)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        for kind in get_args(annotation) or (annotation,):  # a table may be optional
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
     return model

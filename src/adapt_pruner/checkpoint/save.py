@@ -2,7 +2,7 @@
 
 config.json             the dense config with sizes as they are; `per_layer_config` where layers differ
 model*.safetensors      weights
-tokenizer*, …           the tokenizer as it was
+tokenizer*, …           the tokenizer
 generation_config.json  where the dense model has one
 modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
 modeling_sliced.py      with it, where the model is sliced

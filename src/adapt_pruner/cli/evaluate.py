@@ -42,7 +42,7 @@ def evaluate(
     from adapt_pruner.core.plain import to_json
     from adapt_pruner.data.feeds import held_out_windows
     from adapt_pruner.data.sources import SELF, documents
-    from adapt_pruner.data.tokens import opening
+    from adapt_pruner.data.tokens import opening, text_bytes
     from adapt_pruner.evaluate.anatomy import decoder_parameters
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.evaluate.speed import forward_speed
@@ -61,7 +61,8 @@ def evaluate(
             def told(done: int, of: int) -> None:
                 listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
 
-            measured = perplexity(loaded.model, windows, dtype=dtype, on_window=told)
+            num_bytes = text_bytes(loaded.tokenizer, windows)
+            measured = perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told)
             rows.append({
                 "model": name, **asdict(measured), "params": count_parameters(loaded.model),
                 "decoder_params": decoder_parameters(loaded.model), "weight_bytes": loaded.weight_bytes,
@@ -82,13 +83,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from adapt_pruner.cli.tables import print_table
 
     print_table(
-        ["model", "parameters", "on disk", "perplexity", "tokens/s"],
+        ["model", "parameters", "on disk", "perplexity", "bits/byte", "tokens/s"],
         [
             [
                 row["model"],
                 f"{row['params']:,}",
                 f"{row['weight_bytes'] / 1e6:,.0f} MB",
                 f"{row['perplexity']:.2f}",
+                f"{row['bits_per_byte']:.4f}",
                 f"{row['tokens_per_second']:,.0f}",
             ]
             for row in rows

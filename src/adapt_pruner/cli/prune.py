@@ -73,6 +73,10 @@ def prune(
         return
     kept = figures["params_after"] / figures["params_before"]
     kept_in_layers = figures["decoder_params_after"] / figures["decoder_params_before"]
+    tokens = []
+    if "vocabulary_after" in figures:
+        before, after = figures["vocabulary_before"], figures["vocabulary_after"]
+        tokens = [["tokens", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]]
     print_table(
         ["", "before", "after", "kept"],
         [
@@ -83,6 +87,7 @@ def prune(
                 f"{figures['decoder_params_after']:,}",
                 f"{kept_in_layers:.1%}",
             ],
+            *tokens,
         ],
     )
     peak = figures["peak_rss_bytes"] / 2**30

@@ -98,6 +98,11 @@ class Screen:
     def _on_loaded(self, event: dict[str, Any]) -> None:
         self._say(f"loaded {event['model']}: {millions(event['params'])} parameters")
 
+    def _on_vocabulary(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"{event['tokens']:,} of {event['tokens_before']:,} tokens stay, which leaves {millions(event['params'])} parameters"
+        )
+
     def _on_start(self, event: dict[str, Any]) -> None:
         self._work, self._began, self._trained = event, time.monotonic(), event["trained_tokens"]
         text = f"pruning to {millions(event['target'])} parameters by {event['method']}"

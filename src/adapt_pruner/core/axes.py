@@ -2,7 +2,7 @@
 
 An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
 Names are `layers` (whole decoder layers), `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`) and, where there is one
-for the whole model, KIND (`residual`).
+for the whole model, KIND (`residual`, `vocabulary`).
 
 Units may stand in blocks: of `query_heads`, which lie inside KV heads, the same number leaves every group, so a unit is one
 head of each. Scores and masks have an entry for every head, block by block; sizes and costs count units.
@@ -37,12 +37,20 @@ class Gate:
     """Where an entry of an axis can be shut without being cut.
 
     Each entry owns `width` consecutive features of the input of `module`, and of the modules `also`, set to zero when it is
-    shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input.
+    shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input. With
+    `output` the units are the features of the output of `module`, and a shut one is -inf: a token that is never said. No metric
+    scores such an axis.
     """
 
     module: str
     width: int = 1
     also: tuple[str, ...] = ()
+    output: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the entries are input features of one linear layer: not of `layers`, nor where many read a stream, nor of tokens."""
+        return self.width > 0 and not self.also and not self.output
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Axis:
     """One dimension that can shrink, with everything that must shrink with it.
 
     Attributes:
-        name: `layers` or `layers.I.KIND`.
+        name: `layers`, `layers.I.KIND`, or, of the whole model, KIND.
         size: units there are now.
         cost: parameters one unit owns (an axis whose units differ, such as `layers`, gives their mean).
         gate: where a unit can be shut without being cut.
@@ -62,6 +70,7 @@ class Axis:
         scaled: what is multiplied by (size before / size after) ** power, since something takes a mean over the axis: dotted
             names of parameters, module attributes and config fields, each with its power.
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
+        indices: config fields that hold the number of a unit, or several, and follow its renumbering.
     """
 
     name: str
@@ -75,6 +84,7 @@ class Axis:
     lists: tuple[str, ...] = ()
     scaled: tuple[tuple[str, float], ...] = ()
     blocks: int = 1
+    indices: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -83,7 +93,7 @@ class Axis:
 
     @property
     def kind(self) -> str:
-        """The last part of the name: `neurons`, `kv_heads`, `residual`, `layers`."""
+        """The last part of the name: `neurons`, `kv_heads`, `residual`, `vocabulary`, `layers`."""
         return self.name.rpartition(".")[2]
 
     @property

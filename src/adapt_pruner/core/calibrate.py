@@ -91,7 +91,7 @@ def _as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
 
 def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Metric]) -> Evidence:
     """The most that any of `metrics` needs to see, found by asking each and letting it go."""
-    needs = []
+    axes, needs = _scored(axes), []
     with _as_found(model, _on(axes)):
         for metric in metrics:
             asked = metric(model, axes)
@@ -103,6 +103,11 @@ def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Me
 def _on(axes: Sequence[Axis]) -> set[str]:
     """The names of the parameters that lie on an axis."""
     return {piece.parameter for axis in axes for piece in axis.slices}
+
+
+def _scored(axes: Sequence[Axis]) -> Sequence[Axis]:
+    """Without tokens, whose worth is their use in a text."""
+    return [axis for axis in axes if not axis.gate.output]
 
 
 def score(
@@ -137,6 +142,7 @@ def score(
         RunError: L is not finite.
     """
     device = next(model.parameters()).device
+    axes = _scored(axes)
     on_axes = _on(axes)
     running = [metric(model, axes) for metric in metrics]
     total = float("nan")

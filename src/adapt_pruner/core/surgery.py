@@ -44,7 +44,9 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     handles = []
     try:
         for name, axis in _checked(axes, mask).items():
-            if axis.gate.width == 0:
+            if axis.gate.output:
+                handles.append(model.get_submodule(axis.gate.module).register_forward_hook(_Unsaid(mask[name])))
+            elif axis.gate.width == 0:
                 stack: Any = model.get_submodule(axis.gate.module)
                 for index in (~mask[name]).nonzero().flatten().tolist():
                     handles.append(stack[index].register_forward_hook(_skip, with_kwargs=True))
@@ -66,6 +68,16 @@ class _Shut:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0] * self.keep.to(args[0].device), *args[1:])
+
+
+class _Unsaid:
+    """A forward hook that makes the output features whose `keep` is False -inf."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.masked_fill(~self.keep.to(output.device), -torch.inf)
 
 
 def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -105,6 +117,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
             setattr(module, leaf, new)
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
+            elif isinstance(module, nn.Embedding):
+                module.num_embeddings, module.embedding_dim = module.weight.shape
         if optimizer is not None:
             _follow(optimizer, old, new, index)
     for axis in axes:
@@ -114,6 +128,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
         if sizes[axis.name] < axis.size:
             for name, power in axis.scaled:
                 _scale(model, name, (axis.size / sizes[axis.name]) ** power, optimizer)
+        if axis.indices and axis.name in shrinking:
+            _renumber(model, axis.indices, mask[axis.name])
     if "layers" in shrinking:
         _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist(), optimizer)
     write_sizes(model.config, axes, mask)
@@ -164,6 +180,19 @@ def _at(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
 
 def _shortened(parameter: nn.Parameter, index: Mapping[int, Tensor]) -> nn.Parameter:
     return nn.Parameter(_at(parameter.data, index), requires_grad=parameter.requires_grad)
+
+
+def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
+    """Let the configs and the padding of `model`, in place, name units by their numbers after the cut; None for one that is gone."""
+    new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for field in fields:
+            old = getattr(config, field, None)
+            if old is not None:
+                setattr(config, field, [new[i] for i in old if i in new] if isinstance(old, list) else new.get(old))
+    for module in model.modules():
+        if getattr(module, "padding_idx", None) is not None:
+            module.padding_idx = new.get(module.padding_idx)  # type: ignore[assignment]
 
 
 def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: Mapping[int, Tensor]) -> None:
@@ -225,8 +254,6 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     if depth is not None and "layers" in mask:
         stayed = mask["layers"].nonzero().flatten().tolist()
     if depth is not None:
-        for field, _ in depth.fields:
-            setattr(config, field, len(stayed))
         for name in depth.lists:
             if getattr(config, name, None) is not None and len(getattr(config, name)) == depth.size:
                 setattr(config, name, [getattr(config, name)[i] for i in stayed])

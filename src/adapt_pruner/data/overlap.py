@@ -1,4 +1,4 @@
-"""Whether calibration, training and evaluation text share documents, or are of one kind."""
+"""Whether texts with different roles (calibration, training, evaluation, vocabulary) share documents, or are of one kind."""
 
 import functools
 import itertools
@@ -24,11 +24,11 @@ _OF_ANY_TEXT = {
 def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
     """One sentence for each two roles whose texts share documents, naming some; white space does not tell two apart.
 
-    That the very same SPEC serves calibration and training is how it is meant, and not reported. A hub data set is
+    That the very same SPEC serves calibration, training and vocabulary is how it is meant, and not reported. A hub data set is
     compared by its first 10,000 documents. Reads each text once, in full, and keeps a hash and a name of every document.
 
     Args:
-        sources: role ("calibration", "training", "evaluation") -> its text or mixture; None for none.
+        sources: role ("calibration", "training", "evaluation", "vocabulary") -> its text or mixture; None for none.
 
     Raises:
         UsageError: there is no such text.

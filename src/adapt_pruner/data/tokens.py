@@ -1,6 +1,7 @@
 """From documents to token ids: calibration windows, training blocks, evaluation windows."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "opening"]
+__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "opening", "text_bytes"]
 
 _JOINT = "\n\n"
 
@@ -144,3 +145,27 @@ def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max
     if not windows:
         raise UsageError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
     return windows
+
+
+def text_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:
+    """UTF-8 bytes of text that the tokens of `windows` stand for, without the first of each, which is not predicted.
+
+    What a loss is divided by to be compared between tokenizers. A token cut out of a character counts the bytes it has of it;
+    special tokens (start and end of text) count none; where the tokenizer changes its text, that is what counts.
+
+    Args:
+        tokenizer: of transformers.
+        windows: int64 [batch, length].
+    """
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    byte_level = "ByteLevel" in repr(decoder)  # then a character of a token is a byte
+    special, added = set(tokenizer.all_special_ids), set(tokenizer.get_added_vocab().values())
+    lengths: dict[int, int] = {}
+    for token, index in tokenizer.get_vocab().items():
+        if index in special:
+            lengths[index] = 0
+        elif byte_level and index not in added:
+            lengths[index] = len(token)
+        else:
+            lengths[index] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+    return sum(lengths[index] for ids in windows for index in ids[:, 1:].flatten().tolist())

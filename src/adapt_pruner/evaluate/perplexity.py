@@ -18,18 +18,28 @@ __all__ = ["Perplexity", "perplexity"]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(nll), with nll the mean over `tokens` predicted tokens in nats; `seconds` of wall clock for all `windows`."""
+    """exp(nll), with nll the mean over `tokens` predicted tokens in nats; `seconds` of wall clock for all `windows`.
+
+    `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the text: unlike the others it compares between
+    tokenizers. None where the bytes are not known.
+    """
 
     perplexity: float
     nll: float
     tokens: int
     windows: int
     seconds: float
+    bits_per_byte: float | None = None
 
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, windows: Sequence[Tensor], *, dtype: str = "float32", on_window: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    windows: Sequence[Tensor],
+    *,
+    dtype: str = "float32",
+    num_bytes: int | None = None,
+    on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Sum of next-token losses over non-overlapping windows / number of predicted tokens; nothing is carried between windows.
 
@@ -37,6 +47,7 @@ def perplexity(
         model: causal LM; its mode is left as found.
         windows: int64 [1, length] each; a window predicts its tokens 1 … length - 1.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
+        num_bytes: of the text that the predicted tokens stand for (see `data.tokens.text_bytes`).
         on_window: told (done, of).
 
     Returns:
@@ -64,4 +75,5 @@ def perplexity(
     if math.isnan(nll):
         raise RunError(f"the loss on the text is {nll}; the model's weights are damaged or overflow in {dtype}")
     value = math.exp(nll) if nll < 700 else math.inf
-    return Perplexity(perplexity=value, nll=nll, tokens=count, windows=len(windows), seconds=time.perf_counter() - began)
+    bits = float(total) / math.log(2) / num_bytes if num_bytes else None
+    return Perplexity(value, nll, count, len(windows), time.perf_counter() - began, bits)

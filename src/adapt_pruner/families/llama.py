@@ -2,7 +2,8 @@
 
 Axes: `layers.I.neurons` (an MLP channel), `layers.I.kv_heads` (a KV head with all its query heads: head h of the
 queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers.I.query_heads` (a query head of
-every group), `residual` (a channel of the stream that all layers read and write), `layers` (a whole layer).
+every group), `residual` (a channel of the stream that all layers read and write), `vocabulary` (a token: its row of the input
+embedding, and of the head where that is another matrix), `layers` (a whole layer).
 Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and k_norm (Qwen3) act inside a head and stay.
 """
 
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
 
-__all__ = ["MODEL_TYPES", "axes", "tiny"]
+__all__ = ["MODEL_TYPES", "axes", "tiny", "vocabulary"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -64,7 +65,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
                 attributes=(f"{at}.intermediate_size",),
             )
         )
-    found.append(_residual(model))
+    found += [_residual(model), vocabulary(model)]
     found.append(
         Axis(
             name="layers",
@@ -76,6 +77,23 @@ def axes(model: Any) -> tuple[Axis, ...]:
         )
     )
     return tuple(found)
+
+
+def vocabulary(model: Any) -> Axis:
+    """The axis of tokens of a causal LM with `model.embed_tokens` and `lm_head`, tied or not."""
+    slices = [Slice("model.embed_tokens.weight", 0)]
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        slices.append(Slice("lm_head.weight", 0))
+    return Axis(
+        name="vocabulary",
+        size=model.lm_head.weight.shape[0],
+        cost=unit_cost(model, slices),
+        gate=Gate("lm_head", output=True),
+        slices=tuple(slices),
+        fields=(("vocab_size", 1),),
+        attributes=("vocab_size", "model.vocab_size"),
+        indices=("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    )
 
 
 def _axis(

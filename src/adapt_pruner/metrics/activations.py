@@ -183,7 +183,7 @@ def _check_enough(num_sequences: int) -> None:
 
 
 def _watchable(axes: Sequence[Axis]) -> list[Axis]:
-    return [axis for axis in axes if axis.slices and axis.gate.width]
+    return [axis for axis in axes if axis.slices and axis.gate.is_linear]
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -1,0 +1,193 @@
+"""A tokenizer with fewer tokens: which can go so that it still writes any text, and one that has only those.
+
+What stays is closed. Bytes stay, or single characters where the tokenizer has no bytes, so that every text can be written; and
+with a token that is put together by merges (BPE) stay those it is put together from, so that it can still be reached. A text
+whose tokens all stay is then split as before: BPE applies that merge which comes first of those that fit, and at every step
+it was one that stays; Unigram takes the likeliest split, and the likeliest of all is among those left.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.errors import UsageError
+
+__all__ = ["kept_tokens", "smaller_tokenizer"]
+
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_SPACE = "▁"  # as SentencePiece writes it; its bytes would be read back as this character
+_TALK = ({"role": "system", "content": ""}, {"role": "user", "content": ""}, {"role": "assistant", "content": ""})
+
+
+def kept_tokens(
+    tokenizer: Any, uses: Tensor, *, keep: int | None = None, min_uses: int | None = None, named: Iterable[int] = ()
+) -> Tensor:
+    """The tokens that stay: those a text uses most, with all that they are put together from.
+
+    Whatever their use there stay added tokens (special ones among them), the bytes, what the chat template writes around messages,
+    and `named`. Rows without a token go. Then tokens enter by their use, of equals the first, each with what it is put together
+    from, as long as that fits `keep`.
+
+    Args:
+        tokenizer: fast, BPE or Unigram.
+        uses: float64 [rows of the model's embedding]; how often each token is used.
+        keep: tokens that stay, in number.
+        min_uses: instead of it, the uses from which on a token stays.
+        named: tokens that the model's configs name.
+
+    Returns:
+        bool [rows], for `smaller_tokenizer`.
+
+    Raises:
+        UsageError: the tokenizer cannot be rewritten, or `keep` is not between what always stays and the rows there are.
+    """
+    data, rows = _description(tokenizer), uses.numel()
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    last = max(vocabulary, key=lambda token: vocabulary[token])
+    if vocabulary[last] >= rows:
+        raise UsageError(
+            f"the tokenizer's token {last!r} has number {vocabulary[last]:,} and the model {rows:,} rows, so they are not of one "
+            "vocabulary; leave vocabulary out"
+        )
+    if keep is not None and keep >= rows:
+        raise UsageError(f"vocabulary.keep {keep:,} is not below the {rows:,} tokens the model has; lower it")
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    parts = _Parts(data["model"], vocabulary)
+    kept = {*added.values(), *_always(data, vocabulary), *_around_messages(tokenizer), *named} & set(vocabulary.values())
+    for token, index in vocabulary.items():
+        if index in kept and token not in added:
+            kept |= parts.of(token)
+    if keep is not None and keep < len(kept):
+        raise UsageError(
+            f"vocabulary.keep {keep:,} is below the {len(kept):,} tokens that always stay (bytes, special tokens); raise it"
+        )
+    for token in sorted(vocabulary, key=lambda token: (-float(uses[vocabulary[token]]), vocabulary[token])):
+        if len(kept) == keep or (min_uses is not None and uses[vocabulary[token]] < min_uses):
+            break
+        if vocabulary[token] not in kept:
+            entering = parts.of(token) - kept
+            if keep is None or len(kept) + len(entering) <= keep:
+                kept |= entering
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[sorted(kept)] = True
+    return mask
+
+
+def smaller_tokenizer(tokenizer: Any, keep: Tensor) -> Any:
+    """The tokenizer of the tokens that stay, numbered anew in their order; the one given is left as found.
+
+    Args:
+        tokenizer: fast, BPE or Unigram.
+        keep: bool [rows], as `kept_tokens` has it.
+
+    Returns:
+        A tokenizer of the same class, settings and chat template.
+
+    Raises:
+        UsageError: it cannot be rewritten.
+    """
+    data = _description(tokenizer)
+    new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
+    model = data["model"]
+    if model["type"] == "BPE":
+        model["vocab"] = {token: new[old] for token, old in model["vocab"].items() if old in new}
+        model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= model["vocab"].keys()]
+    else:
+        model["vocab"] = [piece for old, piece in enumerate(model["vocab"]) if old in new]
+        model["unk_id"] = new.get(model["unk_id"])
+    for token in data["added_tokens"]:
+        token["id"] = new[token["id"]]
+    for numbers in _numbers(data):
+        numbers[:] = [new[old] for old in numbers]
+    if data["padding"] is not None:
+        data["padding"]["pad_id"] = new[data["padding"]["pad_id"]]
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "tokenizer.json").write_text(to_json(data), encoding="utf-8")
+        smaller = type(tokenizer).from_pretrained(folder)
+    if smaller.get_vocab() != {token: new[old] for token, old in tokenizer.get_vocab().items() if old in new}:
+        raise _not_rewritten(f"its class {type(tokenizer).__name__} changes what tokenizer.json says")
+    return smaller
+
+
+class _Parts:
+    """What each token is put together from by the merges of a tokenizer; of a Unigram one, from nothing but itself."""
+
+    def __init__(self, model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
+        self._ranks = {tuple(pair): rank for rank, pair in enumerate(model.get("merges", ()))}
+        self._vocabulary = vocabulary
+
+    def of(self, token: str) -> set[int]:
+        """The token itself and every token that exists on the way to it from single characters."""
+        met, pieces = {token}, list(token) if self._ranks else [token]
+        met.update(pieces)
+        while len(pieces) > 1:
+            ranks = [self._ranks.get(pair, math.inf) for pair in itertools.pairwise(pieces)]
+            first = min(ranks)
+            if first == math.inf:
+                break
+            at = ranks.index(first)
+            pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+            met.add(pieces[at])
+        return {self._vocabulary[piece] for piece in met if piece in self._vocabulary}
+
+
+def _description(tokenizer: Any) -> dict[str, Any]:
+    """What tokenizer.json says of a tokenizer that can be rewritten."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise _not_rewritten("it has no tokenizer.json")
+    data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = data["model"]
+    if model["type"] not in ("BPE", "Unigram"):
+        raise _not_rewritten(f"it is of type {model['type']}, and only BPE and Unigram are known")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise _not_rewritten("its merges add prefixes or suffixes to tokens")
+    list(_numbers(data))
+    return data
+
+
+def _not_rewritten(why: str) -> UsageError:
+    return UsageError(f"the model's tokenizer cannot be rewritten for fewer tokens: {why}; leave vocabulary out")
+
+
+def _numbers(data: Mapping[str, Any]) -> Iterator[list[int]]:
+    """The lists of token numbers in what a tokenizer adds around a text; they may be changed in place."""
+    steps = [data["post_processor"]] if data["post_processor"] else []
+    for step in steps:
+        if step["type"] == "Sequence":
+            steps += step["processors"]
+        elif step["type"] == "TemplateProcessing":
+            yield from (special["ids"] for special in step["special_tokens"].values())
+        elif step["type"] != "ByteLevel":
+            raise _not_rewritten(f"its post-processor {step['type']} is not known")
+
+
+def _always(data: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Collection[int]:
+    """The tokens without which some text could not be written, and those that the tokenizer itself names."""
+    model = data["model"]
+    spelled = model.get("byte_fallback") and vocabulary.keys() >= _BYTES
+    found = {vocabulary[token] for token in vocabulary if (token in _BYTES or token == _SPACE if spelled else len(token) == 1)}
+    found.update(number for numbers in _numbers(data) for number in numbers)
+    unknown = model["unk_id"] if model["type"] == "Unigram" else vocabulary.get(model["unk_token"])
+    padding = None if data["padding"] is None else data["padding"]["pad_id"]
+    return found | {number for number in (unknown, padding) if number is not None}
+
+
+def _around_messages(tokenizer: Any) -> Collection[int]:
+    """The tokens that the chat template writes around messages: roles, line ends, a system prompt of its own."""
+    found: set[int] = set()
+    for talk in (_TALK, _TALK[1:]) if tokenizer.chat_template else ():
+        try:
+            found.update(tokenizer.apply_chat_template(list(talk), return_dict=False))
+        except (TemplateError, LookupError, TypeError, ValueError):  # one that knows no system, for example
+            continue
+    return found

@@ -1,0 +1,43 @@
+"""How often a text uses each token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.data.sources import SELF, Source, documents, domains
+from adapt_pruner.errors import UsageError
+
+__all__ = ["token_uses"]
+
+_TEXTS = 256  # documents tokenised at a time
+
+
+def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
+    """Occurrences of each token in a text; of a mixture, as if its texts had the shares of one as long as all together.
+
+    uses[t] = Σ_s share_s · count_s[t] / n_s · Σ_s n_s        with n_s the tokens of text s; of one text, count[t]
+
+    Args:
+        tokenizer: of transformers.
+        source: SPEC of text, or several with their weights.
+        size: tokens there are, at least as many as the tokenizer has.
+
+    Returns:
+        float64 [size].
+
+    Raises:
+        UsageError: there is no such text, or it is `self`.
+    """
+    shares = domains(source)
+    if SELF in shares:
+        raise UsageError("text 'self' is written once the vocabulary is known; name a text in vocabulary.source")
+    frequencies, total = torch.zeros(size, dtype=torch.float64), 0
+    for spec, share in shares.items():
+        texts, counts = documents(spec), torch.zeros(size, dtype=torch.float64)
+        for start in range(0, len(texts), _TEXTS):
+            for ids in tokenizer(texts[start : start + _TEXTS], verbose=False)["input_ids"]:
+                counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=size)
+        frequencies += share * counts / counts.sum().clamp(min=1)
+        total += int(counts.sum())
+    return (frequencies * total).round(decimals=6)

@@ -1,0 +1,203 @@
+"""Runs that take tokens away: what is saved, how it goes on, what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapt_pruner import families, pipeline
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import UsageError
+from adapt_pruner.forecast import dry_run
+from adapt_pruner.pipeline import prune, run
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.stage import Trainer
+from conftest import read_json, tiny_model
+from test_pipeline import Heard
+from test_vocabulary import byte_level
+
+STRANGER = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (kind.from_pretrained(sys.argv[1], trust_remote_code=True) for kind in (AutoTokenizer, AutoModelForCausalLM))
+text = "Zoë said: for x in range(3): 汉字 🙂"
+ids = tokenizer(text, return_tensors="pt")["input_ids"]
+written = model.generate(ids, max_new_tokens=5, do_sample=False)
+print(json.dumps({
+    "back": tokenizer.decode(ids[0], skip_special_tokens=True) == text, "written": written[0, -5:].tolist(),
+    "tokens": len(tokenizer), "rows": [model.get_input_embeddings().num_embeddings, model.lm_head.out_features, model.config.vocab_size],
+    "ends": [tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id],
+    "starts": [tokenizer.bos_token_id, model.config.bos_token_id],
+    "chat": tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_dict=False)[0],
+}))
+"""
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny-words"
+    tokenizer = byte_level()
+    tiny_model(
+        vocab_size=len(tokenizer) + 11, tie_word_embeddings=request.param, bos_token_id=700, pad_token_id=2
+    ).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
+    return read({
+        "model": str(folder), "budget": "60%", "method": "magnitude", "dtype": "float32",
+        "vocabulary": {"source": str(text), "keep": 400},
+    } | changes)  # fmt: skip
+
+
+def test_a_model_with_fewer_tokens(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Tokens go first and count towards the budget; stock transformers reads the result; one mask says all; a second run goes on."""
+    outcome = prune(recipe_of(folder, text_file), tmp_path / "small")
+    figures = outcome.figures
+    dense = load(str(folder))
+    cost = next(axis.cost for axis in families.axes(dense.model) if axis.kind == "vocabulary")
+    assert (figures["vocabulary_before"], figures["vocabulary_after"]) == (713, 400)
+    assert figures["params_before"] == count_parameters(dense.model)
+    assert figures["params_after_vocabulary"] == figures["params_before"] - 313 * cost
+    assert figures["params_after"] <= 0.6 * figures["params_before"]
+
+    mask = Mask.from_json(read_json(tmp_path / "small" / "mask.json"))
+    assert int(mask["vocabulary"].sum()) == 400
+    cut(dense.model, families.axes(dense.model), mask)
+    again = load(str(tmp_path / "small"))
+    ids = again.tokenizer("Line 7: the quick brown fox", return_tensors="pt")["input_ids"]
+    assert torch.equal(dense.model(ids).logits, again.model(ids).logits)
+    assert again.dense_params == figures["params_before"]
+
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "small")]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    assert told["back"]
+    assert told["tokens"] == 400
+    assert told["rows"] == [400] * 3
+    assert told["ends"] == [2, 2, 2]
+    assert told["starts"] == [told["chat"]] * 2
+    assert again.tokenizer.convert_ids_to_tokens(told["chat"]) == "<begin>"
+    assert max(told["written"]) < 400
+
+    prune(
+        recipe_of(tmp_path / "small", text_file, budget="95%", vocabulary={"source": str(text_file), "keep": 350}),
+        tmp_path / "less",
+    )
+    whole = Mask.from_json(read_json(tmp_path / "less" / "mask.json"))
+    assert whole["vocabulary"].numel() == 713
+    assert int(whole["vocabulary"].sum()) == len(load(str(tmp_path / "less")).tokenizer) == 350
+    assert bool(mask["vocabulary"][whole["vocabulary"]].all())
+
+
+def test_tokens_alone_can_go(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """With the whole model as the budget nothing else is pruned; min_uses keeps what is used so often."""
+    asked = {"source": str(text_file), "min_uses": 50}
+    outcome = prune(recipe_of(folder, text_file, budget="100%", vocabulary=asked), tmp_path / "small")
+    assert outcome.history == []
+    assert list(outcome.mask) == ["vocabulary"]
+    tokenizer = load(str(folder)).tokenizer
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"])
+    assert bool(outcome.mask["vocabulary"][ids.bincount(minlength=713) >= 50].all())
+
+
+def test_a_run_goes_on_with_its_tokens(
+    folder: Path, text_file: Path, tmp_path: Path, events: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages are even over what is left to prune once tokens went; a stopped run ends as one that was not, and takes none twice."""
+    heard, listen = events
+    recipe = recipe_of(
+        folder, text_file, stages=3, step=0.1,
+        training={"source": str(text_file), "tokens": 2_000, "batch_tokens": 256, "length": 64, "lr": 3e-3},
+        evaluation={"source": str(text_file), "window": 64, "max_windows": 3},
+    )  # fmt: skip
+    whole = run(recipe, tmp_path / "whole", listen=listen)
+    targets = [event["target"] for event in heard if event["event"] == "cut"]
+    begin, end = whole.figures["params_after_vocabulary"], int(whole.figures["params_before"] * 0.6)
+    assert set(targets) == {begin - (begin - end) // 3, begin - (begin - end) * 2 // 3, end}
+    assert len(whole.figures["bits_per_byte"]) == 4
+    assert [event["tokens"] for event in heard if event["event"] == "vocabulary"] == [400]
+
+    kept = Trainer.begin_stage
+
+    def stop(self: Trainer) -> None:
+        if self._at.stage == 2:
+            raise KeyboardInterrupt
+        kept(self)
+
+    monkeypatch.setattr(Trainer, "begin_stage", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    heard.clear()
+    outcome = run(recipe, tmp_path / "run", listen=listen)
+    assert outcome is not None
+    assert [event["event"] for event in heard if event["event"] in ("vocabulary", "resumed")] == ["resumed"]
+    assert outcome.mask == whole.mask
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    texts = [(tmp_path / name / "model" / "tokenizer.json").read_text() for name in ("whole", "run")]
+    assert texts[0] == texts[1]
+
+
+def test_a_run_keeps_to_the_tokens_it_began_with(
+    folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"source": str(text_file), "tokens": 500, "batch_tokens": 256, "length": 64}
+    monkeypatch.setattr(pipeline, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_of(folder, text_file, training=training), tmp_path / "run")
+    other = recipe_of(folder, text_file, training=training, vocabulary={"source": str(text_file), "keep": 450})
+    with pytest.raises(UsageError, match=r"differs in vocabulary\.keep"):
+        run(other, tmp_path / "run")
+    with pytest.raises(UsageError, match="went before anything else, and the recipe now asks for others"):
+        run(other, tmp_path / "run", force_recipe=True)
+
+
+def test_a_dry_run_counts_them(folder: Path, text_file: Path) -> None:
+    """On paper too, where the config is all there is."""
+    told = dry_run(recipe_of(folder, text_file, budget="95%"))
+    assert told["params_before"] == count_parameters(load(str(folder)).model)
+    assert told["stages"][0]["iterations"] == 0, "the tokens are more than a twentieth"
+
+
+def test_a_dry_run_on_paper_counts_them(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    told = dry_run(recipe_of(tmp_path, text_file, budget="95%"))
+    assert told["params_before"] == count_parameters(load(str(folder)).model)
+    assert told["stages"][0]["iterations"] == 0
+
+
+def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    training = {"source": str(text_file), "tokens": 500, "batch_tokens": 256, "length": 64, "objective": "objectives.distil"}
+    with pytest.raises(UsageError, match="compares with the dense model token by token, and vocabulary takes tokens away"):
+        recipe_of(folder, text_file, training=training)
+    with pytest.raises(UsageError, match=r"has another tokenizer \(702 tokens\) than .* \(400\)"):
+        prune(recipe_of(folder, text_file, training=training | {"teacher": str(folder)}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocabulary": {"keep": 400}}, r"vocabulary names no text; set vocabulary\.source"),
+        ({"vocabulary": {"source": "x.txt"}}, "takes one of keep and min_uses"),
+        ({"vocabulary": {"source": "x.txt", "keep": 400, "min_uses": 3}}, "takes one of keep and min_uses"),
+        ({"vocabulary": {"source": "x.txt", "kep": 400}}, "did you mean 'keep'"),
+        ({"calibration": {"ids": "ids.json"}}, r"calibration\.ids are tokens of the vocabulary before"),
+        ({"calibration": {"source": "self"}}, "is text of the model before its vocabulary is pruned"),
+        ({"vocabulary": {"source": "missing.txt", "keep": 400}}, "missing.txt"),
+        ({"vocabulary": {"source": "python-docs", "keep": 4000}}, r"keep 4,000 is not below the 713 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        prune(recipe_of(folder, text_file, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
