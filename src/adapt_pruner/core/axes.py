@@ -52,7 +52,7 @@ class Axis:
     Attributes:
         name: `layers` or `layers.I.KIND`.
         size: units there are now.
-        cost: parameters one unit owns (an axis whose units differ, such as `layers`, gives their mean).
+        cost: parameters one unit owns; their mean where units differ.
         gate: where a unit can be shut without being cut.
         slices: the parameters that are cut along.
         fields: config fields that state the number of entries, each with how many of it one entry stands for.
@@ -62,6 +62,7 @@ class Axis:
         scaled: what is multiplied by (size before / size after) ** power, since something takes a mean over the axis: dotted
             names of parameters, module attributes and config fields, each with its power.
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
+        costs: the parameters of each unit where units differ (`layers`); else empty.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Axis:
     lists: tuple[str, ...] = ()
     scaled: tuple[tuple[str, float], ...] = ()
     blocks: int = 1
+    costs: tuple[int, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -159,6 +161,13 @@ class Mask:
         if outer is None:
             return torch.ones(entries, dtype=torch.bool)
         return outer.repeat_interleave(entries // outer.numel())
+
+    def renamed(self, name: str) -> str | None:
+        """What an axis is called after a cut by this mask: layers above one that goes move down; None where its own goes."""
+        stays, layer = self.kept.get("layers"), _layer(name)
+        if stays is None or layer is None:
+            return name
+        return f"layers.{int(stays[:layer].sum())}.{name.split('.')[2]}" if stays[layer] else None
 
     def then(self, later: "Mask") -> "Mask":
         """This mask followed by `later`, which was chosen on the model this one left behind.
