@@ -177,6 +177,25 @@ def test_heads_owed_by_all_layers_at_once_are_paid_as_stages_can_afford_them(sta
     assert sum(heads) <= 70
 
 
+@pytest.mark.parametrize("step", [0.1, 1.0])
+def test_layers_at_the_ends_stay_whole_and_the_others_pay(step: float) -> None:
+    axes = toy_axes((90,) * 6, (3,) * 6)
+    debt, keep, others = Debt.none(axes), size_of(axes) - 6_105, ("layers.2", "layers.3", "layers.4")
+    before = axes
+    while size_of(axes) > keep:
+        sizes, debt = uniform({}, axes, Budget(keep, size_of(axes)), debt=debt, step=step, first=2, last=1)
+        axes = after(axes, sizes)
+    assert keep - NEURON < size_of(axes) <= keep
+    for old, new in zip(before, axes, strict=True):
+        assert (new.size < old.size) == old.name.startswith(others)
+    for ends in ((3, 3), (2, 1)):
+        axes, debt = before, Debt.none(before)
+        for _ in range(3):
+            sizes, debt = uniform({}, axes, Budget(0, size_of(axes)), debt=debt, step=1.0, first=ends[0], last=ends[1])
+            axes = after(axes, sizes)
+        assert size_of(axes) == (size_of(before) if ends == (3, 3) else 3 * 3_900 + 3 * 1_010), "all that may go, and no more"
+
+
 def test_a_layer_whose_increment_is_zero_does_not_stop_the_others() -> None:
     """The most important layer has increment 0 (step = amplitude) and may hold an unpaid head: the walk still ends."""
     axes = toy_axes((40, 40), (3, 3))
@@ -242,5 +261,5 @@ def test_budgets() -> None:
             Budget.parse(text, dense=1000)
     axes = toy_axes((50, 50), (3, 3))
     with pytest.raises(UsageError, match="nearest that can be had is 3,020"):
-        Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(axes, 3_020)
-    Budget(keep=3_020, total=1_000 + size_of(axes)).check_reachable(axes, 3_020)
+        Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")
+    Budget(keep=3_020, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")

@@ -24,7 +24,7 @@ FOLDERS = {
     "metric": ("metrics", ("weights", "activations", "curvature")),
     "distance": ("metrics", ("blocks",)),
     "head_metric": ("metrics", ("blocks",)),
-    "chooser": ("choose", ("allocate",)),
+    "chooser": ("choose", ("allocate", "rank", "depth")),
     "repair": ("repair", ("closed_form",)),
     "objective": ("train", ("objectives",)),
     "schedule": ("train", ("schedules",)),

@@ -128,12 +128,16 @@ def _prune(
             sizes, at.debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=at.debt)
             scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
             mask = Mask.of_sizes(may_shrink, scores, sizes)
+        if mask.num_removed() == 0:
+            raise RunError(
+                f"{recipe.chooser} finds nothing more to take at {now:,} parameters, above the target {stage.params:,}"
+            )
         if recipe.repair is not None:
             with at.clock("repair"):
                 parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn)(model, axes, mask, batches)
         with at.clock("cut"):
             cut(model, axes, mask, optimizer=trainer.optimizer)
-            at.mask = at.mask.then(mask)
+            at.mask, at.debt = at.mask.then(mask), at.debt.after(mask)
         note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
         at.history.append(note)
         listen({"event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None})

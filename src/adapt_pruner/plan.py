@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from adapt_pruner import families, parts
+from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
@@ -49,11 +50,13 @@ def stage_targets(start: int, end: int, stages: int) -> list[int]:
 def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> list[Stage]:
     """The stages of `recipe` on a model of `start` parameters with prunable `axes`, down to `end` parameters."""
     tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
-    may_go = sum(axis.size * axis.cost for axis in axes)
+    depth = next((axis for axis in axes if axis.kind == "layers"), None)
+    may_go = sum(axis.size * axis.cost for axis in ([depth] if depth else axes))  # units inside layers go with them
     planned, reached = [], start
     for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
         counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
-        iterations = max(1, round((reached - target) / (recipe.step * counted_from))) if reached > target else 0
+        at_once = max(recipe.step * counted_from, depth.cost if depth else 1)
+        iterations = max(1, round((reached - target) / at_once)) if reached > target else 0
         iterations = iterations if recipe.rotate is None else min(1, iterations)
         looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
         trained = tokens[k - 1]
@@ -83,13 +86,32 @@ def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) ->
             "cut further; prune the dense model it came from"
         )
     if recipe.rotate is None:
-        least = {axis.name: 1 for axis in axes}
-        floor = num_left(model, axes, Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, least))
-        budget.check_reachable(axes, floor)
+        kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
+        budget.check_reachable(_least(model, recipe), when=f"{recipe.chooser} has taken all that it may ({kinds})")
     elif total > budget.keep:
         width_for(model, budget.keep)
     start = dense if start is None else start
     return stages(recipe, axes, start=start, end=min(start, budget.keep)), budget
+
+
+def _least(model: Any, recipe: Recipe) -> int:
+    """Parameters that are left when the chooser, asked with scores that are all alike, has given everything it may."""
+    axes = families.axes(model)
+    left = prunable(model, recipe)
+    chooser = parts.bind("chooser", recipe.chooser, step=1.0, amplitude=0.0)
+    everything = Budget(keep=0, total=count_parameters(model))
+    least, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
+    while True:
+        alike = {axis.name: torch.zeros(axis.entries) for axis in (*axes, *left)}
+        sizes, debt = chooser(alike, left, everything, debt=debt)
+        if all(sizes[axis.name] == axis.size for axis in left):
+            break
+        least |= sizes
+        num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
+        staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
+        left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
+    may_shrink = prunable(model, recipe)
+    return num_left(model, axes, Mask.of_sizes(may_shrink, {axis.name: torch.zeros(axis.entries) for axis in may_shrink}, least))
 
 
 def prunable(model: Any, recipe: Recipe) -> list[Axis]:
@@ -104,7 +126,7 @@ def scored(model: Any, recipe: Recipe) -> list[Axis]:
 
 def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
     """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
-    metrics = [parts.bind("metric", recipe.metric, seed=seed)]
+    metrics = [] if recipe.axes == ("layers",) else [parts.bind("metric", recipe.metric, seed=seed)]
     if recipe.distance is not None and layer_measure_of(recipe) is None:
         metrics.append(parts.bind("distance", recipe.distance))
     return metrics

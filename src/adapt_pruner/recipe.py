@@ -165,8 +165,8 @@ class Recipe(_Frozen):
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
-    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual"], ...] = Field(
-        ("neurons", "kv_heads"), min_length=1, description="what may go: neurons, kv_heads, query_heads, residual"
+    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers"], ...] = Field(
+        ("neurons", "kv_heads"), min_length=1, description="what may go: neurons, kv_heads, query_heads, residual, layers"
     )
     vocabulary: Vocabulary | None = Field(
         None, description="tokens that stay: {source: SPEC, keep: 16384}, or min_uses for keep; null for all"
@@ -223,10 +223,13 @@ class Recipe(_Frozen):
     def _fitting(self) -> "Recipe":
         if self.budget and not self.budget.strip().endswith("%"):
             parse_count(self.budget)
-        if self.distance is None and self.chooser.startswith("allocate.adaptive"):
-            raise ValueError(
-                "chooser 'allocate.adaptive' needs a distance, and distance is null; name one, for example blocks.cosine"
-            )
+        chooser, drops = self.chooser.partition("(")[0], self.chooser.startswith("depth.")
+        if self.distance is None and (drops or chooser == "allocate.adaptive"):
+            raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
+        if drops and "layers" not in self.axes:
+            raise ValueError(f"chooser {chooser!r} drops layers, and axes does not name them; add layers to axes")
+        if "layers" in self.axes and not drops:
+            raise ValueError(f"axes names layers, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers")
         if "residual" in self.axes and self.chooser.startswith("allocate.adaptive"):
             raise ValueError(
                 "chooser 'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"

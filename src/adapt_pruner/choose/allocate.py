@@ -17,18 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.errors import UsageError
 
-__all__ = ["Debt", "adaptive", "layer_importance", "uniform"]
+__all__ = ["GOLDEN", "Debt", "adaptive", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
-_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
 
 
 @dataclass(frozen=True)
 class Debt:
-    """How far each axis is to be pruned: what adaptive and uniform carry from one iteration to the next.
+    """How far each axis is to be pruned: what choosers carry from one iteration to the next.
 
     Attributes:
         start: axis name -> units it had when counting began.
@@ -42,6 +43,14 @@ class Debt:
     def none(cls, axes: Sequence[Axis]) -> "Debt":
         """Nothing owed, counted from the axes as they are."""
         return cls(start={axis.name: axis.size for axis in axes}, sparsity={axis.name: 0.0 for axis in axes})
+
+    def after(self, mask: Mask) -> "Debt":
+        """The same under the names that axes have after a cut by `mask`: where layers go, so does what they owed."""
+        names = {name: mask.renamed(name) for name in self.start}
+        return Debt(
+            start={new: self.start[old] for old, new in names.items() if new is not None},
+            sparsity={new: self.sparsity[old] for old, new in names.items() if new is not None},
+        )
 
 
 def layer_importance(distances: torch.Tensor) -> list[float]:
@@ -89,8 +98,12 @@ def adaptive(
     return _advance(axes, budget, debt, increments)
 
 
-def uniform(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
+def uniform(
+    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, first: int = 0, last: int = 0
+) -> tuple[dict[str, int], Debt]:
     """Every axis gives up the same share: s += step; the control that adaptive has to beat.
+
+    Layers at either end may be left whole; the others then pay for them.
 
     Args:
         scores: not looked at.
@@ -98,13 +111,27 @@ def uniform(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt,
         budget: parameters to keep.
         debt: where every axis stands; `Debt.none(axes)` at first.
         step: share of an axis's start size removed an iteration; 1 prunes in one shot.
+        first: layers left whole at the input (4 of 32 in LLM-Pruner's scripts).
+        last: layers left whole at the output (2 of 32).
 
     Returns:
         Units each axis keeps, and the debt after it.
 
+    Raises:
+        UsageError: `first` or `last` is no number of layers.
+
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
-    return _advance(axes, budget, debt, {axis.name: step for axis in axes})
+    for name, count in (("first", first), ("last", last)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise UsageError(f"option {name}={count} of allocate.uniform is not a number of layers; write 0 or more")
+    end = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0) - last
+    paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < end]
+    sizes = {axis.name: axis.size for axis in axes}
+    if not paying:
+        return sizes, debt
+    paid, debt = _advance(paying, budget, debt, {axis.name: step for axis in paying})
+    return sizes | paid, debt
 
 
 def _layer(axis: Axis) -> int:
@@ -156,7 +183,7 @@ def _advance(axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mappi
     # Nothing removed means that every axis stands at its limit and the rule has nothing more to say.
     if _removed(axes, sizes) >= budget.excess or _removed(axes, sizes) == 0:
         sizes = _settle(axes, budget.excess, sizes, sparsity, debt)
-    return sizes, Debt(start=debt.start, sparsity=sparsity)
+    return sizes, Debt(start=debt.start, sparsity={**debt.sparsity, **sparsity})
 
 
 def _removed(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
@@ -180,7 +207,7 @@ def _settle(
     def owed(axis: Axis) -> tuple[float, float]:
         """Units of a dear axis that are due and not gone, with their fraction; then its place in an even spread over depth."""
         start = debt.start[axis.name]
-        return round(start * sparsity[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * _GOLDEN % 1)
+        return round(start * sparsity[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 
     while payable := [
         axis for axis in dear if sizes[axis.name] > wanted[axis.name] and _removed(axes, sizes) + axis.cost <= excess

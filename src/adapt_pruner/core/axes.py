@@ -60,7 +60,7 @@ class Axis:
     Attributes:
         name: `layers`, `layers.I.KIND`, or, of the whole model, KIND.
         size: units there are now.
-        cost: parameters one unit owns (an axis whose units differ, such as `layers`, gives their mean).
+        cost: parameters one unit owns; their mean where units differ.
         gate: where a unit can be shut without being cut.
         slices: the parameters that are cut along.
         fields: config fields that state the number of entries, each with how many of it one entry stands for.
@@ -71,6 +71,7 @@ class Axis:
             names of parameters, module attributes and config fields, each with its power.
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
         indices: config fields that hold the number of a unit, or several, and follow its renumbering.
+        costs: the parameters of each unit where units differ (`layers`); else empty.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Axis:
     scaled: tuple[tuple[str, float], ...] = ()
     blocks: int = 1
     indices: tuple[str, ...] = ()
+    costs: tuple[int, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -169,6 +171,13 @@ class Mask:
         if outer is None:
             return torch.ones(entries, dtype=torch.bool)
         return outer.repeat_interleave(entries // outer.numel())
+
+    def renamed(self, name: str) -> str | None:
+        """What an axis is called after a cut by this mask: layers above one that goes move down; None where its own goes."""
+        stays, layer = self.kept.get("layers"), _layer(name)
+        if stays is None or layer is None:
+            return name
+        return f"layers.{int(stays[:layer].sum())}.{name.split('.')[2]}" if stays[layer] else None
 
     def then(self, later: "Mask") -> "Mask":
         """This mask followed by `later`, which was chosen on the model this one left behind.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from adapt_pruner.errors import UsageError
 if TYPE_CHECKING:  # recipes read budgets, and reading a recipe does not wait for torch
     from torch import nn
 
-    from adapt_pruner.core.axes import Axis, Slice
+    from adapt_pruner.core.axes import Slice
 
 __all__ = ["Budget", "count_parameters", "parse_count", "unit_cost"]
 
@@ -88,15 +88,14 @@ class Budget:
             raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
         return cls(keep=keep, total=dense)
 
-    def check_reachable(self, axes: Sequence[Axis], floor: int) -> None:
-        """Refuse a budget below the `floor` that is left with one unit of every axis.
+    def check_reachable(self, floor: int, *, when: str) -> None:
+        """Refuse a budget below the `floor` that is left `when` nothing more can go.
 
         Raises:
             UsageError: it is, with the smallest count that can be had.
         """
         if self.keep < floor:
-            kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
             raise UsageError(
-                f"budget {self.keep:,} is below the {floor:,} parameters that stay when one unit of each axis ({kinds}) is left; "
+                f"budget {self.keep:,} is below the {floor:,} parameters that stay when {when}; "
                 f"the nearest that can be had is {floor:,}"
             )

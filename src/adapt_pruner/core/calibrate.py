@@ -97,7 +97,7 @@ def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Me
             asked = metric(model, axes)
             needs.append(next(asked))
             asked.close()
-    return max(needs, key=lambda evidence: evidence.value)
+    return max(needs, key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
 
 
 def _on(axes: Sequence[Axis]) -> set[str]:
@@ -148,7 +148,7 @@ def score(
     total = float("nan")
     try:
         with _as_found(model, on_axes):
-            need = max((next(metric) for metric in running), key=lambda evidence: evidence.value)
+            need = max((next(metric) for metric in running), key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
             if need is not Evidence.WEIGHTS:
                 num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
                 mine = world.share(batches)

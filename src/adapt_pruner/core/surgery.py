@@ -136,9 +136,16 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
 
 
 def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
-    """Parameters that a model will have after `cut` by a mask that drops no whole layer."""
-    left = count_parameters(model)
+    """Parameters that a model will have after `cut` by a mask."""
+    gone: set[nn.Parameter] = set()
+    for axis in axes:
+        if axis.name == "layers" and axis.name in mask:
+            stack = model.get_submodule(axis.gate.module)
+            gone = {w for layer, stays in zip(stack, mask["layers"], strict=True) if not stays for w in layer.parameters()}  # type: ignore[call-overload]
+    left = count_parameters(model) - sum(parameter.numel() for parameter in gone)
     for parameter, index in _kept(model, axes, mask):
+        if parameter in gone:
+            continue
         shape = [index[dim].numel() if dim in index else length for dim, length in enumerate(parameter.shape)]
         left += math.prod(shape) - parameter.numel()
     return left

@@ -66,11 +66,13 @@ def axes(model: Any) -> tuple[Axis, ...]:
             )
         )
     found += [_residual(model), vocabulary(model)]
+    costs = tuple(count_parameters(layer) for layer in stack)
     found.append(
         Axis(
             name="layers",
             size=len(stack),
-            cost=count_parameters(stack) // len(stack),
+            cost=sum(costs) // len(stack),
+            costs=costs,
             gate=Gate("model.layers", width=0),
             fields=(("num_hidden_layers", 1),),
             lists=("layer_types",),

@@ -1,0 +1,214 @@
+"""Whole layers: which go, how many a budget asks for, and what follows them: names, debts, masks, plans and whole runs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.choose.allocate import Debt
+from adapt_pruner.choose.depth import drop_layers
+from adapt_pruner.core.axes import Axis, Gate, Mask
+from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.calibrate import Evidence
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.forecast import dry_run
+from adapt_pruner.pipeline import prune, run
+from adapt_pruner.plan import metrics_of
+from adapt_pruner.recipe import Recipe, read
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
+from test_choose import NEURON, toy_axes
+
+NORMS = 7  # parameters of a layer that lie on no axis
+
+
+def stacked(neurons: tuple[int, ...], heads: tuple[int, ...] = (), *, kinds: str = "layers") -> list[Axis]:
+    """The axes of made-up layers, of the kinds that may shrink, and `layers` with what each layer really holds."""
+    inner = toy_axes(neurons, heads)
+    costs = tuple(NORMS + sum(axis.size * axis.cost for axis in inner if axis.layer == i) for i in range(len(neurons)))
+    depth = Axis("layers", len(neurons), sum(costs) // len(costs), Gate("", 0), costs=costs)
+    return [axis for axis in inner if axis.kind in kinds] + [depth]
+
+
+def asked_for(axes: list[Axis], excess: int, scores: list[float], *, step: float = 1.0) -> dict[str, int]:
+    total = sum(axes[-1].costs)
+    sizes, _ = drop_layers({"layers": torch.tensor(scores)}, axes, Budget(total - excess, total), debt=Debt.none(axes), step=step)
+    return sizes
+
+
+def test_as_many_layers_go_as_the_budget_asks_for_each_at_its_own_cost() -> None:
+    axes = stacked((10, 50, 20, 30))  # 107, 507, 207, 307
+    scores = [0.3, 0.9, 0.2, 0.1]  # they go in the order 3, 2, 0
+    for excess, left in ((1, 3), (307, 3), (308, 2), (514, 2), (515, 1), (621, 1)):
+        assert asked_for(axes, excess, scores) == {"layers": left}
+    assert asked_for(axes, 515, scores, step=0.25) == {"layers": 3}, "one, and then they are measured again"
+    assert asked_for(axes, 515, scores, step=0.5) == {"layers": 2}
+    assert asked_for(axes, 1, scores, step=0.02) == {"layers": 3}, "at least one"
+
+
+def test_one_layer_stays() -> None:
+    axes = stacked((10, 50, 20, 30))
+    assert asked_for(axes, 1128, [0.3, 0.1, 0.2, 0.9]) == {"layers": 1}
+    axes = stacked((10, 50, 20, 30), kinds="layers neurons")
+    sizes = asked_for(axes, 1128, [0.3, 0.1, 0.2, 0.9])
+    assert sizes["layers"] == 1
+    assert [sizes[f"layers.{i}.neurons"] for i in range(4)] == [10, 50, 20, 1], "in the one that stays neurons go"
+
+
+@pytest.mark.parametrize("excess", [3, 250, 507, 508, 530, 714, 760, 820, 1000, 1111])
+@pytest.mark.parametrize("step", [0.02, 1.0])
+def test_neurons_of_the_layers_that_stay_pay_what_is_less_than_a_layer(excess: int, step: float) -> None:
+    axes = stacked((10, 50, 20, 30), kinds="layers neurons")
+    scores, keep, debt = torch.tensor([0.3, 0.1, 0.2, 0.9]), sum(axes[-1].costs) - excess, Debt.none(axes)
+    while (total := sum(axes[-1].costs)) > keep:
+        sizes, debt = drop_layers({"layers": scores}, axes, Budget(keep, total), debt=debt, step=step)
+        mask = Mask.of_sizes(axes[-1:], {"layers": scores}, sizes)
+        scores, debt = scores[mask["layers"]], debt.after(mask)
+        neurons = [sizes[axis.name] for axis in axes[:-1] if mask.renamed(axis.name)]
+        assert any(sizes[axis.name] < axis.size for axis in axes)
+        axes = stacked(tuple(neurons), kinds="layers neurons")
+    assert keep - NEURON < total <= keep
+    assert len(scores) == {3: 4, 250: 4, 507: 3, 508: 3, 530: 3, 714: 2, 760: 2, 820: 2, 1000: 1, 1111: 1}[excess]
+
+
+def test_debts_and_names_follow_the_layers() -> None:
+    axes = toy_axes((40, 41, 42, 43), (3, 3, 3, 3))
+    axes.append(Axis("layers", 4, 1, Gate("", 0)))
+    debt = replace(Debt.none(axes), sparsity={axis.name: i / 100 for i, axis in enumerate(axes)})
+    mask = Mask({"layers": torch.tensor([True, False, False, True]), "layers.3.neurons": torch.arange(43) > 3})
+    moved = debt.after(mask)
+    assert moved.start == {
+        "layers.0.neurons": 40, "layers.1.neurons": 43, "layers.0.kv_heads": 3, "layers.1.kv_heads": 3, "layers": 4,
+    }  # fmt: skip
+    assert moved.sparsity["layers.1.neurons"] == debt.sparsity["layers.3.neurons"]
+    assert moved.sparsity["layers.1.kv_heads"] == debt.sparsity["layers.3.kv_heads"]
+    assert mask.renamed("layers.2.neurons") is None
+    assert debt.after(Mask({"layers.3.neurons": torch.arange(43) > 3})) == debt
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+def test_every_family_says_what_each_layer_costs(layout: tuple[str, str]) -> None:
+    model = tiny_model(layout)
+    axes = families.axes(model)
+    cut(model, axes, Mask({"layers.1.neurons": torch.arange(40) < 7}))
+    depth = next(axis for axis in families.axes(model) if axis.name == "layers")
+    assert list(depth.costs) == [count_parameters(layer) for layer in model.get_submodule(depth.gate.module)]
+    assert len(set(depth.costs)) == 2
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "deep-llama"
+    tiny_model(vocab_size=VOCAB, num_hidden_layers=6).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(deep_folder: Path, text_file: Path) -> Recipe:
+    return read({
+        "model": str(deep_folder), "budget": "60%", "axes": ["layers"], "chooser": "depth.drop_layers", "step": 1, "dtype": "float32",
+        "calibration": {"source": str(text_file), "samples": 4, "length": 32},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [["layers"], ["layers", "neurons"], ["layers", "neurons", "kv_heads"]], ids=len)
+@pytest.mark.parametrize("step", [0.02, 1])
+def test_whole_runs(axes: list[str], step: float, recipe: Recipe, tmp_path: Path) -> None:
+    asked = read(recipe.model_dump() | {"axes": axes, "step": step})
+    outcome = prune(asked, tmp_path / "out")
+    dense, left = load(asked.model).model, load(str(tmp_path / "out"))
+    depth, neuron = (next(axis for axis in families.axes(dense) if axis.kind == kind).cost for kind in ("layers", "neurons"))
+    assert count_parameters(left.model) == outcome.figures["params_after"]
+    within = depth if axes == ["layers"] else neuron
+    assert outcome.figures["budget"] - within < outcome.figures["params_after"] <= outcome.figures["budget"]
+    # The mask is right through all iterations: the dense model cut by it at once is the model that came out.
+    assert left.mask == outcome.mask
+    cut(dense, families.axes(dense), outcome.mask)
+    ids = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dense(ids).logits, left.model(ids).logits)
+    # The plan knew how many iterations there would be; what settles the rest may take one more.
+    planned = dry_run(asked)["stages"][0]["iterations"]
+    assert abs(planned - outcome.figures["iterations"]) <= 1
+    assert (outcome.figures["iterations"] == 1) == (step == 1)
+
+
+def test_the_layers_that_turn_their_input_least_go(recipe: Recipe, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    mask = prune(recipe, tmp_path / "out", listen=heard.append).mask
+    distances = next(event["distances"] for event in heard if event["event"] == "cut")
+    gone = (~mask["layers"]).nonzero().flatten().tolist()
+    assert sorted(range(6), key=lambda i: distances[i])[: len(gone)] == sorted(gone, key=lambda i: distances[i])
+
+
+def test_a_distance_with_passes_of_its_own_ranks_layers_alone(recipe: Recipe, tmp_path: Path) -> None:
+    outcome = prune(read(recipe.model_dump() | {"distance": "blocks.loss_drop"}), tmp_path / "out")
+    assert outcome.figures["params_after"] <= outcome.figures["budget"]
+
+
+def test_layers_alone_take_no_gradients(recipe: Recipe) -> None:
+    model = tiny_model()
+    needs = {next(metric(model, families.axes(model))) for metric in metrics_of(recipe, seed=0)}
+    assert needs == {Evidence.FORWARD}
+    both = read(recipe.model_dump() | {"axes": ["layers", "neurons"]})
+    assert len(metrics_of(both, seed=0)) == 2
+
+
+def test_a_run_in_stages_that_is_stopped_goes_on_to_the_same_model(recipe: Recipe, text_file: Path, tmp_path: Path) -> None:
+    asked = read(
+        recipe.model_dump()
+        | {"axes": ["layers", "neurons"], "stages": 3, "step": 0.02}
+        | {"training": {"source": str(text_file), "tokens": 3_000, "batch_tokens": 512, "length": 64, "lr": 1e-3}}
+    )
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "cut" and event["stage"] == 3:
+            raise KeyboardInterrupt
+
+    whole = run(asked, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path / "stopped", listen=stop)
+    went_on = run(asked, tmp_path / "stopped")
+    assert whole is not None
+    assert went_on is not None
+    assert whole.mask == went_on.mask
+    assert int(whole.mask["layers"].sum()) < 6
+    debt = read_json(tmp_path / "whole" / "checkpoints" / "stage-2" / "state.json")["debt"]
+    left = families.axes(load(str(tmp_path / "whole" / "checkpoints" / "stage-2")).model)
+    assert set(debt["start"]) == {axis.name for axis in left if axis.kind in asked.axes}, "what layers owed went with them"
+    one, other = whole.loaded.model.state_dict(), went_on.loaded.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"axes": ["neurons"]}, "'depth.drop_layers' drops layers, and axes does not name them; add layers to axes"),
+        ({"chooser": "allocate.uniform"}, "chooser 'allocate.uniform' cannot drop; set chooser=depth.drop_layers"),
+        ({"distance": None}, "chooser 'depth.drop_layers' needs a distance"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(changes: dict[str, Any], said: str, recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match=said):
+        read(recipe.model_dump() | changes)
+
+
+def test_a_budget_below_one_layer_is_refused_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"parameters that stay when depth.drop_layers has taken all that it may \(layers\); the nearest"
+    ):
+        prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chooser_that_has_nothing_left_to_give_ends_the_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which layer stays is known only once it is measured; where layers are unequal the plan may have hoped for a smaller one."""
+    monkeypatch.setattr("adapt_pruner.plan._least", lambda model, recipe: 0)
+    with pytest.raises(RunError, match=r"depth.drop_layers finds nothing more to take at .* parameters, above the target"):
+        prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")
