@@ -44,6 +44,11 @@ class Gate:
     width: int = 1
     also: tuple[str, ...] = ()
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the entries are input features of one linear layer: not of `layers`, nor where a stream is read by many."""
+        return self.width > 0 and not self.also
+
 
 @dataclass(frozen=True)
 class Axis:

@@ -39,7 +39,7 @@ def kfac(model: nn.Module, axes: Sequence[Axis], *, ridge: float = 0.3) -> Gener
 
     Args:
         model: causal LM. One matrix [features, features] a gate is held, float32.
-        axes: axes to score; those without a gate on features (`layers`) are skipped.
+        axes: axes to score; those without a linear layer at their gate (`layers`, `residual`) are skipped.
         ridge: λ, in mean diagonals of A.
 
     Returns:
@@ -49,7 +49,7 @@ def kfac(model: nn.Module, axes: Sequence[Axis], *, ridge: float = 0.3) -> Gener
     (arXiv:2312.17244) has it. Differs: a greedy order instead of a threshold on single costs, G from the true next token, a ridge on A in
     its mean diagonal and none on G.
     """
-    axes = [axis for axis in axes if axis.slices and axis.gate.width]
+    axes = [axis for axis in axes if axis.slices and axis.gate.is_linear]
     gates = list(dict.fromkeys(axis.gate.module for axis in axes))
     inputs, outputs = {}, {}
     counts = torch.zeros(2, dtype=torch.float64)  # tokens, and those that are predicted

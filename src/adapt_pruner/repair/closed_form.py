@@ -206,7 +206,7 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     entering = streams(model, layers, world.share(batches), dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
-    for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.width):
+    for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear):
         module: Any = model.get_submodule(name)
         if module.bias is None:
             module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -230,7 +230,7 @@ def _kept(axes: Sequence[Axis], mask: Mask) -> dict[str, Tensor]:
     """For the linear layer at every gate that the mask shuts in part, the features that stay: bool [features]."""
     kept: dict[str, Tensor] = {}
     for axis in axes:
-        if axis.gate.width and axis.name in mask and not bool(mask[axis.name].all()):
+        if axis.gate.is_linear and axis.name in mask and not bool(mask[axis.name].all()):
             features = mask[axis.name].repeat_interleave(axis.gate.width)
             kept[axis.gate.module] = kept[axis.gate.module] & features if axis.gate.module in kept else features
     return kept
