@@ -29,7 +29,8 @@ def inputs_of(model: Any, batches: list[Tensor]) -> dict[str, Samples]:
     """What enters `o_proj` and `down_proj` of every layer, each sequence run by itself."""
     taken: dict[str, Samples] = {}
     for i, layer in enumerate(model.model.layers):
-        for name, module in ((f"layers.{i}.kv_heads", layer.self_attn.o_proj), (f"layers.{i}.neurons", layer.mlp.down_proj)):
+        heads = [(f"layers.{i}.{kind}", layer.self_attn.o_proj) for kind in ("kv_heads", "query_heads")]
+        for name, module in (*heads, (f"layers.{i}.neurons", layer.mlp.down_proj)):
 
             def take(entering: Tensor, name: str = name, forward: Callable[[Tensor], Tensor] = module.forward) -> Tensor:
                 taken.setdefault(name, []).append(entering[0].tolist())
@@ -47,7 +48,7 @@ def inputs_of(model: Any, batches: list[Tensor]) -> dict[str, Samples]:
 
 def weight_of(model: Any, name: str) -> list[list[float]]:
     layer = model.model.layers[int(name.split(".")[1])]
-    module = layer.self_attn.o_proj if name.endswith("kv_heads") else layer.mlp.down_proj
+    module = layer.self_attn.o_proj if name.endswith("_heads") else layer.mlp.down_proj
     return module.weight.tolist()
 
 
@@ -98,10 +99,11 @@ def magnitude_of(samples: Samples, features: range) -> float:
 
 
 def features_of(model: Any, name: str, samples: Samples) -> list[range]:
-    """The features of each unit at the gate: one of a neuron; of a KV head those of all query heads that read it."""
+    """The features of each unit at the gate: one of a neuron, those of a head; of a KV head those of all query heads that read it."""
     num_features = len(samples[0][0])
     attention = model.model.layers[int(name.split(".")[1])].self_attn
-    units = attention.k_proj.out_features // attention.head_dim if name.endswith("kv_heads") else num_features
+    owner = {"kv_heads": attention.k_proj, "query_heads": attention.q_proj}.get(name.split(".")[2])
+    units = num_features if owner is None else owner.out_features // attention.head_dim
     width = num_features // units
     return [range(u * width, (u + 1) * width) for u in range(units)]
 
@@ -130,12 +132,12 @@ def test_every_metric_is_its_formula(layout: tuple[str, str], batches: list[Tens
         }
         for form, channel in CHANNELS.items():
             values = [[channel(samples, weight, j) for j in unit] for unit in units]
-            expected[form] = [fluctuation_of(unit, name.endswith("kv_heads")) for unit in values]
+            expected[form] = [fluctuation_of(unit, name.endswith("_heads")) for unit in values]
         for metric, values in expected.items():
             assert found[metric][name].dtype == torch.float32
             assert found[metric][name].tolist() == pytest.approx(values, rel=1e-3), (metric, name)
     for metric, scores in found.items():
-        assert scores.keys() == taken.keys(), f"{metric} scores units, not layers"
+        assert scores.keys() == taken.keys(), f"{metric} scores what enters one linear layer, not layers or the stream"
 
 
 def test_standardised_channels_have_mean_0_and_deviation_1_before_heads_are_made_of_them(batches: list[Tensor]) -> None:
@@ -143,7 +145,7 @@ def test_standardised_channels_have_mean_0_and_deviation_1_before_heads_are_made
     found = scores_of(model, batches, activations.fluctuation, standardised=True)
     for name, samples in inputs_of(model, batches).items():
         weight, units = weight_of(model, name), features_of(model, name, samples)
-        power = 2 if name.endswith("kv_heads") else 1
+        power = 2 if name.endswith("_heads") else 1
         values = [[CHANNELS["WIFV"](samples, weight, j) ** power for j in unit] for unit in units]
         flat = [value for unit in values for value in unit]
         mean = sum(flat) / len(flat)

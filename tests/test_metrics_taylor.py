@@ -63,6 +63,7 @@ def slow_scores(
         num_kv = layer.self_attn.k_proj.out_features // dim
         group = layer.self_attn.q_proj.out_features // dim // num_kv
         heads = [0.0] * num_kv
+        queries = [0.0] * (num_kv * group)
         for k in range(num_kv):
             for c in range(k * dim, (k + 1) * dim):
                 heads[k] += row(f"{attention}.k_proj.weight", c) + row(f"{attention}.v_proj.weight", c)
@@ -70,7 +71,17 @@ def slow_scores(
             for c in range(h * dim, (h + 1) * dim):
                 worth = row(f"{attention}.q_proj.weight", c) + column(f"{attention}.o_proj.weight", c)
                 heads[kv_head_of(h, group, num_kv)] += worth
-        expected[f"layers.{i}.kv_heads"] = heads
+                queries[h] += worth
+        expected[f"layers.{i}.kv_heads"], expected[f"layers.{i}.query_heads"] = heads, queries
+    writes = ("self_attn.o_proj", "mlp.down_proj")
+    expected["residual"] = [
+        sum(
+            (row if any(part in name for part in writes) else column)(name, channel)
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1
+        )
+        for channel in range(48)
+    ]
     return expected
 
 

@@ -263,6 +263,8 @@ def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe:
     layers = anatomy(loaded.model, mask=loaded.mask)["layers"]
     for layer, dense in zip(layers, anatomy(load(recipe.model).model)["layers"], strict=True):
         assert layer["share_of_dense"] == pytest.approx(layer["params"] / dense["params"])
+    with pytest.raises(UsageError, match=r"metric 'activations.wanda' says nothing of residual; take another"):
+        prune(without_training(recipe, **changes | {"metric": "activations.wanda"}), tmp_path / "unscored")
     with pytest.raises(UsageError, match="'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser"):
         without_training(recipe, axes=axes)
 

@@ -125,6 +125,11 @@ def _prune(
             if (measure_layers := layer_measure_of(recipe)) is not None:
                 scores |= measure_layers(model, [axis for axis in axes if axis.name == "layers"], batches)
             may_shrink = prunable(model, recipe)
+            if unscored := sorted({axis.kind for axis in may_shrink if axis.name not in scores}):
+                raise UsageError(
+                    f"metric {recipe.metric!r} says nothing of {', '.join(unscored)}; take another, such as weights.taylor, "
+                    "or leave them out of axes"
+                )
             sizes, at.debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=at.debt)
             scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
             mask = Mask.of_sizes(may_shrink, scores, sizes)
@@ -136,7 +141,7 @@ def _prune(
             with at.clock("repair"):
                 parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn)(model, axes, mask, batches)
         with at.clock("cut"):
-            cut(model, axes, mask, optimizer=trainer.optimizer)
+            cut(model, families.axes(model), mask, optimizer=trainer.optimizer)  # with biases that a repair added
             at.mask, at.debt = at.mask.then(mask), at.debt.after(mask)
         note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
         at.history.append(note)

@@ -30,7 +30,7 @@ def per_parameter(
 ) -> tuple[dict[str, int], Debt]:
     """The units of all axes in one line by score per parameter; the lowest go.
 
-    worth[u] = score[u] / cost(axis of u). This takes scores at their word across layers and kinds, so it wants a metric whose
+    worth[u] = score[u] / cost(axis of u), of a unit with an entry in every block the sum of their scores. This takes scores at their word across layers and kinds, so it wants a metric whose
     scores are comparable there: Taylor's are all in nats, and so are losses; magnitudes and activations of different
     layers are not.
 
@@ -54,7 +54,10 @@ def per_parameter(
     if not 0 <= floor <= 1:
         raise UsageError(f"option floor={floor} of rank.per_parameter is not a share; write it between 0 and 1")
     least = {axis.name: min(axis.size, max(1, math.ceil(debt.start[axis.name] * floor - 1e-9))) for axis in axes}
-    worth = {axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]] / axis.cost for axis in axes}
+    worth = {
+        axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]] * axis.blocks / axis.cost
+        for axis in axes
+    }
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
 
 

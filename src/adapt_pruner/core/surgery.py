@@ -261,6 +261,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     if depth is not None and "layers" in mask:
         stayed = mask["layers"].nonzero().flatten().tolist()
     if depth is not None:
+        for field, _ in depth.fields:
+            setattr(config, field, len(stayed))
         for name in depth.lists:
             if getattr(config, name, None) is not None and len(getattr(config, name)) == depth.size:
                 setattr(config, name, [getattr(config, name)[i] for i in stayed])

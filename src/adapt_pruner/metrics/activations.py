@@ -1,7 +1,7 @@
 """What each unit is worth by what flows through it: the input of the linear layer at its axis's gate, X.
 
 Symbols: x_ntj is feature j of X at token t of sequence n; N sequences; W the weight of that linear layer, [outputs, features].
-Sums over text are kept in float64, a number or two a feature. Axes without slices or without features (`layers`) are skipped.
+Sums over text are kept in float64, a number or two a feature. Axes without such a layer (`layers`, `residual`) are skipped.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence

@@ -39,7 +39,7 @@ def kfac(model: nn.Module, axes: Sequence[Axis], *, ridge: float = 0.3) -> Gener
 
     Args:
         model: causal LM. One matrix [features, features] a gate is held, float32.
-        axes: axes to score; those without a gate on features (`layers`) are skipped.
+        axes: axes to score; those without a linear layer at their gate (`layers`, `residual`) are skipped.
         ridge: λ, in mean diagonals of A.
 
     Returns:
