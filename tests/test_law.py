@@ -24,9 +24,12 @@ def wide_norms(model: Any) -> Any:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
+    def of_gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
     for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(forward if hasattr(module, "variance_epsilon") else of_gemma, module)
     return model
 
 
@@ -321,6 +324,14 @@ FAULTS = {
     "an unscaled epsilon": ("llama", "residual", lambda axis: _unscaled(axis, "variance_epsilon")),
     "norms inside heads with the stream's epsilon": ("qwen3", "residual", lambda axis: _unscaled(axis, "self_attn.k_proj")),
     "a forgotten bias that writes to the stream": ("llama-mha-biased", "residual", lambda axis: _without(axis, "o_proj.bias")),
+    "norms of Gemma scaled as a Llama's": ("gemma3", "residual", lambda axis: dataclasses.replace(axis, one_more=())),
+    "a last norm of Gemma scaled though the head is tied": (
+        "gemma3",
+        "residual",
+        lambda axis: dataclasses.replace(axis, scaled=(*axis.scaled, ("model.norm.weight", 0.5))),
+    ),
+    "an unscaled embedding of Gemma": ("gemma3-untied", "residual", lambda axis: _unscaled(axis, "embed_tokens.weight")),
+    "an embedding of Gemma with the old scale": ("gemma3", "residual", lambda axis: _unscaled(axis, ".embed_scale")),
     "an untied head that is forgotten": ("qwen3-untied", "residual", lambda axis: _without(axis, "lm_head")),
     "a forgotten bias of the queries": ("qwen2", "query_heads", lambda axis: _without(axis, "q_proj.bias")),
     "query heads cut like KV heads": (

@@ -74,6 +74,7 @@ class Axis:
         lists: config fields that hold one entry per unit and lose entries with it.
         scaled: what is multiplied by (size before / size after) ** power, since something takes a mean over the axis: dotted
             names of parameters, module attributes and config fields, each with its power.
+        one_more: those of `scaled` that stand for 1 + w, which is then what is multiplied.
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
         indices: config fields that hold the number of a unit, or several, and follow its renumbering.
         costs: the parameters of each unit where units differ (`layers`); else empty.
@@ -89,6 +90,7 @@ class Axis:
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
     scaled: tuple[tuple[str, float], ...] = ()
+    one_more: tuple[str, ...] = ()
     blocks: int = 1
     indices: tuple[str, ...] = ()
     costs: tuple[int, ...] = ()

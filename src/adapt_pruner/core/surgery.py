@@ -127,7 +127,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
             setattr(model.get_submodule(owner), leaf, sizes[axis.name])
         if sizes[axis.name] < axis.size:
             for name, power in axis.scaled:
-                _scale(model, name, (axis.size / sizes[axis.name]) ** power, optimizer)
+                offset = 1.0 if name in axis.one_more else 0.0
+                _scale(model, name, (axis.size / sizes[axis.name]) ** power, offset, optimizer)
         if axis.indices and axis.name in shrinking:
             _renumber(model, axis.indices, mask[axis.name])
     if "layers" in shrinking:
@@ -214,14 +215,18 @@ def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: M
         }
 
 
-def _scale(model: nn.Module, name: str, factor: float, optimizer: Optimizer | None) -> None:
-    """Multiply, in place, a parameter, module attribute or config field; moments of its gradient g, now g / factor, follow."""
+def _scale(model: nn.Module, name: str, factor: float, offset: float, optimizer: Optimizer | None) -> None:
+    """Multiply, in place, a parameter, module attribute or config field; moments of its gradient g, now g / factor, follow.
+
+    Of a parameter w, offset + w is what is multiplied.
+    """
     owner, _, leaf = name.rpartition(".")
     value = getattr(attrgetter(owner)(model), leaf)
     if not isinstance(value, nn.Parameter):
         setattr(attrgetter(owner)(model), leaf, value * factor)
         return
-    value.data = (value.data.to(torch.promote_types(value.dtype, torch.float32)) * factor).to(value.dtype)
+    wide = value.data.to(torch.promote_types(value.dtype, torch.float32))
+    value.data = ((wide + offset) * factor - offset).to(value.dtype)
     value.grad = None
     for key, moment in (optimizer.state.get(value, {}) if optimizer is not None else {}).items():
         if key in _POWERS:

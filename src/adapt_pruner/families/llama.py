@@ -14,13 +14,18 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
 
-__all__ = ["MODEL_TYPES", "axes", "tiny", "vocabulary"]
+__all__ = ["MODEL_TYPES", "axes", "residual", "tiny", "vocabulary", "whole_layers", "within_layers"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
     """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last."""
+    return (*within_layers(model), residual(model), vocabulary(model), whole_layers(model))
+
+
+def within_layers(model: Any) -> list[Axis]:
+    """The axes that lie in one layer each."""
     found: list[Axis] = []
     stack = model.model.layers
     for i, layer in enumerate(stack):
@@ -65,20 +70,22 @@ def axes(model: Any) -> tuple[Axis, ...]:
                 attributes=(f"{at}.intermediate_size",),
             )
         )
-    found += [_residual(model), vocabulary(model)]
+    return found
+
+
+def whole_layers(model: Any) -> Axis:
+    """The axis whose units are layers."""
+    stack = model.model.layers
     costs = tuple(count_parameters(layer) for layer in stack)
-    found.append(
-        Axis(
-            name="layers",
-            size=len(stack),
-            cost=sum(costs) // len(stack),
-            costs=costs,
-            gate=Gate("model.layers", width=0),
-            fields=(("num_hidden_layers", 1),),
-            lists=("layer_types",),
-        )
+    return Axis(
+        name="layers",
+        size=len(stack),
+        cost=sum(costs) // len(stack),
+        costs=costs,
+        gate=Gate("model.layers", width=0),
+        fields=(("num_hidden_layers", 1),),
+        lists=("layer_types",),
     )
-    return tuple(found)
 
 
 def vocabulary(model: Any) -> Axis:
@@ -120,26 +127,36 @@ def _parameters(model: Any, linear: str) -> list[str]:
     return [f"{linear}.weight"] + ([f"{linear}.bias"] if model.get_submodule(linear).bias is not None else [])
 
 
-def _residual(model: Any) -> Axis:
+def residual(
+    model: Any,
+    *,
+    norms_of_layer: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm"),
+    eps: str = "variance_epsilon",
+) -> Axis:
     """The width of the stream: every norm over it, all that reads it by columns and writes it by rows, the embeddings.
 
     A norm w · x / √(mean(x²) + ε) over d channels of which d' are not zero is, over those, one with w √(d/d') and ε d/d'.
     The config has one ε for all norms, so those inside heads (Qwen3), whose width stays, get it too: what enters them is
     multiplied by √(d/d'), which cancels.
+
+    Args:
+        model: causal LM of this layout.
+        norms_of_layer: the norms over the stream, or over what is added to it, in each layer.
+        eps: what a norm calls its ε.
     """
     norms, rows, columns, inner, of_layers = ["model.norm"], [], ["model.embed_tokens.weight"], [], []
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         columns.append("lm_head.weight")
     for i, layer in enumerate(model.model.layers):
         at = f"model.layers.{i}"
-        norms += [f"{at}.input_layernorm", f"{at}.post_attention_layernorm"]
+        norms += [f"{at}.{norm}" for norm in norms_of_layer]
         for path in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
             columns.append(f"{at}.{path}.weight")
         for path in ("self_attn.o_proj", "mlp.down_proj"):
             rows += _parameters(model, f"{at}.{path}")
         of_layers += [f"{at}.hidden_size", f"{at}.mlp.hidden_size"]
         if hasattr(layer.self_attn, "q_norm"):
-            inner += [(f"{at}.self_attn.{side}_norm.variance_epsilon", 1.0) for side in "qk"]
+            inner += [(f"{at}.self_attn.{side}_norm.{eps}", 1.0) for side in "qk"]
             inner += [(name, 0.5) for side in "qk" for name in _parameters(model, f"{at}.self_attn.{side}_proj")]
     slices = (
         [Slice(f"{norm}.weight", 0) for norm in norms] + [Slice(name, 0) for name in rows] + [Slice(name, 1) for name in columns]
@@ -154,7 +171,7 @@ def _residual(model: Any) -> Axis:
         attributes=("model.embed_tokens.embedding_dim", *of_layers),
         scaled=(
             *((f"{norm}.weight", 0.5) for norm in norms),
-            *((f"{norm}.variance_epsilon", 1.0) for norm in norms),
+            *((f"{norm}.{eps}", 1.0) for norm in norms),
             *inner,
             ("config.rms_norm_eps", 1.0),
         ),
