@@ -52,11 +52,6 @@ class Gate:
         """Whether the entries are input features of one linear layer: not of `layers`, nor where many read a stream, nor of tokens."""
         return self.width > 0 and not self.also and not self.output
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether the entries are input features of one linear layer: not of `layers`, nor where a stream is read by many."""
-        return self.width > 0 and not self.also
-
 
 @dataclass(frozen=True)
 class Axis:
