@@ -38,8 +38,8 @@ class Gate:
 
     Each entry owns `width` consecutive features of the input of `module`, and of the modules `also`, set to zero when it is
     shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input. With
-    `output` the units are the features of the output of `module`, and a shut one is -inf: a token that is never said. No metric
-    scores such an axis.
+    `output` the units are the logits of the model, which the head `module` gives, and a shut one is -inf: a token that is never
+    said. No metric scores such an axis.
     """
 
     module: str

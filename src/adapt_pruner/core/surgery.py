@@ -45,7 +45,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     try:
         for name, axis in _checked(axes, mask).items():
             if axis.gate.output:
-                handles.append(model.get_submodule(axis.gate.module).register_forward_hook(_Unsaid(mask[name])))
+                handles.append(model.register_forward_hook(_Unsaid(mask[name])))  # once logits are capped, where they are
             elif axis.gate.width == 0:
                 stack: Any = model.get_submodule(axis.gate.module)
                 for index in (~mask[name]).nonzero().flatten().tolist():
@@ -71,13 +71,14 @@ class _Shut:
 
 
 class _Unsaid:
-    """A forward hook that makes the output features whose `keep` is False -inf."""
+    """A forward hook on the model that makes the logits whose `keep` is False -inf."""
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.masked_fill(~self.keep.to(output.device), -torch.inf)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        output.logits = output.logits.masked_fill(~self.keep.to(output.logits.device), -torch.inf)
+        return output
 
 
 def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -274,7 +275,7 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
 
     sizes: dict[str, dict[int, int]] = {}
     for axis in axes:
-        if axis.layer is None and axis is not depth:
+        if axis.layer is None:
             for field, units in axis.fields:
                 setattr(config, field, int(mask.of(axis).sum()) * units)
         elif axis.layer in stayed:
