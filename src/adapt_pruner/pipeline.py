@@ -112,6 +112,7 @@ def _prune(
     def warn(message: str) -> None:
         listen({"event": "warning", "message": f"stage {stage.stage}: {message}"})
 
+    trainer.before_cuts()
     if recipe.debt == "reset":
         at.debt = Debt.none(prunable(model, recipe))
     while (now := count_parameters(model)) > stage.params:

@@ -62,6 +62,11 @@ class Trainer:
             self.optimizer = self._new_optimizer()
         self._working: tuple[Any, AdamW | None] = (self._model, self.optimizer)
 
+    def before_cuts(self) -> None:
+        """Forget the moments that the recipe does not carry through cuts, so that they take no memory while the model is scored."""
+        if self.optimizer is not None and self._recipe.moments == "reset":
+            self.optimizer.state.clear()
+
     def begin_stage(self) -> None:
         """Start a stage's training after its cuts, and save."""
         self._at.progress.begin_stage()
@@ -70,8 +75,6 @@ class Trainer:
             self._working = (self._model, self.optimizer)
         if self.optimizer is not None:
             self._join(self.optimizer)
-        if self.optimizer is not None and self._recipe.moments == "reset":
-            self.optimizer.state.clear()
         if self._ready.rows is not None:
             self.save(f"stage-{self._at.stage}-pruned")
 
