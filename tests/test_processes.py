@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -330,8 +330,8 @@ def test_a_fault_in_the_moments_would_show(ground: Ground, monkeypatch: pytest.M
     """Moments of other units than those that stay, or none, give other losses than a run is compared by."""
     whole = [step["loss"] for step in log(ground.one, "step") if step["stage"] == 2]
 
-    def amiss(optimizer: Any, old: Any, new: Any, dim: int, index: Tensor) -> None:
-        follow(optimizer, old, new, dim, index.roll(1))
+    def amiss(optimizer: Any, old: Any, new: Any, index: Mapping[int, Tensor]) -> None:
+        follow(optimizer, old, new, {dim: stays.roll(1) for dim, stays in index.items()})
 
     follow = surgery._follow
     for name, change in (("none", {"moments": "reset"}), ("amiss", {})):

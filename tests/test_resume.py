@@ -420,7 +420,7 @@ def test_interrupted_at_random_moments(
                 r"^the last complete checkpoint is (\S+); the same command goes on from there$", said, re.MULTILINE
             )
             last = found[0] if found else None
-            there = newest_first(run)[0] if (run / "checkpoints").exists() else None
+            there = next(iter(newest_first(run)), None) if (run / "checkpoints").exists() else None
             assert last == (None if there is None else str(run / "checkpoints" / there)), said
             assert (last is None) == ("no checkpoint was complete yet; the same command begins anew" in said)
             assert not list(run.rglob("*.partial-*"))
