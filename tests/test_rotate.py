@@ -220,14 +220,6 @@ def test_a_budget_out_of_reach_names_what_can_be_had() -> None:
         width_for(model, 5_000)
 
 
-def test_a_model_without_a_sliced_class_is_refused() -> None:
-    class Other(LlamaForCausalLM):
-        pass
-
-    with pytest.raises(UsageError, match="Other cannot be sliced, .* known: LlamaForCausalLM, MistralForCausalLM"):
-        width_for(Other(tiny_model().config), 10**9)
-
-
 # The checkpoint
 
 
@@ -381,6 +373,6 @@ def test_liger_has_no_kernel_for_it(recipe: Recipe, text_file: Path, tmp_path: P
 
 
 def test_axes_of_a_sliced_model_say_what_it_is_made_of() -> None:
-    assert {axis.name: axis.size for axis in families.axes(sliced())} == {
-        axis.name: axis.size for axis in families.axes(tiny_model())
-    }
+    sizes = [{axis.name: axis.size for axis in families.axes(model)} for model in (tiny_model(), sliced())]
+    assert sizes[0].pop("residual") == 48
+    assert sizes[0] == sizes[1], "but its stream is no axis, since it is in another basis at every block"

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
+from adapt_pruner.families import is_sliced
 
 __all__ = ["MODEL_TYPES", "axes", "residual", "tiny", "vocabulary", "whole_layers", "within_layers"]
 
@@ -20,8 +21,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
-    """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last."""
-    return (*within_layers(model), residual(model), vocabulary(model), whole_layers(model))
+    """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last. A sliced one has no `residual`."""
+    stream = () if is_sliced(model.config) else (residual(model),)  # in another basis at every block
+    return (*within_layers(model), *stream, vocabulary(model), whole_layers(model))
 
 
 def within_layers(model: Any) -> list[Axis]:
