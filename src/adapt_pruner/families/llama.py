@@ -20,8 +20,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
-    """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last."""
-    return (*within_layers(model), residual(model), vocabulary(model), whole_layers(model))
+    """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last; no `residual` once it is sliced."""
+    stream = [] if getattr(model.config, "sliced_hidden_size", None) else [residual(model)]
+    return (*within_layers(model), *stream, vocabulary(model), whole_layers(model))
 
 
 def within_layers(model: Any) -> list[Axis]:
