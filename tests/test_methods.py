@@ -37,7 +37,9 @@ def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: 
     costs = {axis.kind: axis.cost for axis in families.axes(load(str(deep_folder)).model)}
     unit = costs["neurons" if "neurons" in asked.axes else "layers"]
     left = load(str(tmp_path / "out")).model
-    assert figures["budget"] - unit < count_parameters(left) == figures["params_after"] <= figures["budget"]
+    assert count_parameters(left) == figures["params_after"] <= figures["budget"]
+    if asked.rotate is None:  # which goes by widths that are multiples of 8
+        assert figures["budget"] - unit < figures["params_after"]
 
 
 def test_llm_pruner_leaves_the_ends_whole_and_says_so_where_nothing_else_is_left(

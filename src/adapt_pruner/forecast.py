@@ -14,7 +14,7 @@ from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, plan, reads_text, scored
+from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.prepare import Listener, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
@@ -122,9 +122,10 @@ def _probe(model: Any, recipe: Recipe, *, narrow: bool) -> Speed:
     length = recipe.calibration.length
     shape = (max(1, _PROBED_TOKENS // length), length)
     batch = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    axes = [axis for axis in families.axes(model) if axis.layer is not None or axis.kind in recipe.axes]
     for _ in range(2):  # the first pass of a process is slow
         began = time.perf_counter()
-        score(model, scored(model, recipe), [batch], metrics=[taylor], dtype=recipe.dtype)
+        score(model, axes, [batch], metrics=[taylor], dtype=recipe.dtype)
     span = time.perf_counter() - began
     device = next(model.parameters()).device
     flops = batch.numel() * work(shapes(model), Setup(device.type, narrow, length), kind="score") / span

@@ -30,9 +30,9 @@ def per_parameter(
 ) -> tuple[dict[str, int], Debt]:
     """The units of all axes in one line by score per parameter; the lowest go.
 
-    worth[u] = score[u] / cost(axis of u), of a unit with an entry in every block the sum of their scores. This takes scores at their word across layers and kinds, so it wants a metric whose
-    scores are comparable there: Taylor's are all in nats, and so are losses; magnitudes and activations of different
-    layers are not.
+    worth[u] = score[u] / cost(axis of u), of a unit with an entry in every block the sum of their scores. This takes scores at
+    their word across layers and kinds, so it wants a metric whose scores are comparable there: Taylor's are all in nats, and
+    so are losses; magnitudes and activations of different layers are not.
 
     Args:
         scores: of every axis, float32 [entries]; comparable across axes.
