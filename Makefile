@@ -35,7 +35,7 @@ demo: $(READY)
 	@echo "  AutoModelForCausalLM.from_pretrained('$(DEMO)/recovered/model', trust_remote_code=True)"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .
