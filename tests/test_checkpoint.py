@@ -282,7 +282,7 @@ def test_damaged_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"'nothing-here' does not exist; .*known: smollm2-135m-instruct"):
+    with pytest.raises(UsageError, match=r"'nothing-here' does not exist; .*known: gemma3-270m, smollm2-135m-instruct"):
         load("nothing-here")
     with pytest.raises(UsageError, match="did you mean 'smollm2-135m-instruct'"):
         load("smollm2-135m-instrukt")

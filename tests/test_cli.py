@@ -233,7 +233,11 @@ BAD_PRUNE = {
     "unknown option": (["TINY", "--params", "80%", "--bogus"], 2, "No such option"),
     "truncated weights": (["TRUNCATED", "--params", "80%"], 1, "are damaged"),
     "encoder-only": (["ENCODER", "--params", "80%"], 2, "not a causal language model"),
-    "unknown family": (["STRANGE", "--params", "80%"], 2, "no known family; known: llama, mistral, mobilellm, qwen2, qwen3"),
+    "unknown family": (
+        ["STRANGE", "--params", "80%"],
+        2,
+        "no known family; known: gemma3_text, llama, mistral, mobilellm, qwen2, qwen3",
+    ),
     "not a model": (["FOLDER", "--params", "80%"], 2, "no config.json"),
     "weights that are not numbers": (
         ["NAN", "--params", "80%", "--calibration", "LONG"],
