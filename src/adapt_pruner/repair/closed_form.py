@@ -4,7 +4,7 @@ Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its 
 [features, N]; k the features that stay, r those that go, as column indices.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +72,6 @@ def least_squares(
         raise UsageError(
             "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
         )
-    kept = _kept(axes, mask)
     mine = world.share(batches)
     layers = _layers(model, axes)
     entering = streams(model, layers, mine, dtype=dtype)
@@ -81,13 +80,11 @@ def least_squares(
     world.sum_in_place(tokens)
     short = 1.0
     for index, layer in enumerate(layers):
-        names = [name for name in kept if name in _modules(model, layer)]
-        fits = {
-            name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None) for name, keep in kept.items() if name in names
-        }
+        kept = _kept(axes, mask, layer=index)
+        fits = {name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None) for name, keep in kept.items()}
         whole: list[dict[str, Tensor]] = []
         for number, stream in enumerate(entering):
-            with _watching(model, names) as seen:
+            with _watching(model, kept) as seen:
                 left = stream.through(layer, index)
             if sequential:
                 whole.append(seen)
@@ -201,7 +198,6 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     """
     if not batches:
         raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
-    kept = _kept(axes, mask)
     layers = _layers(model, axes)
     entering = streams(model, layers, world.share(batches), dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
@@ -212,12 +208,12 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
             module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
             model.config.output_bias = True  # type: ignore[union-attr]
     for index, layer in enumerate(layers):
-        names = [name for name in kept if name in _modules(model, layer)]
-        sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in names}
+        kept = _kept(axes, mask, layer=index)
+        sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
         for stream in entering:
-            with _watching(model, names) as seen:
+            with _watching(model, kept) as seen:
                 stream.hidden = stream.through(layer, index)
-            for name in names:
+            for name in kept:
                 sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
         world.sum_in_place(*sums.values())
         for name, total in sums.items():
@@ -226,11 +222,11 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
             module.bias += (module.weight[:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
 
 
-def _kept(axes: Sequence[Axis], mask: Mask) -> dict[str, Tensor]:
-    """For the linear layer at every gate that the mask shuts in part, the features that stay: bool [features]."""
+def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:
+    """For the linear layer at every gate of a decoder layer that the mask shuts in part, the features that stay: bool [features]."""
     kept: dict[str, Tensor] = {}
     for axis in axes:
-        if axis.gate.is_linear and axis.name in mask and not bool(mask[axis.name].all()):
+        if axis.layer == layer and axis.gate.is_linear and axis.name in mask and not bool(mask[axis.name].all()):
             features = mask[axis.name].repeat_interleave(axis.gate.width)
             kept[axis.gate.module] = kept[axis.gate.module] & features if axis.gate.module in kept else features
     return kept
@@ -242,14 +238,8 @@ def _layers(model: nn.Module, axes: Sequence[Axis]) -> Sequence[nn.Module]:
     return layers
 
 
-def _modules(model: nn.Module, layer: nn.Module) -> Mapping[str, nn.Module]:
-    """The modules inside a layer by their name in the model."""
-    inside = set(layer.modules())
-    return {name: module for name, module in model.named_modules() if module in inside}
-
-
 @contextmanager
-def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """While it lasts, the input of each named linear layer is kept: float32 [tokens, features]."""
     seen: dict[str, Tensor] = {}
 
