@@ -199,6 +199,46 @@ def test_a_floor_is_a_share_of_the_size_at_the_start() -> None:
     assert [axis.size for axis in axes] == [6, 84]
 
 
+def test_levelled_axes_differ_by_their_spread_and_half_levelled_ones_by_less_than_they_did() -> None:
+    axes = toy_axes((40, 40), (4, 4))
+    drawn_once = drawn(axes)
+    spread = {"layers.0.neurons": drawn_once["layers.0.neurons"] + 1, "layers.1.neurons": drawn_once["layers.0.neurons"] + 1}
+    heads = {"layers.0.kv_heads": torch.full((4,), 3e3), "layers.1.kv_heads": torch.full((4,), 3e5)}
+    dear = spread | heads | {"layers.1.neurons": spread["layers.1.neurons"] * 16}
+    keep = size_of(axes) - 30 * NEURON
+
+    def lost(scores: Scores, level: float) -> list[int]:
+        sizes = shot(per_parameter, scores, axes, keep, level=level)
+        return [40 - sizes["layers.0.neurons"], 40 - sizes["layers.1.neurons"]]
+
+    assert lost(dear, 0) == [30, 0]
+    assert lost(dear, 1) == [15, 15] == lost(spread | heads, 0)
+    a_quarter_dearer = {**spread, **heads, "layers.1.neurons": spread["layers.1.neurons"] * 4}
+    assert lost(dear, 0.5) == lost(a_quarter_dearer, 0), "16 to the half is 4"
+    # Neurons and heads are levelled among themselves, so a head stays as dear against a neuron as it was.
+    axes = toy_axes((400, 400), (4, 4))
+    dear_heads = {axis.name: torch.full((axis.size,), 1e9 if axis.cost == HEAD else 1.0) for axis in axes}
+    sizes = shot(per_parameter, dear_heads, axes, size_of(axes) - 2 * HEAD, level=1)
+    assert [sizes[axis.name] for axis in axes if axis.cost == HEAD] == [4, 4]
+
+
+@pytest.mark.parametrize("level", [0.3, 1.0])
+def test_a_unit_worth_nothing_goes_first_and_does_not_upset_the_levels(level: float) -> None:
+    axes = toy_axes((30, 30))
+    scores = {"layers.0.neurons": torch.ones(30), "layers.1.neurons": torch.cat([torch.zeros(1), torch.ones(29)])}
+    assert shot(per_parameter, scores, axes, size_of(axes) - NEURON, level=level) == {
+        "layers.0.neurons": 30,
+        "layers.1.neurons": 29,
+    }
+
+
+def test_scores_below_zero_are_not_levelled() -> None:
+    axes = toy_axes((30, 30))
+    scores = {axis.name: torch.linspace(-1, 1, 30) for axis in axes}
+    with pytest.raises(UsageError, match=r"level=0.5 .* layers.0.neurons has one of -1; leave it out"):
+        shot(per_parameter, scores, axes, size_of(axes) - NEURON, level=0.5)
+
+
 @pytest.mark.parametrize(
     ("chooser", "options", "left"),
     [
@@ -233,6 +273,7 @@ def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -
     ("written", "said"),
     [
         ("rank.per_parameter(floor=1.5)", "floor=1.5 of rank.per_parameter is not a share"),
+        ("rank.per_parameter(level=2)", "level=2 of rank.per_parameter is not a share"),
         ("rank.standardised(structure=XY)", "structure 'XY' .* known: UL-UM, UL-MM, AL-MM, AL-AM"),
         ("rank.standardised(structure=AL-MM)", "needs the share of heads that goes; write it like heads=0.2"),
         ("rank.standardised(heads=0.2)", "heads=0.2 is of structures UL-MM and AL-MM, not of AL-AM"),

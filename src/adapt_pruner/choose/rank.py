@@ -26,13 +26,24 @@ _STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 
 
 def per_parameter(
-    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, floor: float = 0.0
+    scores: Scores,
+    axes: Sequence[Axis],
+    budget: Budget,
+    *,
+    debt: Debt,
+    step: float,
+    floor: float = 0.0,
+    level: float = 0.0,
 ) -> tuple[dict[str, int], Debt]:
     """The units of all axes in one line by score per parameter; the lowest go.
 
-    worth[u] = score[u] / cost(axis of u), of a unit with an entry in every block the sum of their scores. This takes scores at
-    their word across layers and kinds, so it wants a metric whose scores are comparable there: Taylor's are all in nats, and
-    so are losses; magnitudes and activations of different layers are not.
+    worth[u] = score[u] / cost(axis of u) · (g(kind) / g(axis))^level
+
+    score[u] is the sum over its entries where a unit has one in every block; g(axis) is the geometric mean of the scores of an
+    axis, g(kind) that over the axes of its kind. With `level` 0 scores are taken at their word across layers and kinds, so
+    it wants a metric whose scores are comparable there: Taylor's are all in nats, and so are losses; magnitudes and activations
+    of different layers are not. What is measured of each layer alone says too little of layers that lose much side by side,
+    though: `level` brings the layers closer together, and with 1 they differ by their spread only.
 
     Args:
         scores: of every axis, float32 [entries]; comparable across axes.
@@ -41,24 +52,44 @@ def per_parameter(
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of all prunable parameters at the start that goes in an iteration; 1 prunes in one shot.
         floor: share of its size at the start that every axis keeps at least, in [0, 1]; one unit in any case.
+        level: how far the axes of a kind are levelled, in [0, 1]. Above 0 it is for scores that are not negative.
 
     Returns:
         Units each axis keeps, and the debt as it was. The model ends at the budget or below it by less than one unit of the
         cheapest kind, while there are any.
 
     Raises:
-        UsageError: `floor` is no share.
+        UsageError: `floor` or `level` is no share, or a score is negative where axes are levelled.
 
     Source: ours; global ranking as in Taylor pruning (arXiv:1906.10771), with parameters as the price.
     """
-    if not 0 <= floor <= 1:
-        raise UsageError(f"option floor={floor} of rank.per_parameter is not a share; write it between 0 and 1")
+    for option, share in (("floor", floor), ("level", level)):
+        if not 0 <= share <= 1:
+            raise UsageError(f"option {option}={share} of rank.per_parameter is not a share; write it between 0 and 1")
+    factors = _levelling(scores, axes, level) if level > 0 else dict.fromkeys(scores, 1.0)
     least = {axis.name: min(axis.size, max(1, math.ceil(debt.start[axis.name] * floor - 1e-9))) for axis in axes}
     worth = {
-        axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]] * axis.blocks / axis.cost
+        axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]]
+        * (axis.blocks / axis.cost * factors[axis.name])
         for axis in axes
     }
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
+
+
+def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, float]:
+    """(g(kind) / g(axis))^level for every axis; zeros count as the smallest positive number of float32."""
+    logs = {}
+    for axis in axes:
+        if bool((scores[axis.name] < 0).any()):
+            raise UsageError(
+                f"option level={level} of rank.per_parameter is for scores that are not negative, and {axis.name} has one of "
+                f"{float(scores[axis.name].min()):.3g}; leave it out, or take another metric"
+            )
+        logs[axis.name] = float(scores[axis.name].double().clamp_min(torch.finfo(torch.float32).tiny).log().mean())
+    of_kind: dict[str, list[float]] = {}
+    for axis in axes:
+        of_kind.setdefault(axis.kind, []).append(logs[axis.name])
+    return {axis.name: math.exp(level * (sum(of_kind[axis.kind]) / len(of_kind[axis.kind]) - logs[axis.name])) for axis in axes}
 
 
 def standardised(
