@@ -85,7 +85,7 @@ def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
     ]
 
 
-def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS) -> list[Axis]:  # noqa: B006 (not changed)
+def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS) -> list[Axis]:
     """The axes whose one unit is the attention or the MLP of a layer.
 
     Args:
