@@ -348,7 +348,9 @@ def test_masks_of_blocks_compose_in_any_order(layout: tuple[str, str], order: st
     cut(once, dense_axes, total)
     assert torch.allclose(once(ids).logits, twice(ids).logits, atol=1e-12)
     assert {axis.name: axis.size for axis in families.axes(once)} == {axis.name: axis.size for axis in families.axes(twice)}
-    assert once.config.to_dict() == twice.config.to_dict() or "R" in order
+    one, other = once.config.to_dict(), twice.config.to_dict()
+    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert differing <= {"head_dim", "rms_norm_eps"}, "spelled out while there was attention; a product of two roundings"
 
 
 def test_a_mask_says_nothing_of_what_lies_in_a_block_that_is_gone() -> None:
