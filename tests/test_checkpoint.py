@@ -108,6 +108,47 @@ def test_a_stranger_reads_unequal_layers_bit_for_bit(layout: tuple[str, str], tm
     assert count_parameters(ours.model) < count_parameters(model)
 
 
+@pytest.mark.parametrize("gone", ["0.attentions 1.mlps 2.attentions 2.mlps", "1.attentions"], ids=["three layers", "one"])
+@pytest.mark.parametrize("name", ["llama-mha-biased", "mistral", "qwen2", "qwen3", "gemma3-grouped"])
+def test_a_stranger_reads_layers_without_attention_or_mlp(name: str, gone: str, tmp_path: Path) -> None:
+    model = tiny_model(next(layout for layout in LAYOUTS if layout[1] == name), vocab_size=VOCAB)
+    mask = Mask({f"layers.{block}": torch.tensor([False]) for block in gone.split()})
+    cut(model, families.axes(model), mask)
+    ids = torch.randint(3, VOCAB, (2, 24))
+    torch.save(ids, tmp_path / "ids.pt")
+    save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
+    config = read_json(tmp_path / "model" / "config.json")
+    assert config["per_layer_config"]["1"] == {"skip": ["mlp" if "1.mlps" in gone else "attention"]}, "the schema of transformers"
+    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    assert found["cached"]
+    assert found["static"]
+    assert found["learns"]
+    assert found["again"]
+    assert found["base"]
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
+    ours = load(str(tmp_path / "model"))
+    assert ours.mask == mask
+    with torch.no_grad():
+        assert torch.equal(ours.model(ids).logits, logits)
+    options: Any = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    with_cache, without = (
+        torch.stack(ours.model.generate(ids[:, :5], use_cache=use, return_dict_in_generate=True, **options).logits)
+        for use in (True, False)
+    )
+    assert torch.allclose(with_cache, without, atol=1e-4), "the cache knows how many tokens there were"
+    # and what we loaded can be cut again like any other model
+    axes = families.axes(ours.model)
+    assert {axis.name: axis.size for axis in axes} == {axis.name: axis.size for axis in families.axes(model)}
+    cut(ours.model, axes, random_mask(axes, ("neurons", "kv_heads", "residual", "layers"), seed=5))
+    save(ours.model, byte_tokenizer(), tmp_path / "smaller", dtype=torch.float32)
+    smaller = load(str(tmp_path / "smaller")).model
+    with torch.no_grad():
+        again, there = (one(ids).logits for one in (smaller, ours.model))
+    assert torch.allclose(again, there, atol=1e-4), "an embedding of Gemma is scaled by another rounding of the same root"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 def test_equal_layers_become_a_plain_folder(layout: tuple[str, str], tmp_path: Path) -> None:
     model = tiny_model(layout, vocab_size=VOCAB)

@@ -50,6 +50,62 @@ def test_as_many_layers_go_as_the_budget_asks_for_each_at_its_own_cost() -> None
     assert asked_for(axes, 1, scores, step=0.02) == {"layers": 3}, "at least one"
 
 
+def blocks(costs: dict[str, tuple[int, ...]], *, kinds: str) -> list[Axis]:
+    """The axes of made-up layers: whole blocks of these costs, neurons of NEURON each inside the MLPs, and `layers`."""
+    num_layers = len(costs["attentions"])
+    whole = [
+        Axis(f"layers.{i}.{kind}", 1, of_kind[i], Gate("", 0), modules=("norm", kind))
+        for i in range(num_layers)
+        for kind, of_kind in costs.items()
+    ]
+    inner = [Axis(f"layers.{i}.neurons", costs["mlps"][i] // NEURON, NEURON, Gate("")) for i in range(num_layers)]
+    each = tuple(sum(of_kind[i] for of_kind in costs.values()) for i in range(num_layers))
+    depth = Axis("layers", num_layers, sum(each) // num_layers, Gate("", 0), costs=each)
+    return [axis for axis in (*inner, *whole, depth) if axis.kind in kinds.split()]
+
+
+COSTS = {"attentions": (100, 110, 120, 130), "mlps": (200, 210, 220, 230)}
+WORTH = {
+    "layers": torch.tensor([0.9, 0.2, 0.8, 0.7]),
+    **{f"layers.{i}.attentions": torch.tensor([score]) for i, score in enumerate((0.4, 0.1, 0.3, 0.5))},
+    **{f"layers.{i}.mlps": torch.tensor([score]) for i, score in enumerate((0.6, 0.15, 0.25, 0.05))},
+}
+
+
+def gone_of(axes: list[Axis], excess: int, *, step: float = 1.0, debt: Debt | None = None) -> dict[str, int]:
+    """The axes that lose units, with what is left of each."""
+    total = sum(COSTS["attentions"]) + sum(COSTS["mlps"])
+    sizes, _ = drop_layers(WORTH, axes, Budget(total - excess, total), debt=debt or Debt.none(axes), step=step)
+    return {axis.name: sizes[axis.name] for axis in axes if sizes[axis.name] < axis.size}
+
+
+def test_blocks_go_in_one_line_with_layers_at_their_own_cost_and_the_last_of_a_kind_stays() -> None:
+    attentions, both = blocks(COSTS, kinds="attentions"), blocks(COSTS, kinds="attentions mlps")
+    a, m = (lambda i: {f"layers.{i}.attentions": 0}), (lambda i: {f"layers.{i}.mlps": 0})
+    for excess, gone in ((110, a(1)), (111, a(1) | a(2)), (231, a(1) | a(2) | a(0)), (460, a(1) | a(2) | a(0))):
+        assert gone_of(attentions, excess) == gone
+    for excess, gone in ((230, m(3)), (231, m(3) | a(1)), (341, m(3) | a(1) | m(1))):
+        assert gone_of(both, excess) == gone
+    assert gone_of(both, 10**3, step=2 / 8) == m(3) | a(1), "two of eight, and then they are measured again"
+    owing = Debt.none(blocks({kind: 2 * costs for kind, costs in COSTS.items()}, kinds="attentions mlps"))
+    assert gone_of(both, 10**3, step=2 / 8, debt=owing) == m(3) | a(1) | m(1) | {"layers.2.mlps": 0}, "of those at the start"
+    kept = gone_of(both, 10**4)
+    assert set(kept) == {axis.name for axis in both} - {"layers.3.attentions", "layers.0.mlps"}
+    everything = blocks(COSTS, kinds="attentions mlps layers")
+    assert gone_of(everything, 551) == m(3) | a(1) | m(1) | {"layers": 3} | m(2), "layer 1 was empty, and is free"
+    assert gone_of(everything, 10**4)["layers"] == 3, "layer 3 holds the last attention, and who is behind it in line stays too"
+
+
+def test_neurons_in_what_stays_pay_what_is_less_than_a_block() -> None:
+    axes = blocks(COSTS, kinds="attentions neurons mlps")
+    inner = {axis.name for axis in axes if axis.kind == "neurons"}
+    for excess, gone in ((60, set()), (230 + 60, {"layers.3.mlps"}), (230 + 110 + 55, {"layers.3.mlps", "layers.1.attentions"})):
+        sizes = gone_of(axes, excess)
+        assert {name for name, size in sizes.items() if size == 0} == gone
+        paying = {name for name in sizes if name in inner}
+        assert paying == {name for name in inner if name.replace("neurons", "mlps") not in gone}
+
+
 def test_one_layer_stays() -> None:
     axes = stacked((10, 50, 20, 30))
     assert asked_for(axes, 1128, [0.3, 0.1, 0.2, 0.9]) == {"layers": 1}
@@ -116,15 +172,27 @@ def recipe(deep_folder: Path, text_file: Path) -> Recipe:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("axes", [["layers"], ["layers", "neurons"], ["layers", "neurons", "kv_heads"]], ids=len)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ["layers"],
+        ["layers", "neurons"],
+        ["layers", "neurons", "kv_heads"],
+        ["mlps"],
+        ["attentions", "mlps"],
+        ["attentions", "neurons", "kv_heads"],
+        ["layers", "attentions", "mlps", "neurons", "query_heads"],
+    ],
+    ids="+".join,
+)
 @pytest.mark.parametrize("step", [0.02, 1])
 def test_whole_runs(axes: list[str], step: float, recipe: Recipe, tmp_path: Path) -> None:
-    asked = read(recipe.model_dump() | {"axes": axes, "step": step})
+    asked = read(recipe.model_dump() | {"axes": axes, "step": step, "budget": "80%" if axes == ["mlps"] else "60%"})
     outcome = prune(asked, tmp_path / "out")
     dense, left = load(asked.model).model, load(str(tmp_path / "out"))
-    depth, neuron = (next(axis for axis in families.axes(dense) if axis.kind == kind).cost for kind in ("layers", "neurons"))
+    cost = {axis.kind: axis.cost for axis in families.axes(dense)}
     assert count_parameters(left.model) == outcome.figures["params_after"]
-    within = depth if axes == ["layers"] else neuron
+    within = cost["neurons"] if "neurons" in axes else max(cost[kind] for kind in axes)
     assert outcome.figures["budget"] - within < outcome.figures["params_after"] <= outcome.figures["budget"]
     # The mask is right through all iterations: the dense model cut by it at once is the model that came out.
     assert left.mask == outcome.mask
@@ -133,7 +201,7 @@ def test_whole_runs(axes: list[str], step: float, recipe: Recipe, tmp_path: Path
     assert torch.equal(dense(ids).logits, left.model(ids).logits)
     # The plan knew how many iterations there would be; what settles the rest may take one more.
     planned = dry_run(asked)["stages"][0]["iterations"]
-    assert abs(planned - outcome.figures["iterations"]) <= 1
+    assert abs(planned - outcome.figures["iterations"]) <= 1 + len({"attentions", "mlps"} & set(axes))
     assert (outcome.figures["iterations"] == 1) == (step == 1)
 
 
@@ -145,8 +213,20 @@ def test_the_layers_that_turn_their_input_least_go(recipe: Recipe, tmp_path: Pat
     assert sorted(range(6), key=lambda i: distances[i])[: len(gone)] == sorted(gone, key=lambda i: distances[i])
 
 
-def test_a_distance_with_passes_of_its_own_ranks_layers_alone(recipe: Recipe, tmp_path: Path) -> None:
-    outcome = prune(read(recipe.model_dump() | {"distance": "blocks.loss_drop"}), tmp_path / "out")
+def test_the_attentions_that_turn_the_stream_least_go(recipe: Recipe, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    asked = read(recipe.model_dump() | {"axes": ["attentions"], "distance": "blocks.block_influence", "budget": "90%"})
+    mask = prune(asked, tmp_path / "out", listen=heard.append).mask
+    worth = next(event["blocks"] for event in heard if event["event"] == "cut")
+    assert len(worth) == 6
+    gone = [name for name in mask if not mask[name].any()]
+    assert 0 < len(gone) < 6
+    assert sorted(worth, key=worth.__getitem__)[: len(gone)] == sorted(gone, key=worth.__getitem__)
+
+
+@pytest.mark.parametrize("axes", [["layers"], ["attentions", "mlps"]], ids="+".join)
+def test_a_distance_with_passes_of_its_own_ranks_alone(axes: list[str], recipe: Recipe, tmp_path: Path) -> None:
+    outcome = prune(read(recipe.model_dump() | {"distance": "blocks.loss_drop", "axes": axes}), tmp_path / "out")
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
 
 
@@ -187,8 +267,15 @@ def test_a_run_in_stages_that_is_stopped_goes_on_to_the_same_model(recipe: Recip
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"axes": ["neurons"]}, "'depth.drop_layers' drops layers, and axes does not name them; add layers to axes"),
+        (
+            {"axes": ["neurons"]},
+            "'depth.drop_layers' drops whole layers, attentions or mlps, and axes names none; add one of them",
+        ),
         ({"chooser": "allocate.uniform"}, "chooser 'allocate.uniform' cannot drop; set chooser=depth.drop_layers"),
+        (
+            {"axes": ["attentions", "neurons", "mlps"], "chooser": "rank.per_parameter"},
+            "axes names attentions and mlps, which chooser 'rank.per_parameter' cannot drop; set chooser=depth.drop_layers",
+        ),
         ({"distance": None}, "chooser 'depth.drop_layers' needs a distance"),
     ],
 )

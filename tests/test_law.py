@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import LAYOUTS, tiny_model
 
 KINDS = ("kv_heads", "query_heads", "neurons", "layers")
 WIDTHS = ("kv_heads", "query_heads", "neurons", "residual")
+BLOCKS = ("attentions", "mlps")
 
 
 def wide_norms(model: Any) -> Any:
@@ -34,7 +36,7 @@ def wide_norms(model: Any) -> Any:
 
 
 def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
-    """About half of every axis of these kinds, never all and never none of one that has two units or more."""
+    """About half of every axis of these kinds, never all and never none of one that has two units or more; about half of all blocks."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for axis in axes:
@@ -43,7 +45,17 @@ def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
             for block in keep:
                 block[torch.randperm(axis.size, generator=generator)[: max(1, axis.size // 2)]] = False
             kept[axis.name] = keep.flatten()
+    whole = [axis.name for axis in axes if axis.kind in kinds and axis.modules]
+    kept |= {
+        name: torch.arange(len(whole))[i : i + 1] >= len(whole) // 2
+        for name, i in zip(whole, _shuffled(whole, seed), strict=True)
+    }
     return Mask(kept)
+
+
+def _shuffled(items: list[str], seed: int) -> list[int]:
+    order: list[int] = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def gap(model: Any, axes: Any, mask: Mask, ids: torch.Tensor) -> float:
@@ -76,6 +88,10 @@ def ids() -> torch.Tensor:
         KINDS,
         ("residual",),
         (*WIDTHS, "layers"),
+        ("attentions",),
+        ("mlps",),
+        (*BLOCKS, *WIDTHS),
+        (*BLOCKS, *WIDTHS, "layers"),
     ],
     ids="+".join,
 )
@@ -132,7 +148,43 @@ def test_sizes_and_config_follow_the_cut(kinds: tuple[str, ...], layout: tuple[s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
-def test_optimizer_moments_shrink_along(layout: tuple[str, str], ids: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "gone", ["0.attentions", "0.mlps", "0.attentions 0.mlps 2.mlps", "0.attentions 1.attentions 2.attentions"]
+)
+def test_a_layer_does_without_its_attention_or_mlp(gone: str, layout: tuple[str, str], ids: torch.Tensor) -> None:
+    """Its parameters are gone, norms too, and what is left generates as it reads: also where layer 0, whose cache tells how long a
+    text is, has no attention, and where its window or that of another kind of layer is shorter than the text."""
+    model = tiny_model(layout)
+    dense, before = {axis.name: axis for axis in families.axes(model)}, count_parameters(model)
+    names = {f"layers.{name}" for name in gone.split()}
+    mask = Mask({name: torch.tensor([False]) for name in names})
+    lost = {
+        name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for n in names for m in dense[n].modules)
+    }
+    left = num_left(model, tuple(dense.values()), mask)
+    cut(model, tuple(dense.values()), mask)
+    assert count_parameters(model) == left == before - sum(dense[name].cost for name in names)
+    assert any("norm" in name for name in lost)
+    assert not lost & {name for name, _ in model.named_parameters()}
+    for i, config in enumerate(model.config.per_layer_config):
+        assert set(getattr(config, "skip", ())) == {name.split(".")[2].removesuffix("s") for name in names if f".{i}." in name}
+    now = {axis.name: axis for axis in families.axes(model)}
+    assert now.keys() == {name for name, axis in dense.items() if not names & {name, *axis.enclosing}}
+    assert not lost & {piece.parameter for axis in now.values() for piece in axis.slices}
+    assert now["layers"].costs == tuple(count_parameters(layer) for layer in model.model.layers)
+    options: Any = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(ids[:, :5], **options)
+    assert torch.equal(cached, model.generate(ids[:, :5], use_cache=False, **options))
+    assert torch.equal(cached, model.generate(ids[:, :5], cache_implementation="static", **options))
+    if gone == "0.attentions":  # the test sees what it is for
+        model.model.layers[0].self_attn.layer_idx = 1
+        with suppress(RuntimeError, IndexError):
+            assert not torch.equal(cached, model.generate(ids[:, :5], **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize("whole", [(), BLOCKS], ids=["within blocks", "and blocks"])
+def test_optimizer_moments_shrink_along(layout: tuple[str, str], whole: tuple[str, ...], ids: torch.Tensor) -> None:
     """A step of Adam after the cut equals the step of the dense model whose gradients are gated, on the weights that stay."""
     model = tiny_model(layout).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -141,7 +193,7 @@ def test_optimizer_moments_shrink_along(layout: tuple[str, str], ids: torch.Tens
         model(ids, labels=ids).loss.backward()
         optimizer.step()
     axes = families.axes(model)
-    mask = random_mask(axes, ("kv_heads", "query_heads", "neurons"), seed=4)
+    mask = random_mask(axes, ("kv_heads", "query_heads", "neurons", *whole), seed=4)
     twin = copy.deepcopy(model)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -156,6 +208,7 @@ def test_optimizer_moments_shrink_along(layout: tuple[str, str], ids: torch.Tens
     twin_optimizer.step()
     cut(twin, axes, mask)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12), name
 
@@ -271,6 +324,49 @@ def test_masks_of_kv_heads_and_query_heads_compose_in_any_order(order: tuple[str
         assert config.num_key_value_heads * 8 == layer.self_attn.k_proj.out_features
 
 
+@pytest.mark.parametrize("order", ["A-K", "K-A", "AN-M-L", "L-AM-N", "N-M-LQ-A", "AMLKN-KQ", "A-L-A-L", "KQNR-AM-R"])
+@pytest.mark.parametrize("layout", [("llama", "qwen2"), ("gemma3", "gemma3-grouped")], ids=lambda layout: layout[1])
+def test_masks_of_blocks_compose_in_any_order(layout: tuple[str, str], order: str, ids: torch.Tensor) -> None:
+    """Heads lie inside attention, neurons inside the MLP, all of it inside layers: names follow, and what is inside goes along."""
+    letters = {
+        "A": "attentions", "M": "mlps", "K": "kv_heads", "Q": "query_heads", "N": "neurons", "L": "layers", "R": "residual",
+    }  # fmt: skip
+    twice, once = (
+        wide_norms(tiny_model(layout, num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3).double())
+        for _ in range(2)
+    )
+    dense_axes, total = families.axes(once), Mask()
+    for seed, kinds in enumerate(order.split("-")):
+        axes = families.axes(twice)
+        mask = random_mask(axes, tuple(letters[kind] for kind in kinds), seed=seed)
+        cut(twice, axes, mask)
+        total = total.then(mask)
+    assert Mask.from_json(total.to_json()) == total == Mask().then(total)
+    assert {name for name in total if total[name].any()} <= {axis.name for axis in dense_axes}
+    with gated(once, dense_axes, total), torch.no_grad():
+        assert (once(ids).logits - twice(ids).logits).abs().max() <= 1e-9
+    cut(once, dense_axes, total)
+    assert torch.allclose(once(ids).logits, twice(ids).logits, atol=1e-12)
+    assert {axis.name: axis.size for axis in families.axes(once)} == {axis.name: axis.size for axis in families.axes(twice)}
+    one, other = once.config.to_dict(), twice.config.to_dict()
+    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert differing <= {"head_dim", "rms_norm_eps"}, "spelled out while there was attention; a product of two roundings"
+
+
+def test_a_mask_says_nothing_of_what_lies_in_a_block_that_is_gone() -> None:
+    gone = Mask({"layers.1.attentions": torch.tensor([False]), "layers.1.mlps": torch.tensor([True])})
+    heads = Mask({"layers.1.kv_heads": torch.arange(3) > 0, "layers.1.query_heads": torch.arange(6) % 2 > 0})
+    assert set(heads.then(Mask({"layers.1.attentions": torch.tensor([False])}))) == {"layers.1.attentions"}
+    for name, size in (("layers.1.kv_heads", 3), ("layers.1.query_heads", 6), ("layers.1.attentions", 1)):
+        with pytest.raises(ValueError, match=f"later mask of '{name}' has {size} units, but 0 are left"):
+            gone.then(Mask({name: torch.arange(size) >= 0}))
+    assert gone.then(Mask({"layers.1.neurons": torch.arange(40) > 3}))["layers.1.neurons"].sum() == 36
+    dropped = Mask({"layers": torch.tensor([False, True, True])})
+    assert set(dropped.then(Mask({"layers.0.attentions": torch.tensor([False])}))) == {"layers", "layers.1.attentions"}
+    assert set(gone.then(dropped)) == {"layers", "layers.1.attentions", "layers.1.mlps"}
+    assert set(gone.then(Mask({"layers": torch.tensor([True, False, True])}))) == {"layers"}
+
+
 def test_every_group_must_lose_as_many_query_heads() -> None:
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
@@ -334,6 +430,16 @@ FAULTS = {
     "an embedding of Gemma with the old scale": ("gemma3", "residual", lambda axis: _unscaled(axis, ".embed_scale")),
     "an untied head that is forgotten": ("qwen3-untied", "residual", lambda axis: _without(axis, "lm_head")),
     "a forgotten bias of the queries": ("qwen2", "query_heads", lambda axis: _without(axis, "q_proj.bias")),
+    "an MLP that goes in the place of attention": (
+        "llama",
+        "attentions",
+        lambda axis: dataclasses.replace(axis, modules=("model.layers.0.post_attention_layernorm", "model.layers.0.mlp")),
+    ),
+    "a norm after attention that gives its bias": (
+        "gemma3-capped",
+        "attentions",
+        lambda axis: dataclasses.replace(axis, gate=Gate(axis.modules[0], width=0)),
+    ),
     "query heads cut like KV heads": (
         "llama",
         "kv_heads",

@@ -29,7 +29,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan import Stage, layer_measure_of, metrics_of, prunable, scored
+from adapt_pruner.plan import Stage, layer_measure_of, measured_whole, metrics_of, prunable, scored
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
@@ -124,7 +124,7 @@ def _prune(
             tell = _progress(listen, "score", **where)
             scores, loss = score(model, scored(model, recipe), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
             if (measure_layers := layer_measure_of(recipe)) is not None:
-                scores |= measure_layers(model, [axis for axis in axes if axis.name == "layers"], batches)
+                scores |= measure_layers(model, measured_whole(model, recipe), batches)
             may_shrink = prunable(model, recipe)
             if unscored := sorted({axis.kind for axis in may_shrink if axis.name not in scores}):
                 raise UsageError(
@@ -146,7 +146,9 @@ def _prune(
             at.mask, at.debt = at.mask.then(mask), at.debt.after(mask)
         note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
         at.history.append(note)
-        listen({"event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None})
+        distances = scores["layers"].tolist() if "layers" in scores else None
+        blocks = {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules}
+        listen({"event": "cut", **note, "sizes": sizes, "distances": distances, "blocks": blocks})
 
 
 def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Position, listen: Listener) -> None:

@@ -14,11 +14,22 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe
+from adapt_pruner.recipe import WHOLE, Recipe
 from adapt_pruner.slicing import width_for
 from adapt_pruner.train.loop import stage_tokens
 
-__all__ = ["Stage", "layer_measure_of", "metrics_of", "plan", "prunable", "reads_text", "scored", "stage_targets", "stages"]
+__all__ = [
+    "Stage",
+    "layer_measure_of",
+    "measured_whole",
+    "metrics_of",
+    "plan",
+    "prunable",
+    "reads_text",
+    "scored",
+    "stage_targets",
+    "stages",
+]
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,15 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     """The stages of `recipe` on a model of `start` parameters with prunable `axes`, down to `end` parameters."""
     tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
     depth = next((axis for axis in axes if axis.kind == "layers"), None)
-    may_go = sum(axis.size * axis.cost for axis in ([depth] if depth else axes))  # units inside layers go with them
+    names = {axis.name for axis in axes if axis.modules}
+    outer = [depth] if depth else [axis for axis in axes if not names & set(axis.enclosing)]  # units inside others go with them
+    may_go = sum(axis.size * axis.cost for axis in outer)
+    whole = [axis.cost for axis in outer if axis.gate.is_whole]
+    least = sum(whole) / len(whole) if whole else 1  # one of them goes in any case
     planned, reached = [], start
     for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
         counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
-        at_once = max(recipe.step * counted_from, depth.cost if depth else 1)
+        at_once = max(recipe.step * counted_from, least)
         iterations = max(1, round((reached - target) / at_once)) if reached > target else 0
         iterations = iterations if recipe.rotate is None else min(1, iterations)
         looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
@@ -108,7 +123,9 @@ def _least(model: Any, recipe: Recipe) -> int:
             break
         least |= sizes
         num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
+        gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
+        staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
         left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
     may_shrink = prunable(model, recipe)
     return num_left(model, axes, Mask.of_sizes(may_shrink, {axis.name: torch.zeros(axis.entries) for axis in may_shrink}, least))
@@ -124,9 +141,16 @@ def scored(model: Any, recipe: Recipe) -> list[Axis]:
     return [axis for axis in families.axes(model) if axis.kind in recipe.axes or axis.name == "layers"]
 
 
+def measured_whole(model: Any, recipe: Recipe) -> list[Axis]:
+    """The axes that a distance with passes of its own shuts the units of: what may go whole, else `layers`, which choosers go by."""
+    return [axis for axis in prunable(model, recipe) if axis.gate.is_whole] or [
+        axis for axis in families.axes(model) if axis.name == "layers"
+    ]
+
+
 def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
     """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
-    metrics = [] if recipe.axes == ("layers",) else [parts.bind("metric", recipe.metric, seed=seed)]
+    metrics = [parts.bind("metric", recipe.metric, seed=seed)] if set(recipe.axes) - set(WHOLE) else []
     if recipe.distance is not None and layer_measure_of(recipe) is None:
         metrics.append(parts.bind("distance", recipe.distance))
     return metrics

@@ -18,6 +18,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 
 __all__ = [
+    "WHOLE",
     "Calibration",
     "Evaluation",
     "Lora",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about")
+WHOLE = ("layers", "attentions", "mlps")
+"""Axes whose units are whole layers or blocks of layers: a distance says what they are worth, and `depth.…` how many go."""
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
 
@@ -165,15 +168,17 @@ class Recipe(_Frozen):
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
-    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers"], ...] = Field(
-        ("neurons", "kv_heads"), min_length=1, description="what may go: neurons, kv_heads, query_heads, residual, layers"
+    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
+        ("neurons", "kv_heads"),
+        min_length=1,
+        description="what may go: neurons, kv_heads, query_heads, residual, layers, attentions, mlps",
     )
     vocabulary: Vocabulary | None = Field(
         None, description="tokens that stay: {source: SPEC, keep: 16384}, or min_uses for keep; null for all"
     )
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
-    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer is worth; null where the chooser does not ask")  # type: ignore[valid-type]
+    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null where the chooser does not ask")  # type: ignore[valid-type]
     head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is to lose one; null: what metric says")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     repair: _optional_part("repair") = Field(None, description="what the weights that stay make up for before a cut; null for nothing")  # type: ignore[valid-type]
@@ -226,10 +231,15 @@ class Recipe(_Frozen):
         chooser, drops = self.chooser.partition("(")[0], self.chooser.startswith("depth.")
         if self.distance is None and (drops or chooser == "allocate.adaptive"):
             raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
-        if drops and "layers" not in self.axes:
-            raise ValueError(f"chooser {chooser!r} drops layers, and axes does not name them; add layers to axes")
-        if "layers" in self.axes and not drops:
-            raise ValueError(f"axes names layers, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers")
+        whole = [kind for kind in self.axes if kind in WHOLE]
+        if drops and not whole:
+            raise ValueError(
+                f"chooser {chooser!r} drops whole layers, attentions or mlps, and axes names none; add one of them to axes"
+            )
+        if whole and not drops:
+            raise ValueError(
+                f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers"
+            )
         if "residual" in self.axes and self.chooser.startswith("allocate.adaptive"):
             raise ValueError(
                 "chooser 'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"

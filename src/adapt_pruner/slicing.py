@@ -19,9 +19,14 @@ def width_for(model: Any, keep: int) -> int:
     """The widest residual stream, a multiple of 8, at which the sliced model has at most `keep` parameters.
 
     Raises:
-        UsageError: none does, or there is no sliced class for this kind of model.
+        UsageError: none does, there is no sliced class for this kind of model, or a layer lacks its attention or MLP.
     """
     _sliced_class(model)
+    if lacking := [i for i, layer in enumerate(model.config.per_layer_config) if getattr(layer, "skip", ())]:
+        raise UsageError(
+            f"layer {lacking[0]} lacks its attention or MLP, and slicing changes the basis at both; set rotate to null, or slice the "
+            "model that it came from"
+        )
     dense = model.get_output_embeddings().weight.shape[1]
     fitting = [width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep]
     if not fitting:

@@ -1,14 +1,15 @@
 """Causal language models whose layers differ in size, as `per_layer_config` in config.json says.
 
 Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.15 and nothing else. Each class
-is the stock one with decoder layers built from that layer's own config; `output_bias` in it says that the layers which write
-to the stream have a bias. Load with
+is the stock one with decoder layers built from that layer's own config, whose `skip` names the blocks (attention, mlp) that the layer
+lacks, with their norms; `output_bias` says that what writes to the stream has a bias. Load with
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Licence: Apache-2.0.
 """
 
+import torch
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
@@ -28,17 +29,44 @@ class _WithoutLayers:
             config.num_hidden_layers = num_layers
 
 
+class _Nothing(nn.Module):
+    """In the place of attention, where a layer number is given, or of an MLP that is gone: adds nothing to the stream.
+
+    Attention that is gone still counts tokens in its layer of the cache, one number each, since transformers asks one layer for all
+    how many there are.
+    """
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states, **others):
+        nothing = torch.zeros_like(hidden_states)
+        if self.layer_idx is None:
+            return nothing
+        cache = others.get("cache", others.get("past_key_values"))  # as transformers calls it, and called it
+        if cache is not None:
+            cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
+        return nothing, None
+
+
 class _Pruned(_WithoutLayers):
     layer_class = None
+    blocks = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 
     def __init__(self, config):
         super().__init__(config)
         for index in range(config.num_hidden_layers):
-            layer = self.layer_class(config.per_layer_config[index], index)
+            own = config.per_layer_config[index]
+            layer = self.layer_class(own, index)
             layer.self_attn.config = config  # so that a later choice of the attention kernel reaches every layer
             if getattr(config, "output_bias", False):
                 layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
                 layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
+            for block, *norms in (self.blocks[name] for name in getattr(own, "skip", ())):
+                setattr(layer, block, _Nothing(getattr(getattr(layer, block), "layer_idx", None)))
+                for norm in norms:
+                    setattr(layer, norm, nn.Identity())
             self.layers.append(layer)
         self.post_init()
 
@@ -58,6 +86,10 @@ class _PrunedForCausalLM(_WithoutLayers):
 
 class PrunedGemma3TextModel(_Pruned, Gemma3TextModel):
     layer_class = Gemma3DecoderLayer
+    blocks = {
+        "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
+        "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    }
 
 
 class PrunedGemma3ForCausalLM(_PrunedForCausalLM, Gemma3ForCausalLM):

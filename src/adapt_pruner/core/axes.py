@@ -2,7 +2,8 @@
 
 An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
 Names are `layers` (whole decoder layers), `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`) and, where there is one
-for the whole model, KIND (`residual`, `vocabulary`).
+for the whole model, KIND (`residual`, `vocabulary`). `layers.I.attentions` and `layers.I.mlps` have one unit, the whole block of
+that layer, and it may go: then the axis is gone, and so are those inside the block.
 
 Units may stand in blocks: of `query_heads`, which lie inside KV heads, the same number leaves every group, so a unit is one
 head of each. Scores and masks have an entry for every head, block by block; sizes and costs count units.
@@ -20,7 +21,12 @@ __all__ = ["Axis", "Gate", "Mask", "Scores", "Slice"]
 Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a block of an axis only."""
 
-_WITHIN = {"query_heads": "kv_heads"}  # kinds whose entries lie inside the units of another, an equal run in each
+_WITHIN = {  # kinds whose entries lie inside the units of another, an equal run in each
+    "query_heads": "kv_heads",
+    "kv_heads": "attentions",
+    "neurons": "mlps",
+}
+_BLOCKS = ("attentions", "mlps")  # kinds whose one unit may go
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Gate:
     """Where an entry of an axis can be shut without being cut.
 
     Each entry owns `width` consecutive features of the input of `module`, and of the modules `also`, set to zero when it is
-    shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input. With
-    `output` the units are the logits of the model, which the head `module` gives, and a shut one is -inf: a token that is never
+    shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input; or the one unit is
+    the block whose last module is `module`, and a shut one adds zeros to the stream. With `output` the units are the logits of the model, which the head `module` gives, and a shut one is -inf: a token that is never
     said. No metric scores such an axis.
     """
 
@@ -51,6 +57,11 @@ class Gate:
     def is_linear(self) -> bool:
         """Whether the entries are input features of one linear layer: not of `layers`, nor where many read a stream, nor of tokens."""
         return self.width > 0 and not self.also and not self.output
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a unit is a whole layer, or the whole attention or MLP of one."""
+        return self.width == 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Axis:
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
         indices: config fields that hold the number of a unit, or several, and follow its renumbering.
         costs: the parameters of each unit where units differ (`layers`); else empty.
+        modules: of a block, what goes with it, in the order in which the stream runs through: the norm that reads the stream, the
+            attention or MLP, and what norm may follow. What the last gives is added to the stream.
     """
 
     name: str
@@ -89,6 +102,7 @@ class Axis:
     blocks: int = 1
     indices: tuple[str, ...] = ()
     costs: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -97,8 +111,13 @@ class Axis:
 
     @property
     def kind(self) -> str:
-        """The last part of the name: `neurons`, `kv_heads`, `residual`, `vocabulary`, `layers`."""
-        return self.name.rpartition(".")[2]
+        """The last part of the name: `neurons`, `kv_heads`, `attentions`, `residual`, `vocabulary`, `layers`."""
+        return _kind(self.name)
+
+    @property
+    def least(self) -> int:
+        """Units that must stay: 1, or 0 of a block."""
+        return 0 if self.kind in _BLOCKS else 1
 
     @property
     def layer(self) -> int | None:
@@ -106,9 +125,17 @@ class Axis:
         return _layer(self.name)
 
     @property
-    def within(self) -> str | None:
-        """The name of the axis inside whose units the entries lie, an equal run in each; None for most."""
-        return _within(self.name)
+    def enclosing(self) -> tuple[str, ...]:
+        """The names of the axes inside whose units the entries lie, from the inside out: of query heads KV heads and attention."""
+        names, outer = [], _within(self.name)
+        while outer is not None:
+            names.append(outer)
+            outer = _within(outer)
+        return tuple(names)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _layer(name: str) -> int | None:
@@ -117,7 +144,7 @@ def _layer(name: str) -> int | None:
 
 
 def _within(name: str) -> str | None:
-    outer = _WITHIN.get(name.rpartition(".")[2])
+    outer = _WITHIN.get(_kind(name)) if "." in name else None
     return f"{name.rpartition('.')[0]}.{outer}" if outer else None
 
 
@@ -125,8 +152,8 @@ def _within(name: str) -> str | None:
 class Mask:
     """Which entries stay: axis name -> bool tensor [entries]. True stays; an axis that is not named stays whole.
 
-    A mask is never empty along an axis, and says nothing of axes inside layers that are gone. What lies inside a unit that
-    goes, goes with it, whatever its own axis says: query heads with their KV head.
+    A mask is never empty along an axis but that of a block, and says nothing of axes inside layers that are gone. What lies inside
+    a unit that goes, goes with it, whatever its own axis says: query heads with their KV head, neurons with their MLP.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -135,7 +162,7 @@ class Mask:
         for name, keep in self.kept.items():
             if keep.dtype != torch.bool or keep.dim() != 1:
                 raise ValueError(f"mask of {name!r} must be a 1-D bool tensor, not {keep.dtype} with {keep.dim()} dimensions")
-            if not keep.any():
+            if not keep.any() and _kind(name) not in _BLOCKS:
                 raise ValueError(f"mask of {name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
             outer = self.kept.get(_within(name) or "")
             if outer is not None and keep.numel() % outer.numel():
@@ -169,13 +196,16 @@ class Mask:
 
     def _outer(self, name: str, entries: int) -> Tensor:
         """Which of so many entries lie inside units that stay."""
-        outer = self.kept.get(_within(name) or "")
-        if outer is None:
+        around = _within(name)
+        if around is None:
             return torch.ones(entries, dtype=torch.bool)
-        return outer.repeat_interleave(entries // outer.numel())
+        outer = self.kept.get(around)
+        if outer is None:
+            return self._outer(around, entries)
+        return (outer & self._outer(around, outer.numel())).repeat_interleave(entries // outer.numel())
 
     def renamed(self, name: str) -> str | None:
-        """What an axis is called after a cut by this mask: layers above one that goes move down; None where its own goes."""
+        """What an axis is called after a cut by this mask: layers above one that goes move down; None where its own layer goes."""
         stays, layer = self.kept.get("layers"), _layer(name)
         if stays is None or layer is None:
             return name
@@ -206,13 +236,14 @@ class Mask:
             gone = {i for i, stays in enumerate(result["layers"].tolist()) if not stays}
             result = {name: keep for name, keep in result.items() if _layer(name) not in gone}
         both = Mask(result)
-        return Mask({name: keep & both._outer(name, keep.numel()) for name, keep in result.items()})
+        outer = {name: both._outer(name, keep.numel()) for name, keep in result.items()}
+        return Mask({name: keep & outer[name] for name, keep in result.items() if outer[name].any()})
 
     def _left(self, name: str, entries: int) -> Tensor:
         """Which entries of an axis stay, where `entries` do; their number before is that of the mask, or follows from it."""
         outer = self.kept.get(_within(name) or "")
-        if name not in self.kept and outer is not None:
-            return outer.repeat_interleave(entries // int(outer.sum()))
+        if name not in self.kept and outer is not None and outer.any():
+            entries = entries // int(outer.sum()) * outer.numel()
         before = self.kept.get(name, torch.ones(entries, dtype=torch.bool))
         return before & self._outer(name, before.numel())
 

@@ -46,10 +46,13 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
         for name, axis in _checked(axes, mask).items():
             if axis.gate.output:
                 handles.append(model.register_forward_hook(_Unsaid(mask[name])))  # once logits are capped, where they are
-            elif axis.gate.width == 0:
-                stack: Any = model.get_submodule(axis.gate.module)
+            elif axis.gate.is_whole:
+                whole: Any = model.get_submodule(axis.gate.module)
+                if axis.modules:
+                    handles.append(whole.register_forward_hook(_silence))
+                    continue
                 for index in (~mask[name]).nonzero().flatten().tolist():
-                    handles.append(stack[index].register_forward_hook(_skip, with_kwargs=True))
+                    handles.append(whole[index].register_forward_hook(_skip, with_kwargs=True))
             else:
                 shut = _Shut(mask[name].repeat_interleave(axis.gate.width))
                 for module in (axis.gate.module, *axis.gate.also):
@@ -86,13 +89,39 @@ def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     return (entered, *output[1:]) if isinstance(output, tuple) else entered
 
 
+def _silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+class _Nothing(nn.Module):
+    """In the place of attention, where a layer number is given, or of an MLP that is gone: adds nothing to the stream.
+
+    modeling_pruned.py has its like. Attention that is gone still counts tokens in its layer of the cache, one number each, since
+    transformers asks one layer for all how many there are.
+    """
+
+    def __init__(self, layer_idx: int | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, **others: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        if self.layer_idx is None:
+            return nothing
+        cache = others.get("cache", others.get("past_key_values"))  # as transformers calls it, and called it
+        if cache is not None:
+            cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
+        return nothing, None
+
+
 @torch.no_grad()
 def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> None:
     """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
 
     Weights, biases, module sizes, layer numbers, norms whose mean runs over an axis and `model.config` follow. Every shortened parameter is a new
     `nn.Parameter` (tied uses stay tied); the optimiser's groups point to it, and each of its state tensors that
-    had the parameter's shape is sliced alike. Gradients of shortened parameters are dropped.
+    had the parameter's shape is sliced alike. Gradients of shortened parameters are dropped. Where a block goes, modules
+    without parameters stand in for it and its norms, so that the layer's own forward runs on.
 
     Args:
         model: changed in place; may lie on the meta device.
@@ -132,18 +161,19 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
                 _scale(model, name, (axis.size / sizes[axis.name]) ** power, offset, optimizer)
         if axis.indices and axis.name in shrinking:
             _renumber(model, axis.indices, mask[axis.name])
+    if optimizer is not None:
+        _forget(optimizer, _gone(model, axes, mask))
+    for axis in shrinking.values():
+        if axis.modules:
+            _drop_block(model, axis)
     if "layers" in shrinking:
-        _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist(), optimizer)
+        _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist())
     write_sizes(model.config, axes, mask)
 
 
 def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
     """Parameters that a model will have after `cut` by a mask."""
-    gone: set[nn.Parameter] = set()
-    for axis in axes:
-        if axis.name == "layers" and axis.name in mask:
-            stack = model.get_submodule(axis.gate.module)
-            gone = {w for layer, stays in zip(stack, mask["layers"], strict=True) if not stays for w in layer.parameters()}  # type: ignore[call-overload]
+    gone = _gone(model, axes, mask)
     left = count_parameters(model) - sum(parameter.numel() for parameter in gone)
     for parameter, index in _kept(model, axes, mask):
         if parameter in gone:
@@ -153,6 +183,18 @@ def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
     return left
 
 
+def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Parameter]:
+    """The parameters of the layers and blocks that go whole."""
+    modules: list[nn.Module] = []
+    for axis in axes:
+        if axis.name == "layers" and axis.name in mask:
+            stack: Any = model.get_submodule(axis.gate.module)
+            modules += [layer for layer, stays in zip(stack, mask["layers"], strict=True) if not stays]
+        elif axis.modules and not mask.of(axis).any():
+            modules += [model.get_submodule(name) for name in axis.modules]
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
 def _size(axis: Axis, mask: Mask) -> int:
     """Units that stay of an axis; the same number in every block of which anything stays.
 
@@ -160,6 +202,8 @@ def _size(axis: Axis, mask: Mask) -> int:
         ValueError: it is not.
     """
     left = {int(block) for block in mask.of(axis).view(axis.blocks, -1).sum(dim=1)} - {0}
+    if not left:  # its block goes
+        return 0
     if len(left) != 1:
         raise ValueError(f"mask of {axis.name!r} keeps {sorted(left)} units of its blocks; every block must keep the same number")
     return left.pop()
@@ -234,19 +278,28 @@ def _scale(model: nn.Module, name: str, factor: float, offset: float, optimizer:
             moment.mul_(factor ** -_POWERS[key])
 
 
-def _drop_layers(model: nn.Module, axis: Axis, stayed: list[int], optimizer: Optimizer | None) -> None:
+def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
+    """Let the optimiser, in place, go on without the parameters that are `gone`."""
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
+
+
+def _drop_block(model: nn.Module, axis: Axis) -> None:
+    """Put, in place, a module that adds nothing where the attention or MLP of a layer is, and one that does nothing for each norm."""
+    _, block, *_ = axis.modules
+    for name in axis.modules:
+        stand_in = _Nothing(getattr(model.get_submodule(name), "layer_idx", None)) if name == block else nn.Identity()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, stand_in.train(model.training))
+
+
+def _drop_layers(model: nn.Module, axis: Axis, stayed: list[int]) -> None:
     """Remove, in place, all decoder layers but those `stayed`; the rest are renumbered."""
     parent_name, _, leaf = axis.gate.module.rpartition(".")
     layers = model.get_submodule(axis.gate.module)
     remaining = nn.ModuleList([layers[i] for i in stayed])  # type: ignore[index]
-    if optimizer is not None:
-        alive = {id(parameter) for parameter in remaining.parameters()}
-        gone = {id(parameter) for parameter in layers.parameters()} - alive
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in gone:
-                    optimizer.state.pop(parameter, None)
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
     for index, layer in enumerate(remaining):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
@@ -257,12 +310,14 @@ def _drop_layers(model: nn.Module, axis: Axis, stayed: list[int], optimizer: Opt
 def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:  # noqa: B008 (a Mask is immutable)
     """State, in place, the sizes that `axes` have under `mask` in a transformers config.
 
-    A field on which all layers agree is set for the whole model, the others in `per_layer_config`, which holds only
+    A field on which all layers agree that have it is set for the whole model, the others in `per_layer_config`, which holds only
     what differs. Where the config refuses the common value (Llama wants hidden_size to be a multiple of the number
-    of heads) the field goes to `per_layer_config` as well.
+    of heads) the field goes to `per_layer_config` as well. `skip` in it names the blocks that a layer lacks, as transformers'
+    schema has it: those that lack already, and those that go.
     """
-    config.per_layer_config = None
     depth = next((axis for axis in axes if axis.name == "layers"), None)
+    skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
+    config.per_layer_config = None
     stayed = list(range(depth.size if depth else 0))
     if depth is not None and "layers" in mask:
         stayed = mask["layers"].nonzero().flatten().tolist()
@@ -278,16 +333,18 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
         if axis.layer is None:
             for field, units in axis.fields:
                 setattr(config, field, int(mask.of(axis).sum()) * units)
-        elif axis.layer in stayed:
+        elif axis.modules and axis.layer in stayed and not mask.of(axis).any():
+            skipped[axis.layer].append(axis.kind.removesuffix("s"))
+        elif axis.layer in stayed and mask.of(axis).any():
             for field, units in axis.fields:
                 sizes.setdefault(field, {})[stayed.index(axis.layer)] = int(mask.of(axis).sum()) * units
             for field, value in axis.pins:
                 setattr(config, field, value)
 
-    per_layer: dict[int, dict[str, int]] = {i: {} for i in range(len(stayed))}
+    per_layer: dict[int, dict[str, Any]] = {i: {"skip": skipped[old]} if skipped[old] else {} for i, old in enumerate(stayed)}
     for field, by_layer in sizes.items():
         common = set(by_layer.values())
-        if len(common) == 1 and len(by_layer) == len(stayed) and _accepts(config, field, next(iter(common))):
+        if len(common) == 1 and _accepts(config, field, next(iter(common))):
             setattr(config, field, common.pop())
         else:
             for i, size in by_layer.items():

@@ -30,6 +30,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     Returns:
         `params`, `decoder_params`, `share_of_dense` (None where not known) and `layers`, one dict a layer with `layer`
         (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `share_of_dense`.
+        Where its attention or MLP is gone, those sizes are 0, and its share is None: the mask does not tell how large it was.
     """
     axes = families.axes(model)
     depth = next(axis for axis in axes if axis.name == "layers")
@@ -39,11 +40,13 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     for i in range(depth.size):
         sizes = {field: axis.entries * units for axis in axes if axis.layer == i for field, units in axis.fields}
         params = count_parameters(stack[i])
+        heads, kv_heads, neurons = (
+            sizes.get(field, 0) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        )
         layers.append({
-            "layer": i, "dense_layer": stayed[i], "heads": sizes.get("num_attention_heads"), "kv_heads": sizes.get("num_key_value_heads"),
-            "neurons": sizes.get("intermediate_size"), "params": params,
+            "layer": i, "dense_layer": stayed[i], "heads": heads, "kv_heads": kv_heads, "neurons": neurons, "params": params,
             "share_of_dense": None
-            if mask is None or families.is_sliced(model.config)
+            if mask is None or families.is_sliced(model.config) or not (heads and neurons)
             else params / _dense_parameters(stack[i], f"{depth.gate.module}.{i}.", axes, mask, stayed[i]),
         })  # fmt: skip
     params, decoder = count_parameters(model), count_parameters(stack)

@@ -1,6 +1,7 @@
 """Gemma 3, text only: a Llama's axes, with four norms a layer, x̂ · (1 + w) each, and embeddings that are scaled.
 
-Two of the norms come after attention and MLP, where what a shut unit gave is missing as it is when it is cut. Local and global
+Two of the norms come after attention and MLP, where what a shut unit gave is missing as it is when it is cut; both go with a whole
+block. Local and global
 layers take turns, each kind with its own rope (`layer_types` follows a cut of layers); q_norm and k_norm act inside a head; scores
 are scaled by `query_pre_attn_scalar`, which no cut changes; logits are capped where `final_logit_softcapping` says so
 (`core.loss.logit_cap`). With one KV head, as in the 270M and 1B models, no KV head can go.
@@ -14,18 +15,23 @@ from typing import Any
 from transformers import Gemma3TextConfig
 
 from adapt_pruner.core.axes import Axis
-from adapt_pruner.families.llama import residual, vocabulary, whole_layers, within_layers
+from adapt_pruner.families.llama import residual, vocabulary, whole_blocks, whole_layers, within_layers
 
 __all__ = ["MODEL_TYPES", "axes", "tiny"]
 
 MODEL_TYPES = ("gemma3_text",)
 
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_BLOCKS = {
+    "attentions": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    "mlps": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+}
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
     """Every axis of a Gemma 3 causal LM, in the order of its layers; `layers` last."""
-    return (*within_layers(model), _residual(model), vocabulary(model), whole_layers(model))
+    blocks = whole_blocks(model, blocks=_BLOCKS)
+    return (*within_layers(model), *blocks, _residual(model), vocabulary(model), whole_layers(model))
 
 
 def _residual(model: Any) -> Axis:

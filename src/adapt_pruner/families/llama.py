@@ -3,10 +3,12 @@
 Axes: `layers.I.neurons` (an MLP channel), `layers.I.kv_heads` (a KV head with all its query heads: head h of the
 queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers.I.query_heads` (a query head of
 every group), `residual` (a channel of the stream that all layers read and write), `vocabulary` (a token: its row of the input
-embedding, and of the head where that is another matrix), `layers` (a whole layer).
+embedding, and of the head where that is another matrix), `layers` (a whole layer), `layers.I.attentions` and `layers.I.mlps` (the
+whole block with its norm). A block that is gone has no axes inside it, and nothing that the other axes cut.
 Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and k_norm (Qwen3) act inside a head and stay.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -15,15 +17,20 @@ from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
 from adapt_pruner.families import is_sliced
 
-__all__ = ["MODEL_TYPES", "axes", "residual", "tiny", "vocabulary", "whole_layers", "within_layers"]
+__all__ = ["MODEL_TYPES", "axes", "residual", "tiny", "vocabulary", "whole_blocks", "whole_layers", "within_layers"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
+_BLOCKS = {"attentions": ("input_layernorm", "self_attn"), "mlps": ("post_attention_layernorm", "mlp")}
+
 
 def axes(model: Any) -> tuple[Axis, ...]:
-    """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last. A sliced one has no `residual`."""
-    stream = () if is_sliced(model.config) else (residual(model),)  # in another basis at every block
-    return (*within_layers(model), *stream, vocabulary(model), whole_layers(model))
+    """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last.
+
+    A sliced one has no `residual` and no blocks that go, since its stream is in another basis at every block.
+    """
+    whole = () if is_sliced(model.config) else (*whole_blocks(model), residual(model))
+    return (*within_layers(model), *whole, vocabulary(model), whole_layers(model))
 
 
 def within_layers(model: Any) -> list[Axis]:
@@ -31,48 +38,73 @@ def within_layers(model: Any) -> list[Axis]:
     found: list[Axis] = []
     stack = model.model.layers
     for i, layer in enumerate(stack):
-        attention, mlp = layer.self_attn, layer.mlp
-        head_dim = attention.head_dim
-        num_kv_heads = attention.k_proj.weight.shape[0] // head_dim
-        group = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]
-        at = f"model.layers.{i}.self_attn"
-        found.append(
-            _axis(
-                f"layers.{i}.kv_heads",
-                num_kv_heads,
-                model,
-                gate=Gate(f"{at}.o_proj", group * head_dim),
-                rows=((f"{at}.q_proj", group * head_dim), (f"{at}.k_proj", head_dim), (f"{at}.v_proj", head_dim)),
-                fields=(("num_key_value_heads", 1),),
-                pins=(("head_dim", head_dim),),
+        if _is_there(layer.self_attn):
+            found += _heads(model, i, layer.self_attn)
+        if _is_there(layer.mlp):
+            at = f"model.layers.{i}.mlp"
+            found.append(
+                _axis(
+                    f"layers.{i}.neurons",
+                    layer.mlp.gate_proj.weight.shape[0],
+                    model,
+                    gate=Gate(f"{at}.down_proj"),
+                    rows=((f"{at}.gate_proj", 1), (f"{at}.up_proj", 1)),
+                    fields=(("intermediate_size", 1),),
+                    attributes=(f"{at}.intermediate_size",),
+                )
             )
-        )
-        found.append(
-            _axis(
-                f"layers.{i}.query_heads",
-                group,
-                model,
-                gate=Gate(f"{at}.o_proj", head_dim),
-                rows=((f"{at}.q_proj", head_dim),),
-                fields=(("num_attention_heads", 1),),
-                attributes=(f"{at}.num_key_value_groups",),
-                pins=(("head_dim", head_dim),),
-                blocks=num_kv_heads,
-            )
-        )
-        at = f"model.layers.{i}.mlp"
-        found.append(
-            _axis(
-                f"layers.{i}.neurons",
-                mlp.gate_proj.weight.shape[0],
-                model,
-                gate=Gate(f"{at}.down_proj"),
-                rows=((f"{at}.gate_proj", 1), (f"{at}.up_proj", 1)),
-                fields=(("intermediate_size", 1),),
-                attributes=(f"{at}.intermediate_size",),
-            )
-        )
     return found
+
+
+def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
+    head_dim = attention.head_dim
+    num_kv_heads = attention.k_proj.weight.shape[0] // head_dim
+    group = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]
+    at = f"model.layers.{layer}.self_attn"
+    return [
+        _axis(
+            f"layers.{layer}.kv_heads",
+            num_kv_heads,
+            model,
+            gate=Gate(f"{at}.o_proj", group * head_dim),
+            rows=((f"{at}.q_proj", group * head_dim), (f"{at}.k_proj", head_dim), (f"{at}.v_proj", head_dim)),
+            fields=(("num_key_value_heads", 1),),
+            pins=(("head_dim", head_dim),),
+        ),
+        _axis(
+            f"layers.{layer}.query_heads",
+            group,
+            model,
+            gate=Gate(f"{at}.o_proj", head_dim),
+            rows=((f"{at}.q_proj", head_dim),),
+            fields=(("num_attention_heads", 1),),
+            attributes=(f"{at}.num_key_value_groups",),
+            pins=(("head_dim", head_dim),),
+            blocks=num_kv_heads,
+        ),
+    ]
+
+
+def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS) -> list[Axis]:
+    """The axes whose one unit is the attention or the MLP of a layer.
+
+    Args:
+        model: causal LM of this layout.
+        blocks: kind -> the modules of a layer that go, see `Axis.modules`.
+    """
+    found = []
+    for i, layer in enumerate(model.model.layers):
+        for kind, modules in blocks.items():
+            cost = sum(count_parameters(getattr(layer, module)) for module in modules)
+            if cost:
+                names = tuple(f"model.layers.{i}.{module}" for module in modules)
+                found.append(Axis(f"layers.{i}.{kind}", size=1, cost=cost, gate=Gate(names[-1], width=0), modules=names))
+    return found
+
+
+def _is_there(module: Any) -> bool:
+    """Whether a block or a norm is there; what stands in for one that is gone has no parameters."""
+    return next(module.parameters(), None) is not None
 
 
 def whole_layers(model: Any) -> Axis:
@@ -151,12 +183,15 @@ def residual(
         columns.append("lm_head.weight")
     for i, layer in enumerate(model.model.layers):
         at = f"model.layers.{i}"
-        norms += [f"{at}.{norm}" for norm in norms_of_layer]
-        for path in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-            columns.append(f"{at}.{path}.weight")
-        for path in ("self_attn.o_proj", "mlp.down_proj"):
-            rows += _parameters(model, f"{at}.{path}")
-        of_layers += [f"{at}.hidden_size", f"{at}.mlp.hidden_size"]
+        norms += [f"{at}.{norm}" for norm in norms_of_layer if _is_there(getattr(layer, norm))]
+        of_layers.append(f"{at}.hidden_size")
+        if _is_there(layer.self_attn):
+            columns += [f"{at}.self_attn.{side}_proj.weight" for side in "qkv"]
+            rows += _parameters(model, f"{at}.self_attn.o_proj")
+        if _is_there(layer.mlp):
+            columns += [f"{at}.mlp.{side}_proj.weight" for side in ("gate", "up")]
+            rows += _parameters(model, f"{at}.mlp.down_proj")
+            of_layers.append(f"{at}.mlp.hidden_size")
         if hasattr(layer.self_attn, "q_norm"):
             inner += [(f"{at}.self_attn.{side}_norm.{eps}", 1.0) for side in "qk"]
             inner += [(name, 0.5) for side in "qk" for name in _parameters(model, f"{at}.self_attn.{side}_proj")]

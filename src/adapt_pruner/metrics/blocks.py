@@ -1,7 +1,8 @@
-"""What a whole block is worth: a decoder layer by how far its output lies from its input, a unit or layer by shutting it.
+"""What a whole layer or block is worth: by how far what leaves it lies from what enters it; a unit of any kind by shutting it.
 
 All distances (residual stream included) grow with the change a layer makes, so a layer that hardly changes its input
-scores lowest.
+scores lowest. Of a block, the attention or MLP of a layer, X is the stream that enters it and Y = X + what it adds: every distance
+gives {"layers": float32 [num_layers]} and, of each axis of a block that it is asked for, float32 [1].
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
@@ -37,7 +39,8 @@ def block_influence(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidenc
     Returns:
         {"layers": float32 [num_layers]} in [0, 2]; a layer at 0 leaves the direction of its input as it is.
 
-    Source: ShortGPT, arXiv:2403.03853. Differs: Y of the last layer is that layer's own output. The released code reads
+    Source: ShortGPT, arXiv:2403.03853; for blocks What Matters in Transformers?, arXiv:2406.15786, equations 1 to 4, which also takes
+    the norm and the residual branch along. Differs: Y of the last layer is that layer's own output. ShortGPT's released code reads
     the `hidden_states` that transformers returns, the last of which has been through the final norm.
     """
     return (yield from _mean_over_tokens(model, axes, lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1)))
@@ -70,14 +73,14 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
     """What the loss would drop by if a shut unit were opened again: each unit is shut alone and the loss measured.
 
     score[u] = L(u shut), the mean next-token cross-entropy in nats per token; within an axis that ranks like
-    L(u shut) - L. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers, where a
-    shut one returns its input. First-order scores can miss heads by far: in SmolLM2-135M the KV head of layer 1 that Taylor
+    L(u shut) - L. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers and blocks,
+    where a shut one adds nothing to its input. First-order scores can miss heads by far: in SmolLM2-135M the KV head of layer 1 that Taylor
     ranks last costs 2.5 nats.
 
     Args:
         model: causal LM; left as found.
         axes: the axes whose units to shut, one after the other; of an axis with blocks one entry, since each block
-            ranks its own. An axis of one unit, which cannot be shut, scores 0.
+            ranks its own. An axis of one unit that must stay scores 0.
         batches: token ids, int64 [batch, length].
         dtype: precision of the matrix products.
 
@@ -88,7 +91,7 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
     """
     scores: Scores = {}
     for axis in axes:
-        if axis.size == 1:
+        if axis.size == axis.least:
             scores[axis.name] = torch.zeros(axis.entries)
             continue
         losses = []
@@ -103,27 +106,54 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
 def _mean_over_tokens(
     model: nn.Module, axes: Sequence[Axis], distance: Callable[[Tensor, Tensor], Tensor]
 ) -> Generator[Evidence, None, Scores]:
-    depth = next(axis for axis in axes if axis.name == "layers")
-    layers: Any = model.get_submodule(depth.gate.module)
-    totals = torch.zeros(depth.size, dtype=torch.float64)
-    counts = torch.zeros(depth.size, dtype=torch.float64)
+    whole = [axis for axis in axes if axis.gate.is_whole]
+    totals = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in whole}
+    counts = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in whole}
+    entering: dict[str, Tensor] = {}
 
-    def watch(index: int) -> Callable[..., None]:
+    def add(name: str, index: int, entered: Tensor, left: Tensor) -> None:
+        with torch.no_grad():
+            per_token = distance(entered.detach().float(), left.detach().float())
+            totals[name][index] += per_token.sum(dtype=torch.float64).cpu()
+            counts[name][index] += per_token.numel()
+
+    def of_layer(name: str, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered = args[0] if args else kwargs["hidden_states"]
-            left = output[0] if isinstance(output, tuple) else output
-            with torch.no_grad():
-                per_token = distance(entered.detach().float(), left.detach().float())
-                totals[index] += per_token.sum(dtype=torch.float64).cpu()
-                counts[index] += per_token.numel()
+            add(name, index, args[0] if args else kwargs["hidden_states"], _first(output))
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    def before_block(name: str) -> Callable[..., None]:
+        def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+            entering[name] = args[0].detach()
+
+        return hook
+
+    def after_block(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            entered = entering.pop(name)
+            add(name, 0, entered, entered + _first(output).detach())
+
+        return hook
+
+    handles: list[RemovableHandle] = []
+    for axis in whole:
+        if axis.modules:
+            handles.append(model.get_submodule(axis.modules[0]).register_forward_pre_hook(before_block(axis.name)))
+            handles.append(model.get_submodule(axis.modules[-1]).register_forward_hook(after_block(axis.name)))
+        else:
+            layers: Any = model.get_submodule(axis.gate.module)
+            for index, layer in enumerate(layers):
+                handles.append(layer.register_forward_hook(of_layer(axis.name, index), with_kwargs=True))
     try:
         yield Evidence.FORWARD
     finally:
         for handle in handles:
             handle.remove()
-    world.sum_in_place(totals, counts)
-    return {"layers": (totals / counts).float()}
+    world.sum_in_place(*totals.values(), *counts.values())
+    return {name: (total / counts[name]).float() for name, total in totals.items()}
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
