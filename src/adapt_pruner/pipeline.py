@@ -33,6 +33,7 @@ from adapt_pruner.plan import Stage, layer_measure_of, metrics_of, prunable, sco
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.report.page import try_report
 from adapt_pruner.runs import RunFolder, opened
 from adapt_pruner.slicing import slice_to, width_for
 from adapt_pruner.stage import Trainer
@@ -321,6 +322,8 @@ def _run(
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
     world.on_main(lambda: _save(outcome, recipe, folder.result))
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
+    if world.is_main() and (trouble := try_report(folder.path)):
+        tell({"event": "warning", "message": trouble})
     return outcome
 
 
@@ -329,7 +332,7 @@ def _begun(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> tuple[L
     loaded = load_model(recipe, listen, trust_remote_code)
     dense = count_parameters(loaded.model)
     loaded, mask = cut_vocabulary(loaded, recipe, listen)
-    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask, began=_sizes(loaded))
+    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask, began={axis.name: axis.size for axis in families.axes(loaded.model)})
     if "vocabulary" in mask:
         at.figures |= {
             "vocabulary_before": mask["vocabulary"].numel(),
@@ -399,13 +402,10 @@ def _tell_start(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, l
         "calibration_tokens": sum(stage.calibration_tokens for stage in coming),
         "training_tokens": 0 if ready.rows is None else ready.rows.num_tokens(0, len(ready.rows)),
         "trained_tokens": at.progress.tokens, "processes": world.size(), "parallel": recipe.parallel,
-        "began": at.began, "sizes": _sizes(loaded), "layers_left": at.layers_left, "device": loaded.model.device.type,
+        "began": at.began, "layers_left": at.layers_left, "device": loaded.model.device.type,
+        "sizes": {axis.name: axis.size for axis in families.axes(loaded.model)},
         "precision": "bfloat16" if uses_bfloat16(loaded.model.device, recipe.dtype) else "float32",
     })  # fmt: skip
-
-
-def _sizes(loaded: Loaded) -> dict[str, int]:
-    return {axis.name: axis.size for axis in families.axes(loaded.model)}
 
 
 def _evaluate(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:

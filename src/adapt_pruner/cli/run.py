@@ -67,7 +67,7 @@ def run(
     )
     if figures.get("perplexities"):
         print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
-    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}")
+    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}, the report {run_dir / 'report.html'}")
 
 
 def _print_plan(planned: dict[str, Any]) -> None:

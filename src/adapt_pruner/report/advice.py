@@ -34,7 +34,11 @@ def advice(figures: Figures, recipe: dict[str, Any], *, folder: str, checkpoint:
     found: list[Advice] = []
     if figures.status == "stopped":
         where = f"from {checkpoint}" if checkpoint else "from the beginning, since no checkpoint was complete"
-        found.append(Advice(f"The run was stopped. The same command goes on {where}.", f"adapt-pruner run {folder}/recipe.yaml -o {folder}"))
+        found.append(
+            Advice(
+                f"The run was stopped. The same command goes on {where}.", f"adapt-pruner run {folder}/recipe.yaml -o {folder}"
+            )
+        )
     for rule in _RULES:
         found += rule(figures, recipe)
     return found
@@ -60,7 +64,11 @@ def _no_training(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     if figures.steps or figures.status == "running":
         return
     before, now = _perplexities(figures)
-    rise = f" Perplexity went from {shown(before, 'perplexity')} to {shown(now, 'perplexity')}, most of which training can give back." if before and now else ""
+    rise = (
+        f" Perplexity went from {shown(before, 'perplexity')} to {shown(now, 'perplexity')}, most of which training can give back."
+        if before and now
+        else ""
+    )
     yield Advice(f"Nothing was trained.{rise}", "--set training.source=TEXT --set training.tokens=10M --set stages=5")
 
 
@@ -85,8 +93,8 @@ def _few_tokens(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     trained, now = figures.tokens.get("train"), figures.rows[0].now if figures.rows else None
     if trained and now and figures.status == "finished" and trained < now / 10:
         yield Advice(
-            f"It was trained on {compact(trained)} tokens, {trained / now:.2g} for each parameter that is left. The paper’s recoveries use "
-            "tens of tokens a parameter; with few, knowledge that pruning took does not come back."
+            f"It was trained on {compact(trained)} tokens, {trained / now:.2g} for each parameter that is left. The paper’s runs train on "
+            "5 B, which is 8 to 44 for each; with so few, little of what pruning took can come back."
         )
 
 
@@ -127,7 +135,9 @@ def _vocabulary(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
 
 def _no_evaluation(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     if not figures.evaluations:
-        yield Advice("No held-out text was measured, so nothing here says how good the model is.", "--set evaluation.source=SPEC#heldout")
+        yield Advice(
+            "No held-out text was measured, so nothing here says how good the model is.", "--set evaluation.source=SPEC#heldout"
+        )
 
 
 def _better_than_dense(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:

@@ -164,7 +164,9 @@ def anatomy(figures: Figures) -> Anatomy | None:
     for kind in figures.kinds:
         total = [began.layers[layer].get(kind, 0) for layer in layers]
         course = [total, *([state.layers.get(layer, {}).get(kind, 0) for layer in layers] for state in states)]
-        gone = [[max(0, a - b) for a, b in zip(before, after, strict=True)] for before, after in zip(course, course[1:], strict=False)]
+        gone = [
+            [max(0, a - b) for a, b in zip(before, after, strict=True)] for before, after in zip(course, course[1:], strict=False)
+        ]
         if any(total):
             panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
     said = []
@@ -240,7 +242,9 @@ def cut_lines(figures: Figures) -> list[Histogram]:
 def costs(figures: Figures) -> Lines | None:
     """The calibration loss before each cut over the parameters there were; None below three."""
     before = [figures.began.params if figures.began else 0, *(cut.params for cut in figures.cuts)]
-    points = [(float(params), cut.loss) for params, cut in zip(before, figures.cuts, strict=False) if params and cut.loss is not None]
+    points = [
+        (float(params), cut.loss) for params, cut in zip(before, figures.cuts, strict=False) if params and cut.loss is not None
+    ]
     if len(points) < 3:
         return None
     return Lines(
@@ -262,7 +266,10 @@ def training(figures: Figures) -> list[Lines]:
     loss = [(float(step["tokens"]), float(step["loss"])) for step in steps]
     lines = [_averaged("each step", loss)]
     if not lines[0].low:
-        lines = [replace(lines[0], faint=True), Series("mean of a stage’s last steps", _running_mean(steps, window=max(5, len(steps) // 25)))]
+        lines = [
+            replace(lines[0], faint=True),
+            Series("mean of a stage’s last steps", _running_mean(steps, window=max(5, len(steps) // 25))),
+        ]
     found = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
     for key, title, y_label, form, points in (
         ("lr", "Learning rate", "learning rate", "lr", _points_of(steps, "lr")),

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapt_pruner.report.record import Record
 
-__all__ = ["Cut", "Figures", "Row", "State", "figures_of", "fit_slope", "sizes_of"]
+__all__ = ["Cut", "Figures", "Row", "State", "after", "figures_of", "fit_slope", "sizes_of"]
 
 PHASES = {
     "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
@@ -74,14 +74,17 @@ class Figures:
     tokens: dict[str, int]
     wall: float | None
     peak_bytes: int | None
+    asked: set[str]
     warnings: list[str]
     notes: list[str]
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds of axes inside layers, the most numerous units first."""
+        """Kinds of axes inside layers, the most numerous units first; those that nobody asked to shrink are left out, but the usual two."""
         sizes = next(iter(self.began.layers.values()), {}) if self.began else {}
-        return sorted(sizes, key=lambda kind: -sizes[kind])
+        return sorted(
+            (kind for kind in sizes if kind in self.asked or kind in ("neurons", "kv_heads")), key=lambda kind: -sizes[kind]
+        )
 
 
 def figures_of(record: Record) -> Figures:
@@ -108,7 +111,10 @@ def figures_of(record: Record) -> Figures:
         seconds=_seconds(record, notes),
         tokens=_tokens(record, cuts, evaluations),
         wall=_wall(record.events),
-        peak_bytes=max((int(e["peak_bytes"]) for e in record.of("step") if e.get("peak_bytes")), default=figures.get("peak_bytes")),
+        peak_bytes=max(
+            (int(e["peak_bytes"]) for e in record.of("step") if e.get("peak_bytes")), default=figures.get("peak_bytes")
+        ),
+        asked={name.rpartition(".")[2] for cut in record.of("cut") for name in cut.get("sizes") or ()},
         warnings=list(dict.fromkeys(str(event.get("message")) for event in record.of("warning"))),
         notes=notes,
     )
@@ -132,6 +138,21 @@ def sizes_of(event: Mapping[str, Any], left: Sequence[int] | None) -> tuple[dict
         else:
             wide[name] = size
     return layers, wide
+
+
+def after(
+    event: Mapping[str, Any], layers: Mapping[int, Mapping[str, int]], left: Sequence[int] | None
+) -> tuple[dict[int, dict[str, int]], Sequence[int] | None]:
+    """The sizes by layer, and the layers left, after an event with `sizes`.
+
+    Args:
+        event: a `cut`, whose sizes name layers as they were before it.
+        layers: the sizes before, by the layers' numbers at the start.
+        left: the layers there were before; None for all.
+    """
+    changed = sizes_of(event, left)[0]
+    left = event["layers_left"] if event.get("layers_left") is not None else left
+    return {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}, left
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -194,17 +215,17 @@ def _anatomy(record: Record, notes: list[str]) -> tuple[State | None, list[State
         most = {kind: max(layer.get(kind, 0) for layer in first.values()) for kind in kinds}
         began = State("dense", params, {layer: dict(most) for layer in first}, wide)
         if first:
-            notes.append("the sizes of the dense model are not in the log; shown in their place are the largest after the first cut")
+            notes.append(
+                "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
+            )
     states, left = [], starts[0].get("layers_left") if starts else None
-    whole: dict[int, dict[str, int]] = dict(began.layers) if began else {}
+    whole = dict(began.layers) if began else {}
     for cut in cuts:
-        layers, wide = sizes_of(cut, left)
-        if cut.get("layers_left") is not None:
-            left = cut["layers_left"]
-        elif wide.get("layers", len(whole)) < len(whole):
+        wide = sizes_of(cut, left)[1]
+        if cut.get("layers_left") is None and wide.get("layers", len(whole)) < len(whole):
             notes.append("which layers went is not in the log of this older run, so the anatomy stops before that")
             break
-        whole = {layer: {**sizes, **layers.get(layer, {})} for layer, sizes in whole.items() if left is None or layer in left}
+        whole, left = after(cut, whole, left)
         label = f"stage {cut.get('stage', 1)}, iteration {cut.get('iteration', len(states) + 1)}"
         states.append(State(label, int(cut["params"]), whole, wide))
     return began, _grouped(cuts, states)
@@ -228,7 +249,15 @@ def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping
         own, after = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
         rows.append(Row("in decoder layers", own, own - (before - now) if after is None and before and now else after, "params"))
     if record.weight_bytes and now and before:
-        rows.append(Row("weights on disk", record.weight_bytes * before / now, record.weight_bytes, "bytes", "dense: at the same precision"))
+        rows.append(
+            Row(
+                "weights on disk",
+                record.weight_bytes * before / now,
+                record.weight_bytes,
+                "bytes",
+                "dense: at the same precision",
+            )
+        )
     elif record.state.get("start", {}).get("weight_bytes") and before and now:
         size = float(record.state["start"]["weight_bytes"])
         rows.append(Row("weights on disk", size, size * now / before, "bytes", "at the same precision"))
@@ -236,7 +265,15 @@ def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping
         first = evaluations[0] if evaluations[0]["stage"] == 0 else {}
         last = evaluations[-1] if evaluations[-1]["stage"] else {}
         when = f" (after stage {last['stage']})" if last and cuts and last["stage"] < cuts[-1].stage else ""
-        rows.append(Row("perplexity", _number(first.get("perplexity")), _number(last.get("perplexity")), "perplexity", f"on held-out text{when}"))
+        rows.append(
+            Row(
+                "perplexity",
+                _number(first.get("perplexity")),
+                _number(last.get("perplexity")),
+                "perplexity",
+                f"on held-out text{when}",
+            )
+        )
         rows.append(Row("bits per byte", _number(first.get("bits_per_byte")), _number(last.get("bits_per_byte")), "bits"))
         rows.append(Row("tokens/s, reading", _speed(first), _speed(last), "speed", "seen once, while evaluating"))
     return [row for row in rows if row.before is not None or row.now is not None]
@@ -249,7 +286,9 @@ def _speed(evaluation: Mapping[str, Any]) -> float | None:
 
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     figures = record.figures
-    found = {phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if _number(figures.get(f"seconds_{phase}")) is not None}
+    found = {
+        phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if _number(figures.get(f"seconds_{phase}")) is not None
+    }
     if not found and record.checkpoint is not None:
         spent = record.state.get("spent")
         found = {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
@@ -270,5 +309,9 @@ def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[s
 def _wall(events: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds from the first event to the last; of a run that was stopped, without pauses of more than ten minutes before it went on."""
     times = [(event["time"], event["event"]) for event in events if _number(event.get("time"))]
-    pauses = sum(later - earlier for (earlier, _), (later, kind) in pairwise(times) if kind in ("start", "resumed", "warning") and later - earlier > 600)
+    pauses = sum(
+        later - earlier
+        for (earlier, _), (later, kind) in pairwise(times)
+        if kind in ("start", "resumed", "warning") and later - earlier > 600
+    )
     return times[-1][0] - times[0][0] - pauses if len(times) > 1 else None

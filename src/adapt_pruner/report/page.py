@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, first_line
 from adapt_pruner.report import charts
 from adapt_pruner.report.advice import Advice, advice
 from adapt_pruner.report.figures import PHASES, Figures, Row, figures_of
@@ -15,7 +15,7 @@ from adapt_pruner.report.record import Record, read_record
 from adapt_pruner.report.svg import drawn, escaped, table
 from adapt_pruner.report.words import compact, duration, shown
 
-__all__ = ["framed", "page", "pictures", "write_page", "write_report"]
+__all__ = ["framed", "page", "pictures", "try_report", "write_page", "write_report"]
 
 _STATUS = {"finished": "finished", "running": "still running", "stopped": "stopped before its end"}
 
@@ -38,6 +38,15 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return write_page(Path(out) if out is not None else record.path / "report.html", page(record))
 
 
+def try_report(run_dir: Path) -> str | None:
+    """Write the page of a run that has come to its end; a sentence where that fails, since the run is worth more than its page."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        return f"there is no report, since it failed: {first_line(error)}; `adapt-pruner report {run_dir}` tries again"
+    return None
+
+
 def write_page(path: Path, text: str) -> Path:
     """Write a page, whole or not at all.
 
@@ -55,7 +64,12 @@ def write_page(path: Path, text: str) -> Path:
 def pictures(figures: Figures) -> list[charts.Chart]:
     """All pictures of a run that there are figures for, in the order of the page."""
     single = (charts.anatomy(figures), charts.importance(figures), charts.sparsity(figures), charts.costs(figures))
-    found: list[charts.Chart | None] = [*single, *charts.cut_lines(figures), charts.perplexities(figures), *charts.training(figures)]
+    found: list[charts.Chart | None] = [
+        *single,
+        *charts.cut_lines(figures),
+        charts.perplexities(figures),
+        *charts.training(figures),
+    ]
     return [chart for chart in found if chart is not None]
 
 
@@ -133,7 +147,7 @@ def _lead(figures: Figures, before: float | None, now: float | None) -> str:
     row = next((row for row in figures.rows if row.name == "perplexity"), None)
     if row and row.before and row.now:
         said.append(
-            f"Perplexity {row.note} went from {shown(row.before, 'perplexity')} to {shown(row.now, 'perplexity')} ({row.now / row.before:.2f}×)"
+            f"Perplexity {row.note} went from {shown(row.before, 'perplexity')} to {shown(row.now, 'perplexity')} ({shown(row.now / row.before, 'ratio')})"
         )
     if figures.status != "finished" and figures.target and now and now > figures.target:
         said.append(f"It is on its way to {shown(figures.target, 'params')}")
@@ -199,7 +213,12 @@ def _bill(figures: Figures) -> str:
         f'<span class="name"><i class="key phase{order.index(phase)}"></i>{PHASES[phase]}</span>' for phase, _ in parts
     )
     rows = [
-        [PHASES[phase], duration(seconds), f"{seconds / total:.1%}", compact(figures.tokens[phase]) if phase in figures.tokens else "–"]
+        [
+            PHASES[phase],
+            duration(seconds),
+            f"{seconds / total:.1%}",
+            compact(figures.tokens[phase]) if phase in figures.tokens else "–",
+        ]
         for phase, seconds in parts
     ]
     rows.append(["together", duration(total), "100.0%", compact(sum(figures.tokens.values())) if figures.tokens else "–"])
@@ -232,7 +251,7 @@ def _facts(record: Record, figures: Figures) -> str:
             f"adapt-pruner inspect {result}",
             f"adapt-pruner chat {result} 'Why is the sky blue?' --against {dense}",
         ]
-    commands = f"<pre tabindex=\"0\"><code>{escaped(chr(10).join(lines))}</code></pre>"
+    commands = f'<pre tabindex="0"><code>{escaped(chr(10).join(lines))}</code></pre>'
     text = ""
     if record.recipe_text:
         data = base64.b64encode(record.recipe_text.encode()).decode()
@@ -245,7 +264,11 @@ def _facts(record: Record, figures: Figures) -> str:
 
 def _machine(record: Record) -> str | None:
     start = next((event for event in reversed(record.of("start")) if event.get("device")), None)
-    return None if start is None else f"{start['device']}, {start.get('precision')} products; {start.get('processes', 1)} process(es)"
+    return None if start is None else f"{start['device']}, {start.get('precision')} products{_processes(start)}"
+
+
+def _processes(start: dict[str, object]) -> str:
+    return f"; {start['processes']} processes ({start.get('parallel')})" if start.get("processes") not in (None, 1) else ""
 
 
 def _source(source: object) -> str | None:
@@ -263,7 +286,13 @@ def _next(record: Record, figures: Figures) -> str:
     checkpoint = record.checkpoint.name if record.checkpoint is not None else None
     found = advice(figures, record.recipe, folder=shlex.quote(str(record.path)), checkpoint=checkpoint)
     if figures.status == "running":
-        found.insert(0, Advice("The run is still at work; see it live, or make this page anew later.", f"adapt-pruner watch {shlex.quote(str(record.path))}"))
+        found.insert(
+            0,
+            Advice(
+                "The run is still at work; see it live, or make this page anew later.",
+                f"adapt-pruner watch {shlex.quote(str(record.path))}",
+            ),
+        )
     if not found:
         return "<p>No rule found anything amiss: the budget is met and the loss had settled. A smaller budget, or a second seed, would tell more.</p>"
     items = "".join(

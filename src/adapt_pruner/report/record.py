@@ -12,7 +12,7 @@ import yaml
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Record", "parse_lines", "read_record"]
+__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 
 Status = Literal["finished", "running", "stopped"]
 
@@ -66,7 +66,7 @@ def read_record(run_dir: str | Path) -> Record:
         UsageError: it is not the folder of a run.
     """
     path = Path(run_dir)
-    _check_is_run(path)
+    check_is_run(path)
     trouble: list[str] = []
     text, recipe = _recipe(path / "recipe.yaml", trouble)
     first = text.partition("\n")[0]
@@ -75,7 +75,7 @@ def read_record(run_dir: str | Path) -> Record:
     pruning = {} if place is None else _json(place / "pruning.json", trouble)
     return Record(
         path=path,
-        status="finished" if finished else "running" if _is_locked(path / ".lock") else "stopped",
+        status="finished" if finished else "running" if is_worked_in(path) else "stopped",
         recipe=recipe,
         recipe_text=text,
         made_by=str(pruning.get("made_by") or (first[2:] if first.startswith("# ") else "")),
@@ -106,7 +106,12 @@ def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
     return events, bad
 
 
-def _check_is_run(path: Path) -> None:
+def check_is_run(path: Path) -> None:
+    """Refuse what is not the folder of a run, and say what was probably meant.
+
+    Raises:
+        UsageError: it is not.
+    """
     if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file():
         return
     if not path.exists():
@@ -185,10 +190,10 @@ def _mask(data: Mapping[str, Any]) -> dict[str, tuple[int, list[int]]]:
     }  # fmt: skip
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock; asked by sharing it for a moment, which a run waits out (see `runs.locked`)."""
+def is_worked_in(run_dir: Path) -> bool:
+    """Whether a process holds the lock of a run's folder; asked by sharing it for a moment, which a run waits out (see `runs.locked`)."""
     try:
-        with path.open() as lock:
+        with (run_dir / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -15,7 +15,6 @@ from adapt_pruner.report.words import shown, tick
 __all__ = ["drawn", "escaped", "table"]
 
 _FULL = 1000.0  # both sides of a picture's own coordinates
-_MARGIN = 0.04  # of a plot's height left free above and below
 
 
 def escaped(text: object) -> str:
@@ -28,7 +27,9 @@ def drawn(chart: Chart) -> str:
     body = _DRAWERS[type(chart)](chart)
     about = f"<p>{escaped(chart.about)}</p>" if chart.about else ""
     header, rows = chart.table()
-    words = f'<details><summary>Figures<span class="sr"> of {escaped(chart.title)}</span></summary>{table(header, rows)}</details>'
+    words = (
+        f'<details><summary>Figures<span class="sr"> of {escaped(chart.title)}</span></summary>{table(header, rows)}</details>'
+    )
     kind = type(chart).__name__.lower()
     return (
         f'<figure class="{kind}" id="{escaped(chart.key)}"><figcaption><h3>{escaped(chart.title)}</h3>{about}</figcaption>'
@@ -40,7 +41,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str 
     """A table whose first column names its rows; wide ones scroll by themselves."""
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
     body = "".join(
-        f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])}</tr>' for row in rows
+        f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
     )
     above = f"<caption>{escaped(caption)}</caption>" if caption else ""
     return f'<div class="scroll" tabindex="0"><table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -51,26 +53,31 @@ def _svg(label: str, inner: str, *, extra: str = "") -> str:
     return f'<svg role="img" aria-label="{escaped(label)}" viewBox="{box}" preserveAspectRatio="none"{extra}>{inner}</svg>'
 
 
-def _rect(x: float, y: float, width: float, height: float, tag: str, title: str = "", opacity: float | None = None, extra: str = "") -> str:
+def _rect(
+    x: float, y: float, width: float, height: float, tag: str, title: str = "", opacity: float | None = None, extra: str = ""
+) -> str:
     shade = "" if opacity is None else f' fill-opacity="{opacity:.2f}"'
     inner = f"<title>{escaped(title)}</title>" if title else ""
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="{tag}"{shade}{extra}>{inner}</rect>'
 
 
 def _labels(tag: str, side: str, placed: Sequence[tuple[float, str]]) -> str:
-    spans = "".join(f'<span style="{side}:{100 * at:.2f}%">{escaped(text)}</span>' for at, text in placed)
+    spans = "".join(
+        f'<span{" class=last" if side == "left" and at > 0.97 else ""} style="{side}:{100 * at:.2f}%">{escaped(text)}</span>'
+        for at, text in placed
+    )
     return f'<div class="{tag}" aria-hidden="true">{spans}</div>'
 
 
-def _scale(values: Sequence[float], *, log: bool) -> tuple[float, float, Callable[[float], float]]:
-    """Lowest and highest shown, and value -> share of the height from the bottom."""
+def _scale(values: Sequence[float], *, log: bool, room: float) -> tuple[float, float, Callable[[float], float]]:
+    """Lowest and highest shown, and value -> share of the height from the bottom, with `room` above and below."""
     low, high = min(values), max(values)
     log = log and low > 0
     if high <= low:
         low, high = (low / 2, low * 2) if log else (low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2)
     turn: Callable[[float], float] = math.log if log else float
     bottom, top = turn(low), turn(high)
-    room = (top - bottom) * _MARGIN
+    room *= top - bottom
     return low, high, lambda value: (turn(value) - bottom + room) / (top - bottom + 2 * room)
 
 
@@ -78,7 +85,7 @@ def _lines(chart: Lines) -> str:
     every = [point for series in chart.series for point in series.points]
     xs, ys = [x for x, _ in every], [y for series in chart.series for y in _heights(series)]
     log = chart.log and min(ys) > 0
-    low, high, up = _scale(ys, log=log)
+    low, high, up = _scale(ys, log=log, room=0.14 if any(series.labels for series in chart.series) else 0.04)
     left, right = min([*xs, *(x for x, _ in chart.marks)]), max(xs)
     edge = 0.05 if any(series.dots for series in chart.series) else 0.0
     span = (right - left) or 1.0
@@ -102,9 +109,11 @@ def _lines(chart: Lines) -> str:
             paths.append(f'<path class="band tone{_tone(chart, tone)}" d="M{_points(band)}Z"/>')
         paths.append(f'<path class="line{" faint" * series.faint} tone{_tone(chart, tone)}" d="M{_points(places)}"/>')
         if series.dots:
-            paths.append(f'<path class="dot tone{_tone(chart, tone)}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)}"/>')
+            paths.append(
+                f'<path class="dot tone{_tone(chart, tone)}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)}"/>'
+            )
         for number, ((x, y), (a, b)) in enumerate(zip(series.points, places, strict=True)):
-            name = series.labels[number] if series.labels else series.name
+            name = (series.labels[number] if series.labels else "") or series.name
             text = f"{name}: {shown(y, chart.y_form)} at {shown(x, chart.x_form)} {chart.x_label}"
             tips.append([round(a / _FULL, 4), round(b / _FULL, 4), text])
     named = [(over(x), text) for x, text in chart.marks] if len(chart.marks) <= 12 and not chart.short else []
@@ -113,11 +122,21 @@ def _lines(chart: Lines) -> str:
     label = f"{chart.title}: {chart.y_label} from {shown(course[0], chart.y_form)} to {shown(course[1], chart.y_form)} over {chart.x_label}"
     legend = ""
     if len(chart.series) > 1:
-        keys = "".join(f'<span><i class="key{" faint" * series.faint} tone{_tone(chart, i)}"></i>{escaped(series.name)}</span>' for i, series in enumerate(chart.series))
+        keys = "".join(
+            f'<span><i class="key{" faint" * series.faint} tone{_tone(chart, i)}"></i>{escaped(series.name)}</span>'
+            for i, series in enumerate(chart.series)
+        )
         legend = f'<p class="legend">{keys}</p>'
-    dots = [(x, y, text) for series in chart.series if series.labels for (x, y), text in zip(series.points, series.labels, strict=True)]
+    dots = [
+        (x, y, text)
+        for series in chart.series
+        if series.labels
+        for (x, y), text in zip(series.points, series.labels, strict=True)
+        if text
+    ]
     notes = "".join(
-        f'<span class="at" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>' for x, y, text in dots
+        f'<span class="at" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>'
+        for x, y, text in dots
     )
     return (
         f'{legend}<div class="plot{" short" if chart.short else ""}">{_labels("ys", "top", y_ticks)}'
@@ -233,7 +252,16 @@ def _histogram(chart: Histogram) -> str:
         for tag, count in (("gone", chart.removed[i]), ("kept", chart.kept[i])):
             height = _FULL * count / peak
             if count:
-                cells.append(_rect((i - low) * wide + wide * 0.06, _FULL - at - height, wide * 0.88, height, tag, f"{count:,} {'removed' if tag == 'gone' else 'kept'}, {span}"))
+                cells.append(
+                    _rect(
+                        (i - low) * wide + wide * 0.06,
+                        _FULL - at - height,
+                        wide * 0.88,
+                        height,
+                        tag,
+                        f"{count:,} {'removed' if tag == 'gone' else 'kept'}, {span}",
+                    )
+                )
             at += height
     line = (half - low) * wide
     cells.append(f'<path class="mark strong" d="M{line:.1f} 0V{_FULL:.0f}"/>')
