@@ -7,9 +7,9 @@ import torch
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
 
-__all__ = ["HALF_OCTAVES", "cut_line"]
+__all__ = ["QUARTER_OCTAVES", "cut_line"]
 
-HALF_OCTAVES = 32
+QUARTER_OCTAVES = 64
 """Bins of `cut_line`; the middle one begins at the cut line, and the ends take in what lies beyond."""
 
 
@@ -17,7 +17,7 @@ def cut_line(axes: Iterable[Axis], scores: Scores, mask: Mask) -> dict[str, dict
     """Entries by their score over that of the lowest entry that stays, of each kind of axis.
 
     Scores compare within a block of an axis only; as shares of the block's own cut line they can be counted together. Bin i
-    holds the scores s with floor(2 log2(s / line)) = i - 16, `line` being the lowest score that stays; 0 lies in bin 0.
+    holds the scores s with floor(4 log2(s / line)) = i - 32, `line` being the lowest score that stays; 0 lies in bin 0.
 
     Args:
         axes: those that `mask` is of.
@@ -25,7 +25,7 @@ def cut_line(axes: Iterable[Axis], scores: Scores, mask: Mask) -> dict[str, dict
         mask: what stays.
 
     Returns:
-        kind -> `kept` and `removed`, `HALF_OCTAVES` counts each, as plain data. A block that loses nothing has no line, nor
+        kind -> `kept` and `removed`, `QUARTER_OCTAVES` counts each, as plain data. A block that loses nothing has no line, nor
         has one whose lowest score that stays is not above 0: they are not counted, nor is a kind that has no others.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -35,9 +35,9 @@ def cut_line(axes: Iterable[Axis], scores: Scores, mask: Mask) -> dict[str, dict
         score, keep = scores[axis.name].view(axis.blocks, -1), mask[axis.name].view(axis.blocks, -1)
         line = score.masked_fill(~keep, torch.inf).amin(dim=1, keepdim=True)
         counted = ((line > 0) & torch.isfinite(line) & ~keep.all(dim=1, keepdim=True)).expand_as(keep)
-        bins = (2 * (score.clamp(min=0) / line).log2()).floor().clamp(-HALF_OCTAVES // 2, HALF_OCTAVES // 2 - 1)
+        bins = (4 * (score.clamp(min=0) / line).log2()).floor().clamp(-QUARTER_OCTAVES // 2, QUARTER_OCTAVES // 2 - 1)
         for which, chosen in (("kept", keep & counted), ("removed", ~keep & counted)):
-            counts = torch.bincount(bins[chosen].long() + HALF_OCTAVES // 2, minlength=HALF_OCTAVES)
+            counts = torch.bincount(bins[chosen].long() + QUARTER_OCTAVES // 2, minlength=QUARTER_OCTAVES)
             kind = found.setdefault(axis.kind, {})
             kind[which] = kind.get(which, 0) + counts
     return {

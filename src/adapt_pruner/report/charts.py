@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from adapt_pruner.report.figures import Cut, Figures, State
-from adapt_pruner.report.words import compact, shown
+from adapt_pruner.report.words import shown
 
 __all__ = [
     "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Series", "anatomy", "costs", "cut_lines", "importance",
@@ -132,7 +132,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of units by their score over the cut line, in half octaves; the middle bin begins at the line."""
+    """Counts of units by their score over the cut line, in quarter octaves; the middle bin begins at the line."""
 
     key: str
     title: str
@@ -144,7 +144,7 @@ class Histogram:
         """Header and rows, a row a bin that is not empty."""
         half = len(self.kept) // 2
         rows = [
-            [f"{2 ** ((i - half) / 2):.3g}–{2 ** ((i + 1 - half) / 2):.3g}", f"{self.removed[i]:,}", f"{self.kept[i]:,}"]
+            [f"{2 ** ((i - half) / 4):.3g}–{2 ** ((i + 1 - half) / 4):.3g}", f"{self.removed[i]:,}", f"{self.kept[i]:,}"]
             for i in range(len(self.kept))
             if self.kept[i] or self.removed[i]
         ]
@@ -165,7 +165,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
         total = [began.layers[layer].get(kind, 0) for layer in layers]
         course = [total, *([state.layers.get(layer, {}).get(kind, 0) for layer in layers] for state in states)]
         gone = [
-            [max(0, a - b) for a, b in zip(before, after, strict=True)] for before, after in zip(course, course[1:], strict=False)
+            [max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)
         ]
         if any(total):
             panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
@@ -215,7 +215,7 @@ def sparsity(figures: Figures) -> HeatMap | None:
     last = [value for value in values[-1] if value is not None]
     return HeatMap(
         "sparsity", "What that led to", f"Share of a layer’s {panel.name} gone so far: at the end from {min(last):.0%} to {max(last):.0%}.",
-        list(map(str, picture.layers)), [name for name, _ in picture.groups], values, "share", "none gone", f"{max(last):.0%} gone",
+        list(map(str, picture.layers)), [name.replace("iteration ", "1.") for name, _ in picture.groups], values, "share", "none gone", f"{max(last):.0%} gone",
     )  # fmt: skip
 
 
@@ -228,11 +228,11 @@ def cut_lines(figures: Figures) -> list[Histogram]:
             kept, removed = counts.get("kept") or [], counts.get("removed") or []
             if sum(removed) >= 8 and len(kept) == len(removed):
                 half = len(kept) // 2
-                near = sum(kept[half : half + 2]) / max(1, sum(kept))
+                near = sum(kept[half : half + 4]) / max(1, sum(kept))
                 found.append(
                     Histogram(
-                        f"line-{cut.iteration}-{kind}", f"{KINDS.get(kind, kind)}, {_name(cut)}",
-                        f"{sum(removed):,} of {sum(removed) + sum(kept):,} went; {near:.0%} of those that stay score less than twice the line.",
+                        f"line-{cut.iteration}-{kind}", f"Scores of {KINDS.get(kind, kind)} at cut {_name(cut)}",
+                        f"{sum(removed):,} of {sum(removed) + sum(kept):,} went: in each layer those that score below its cut line. {near:.0%} of those that stay score less than twice the line.",
                         kept, removed,
                     )
                 )  # fmt: skip

@@ -185,7 +185,8 @@ def _by_stage(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cuts(record: Record) -> list[Cut]:
-    found, tokens = [], 0
+    found: list[Cut] = []
+    tokens = 0
     for event in record.events:
         if event["event"] == "step":
             tokens = int(event.get("tokens") or tokens)
@@ -218,7 +219,8 @@ def _anatomy(record: Record, notes: list[str]) -> tuple[State | None, list[State
             notes.append(
                 "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
             )
-    states, left = [], starts[0].get("layers_left") if starts else None
+    states: list[State] = []
+    left = starts[0].get("layers_left") if starts else None
     whole = dict(began.layers) if began else {}
     for cut in cuts:
         wide = sizes_of(cut, left)[1]
@@ -234,7 +236,7 @@ def _anatomy(record: Record, notes: list[str]) -> tuple[State | None, list[State
 def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most: int = 8) -> list[State]:
     stages = [cut.get("stage", 1) for cut, _ in zip(cuts, states, strict=False)]
     if len(set(stages)) > 1:
-        last = {stage: state for stage, state in zip(stages, states, strict=True)}
+        last = dict(zip(stages, states, strict=True))
         return [State(f"stage {stage}", state.params, state.layers, state.wide) for stage, state in last.items()]
     ends = sorted({round((number + 1) * len(states) / most) - 1 for number in range(most)} - {-1})
     return [State(f"iteration {end + 1}", states[end].params, states[end].layers, states[end].wide) for end in ends]

@@ -143,9 +143,9 @@ def _anatomy(figure: Any, chart: Anatomy) -> None:
 def _histogram(figure: Any, chart: Histogram) -> None:
     axes = figure.subplots()
     half = len(chart.kept) // 2
-    places = [(i - half) / 2 + 0.25 for i in range(len(chart.kept))]
-    axes.bar(places, chart.removed, width=0.45, color=_GONE, label="removed")
-    axes.bar(places, chart.kept, bottom=chart.removed, width=0.45, color=_KEPT, label="kept")
+    places = [(i - half) / 4 + 0.125 for i in range(len(chart.kept))]
+    axes.bar(places, chart.removed, width=0.22, color=_GONE, label="removed")
+    axes.bar(places, chart.kept, bottom=chart.removed, width=0.22, color=_KEPT, label="kept")
     axes.axvline(0, color="black", lw=1.2)
     known = [at for at, a, b in zip(places, chart.kept, chart.removed, strict=True) if a or b]
     low, high = min([*known, -1.0]) - 0.5, max([*known, 1.0]) + 0.5

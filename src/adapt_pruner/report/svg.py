@@ -243,12 +243,12 @@ def _tint(group: int, groups: int) -> float:
 def _histogram(chart: Histogram) -> str:
     half = len(chart.kept) // 2
     known = [i for i in range(len(chart.kept)) if chart.kept[i] or chart.removed[i]]
-    low, high = min(known[0], half - 2), max(known[-1] + 1, half + 2)
+    low, high = min(known[0], half - 4), max(known[-1] + 1, half + 4)
     wide, peak = _FULL / (high - low), max(a + b for a, b in zip(chart.kept, chart.removed, strict=True))
     cells = []
     for i in range(low, high):
         at = 0.0
-        span = f"{2 ** ((i - half) / 2):.2g} to {2 ** ((i + 1 - half) / 2):.2g} of the line"
+        span = f"{2 ** ((i - half) / 4):.2g} to {2 ** ((i + 1 - half) / 4):.2g} of the line"
         for tag, count in (("gone", chart.removed[i]), ("kept", chart.kept[i])):
             height = _FULL * count / peak
             if count:
@@ -265,7 +265,7 @@ def _histogram(chart: Histogram) -> str:
             at += height
     line = (half - low) * wide
     cells.append(f'<path class="mark strong" d="M{line:.1f} 0V{_FULL:.0f}"/>')
-    xs = [((i - low) / (high - low), f"{2.0 ** ((i - half) // 2):g}×") for i in range(low, high + 1) if (i - half) % 4 == 0]
+    xs = [((i - low) / (high - low), f"{2.0 ** ((i - half) // 4):g}×") for i in range(low, high + 1) if (i - half) % 4 == 0]
     label = f"{chart.title}: {sum(chart.removed):,} below the cut line went, {sum(chart.kept):,} above it stay"
     return (
         f'<div class="plot short">{_labels("ys", "top", [(0.0, f"{peak:,}"), (1.0, "0")])}'
