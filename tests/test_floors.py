@@ -29,6 +29,7 @@ FLOORS = {
     "estimate": 6,
     "plan": 6,
     "position": 6,
+    "report": 4,
     "runs": 6,
     "prepare": 7,
     "stage": 8,

@@ -5,7 +5,6 @@ goes on from its newest checkpoint. What happens on the way is told to a listene
 library itself prints nothing.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -22,7 +21,8 @@ from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.calibrate import score, uses_bfloat16
+from adapt_pruner.core.cutline import cut_line
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.surgery import cut
@@ -33,12 +33,13 @@ from adapt_pruner.plan import Stage, layer_measure_of, measured_whole, metrics_o
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.report.page import try_report
 from adapt_pruner.runs import RunFolder, opened
 from adapt_pruner.slicing import slice_to, width_for
 from adapt_pruner.stage import Trainer
 from adapt_pruner.train.adapters import base_name
 
-__all__ = ["Outcome", "figures_of", "prune", "run", "shrink"]
+__all__ = ["Outcome", "prune", "run", "shrink"]
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 
@@ -146,9 +147,11 @@ def _prune(
             at.mask, at.debt = at.mask.then(mask), at.debt.after(mask)
         note = {**where, "params": count_parameters(model), "target": stage.params, "loss": loss}
         at.history.append(note)
-        distances = scores["layers"].tolist() if "layers" in scores else None
-        blocks = {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules}
-        listen({"event": "cut", **note, "sizes": sizes, "distances": distances, "blocks": blocks})
+        listen({
+            "event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None,
+            "blocks": {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules},
+            "layers_left": at.layers_left, "scores": cut_line(may_shrink, scores, mask),
+        })  # fmt: skip
 
 
 def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Position, listen: Listener) -> None:
@@ -196,7 +199,7 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     loaded, at, dense = _begun(recipe.ready(), listen, trust_remote_code)
     start = count_parameters(loaded.model)
     ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start)
-    _tell_start(ready, recipe, at, listen)
+    _tell_start(loaded, ready, recipe, at, listen)
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
@@ -251,12 +254,6 @@ def run(
             raise RunError(f"{error}; {where}") from error
 
 
-def figures_of(run_dir: str | Path) -> dict[str, Any]:
-    """The figures of a finished run."""
-    figures: dict[str, Any] = json.loads((Path(run_dir) / "model" / "pruning.json").read_text(encoding="utf-8"))["figures"]
-    return figures
-
-
 def _run(
     recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool, *, force: bool, changed: list[str]
 ) -> Outcome:
@@ -300,7 +297,7 @@ def _run(
         at.fit(prunable(loaded.model, recipe), ready.rows)
     if path is not None:
         tell({"event": "resumed", "path": str(path), "stage": at.stage, "step": at.progress.steps, "pruned": at.pruned})
-    _tell_start(ready, recipe, at, tell)
+    _tell_start(loaded, ready, recipe, at, tell)
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         target = folder.checkpoints / name
@@ -326,6 +323,8 @@ def _run(
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
     world.on_main(lambda: _save(outcome, recipe, folder.result))
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
+    if world.is_main() and (trouble := try_report(folder.path)):
+        tell({"event": "warning", "message": trouble})
     return outcome
 
 
@@ -334,7 +333,7 @@ def _begun(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> tuple[L
     loaded = load_model(recipe, listen, trust_remote_code)
     dense = count_parameters(loaded.model)
     loaded, mask = cut_vocabulary(loaded, recipe, listen)
-    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask)
+    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask, began={axis.name: axis.size for axis in families.axes(loaded.model)})
     if "vocabulary" in mask:
         at.figures |= {
             "vocabulary_before": mask["vocabulary"].numel(),
@@ -397,13 +396,16 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
     return tell
 
 
-def _tell_start(ready: Prepared, recipe: Recipe, at: Position, listen: Listener) -> None:
+def _tell_start(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, listen: Listener) -> None:
     coming = ready.stages[at.stage - 1 + at.pruned :]
     listen({
         "event": "start", "method": recipe.method, "stages": recipe.stages, "params": ready.budget.total, "target": ready.budget.keep,
         "calibration_tokens": sum(stage.calibration_tokens for stage in coming),
         "training_tokens": 0 if ready.rows is None else ready.rows.num_tokens(0, len(ready.rows)),
         "trained_tokens": at.progress.tokens, "processes": world.size(), "parallel": recipe.parallel,
+        "began": at.began, "layers_left": at.layers_left, "device": loaded.model.device.type,
+        "sizes": {axis.name: axis.size for axis in families.axes(loaded.model)},
+        "precision": "bfloat16" if uses_bfloat16(loaded.model.device, recipe.dtype) else "float32",
     })  # fmt: skip
 
 

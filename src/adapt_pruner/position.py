@@ -26,6 +26,7 @@ class Position:
         mask: what has stayed, against the model at the start of the run.
         figures: measured so far.
         history: a note on every iteration of pruning.
+        began: axis name -> units the model had when the run began.
         spent: seconds by phase, of all processes that have worked on the run one after another; phases do not overlap.
 
     The text needs no more than its row, calibration no more than the number of the iteration, and random numbers no
@@ -39,6 +40,7 @@ class Position:
     mask: Mask = field(default_factory=Mask)
     figures: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    began: dict[str, int] = field(default_factory=dict)
     spent: dict[str, float] = field(
         default_factory=lambda: {
             "score": 0.0,
@@ -84,13 +86,19 @@ class Position:
             done = min(there, self.progress.tokens)
             self.progress.rows = stage_spans(rows, [done, there - done])[0].stop
 
+    @property
+    def layers_left(self) -> list[int] | None:
+        """The numbers, in the model at the start, of the layers that are left; None where none has gone."""
+        return self.mask["layers"].nonzero().flatten().tolist() if "layers" in self.mask else None
+
     def to_json(self) -> dict[str, Any]:
         """As plain data; floats come back as they were."""
         self._turn_to(self._phase)
         return {
             "stage": self.stage, "pruned": self.pruned, "progress": asdict(self.progress), "mask": self.mask.to_json(),
             "debt": {"start": dict(self.debt.start), "sparsity": dict(self.debt.sparsity)},
-            "figures": self.figures, "history": self.history, "spent": self.spent,
+            "figures": self.figures, "history": self.history, "began": self.began,
+            "spent": self.spent,
         }  # fmt: skip
 
     @classmethod
@@ -100,5 +108,5 @@ class Position:
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
         return cls(
             Debt(**data["debt"]), data["stage"], data["pruned"], Progress(**progress), Mask.from_json(data["mask"]),
-            data["figures"], data["history"], data["spent"],
+            data["figures"], data["history"], data.get("began", {}), data["spent"],
         )  # fmt: skip

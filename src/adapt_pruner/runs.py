@@ -10,6 +10,7 @@ model/                   the result; a folder that has it is finished
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -27,9 +28,10 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 
-__all__ = ["OWN_TEXT", "RunFolder", "locked", "opened"]
+__all__ = ["OWN_TEXT", "RunFolder", "figures_of", "locked", "opened"]
 
 OWN_TEXT = "calibration_self.json"
+_GLANCE = 0.1  # seconds to wait out a report that looks whether the lock is held
 _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
 
 
@@ -198,6 +200,12 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
     until.callback(leave)
 
 
+def figures_of(run_dir: str | Path) -> dict[str, Any]:
+    """The figures of a finished run."""
+    figures: dict[str, Any] = json.loads((Path(run_dir) / "model" / "pruning.json").read_text(encoding="utf-8"))["figures"]
+    return figures
+
+
 def locked(path: Path) -> IO[str]:
     """A lock file that this process has locked, until it is closed or the process ends, however it ends.
 
@@ -207,7 +215,11 @@ def locked(path: Path) -> IO[str]:
     while True:
         lock = path.open("a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_GLANCE)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 lock.truncate(0)
                 lock.write(str(os.getpid()))

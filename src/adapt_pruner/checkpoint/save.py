@@ -11,7 +11,6 @@ pruning.json            how the model was made
 """
 
 import copy
-import errno
 import os
 import shutil
 import uuid
@@ -25,6 +24,7 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.files import sync, why, write_whole
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
@@ -60,14 +60,14 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for file in [*partial.iterdir(), partial]:
-            _sync(file)
+            sync(file)
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         if path.exists():
             rescued = partial.rename(path.with_name(f"{path.name}-{partial.name[-8:]}"))
             raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
         partial.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise RunError(
             f"{path} could not be written: {why(error)}; nothing was left there, free some space or name another folder"
@@ -80,34 +80,6 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def why(error: OSError) -> str:
-    """What was wrong, as a person would say it."""
-    return "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(

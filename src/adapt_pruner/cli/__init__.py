@@ -9,12 +9,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
 from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
 from adapt_pruner.cli.prune import prune
+from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
+from adapt_pruner.cli.watch import watch
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["app", "main"]
@@ -30,9 +33,12 @@ app = typer.Typer(
 for command, name in (
     (prune, "prune"),
     (run, "run"),
+    (watch, "watch"),
     (evaluate, "eval"),
+    (report, "report"),
     (compare, "compare"),
     (inspect, "inspect"),
+    (chat, "chat"),
     (methods, "methods"),
 ):
     app.command(name)(command)

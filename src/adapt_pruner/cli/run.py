@@ -41,7 +41,7 @@ def run(
     from adapt_pruner import recipe as recipes
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
-    from adapt_pruner import forecast, pipeline, trackers
+    from adapt_pruner import forecast, pipeline, runs, trackers
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
     from adapt_pruner.core import world
     from adapt_pruner.core.plain import to_json
@@ -58,7 +58,7 @@ def run(
             outcome = pipeline.run(resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
     if not world.is_main():
         return
-    figures = outcome.figures if outcome is not None else pipeline.figures_of(run_dir)
+    figures = outcome.figures if outcome is not None else runs.figures_of(run_dir)
     if as_json:
         print(to_json(figures | {"path": str(run_dir / "model")}))
         return
@@ -67,7 +67,7 @@ def run(
     )
     if figures.get("perplexities"):
         print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
-    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}")
+    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}, the report {run_dir / 'report.html'}")
 
 
 def _print_plan(planned: dict[str, Any]) -> None:

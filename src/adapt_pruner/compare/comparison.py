@@ -3,6 +3,7 @@
 compare.json      arguments, versions, rows and cells; written anew after every cell
 compare.md        the table, with every reason for a failure
 compare.svg .png  the picture, where matplotlib is there
+compare.html      all of it as one page
 cells/            the figures of each finished cell, under a fingerprint of all that decides them
 models/           checkpoints, while they are measured; all of them where they are to be kept
 """
@@ -29,7 +30,7 @@ from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
 from adapt_pruner.compare.picture import draw
 from adapt_pruner.compare.request import Cell, Request
-from adapt_pruner.compare.table import markdown, rows_of
+from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
@@ -41,6 +42,8 @@ from adapt_pruner.data.tokens import calibration_ids
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.plan import reads_text
 from adapt_pruner.prepare import Listener
+from adapt_pruner.report.comparison import comparison_page
+from adapt_pruner.report.page import write_page
 from adapt_pruner.runs import locked
 
 __all__ = ["compare"]
@@ -213,6 +216,7 @@ class _Comparison:
         result = self._result()
         picture = draw(result, self._out, warn=self._warn)
         write_whole(self._out / "compare.md", markdown(result, picture=picture))
+        write_page(self._out / "compare.html", comparison_page(result, *table(result["rows"]), name=self._out.resolve().name))
         if not any((self._out / "models").iterdir()):
             (self._out / "models").rmdir()
         return result

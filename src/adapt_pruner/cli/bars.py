@@ -1,0 +1,49 @@
+"""The anatomy of a model in a line: a bar a layer, as high as the share of it that is left."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapt_pruner.report.figures import after, sizes_of
+
+__all__ = ["Bars"]
+
+_HEIGHTS = " ▁▂▃▄▅▆▇█"
+_NAMES = {"neurons": "neurons", "kv_heads": "KV heads", "query_heads": "query heads"}
+
+
+class Bars:
+    """Follows the sizes of a model through the events of its run."""
+
+    def __init__(self) -> None:
+        self._began: dict[int, dict[str, int]] = {}
+        self._now: dict[int, dict[str, int]] = {}
+        self._left: Sequence[int] | None = None
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Take in a `start` or a `cut`; a log of an older version, which does not say what there was, gives no bars."""
+        if event["event"] == "start" and event.get("began"):
+            self._began, self._left = sizes_of({"sizes": event["began"]}, None)[0], event.get("layers_left")
+            sizes = sizes_of(event, self._left)[0]
+            self._now = {layer: sizes[layer] for layer in self._began if layer in sizes}
+        elif event["event"] == "cut" and self._began:
+            self._now, self._left = after(event, self._now, self._left)
+
+    def lines(self, width: int) -> list[str]:
+        """Bars of neurons, and of heads where one is gone: beside each other where `width` characters are enough."""
+        found = []
+        for kind, name in _NAMES.items():
+            before = [sizes.get(kind, 0) for sizes in self._began.values()]
+            now = [self._now.get(layer, {}).get(kind, 0) for layer in self._began]
+            if any(before) and (kind == "neurons" or now != before):
+                found.append(f"{name} {''.join(map(_bar, now, before))} {sum(now) / sum(before):.0%}")
+        together = "  ".join(found)
+        return (
+            [together] if len(together) <= width else [line[: width - 1] + "…" if len(line) > width else line for line in found]
+        )
+
+
+def _bar(now: int, before: int) -> str:
+    """Eight heights; an empty place only where nothing is left, a full one only where nothing is gone."""
+    if not now or not before:
+        return _HEIGHTS[0]
+    return _HEIGHTS[8] if now >= before else _HEIGHTS[max(1, min(7, round(8 * now / before)))]

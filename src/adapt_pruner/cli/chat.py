@@ -1,0 +1,93 @@
+"""`adapt-pruner chat`: what a model answers, beside what another one does."""
+
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode
+
+__all__ = ["chat"]
+
+_NARROW = 100  # columns of a terminal below which answers stand below each other
+
+
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What you say to it, in quotes.")],
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="Another model, asked the same.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; more draws them.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Ask MODEL something, in its own chat template; with --against DENSE both answer, side by side.
+
+    Examples:
+
+        adapt-pruner chat runs/demo/model "Why is the sky blue?"
+
+        adapt-pruner chat runs/demo/model "Why is the sky blue?" --against smollm2-135m-instruct
+    """
+    from dataclasses import asdict
+
+    from adapt_pruner.checkpoint.load import load, pick_device
+    from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.core.budget import count_parameters
+    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.errors import UsageError
+    from adapt_pruner.evaluate.answer import answer
+
+    quiet_libraries()
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
+    names = [model] if against is None else [model, against]
+    streams = against is None and not as_json
+    found: list[dict[str, Any]] = []
+    for name in names:
+        with screen() as listen:
+            listen({"event": "load", "model": name})
+            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code)
+        said = answer(
+            loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            dtype=dtype, on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
+        )  # fmt: skip
+        found.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})
+    if as_json:
+        print(to_json(found[0] if against is None else {"answers": found}))
+        return
+    if streams:
+        print()
+    _print(found, with_text=not streams)
+
+
+def _print(found: list[dict[str, Any]], *, with_text: bool) -> None:
+    from rich.columns import Columns
+    from rich.console import Console, Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    if with_text:
+        inner = [Group(Text(one["text"] or "(nothing)"), Text(f"\n{_note(one)}", style="dim")) for one in found]
+        panels = [Panel(body, title=Text(one["model"]), title_align="left") for body, one in zip(inner, found, strict=True)]
+        if console.is_terminal and console.width >= _NARROW:
+            console.print(Columns(panels, width=console.width // len(panels) - 1))
+        else:
+            console.print(Group(*panels))
+    else:
+        Console(stderr=True, highlight=False, markup=False).print(_note(found[0]), style="dim", soft_wrap=True)
+
+
+def _note(one: dict[str, Any]) -> str:
+    from adapt_pruner.cli.screen import millions
+
+    note = f"{millions(one['params'])} parameters, {one['tokens']} tokens at {one['tokens'] / max(one['seconds'], 1e-9):,.1f} a second"
+    if not one["ended"]:
+        note += ", cut off"
+    return note if one["templated"] else note + "; no chat template, so it goes on with the prompt"

@@ -1,0 +1,63 @@
+"""`adapt-pruner report`: what a run or a comparison came to, as one HTML page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapt_pruner.cli.options import Json
+
+__all__ = ["report"]
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, in any state, or of a comparison.")],
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="The page. [default: report.html in the folder]")] = None,
+    png: Annotated[bool, typer.Option("--png", help="The pictures as PNG files too, in PAGE-png/; needs matplotlib.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show RUN_DIR as one HTML page that needs no network: before and after, anatomy, why, recovery, cost, what to try next.
+
+    A run that is at work, was stopped or is broken gives a page of what there is. `run` and `compare` write it at their end.
+
+    Examples:
+
+        adapt-pruner report runs/demo
+
+        adapt-pruner report runs/demo -o demo.html --png
+    """
+    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.errors import UsageError
+    from adapt_pruner.report import png as papers
+    from adapt_pruner.report.charts import Chart
+    from adapt_pruner.report.page import page, pictures, write_page
+
+    if out is not None and out.is_dir():
+        raise UsageError(f"{out} is a folder; name the page, for example -o {out / 'report.html'}")
+    if png:
+        papers.check_matplotlib()
+    drawings: list[Chart]
+    if (folder / "compare.json").is_file():
+        from adapt_pruner.compare.table import table
+        from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
+
+        result = read_comparison(folder)
+        target = out or folder / "compare.html"
+        text, drawings = (
+            comparison_page(result, *table(result["rows"]), name=folder.resolve().name),
+            [*comparison_pictures(result)],
+        )
+    else:
+        from adapt_pruner.report.figures import figures_of
+        from adapt_pruner.report.record import read_record
+
+        record = read_record(folder)
+        target = out or folder / "report.html"
+        text, drawings = page(record), pictures(figures_of(record)) if png else []
+    written = [write_page(target, text)]
+    if png:
+        written += papers.write_pictures(drawings, target.with_name(f"{target.stem}-png"))
+    if as_json:
+        print(to_json({"written": [str(path) for path in written]}))
+    else:
+        print(f"wrote {written[0]}" + (f" and {len(written) - 1} pictures in {written[-1].parent}" if len(written) > 1 else ""))

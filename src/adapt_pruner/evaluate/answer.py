@@ -1,0 +1,107 @@
+"""What a model answers: one turn of a conversation in its own chat template."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from adapt_pruner.core.calibrate import precision
+from adapt_pruner.errors import UsageError, first_line
+
+__all__ = ["Answer", "answer"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: `tokens` were written, `seconds` taken; `ended` says whether the model came to an end by itself.
+
+    `templated` is False where the tokenizer has no chat template, and the prompt was merely gone on with.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    ended: bool
+    templated: bool
+
+
+class _Told(TextStreamer):  # type: ignore[misc]
+    """Hands on text as it is written."""
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tell = tell
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._tell(text)
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "float32",
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Generate what the model says to `prompt`, by the tokenizer's chat template where it has one.
+
+    Args:
+        model: causal LM, in eval mode. Its random state and settings are left as found.
+        tokenizer: of transformers.
+        prompt: what the user says.
+        system: what stands before it, in the template's own place.
+        max_new_tokens: tokens at most.
+        temperature: 0 takes the likeliest token each time; else tokens are drawn at that temperature, by `seed`.
+        seed: of the draw.
+        dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
+        on_text: told the text piece by piece as it comes.
+
+    Raises:
+        UsageError: the prompt is empty, longer than the model can read, or does not fit the template.
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if templated:
+        said = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs of their own
+            raise UsageError(
+                f"the prompt does not fit the model's chat template ({first_line(error)}); leave --system out"
+            ) from error
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(f"{system}\n{prompt}" if system else prompt, return_tensors="pt").input_ids
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise UsageError(
+            f"the prompt of {ids.shape[1]:,} tokens and {max_new_tokens:,} new ones are more than the {limit:,} that the model reads; "
+            "shorten it, or lower --max-new-tokens"
+        )
+    ids = ids.to(model.device)
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {
+        "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
+    }  # fmt: skip
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), precision(model.device, dtype):
+        torch.manual_seed(seed)
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+            pad_token_id=ends[0] if ends else 0, streamer=None if on_text is None else _Told(tokenizer, on_text), **how,
+        )[0, ids.shape[1] :]  # fmt: skip
+    seconds = time.perf_counter() - began
+    ended = bool(len(written)) and int(written[-1]) in ends
+    return Answer(tokenizer.decode(written, skip_special_tokens=True).strip(), len(written), seconds, ended, templated)

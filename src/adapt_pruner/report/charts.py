@@ -1,0 +1,366 @@
+"""The pictures of a run as data: what `svg` draws for the page and `png` for papers."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from adapt_pruner.report.figures import Cut, Figures, State
+from adapt_pruner.report.words import shown
+
+__all__ = [
+    "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Series", "anatomy", "costs", "cut_lines", "importance",
+    "perplexities", "sparsity", "ticks", "training",
+]  # fmt: skip
+
+KINDS = {
+    "neurons": "MLP neurons", "kv_heads": "KV heads", "query_heads": "query heads of each KV head", "layers": "layers",
+    "experts": "experts", "residual": "channels of the stream", "width": "channels of the stream", "vocabulary": "tokens",
+}  # fmt: skip
+_MOST_POINTS = 400  # of a line; more are averaged
+_MOST_ROWS = 48  # of a heat map
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: its name and points (x, y), x ascending; `low` and `high` where y is a mean, else empty."""
+
+    name: str
+    points: list[tuple[float, float]]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    dots: bool = False
+    faint: bool = False
+    labels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over one axis; forms are those of `words.shown`; `marks` are vertical lines (x, name); `falls` has x run downwards.
+
+    What few points of faint lines lie far out is cut off, so that the rest can be seen.
+    """
+
+    key: str
+    title: str
+    about: str
+    series: list[Series]
+    x_label: str
+    y_label: str
+    x_form: str = "plain"
+    y_form: str = "plain"
+    log: bool = False
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    short: bool = False
+    falls: bool = False
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows; of long lines every so many points."""
+        rows = []
+        for series in self.series:
+            for point in series.points[:: -(-len(series.points) // 40)]:
+                rows.append([series.name, shown(point[0], self.x_form), shown(point[1], self.y_form)])
+        several = len(self.series) > 1
+        return (["line"] if several else []) + [self.x_label, self.y_label], rows if several else [row[1:] for row in rows]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values by row and column, None where there is none; the darker the higher, or with `by_rank` the higher in rank."""
+
+    key: str
+    title: str
+    about: str
+    columns: list[str]
+    rows: list[str]
+    values: list[list[float | None]]
+    form: str
+    low: str
+    high: str
+    by_rank: bool = False
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, a column a layer."""
+        rows = [[name, *(shown(value, self.form) for value in line)] for name, line in zip(self.rows, self.values, strict=True)]
+        return ["cut", *self.columns], rows
+
+    def shades(self) -> list[list[float | None]]:
+        """The values as shades from 0 to 1: as shares of the highest, or of the number of those that are lower."""
+        known = sorted(value for line in self.values for value in line if value is not None)
+
+        def shade(value: float | None) -> float | None:
+            if value is None:
+                return None
+            return bisect_left(known, value) / max(1, len(known) - 1) if self.by_rank else max(0.0, value) / max(known[-1], 1e-9)
+
+        return [[shade(value) for value in line] for line in self.values]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One kind of unit: for each layer how many there were, how many are left, and how many went in each group of cuts."""
+
+    name: str
+    total: list[int]
+    left: list[int]
+    gone: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A column a layer, a panel a kind of unit; `groups` name the stages, with the parameters after each."""
+
+    key: str
+    title: str
+    about: str
+    layers: list[int]
+    panels: list[Panel]
+    groups: list[tuple[str, int]]
+    began: int
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, a row a layer."""
+        header = ["layer", *(f"{panel.name} {word}" for panel in self.panels for word in ("before", "left"))]
+        rows = [
+            [str(layer), *(f"{count:,}" for panel in self.panels for count in (panel.total[i], panel.left[i]))]
+            for i, layer in enumerate(self.layers)
+        ]
+        return header, rows
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of units by their score over the cut line, in quarter octaves; the middle bin begins at the line."""
+
+    key: str
+    title: str
+    about: str
+    kept: list[int]
+    removed: list[int]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, a row a bin that is not empty."""
+        half = len(self.kept) // 2
+        rows = [
+            [f"{2 ** ((i - half) / 4):.3g}–{2 ** ((i + 1 - half) / 4):.3g}", f"{self.removed[i]:,}", f"{self.kept[i]:,}"]
+            for i in range(len(self.kept))
+            if self.kept[i] or self.removed[i]
+        ]
+        return ["score / cut line", "removed", "kept"], rows
+
+
+Chart = Lines | HeatMap | Anatomy | Histogram
+
+
+def anatomy(figures: Figures) -> Anatomy | None:
+    """What was taken where and when; None where the log has no sizes of layers."""
+    began, states = figures.began, figures.states
+    if began is None or not began.layers or not states:
+        return None
+    layers = sorted(began.layers)
+    panels = []
+    for kind in figures.kinds:
+        total = [began.layers[layer].get(kind, 0) for layer in layers]
+        course = [total, *([state.layers.get(layer, {}).get(kind, 0) for layer in layers] for state in states)]
+        gone = [
+            [max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)
+        ]
+        if any(total):
+            panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
+    said = []
+    for panel in panels:
+        share = 1 - sum(panel.left) / sum(panel.total)
+        said.append(f"{share:.0%} of the {panel.name} went" if share else f"no {panel.name} went")
+    missing = [layer for layer in layers if layer not in states[-1].layers]
+    if missing:
+        said.append(f"{len(missing)} whole layers went ({', '.join(map(str, missing))})")
+    said += [f"the stream is {size:,} channels wide" for kind, size in states[-1].wide.items() if kind in ("residual", "width")]
+    return Anatomy(
+        "anatomy", "What was taken out, layer by layer", "; ".join(said)[:1].upper() + "; ".join(said)[1:] + ".", layers, panels,
+        [(state.label, state.params) for state in states], began.params,
+    )  # fmt: skip
+
+
+def importance(figures: Figures) -> HeatMap | None:
+    """What each layer does to its input, cut by cut; None where the method does not ask."""
+    cuts = _thinned([cut for cut in figures.cuts if cut.distances])
+    if not cuts:
+        return None
+    left = _layers_at(figures, cuts)
+    columns = sorted({layer for layers in left for layer in layers})
+    values: list[list[float | None]] = []
+    for cut, layers in zip(cuts, left, strict=True):
+        own = dict(zip(layers, cut.distances or [], strict=False))
+        values.append([own.get(layer) for layer in columns])
+    return HeatMap(
+        "importance", "How much each layer matters",
+        "How far a layer moves its input, measured before each cut. Layers that move it less give up more.",
+        list(map(str, columns)), [_name(cut) for cut in cuts], values, "plain", "least", "most", by_rank=True,
+    )  # fmt: skip
+
+
+def sparsity(figures: Figures) -> HeatMap | None:
+    """The share of each layer's units gone after each stage, of the kind that lost most; None without sizes."""
+    picture = anatomy(figures)
+    if picture is None or not picture.panels:
+        return None
+    panel = max(picture.panels, key=lambda panel: 1 - sum(panel.left) / sum(panel.total))
+    values: list[list[float | None]] = []
+    so_far = [0] * len(picture.layers)
+    for gone in panel.gone:
+        so_far = [a + b for a, b in zip(so_far, gone, strict=True)]
+        values.append([a / b if b else None for a, b in zip(so_far, panel.total, strict=True)])
+    last = [value for value in values[-1] if value is not None]
+    return HeatMap(
+        "sparsity", "What that led to", f"Share of a layer’s {panel.name} gone so far: at the end from {min(last):.0%} to {max(last):.0%}.",
+        list(map(str, picture.layers)), [name.replace("iteration ", "1.") for name, _ in picture.groups], values, "share", "none gone", f"{max(last):.0%} gone",
+    )  # fmt: skip
+
+
+def cut_lines(figures: Figures) -> list[Histogram]:
+    """Scores about the cut line, at the first cut and the last, of every kind that lost more than a few."""
+    found = []
+    with_scores = [cut for cut in figures.cuts if cut.scores]
+    for cut in with_scores[:1] + with_scores[1:][-1:]:
+        for kind, counts in cut.scores.items():
+            kept, removed = counts.get("kept") or [], counts.get("removed") or []
+            if sum(removed) >= 8 and len(kept) == len(removed):
+                half = len(kept) // 2
+                near = sum(kept[half : half + 4]) / max(1, sum(kept))
+                found.append(
+                    Histogram(
+                        f"line-{cut.iteration}-{kind}", f"Scores of {KINDS.get(kind, kind)} at cut {_name(cut)}",
+                        f"{sum(removed):,} of {sum(removed) + sum(kept):,} went: in each layer those that score below its cut line. {near:.0%} of those that stay score less than twice the line.",
+                        kept, removed,
+                    )
+                )  # fmt: skip
+    return found
+
+
+def costs(figures: Figures) -> Lines | None:
+    """The calibration loss before each cut over the parameters there were; None below three."""
+    before = [figures.began.params if figures.began else 0, *(cut.params for cut in figures.cuts)]
+    points = [
+        (float(params), cut.loss) for params, cut in zip(before, figures.cuts, strict=False) if params and cut.loss is not None
+    ]
+    if len(points) < 3:
+        return None
+    return Lines(
+        "costs", "What the cuts cost", "Loss on the calibration text, drawn anew, before each cut; later stages start from a trained model.",
+        [Series("loss", points[::-1], dots=True)], "parameters", "loss (nats)", "params", "loss", falls=True,
+    )  # fmt: skip
+
+
+def training(figures: Figures) -> list[Lines]:
+    """Loss, learning rate, speed and memory over the tokens of all stages, each with the cuts marked."""
+    steps = figures.steps
+    if len(steps) < 2:
+        return []
+    marks: dict[int, str] = {}
+    for cut in figures.cuts:
+        marks.setdefault(cut.tokens, f"{cut.stage}")
+    places = [(float(tokens), stage) for tokens, stage in marks.items()]
+    about = "Each vertical line is where a stage’s cuts were made, with the stage’s number."
+    loss = [(float(step["tokens"]), float(step["loss"])) for step in steps]
+    lines = [_averaged("each step", loss)]
+    if not lines[0].low:
+        lines = [
+            replace(lines[0], faint=True),
+            Series("mean of a stage’s last steps", _running_mean(steps, window=max(5, len(steps) // 25))),
+        ]
+    found = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
+    for key, title, y_label, form, points in (
+        ("lr", "Learning rate", "learning rate", "lr", _points_of(steps, "lr")),
+        ("speed", "Training speed", "tokens/s", "count", _speeds(figures)),
+        ("memory", "Peak memory", "GiB", "GiB", [(x, y / 2**30) for x, y in _points_of(steps, "peak_bytes")]),
+    ):
+        if len(points) > 1:
+            line = [_averaged(title, points)]
+            found.append(Lines(key, title, "", line, "training tokens", y_label, "count", form, marks=places, short=True))
+    return found
+
+
+def perplexities(figures: Figures) -> Lines | None:
+    """Perplexity on held-out text after each stage, the dense model first, over the parameters; None below two."""
+    known = [e for e in figures.evaluations if isinstance(e.get("perplexity"), int | float) and e.get("params")]
+    if len(known) < 2:
+        return None
+    points = sorted((float(e["params"]), float(e["perplexity"]), f"stage {e['stage']}" if e["stage"] else "dense") for e in known)
+    return Lines(
+        "perplexity", "Perplexity after each stage", "On held-out text, after the stage’s training; lower is better.",
+        [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
+        "parameters", "perplexity", "params", "perplexity", falls=True,
+    )  # fmt: skip
+
+
+def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
+    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart; on a log scale those of each decade."""
+    if not high > low:
+        return [low]
+    if log and high / low > 8:
+        found: list[float] = []
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for steps in ((1,), (1, 3), (1, 2, 5)):
+            found = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
+            if len(found) >= 3:
+                break
+        return found[:: -(-len(found) // most)] or [low, high]
+    rough = (high - low) / most
+    step = next(s for e in (0, 1) for m in (1, 2, 5) if (s := m * 10.0 ** (math.floor(math.log10(rough)) + e)) >= rough)
+    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _points_of(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(step["tokens"]), float(step[key])) for step in steps if isinstance(step.get(key), int | float)]
+
+
+def _running_mean(steps: Sequence[Mapping[str, Any]], *, window: int) -> list[tuple[float, float]]:
+    """(tokens, mean loss of the last `window` steps of the same stage)."""
+    found: list[tuple[float, float]] = []
+    recent: list[float] = []
+    for before, step in zip([None, *steps], steps, strict=False):
+        if before is not None and before.get("stage") != step.get("stage"):
+            recent = []
+        recent = [*recent, float(step["loss"])][-window:]
+        found.append((float(step["tokens"]), sum(recent) / len(recent)))
+    return found
+
+
+def _speeds(figures: Figures) -> list[tuple[float, float]]:
+    """(tokens, tokens/s from the step before), by the log's clock; pauses between stages and for checkpoints are left out."""
+    found = []
+    for before, step in pairwise(figures.steps):
+        seconds = float(step.get("time") or 0) - float(before.get("time") or 0)
+        if step.get("follows") and seconds > 0:
+            found.append((float(step["tokens"]), (step["tokens"] - before["tokens"]) / seconds))
+    return found
+
+
+def _averaged(name: str, points: Sequence[tuple[float, float]]) -> Series:
+    width = -(-len(points) // _MOST_POINTS)
+    if width == 1:
+        return Series(name, list(points))
+    chunks = [points[i : i + width] for i in range(0, len(points), width)]
+    ys = [[y for _, y in chunk] for chunk in chunks]
+    middle = [(sum(x for x, _ in chunk) / len(chunk), sum(y) / len(y)) for chunk, y in zip(chunks, ys, strict=True)]
+    return Series(name, middle, [min(y) for y in ys], [max(y) for y in ys])
+
+
+def _thinned(cuts: Sequence[Cut]) -> list[Cut]:
+    """At most so many of the cuts, evenly spread, the first and the last among them."""
+    if len(cuts) <= _MOST_ROWS:
+        return list(cuts)
+    return [cuts[round(i * (len(cuts) - 1) / (_MOST_ROWS - 1))] for i in range(_MOST_ROWS)]
+
+
+def _name(cut: Cut) -> str:
+    return f"{cut.stage}.{cut.iteration}"
+
+
+def _layers_at(figures: Figures, cuts: Sequence[Cut]) -> list[list[int]]:
+    """The layers there were before each cut, by their numbers at the start: as many as it has distances of."""
+    every: list[State] = [*([figures.began] if figures.began else []), *figures.states]
+    known = {len(state.layers): sorted(state.layers) for state in every}
+    return [known.get(len(cut.distances or ()), list(range(len(cut.distances or ())))) for cut in cuts]

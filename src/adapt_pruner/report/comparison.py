@@ -1,0 +1,204 @@
+"""The page of a comparison: methods by budgets, quality against size and against speed, what failed."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.errors import UsageError
+from adapt_pruner.report.charts import Lines, Series
+from adapt_pruner.report.page import framed
+from adapt_pruner.report.svg import drawn, escaped, table
+from adapt_pruner.report.words import shown
+
+__all__ = ["comparison_page", "comparison_pictures", "read_comparison"]
+
+
+def read_comparison(folder: str | Path) -> dict[str, Any]:
+    """What compare.json in the folder of a comparison holds.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else.
+    """
+    path = Path(folder) / "compare.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}); run the same `adapt-pruner compare` again") from error
+    if not isinstance(result, dict) or not result.get("rows") or not result.get("arguments"):
+        raise UsageError(f"{path} is not what `adapt-pruner compare` writes; run it again into another folder")
+    return result
+
+
+def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
+    """Perplexity over parameters, and over speed, a picture a text; what no other beats bears its name."""
+    pictures = []
+    for number, text in enumerate(_texts(result)):
+        name = f" on {_label(text)}" if len(_texts(result)) > 1 else ""
+        for key, title, x_label, x_form, of, falls in (
+            ("size", "Quality against size", "parameters", "params", "params", True),
+            ("speed", "Quality against speed", "times as fast as dense", "ratio", "speed_up", False),
+        ):
+            front = _front(result["rows"], text, of, fewer=of == "params")
+            methods = dict.fromkeys(row["method"] for row in result["rows"])
+            series = [
+                _series(method, [row for row in result["rows"] if row["method"] == method], text, of, front) for method in methods
+            ]
+            shown_series = [one for one in series if one.points]
+            if sum(len(one.points) for one in shown_series) > 1:
+                about = "Perplexity, lower is better; bands run from the lowest to the highest draw. Named are those that no other beats in both."
+                pictures.append(
+                    Lines(
+                        f"{key}-{number}",
+                        title + name,
+                        about,
+                        shown_series,
+                        x_label,
+                        "perplexity",
+                        x_form,
+                        "perplexity",
+                        log=True,
+                        falls=falls,
+                    )
+                )
+    return pictures
+
+
+def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Sequence[Sequence[str]], *, name: str) -> str:
+    """The page as HTML.
+
+    Args:
+        result: what `compare.json` holds.
+        header: of the full table, as `compare.table.table` words it.
+        lines: its rows; a row whose first cell alone is filled names those below it.
+        name: of the folder.
+    """
+    asked, rows = result["arguments"], result["rows"]
+    model, methods = Path(asked["model"]).name, [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense"]
+    sizes = [size for size in dict.fromkeys(row["size"] for row in rows) if size is not None]
+    pictures = "".join(map(drawn, comparison_pictures(result)))
+    tables = "".join(_matrix(result, text, methods, sizes) for text in _texts(result))
+    failed = [
+        f"{cell['method']}, at most {cell['size']:,}, draw {cell['draw']}: {cell['error']}"
+        for cell in result.get("cells", [])
+        if "error" in cell
+    ]
+    texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
+    sections = [
+        ("table", "Methods by budgets", tables),
+        ("pictures", "Quality against size and speed", f'<div class="wide">{pictures}</div>'),
+        ("all", "All figures", _grouped(header, lines)),
+        ("failed", "What failed", f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in failed)}</ul>" if failed else ""),
+        ("how", "How it was measured", _facts(result, texts)),
+    ]  # fmt: skip
+    sections = [section for section in sections if section[2]]
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{title}</h2>{inner}</section>'
+        for key, title, inner in sections
+    )
+    many = f"{len(methods)} method{'s' * (len(methods) != 1)} at {len(sizes)} size{'s' * (len(sizes) != 1)}"
+    head = (
+        f'<p class="over">{escaped(name)}</p><h1>{escaped(model)}: {many}</h1>'
+        f'<p class="lead">Pruned and not trained, from {shown(rows[0]["params"], "params")} parameters. {_winners(result, sizes)}</p>'
+    )
+    return framed(
+        title=f"{name}: {model} compared", head=head, links=[(key, title) for key, title, _ in sections], body=body,
+        foot=f"Written by adapt-pruner on {time.strftime('%Y-%m-%d %H:%M')}. This page asks nothing of a network.",
+    )  # fmt: skip
+
+
+def _texts(result: Mapping[str, Any]) -> list[str]:
+    return list(result["rows"][0]["texts"])
+
+
+def _label(text: str) -> str:
+    return "/".join(Path(text).parts[-2:])
+
+
+def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
+    found = row["texts"].get(text) if row["texts"] else None
+    value = found.get("perplexity") if found else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool) -> set[tuple[str, Any]]:
+    """(method, size) of the rows that no other row beats in both perplexity and `of`."""
+    sign = 1 if fewer else -1
+    known = [
+        (row["method"], row["size"], sign * row[of], value)
+        for row in rows
+        if row[of] and (value := _perplexity(row, text)) is not None
+    ]
+    return {
+        (method, size) for method, size, x, y in known
+        if not any(a <= x and b <= y and (a < x or b < y) for _, _, a, b in known)
+    }  # fmt: skip
+
+
+def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, front: set[tuple[str, Any]]) -> Series:
+    known = sorted((float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None)
+    spans = [(row["texts"][text]["low"], row["texts"][text]["high"]) for *_, row in known]
+    spread = any(low is not None and high is not None and low != high for low, high in spans) and all(
+        None not in span for span in spans
+    )
+    return Series(
+        method, [(x, y) for x, y, _ in known], [low for low, _ in spans] if spread else [], [high for _, high in spans] if spread else [],
+        dots=True, labels=[method if method == "dense" or (method, row["size"]) in front else "" for *_, row in known],
+    )  # fmt: skip
+
+
+def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes: Sequence[int]) -> str:
+    """Perplexity by method and size, with its ratio to the dense model's."""
+    cells = {(row["method"], row["size"]): row for row in result["rows"]}
+    best = {
+        size: min(
+            (value for m in methods if (row := cells.get((m, size))) and (value := _perplexity(row, text)) is not None),
+            default=None,
+        )
+        for size in sizes
+    }
+    lines = []
+    for method in methods:
+        line = [method]
+        for size in sizes:
+            row = cells.get((method, size))
+            value = _perplexity(row, text) if row else None
+            ratio = row["texts"][text]["ratio"] if row and value is not None else None
+            star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
+            line.append(f"{star}{shown(value, 'perplexity')}" + (f" ({ratio:.2f}×)" if isinstance(ratio, int | float) else ""))
+        lines.append(line)
+    dense = _perplexity(result["rows"][0], text)
+    caption = (
+        f"Perplexity on {text}; dense {shown(dense, 'perplexity')}; in brackets over the dense model’s; ★ is the lowest of a size"
+    )
+    return table(["method", *(f"at most {shown(size, 'params')}" for size in sizes)], lines, caption=caption)
+
+
+def _grouped(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return table(header, [line for line in lines if any(line)])
+
+
+def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
+    text = _texts(result)[0]
+    said = []
+    for size in sizes:
+        known = [
+            (value, row["method"])
+            for row in result["rows"]
+            if row["size"] == size and (value := _perplexity(row, text)) is not None
+        ]
+        if len(known) > 1:
+            said.append(f"{min(known)[1]} at {shown(size, 'params')}")
+    return f"Lowest perplexity: {escaped(', '.join(said))}." if said else ""
+
+
+def _facts(result: Mapping[str, Any], texts: str) -> str:
+    asked = result["arguments"]
+    facts = [
+        ("model", asked["model"]), ("text", texts), ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"),
+        ("draws", len(asked["calibration_ids"]) or asked["draws"]), ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])),
+        ("made by", result["made_by"]),
+    ]  # fmt: skip
+    listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))
+    return f'<p>Parameters are counted in the saved models. Where draws overlap, the table does not tell which is better.</p><dl class="facts">{listed}</dl>'

@@ -1,0 +1,319 @@
+"""What of a run is worth showing, as plain figures; every part of it may be missing."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from adapt_pruner.report.record import Record
+
+__all__ = ["Cut", "Figures", "Row", "State", "after", "figures_of", "fit_slope", "sizes_of"]
+
+PHASES = {
+    "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
+    "other": "all else",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the headline: what is measured, of the dense model and of the model now; None where it is not known."""
+
+    name: str
+    before: float | None
+    now: float | None
+    form: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An iteration of pruning: `tokens` trained before it, `loss` on the calibration text before its cut."""
+
+    stage: int
+    iteration: int
+    params: int
+    target: int
+    tokens: int
+    loss: float | None
+    distances: list[float] | None
+    scores: dict[str, dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class State:
+    """The model after the cuts of a stage, or of some of its iterations: layer, as numbered at the start, -> kind -> units.
+
+    Layers that are gone are not in `layers`; `wide` has the axes of the whole model.
+    """
+
+    label: str
+    params: int
+    layers: dict[int, dict[str, int]]
+    wide: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that the page shows."""
+
+    name: str
+    model: str
+    method: str
+    status: str
+    target: int | None
+    rows: list[Row]
+    began: State | None
+    states: list[State]
+    cuts: list[Cut]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    seconds: dict[str, float]
+    tokens: dict[str, int]
+    wall: float | None
+    peak_bytes: int | None
+    asked: set[str]
+    warnings: list[str]
+    notes: list[str]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of axes inside layers, the most numerous units first; those that nobody asked to shrink are left out, but the usual two."""
+        sizes = next(iter(self.began.layers.values()), {}) if self.began else {}
+        return sorted(
+            (kind for kind in sizes if kind in self.asked or kind in ("neurons", "kv_heads")), key=lambda kind: -sizes[kind]
+        )
+
+
+def figures_of(record: Record) -> Figures:
+    """The figures of a run, as far as its folder has them."""
+    notes = list(record.trouble)
+    cuts = _cuts(record)
+    began, states = _anatomy(record, notes)
+    evaluations = _by_stage(record.of("evaluation"))
+    starts = record.of("start")
+    figures = record.figures
+    target = figures.get("budget") or (starts[-1].get("target") if starts else None)
+    return Figures(
+        name=record.path.resolve().name,
+        model=str(record.recipe.get("model") or "the model"),
+        method=str(record.recipe.get("method") or (starts[0].get("method") if starts else "")),
+        status=record.status,
+        target=target,
+        rows=_headline(record, cuts, evaluations),
+        began=began,
+        states=states,
+        cuts=cuts,
+        steps=_steps(record.events),
+        evaluations=evaluations,
+        seconds=_seconds(record, notes),
+        tokens=_tokens(record, cuts, evaluations),
+        wall=_wall(record.events),
+        peak_bytes=max(
+            (int(e["peak_bytes"]) for e in record.of("step") if e.get("peak_bytes")), default=figures.get("peak_bytes")
+        ),
+        asked={name.rpartition(".")[2] for cut in record.of("cut") for name in cut.get("sizes") or ()},
+        warnings=list(dict.fromkeys(str(event.get("message")) for event in record.of("warning"))),
+        notes=notes,
+    )
+
+
+def sizes_of(event: Mapping[str, Any], left: Sequence[int] | None) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+    """An event's `sizes` by layer, as numbered in the model at the start, and those of the whole model.
+
+    Args:
+        event: with `sizes`, in which layers have the numbers they had at the time.
+        left: the layers there were at the time, by their numbers at the start; None for all.
+    """
+    layers: dict[int, dict[str, int]] = {}
+    wide = {}
+    for name, size in (event.get("sizes") or {}).items():
+        parts = name.split(".")
+        if len(parts) == 3 and parts[1].isdigit():
+            layer = int(parts[1])
+            if left is None or layer < len(left):
+                layers.setdefault(layer if left is None else left[layer], {})[parts[2]] = size
+        else:
+            wide[name] = size
+    return layers, wide
+
+
+def after(
+    event: Mapping[str, Any], layers: Mapping[int, Mapping[str, int]], left: Sequence[int] | None
+) -> tuple[dict[int, dict[str, int]], Sequence[int] | None]:
+    """The sizes by layer, and the layers left, after an event with `sizes`.
+
+    Args:
+        event: a `cut`, whose sizes name layers as they were before it.
+        layers: the sizes before, by the layers' numbers at the start.
+        left: the layers there were before; None for all.
+    """
+    changed = sizes_of(event, left)[0]
+    left = event["layers_left"] if event.get("layers_left") is not None else left
+    return {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}, left
+
+
+def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Slope of the least-squares line through points (x, y), and its standard error; (0, inf) below 3 points."""
+    if len(points) < 3:
+        return 0.0, math.inf
+    xs, ys = zip(*points, strict=True)
+    slope, base = statistics.linear_regression(xs, ys)
+    spread = sum((x - statistics.fmean(xs)) ** 2 for x in xs)
+    rest = sum((y - base - slope * x) ** 2 for x, y in points)
+    return slope, math.sqrt(rest / (len(points) - 2) / spread) if spread else math.inf
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _steps(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps with a loss; `follows` says whether nothing but training was done since the step before."""
+    return [
+        {**event, "follows": before.get("event") == "step"} for before, event in zip([{}, *events], events, strict=False)
+        if event["event"] == "step" and _number(event.get("loss")) is not None and event.get("tokens")
+    ]  # fmt: skip
+
+
+def _by_stage(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last evaluation of each stage, in their order."""
+    found = {event["stage"]: event for event in events if isinstance(event.get("stage"), int)}
+    return [found[stage] for stage in sorted(found)]
+
+
+def _cuts(record: Record) -> list[Cut]:
+    found: list[Cut] = []
+    tokens = 0
+    for event in record.events:
+        if event["event"] == "step":
+            tokens = int(event.get("tokens") or tokens)
+        elif event["event"] == "cut" and event.get("params"):
+            found.append(
+                Cut(
+                    stage=int(event.get("stage") or 1), iteration=int(event.get("iteration") or len(found) + 1), params=int(event["params"]),
+                    target=int(event.get("target") or event["params"]), tokens=tokens, loss=_number(event.get("loss")),
+                    distances=event.get("distances"), scores=event.get("scores") or {},
+                )
+            )  # fmt: skip
+    return found
+
+
+def _anatomy(record: Record, notes: list[str]) -> tuple[State | None, list[State]]:
+    """The model at the start, and after each stage; of a single stage after up to eight groups of its iterations."""
+    starts, cuts = record.of("start"), [cut for cut in record.of("cut") if cut.get("sizes")]
+    params = int(starts[0]["params"]) if starts and starts[0].get("params") else 0
+    began = None
+    if starts and starts[0].get("began"):
+        began = State("dense", params, *sizes_of({"sizes": starts[0]["began"]}, None))
+    if began is None and record.mask:
+        began = State("dense", params, *sizes_of({"sizes": {name: size for name, (size, _) in record.mask.items()}}, None))
+    if (began is None or not began.layers) and cuts:
+        first, wide = sizes_of(cuts[0], None)
+        kinds = {kind for layer in first.values() for kind in layer}
+        most = {kind: max(layer.get(kind, 0) for layer in first.values()) for kind in kinds}
+        began = State("dense", params, {layer: dict(most) for layer in first}, wide)
+        if first:
+            notes.append(
+                "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
+            )
+    states: list[State] = []
+    left = starts[0].get("layers_left") if starts else None
+    whole = dict(began.layers) if began else {}
+    for cut in cuts:
+        wide = sizes_of(cut, left)[1]
+        if cut.get("layers_left") is None and wide.get("layers", len(whole)) < len(whole):
+            notes.append("which layers went is not in the log of this older run, so the anatomy stops before that")
+            break
+        whole, left = after(cut, whole, left)
+        label = f"stage {cut.get('stage', 1)}, iteration {cut.get('iteration', len(states) + 1)}"
+        states.append(State(label, int(cut["params"]), whole, wide))
+    return began, _grouped(cuts, states)
+
+
+def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most: int = 8) -> list[State]:
+    stages = [cut.get("stage", 1) for cut, _ in zip(cuts, states, strict=False)]
+    if len(set(stages)) > 1:
+        last = dict(zip(stages, states, strict=True))
+        return [State(f"stage {stage}", state.params, state.layers, state.wide) for stage, state in last.items()]
+    ends = sorted({round((number + 1) * len(states) / most) - 1 for number in range(most)} - {-1})
+    return [State(f"iteration {end + 1}", states[end].params, states[end].layers, states[end].wide) for end in ends]
+
+
+def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
+    figures, starts = record.figures, record.of("start")
+    before = _number(figures.get("params_before")) or (_number(starts[0].get("params")) if starts else None)
+    now = _number(figures.get("params_after")) or (float(cuts[-1].params) if cuts else None)
+    rows = [Row("parameters", before, now, "params")]
+    if figures.get("decoder_params_before"):
+        own, after = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
+        rows.append(Row("in decoder layers", own, own - (before - now) if after is None and before and now else after, "params"))
+    if record.weight_bytes and now and before:
+        rows.append(
+            Row(
+                "weights on disk",
+                record.weight_bytes * before / now,
+                record.weight_bytes,
+                "bytes",
+                "dense: at the same precision",
+            )
+        )
+    elif record.state.get("start", {}).get("weight_bytes") and before and now:
+        size = float(record.state["start"]["weight_bytes"])
+        rows.append(Row("weights on disk", size, size * now / before, "bytes", "at the same precision"))
+    if evaluations:
+        first = evaluations[0] if evaluations[0]["stage"] == 0 else {}
+        last = evaluations[-1] if evaluations[-1]["stage"] else {}
+        when = f" (after stage {last['stage']})" if last and cuts and last["stage"] < cuts[-1].stage else ""
+        rows.append(
+            Row(
+                "perplexity",
+                _number(first.get("perplexity")),
+                _number(last.get("perplexity")),
+                "perplexity",
+                f"on held-out text{when}",
+            )
+        )
+        rows.append(Row("bits per byte", _number(first.get("bits_per_byte")), _number(last.get("bits_per_byte")), "bits"))
+        rows.append(Row("tokens/s, reading", _speed(first), _speed(last), "speed", "seen once, while evaluating"))
+    return [row for row in rows if row.before is not None or row.now is not None]
+
+
+def _speed(evaluation: Mapping[str, Any]) -> float | None:
+    tokens, seconds = _number(evaluation.get("tokens")), _number(evaluation.get("seconds"))
+    return tokens / seconds if tokens and seconds else None
+
+
+def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
+    figures = record.figures
+    found = {
+        phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if _number(figures.get(f"seconds_{phase}")) is not None
+    }
+    if not found and record.checkpoint is not None:
+        spent = record.state.get("spent")
+        found = {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
+        if found:
+            notes.append(f"the bill is that of {record.checkpoint.name}, the newest checkpoint")
+    return {phase: seconds for phase, seconds in found.items() if seconds > 0}
+
+
+def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    asked = record.recipe.get("calibration") or {}
+    each = int(asked.get("samples") or 0) * int(asked.get("length") or 0)
+    read = each * sum(cut.loss is not None for cut in cuts)
+    trained = max((int(step.get("tokens") or 0) for step in record.of("step")), default=0)
+    measured = sum(int(evaluation.get("tokens") or 0) for evaluation in evaluations)
+    return {name: count for name, count in (("score", read), ("train", trained), ("evaluate", measured)) if count}
+
+
+def _wall(events: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds from the first event to the last; of a run that was stopped, without pauses of more than ten minutes before it went on."""
+    times = [(event["time"], event["event"]) for event in events if _number(event.get("time"))]
+    pauses = sum(
+        later - earlier
+        for (earlier, _), (later, kind) in pairwise(times)
+        if kind in ("start", "resumed", "warning") and later - earlier > 600
+    )
+    return times[-1][0] - times[0][0] - pauses if len(times) > 1 else None

@@ -1,0 +1,301 @@
+"""The page of a run: headline, anatomy, why, recovery, bill, what to try next; one file that asks nothing of a network."""
+
+import base64
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.errors import RunError, first_line
+from adapt_pruner.report import charts
+from adapt_pruner.report.advice import Advice, advice
+from adapt_pruner.report.figures import PHASES, Figures, Row, figures_of
+from adapt_pruner.report.record import Record, read_record
+from adapt_pruner.report.svg import drawn, escaped, table
+from adapt_pruner.report.words import compact, duration, shown
+
+__all__ = ["framed", "page", "pictures", "try_report", "write_page", "write_report"]
+
+_STATUS = {"finished": "finished", "running": "still running", "stopped": "stopped before its end"}
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, whole or not at all; any state of the run gives one.
+
+    Args:
+        run_dir: the run's folder.
+        out: the page; report.html in that folder when None.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        UsageError: it is not the folder of a run.
+        RunError: the page cannot be written.
+    """
+    record = read_record(run_dir)
+    return write_page(Path(out) if out is not None else record.path / "report.html", page(record))
+
+
+def try_report(run_dir: Path) -> str | None:
+    """Write the page of a run that has come to its end; a sentence where that fails, since the run is worth more than its page."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        return f"there is no report, since it failed: {first_line(error)}; `adapt-pruner report {run_dir}` tries again"
+    return None
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {why(error)}; name another file with -o") from error
+    return path
+
+
+def pictures(figures: Figures) -> list[charts.Chart]:
+    """All pictures of a run that there are figures for, in the order of the page."""
+    single = (charts.anatomy(figures), charts.importance(figures), charts.sparsity(figures), charts.costs(figures))
+    found: list[charts.Chart | None] = [
+        *single,
+        *charts.cut_lines(figures),
+        charts.perplexities(figures),
+        *charts.training(figures),
+    ]
+    return [chart for chart in found if chart is not None]
+
+
+def page(record: Record) -> str:
+    """The page as HTML."""
+    figures = figures_of(record)
+    by_key = {chart.key: drawn(chart) for chart in pictures(figures)}
+    sections = [
+        ("anatomy", "Anatomy", "What the model was, and what of it is left.", by_key.get("anatomy", "")),
+        ("why", "Why there", _why(record), _pair(by_key, "importance", "sparsity") + _pair(by_key, *(k for k in by_key if k.startswith("line-"))) + by_key.get("costs", "")),
+        ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio")),
+        ("bill", "The bill", "", _bill(figures) + _facts(record, figures)),
+        ("next", "What to try next", "", _next(record, figures)),
+    ]  # fmt: skip
+    sections = [section for section in sections if section[3]]
+    links = [(key, title) for key, title, *_ in sections]
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{escaped(title)}</h2>{f"<p>{about}</p>" if about else ""}{inner}</section>'
+        for key, title, about, inner in ((f"s-{key}", title, about, inner) for key, title, about, inner in sections)
+    )
+    return framed(
+        title=f"{figures.name}: {_short(figures.model)} pruned",
+        head=_head(figures),
+        links=[(f"s-{key}", title) for key, title in links],
+        body=_tiles(figures.rows) + _remarks(figures) + body,
+        foot=f"Written by adapt-pruner on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve()}. This page asks nothing of a network.",
+    )
+
+
+def framed(*, title: str, head: str, links: list[tuple[str, str]], body: str, foot: str) -> str:
+    """A whole page around a body, with the style and script that pages share."""
+    here = Path(__file__).parent
+    style, script = ((here / f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    items = "".join(f'<li><a href="#{key}">{escaped(name)}</a></li>' for key, name in links)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,"><title>{escaped(title)}</title>'
+        f"<style>{style}</style></head>\n<body><header>{head}</header>"
+        f'<nav aria-label="On this page"><ul>{items}</ul></nav>\n<main>{body}</main>\n'
+        f'<footer>{escaped(foot)}</footer><div id="tip" role="status" hidden></div><script>{script}</script></body></html>\n'
+    )
+
+
+def _short(model: str) -> str:
+    return Path(model).name or model
+
+
+def _head(figures: Figures) -> str:
+    params = figures.rows[0] if figures.rows else None
+    before, now = (params.before, params.now) if params else (None, None)
+    title = escaped(_short(figures.model))
+    if before and now:
+        title += f": {shown(before, 'params')} → {shown(now, 'params')} parameters"
+    chip = f'<span class="chip {figures.status}">{_STATUS[figures.status]}</span>'
+    bars = ""
+    if before and now:
+        bars = '<div class="bars" aria-hidden="true">' + "".join(
+            f'<div class="bar{tag}">{name}<div><i style="width:{100 * value / max(before, now):.2f}%"></i></div><span>{shown(value, "params")}</span></div>'
+            for name, value, tag in (("dense", before, ""), ("now", now, " now"))
+        ) + "</div>"  # fmt: skip
+    return f'<p class="over">{escaped(figures.name)} {chip}</p><h1>{title}</h1><p class="lead">{_lead(figures, before, now)}</p>{bars}'
+
+
+def _lead(figures: Figures, before: float | None, now: float | None) -> str:
+    """The run in two sentences."""
+    said = []
+    if before and now:
+        cuts = len(figures.cuts)
+        stages = len({cut.stage for cut in figures.cuts})
+        many = f"{cuts} iteration{'s' * (cuts > 1)}" + (f" in {stages} stages" if stages > 1 else "")
+        said.append(f"{escaped(figures.method)} removed {1 - now / before:.1%} of the parameters{f' in {many}' if cuts else ''}")
+        if figures.tokens.get("train"):
+            said[-1] += f", with training on {compact(figures.tokens['train'])} tokens"
+    row = next((row for row in figures.rows if row.name == "perplexity"), None)
+    if row and row.before and row.now:
+        said.append(
+            f"Perplexity {row.note} went from {shown(row.before, 'perplexity')} to {shown(row.now, 'perplexity')} ({shown(row.now / row.before, 'ratio')})"
+        )
+    if figures.status != "finished" and figures.target and now and now > figures.target:
+        said.append(f"It is on its way to {shown(figures.target, 'params')}")
+    return (". ".join(said) + ".") if said else "Nothing has been cut yet."
+
+
+def _tiles(rows: Iterable[Row]) -> str:
+    return f'<dl class="tiles">{"".join(map(_tile, rows))}</dl>'
+
+
+def _tile(row: Row) -> str:
+    change = ""
+    if row.before and row.now:
+        percent = row.now / row.before - 1
+        better = percent > 0 if row.form == "speed" else percent < 0
+        tone = "good" if better else "bad" if abs(percent) > 0.0005 else ""
+        change = f' <b class="{tone}">{percent:+.1%}</b>'.replace("-", "−")
+    note = f'<dd class="note">{escaped(row.note)}</dd>' if row.note else ""
+    now = shown(row.now, row.form) if row.now is not None else "not yet"
+    return f'<div class="tile"><dt>{escaped(row.name)}</dt><dd class="now">{now}</dd><dd class="was">dense {shown(row.before, row.form)}{change}</dd>{note}</div>'
+
+
+def _remarks(figures: Figures) -> str:
+    """What could not be read, and what the run warned of."""
+    parts = ""
+    for name, lines in (("About this page", figures.notes), ("The run warned", figures.warnings)):
+        if lines:
+            items = "".join(f"<li>{escaped(line)}</li>" for line in lines[:12])
+            more = f"<li>and {len(lines) - 12} more in log.jsonl</li>" if len(lines) > 12 else ""
+            parts += f'<div class="aside"><strong>{name}</strong><ul>{items}{more}</ul></div>'
+    return parts
+
+
+def _pair(drawings: dict[str, str], *keys: str, tag: str = "pair") -> str:
+    found = [drawings[key] for key in keys if key in drawings]
+    return f'<div class="{tag}">{"".join(found)}</div>' if found else ""
+
+
+def _why(record: Record) -> str:
+    recipe = record.recipe
+    if not recipe or recipe.get("rotate"):
+        return "The stream was sliced along its principal directions." if recipe else ""
+    said = f"Units were scored by <code>{escaped(recipe.get('metric'))}</code>, and <code>{escaped(recipe.get('chooser'))}</code> said how many of each layer go"
+    if recipe.get("distance"):
+        said += f", from what <code>{escaped(recipe['distance'])}</code> says a layer is worth"
+    return said + f". Each iteration removes about {float(recipe.get('step') or 0):.1%}. Cuts are named stage.iteration."
+
+
+def _recovery(figures: Figures) -> str:
+    if figures.steps:
+        return "What training gave back. One learning-rate curve runs over all stages."
+    return "Nothing was trained; this is what the cuts left." if figures.evaluations else ""
+
+
+def _bill(figures: Figures) -> str:
+    total = sum(figures.seconds.values())
+    if not total:
+        return f"<p>About {duration(figures.wall)} from the first line of the log to the last.</p>" if figures.wall else ""
+    order = list(PHASES)
+    parts = [(phase, figures.seconds[phase]) for phase in order if phase in figures.seconds]
+    split = "".join(f'<i class="phase{order.index(phase)}" style="flex:{seconds / total:.4f}"></i>' for phase, seconds in parts)
+    keys = "".join(
+        f'<span class="name"><i class="key phase{order.index(phase)}"></i>{PHASES[phase]}</span>' for phase, _ in parts
+    )
+    rows = [
+        [
+            PHASES[phase],
+            duration(seconds),
+            f"{seconds / total:.1%}",
+            compact(figures.tokens[phase]) if phase in figures.tokens else "–",
+        ]
+        for phase, seconds in parts
+    ]
+    rows.append(["together", duration(total), "100.0%", compact(sum(figures.tokens.values())) if figures.tokens else "–"])
+    memory = f" At its peak it held {figures.peak_bytes / 2**30:.2f} GiB." if figures.peak_bytes else ""
+    return (
+        f"<p>{duration(total)} of work.{memory}</p>"
+        f'<div class="split" aria-hidden="true">{split}</div><p class="legend" aria-hidden="true">{keys}</p>'
+        f"{table(['phase', 'time', 'share', 'tokens'], rows, caption='Time and tokens by phase')}"
+    )
+
+
+def _facts(record: Record, figures: Figures) -> str:
+    recipe = record.recipe
+    training, evaluation = recipe.get("training") or {}, recipe.get("evaluation") or {}
+    facts = [
+        ("model", recipe.get("model")), ("made by", record.made_by), ("seed", recipe.get("seed")),
+        ("device, precision", _machine(record)),
+        ("calibration text", _source((recipe.get("calibration") or {}).get("source"))), ("training text", _source(training.get("source"))),
+        ("held-out text", _source(evaluation.get("source"))), ("began", _when(record)),
+    ]  # fmt: skip
+    listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))
+    folder = shlex.quote(str(record.path))
+    again = f"adapt-pruner run {folder}/recipe.yaml -o again"
+    result = f"{folder}/model" if figures.status == "finished" else None
+    lines = [again]
+    if result:
+        dense = shlex.quote(figures.model)
+        lines += [
+            f"adapt-pruner eval {dense} {result} --text SPEC",
+            f"adapt-pruner inspect {result}",
+            f"adapt-pruner chat {result} 'Why is the sky blue?' --against {dense}",
+        ]
+    commands = f'<pre tabindex="0"><code>{escaped(chr(10).join(lines))}</code></pre>'
+    text = ""
+    if record.recipe_text:
+        data = base64.b64encode(record.recipe_text.encode()).decode()
+        text = (
+            f'<details><summary>The whole recipe</summary><p><a download="recipe.yaml" href="data:text/yaml;base64,{data}">Save recipe.yaml</a></p>'
+            f'<pre tabindex="0"><code>{escaped(record.recipe_text)}</code></pre></details>'
+        )
+    return f'<h3>What it was made of</h3><dl class="facts">{listed}</dl><h3>The same again, and what to do with it</h3>{commands}{text}'
+
+
+def _machine(record: Record) -> str | None:
+    start = next((event for event in reversed(record.of("start")) if event.get("device")), None)
+    return None if start is None else f"{start['device']}, {start.get('precision')} products{_processes(start)}"
+
+
+def _processes(start: dict[str, object]) -> str:
+    return f"; {start['processes']} processes ({start.get('parallel')})" if start.get("processes") not in (None, 1) else ""
+
+
+def _source(source: object) -> str | None:
+    if isinstance(source, dict):
+        return ", ".join(f"{spec} ({weight:g})" for spec, weight in source.items())
+    return None if source is None else str(source)
+
+
+def _when(record: Record) -> str | None:
+    first = next((event["time"] for event in record.events if isinstance(event.get("time"), int | float)), None)
+    return None if first is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(first))
+
+
+def _next(record: Record, figures: Figures) -> str:
+    checkpoint = record.checkpoint.name if record.checkpoint is not None else None
+    found = advice(figures, record.recipe, folder=shlex.quote(str(record.path)), checkpoint=checkpoint)
+    if figures.status == "running":
+        found.insert(
+            0,
+            Advice(
+                "The run is still at work; see it live, or make this page anew later.",
+                f"adapt-pruner watch {shlex.quote(str(record.path))}",
+            ),
+        )
+    if not found:
+        return "<p>No rule found anything amiss: the budget is met and the loss had settled. A smaller budget, or a second seed, would tell more.</p>"
+    items = "".join(
+        f"<li>{escaped(one.text)}{f' <code>{escaped(one.try_it)}</code>' if one.try_it else ''}</li>" for one in found
+    )
+    return f'<ul class="next">{items}</ul>'

@@ -1,0 +1,202 @@
+"""What a run's folder holds: recipe, log, newest figures, and whether somebody works there; as it is, also where it is broken."""
+
+import fcntl
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from adapt_pruner.errors import UsageError
+
+__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
+
+Status = Literal["finished", "running", "stopped"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it.
+
+    Attributes:
+        path: the folder.
+        status: finished; running, where a process holds the folder's lock; stopped else.
+        recipe: what recipe.yaml says; empty where it cannot be read.
+        recipe_text: recipe.yaml as it is.
+        made_by: versions of what ran it; empty where not known.
+        events: of the log, in their order, each a dict with `event`.
+        pruning: pruning.json of the result, or of the newest checkpoint that has one; empty where there is none.
+        state: state.json of that checkpoint; empty where there is none, as beside a result.
+        mask: axis name -> (entries in the model at the start, indices that stayed), from beside pruning.json.
+        checkpoint: the folder they were read from; None where there is none.
+        weight_bytes: of the result's weights on disk, or None.
+        trouble: sentences about what could not be read.
+    """
+
+    path: Path
+    status: Status
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_text: str = ""
+    made_by: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    pruning: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    mask: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    weight_bytes: int | None = None
+    trouble: list[str] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The run's own figures so far."""
+        return dict(self.pruning.get("figures") or {})
+
+
+def read_record(run_dir: str | Path) -> Record:
+    """Read a run's folder; nothing in it is changed, and no weights are read.
+
+    Raises:
+        UsageError: it is not the folder of a run.
+    """
+    path = Path(run_dir)
+    check_is_run(path)
+    trouble: list[str] = []
+    text, recipe = _recipe(path / "recipe.yaml", trouble)
+    first = text.partition("\n")[0]
+    finished = (path / "model").is_dir()
+    place = path / "model" if finished else _newest_checkpoint(path / "checkpoints")
+    pruning = {} if place is None else _json(place / "pruning.json", trouble)
+    return Record(
+        path=path,
+        status="finished" if finished else "running" if is_worked_in(path) else "stopped",
+        recipe=recipe,
+        recipe_text=text,
+        made_by=str(pruning.get("made_by") or (first[2:] if first.startswith("# ") else "")),
+        events=_events(path / "log.jsonl", trouble),
+        pruning=pruning,
+        state={} if place is None or finished else _json(place / "state.json", trouble),
+        mask={} if place is None else _mask(_json(place / "mask.json", trouble)),
+        checkpoint=place,
+        weight_bytes=sum(file.stat().st_size for file in place.glob("model*.safetensors")) if finished and place else None,
+        trouble=trouble,
+    )
+
+
+def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The events in lines of a log, and the numbers, from 1, of lines that are none."""
+    events, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            events.append(event)
+        else:
+            bad.append(number)
+    return events, bad
+
+
+def check_is_run(path: Path) -> None:
+    """Refuse what is not the folder of a run, and say what was probably meant.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file():
+        return
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; name the folder that `adapt-pruner run` wrote, such as runs/demo")
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file; name the folder of a run, which holds recipe.yaml and log.jsonl")
+    if (path / "pruning.json").is_file() and (path.parent / "log.jsonl").is_file():
+        raise UsageError(f"{path} is the result of a run; name the run's folder, {path.parent}")
+    inside = sorted(child.parent for child in path.glob("*/log.jsonl"))
+    hint = f"; did you mean {inside[0]}?" if inside else "; name the folder that `adapt-pruner run` wrote"
+    raise UsageError(f"{path} is not the folder of a run: it holds neither recipe.yaml nor log.jsonl{hint}")
+
+
+def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except FileNotFoundError:
+        trouble.append("recipe.yaml is not there, so what the run was asked to do is not known")
+        return "", {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        trouble.append(f"recipe.yaml cannot be read ({str(error).splitlines()[0]})")
+        return "", {}
+    if not isinstance(data, dict):
+        trouble.append("recipe.yaml holds no keys")
+        return text, {}
+    return text, data
+
+
+def _events(path: Path, trouble: list[str]) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        trouble.append("log.jsonl is not there yet, so there is nothing to show of the run's course")
+        return []
+    except OSError as error:
+        trouble.append(f"log.jsonl cannot be read ({error.strerror})")
+        return []
+    events, bad = parse_lines(lines)
+    if bad and bad[-1] == len(lines):
+        bad.pop()
+        trouble.append("the last line of log.jsonl is broken off: the run was killed while writing it, or is writing it now")
+    if bad:
+        trouble.append(
+            f"{len(bad)} lines of log.jsonl are not events and were left out: {', '.join(map(str, bad[:5]))}{' …' if bad[5:] else ''}"
+        )
+    return events
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint by its name that holds pruning.json (see `runs`)."""
+    order = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+))?", path.name)
+        if match and (path / "pruning.json").is_file():
+            order.append((int(match[1]), 0 if match[2] else int(match[3]) if match[3] else 10**18, path))
+    return max(order)[2] if order else None
+
+
+def _json(path: Path, trouble: list[str]) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        trouble.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})")
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _mask(data: Mapping[str, Any]) -> dict[str, tuple[int, list[int]]]:
+    axes = data.get("axes")
+    if not isinstance(axes, Mapping):
+        return {}
+    return {
+        name: (axis["size"], axis["kept"]) for name, axis in axes.items()
+        if isinstance(axis, Mapping) and isinstance(axis.get("size"), int) and isinstance(axis.get("kept"), list)
+    }  # fmt: skip
+
+
+def is_worked_in(run_dir: Path) -> bool:
+    """Whether a process holds the lock of a run's folder; asked by sharing it for a moment, which a run waits out (see `runs.locked`)."""
+    try:
+        with (run_dir / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,277 @@
+"""Charts as HTML that stands by itself: marks in SVG that stretches, words in HTML that keeps its size on a phone.
+
+Colours are classes, which the page's style gives values in light and dark. What a mark stands for is in its <title>; the same figures
+are in a table below every picture, for those who cannot see or point.
+"""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Series, ticks
+from adapt_pruner.report.words import shown, tick
+
+__all__ = ["drawn", "escaped", "table"]
+
+_FULL = 1000.0  # both sides of a picture's own coordinates
+
+
+def escaped(text: object) -> str:
+    """Text that HTML takes as text."""
+    return html.escape(str(text))
+
+
+def drawn(chart: Chart) -> str:
+    """The chart as a <figure>."""
+    body = _DRAWERS[type(chart)](chart)
+    about = f"<p>{escaped(chart.about)}</p>" if chart.about else ""
+    header, rows = chart.table()
+    words = (
+        f'<details><summary>Figures<span class="sr"> of {escaped(chart.title)}</span></summary>{table(header, rows)}</details>'
+    )
+    kind = type(chart).__name__.lower()
+    return (
+        f'<figure class="{kind}" id="{escaped(chart.key)}"><figcaption><h3>{escaped(chart.title)}</h3>{about}</figcaption>'
+        f"{body}{words}</figure>"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
+    """A table whose first column names its rows; wide ones scroll by themselves."""
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
+    body = "".join(
+        f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    above = f"<caption>{escaped(caption)}</caption>" if caption else ""
+    return f'<div class="scroll" tabindex="0"><table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _svg(label: str, inner: str, *, extra: str = "") -> str:
+    box = f"0 0 {_FULL:.0f} {_FULL:.0f}"
+    return f'<svg role="img" aria-label="{escaped(label)}" viewBox="{box}" preserveAspectRatio="none"{extra}>{inner}</svg>'
+
+
+def _rect(
+    x: float, y: float, width: float, height: float, tag: str, title: str = "", opacity: float | None = None, extra: str = ""
+) -> str:
+    shade = "" if opacity is None else f' fill-opacity="{opacity:.2f}"'
+    inner = f"<title>{escaped(title)}</title>" if title else ""
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="{tag}"{shade}{extra}>{inner}</rect>'
+
+
+def _labels(tag: str, side: str, placed: Sequence[tuple[float, str]]) -> str:
+    spans = "".join(
+        f'<span{" class=last" if side == "left" and at > 0.97 else ""} style="{side}:{100 * at:.2f}%">{escaped(text)}</span>'
+        for at, text in placed
+    )
+    return f'<div class="{tag}" aria-hidden="true">{spans}</div>'
+
+
+def _scale(values: Sequence[float], *, log: bool, room: float) -> tuple[float, float, Callable[[float], float]]:
+    """Lowest and highest shown, and value -> share of the height from the bottom, with `room` above and below."""
+    low, high = min(values), max(values)
+    log = log and low > 0
+    if high <= low:
+        low, high = (low / 2, low * 2) if log else (low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2)
+    turn: Callable[[float], float] = math.log if log else float
+    bottom, top = turn(low), turn(high)
+    room *= top - bottom
+    return low, high, lambda value: (turn(value) - bottom + room) / (top - bottom + 2 * room)
+
+
+def _lines(chart: Lines) -> str:
+    every = [point for series in chart.series for point in series.points]
+    xs, ys = [x for x, _ in every], [y for series in chart.series for y in _heights(series)]
+    log = chart.log and min(ys) > 0
+    low, high, up = _scale(ys, log=log, room=0.14 if any(series.labels for series in chart.series) else 0.04)
+    left, right = min([*xs, *(x for x, _ in chart.marks)]), max(xs)
+    edge = 0.05 if any(series.dots for series in chart.series) else 0.0
+    span = (right - left) or 1.0
+
+    def over(x: float) -> float:
+        at = edge + (1 - 2 * edge) * (x - left) / span
+        return 1 - at if chart.falls else at
+
+    y_ticks = [(1 - up(y), tick(y, chart.y_form)) for y in ticks(low, high, log=log, most=3 if chart.short else 5)]
+    x_ticks = [(over(x), tick(x, chart.x_form)) for x in ticks(left, right, most=5)]
+    paths = [f'<path class="grid" d="{"".join(f"M0 {_FULL * y:.1f}H{_FULL:.0f}" for y, _ in y_ticks)}"/>']
+    if chart.marks:
+        paths.append(f'<path class="mark" d="{"".join(f"M{_FULL * over(x):.1f} 0V{_FULL:.0f}" for x, _ in chart.marks)}"/>')
+    tips: list[list[object]] = []
+    for tone, series in enumerate(chart.series):
+        places = [(_FULL * over(x), _FULL * (1 - up(y))) for x, y in series.points]
+        if series.low:
+            band = [
+                (x, _FULL * (1 - up(y))) for (x, _), y in zip(places, series.high, strict=True)
+            ] + [(x, _FULL * (1 - up(y))) for (x, _), y in reversed(list(zip(places, series.low, strict=True)))]  # fmt: skip
+            paths.append(f'<path class="band tone{_tone(chart, tone)}" d="M{_points(band)}Z"/>')
+        paths.append(f'<path class="line{" faint" * series.faint} tone{_tone(chart, tone)}" d="M{_points(places)}"/>')
+        if series.dots:
+            paths.append(
+                f'<path class="dot tone{_tone(chart, tone)}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)}"/>'
+            )
+        for number, ((x, y), (a, b)) in enumerate(zip(series.points, places, strict=True)):
+            name = (series.labels[number] if series.labels else "") or series.name
+            text = f"{name}: {shown(y, chart.y_form)} at {shown(x, chart.x_form)} {chart.x_label}"
+            tips.append([round(a / _FULL, 4), round(b / _FULL, 4), text])
+    named = [(over(x), text) for x, text in chart.marks] if len(chart.marks) <= 12 and not chart.short else []
+    first, last = chart.series[0].points[0][1], chart.series[0].points[-1][1]
+    course = (last, first) if chart.falls else (first, last)
+    label = f"{chart.title}: {chart.y_label} from {shown(course[0], chart.y_form)} to {shown(course[1], chart.y_form)} over {chart.x_label}"
+    legend = ""
+    if len(chart.series) > 1:
+        keys = "".join(
+            f'<span><i class="key{" faint" * series.faint} tone{_tone(chart, i)}"></i>{escaped(series.name)}</span>'
+            for i, series in enumerate(chart.series)
+        )
+        legend = f'<p class="legend">{keys}</p>'
+    dots = [
+        (x, y, text)
+        for series in chart.series
+        if series.labels
+        for (x, y), text in zip(series.points, series.labels, strict=True)
+        if text
+    ]
+    notes = "".join(
+        f'<span class="at" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>'
+        for x, y, text in dots
+    )
+    return (
+        f'{legend}<div class="plot{" short" if chart.short else ""}">{_labels("ys", "top", y_ticks)}'
+        f'<div class="canvas" data-tips="{escaped(to_json(tips))}">{_svg(label, "".join(paths))}{_labels("marks", "left", named)}{notes}</div>'
+        f'{_labels("xs", "left", x_ticks)}<p class="x">{escaped(chart.x_label)}</p></div>'
+    )
+
+
+def _heights(series: Series) -> list[float]:
+    """The values that the height must show; of a faint line the middle 98 %."""
+    ys = sorted(y for _, y in series.points)
+    return ys[len(ys) // 100 : len(ys) - len(ys) // 100] if series.faint else [*ys, *series.low, *series.high]
+
+
+def _tone(chart: Lines, number: int) -> int:
+    """Which colour a line has; a faint one has that of the line it belongs to."""
+    return 0 if any(series.faint for series in chart.series) else number % 6
+
+
+def _points(places: Sequence[tuple[float, float]]) -> str:
+    return "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
+
+def _heatmap(chart: HeatMap) -> str:
+    wide, high = _FULL / len(chart.columns), _FULL / len(chart.rows)
+    cells = []
+    for row, (shades, values) in enumerate(zip(chart.shades(), chart.values, strict=True)):
+        for column, (shade, value) in enumerate(zip(shades, values, strict=True)):
+            if value is None or shade is None:
+                continue
+            text = f"layer {chart.columns[column]}, {chart.rows[row]}: {shown(value, chart.form)}"
+            cells.append(_rect(column * wide, row * high, wide, high, "heat", text, 0.05 + 0.95 * shade))
+    every = -(-len(chart.rows) // 8)
+    ys = [((row + 0.5) / len(chart.rows), name) for row, name in enumerate(chart.rows) if row % every == 0]
+    label = f"{chart.title}: a heat map of {len(chart.rows)} cuts by {len(chart.columns)} layers; {chart.about}"
+    return (
+        f'<div class="plot heatmap">{_labels("ys", "top", ys)}<div class="canvas cells">{_svg(label, "".join(cells))}</div>'
+        f'{_labels("xs", "left", _layer_ticks(chart.columns))}<p class="x">layer</p></div>'
+        f'<p class="legend"><span>{escaped(chart.low)}</span><i class="ramp" aria-hidden="true"></i><span>{escaped(chart.high)}</span></p>'
+    )
+
+
+def _layer_ticks(names: Sequence[str]) -> list[tuple[float, str]]:
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(names) / step <= 10)
+    return [((i + 0.5) / len(names), name) for i, name in enumerate(names) if i % every == 0]
+
+
+def _anatomy(chart: Anatomy) -> str:
+    parts = []
+    for panel in chart.panels:
+        label = f"{panel.name} of each layer: {sum(panel.left):,} of {sum(panel.total):,} are left"
+        height = "tall" if max(panel.total) > 64 else "low"
+        peak = max(panel.total)
+        ys = [(0.0, f"{peak:,}"), (1.0, "0")]
+        parts.append(
+            f'<div class="plot {height}"><p class="y">{escaped(panel.name)}: {sum(panel.left):,} of {sum(panel.total):,} left</p>'
+            f'{_labels("ys", "top", ys)}<div class="canvas cells">{_svg(label, _columns(panel, chart))}</div></div>'
+        )
+    ends = [("dense", chart.began), *chart.groups]
+    steps = escaped(to_json([f"{name} · {shown(params, 'params')}" for name, params in ends]))
+    groups = len(chart.groups)
+    tints = "".join(f'<i class="key gone" style="opacity:{_tint(i, groups):.2f}"></i>' for i in range(groups))
+    return (
+        f'<div class="slider" hidden><label for="stage">Show the model after</label> <output for="stage"></output>'
+        f'<input id="stage" type="range" min="0" max="{groups}" value="{groups}" data-steps="{steps}"></div>'
+        f'<div class="columns">{"".join(parts)}<div class="plot">'
+        f'{_labels("xs", "left", _layer_ticks(list(map(str, chart.layers))))}<p class="x">layer</p></div></div>'
+        f'<p class="legend"><span><i class="key kept"></i>left</span><span>{tints} gone, {escaped(chart.groups[0][0])}'
+        f"{f' to {escaped(chart.groups[-1][0])}' if groups > 1 else ''}</span></p>"
+    )
+
+
+def _columns(panel: Panel, chart: Anatomy) -> str:
+    """Each layer from the bottom: what is left, then what went, the last to go lowest; few units stand apart."""
+    wide, peak = _FULL / len(chart.layers), max(panel.total)
+    gap = wide * (0.14 if len(chart.layers) <= 64 else 0.0)
+    found = []
+    for i, layer in enumerate(chart.layers):
+        went = [counts[i] for counts in panel.gone]
+        course = f"layer {layer}: {panel.left[i]:,} of {panel.total[i]:,} {panel.name} left"
+        steps = "; ".join(f"{name} −{count:,}" for (name, _), count in zip(chart.groups, went, strict=True) if count)
+        title = f"{course} ({steps})" if steps else course
+        at = 0
+        for number, count in [(None, panel.left[i]), *reversed(list(enumerate(went)))]:
+            if not count:
+                continue
+            pieces = [(at + j, 1) for j in range(count)] if peak <= 64 else [(at, count)]
+            for start, units in pieces:
+                slit = 0.06 * _FULL / peak if peak <= 64 else 0.0
+                y, height = _FULL * (1 - (start + units) / peak) + slit / 2, _FULL * units / peak - slit
+                tag = "kept" if number is None else "gone"
+                extra = "" if number is None else f' data-group="{number + 1}"'
+                tint = None if number is None else _tint(number, len(chart.groups))
+                found.append(_rect(i * wide + gap / 2, y, wide - gap, height, tag, title, tint, extra))
+            at += count
+    return "".join(found)
+
+
+def _tint(group: int, groups: int) -> float:
+    """Opacity of what a group took: the first is faintest."""
+    return 0.25 + 0.6 * ((group + 1) / groups)
+
+
+def _histogram(chart: Histogram) -> str:
+    half = len(chart.kept) // 2
+    known = [i for i in range(len(chart.kept)) if chart.kept[i] or chart.removed[i]]
+    low, high = min(known[0], half - 4), max(known[-1] + 1, half + 4)
+    wide, peak = _FULL / (high - low), max(a + b for a, b in zip(chart.kept, chart.removed, strict=True))
+    cells = []
+    for i in range(low, high):
+        at = 0.0
+        span = f"{2 ** ((i - half) / 4):.2g} to {2 ** ((i + 1 - half) / 4):.2g} of the line"
+        for tag, count in (("gone", chart.removed[i]), ("kept", chart.kept[i])):
+            height = _FULL * count / peak
+            if count:
+                cells.append(
+                    _rect(
+                        (i - low) * wide + wide * 0.06,
+                        _FULL - at - height,
+                        wide * 0.88,
+                        height,
+                        tag,
+                        f"{count:,} {'removed' if tag == 'gone' else 'kept'}, {span}",
+                    )
+                )
+            at += height
+    line = (half - low) * wide
+    cells.append(f'<path class="mark strong" d="M{line:.1f} 0V{_FULL:.0f}"/>')
+    xs = [((i - low) / (high - low), f"{2.0 ** ((i - half) // 4):g}×") for i in range(low, high + 1) if (i - half) % 4 == 0]
+    label = f"{chart.title}: {sum(chart.removed):,} below the cut line went, {sum(chart.kept):,} above it stay"
+    return (
+        f'<div class="plot short">{_labels("ys", "top", [(0.0, f"{peak:,}"), (1.0, "0")])}'
+        f'<div class="canvas cells">{_svg(label, "".join(cells))}</div>{_labels("xs", "left", xs)}<p class="x">score / cut line</p></div>'
+        '<p class="legend"><span><i class="key gone"></i>removed</span><span><i class="key kept"></i>kept</span></p>'
+    )
+
+
+_DRAWERS: dict[type, Callable[..., str]] = {Lines: _lines, HeatMap: _heatmap, Anatomy: _anatomy, Histogram: _histogram}

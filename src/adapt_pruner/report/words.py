@@ -1,0 +1,56 @@
+"""Numbers as people read them."""
+
+import math
+import re
+
+__all__ = ["NARROW", "compact", "duration", "shown", "tick"]
+
+NARROW = "\u00a0"
+"""What stands between a number and its unit, which stay on one line."""
+
+
+def compact(value: float) -> str:
+    """A count in a few characters: 113.3 M, 2.5 k, 96."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.{1 if abs(value) < 1000 * size and size < 1e9 else 2}f}{NARROW}{unit}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A span of time: 45 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}{NARROW}s"
+    if whole < 3600:
+        return f"{whole // 60}{NARROW}min{NARROW}{whole % 60:02d}{NARROW}s"
+    return f"{whole // 3600}{NARROW}h{NARROW}{whole % 3600 // 60:02d}{NARROW}min"
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure of the headline by its form: params, bytes, perplexity, bits, speed, share, lr, plain."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "∞"
+    if form == "params":
+        return compact(value) if value >= 1e6 else f"{value:,.0f}"
+    if form == "bytes":
+        size, unit, digits = (1e9, "GB", 2) if value >= 1e9 else (1e6, "MB", 0) if value >= 1e7 else (1e3, "kB", 0)
+        return f"{value / size:,.{digits}f}{NARROW}{unit}"
+    if form == "perplexity":
+        return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+    if form == "speed":
+        return f"{value:,.0f}"
+    if form == "count":
+        return compact(value)
+    if form == "lr":
+        return f"{value:.1e}".replace("e-0", "e-")
+    return {"bits": "{:.3f}", "share": "{:.1%}", "loss": "{:.3f}", "GiB": "{:.2f}" + NARROW + "GiB", "ratio": "{:.3g}×"}.get(
+        form, "{:,.4g}"
+    ).format(value)
+
+
+def tick(value: float, form: str) -> str:
+    """A figure beside an axis: as `shown`, without zeros that say nothing."""
+    return re.sub(r"\.(?=\D|$)", "", re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", shown(value, form)))

@@ -1,0 +1,452 @@
+"""The report: a page of whatever a run's folder holds, figures that are the run's own, and one sentence for what is no run."""
+
+import fcntl
+import importlib.util
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import pipeline, recipe
+from adapt_pruner.core.axes import Axis, Gate, Mask
+from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.report import charts, page, png
+from adapt_pruner.report.advice import advice
+from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
+from adapt_pruner.report.figures import figures_of, fit_slope
+from adapt_pruner.report.record import read_record
+from adapt_pruner.report.words import duration, shown, tick
+from conftest import read_json
+from test_cli import call
+
+
+def small_recipe(model: Path, text: Path, **changes: Any) -> recipe.Recipe:
+    base = {
+        "model": str(model), "budget": "70%", "stages": 2, "step": 0.1, "dtype": "float32",
+        "calibration": {"source": str(text), "samples": 4, "length": 32},
+        "training": {"source": str(text), "tokens": 3000, "batch_tokens": 128, "length": 64, "lr": 3e-3},
+        "evaluation": {"source": str(text), "window": 64, "max_windows": 4},
+    }  # fmt: skip
+    return recipe.read(base | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two stages that has come to its end."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny & <small>"  # a name that HTML must not take as its own
+    pipeline.run(small_recipe(tiny_folder, text_file), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def stopped(copied: Path) -> Path:
+    """The same run killed after its first stage's training: no result, and a log that ends in the middle of a line."""
+    shutil.rmtree(copied / "model")
+    (copied / "report.html").unlink()
+    lines = (copied / "log.jsonl").read_text().splitlines(keepends=True)
+    last = next(i for i, line in enumerate(lines) if '"stage": 2' in line and '"step"' in line)
+    (copied / "log.jsonl").write_text("".join(lines[: last + 1]) + lines[last + 1][:40])
+    return copied
+
+
+class _Seen(HTMLParser):
+    """What a page holds: tags that are open, addresses that it would ask, pictures by their names."""
+
+    _VOID = frozenset("meta link input br hr img".split())
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.figures: list[str] = []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        given = dict(attrs)
+        self.addresses += [value for key, value in given.items() if key in ("href", "src", "action") and value]
+        if tag == "figure":
+            self.figures.append(given["id"])
+        if tag not in self._VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_run_writes_its_report_and_the_page_stands_by_itself(finished: Path) -> None:
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    seen = _Seen(text)
+    assert {"anatomy", "importance", "sparsity", "costs", "perplexity", "loss", "lr", "speed", "memory"} <= set(seen.figures)
+    assert all(address.startswith(("#", "data:")) for address in seen.addresses), "nothing is asked of a network"
+    assert not re.search(r"url\(|@import|https?://", text), "nor by the style or the script"
+    assert "tiny &amp; &lt;small&gt;" in text
+    assert "tiny & <small>" not in text
+    figures = read_json(finished / "model" / "pruning.json")["figures"]
+    for params in (figures["params_before"], figures["params_after"]):
+        assert f"{params:,}" in text
+    for value in (figures["perplexities"][0], figures["perplexities"][-1]):
+        assert shown(value, "perplexity") in text
+    assert "finished" in text
+    assert "chooser: allocate.adaptive" in text, "the whole recipe"
+
+
+def test_figures_are_those_of_the_run(finished: Path) -> None:
+    record = read_record(finished)
+    figures = figures_of(record)
+    own = read_json(finished / "model" / "pruning.json")["figures"]
+    rows = {row.name: row for row in figures.rows}
+    assert (rows["parameters"].before, rows["parameters"].now) == (own["params_before"], own["params_after"])
+    assert (rows["in decoder layers"].before, rows["in decoder layers"].now) == (
+        own["decoder_params_before"],
+        own["decoder_params_after"],
+    )
+    assert rows["weights on disk"].now == (finished / "model" / "model.safetensors").stat().st_size
+    assert (rows["perplexity"].before, rows["perplexity"].now) == (own["perplexities"][0], own["perplexities"][-1])
+    assert figures.seconds["train"] == own["seconds_train"]
+    assert sum(figures.seconds.values()) == pytest.approx(own["seconds"], abs=0.5)
+    assert figures.tokens["train"] == own["trained_tokens"]
+    assert figures.tokens["score"] == own["iterations"] * 4 * 32
+    assert (figures.status, figures.notes) == ("finished", [])
+
+
+def test_the_anatomy_is_that_of_the_checkpoint(finished: Path) -> None:
+    mask = Mask.from_json(read_json(finished / "model" / "mask.json"))
+    picture = charts.anatomy(figures_of(read_record(finished)))
+    assert picture is not None
+    for panel, kind in zip(picture.panels, ("neurons", "kv_heads"), strict=True):
+        for layer in picture.layers:
+            keep = mask[f"layers.{layer}.{kind}"]
+            assert (panel.total[layer], panel.left[layer]) == (keep.numel(), int(keep.sum()))
+            assert panel.left[layer] + sum(gone[layer] for gone in panel.gone) == panel.total[layer], "what went, by stage"
+    assert [name for name, _ in picture.groups] == ["stage 1", "stage 2"]
+
+
+def test_layers_that_went_keep_their_numbers(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Two of three layers go one by one; the log numbers those that are left anew, the report does not."""
+    asked = small_recipe(
+        tiny_folder, text_file, method="shortgpt", budget="50%", stages=2, training={}, axes=["layers"], step=1.0
+    )  # fmt: skip
+    pipeline.run(asked, tmp_path / "run")
+    mask = Mask.from_json(read_json(tmp_path / "run" / "model" / "mask.json"))
+    left = mask["layers"].nonzero().flatten().tolist()
+    assert len(left) == 1
+    figures = figures_of(read_record(tmp_path / "run"))
+    assert sorted(figures.states[-1].layers) == left
+    picture = charts.anatomy(figures)
+    assert picture is not None
+    for layer in picture.layers:
+        assert (picture.panels[0].left[layer] > 0) == (layer in left)
+
+
+def test_a_run_that_was_killed_shows_what_there_is(stopped: Path) -> None:
+    text = page.page(read_record(stopped))
+    seen = _Seen(text)
+    assert "stopped before its end" in text
+    assert "the last line of log.jsonl is broken off" in text
+    assert f"adapt-pruner run {stopped}/recipe.yaml -o {stopped}" in text
+    assert {"anatomy", "loss"} <= set(seen.figures)
+    assert "after stage 1" in text, "perplexity is of the stage that it was measured after"
+
+
+def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path) -> None:
+    assert read_record(stopped).status == "stopped"
+    with (stopped / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert read_record(stopped).status == "running"
+        text = page.page(read_record(stopped))
+    assert "still running" in text
+    assert f"adapt-pruner watch {stopped}" in text
+
+
+def test_a_glance_at_the_lock_does_not_stop_a_run_from_beginning(tmp_path: Path) -> None:
+    from threading import Timer
+
+    from adapt_pruner.runs import locked
+
+    glance = (tmp_path / ".lock").open("a+")
+    fcntl.flock(glance, fcntl.LOCK_SH)
+    Timer(0.02, glance.close).start()
+    locked(tmp_path / ".lock").close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.11, 0.3, 0.57, 0.83, 0.999])
+def test_a_log_cut_off_anywhere_gives_a_page(copied: Path, share: float) -> None:
+    log = copied / "log.jsonl"
+    log.write_bytes(log.read_bytes()[: int(share * log.stat().st_size)])
+    _Seen(page.page(read_record(copied)))
+    shutil.rmtree(copied / "model")
+    _Seen(page.page(read_record(copied)))
+    shutil.rmtree(copied / "checkpoints")
+    _Seen(page.page(read_record(copied)))
+
+
+@pytest.mark.parametrize("missing", ["log.jsonl", "recipe.yaml", "checkpoints", "model/mask.json", "model/pruning.json"])
+def test_what_is_missing_is_said_and_the_rest_is_shown(copied: Path, missing: str) -> None:
+    gone = copied / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    text = page.page(read_record(copied))
+    _Seen(text)
+    assert missing == "checkpoints" or f"{missing} " in text
+
+
+def test_lines_that_are_no_events_are_left_out_and_counted(copied: Path) -> None:
+    log = copied / "log.jsonl"
+    log.write_bytes(b"not json\n" + log.read_bytes() + b'{"time": 1}\n\xff\xfe\n{"event": "step", "tok')
+    record = read_record(copied)
+    count = len(log.read_bytes().split(b"\n"))
+    assert record.trouble == [
+        "the last line of log.jsonl is broken off: the run was killed while writing it, or is writing it now",
+        f"3 lines of log.jsonl are not events and were left out: 1, {count - 2}, {count - 1}",
+    ]
+
+
+def test_what_is_no_run_is_refused_with_a_hint(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, hint in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path, "neither recipe.yaml nor log.jsonl"),
+        (finished.parent, f"did you mean {finished}?"),
+        (finished / "model", f"name the run's folder, {finished}"),
+    ):
+        for command in ("report", "watch"):
+            status, out, err = call(monkeypatch, capsys, command, folder)
+            assert (status, out) == (2, "")
+            assert hint in err
+            assert err.count("\n") == 1
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_the_page_goes_where_it_is_asked_to(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "report.html").unlink()
+    target = tmp_path / "new" / "mine.html"
+    status, out, _ = call(monkeypatch, capsys, "report", copied, "-o", target, "--json")
+    assert (status, json.loads(out)) == (0, {"written": [str(target)]})
+    assert not (copied / "report.html").exists()
+    status, _, err = call(monkeypatch, capsys, "report", copied, "-o", tmp_path)
+    assert status == 2
+    assert "name the page" in err
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = (copied / "report.html").read_bytes()
+    monkeypatch.setattr("adapt_pruner.core.files.sync", full)
+    status, _, err = call(monkeypatch, capsys, "report", copied)
+    assert status == 1
+    assert "the disk is full" in err
+    assert (copied / "report.html").read_bytes() == before
+    assert not list(copied.glob(".*.partial-*"))
+
+
+def test_a_run_whose_report_fails_is_a_run_all_the_same(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Any
+) -> None:
+    heard, listen = events
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no page today")
+
+    monkeypatch.setattr(page, "write_report", broken)
+    pipeline.run(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=listen)
+    assert (tmp_path / "run" / "model").is_dir()
+    assert "no page today" in heard[-1]["message"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_pictures_for_papers(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = call(monkeypatch, capsys, "report", copied, "--png", "--json")
+    written = [Path(path) for path in json.loads(out)["written"]]
+    assert status == 0
+    assert {"anatomy.png", "importance.png", "loss.png", "perplexity.png"} <= {path.name for path in written}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+
+
+def test_without_matplotlib_pictures_are_refused_in_a_sentence_and_the_page_is_not(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(png.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    (copied / "report.html").unlink()
+    status, _, err = call(monkeypatch, capsys, "report", copied, "--png")
+    assert status == 2
+    assert "pip install 'adapt-pruner[plot]'" in err
+    assert not (copied / "report.html").exists(), "nothing is done by halves"
+    assert call(monkeypatch, capsys, "report", copied)[0] == 0
+
+
+def test_scores_about_the_cut_line_are_counted_in_quarter_octaves() -> None:
+    axis = Axis("layers.0.neurons", 6, 1, Gate("m"))
+    other = Axis("layers.1.neurons", 2, 1, Gate("m"))
+    below = Axis("layers.1.kv_heads", 2, 1, Gate("m"))
+    scores = {
+        "layers.0.neurons": torch.tensor([4.0, 2.0, 1.9, 1.0, 0.0, 70.0]),
+        "layers.1.neurons": torch.tensor([1.0, 2.0]),
+        "layers.1.kv_heads": torch.tensor([-1.0, -2.0]),
+    }
+    mask = Mask({
+        "layers.0.neurons": torch.tensor([True, True, False, False, False, True]),
+        "layers.1.neurons": torch.tensor([True, True]),
+        "layers.1.kv_heads": torch.tensor([True, False]),
+    })  # fmt: skip
+    found = cut_line([axis, other, below], scores, mask)
+    assert set(found) == {"neurons"}, "below 0 there is no line to be a share of"
+    middle = QUARTER_OCTAVES // 2
+    kept = {i: count for i, count in enumerate(found["neurons"]["kept"]) if count}
+    removed = {i: count for i, count in enumerate(found["neurons"]["removed"]) if count}
+    assert kept == {middle: 1, middle + 4: 1, middle + 20: 1}, "2, 4 and 70 over the line 2; the layer that loses nothing is not counted"
+    assert removed == {middle - 1: 1, middle - 4: 1, 0: 1}, "1.9, 1 and 0"
+
+
+def test_every_cut_says_how_its_scores_lie(finished: Path) -> None:
+    cuts = read_record(finished).of("cut")
+    assert all(sum(cut["scores"]["neurons"]["removed"]) for cut in cuts if "neurons" in cut["scores"])
+    assert any("neurons" in cut["scores"] for cut in cuts)
+    for cut in cuts:
+        counts = cut["scores"].get("neurons", {"kept": [], "removed": []})
+        half = len(counts["kept"]) // 2
+        assert not any(counts["kept"][:half]), "nothing that stays scores below the line"
+        assert not any(counts["removed"][half + 1 :])
+
+
+def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
+    def said(folder: Path, **changes: Any) -> str:
+        record = read_record(folder)
+        figures = figures_of(record)
+        for key, value in changes.items():
+            object.__setattr__(figures, key, value)
+        return " ".join(one.text for one in advice(figures, record.recipe, folder="F", checkpoint=None))
+
+    falling = [{"stage": 1, "tokens": 10 * i, "loss": 5 - 0.01 * i + 0.001 * (-1) ** i} for i in range(1, 60)]
+    level = [{"stage": 1, "tokens": 10 * i, "loss": 5 + 0.1 * (-1) ** i} for i in range(1, 60)]
+    assert "still falling" in said(finished, steps=falling)
+    assert "still falling" not in said(finished, steps=level)
+    assert "was not reached" in said(finished, target=1000)
+    assert "was not reached" not in said(finished)
+    assert "are unused" in said(finished, target=10**6)
+    assert "Nothing was trained" in said(finished, steps=[])
+    assert "Nothing was trained" not in said(finished)
+    assert "No held-out text" in said(finished, evaluations=[])
+    assert "was stopped" in said(stopped)
+    assert "was stopped" not in said(finished)
+    figures = figures_of(read_record(finished))
+    assert figures.began is not None
+    whole = {layer: {**figures.states[-1].layers[layer], "kv_heads": sizes["kv_heads"]} for layer, sizes in figures.began.layers.items()}
+    state = type(figures.states[-1])("stage 2", 1, whole)
+    assert "Attention is untouched" in said(finished, states=[state])
+
+
+def test_a_slope_is_a_slope_only_beyond_its_noise() -> None:
+    slope, error = fit_slope([(0.0, 1.0), (1.0, 0.0), (2.0, -1.0)])
+    assert (slope, error) == (-1.0, 0.0)
+    assert fit_slope([(0.0, 1.0)])[1] == float("inf")
+
+
+def test_an_older_log_without_sizes_at_the_start_takes_them_from_the_mask(copied: Path) -> None:
+    events = [json.loads(line) for line in (copied / "log.jsonl").read_text().splitlines()]
+    for event in events:
+        for key in ("began", "sizes", "layers_left", "scores") if event["event"] == "start" else ("layers_left", "scores"):
+            event.pop(key, None)
+    (copied / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    picture = charts.anatomy(figures_of(read_record(copied)))
+    assert picture is not None
+    assert picture.panels[0].total == [40, 40, 40]
+    shutil.rmtree(copied / "model")
+    shutil.rmtree(copied / "checkpoints")
+    assert "largest after the first cut" in page.page(read_record(copied))
+
+
+def test_numbers_are_short_and_whole() -> None:
+    narrow = "\u00a0"
+    assert shown(134_515_008, "params") == f"134.5{narrow}M"
+    assert shown(1_005_461_760, "params") == f"1.01{narrow}B"
+    assert shown(50_784, "params") == "50,784"
+    assert shown(float("inf"), "perplexity") == "∞"
+    assert shown(None, "bits") == "–"
+    assert duration(7265) == f"2{narrow}h{narrow}01{narrow}min"
+    assert [tick(value, form) for value, form in ((4.0, "loss"), (130e6, "params"), (1e5, "count"), (2e-4, "lr"), (1.0, "ratio"))] == [
+        "4", f"130{narrow}M", f"100{narrow}k", "2e-4", "1×",
+    ]  # fmt: skip
+    assert charts.ticks(0, 10, most=5) == [0, 2, 4, 6, 8, 10]
+    assert charts.ticks(10, 1000, log=True) == [10, 100, 1000]
+
+
+def comparison_result() -> dict[str, Any]:
+    """What compare.json holds, of two methods at two sizes, one of which failed."""
+
+    def row(method: str, size: int | None, params: int | None, ppl: float | None, speed: float | None, error: str | None = None) -> dict[str, Any]:
+        texts = {} if ppl is None else {"t.txt": {"perplexity": ppl, "low": ppl - 1, "high": ppl + 1, "ratio": ppl / 10}}
+        return {
+            "method": method, "size": size, "params": params, "decoder_params": params, "removed": 0.1, "texts": texts,
+            "seconds": 1.0, "peak_bytes": 2**30, "speed_up": speed, "draws": 0 if error else 2, "failed": int(bool(error)), "error": error,
+        }  # fmt: skip
+
+    return {
+        "made_by": "x", "device": "cpu", "precision": "float32", "dense": {},
+        "arguments": {"model": "m/<b>", "window": 64, "draws": 2, "calibration_ids": [], "calibration": None, "overrides": []},
+        "texts": [{"text": "t.txt", "windows": 4, "tokens": 252}],
+        "rows": [
+            row("dense", None, 100, 10.0, 1.0), row("good", 80, 80, 12.0, 1.3), row("bad", 80, 79, 30.0, 1.1), row("good", 60, 60, 20.0, 1.5),
+            row("bad", 60, None, None, None, "out of <memory>"),
+        ],
+        "cells": [{"method": "bad", "size": 60, "draw": 0, "error": "out of <memory>"}],
+    }  # fmt: skip
+
+
+def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
+    result = comparison_result()
+    text = comparison_page(result, ["method", "parameters"], [["dense", "100"]], name="cmp")
+    seen = _Seen(text)
+    assert seen.figures == ["size-0", "speed-0"]
+    assert all(address.startswith(("#", "data:")) for address in seen.addresses)
+    assert "★ 12.00 (1.20×)" in text
+    assert ">30.00 (3.00×)" in text
+    assert "out of &lt;memory&gt;" in text
+    size, speed = comparison_pictures(result)
+    named = {series.name: [label for label in series.labels if label] for series in size.series}
+    assert named == {"dense": ["dense"], "good": ["good", "good"], "bad": []}, "the small good one is smaller and better than bad"
+    assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
+
+
+def test_the_folder_of_a_comparison_is_reported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps(comparison_result()))
+    assert call(monkeypatch, capsys, "report", tmp_path)[0] == 0
+    assert "★ 12.00" in (tmp_path / "compare.html").read_text()
+    for broken in ("{", "[]", "{}"):
+        (tmp_path / "compare.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"compare\.json"):
+            read_comparison(tmp_path)
+    assert call(monkeypatch, capsys, "report", tmp_path)[0] == 2
+
+
+def test_write_page_says_what_is_wrong_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="could not be written"):
+        page.write_page(tmp_path / "file" / "page.html", "x")
