@@ -11,10 +11,12 @@ import typer
 
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
+from adapt_pruner.cli.export import export
 from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
 from adapt_pruner.cli.prune import prune
 from adapt_pruner.cli.run import run
+from adapt_pruner.cli.verify import verify
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["app", "main"]
@@ -34,6 +36,8 @@ for command, name in (
     (compare, "compare"),
     (inspect, "inspect"),
     (methods, "methods"),
+    (export, "export"),
+    (verify, "verify"),
 ):
     app.command(name)(command)
 
