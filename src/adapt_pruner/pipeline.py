@@ -29,7 +29,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan import Stage, layer_measure_of, metrics_of, prunable, scored
+from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, metrics_of, prunable, scored
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
@@ -107,7 +107,7 @@ def _prune(
     if recipe.rotate is not None:
         _slice(model, stage, recipe, ready=ready, at=at, listen=listen)
         return
-    chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
+    chooser = chooser_of(recipe, step=recipe.step, amplitude=recipe.amplitude)
 
     def warn(message: str) -> None:
         listen({"event": "warning", "message": f"stage {stage.stage}: {message}"})

@@ -125,7 +125,8 @@ def _stranger(folder: Path, trust_remote_code: bool) -> Iterator[Engine]:
 
         def logits(ids: list[int]) -> Tensor:
             ask({"logits": ids})
-            return torch.from_numpy(np.lib.format.read_array(out, allow_pickle=False))
+            length, vocab_size = line()
+            return torch.frombuffer(bytearray(out.read(4 * length * vocab_size)), dtype=torch.float32).view(length, vocab_size)
 
         def greedy(ids: list[int], count: int) -> list[int]:
             ask({"greedy": ids, "tokens": count})

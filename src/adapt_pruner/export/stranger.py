@@ -3,8 +3,8 @@
     python stranger.py FOLDER THREADS [trust]
 
 Says first, as a line of JSON, which class it has and of how many tokens, or what went wrong. Then each line on stdin is a question
-in JSON: {"logits": ids} is answered with a .npy of float32 [length, vocabulary], {"greedy": ids, "tokens": n} and {"encode": text}
-with a line of JSON.
+in JSON: {"logits": ids} is answered with a line of its shape and then float32 [length, vocabulary], {"greedy": ids, "tokens": n} and
+{"encode": text} with a line.
 """
 
 import json
@@ -25,7 +25,6 @@ def main() -> None:
 
     folder, threads, trust = sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["trust"]
     try:
-        import numpy as np
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
         from transformers.utils import logging
@@ -47,7 +46,8 @@ def main() -> None:
         with torch.no_grad():
             if "logits" in asked:
                 logits = model(torch.tensor([asked["logits"]]), use_cache=False).logits[0]
-                np.lib.format.write_array(out, logits.float().numpy(), allow_pickle=False)
+                answer(list(logits.shape))
+                out.write(logits.float().numpy().tobytes())
                 out.flush()
             elif "greedy" in asked:
                 ids = torch.tensor([asked["greedy"]])
