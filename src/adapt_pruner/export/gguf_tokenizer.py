@@ -51,6 +51,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
     model = data["model"]
     if model["type"] != "BPE":
         raise UsageError(f"the tokenizer is of type {model['type']}, and GGUF export knows BPE; use --to padded or onnx")
+    if not model["merges"]:
+        raise UsageError("the tokenizer has no merges, and llama.cpp loads none without; use --to padded or onnx")
     notes = []
     byte_level = "ByteLevel" in _steps(data["pre_tokenizer"])
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")

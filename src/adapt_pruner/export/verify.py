@@ -49,7 +49,7 @@ class Tolerance:
 
 TOLERANCES = {
     32: Tolerance(0.05, 0.99, 0.005),
-    16: Tolerance(None, 0.97, 0.01),
+    16: Tolerance(None, 0.95, 0.01),
     8: Tolerance(None, 0.95, 0.02),
     5: Tolerance(None, 0.85, 0.10),
     4: Tolerance(None, 0.75, 0.25),
