@@ -1,5 +1,7 @@
 """A folder in NVIDIA's DeciLM form (`block_configs`, model type nemotron-nas), which vLLM, SGLang and TensorRT-LLM read.
 
+The folder also brings a config class and a modelling file, with which transformers loads it (trust_remote_code).
+
 It says of each layer how many query heads read a KV head, and how wide the MLP is, as a multiple of the stream's width that every
 reader rounds up to a multiple of 256:
 
@@ -11,15 +13,17 @@ Source: modeling of nvidia/Llama-3_1-Nemotron-51B as vLLM's nemotron_nas.py and 
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights, refuse_sliced
+from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights, refuse_sliced, widest
 
 __all__ = ["width_of", "write"]
 
@@ -50,13 +54,19 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for key in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "layer_types", "sliding_window"):
             config.pop(key, None)
+        most = widest(wide)
         config |= {
             "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": blocks,
-            "num_attention_heads": sizes[0].heads, "num_key_value_heads": None, "intermediate_size": None,
+            "auto_map": {
+                "AutoConfig": "configuration_decilm.DeciLMConfig",
+                "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+            },
+            "num_attention_heads": most.heads, "num_key_value_heads": most.kv_heads, "intermediate_size": most.neurons,
         }  # fmt: skip
         (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
-        for code in folder.glob("modeling_*.py"):
-            code.unlink()
+        for name in ("configuration_decilm.py", "modeling_decilm.py"):
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
 
     save(model, loaded.tokenizer, path, dtype=loaded.dtype, weights=padded_weights(model, wide), beside=as_decilm)
     grown = sum(new.neurons - old.neurons for new, old in zip(wide, sizes, strict=True))
@@ -95,10 +105,4 @@ def _refuse_unheld(config: Any, sizes: list[LayerSizes]) -> None:
         raise UsageError(
             f"DeciLM has one number of query heads for all layers, and they have between {heads[0]} and {heads[-1]}; "
             "prune with --set axes=[neurons] or --set equal_widths=true, or use --to padded or gguf"
-        )
-    head_dim = config.head_dim
-    if head_dim * heads[0] != config.hidden_size:
-        raise UsageError(
-            f"DeciLM takes the head size from the width, {config.hidden_size} / {heads[0]} heads, and this model's is {head_dim}; "
-            "prune with --set axes=[neurons], or use --to padded or gguf"
         )

@@ -48,7 +48,7 @@ class Tolerance:
 
 
 TOLERANCES = {
-    32: Tolerance(0.05, 0.99, 0.005),
+    32: Tolerance(0.05, 0.98, 0.005),
     16: Tolerance(None, 0.95, 0.01),
     8: Tolerance(None, 0.95, 0.02),
     5: Tolerance(None, 0.85, 0.10),
