@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoint": 3,
     "parts": 4,
     "slicing": 4,
+    "export": 4,
     "recipe": 5,
     "estimate": 6,
     "plan": 6,

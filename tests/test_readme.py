@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def blocks() -> list[tuple[str, str]]:
     """(language, code) of every block that is marked as executed, in order."""
     marked = re.findall(r"<!-- executed by tests/test_readme.py -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
-    assert [language for language, _ in marked] == ["sh", "python", "python"]
+    assert [language for language, _ in marked] == ["sh", "python", "sh", "python"]
     return marked
 
 
@@ -36,7 +36,7 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{piece}\n{done.stderr[-2000:]}"
             said.append(done.stdout)
-    prune, inspect, measure, dry_run, methods, _, again = said
+    prune, inspect, measure, dry_run, methods, _, as_gguf, as_plain, verified, again = said
     after = int(re.search(r"parameters +134,515,008 +([\d,]+)", prune)[1].replace(",", ""))  # type: ignore[index]
     assert 120_000_000 - 1728 < after <= 120_000_000, "within one neuron (3 × 576 weights)"
     assert inspect.count("\n") > 30
@@ -46,7 +46,10 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
     assert "nothing was written" in dry_run
     assert "weights.taylor" in methods
     assert 118_000_000 - 1728 < int(again) <= 118_000_000
-    assert {path.name for path in tmp_path.iterdir()} == {"small", "smaller"}
+    assert "saved small.gguf" in as_gguf
+    assert "saved small-plain" in as_plain
+    assert "it computes what the model computes" in verified
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "smaller", "small.gguf", "small-plain"}
 
 
 def test_the_make_targets_in_the_readme_exist() -> None:

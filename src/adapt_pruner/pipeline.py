@@ -29,7 +29,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan import Stage, layer_measure_of, measured_whole, metrics_of, prunable, scored
+from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, measured_whole, metrics_of, prunable, scored
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
@@ -108,7 +108,7 @@ def _prune(
     if recipe.rotate is not None:
         _slice(model, stage, recipe, ready=ready, at=at, listen=listen)
         return
-    chooser = parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude)
+    chooser = chooser_of(recipe, step=recipe.step, amplitude=recipe.amplitude)
 
     def warn(message: str) -> None:
         listen({"event": "warning", "message": f"stage {stage.stage}: {message}"})
@@ -333,7 +333,9 @@ def _begun(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> tuple[L
     loaded = load_model(recipe, listen, trust_remote_code)
     dense = count_parameters(loaded.model)
     loaded, mask = cut_vocabulary(loaded, recipe, listen)
-    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask, began={axis.name: axis.size for axis in families.axes(loaded.model)})
+    at = Position(
+        Debt.none(prunable(loaded.model, recipe)), mask=mask, began={axis.name: axis.size for axis in families.axes(loaded.model)}
+    )
     if "vocabulary" in mask:
         at.figures |= {
             "vocabulary_before": mask["vocabulary"].numel(),

@@ -9,6 +9,7 @@ import torch
 
 from adapt_pruner import families, parts
 from adapt_pruner.choose.allocate import Debt
+from adapt_pruner.choose.widths import check_multiple, fitting
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
@@ -20,6 +21,7 @@ from adapt_pruner.train.loop import stage_tokens
 
 __all__ = [
     "Stage",
+    "chooser_of",
     "layer_measure_of",
     "measured_whole",
     "metrics_of",
@@ -93,6 +95,7 @@ def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) ->
         UsageError: it cannot.
     """
     axes = prunable(model, recipe)
+    check_multiple(axes, recipe.multiple_of)
     budget = Budget.parse(recipe.budget, dense=dense)
     total = count_parameters(model)
     if total > budget.keep and families.is_sliced(model.config):
@@ -113,7 +116,7 @@ def _least(model: Any, recipe: Recipe) -> int:
     """Parameters that are left when the chooser, asked with scores that are all alike, has given everything it may."""
     axes = families.axes(model)
     left = prunable(model, recipe)
-    chooser = parts.bind("chooser", recipe.chooser, step=1.0, amplitude=0.0)
+    chooser = chooser_of(recipe, step=1.0, amplitude=0.0)
     everything = Budget(keep=0, total=count_parameters(model))
     least, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
     while True:
@@ -129,6 +132,19 @@ def _least(model: Any, recipe: Recipe) -> int:
         left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
     may_shrink = prunable(model, recipe)
     return num_left(model, axes, Mask.of_sizes(may_shrink, {axis.name: torch.zeros(axis.entries) for axis in may_shrink}, least))
+
+
+def chooser_of(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:
+    """The recipe's chooser, its sizes brought to the widths that the recipe allows; called as any chooser is."""
+    choose = parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude)
+
+    def within_widths(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
+        sizes, debt = choose(scores, axes, budget, debt=debt)
+        if recipe.multiple_of > 1 or recipe.equal_widths:
+            sizes = fitting(sizes, axes, scores=scores, multiple_of=recipe.multiple_of, equal_widths=recipe.equal_widths)
+        return sizes, debt
+
+    return within_widths
 
 
 def prunable(model: Any, recipe: Recipe) -> list[Axis]:

@@ -188,6 +188,10 @@ class Recipe(_Frozen):
     )
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
+    equal_widths: bool = Field(
+        False, description="all layers keep the same number of neurons and of heads, as a plain folder wants"
+    )
+    multiple_of: int = Field(1, ge=1, description="neurons of a layer stay a multiple of it: 64 runs fast, 256 quantises well")
     debt: Literal["carry", "reset"] = Field(
         "carry", description="fractions of a unit still owed: carried on, or forgotten each stage"
     )
@@ -243,6 +247,12 @@ class Recipe(_Frozen):
         if "residual" in self.axes and self.chooser.startswith("allocate.adaptive"):
             raise ValueError(
                 "chooser 'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"
+            )
+        if self.multiple_of > 1 and "neurons" not in self.axes:
+            raise ValueError(f"multiple_of {self.multiple_of} is of neurons, and axes does not name them; add neurons to axes")
+        if self.rotate is not None and (self.equal_widths or self.multiple_of > 1):
+            raise ValueError(
+                f"rotate {self.rotate!r} takes no neurons or heads, so equal_widths and multiple_of would be ignored; leave them out"
             )
         if self.rotate is not None and self.repair is not None:
             raise ValueError(

@@ -12,11 +12,13 @@ import typer
 from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
+from adapt_pruner.cli.export import export
 from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
 from adapt_pruner.cli.prune import prune
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
+from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
 from adapt_pruner.errors import RunError, UsageError
 
@@ -40,6 +42,8 @@ for command, name in (
     (inspect, "inspect"),
     (chat, "chat"),
     (methods, "methods"),
+    (export, "export"),
+    (verify, "verify"),
 ):
     app.command(name)(command)
 

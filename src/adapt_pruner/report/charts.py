@@ -164,9 +164,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
     for kind in figures.kinds:
         total = [began.layers[layer].get(kind, 0) for layer in layers]
         course = [total, *([state.layers.get(layer, {}).get(kind, 0) for layer in layers] for state in states)]
-        gone = [
-            [max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)
-        ]
+        gone = [[max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)]
         if any(total):
             panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
     said = []

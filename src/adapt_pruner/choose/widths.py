@@ -1,0 +1,95 @@
+"""Sizes that other tools hold or run well: widths that are multiples of a number, and layers that are all alike.
+
+A step after any chooser: it takes the sizes that a chooser wants and gives sizes near them that remove at least as many
+parameters, less than one multiple of neurons more where layers may differ. What an axis keeps beyond what the chooser wanted is not
+forgotten: the chooser is asked again with the sizes as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.errors import UsageError
+
+__all__ = ["check_multiple", "fitting"]
+
+
+def check_multiple(axes: Sequence[Axis], multiple_of: int) -> None:
+    """Refuse a multiple that some layer has fewer neurons than.
+
+    Raises:
+        UsageError: one has.
+    """
+    least = min((axis.size for axis in axes if axis.kind == "neurons"), default=multiple_of)
+    if multiple_of > least:
+        raise UsageError(f"multiple_of {multiple_of} is above the {least:,} neurons that a layer has; lower it")
+
+
+def fitting(
+    sizes: Mapping[str, int], axes: Sequence[Axis], *, scores: Scores, multiple_of: int = 1, equal_widths: bool = False
+) -> dict[str, int]:
+    """Sizes near `sizes` that remove at least as many parameters, where axes are large enough for it.
+
+    Neurons: with M = `multiple_of`, each layer's width goes down to a multiple of M, and then up to the next one, those first that
+    lost most, while the whole still removes what was wanted. With `equal_widths` all layers get the same width, the
+    largest multiple of M that removes what was wanted, and the same number of heads: the mean of what was wanted, rounded up,
+    for which neurons pay; fewer only where neurons cannot.
+
+    Args:
+        sizes: axis name -> units that the chooser wants to keep.
+        axes: the axes that may shrink.
+        scores: of `layers`, where some of them go.
+        multiple_of: of neurons; 1 for any number.
+        equal_widths: whether every layer that stays gets the same sizes.
+
+    Returns:
+        Axis name -> units to keep; none more than the axis has.
+    """
+    staying = _staying(sizes, axes, scores)
+    found = dict(sizes)
+    wanted = sum((axis.size - sizes[axis.name]) * axis.cost for axis in staying)  # parameters to remove
+
+    def left() -> int:
+        """Parameters still to be removed, once heads went as `found` says, by neurons."""
+        return wanted - sum((axis.size - found[axis.name]) * axis.cost for axis in staying if axis.kind != "neurons")
+
+    neurons = [axis for axis in staying if axis.kind == "neurons"]
+    heads = [[axis for axis in staying if axis.kind == kind] for kind in ("kv_heads", "query_heads")]
+    if not equal_widths:
+        return found | _rounded(neurons, {axis.name: sizes[axis.name] for axis in neurons}, left(), multiple_of)
+    for alike in heads:
+        mean = -(-sum(sizes[axis.name] for axis in alike) // max(1, len(alike)))
+        found |= {axis.name: min([mean, *(other.size for other in alike)]) for axis in alike}
+    room = sum((axis.size - min(axis.size, multiple_of)) * axis.cost for axis in neurons)
+    for alike in heads:
+        while left() > room and alike and found[alike[0].name] > 1:
+            found |= {axis.name: found[axis.name] - 1 for axis in alike}
+    if neurons:
+        least = min(axis.size for axis in neurons)
+        cost = sum(axis.cost for axis in neurons)
+        width = (sum(axis.size * axis.cost for axis in neurons) - left()) // cost
+        width = max(min(least, multiple_of), min(least, width))
+        found |= {axis.name: width // multiple_of * multiple_of or width for axis in neurons}
+    return found
+
+
+def _staying(sizes: Mapping[str, int], axes: Sequence[Axis], scores: Scores) -> list[Axis]:
+    """The axes in layers that stay; those of the whole model are left to the chooser."""
+    depth = next((axis for axis in axes if axis.name == "layers"), None)
+    if depth is None:
+        return [axis for axis in axes if axis.layer is not None]
+    stays = Mask.of_sizes([depth], scores, sizes)["layers"]
+    return [axis for axis in axes if axis.layer is not None and bool(stays[axis.layer])]
+
+
+def _rounded(neurons: Sequence[Axis], wanted: Mapping[str, int], removed: int, multiple: int) -> dict[str, int]:
+    """Multiples near `wanted` that remove `removed` parameters, all down and then those up that lost most."""
+    found = {axis.name: max(wanted[axis.name] // multiple * multiple, min(axis.size, multiple)) for axis in neurons}
+    room = sum((axis.size - found[axis.name]) * axis.cost for axis in neurons) - removed
+    for axis in sorted(neurons, key=lambda axis: found[axis.name] - wanted[axis.name]):
+        up = found[axis.name] + multiple
+        if found[axis.name] < wanted[axis.name] and up <= axis.size and multiple * axis.cost <= room:
+            found[axis.name], room = up, room - multiple * axis.cost
+    for axis in sorted(neurons, key=lambda axis: wanted[axis.name] - found[axis.name]):
+        while room < 0 and found[axis.name] >= 2 * multiple:  # some were at their least
+            found[axis.name], room = found[axis.name] - multiple, room + multiple * axis.cost
+    return found

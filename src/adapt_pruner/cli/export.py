@@ -1,0 +1,56 @@
+"""`adapt-pruner export`: a checkpoint in the form that another tool loads."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapt_pruner.cli.options import Json, TrustRemoteCode
+
+__all__ = ["export"]
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The checkpoint: a folder, or any other MODEL.")],
+    to: Annotated[str, typer.Option("--to", help="gguf, uniform, padded, decilm or onnx.")],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="A new folder; of gguf a new FILE.gguf.")],
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of gguf: f32, f16, bf16, or, with llama-cpp-python, q8_0, q6_k, q5_k_m, q4_k_m, … [default: as stored]",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in the form that another tool loads: llama.cpp, stock transformers, vLLM, ONNX Runtime.
+
+    Examples:
+
+        adapt-pruner export small --to gguf -o small.gguf --quant q8_0
+
+        adapt-pruner export small --to padded -o small-plain
+    """
+    from adapt_pruner.errors import UsageError, nearest
+
+    forms = ("gguf", "uniform", "padded", "decilm", "onnx")
+    if to not in forms:
+        raise UsageError(f"form {to!r} is not known; {nearest(to, forms)}")
+    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.export import export as write
+
+    quiet_libraries()
+    with screen() as listen:
+        listen({"event": "load", "model": model})
+        loaded = load(model, trust_remote_code=trust_remote_code)
+        notes = write(loaded, out, to=to, quant=quant)
+        for note in notes:
+            listen({"event": "warning", "message": note})
+    size = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
+    if as_json:
+        print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))
+        return
+    print(f"saved {out} ({size / 1e6:,.1f} MB); try: adapt-pruner verify {model} {out}")

@@ -1,0 +1,114 @@
+"""`adapt-pruner verify`: whether an exported artefact computes what the checkpoint computes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.cli.options import Json, TrustRemoteCode
+
+__all__ = ["verify"]
+
+
+def verify(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The checkpoint: a folder, or any other MODEL.")],
+    artefact: Annotated[Path, typer.Argument(metavar="ARTEFACT", help="What export wrote: a .gguf file or a folder.")],
+    text: Annotated[str, typer.Option(metavar="SPEC", help="Text to compare on: file, folder, glob, hub:NAME, …")] = (
+        "python-docs:heldout"
+    ),
+    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.", min=2)] = 256,
+    max_windows: Annotated[int, typer.Option(help="Windows at most.", min=1)] = 8,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Run ARTEFACT in its own engine and compare it with DIR in torch; exit status 1 when it is beyond the tolerance.
+
+    A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX Runtime, another folder in stock transformers in a process
+    that does not have adapt-pruner.
+
+    Examples:
+
+        adapt-pruner verify small small.gguf
+
+        adapt-pruner verify small small-plain --text wiki.test.txt --json
+    """
+    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.data.feeds import held_out_windows
+    from adapt_pruner.data.sources import SELF, documents
+    from adapt_pruner.errors import RunError, UsageError
+    from adapt_pruner.export.verify import verify as compare
+
+    if text == SELF:
+        raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
+    lines = [line for document in documents(text) for line in document.splitlines() if line.strip()]
+    if not artefact.exists():
+        raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
+    quiet_libraries()
+    with screen() as listen:
+        listen({"event": "load", "model": model})
+        loaded = load(model, trust_remote_code=trust_remote_code)
+        windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
+
+        def told(done: int, of: int) -> None:
+            listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+
+        found = compare(
+            loaded,
+            artefact,
+            windows,
+            pieces=[*_chat(loaded.tokenizer), *lines],
+            trust_remote_code=trust_remote_code,
+            on_window=told,
+        )
+    if as_json:
+        print(to_json(found))
+    else:
+        _print(found)
+    if not found["passed"]:
+        raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(found['failures'])}")
+
+
+def _chat(tokenizer: Any) -> list[str]:
+    """A conversation as the chat template writes it, so that special tokens are among what is compared."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return []
+    try:
+        talk = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+        return [tokenizer.apply_chat_template(talk, tokenize=False)]
+    except (TemplateError, LookupError, TypeError, ValueError):
+        return []
+
+
+def _print(found: dict[str, Any]) -> None:
+    from adapt_pruner.cli.tables import print_table
+
+    tolerance, greedy, encoding = found["tolerance"], found["greedy"], found["encoding"]
+    deviation, perplexity = found["deviation"] or 1.0, found["perplexity"]
+    most = "" if tolerance["difference"] is None else f"at most {tolerance['difference']:g}"
+    change = perplexity["artefact"] / perplexity["model"] - 1
+    rows = [
+        ["largest difference of a logit, in deviations", f"{found['max_difference'] / deviation:.2g}", most],
+        ["mean difference of a logit, in deviations", f"{found['mean_difference'] / deviation:.2g}", ""],
+        ["same token on top", f"{found['agreement']:.2%}", f"at least {tolerance['agreement']:.0%}"],
+        ["perplexity of the model", f"{perplexity['model']:.3f}", ""],
+        [
+            "perplexity of the artefact",
+            f"{perplexity['artefact']:.3f} ({change:+.2%})",
+            f"at most {tolerance['perplexity']:.1%} off",
+        ],
+        ["greedy text, tokens until it parts", f"{greedy['same_tokens']} of {greedy['of']}", ""],
+    ]
+    if encoding:
+        rows.append(
+            ["text with the same token ids", f"{encoding['same']} of {encoding['of']}", f"at least {tolerance['encoding']:.0%}"]
+        )
+    print_table(["", "found", "tolerance"], rows)
+    print(
+        f"\n{found['artefact']} ({found['stored']}) in {found['engine']}, on {found['tokens']:,} tokens in {found['windows']} windows"
+    )
+    if found["passed"]:
+        print("it computes what the model computes")

@@ -1,0 +1,108 @@
+"""A folder in NVIDIA's DeciLM form (`block_configs`, model type nemotron-nas), which vLLM, SGLang and TensorRT-LLM read.
+
+The folder also brings a config class and a modelling file, with which transformers loads it (trust_remote_code).
+
+It says of each layer how many query heads read a KV head, and how wide the MLP is, as a multiple of the stream's width that every
+reader rounds up to a multiple of 256:
+
+    width = 256 · ceil( floor(2 · ffn_mult · hidden / 3) / 256 )
+
+so MLPs are zero-padded to the next multiple. The number of query heads is one for all layers.
+
+Source: modeling of nvidia/Llama-3_1-Nemotron-51B as vLLM's nemotron_nas.py and llama.cpp's conversion/deci.py read it.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.checkpoint import modeling_pruned
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights, refuse_sliced, widest
+
+__all__ = ["width_of", "write"]
+
+_MULTIPLE = 256
+
+
+def width_of(ffn_mult: float, hidden_size: int) -> int:
+    """MLP width that readers make of an `ffn_mult`."""
+    return -(-int(2 * ffn_mult * hidden_size / 3) // _MULTIPLE) * _MULTIPLE
+
+
+def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
+    """Write `loaded` with `block_configs` instead of `per_layer_config`.
+
+    Raises:
+        UsageError: the form cannot hold the model; the message says why.
+        RunError: it could not be written.
+    """
+    check_target(path)
+    model = loaded.model
+    sizes = layer_sizes(model)
+    _refuse_unheld(model.config, sizes)
+    wide = [replace(size, neurons=-(-size.neurons // _MULTIPLE) * _MULTIPLE) for size in sizes]
+    blocks = [_block(size, model.config.hidden_size) for size in wide]
+
+    def as_decilm(folder: Path) -> None:
+        """Turn, in place, the config that was written into one of DeciLM."""
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for key in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "layer_types", "sliding_window"):
+            config.pop(key, None)
+        most = widest(wide)
+        config |= {
+            "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": blocks,
+            "auto_map": {
+                "AutoConfig": "configuration_decilm.DeciLMConfig",
+                "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+            },
+            "num_attention_heads": most.heads, "num_key_value_heads": most.kv_heads, "intermediate_size": most.neurons,
+        }  # fmt: skip
+        (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+        for name in ("configuration_decilm.py", "modeling_decilm.py"):
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
+
+    save(model, loaded.tokenizer, path, dtype=loaded.dtype, weights=padded_weights(model, wide), beside=as_decilm)
+    grown = sum(new.neurons - old.neurons for new, old in zip(wide, sizes, strict=True))
+    if not grown:
+        return []
+    return [
+        f"MLPs are zero-padded by {grown:,} neurons to multiples of {_MULTIPLE}, which the form rounds to; "
+        f"prune with --set multiple_of={_MULTIPLE} to need none"
+    ]
+
+
+def _block(size: LayerSizes, hidden_size: int) -> dict[str, Any]:
+    """What `block_configs` says of a layer."""
+    ffn_mult = 1.5 * size.neurons / hidden_size
+    assert width_of(ffn_mult, hidden_size) == size.neurons
+    absent = {"no_op": False, "replace_with_linear": False, "sparsify": None}
+    attention = {
+        "n_heads_in_group": size.group, "num_sink_tokens": None, "unshifted_sink": False,
+        "use_prefill_window_in_sink_attention": False, "window_length": None,
+    }  # fmt: skip
+    return {"attention": attention | absent, "ffn": {"ffn_mult": ffn_mult} | absent}
+
+
+def _refuse_unheld(config: Any, sizes: list[LayerSizes]) -> None:
+    refuse_sliced(config, "DeciLM")
+    kind = config.model_type
+    sliding = kind == "mistral" and config.sliding_window is not None
+    if kind not in ("llama", "mistral") or sliding:
+        raise UsageError(
+            f"DeciLM is a Llama, and this model is of type {kind!r}{' with a sliding window' if sliding else ''}; use --to padded or gguf"
+        )
+    if any(getattr(config, key, False) for key in ("attention_bias", "mlp_bias", "output_bias")):
+        raise UsageError("DeciLM has no biases, and this model has some; use --to gguf")
+    heads = sorted({size.heads for size in sizes})
+    if len(heads) > 1:
+        raise UsageError(
+            f"DeciLM has one number of query heads for all layers, and they have between {heads[0]} and {heads[-1]}; "
+            "prune with --set axes=[neurons] or --set equal_widths=true, or use --to padded or gguf"
+        )

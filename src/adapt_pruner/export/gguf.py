@@ -1,0 +1,335 @@
+"""A GGUF file for llama.cpp and what is built on it, with layers of different sizes where llama.cpp can hold them.
+
+Most architectures of llama.cpp read sizes by layer and then size every tensor as in layer 0. Two do not: `deci`, a Llama
+without frills, which also takes the biases of Qwen2, and `openelm`, which normalises queries and keys as Qwen3 does and
+has tied embeddings only. So
+
+    all layers alike                       the model's own architecture
+    Llama, Mistral, Qwen2 layouts          deci
+    Qwen3 with tied embeddings             openelm
+    Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
+
+What the traps are. `deci` forgets the attention of a layer that has no MLP, so one of 32 zero neurons is put there. Quantised
+matrices lie in blocks of 32 numbers a row (256 for k-quants), and a `ffn_down` whose rows are not whole blocks would stay in F16;
+so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. `deci` and `llama` turn queries
+and keys by pairs of neighbours where Hugging Face pairs the halves of a head, so their rows change places.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.save import why
+from adapt_pruner.errors import RunError, UsageError, nearest
+from adapt_pruner.export.gguf_tokenizer import add_tokenizer
+from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights, refuse_sliced, widest
+
+__all__ = ["QUANTS", "write"]
+
+_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+QUANTS = (
+    *_PLAIN, "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+)  # fmt: skip
+"""What matrices may be stored in; all but the first three are made by llama.cpp's own library."""
+
+_BLOCK = 32
+_NATIVE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+}  # fmt: skip
+_GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The architecture a file is written for, and the sizes its layers get."""
+
+    arch: str
+    sizes: tuple[LayerSizes, ...]
+    head_dim: int
+
+    @property
+    def pairs_neighbours(self) -> bool:
+        return self.arch in ("llama", "deci")
+
+
+def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
+    """Write `loaded` as one GGUF file with its tokenizer, chat template and special tokens.
+
+    Args:
+        loaded: the model in float32.
+        path: a file that does not exist.
+        quant: one of `QUANTS`; None for what the checkpoint is stored in. Norms and biases are always float32.
+
+    Raises:
+        UsageError: the file exists, a library is missing, or llama.cpp has no place for something in the model.
+        RunError: it could not be written; nothing is left there.
+    """
+    gguf = _library()
+    quant = quant.lower() if quant else None
+    if quant is not None and quant not in QUANTS:
+        raise UsageError(f"quantisation {quant!r} is not known; {nearest(quant, QUANTS)}")
+    if path.exists():
+        raise UsageError(f"{path} exists; name another file or remove it first")
+    if path.suffix != ".gguf":
+        raise UsageError(f"{path} does not end in .gguf, by which tools know such a file; name it {path.name}.gguf")
+    quantised = quant is not None and quant not in _PLAIN
+    if quantised:
+        from adapt_pruner.export import llama_cpp
+
+        llama_cpp.library()  # before any work is done
+    plan, notes = _planned(loaded.model, quantised=quantised)
+    dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial.gguf")
+    try:
+        notes += _write(gguf, loaded, partial, plan, dtype)
+        if quantised:
+            smaller = path.with_name(f".{path.stem}.quantised.gguf")
+            try:
+                llama_cpp.quantise(partial, smaller, str(quant))
+                smaller.replace(partial)
+            finally:
+                smaller.unlink(missing_ok=True)
+            notes += _left_wide(gguf, partial, str(quant))
+        partial.rename(path)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {why(error)}; nothing was left there") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return notes
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(
+            "GGUF files are written with the gguf library, which is not installed; pip install 'adapt-pruner[gguf]'"
+        ) from error
+    return gguf
+
+
+def _planned(model: Any, *, quantised: bool) -> tuple[_Plan, list[str]]:
+    """Which architecture holds the model, and in what sizes.
+
+    Raises:
+        UsageError: none does.
+    """
+    config = model.config
+    refuse_sliced(config, "llama.cpp")
+    if config.model_type not in _NATIVE:
+        raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(_NATIVE)}")
+    _refuse_unheld(config)
+    notes = []
+    sizes = layer_sizes(model)
+    if quantised:
+        sizes = [replace(size, neurons=-(-size.neurons // _BLOCK) * _BLOCK) for size in sizes]
+    sizes = [replace(size, neurons=size.neurons or _BLOCK) for size in sizes]
+    arch = _NATIVE[config.model_type]
+    extra_biases = bool(getattr(config, "output_bias", False))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if extra_biases and arch not in ("llama", "qwen2"):
+        raise UsageError(
+            f"llama.cpp has no place for the biases that a repair gave this {arch} model; export it --to onnx, or prune with --set repair=null"
+        )
+    if len(set(sizes)) > 1 or extra_biases:
+        if arch in ("llama", "qwen2"):
+            arch = "deci"
+        elif arch == "qwen3" and tied and not config.attention_bias:
+            arch = "openelm"
+        else:
+            notes.append(
+                f"llama.cpp holds layers of different sizes of no {'Gemma 3' if arch == 'gemma3' else 'Qwen3 whose embeddings are untied'}, so they are "
+                "zero-padded to the widest; the file is as large and slow as that"
+            )
+            sizes = [widest(sizes)] * len(sizes)
+    window = getattr(config, "sliding_window", None)
+    if arch != "gemma3" and window and window < config.max_position_embeddings and _slides(config):
+        notes.append(f"llama.cpp has no sliding window for this model, so its context is set to the window of {window:,} tokens")
+    return _Plan(arch, tuple(sizes), model.model.layers[0].self_attn.head_dim), notes
+
+
+def _slides(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    return types is None or "sliding_attention" in types
+
+
+def _refuse_unheld(config: Any) -> None:
+    """Refuse what llama.cpp's graphs do not compute."""
+    if config.model_type == "gemma3_text":
+        head_dim = config.head_dim
+        scalar = config.query_pre_attn_scalar
+        if scalar != head_dim:
+            raise UsageError(
+                f"llama.cpp scales attention by the head size {head_dim}, this model by query_pre_attn_scalar {scalar}; use --to padded or onnx"
+            )
+        if config.attention_bias or getattr(config, "use_bidirectional_attention", False):
+            raise UsageError("llama.cpp's gemma3 has no attention biases and looks backwards only; use --to padded or onnx")
+    elif config.hidden_act != "silu":
+        raise UsageError(f"llama.cpp computes this model with silu, and it has {config.hidden_act}; use --to padded or onnx")
+    for rope in _ropes(config):
+        if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
+            raise UsageError(f"rope scaling {rope['rope_type']!r} is not written to GGUF; use --to padded or onnx")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UsageError("a rope over a part of a head is not written to GGUF; use --to padded or onnx")
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rope parameters: of the whole model, or of full and of sliding attention."""
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        return [rope["full_attention"], rope["sliding_attention"]]
+    return [rope]
+
+
+def _write(gguf: Any, loaded: Loaded, path: Path, plan: _Plan, dtype: torch.dtype) -> list[str]:
+    """Write the file, keys and tensors."""
+    model = loaded.model
+    writer = gguf.GGUFWriter(path, plan.arch)
+    try:
+        _add_keys(gguf, writer, loaded, plan, dtype)
+        notes = add_tokenizer(
+            writer, loaded.tokenizer, vocab_size=model.get_input_embeddings().weight.shape[0], generation=model.generation_config
+        )
+        for name, tensor in _tensors(model, plan):
+            data, kind = _stored(gguf, tensor, dtype)
+            writer.add_tensor(name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    return notes
+
+
+def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.dtype) -> None:
+    config, sizes = loaded.model.config, plan.sizes
+    writer.add_type("model")
+    writer.add_name(Path(loaded.source).name)
+    writer.add_description("pruned by adapt-pruner" if loaded.mask is not None else "written by adapt-pruner")
+    kinds = gguf.LlamaFileType
+    writer.add_file_type({torch.float16: kinds.MOSTLY_F16, torch.bfloat16: kinds.MOSTLY_BF16}.get(dtype, kinds.ALL_F32))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    window = getattr(config, "sliding_window", None) if _slides(config) else None
+    context = config.max_position_embeddings
+    writer.add_context_length(min(context, window) if window and plan.arch != "gemma3" else context)
+    writer.add_vocab_size(loaded.model.get_input_embeddings().weight.shape[0])
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(sizes))
+    by_layer = plan.arch in ("deci", "openelm")
+    for add, values in (
+        (writer.add_head_count, [size.heads for size in sizes]),
+        (writer.add_head_count_kv, [size.kv_heads for size in sizes]),
+        (writer.add_feed_forward_length, [size.neurons for size in sizes]),
+    ):
+        add(values if by_layer else values[0])
+    writer.add_key_length(plan.head_dim)
+    writer.add_value_length(plan.head_dim)
+    writer.add_rope_dimension_count(plan.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = _ropes(config)[0]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if plan.arch == "gemma3":
+        if config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_rope_freq_base_swa(_ropes(config)[1]["rope_theta"])
+
+
+def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name that llama.cpp knows it by."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    names = _NAMES | (_GEMMA_NAMES if plan.arch == "gemma3" else {})
+    fused: dict[str, Tensor] = {}
+    if (factors := _llama3_factors(model.config, plan.head_dim)) is not None:
+        yield "rope_freqs.weight", factors
+    for full, tensor in padded_weights(model, plan.sizes).items():
+        module, _, leaf = full.rpartition(".")
+        if full == "lm_head.weight" and tied:
+            continue
+        if plan.arch == "gemma3" and module.endswith("norm"):
+            tensor = tensor + 1  # Gemma's norms scale by 1 + w
+        if not module.startswith("model.layers."):
+            yield f"{names[module]}.{leaf}", tensor
+            continue
+        layer, _, inner = module.removeprefix("model.layers.").partition(".")
+        if plan.pairs_neighbours and inner in ("self_attn.q_proj", "self_attn.k_proj"):
+            tensor = _neighbours(tensor, plan.head_dim)
+        if plan.arch == "openelm" and inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            fused[inner[-6]] = tensor
+            if len(fused) == 3:
+                yield f"blk.{layer}.attn_qkv.weight", torch.cat([fused.pop(part) for part in "qkv"])
+            continue
+        yield f"blk.{layer}.{names[inner]}.{leaf}", tensor
+
+
+def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
+    """Rows i and i + head_dim / 2 of every head, which are turned together, brought side by side."""
+    halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
+    """What each frequency of a Llama 3.1 rope is divided by, float32 [head_dim / 2]; None for other ropes.
+
+    With λ = 2π / frequency and the context c it was trained on: 1 where λ < c / high, the factor where λ > c / low, and between
+    them 1 / ((1 - s) / factor + s), s = (c / λ - low) / (high - low).
+    """
+    rope = _ropes(config)[0]
+    if rope.get("rope_type") != "llama3":
+        return None
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
+    factors = []
+    for index in range(0, head_dim, 2):
+        length = 2 * math.pi * rope["rope_theta"] ** (index / head_dim)
+        if length < context / high:
+            factors.append(1.0)
+        elif length > context / low:
+            factors.append(float(factor))
+        else:
+            smooth = (context / length - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors)
+
+
+def _stored(gguf: Any, tensor: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A tensor as the file holds it: vectors and the rope's factors in float32, matrices in `dtype`."""
+    data = tensor.detach().float().contiguous().numpy()
+    if tensor.dim() < 2 or dtype == torch.float32:
+        return data, None
+    kind = gguf.GGMLQuantizationType.F16 if dtype == torch.float16 else gguf.GGMLQuantizationType.BF16
+    return gguf.quants.quantize(data, kind), kind
+
+
+def _left_wide(gguf: Any, path: Path, quant: str) -> list[str]:
+    """What stayed in 16 bits or more although it is a matrix, since its rows are not whole blocks."""
+    wide = [
+        tensor
+        for tensor in gguf.GGUFReader(path).tensors
+        if len(tensor.shape) > 1 and tensor.tensor_type.name in ("F16", "BF16", "F32")
+    ]
+    if not wide:
+        return []
+    widths: Sequence[int] = sorted({int(tensor.shape[0]) for tensor in wide})
+    return [
+        f"{len(wide)} matrices stay in 16 bits, since their rows of {', '.join(map(str, widths))} numbers are not whole blocks of "
+        f"{_BLOCK}; they make the {quant} file larger"
+    ]

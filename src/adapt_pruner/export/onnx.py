@@ -1,0 +1,149 @@
+"""An ONNX graph of the forward pass: token ids and attention mask in, logits out, any batch and length; without a cache.
+
+model.onnx        input_ids, attention_mask int64 [batch, length] -> logits float32 [batch, length, vocabulary]
+model.onnx.data   its weights, where they are more than 2 GB
+config.json, tokenizer*, …
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
+from adapt_pruner.errors import RunError, UsageError, first_line
+
+__all__ = ["session", "write"]
+
+_TOLERANCE = 1e-3  # of the standard deviation of the logits
+_LENGTHS = ((1, 3), (2, 17))  # that the graph is tried at: other than those it was traced with
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
+    """Write `loaded` as an ONNX graph in float32, once onnxruntime has given the same logits.
+
+    Any model will do, sliced ones and those with biases of a repair too.
+
+    Raises:
+        UsageError: the folder is not empty, or a library is missing.
+        RunError: torch cannot trace the model, onnxruntime computes something else, or it could not be written.
+    """
+    check_target(path)
+    _library()
+    model = loaded.model
+    most = int(model.config.max_position_embeddings)
+    example = torch.zeros(2, 8, dtype=torch.long)
+    axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}
+    with whole_or_nothing(path) as folder:
+        with _plain_attention(model), _quiet():
+            try:
+                program = torch.onnx.export(
+                    _Logits(model).eval(), (example, torch.ones_like(example)), dynamo=True, verbose=False,
+                    input_names=["input_ids", "attention_mask"], output_names=["logits"],
+                    dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                )  # fmt: skip
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch wraps what its exporter meets
+                raise RunError(f"torch cannot export this model to ONNX: {first_line(error)}") from error
+            assert program is not None
+            program.save(folder / "model.onnx")
+        _check(model, folder / "model.onnx")
+        config = copy.deepcopy(model.config)
+        config.__dict__.pop("auto_map", None)
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    return [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
+
+
+def session(path: Path) -> Any:
+    """An ONNX file, open in onnxruntime on the CPU.
+
+    Raises:
+        UsageError: onnxruntime is not installed.
+        RunError: the file is damaged.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError("ONNX graphs run in onnxruntime, which is not installed; pip install 'adapt-pruner[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no public base but Exception
+        raise RunError(f"onnxruntime cannot open {path} ({first_line(error)}); export it again") from error
+
+
+def _library() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; "
+            "pip install 'adapt-pruner[onnx]'"
+        ) from error
+
+
+@contextmanager
+def _plain_attention(model: Any) -> Iterator[None]:
+    """Attention written out, which any exporter can trace, while it lasts."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back the notices of torch's exporter; its errors still come as exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@torch.no_grad()
+def _check(model: Any, path: Path) -> None:
+    """Refuse a graph whose logits are not the model's, at sizes that it was not traced with."""
+    opened = session(path)
+    generator = torch.Generator().manual_seed(0)
+    for batch, length in _LENGTHS:
+        ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 4] = 0  # text that is shorter than the batch
+        (found,) = opened.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        there = mask.bool()
+        difference = float((torch.from_numpy(found)[there] - expected[there]).abs().max() / expected[there].std())
+        if not difference <= _TOLERANCE:
+            raise RunError(
+                f"the graph's logits differ from the model's by {difference:.1e} of their deviation (at most {_TOLERANCE:.0e}) "
+                f"at batch {batch}, length {length}; nothing was written"
+            )

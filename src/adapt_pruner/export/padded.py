@@ -1,0 +1,33 @@
+"""A plain folder for the stock class whatever the layers are: every layer zero-padded to the widest. It loads everywhere and saves nothing."""
+
+from pathlib import Path
+
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.export.padding import LayerSizes, accepted, layer_sizes, refuse_sliced, stock_model, widest
+
+__all__ = ["write"]
+
+
+def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
+    """Write `loaded` as a plain Hugging Face folder, each layer zero-padded to the widest; logits stay what they are.
+
+    Raises:
+        UsageError: the folder is not empty, the model is sliced, or no stock class has a place for its biases.
+        RunError: it could not be written.
+    """
+    check_target(path)
+    refuse_sliced(loaded.model.config, "a stock class")
+    least = widest(layer_sizes(loaded.model))
+    grown = [
+        LayerSizes(kv_heads, group, least.neurons)
+        for kv_heads in range(least.kv_heads, 4 * least.kv_heads + 1)
+        for group in range(least.group, 4 * least.group + 1)
+    ]
+    stock = stock_model(loaded.model, min(grown, key=lambda size: (not accepted(loaded.model, size), size.heads, size.kv_heads)))
+    save(stock, loaded.tokenizer, path, dtype=loaded.dtype)
+    before, after = count_parameters(loaded.model), count_parameters(stock)
+    if after == before:
+        return []
+    return [f"padding brings {before:,} parameters to {after:,}; what was pruned is zero, and costs its memory and time again"]

@@ -1,0 +1,160 @@
+"""Layers widened with zeros, which change nothing of what they compute, and the stock model that takes equal ones.
+
+A neuron whose gate, up and down weights are zero gives silu(0) · 0 = 0. A head whose value and output weights are zero adds
+zero, whatever it attends to. Query head (k, g), number g of KV head k, moves to place k · G + g where a KV head has G of them.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.errors import UsageError
+
+__all__ = ["LayerSizes", "accepted", "layer_sizes", "padded_weights", "refuse_sliced", "stock_model", "widest"]
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """KV heads, query heads that read each of them, and MLP neurons of a layer."""
+
+    kv_heads: int
+    group: int
+    neurons: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.group
+
+
+def layer_sizes(model: Any) -> list[LayerSizes]:
+    """The sizes of each layer, read from the weights."""
+    by_layer: dict[int, dict[str, int]] = {}
+    for axis in families.axes(model):
+        if axis.layer is not None:
+            by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
+    return [LayerSizes(sizes["kv_heads"], sizes["query_heads"], sizes["neurons"]) for _, sizes in sorted(by_layer.items())]
+
+
+def widest(sizes: Sequence[LayerSizes]) -> LayerSizes:
+    """The least sizes that hold every layer."""
+    return LayerSizes(
+        max(size.kv_heads for size in sizes), max(size.group for size in sizes), max(size.neurons for size in sizes)
+    )
+
+
+def refuse_sliced(config: Any, form: str) -> None:
+    """Refuse a sliced model.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if families.is_sliced(config):
+        raise UsageError(
+            f"the model is sliced (rotate: pca), and {form} has no place for the maps beside its layers; "
+            "export it --to onnx, or prune heads and neurons instead"
+        )
+
+
+def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]:
+    """The model's state with each layer widened to `sizes`; what is wide enough is the model's own tensor.
+
+    Raises:
+        ValueError: a size is below the layer's own.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    head_dim = model.model.layers[0].self_attn.head_dim
+    for index, (now, new) in enumerate(zip(layer_sizes(model), sizes, strict=True)):
+        if new.kv_heads < now.kv_heads or new.group < now.group or new.neurons < now.neurons:
+            raise ValueError(f"layer {index} has {now}, more than {new}")
+        query, query_new = (now.kv_heads, now.group, head_dim), (new.kv_heads, new.group, head_dim)
+        key, key_new = (now.kv_heads, head_dim), (new.kv_heads, head_dim)
+        neurons, neurons_new = (now.neurons,), (new.neurons,)
+        for name, dim, blocks, blocks_new in (
+            ("self_attn.q_proj", 0, query, query_new),
+            ("self_attn.k_proj", 0, key, key_new),
+            ("self_attn.v_proj", 0, key, key_new),
+            ("self_attn.o_proj", 1, query, query_new),
+            ("mlp.gate_proj", 0, neurons, neurons_new),
+            ("mlp.up_proj", 0, neurons, neurons_new),
+            ("mlp.down_proj", 1, neurons, neurons_new),
+        ):
+            at = f"model.layers.{index}.{name}"
+            state[f"{at}.weight"] = _widened(state[f"{at}.weight"], dim, blocks, blocks_new)
+            if dim == 0 and f"{at}.bias" in state:
+                state[f"{at}.bias"] = _widened(state[f"{at}.bias"], 0, blocks, blocks_new)
+    return state
+
+
+def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tuple[int, ...]) -> Tensor:
+    """A tensor whose dimension `dim` is `blocks`, one inside the other, with zeros up to `blocks_new`."""
+    if blocks == blocks_new:
+        return tensor
+    before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+    wide = tensor.new_zeros((*before, *blocks_new, *after))
+    wide[(slice(None),) * dim + tuple(slice(0, size) for size in blocks)] = tensor.reshape(*before, *blocks, *after)
+    return wide.reshape(*before, -1, *after)
+
+
+def stock_model(model: Any, size: LayerSizes) -> Any:
+    """A model of the stock class, all its layers of one size, that computes what `model` does.
+
+    It is made to be saved: its weights are there, those that need no padding shared with `model`, its buffers are not.
+
+    Raises:
+        UsageError: the stock class has no place for a bias that the model has, or refuses that number of heads.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _stock_config(model, size)
+    state = padded_weights(model, [size] * config.num_hidden_layers)
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config)
+    expected = stock.state_dict()
+    if surplus := sorted(state.keys() - expected.keys()):
+        raise UsageError(
+            f"{type(stock).__name__} has no place for {surplus[0]}, which a repair added; take the checkpoint as it is, "
+            "export it --to onnx, or prune with --set repair=null"
+        )
+    for name in expected.keys() - state.keys():
+        assert name.endswith(".bias"), name
+        state[name] = torch.zeros(expected[name].shape)
+    stock.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    return stock.eval()
+
+
+def accepted(model: Any, size: LayerSizes) -> bool:
+    """Whether the stock config takes so many heads: Llama's wants them to divide the width of the stream."""
+    try:
+        _stock_config(model, size)
+    except UsageError:
+        return False
+    return True
+
+
+def _stock_config(model: Any, size: LayerSizes) -> Any:
+    config = copy.deepcopy(model.config)
+    config.per_layer_config = None
+    for key in ("allow_global_per_layer_attribute_access", "auto_map"):
+        config.__dict__.pop(key, None)
+    if config.__dict__.pop("output_bias", False) and config.model_type == "llama":
+        config.attention_bias = config.mlp_bias = True  # those that are not there are zero
+    config.head_dim = model.model.layers[0].self_attn.head_dim
+    config.num_key_value_heads = size.kv_heads
+    config.num_attention_heads = size.heads
+    config.intermediate_size = size.neurons
+    try:
+        config.validate_architecture()
+    except ValueError as error:
+        raise UsageError(
+            f"the stock config does not take {size.heads} heads: the width {config.hidden_size} is not a multiple of them; "
+            "use --to padded or --to gguf"
+        ) from error
+    return config

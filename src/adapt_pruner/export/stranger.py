@@ -1,0 +1,64 @@
+"""Run in a process of its own, by its path: stock transformers with a folder, and without adapt_pruner, which cannot be imported here.
+
+    python stranger.py FOLDER THREADS [trust]
+
+Says first, as a line of JSON, which class it has and of how many tokens, or what went wrong. Then each line on stdin is a question
+in JSON: {"logits": ids} is answered with a line of its shape and then float32 [length, vocabulary], {"greedy": ids, "tokens": n} and
+{"encode": text} with a line.
+"""
+
+import json
+import os
+import sys
+
+sys.modules["adapt_pruner"] = None  # type: ignore[assignment]  # an import of it raises
+
+
+def main() -> None:
+    """Answer questions until stdin ends."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(data: object) -> None:
+        out.write(json.dumps(data).encode() + b"\n")
+        out.flush()
+
+    folder, threads, trust = sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["trust"]
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust, dtype=torch.float32, use_safetensors=True
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:
+        answer({"error": str(error).strip().partition("\n")[0] or type(error).__name__})
+        return
+    answer({"class": type(model).__name__, "vocab_size": model.get_input_embeddings().weight.shape[0]})
+    greedy = GenerationConfig(do_sample=False, num_beams=1, pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with torch.no_grad():
+            if "logits" in asked:
+                logits = model(torch.tensor([asked["logits"]]), use_cache=False).logits[0]
+                answer(list(logits.shape))
+                out.write(logits.float().numpy().tobytes())
+                out.flush()
+            elif "greedy" in asked:
+                ids = torch.tensor([asked["greedy"]])
+                model.generation_config = greedy
+                written = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["tokens"], generation_config=greedy
+                )
+                answer(written[0, ids.shape[1] :].tolist())
+            else:
+                answer(tokenizer(asked["encode"], verbose=False)["input_ids"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""A plain folder for the stock class, for a model whose layers are all of one size: no code of ours, no padding."""
+
+from pathlib import Path
+
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export.padding import layer_sizes, refuse_sliced, stock_model
+
+__all__ = ["write"]
+
+
+def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
+    """Write `loaded` as a plain Hugging Face folder that holds no more than the model.
+
+    Raises:
+        UsageError: layers differ in size, or as `padded.write`.
+        RunError: it could not be written.
+    """
+    check_target(path)
+    refuse_sliced(loaded.model.config, "a stock class")
+    sizes = layer_sizes(loaded.model)
+    for what in ("neurons", "kv_heads", "group"):
+        of_layers = [getattr(size, what) for size in sizes]
+        if min(of_layers) != max(of_layers):
+            name = {"neurons": "MLP neurons", "kv_heads": "KV heads", "group": "query heads a KV head"}[what]
+            raise UsageError(
+                f"layers have between {min(of_layers):,} and {max(of_layers):,} {name}, and a stock class has one number for all; "
+                "prune with --set equal_widths=true, or use --to padded"
+            )
+    save(stock_model(loaded.model, sizes[0]), loaded.tokenizer, path, dtype=loaded.dtype)
+    return []

@@ -1,0 +1,190 @@
+"""Whether an artefact computes what the model computes, in the engine it is for: logits, greedy text, perplexity, token ids.
+
+difference   |logit of the artefact - logit of the model|, largest and mean, and the deviation of the model's logits beside it
+agreement    share of positions at which both have the same token on top
+perplexity   of the same windows of text, on both sides
+greedy       tokens each writes after the same prompt
+encoding     share of pieces of text of which both make the same token ids
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.errors import RunError
+from adapt_pruner.export.engines import Engine, opened, torch_engine
+
+__all__ = ["TOLERANCES", "Tolerance", "verify"]
+
+_PROMPT, _WRITTEN = 16, 32  # tokens of the prompts and of what follows them
+_PROMPTS = 4
+_PIECES = 200
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artefact may be off.
+
+    Attributes:
+        difference: largest difference of a logit, in deviations of the model's logits; None for any.
+        agreement: least share of positions with the same token on top.
+        perplexity: most that the perplexity may change, as a share of the model's.
+        encoding: least share of pieces of text with the same token ids.
+    """
+
+    difference: float | None
+    agreement: float
+    perplexity: float
+    encoding: float = 0.99
+
+
+TOLERANCES = {
+    32: Tolerance(0.05, 0.98, 0.005),
+    16: Tolerance(None, 0.95, 0.01),
+    8: Tolerance(None, 0.95, 0.02),
+    5: Tolerance(None, 0.85, 0.10),
+    4: Tolerance(None, 0.75, 0.25),
+    2: Tolerance(None, 0.40, 2.0),
+}
+"""By the bits of a stored weight: the row of the most bits that are no more than the artefact's holds."""
+
+
+def tolerance_for(stored: str) -> Tolerance:
+    """The tolerance for weights stored as `f32`, `bf16`, `q4_k_m`, …"""
+    digits = re.search(r"\d+", stored)
+    bits = int(digits[0]) if digits else 32
+    return TOLERANCES[max(known for known in TOLERANCES if known <= max(bits, min(TOLERANCES)))]
+
+
+def verify(
+    loaded: Loaded,
+    artefact: Path,
+    windows: Sequence[Tensor],
+    *,
+    pieces: Sequence[str],
+    trust_remote_code: bool = False,
+    on_window: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Compare an artefact with the torch model it was made from.
+
+    Args:
+        loaded: the model in float32, on the CPU.
+        artefact: what `export` wrote.
+        windows: text as int64 [1, length] tensors.
+        pieces: text whose token ids are compared; the first 200.
+        trust_remote_code: run Python code that an artefact's folder brings.
+        on_window: told (done, of).
+
+    Returns:
+        Plain data: the figures, the tolerance, `passed`, and in `failures` a sentence for each that is beyond it.
+
+    Raises:
+        UsageError: the artefact is nothing of that kind, or its engine is not installed.
+        RunError: its engine cannot open it, or it is of another model.
+    """
+    own = torch_engine(loaded.model, loaded.tokenizer)
+    context = max(max(ids.shape[1] for ids in windows), _PROMPT + _WRITTEN)
+    with opened(artefact, context=context, trust_remote_code=trust_remote_code) as other:
+        if other.vocab_size != own.vocab_size:
+            raise RunError(
+                f"{artefact} has {other.vocab_size:,} tokens and {loaded.source} {own.vocab_size:,}, so it is of another model; export it again"
+            )
+        figures = _logits(own, other, windows, on_window)
+        figures["greedy"] = _greedy(own, other, loaded.tokenizer, windows, figures["max_difference"])
+        figures["encoding"] = _encoding(own, other, pieces)
+        tolerance = tolerance_for(other.stored)
+        failures = _failures(figures, tolerance)
+        return {
+            "model": loaded.source, "artefact": str(artefact), "engine": other.name, "stored": other.stored, **figures,
+            "tolerance": asdict(tolerance), "passed": not failures, "failures": failures,
+        }  # fmt: skip
+
+
+def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:
+    """Differences, agreement and perplexities over all windows; one window's logits exist at a time."""
+    largest = 0.0
+    sums = torch.zeros(
+        7, dtype=torch.float64
+    )  # |difference|, logit, logit², agreeing, positions, loss of the model, of the artefact
+    predicted = logits = 0
+    for done, window in enumerate(windows, start=1):
+        ids: list[int] = window[0].tolist()
+        ours, theirs = own.logits(ids), other.logits(ids).float()
+        difference = (ours - theirs).abs()
+        largest = max(largest, float(difference.max())) if bool(difference.isfinite().all()) else math.inf
+        wide = ours.double()
+        losses = [F.cross_entropy(side[:-1], window[0, 1:], reduction="sum").double() for side in (ours, theirs)]
+        same = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+        sums += torch.stack([difference.double().sum(), wide.sum(), wide.square().sum(), same, torch.tensor(len(ids)), *losses])
+        predicted, logits = predicted + len(ids) - 1, logits + ours.numel()
+        on_window(done, len(windows))
+    total, first, second, same, positions, loss, loss_other = sums.tolist()
+    perplexities = [math.exp(min(700.0, value / predicted)) if math.isfinite(value) else math.inf for value in (loss, loss_other)]
+    return {
+        "windows": len(windows), "tokens": int(positions), "max_difference": largest, "mean_difference": total / logits,
+        "deviation": math.sqrt(max(0.0, second / logits - (first / logits) ** 2)), "agreement": same / positions,
+        "perplexity": {"model": perplexities[0], "artefact": perplexities[1]},
+    }  # fmt: skip
+
+
+def _greedy(own: Engine, other: Engine, tokenizer: Any, windows: Sequence[Tensor], largest: float) -> dict[str, Any]:
+    """What both write after the openings of some windows, and whether they part only where the model itself is undecided.
+
+    Where the texts part, the model's logits of the two tokens are less than twice the largest difference apart, if all that
+    the artefact does is to compute less exactly.
+    """
+    same, undecided, texts = 0, True, []
+    prompts = [window[0, :_PROMPT].tolist() for window in windows[:_PROMPTS]]
+    for prompt in prompts:
+        ours, theirs = own.greedy(prompt, _WRITTEN), other.greedy(prompt, _WRITTEN)
+        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=True)))
+        same += alike
+        texts.append({"model": tokenizer.decode(ours), "artefact": tokenizer.decode(theirs), "same_tokens": alike})
+        if alike < _WRITTEN:
+            there = own.logits(prompt + ours[:alike])[-1]
+            undecided &= float(there[ours[alike]] - there[theirs[alike]]) <= 2 * largest + 1e-6
+    return {"same_tokens": same, "of": len(prompts) * _WRITTEN, "parts_only_where_undecided": undecided, "texts": texts}
+
+
+def _encoding(own: Engine, other: Engine, pieces: Sequence[str]) -> dict[str, Any] | None:
+    """Pieces of text of which both make the same ids; None where the artefact has no tokenizer."""
+    if own.encode is None or other.encode is None:
+        return None
+    taken = list(pieces[:_PIECES])
+    differing = [piece for piece in taken if own.encode(piece) != other.encode(piece)]
+    return {"same": len(taken) - len(differing), "of": len(taken), "example": differing[0][:200] if differing else None}
+
+
+def _failures(figures: dict[str, Any], tolerance: Tolerance) -> list[str]:
+    """A sentence for every figure beyond the tolerance."""
+    found = []
+    relative = figures["max_difference"] / (figures["deviation"] or 1.0)
+    if tolerance.difference is not None and not relative <= tolerance.difference:
+        found.append(f"a logit is off by {relative:.2g} deviations (at most {tolerance.difference:g})")
+    if figures["agreement"] < tolerance.agreement:
+        found.append(
+            f"the likeliest token agrees at {figures['agreement']:.1%} of positions (at least {tolerance.agreement:.0%})"
+        )
+    model, artefact = figures["perplexity"]["model"], figures["perplexity"]["artefact"]
+    change = abs(artefact / model - 1) if math.isfinite(artefact) else math.inf
+    if not change <= tolerance.perplexity:
+        found.append(f"perplexity is {artefact:.4g} instead of {model:.4g} (at most {tolerance.perplexity:.1%} off)")
+    if tolerance.difference is not None and not figures["greedy"]["parts_only_where_undecided"]:
+        found.append(
+            "greedy text parts from the model's where the model is decided, so the cache of its engine is at odds with it"
+        )
+    encoding = figures["encoding"]
+    if encoding and encoding["same"] < tolerance.encoding * encoding["of"]:
+        found.append(
+            f"{encoding['of'] - encoding['same']} of {encoding['of']} pieces of text become other tokens, for example {encoding['example']!r}"
+        )
+    return found

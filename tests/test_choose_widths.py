@@ -1,0 +1,112 @@
+"""Widths that other tools want: multiples, and layers all alike, whatever chooser asks, and never above the budget."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import pipeline, recipe
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.choose.widths import fitting
+from adapt_pruner.core.axes import Axis, Gate
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export.padding import layer_sizes
+from conftest import VOCAB, byte_tokenizer, tiny_model
+
+METHODS = ("adapt-pruner", "uniform", "magnitude", "flap", "shortgpt")
+
+
+def axis(layer: int, kind: str, size: int, cost: int) -> Axis:
+    return Axis(f"layers.{layer}.{kind}", size, cost, Gate("x"))
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    tiny_model(vocab_size=VOCAB, intermediate_size=128, num_hidden_layers=4).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "magnitude", budget: str = "60%") -> Any:
+    values = {
+        "model": str(folder), "budget": budget, "method": method, "calibration.source": str(text), "calibration.samples": 4,
+        "calibration.length": 24, "repair": None, "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    pipeline.prune(recipe.read({}, values=values, overrides=overrides), out)
+    return load(str(out)).model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_neurons_stay_multiples_and_within_the_budget(method: str, wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    before = count_parameters(load(str(wide_folder)).model)
+    extra = ["axes=[layers,neurons]"] if method == "shortgpt" else []
+    model = pruned(wide_folder, tmp_path / "out", text_file, "multiple_of=16", *extra, method=method)
+    widths = [size.neurons for size in layer_sizes(model)]
+    assert all(width % 16 == 0 for width in widths), widths
+    assert min(widths) < 128
+    after, unit = count_parameters(model), 16 * 3 * 48
+    assert 0.6 * before - unit - 4 * 48 * 48 <= after <= 0.6 * before, "no more is lost than a multiple and a head in some layers"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_widths_make_a_plain_folder(method: str, wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    before = count_parameters(load(str(wide_folder)).model)
+    extra = ["axes=[layers,neurons]"] if method == "shortgpt" else []
+    model = pruned(wide_folder, tmp_path / "out", text_file, "multiple_of=8", "equal_widths=true", *extra, method=method)
+    (size,) = set(layer_sizes(model))
+    assert size.neurons % 8 == 0
+    assert not (tmp_path / "out" / "modeling_pruned.py").exists()
+    num_layers, after = len(layer_sizes(model)), count_parameters(model)
+    assert 0.6 * before - (8 * 3 * 48 + 64 * 48) * num_layers <= after <= 0.6 * before
+    if size.kv_heads == 3:  # neurons alone paid, so one multiple more in each layer would not have fitted
+        assert after + 8 * 3 * 48 * num_layers > 0.6 * before
+
+
+def test_what_is_rounded_up_is_what_lost_most() -> None:
+    axes = [axis(i, "neurons", 128, 1) for i in range(3)]
+    wanted = {"layers.0.neurons": 65, "layers.1.neurons": 100, "layers.2.neurons": 127}  # 292 to keep: four multiples and a half
+    found = fitting(wanted, axes, scores={}, multiple_of=64)
+    assert found == {"layers.0.neurons": 64, "layers.1.neurons": 64, "layers.2.neurons": 128}
+    found = fitting(wanted | {"layers.0.neurons": 93}, axes, scores={}, multiple_of=64)
+    assert found == {"layers.0.neurons": 64, "layers.1.neurons": 128, "layers.2.neurons": 128}
+
+
+def test_layers_that_go_are_not_asked() -> None:
+    axes = [*(axis(i, "neurons", 128, 1) for i in range(3)), Axis("layers", 3, 1, Gate("x", width=0), costs=(1, 1, 1))]
+    wanted = {"layers.0.neurons": 128, "layers.1.neurons": 90, "layers.2.neurons": 70, "layers": 2}
+    scores = {"layers": torch.tensor([0.0, 1.0, 2.0])}
+    found = fitting(wanted, axes, scores=scores, multiple_of=16, equal_widths=True)
+    assert found == {"layers.0.neurons": 128, "layers.1.neurons": 80, "layers.2.neurons": 80, "layers": 2}
+
+
+def test_neurons_pay_for_heads_that_stay_for_the_sake_of_equality() -> None:
+    axes = [axis(i, kind, size, cost) for i in range(2) for kind, size, cost in (("kv_heads", 3, 40), ("neurons", 100, 1))]
+    wanted = {"layers.0.kv_heads": 3, "layers.1.kv_heads": 2, "layers.0.neurons": 100, "layers.1.neurons": 90}
+    found = fitting(wanted, axes, scores={}, equal_widths=True)
+    assert found == {"layers.0.kv_heads": 3, "layers.1.kv_heads": 3, "layers.0.neurons": 75, "layers.1.neurons": 75}
+    wanted = {"layers.0.kv_heads": 1, "layers.1.kv_heads": 2, "layers.0.neurons": 10, "layers.1.neurons": 10}
+    found = fitting(wanted, axes, scores={}, equal_widths=True, multiple_of=30)
+    assert found == {"layers.0.kv_heads": 1, "layers.1.kv_heads": 1, "layers.0.neurons": 30, "layers.1.neurons": 30}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (["multiple_of=256"], "multiple_of 256 is above the 128 neurons that a layer has"),
+        (["multiple_of=0"], "recipe key 'multiple_of' is 0"),
+        (["multiple_of=8", "axes=[kv_heads]"], "multiple_of 8 is of neurons, and axes does not name them"),
+        (["equal_widths=true", "rotate=pca"], "equal_widths and multiple_of would be ignored"),
+    ],
+)
+def test_what_cannot_be_is_refused(override: list[str], said: str, wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        pruned(wide_folder, tmp_path / "out", text_file, *override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_multiples_cannot_reach_names_the_nearest(wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the nearest that can be had is"):
+        pruned(wide_folder, tmp_path / "out", text_file, "multiple_of=128", "axes=[neurons]", budget="70%")

@@ -1,0 +1,523 @@
+"""Exports compute what the model computes in tools that do not have this package, and what a form cannot hold is refused."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adapt_pruner import families, pipeline, recipe
+from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.export import decilm, export, gguf, gguf_tokenizer
+from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
+from adapt_pruner.export.verify import TOLERANCES, tolerance_for, verify
+from conftest import LAYOUTS, read_json, tiny_model
+from test_cli import call
+
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs,  1 at a time.\n" for i in range(30))
+VOCAB = 290
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+
+
+def bpe(*, sentencepiece: bool = False) -> PreTrainedTokenizerFast:
+    """A small trained tokenizer: byte-level as GPT-2's, or pieces and bytes as Llama 2's."""
+    if sentencepiece:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
+        specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        words = [word.replace(" ", "▁") for word in TEXT.splitlines()]
+        tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False))
+        data = json.loads(tokenizer.to_str())
+        data["added_tokens"] = data["added_tokens"][:3]
+        tokenizer = Tokenizer.from_str(json.dumps(data))
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 4, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def unequal(layout: tuple[str, str] = ("llama", "llama"), **changes: Any) -> Any:
+    """A tiny model whose layers differ in neurons, KV heads and query heads, each kept at random."""
+    model = tiny_model(layout, **({"vocab_size": VOCAB} | changes))
+    generator, kept = torch.Generator().manual_seed(1), {}
+    for axis in families.axes(model):
+        if axis.layer is not None and axis.size > 1:
+            stay = max(1, axis.size - axis.layer - (5 if axis.kind == "neurons" else 0))
+            keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
+            for block in keep:
+                block[torch.randperm(axis.size, generator=generator)[:stay]] = True
+            kept[axis.name] = keep.flatten()
+    cut(model, families.axes(model), Mask(kept))
+    assert len(set(layer_sizes(model))) == len(layer_sizes(model))
+    return model
+
+
+def as_loaded(model: Any, tokenizer: Any = None) -> Loaded:
+    return Loaded(model, tokenizer or bpe(), torch.float32, None, None, "org/tiny", 0)
+
+
+def compared(loaded: Loaded, artefact: Path, **options: Any) -> dict[str, Any]:
+    ids = loaded.tokenizer(TEXT)["input_ids"]
+    return verify(loaded, artefact, [torch.tensor([ids[:48]]), torch.tensor([ids[48:80]])], pieces=TEXT.splitlines(), **options)
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A pruned Llama whose output layers have biases that a repair gave them."""
+    place = tmp_path_factory.mktemp("repaired")
+    (place / "text.txt").write_text(TEXT * 5, encoding="utf-8")
+    tiny_model(vocab_size=VOCAB).save_pretrained(place / "dense")
+    bpe().save_pretrained(place / "dense")
+    values = {
+        "model": str(place / "dense"), "budget": "75%", "method": "flap", "calibration.source": str(place / "text.txt"),
+        "calibration.samples": 4, "calibration.length": 16, "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    pipeline.prune(recipe.read({}, values=values), place / "pruned")
+    loaded = load(str(place / "pruned"))
+    assert loaded.model.config.output_bias
+    return loaded
+
+
+# Plain folders
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_a_padded_folder_is_one_of_the_stock_class(layout: tuple[str, str], tmp_path: Path) -> None:
+    model = unequal(layout)
+    (note,) = export(as_loaded(model), tmp_path / "out", to="padded")
+    assert "what was pruned is zero" in note
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert {"per_layer_config", "auto_map", "allow_global_per_layer_attribute_access"}.isdisjoint(
+        read_json(tmp_path / "out" / "config.json")
+    )
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(stock).__name__ == type(model).__name__.removeprefix("Pruned")
+    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(ids).logits, stock(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.std()), rtol=0)
+
+
+def test_padding_moves_query_heads_to_the_kv_head_that_they_read() -> None:
+    model = unequal()
+    state = padded_weights(model, [LayerSizes(4, 3, 50)] * 3)
+    now, head_dim = layer_sizes(model)[1], 8
+    wide = state["model.layers.1.self_attn.q_proj.weight"].view(4, 3, head_dim, -1)
+    narrow = model.model.layers[1].self_attn.q_proj.weight.view(now.kv_heads, now.group, head_dim, -1)
+    assert torch.equal(wide[: now.kv_heads, : now.group], narrow)
+    assert int(wide.count_nonzero()) == int(narrow.count_nonzero())
+    with pytest.raises(ValueError, match="layer 0 has"):
+        padded_weights(model, [LayerSizes(1, 1, 50)] * 3)
+
+
+def test_biases_of_a_repair_find_a_place_in_a_stock_llama(repaired: Loaded, tmp_path: Path) -> None:
+    export(repaired, tmp_path / "out", to="padded")
+    found = compared(repaired, tmp_path / "out")
+    assert found["passed"], found["failures"]
+    assert found["engine"].endswith("LlamaForCausalLM")
+
+
+def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_width(tmp_path: Path) -> None:
+    """A width of 48 takes 6 heads, not 5."""
+    model = tiny_model(("llama", "llama-mha-biased"), vocab_size=VOCAB)
+    cut(model, families.axes(model), Mask({f"layers.{i}.kv_heads": torch.tensor([True] * 5 + [False]) for i in range(3)}))
+    with pytest.raises(UsageError, match="does not take 5 heads: the width 48 is not a multiple of them; use --to padded"):
+        export(as_loaded(model), tmp_path / "uniform", to="uniform")
+    export(as_loaded(model), tmp_path / "out", to="padded")
+    assert read_json(tmp_path / "out" / "config.json")["num_attention_heads"] == 6
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model(ids).logits, atol=1e-4)
+
+
+def test_a_uniform_folder_holds_no_more_than_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"layers have between 33 and 35 MLP neurons.*--set equal_widths=true"):
+        export(as_loaded(unequal()), tmp_path / "out", to="uniform")
+    assert not (tmp_path / "out").exists()
+    model = tiny_model(vocab_size=VOCAB)
+    cut(model, families.axes(model), Mask({f"layers.{i}.neurons": torch.arange(40) > 7 for i in range(3)}))
+    assert export(as_loaded(model), tmp_path / "out", to="uniform") == []
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names.isdisjoint({"mask.json", "pruning.json", "modeling_pruned.py"})
+    assert read_json(tmp_path / "out" / "config.json")["intermediate_size"] == 32
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model(ids).logits)
+
+
+# DeciLM
+
+
+def decilm_model() -> Any:
+    """Of unequal MLPs and equal heads, fewer than the dense model's."""
+    model = tiny_model(vocab_size=VOCAB, intermediate_size=600)
+    kept = {f"layers.{i}.neurons": torch.arange(600) < width for i, width in enumerate((300, 256, 520))}
+    kept |= {f"layers.{i}.kv_heads": torch.tensor([True, False, True]) for i in range(3)}
+    cut(model, families.axes(model), Mask(kept))
+    return model
+
+
+def test_a_decilm_folder_loads_from_block_configs_alone(tmp_path: Path) -> None:
+    loaded = as_loaded(decilm_model())
+    (note,) = export(loaded, tmp_path / "out", to="decilm")
+    assert "460 neurons to multiples of 256" in note
+    config = read_json(tmp_path / "out" / "config.json")
+    assert (config["model_type"], config["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
+    assert "per_layer_config" not in config
+    assert [decilm.width_of(block["ffn"]["ffn_mult"], 48) for block in config["block_configs"]] == [512, 256, 768]
+    with pytest.raises(UsageError, match="brings Python code"):
+        compared(loaded, tmp_path / "out")
+    found = compared(loaded, tmp_path / "out", trust_remote_code=True)
+    assert found["passed"], found["failures"]
+    assert found["engine"].endswith("DeciLMForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (unequal, r"one number of query heads for all layers, and they have between 1 and 6; prune with --set axes=\[neurons\]"),
+        (lambda: tiny_model(("llama", "qwen2")), "DeciLM is a Llama, and this model is of type 'qwen2'"),
+        (lambda: tiny_model(("llama", "mistral")), "'mistral' with a sliding window"),
+        (lambda: tiny_model(("llama", "llama-mha-biased")), "DeciLM has no biases"),
+    ],
+)
+def test_what_decilm_cannot_say_is_refused_with_the_reason(model: Callable[[], Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        export(as_loaded(model()), tmp_path / "out", to="decilm")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ONNX
+
+
+def test_an_onnx_graph_takes_any_batch_and_length(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    loaded = as_loaded(unequal())
+    attention = loaded.model.config._attn_implementation
+    export(loaded, tmp_path / "out", to="onnx")
+    assert loaded.model.config._attn_implementation == attention
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = torch.randint(3, VOCAB, (3, 41), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        expected = loaded.model(ids, attention_mask=mask).logits
+    assert torch.allclose(torch.from_numpy(found)[mask.bool()], expected[mask.bool()], atol=1e-4)
+    checked = compared(loaded, tmp_path / "out")
+    assert checked["passed"], checked["failures"]
+    assert checked["encoding"]["same"] == 30
+    (tmp_path / "out" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(RunError, match="onnxruntime cannot open"):
+        compared(loaded, tmp_path / "out")
+
+
+# What is refused
+
+
+def test_every_error_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_folder: Path
+) -> None:
+    (tmp_path / "there.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty").mkdir()
+    for words, status, said in (
+        (["export", tiny_folder, "--to", "ggml", "-o", tmp_path / "x"], 2, "form 'ggml' is not known; did you mean 'gguf'?"),
+        (
+            ["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "x.gguf", "--quant", "q4_k"],
+            2,
+            "'q4_k' is not known; did you mean",
+        ),
+        (["export", tiny_folder, "--to", "padded", "-o", tmp_path / "x", "--quant", "q8_0"], 2, "--quant q8_0 is of --to gguf"),
+        (["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "there.gguf"], 2, "there.gguf exists"),
+        (["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "x"], 2, "name it x.gguf"),
+        (["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "x.gguf"], 2, "the tokenizer has no merges"),
+        (["export", tiny_folder, "--to", "padded", "-o", tmp_path], 2, "is not empty"),
+        (["verify", tiny_folder, tmp_path / "nowhere.gguf"], 2, "nowhere.gguf does not exist"),
+        (["verify", tiny_folder, tmp_path / "empty"], 2, "is no artefact"),
+        (["verify", tiny_folder, tiny_folder, "--text", "self"], 2, "measure the model on its own text"),
+    ):
+        assert call(monkeypatch, capsys, *words)[0] == status, words
+        error = call(monkeypatch, capsys, *words)[2].splitlines()[-1]
+        assert error.startswith("error: "), error
+        assert said in error, error
+    assert {path.name for path in tmp_path.iterdir()} == {"there.gguf", "empty"}, "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "said"),
+    [
+        ("gguf", ["export", "--to", "gguf", "-o", "OUT.gguf"], "pip install 'adapt-pruner[gguf]'"),
+        ("onnxscript", ["export", "--to", "onnx", "-o", "OUT"], "pip install 'adapt-pruner[onnx]'"),
+        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q8_0"], "pip install 'adapt-pruner[verify]'"),
+        ("llama_cpp", ["verify", "THERE.gguf"], "pip install 'adapt-pruner[verify]'"),
+        ("onnxruntime", ["verify", "THERE"], "pip install 'adapt-pruner[onnx]'"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(
+    missing: str, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "THERE").mkdir()
+    (tmp_path / "THERE" / "model.onnx").touch()
+    (tmp_path / "THERE.gguf").touch()
+    monkeypatch.setitem(sys.modules, missing, None)
+    places = [tmp_path / word if "OUT" in word or "THERE" in word else word for word in words[1:]]
+    status, _, error = call(monkeypatch, capsys, words[0], tiny_folder, *places)
+    assert status == 2
+    assert said in error.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"THERE", "THERE.gguf"}
+
+
+def test_a_sliced_model_is_refused_by_all_but_onnx(tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.config.sliced_hidden_size = 40
+    for to in ("padded", "uniform", "decilm", "gguf"):
+        with pytest.raises(UsageError, match="the model is sliced"):
+            export(as_loaded(model), tmp_path / "x.gguf", to=to)
+
+
+# verify
+
+
+def test_verify_sees_another_model_and_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text_file: Path
+) -> None:
+    model = unequal()
+    save(model, bpe(), tmp_path / "own", dtype=torch.float32)
+    export(as_loaded(model), tmp_path / "right", to="padded")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1.5)
+    export(as_loaded(model), tmp_path / "wrong", to="padded")
+    export(as_loaded(unequal(vocab_size=300)), tmp_path / "other", to="padded")
+    options = ["--text", text_file, "--window", 32, "--max-windows", 2]
+    status, out, _ = call(monkeypatch, capsys, "verify", tmp_path / "own", tmp_path / "right", *options)
+    assert (status, "computes what the model computes" in out) == (0, True)
+    status, out, error = call(monkeypatch, capsys, "verify", tmp_path / "own", tmp_path / "wrong", *options, "--json")
+    found = json.loads(out)
+    assert (status, found["passed"]) == (1, False)
+    assert "does not compute what" in error
+    assert found["tolerance"]["agreement"] == 0.98
+    status, _, error = call(monkeypatch, capsys, "verify", tmp_path / "own", tmp_path / "other", *options)
+    assert (status, "has 300 tokens and" in error, "of another model" in error) == (1, True, True)
+
+
+def test_verify_runs_our_own_folder_without_us(tmp_path: Path) -> None:
+    """The code in the folder imports nothing of this package: in the process that runs it, it cannot."""
+    loaded = as_loaded(unequal())
+    save(loaded.model, loaded.tokenizer, tmp_path / "own", dtype=torch.float32)
+    found = compared(loaded, tmp_path / "own", trust_remote_code=True)
+    assert found["passed"], found["failures"]
+    code = tmp_path / "own" / "modeling_pruned.py"
+    code.write_text(code.read_text(encoding="utf-8") + "\nimport adapt_pruner\n", encoding="utf-8")
+    with pytest.raises(RunError, match="stock transformers cannot load"):
+        compared(loaded, tmp_path / "own", trust_remote_code=True)
+
+
+def test_tolerances_go_by_bits() -> None:
+    assert tolerance_for("f32") is TOLERANCES[32]
+    assert tolerance_for("bf16") is TOLERANCES[16]
+    assert tolerance_for("q8_0") is TOLERANCES[8]
+    assert tolerance_for("q6_k") is TOLERANCES[5]
+    assert tolerance_for("q4_k_m") is TOLERANCES[4]
+    assert tolerance_for("q3_k_s") is TOLERANCES[2]
+    assert tolerance_for("iq1_s") is TOLERANCES[2]
+
+
+# GGUF, read with the library that writes it
+
+
+def fields(path: Path) -> dict[str, Any]:
+    reader = pytest.importorskip("gguf", reason="gguf is not installed").GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def test_a_gguf_file_is_complete(tmp_path: Path) -> None:
+    tokenizer, model = bpe(), unequal()
+    model.generation_config.eos_token_id = [2, 5]
+    assert export(as_loaded(model, tokenizer), tmp_path / "x.gguf", to="gguf") == []
+    found = fields(tmp_path / "x.gguf")
+    assert found["general.architecture"] == "deci"
+    assert found["deci.attention.head_count"] == [6, 2, 1]
+    assert found["deci.attention.head_count_kv"] == [3, 2, 1]
+    assert found["deci.feed_forward_length"] == [35, 34, 33]
+    assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 8
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert len(found["tokenizer.ggml.tokens"]) == VOCAB, "rows without a token are filled up"
+    assert found["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCAB - 1}]"
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert found["tokenizer.ggml.eot_token_id"] == 5
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.chat_template"] == TEMPLATE
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([("Split", LLAMA3), ("ByteLevel", False)], "llama-bpe"),
+        ([("Split", LLAMA3.replace("{1,3}", "")), ("ByteLevel", False)], "qwen2"),
+        ([("Digits", True), ("ByteLevel", True)], "smollm"),
+        ([("ByteLevel", True)], "gpt-2"),
+        ([("Split", r"\w+"), ("ByteLevel", False)], None),
+        ([("Digits", False), ("ByteLevel", True)], None),
+    ],
+)
+def test_the_way_text_is_split_has_llama_cpps_name(steps: list[tuple[str, Any]], name: str | None) -> None:
+    keys = {
+        "Split": lambda value: {"pattern": {"Regex": value}, "behavior": "Isolated", "invert": False},
+        "Digits": lambda value: {"individual_digits": value},
+        "ByteLevel": lambda value: {"add_prefix_space": False, "trim_offsets": True, "use_regex": value},
+    }
+    described = [{"type": kind} | keys[kind](value) for kind, value in steps]
+    assert gguf_tokenizer._pre({"type": "Sequence", "pretokenizers": described}) == name
+
+
+# GGUF, run in llama.cpp
+
+
+def llama_cpp() -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed", exc_type=ImportError)
+
+
+PLAIN = {
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"layer_types": ["full_attention"] * 3},
+}
+ARCHITECTURES = {
+    "llama": "deci",
+    "mistral": "deci",
+    "qwen2": "deci",
+    "qwen3": "openelm",
+    "qwen3-untied": "qwen3",
+    "gemma3": "gemma3",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize("alike", [False, True], ids=["unequal", "equal"])
+def test_llama_cpp_computes_what_torch_computes(layout: tuple[str, str], alike: bool, tmp_path: Path) -> None:
+    llama_cpp()
+    changes: dict[str, Any] = {"vocab_size": VOCAB} | PLAIN.get(layout[1], PLAIN["gemma3"] if layout[0] == "gemma3" else {})
+    if layout[1] == "gemma3-capped":
+        changes["attention_bias"] = False
+    loaded = as_loaded(tiny_model(layout, **changes) if alike else unequal(layout, **changes))
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["passed"], found["failures"]
+    bound = 0.02 if layout[0] == "gemma3" else 1e-4  # llama.cpp reads Gemma's GELU from a table in 16 bits
+    assert found["max_difference"] < bound * found["deviation"]
+    if not alike and layout[1] in ARCHITECTURES:
+        assert f"({ARCHITECTURES[layout[1]]})" in found["engine"]
+
+
+def test_a_forgotten_permutation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_cpp()
+    monkeypatch.setattr(gguf, "_neighbours", lambda tensor, head_dim: tensor)
+    loaded = as_loaded(unequal())
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert not found["passed"]
+    assert any("a logit is off" in failure for failure in found["failures"])
+
+
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_ropes_are_scaled_alike(kind: str, tmp_path: Path) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(rope_parameters={"rope_type": kind, "rope_theta": 10000.0} | ROPES[kind]))
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["max_difference"] < 1e-4 * found["deviation"], found
+
+
+def test_biases_of_a_repair_and_pieces_as_sentencepiece_has_them(repaired: Loaded, tmp_path: Path) -> None:
+    llama_cpp()
+    export(repaired, tmp_path / "repaired.gguf", to="gguf")
+    assert compared(repaired, tmp_path / "repaired.gguf")["passed"]
+    pieces = bpe(sentencepiece=True)
+    loaded = as_loaded(unequal(vocab_size=len(pieces) + 2), pieces)
+    export(loaded, tmp_path / "pieces.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "pieces.gguf")
+    assert found["passed"], found["failures"]
+    assert found["encoding"]["same"] == 30
+    assert fields(tmp_path / "pieces.gguf")["tokenizer.ggml.add_bos_token"] is True
+
+
+@pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q4_k_m"])
+def test_quantised_files_are_padded_to_whole_blocks(quant: str, tmp_path: Path) -> None:
+    llama_cpp()
+    model = unequal(hidden_size=256, head_dim=32, intermediate_size=200)
+    loaded = as_loaded(model)
+    notes = export(loaded, tmp_path / "x.gguf", to="gguf", quant=quant.upper())
+    assert notes == []
+    widths = fields(tmp_path / "x.gguf")["deci.feed_forward_length"]
+    assert widths == ([195, 194, 193] if quant.endswith("16") else [224, 224, 224])
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["stored"] == quant
+    assert found["agreement"] >= 0.4
+    assert found["max_difference"] < (3 if quant == "q4_k_m" else 0.5) * found["deviation"]
+
+
+def test_rows_that_are_no_whole_blocks_are_said(tmp_path: Path) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=140))
+    (note,) = export(loaded, tmp_path / "x.gguf", to="gguf", quant="q8_0")
+    assert "matrices stay in 16 bits, since their rows of 8 numbers are not whole blocks of 32" in note
+
+
+def test_damaged_files_and_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text_file: Path
+) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(("llama", "mistral")))
+    (note,) = export(loaded, tmp_path / "x.gguf", to="gguf")
+    assert "its context is set to the window of 16 tokens" in note
+    assert fields(tmp_path / "x.gguf")["deci.context_length"] == 16
+    save(loaded.model, loaded.tokenizer, tmp_path / "own", dtype=torch.float32)
+    whole = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    status, _, error = call(monkeypatch, capsys, "verify", tmp_path / "own", tmp_path / "cut.gguf", "--text", text_file)
+    assert status == 1
+    assert "llama.cpp cannot load" in error.splitlines()[-1]
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, repaired: Loaded) -> None:
+    for model, said in (
+        (tiny_model(("gemma3", "gemma3"), vocab_size=VOCAB), "scales attention by the head size 16"),
+        (tiny_model(("gemma3", "gemma3-capped"), vocab_size=VOCAB, query_pre_attn_scalar=16), "no attention biases"),
+        (tiny_model(vocab_size=VOCAB, hidden_act="gelu"), "computes this model with silu, and it has gelu"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            export(as_loaded(model), tmp_path / "x.gguf", to="gguf")
+    assert list(tmp_path.iterdir()) == []
