@@ -36,14 +36,14 @@ for command, name in (
     (prune, "prune"),
     (run, "run"),
     (watch, "watch"),
-    (evaluate, "eval"),
     (report, "report"),
+    (evaluate, "eval"),
     (compare, "compare"),
-    (inspect, "inspect"),
-    (chat, "chat"),
-    (methods, "methods"),
     (export, "export"),
     (verify, "verify"),
+    (chat, "chat"),
+    (inspect, "inspect"),
+    (methods, "methods"),
 ):
     app.command(name)(command)
 
