@@ -32,15 +32,13 @@ def export(
 
         adapt-pruner export small --to padded -o small-plain
     """
-    from adapt_pruner.errors import UsageError, nearest
+    from adapt_pruner.export import check_form
+    from adapt_pruner.export import export as write
 
-    forms = ("gguf", "uniform", "padded", "decilm", "onnx")
-    if to not in forms:
-        raise UsageError(f"form {to!r} is not known; {nearest(to, forms)}")
+    check_form(to, quant=quant)
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.plain import to_json
-    from adapt_pruner.export import export as write
 
     quiet_libraries()
     with screen() as listen:

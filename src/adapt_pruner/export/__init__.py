@@ -7,14 +7,19 @@ A form has a file `NAME.py` with
 It is found by being in this folder under a name of `FORMS`.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["FORMS", "export"]
+if TYPE_CHECKING:  # a form that is not known is said before torch is loaded
+    from adapt_pruner.checkpoint.load import Loaded
+
+__all__ = ["FORMS", "check_form", "export"]
 
 FORMS = ("gguf", "uniform", "padded", "decilm", "onnx")
 
@@ -35,9 +40,18 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> 
         UsageError: the form cannot hold the model, or `path` is taken; the message says why and what can be done.
         RunError: it could not be written.
     """
+    check_form(to, quant=quant)
+    write: Callable[..., list[str]] = importlib.import_module(f"{__name__}.{to}").write
+    return write(loaded, path, quant=quant)
+
+
+def check_form(to: str, *, quant: str | None) -> None:
+    """Refuse a form that is not known, or one that knows no `quant`.
+
+    Raises:
+        UsageError: it is.
+    """
     if to not in FORMS:
         raise UsageError(f"form {to!r} is not known; {nearest(to, FORMS)}")
     if quant is not None and to != "gguf":
         raise UsageError(f"--quant {quant} is of --to gguf; a {to} export keeps the precision of the checkpoint, so leave it out")
-    write: Callable[..., list[str]] = importlib.import_module(f"{__name__}.{to}").write
-    return write(loaded, path, quant=quant)

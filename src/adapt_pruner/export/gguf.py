@@ -9,10 +9,10 @@ has tied embeddings only. So
     Qwen3 with tied embeddings             openelm
     Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
 
-What the traps are. `deci` forgets the attention of a layer that has no MLP, so one of 32 zero neurons is put there. Quantised
-matrices lie in blocks of 32 numbers a row (256 for k-quants), and a `ffn_down` whose rows are not whole blocks would stay in F16;
-so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. `deci` and `llama` turn queries
-and keys by pairs of neighbours where Hugging Face pairs the halves of a head, so their rows change places.
+Quantised matrices lie in blocks of 32 numbers a row (256 for k-quants), and a `ffn_down` whose rows are not whole blocks would
+stay in F16; so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. `deci` forgets the attention of a
+layer that has no MLP at all; there is none, since of every axis a unit stays. `deci` and `llama` turn queries and keys by pairs of
+neighbours where Hugging Face pairs the halves of a head, so their rows change places.
 """
 
 import math
@@ -137,7 +137,6 @@ def _planned(model: Any, *, quantised: bool) -> tuple[_Plan, list[str]]:
     sizes = layer_sizes(model)
     if quantised:
         sizes = [replace(size, neurons=-(-size.neurons // _BLOCK) * _BLOCK) for size in sizes]
-    sizes = [replace(size, neurons=size.neurons or _BLOCK) for size in sizes]
     arch = _NATIVE[config.model_type]
     extra_biases = bool(getattr(config, "output_bias", False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -50,7 +50,7 @@ class Tolerance:
 TOLERANCES = {
     32: Tolerance(0.05, 0.98, 0.005),
     16: Tolerance(None, 0.95, 0.01),
-    8: Tolerance(None, 0.95, 0.02),
+    8: Tolerance(None, 0.92, 0.02),
     5: Tolerance(None, 0.85, 0.10),
     4: Tolerance(None, 0.75, 0.25),
     2: Tolerance(None, 0.40, 2.0),
