@@ -178,11 +178,8 @@ def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], bat
     if recipe.head_metric is None or not losing:
         return {}
     measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype)
-    enough = [
-        batch
-        for batch, before in zip(batches, accumulate((b.numel() for b in batches), initial=0), strict=False)
-        if before < _HEAD_TOKENS
-    ]
+    ahead = accumulate((batch.numel() for batch in batches), initial=0)
+    enough = [batch for batch, before in zip(batches, ahead, strict=False) if before < _HEAD_TOKENS]
     measured: Scores = measure(model, losing, enough)
     return measured
 
