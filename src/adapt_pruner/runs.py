@@ -6,6 +6,7 @@ checkpoints/stage-K/     after stage K; stage-K-pruned after its cuts, stage-K-s
 checkpoints/*.damaged/   what could not be gone on from; log.damaged.jsonl is the log where nothing could
 calibration_self.json    the text that the model wrote, where it is calibrated on that
 model/                   the result; a folder that has it is finished
+report.html              what it came to, as a page (see `report`)
 .lock                    held by the process that works here
 """
 
