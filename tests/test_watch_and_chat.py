@@ -1,0 +1,198 @@
+"""Seeing a run live, in its own terminal or from its log alone; and asking a model something, beside another."""
+
+import fcntl
+import io
+import json
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from adapt_pruner import pipeline
+from adapt_pruner.cli.bars import Bars
+from adapt_pruner.cli.screen import Screen
+from adapt_pruner.errors import UsageError
+from adapt_pruner.evaluate.answer import answer
+from conftest import byte_tokenizer, tiny_model
+from test_cli import call
+from test_report import small_recipe
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def heard(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A finished run and what it told its listener."""
+    events: list[dict[str, Any]] = []
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    pipeline.run(small_recipe(tiny_folder, text_file), folder, listen=events.append)
+    return folder, events
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *words: call(monkeypatch, capsys, *words)
+
+
+def test_bars_are_as_high_as_what_is_left() -> None:
+    bars = Bars()
+    assert bars.lines(80) == [""], "before anything is known"
+    began = {"layers.0.neurons": 8, "layers.0.kv_heads": 2, "layers.1.neurons": 8, "layers.1.kv_heads": 2, "layers": 2, "residual": 16}
+    bars.hear({"event": "start", "began": began, "sizes": began, "layers_left": None})
+    assert bars.lines(80) == ["neurons ██ 100%"]
+    bars.hear({"event": "cut", "sizes": {"layers.0.neurons": 4, "layers.1.neurons": 8, "layers.1.kv_heads": 1}, "layers_left": None})
+    assert bars.lines(80) == ["neurons ▄█ 75%  KV heads █▄ 75%"]
+    assert bars.lines(20) == ["neurons ▄█ 75%", "KV heads █▄ 75%"]
+    bars.hear({"event": "cut", "sizes": {"layers": 1}, "layers_left": [1]})
+    assert bars.lines(80) == ["neurons  █ 50%  KV heads  ▄ 25%"], "the layer that is gone leaves its place empty"
+    bars.hear({"event": "cut", "sizes": {"layers.0.neurons": 1}, "layers_left": [1]})
+    assert bars.lines(80)[0].startswith("neurons  ▁ 6%"), "what is layer 0 now was layer 1"
+
+
+def test_a_run_that_goes_on_shows_what_it_had_lost() -> None:
+    bars = Bars()
+    began = {"layers.0.neurons": 8, "layers.1.neurons": 8}
+    bars.hear({"event": "start", "began": began, "sizes": {"layers.0.neurons": 2}, "layers_left": [1]})
+    assert bars.lines(80) == ["neurons  ▂ 12%"]
+
+
+def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple[Path, list[dict[str, Any]]]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    shown = Screen(console, Progress("{task.description} {task.fields[left]}", console=console))
+    middle = next(i for i, event in enumerate(heard[1]) if event["event"] == "step" and event["stage"] == 2)
+    for number, event in enumerate(heard[1][: middle + 1]):
+        shown(event | {"time": 1000.0 + number})
+    with console.capture() as captured:
+        console.print(shown.render())
+    anatomy, figures, bar = captured.get().splitlines()
+    step, cut = heard[1][middle], [event for event in heard[1][:middle] if event["event"] == "cut"][-1]
+    assert anatomy.startswith("neurons ")
+    for words in ("stage 2 of 2", f"{cut['params']:,} of 50,784 parameters", f"loss {step['loss']:.3f}", f"{step['tokens_per_second']:,.0f} tokens/s"):
+        assert words in figures
+    assert "stage 2: training" in bar
+    assert "left" in bar
+
+
+def test_watching_a_finished_run_says_so(heard: tuple[Path, list[dict[str, Any]]], ask: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in heard[0].rglob("*")}
+    status, out, err = ask("watch", heard[0])
+    assert status == 0
+    assert "the run is finished" in out
+    assert "stage 2 of 2" in err
+    assert {path: path.stat().st_mtime_ns for path in heard[0].rglob("*")} == before, "nothing is changed"
+
+
+def test_watching_a_run_that_was_killed_says_how_to_go_on(heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(heard[0], tmp_path / "run"))
+    log = run / "log.jsonl"
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    status, out, err = ask("watch", run)
+    assert (status, out) == (1, "")
+    assert "nobody works in" in err
+    assert f"adapt-pruner run {run}/recipe.yaml -o {run}" in err
+
+
+def test_watching_follows_a_run_to_its_end(
+    heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines come in pieces, and the log is cut back once, as by a run that goes on from a checkpoint."""
+    monkeypatch.setattr(sys.modules["adapt_pruner.cli.watch"], "_POLL", 0.02)
+    run = tmp_path / "run"
+    run.mkdir()
+    whole = (heard[0] / "log.jsonl").read_bytes()
+    half = len(whole) // 2
+    (run / "log.jsonl").write_bytes(whole[:half])
+
+    def work() -> None:
+        with (run / ".lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            begun.set()
+            for piece in (whole[: half // 2], whole[: half // 2 + 7], whole):
+                time.sleep(0.4)
+                (run / "log.jsonl").write_bytes(piece)
+            time.sleep(0.4)
+
+    begun = threading.Event()
+    other = threading.Thread(target=work)
+    other.start()
+    begun.wait()
+    status, out, err = ask("watch", run)
+    other.join()
+    assert status == 0, err
+    assert "the run is finished" in out
+    assert "stage 2: perplexity" in err, "what came while watching is said line by line"
+
+
+def test_a_log_with_foreign_or_broken_lines_is_watched_all_the_same(heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(heard[0], tmp_path / "run"))
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    lines[3:3] = [b"\xff{\n", b"[1]\n", b'{"event": "step"}\n', b'{"event": "cut", "params": null}\n']
+    (run / "log.jsonl").write_bytes(b"".join(lines))
+    status, out, _ = ask("watch", run)
+    assert (status, "the run is finished" in out) == (0, True)
+
+
+def test_an_answer_is_what_greedy_generation_gives() -> None:
+    model, tokenizer = tiny_model(vocab_size=259), byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    told: list[str] = []
+    state = torch.get_rng_state()
+    said = answer(model, tokenizer, "Why?", system="Be short.", max_new_tokens=8, on_text=told.append)
+    ids = tokenizer("[system]Be short.[user]Why?[assistant]", return_tensors="pt", add_special_tokens=False).input_ids
+    wanted = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=2)[0, ids.shape[1] :]
+    assert said.text == tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    assert "".join(told).strip() == said.text
+    assert (said.tokens, said.templated) == (len(wanted), True)
+    assert torch.equal(torch.get_rng_state(), state), "the random state is left as found"
+
+
+def test_draws_follow_the_seed_and_a_model_without_template_goes_on_with_the_prompt() -> None:
+    model, tokenizer = tiny_model(vocab_size=259), byte_tokenizer()
+    texts = [answer(model, tokenizer, "Why?", max_new_tokens=12, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert not answer(model, tokenizer, "Why?", max_new_tokens=2).templated
+
+
+def test_prompts_that_cannot_be_answered_are_refused() -> None:
+    model, tokenizer = tiny_model(vocab_size=259), byte_tokenizer()
+    with pytest.raises(UsageError, match="prompt is empty"):
+        answer(model, tokenizer, "  ")
+    with pytest.raises(UsageError, match="shorten it, or lower --max-new-tokens"):
+        answer(model, tokenizer, "long " * 50, max_new_tokens=model.config.max_position_embeddings)
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(UsageError, match="no system here"):
+        answer(model, tokenizer, "Why?", system="x", max_new_tokens=2)
+
+
+def test_both_models_answer_side_by_side(heard: tuple[Path, list[dict[str, Any]]], tiny_folder: Path, ask: Any) -> None:
+    pruned = heard[0] / "model"
+    status, out, _ = ask("chat", pruned, "Line 7:", "--against", tiny_folder, "--max-new-tokens", 6, "--json")
+    answers = json.loads(out)["answers"]
+    assert status == 0
+    assert [one["model"] for one in answers] == [str(pruned), str(tiny_folder)]
+    assert answers[0]["params"] < answers[1]["params"]
+    status, out, _ = ask("chat", pruned, "Line 7:", "--against", tiny_folder, "--max-new-tokens", 6)
+    assert status == 0
+    assert "6 tokens" in out
+    assert out.count("parameters") == 2
+    status, out, err = ask("chat", pruned, "Line 7:", "--max-new-tokens", 6)
+    assert (status, "6 tokens" in err) == (0, True)
+    assert out.strip(), "one answer alone comes as it is written"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["  "], "prompt is empty"), (["hi", "--against", "no/such", "--max-new-tokens", "4"], "no/such"), (["hi", "--max-new-tokens", "0"], "max-new-tokens")],
+)
+def test_chat_refuses_in_a_sentence(tiny_folder: Path, ask: Any, words: list[str], says: str) -> None:
+    status, out, err = ask("chat", tiny_folder, *words)
+    assert status == 2
+    assert says in err
+    assert "Traceback" not in err
