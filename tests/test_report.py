@@ -63,7 +63,7 @@ def stopped(copied: Path) -> Path:
 class _Seen(HTMLParser):
     """What a page holds: tags that are open, addresses that it would ask, pictures by their names."""
 
-    _VOID = frozenset("meta link input br hr img".split())
+    _VOID = frozenset(["meta", "link", "input", "br", "hr", "img"])
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -277,9 +277,7 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_pictures_for_papers(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_for_papers(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(monkeypatch, capsys, "report", copied, "--png", "--json")
     written = [Path(path) for path in json.loads(out)["written"]]
     assert status == 0
@@ -319,7 +317,9 @@ def test_scores_about_the_cut_line_are_counted_in_quarter_octaves() -> None:
     middle = QUARTER_OCTAVES // 2
     kept = {i: count for i, count in enumerate(found["neurons"]["kept"]) if count}
     removed = {i: count for i, count in enumerate(found["neurons"]["removed"]) if count}
-    assert kept == {middle: 1, middle + 4: 1, middle + 20: 1}, "2, 4 and 70 over the line 2; the layer that loses nothing is not counted"
+    assert kept == {middle: 1, middle + 4: 1, middle + 20: 1}, (
+        "2, 4 and 70 over the line 2; the layer that loses nothing is not counted"
+    )
     assert removed == {middle - 1: 1, middle - 4: 1, 0: 1}, "1.9, 1 and 0"
 
 
@@ -356,7 +356,10 @@ def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
     assert "was stopped" not in said(finished)
     figures = figures_of(read_record(finished))
     assert figures.began is not None
-    whole = {layer: {**figures.states[-1].layers[layer], "kv_heads": sizes["kv_heads"]} for layer, sizes in figures.began.layers.items()}
+    whole = {
+        layer: {**figures.states[-1].layers[layer], "kv_heads": sizes["kv_heads"]}
+        for layer, sizes in figures.began.layers.items()
+    }
     state = type(figures.states[-1])("stage 2", 1, whole)
     assert "Attention is untouched" in said(finished, states=[state])
 
@@ -399,7 +402,9 @@ def test_numbers_are_short_and_whole() -> None:
 def comparison_result() -> dict[str, Any]:
     """What compare.json holds, of two methods at two sizes, one of which failed."""
 
-    def row(method: str, size: int | None, params: int | None, ppl: float | None, speed: float | None, error: str | None = None) -> dict[str, Any]:
+    def row(
+        method: str, size: int | None, params: int | None, ppl: float | None, speed: float | None, error: str | None = None
+    ) -> dict[str, Any]:
         texts = {} if ppl is None else {"t.txt": {"perplexity": ppl, "low": ppl - 1, "high": ppl + 1, "ratio": ppl / 10}}
         return {
             "method": method, "size": size, "params": params, "decoder_params": params, "removed": 0.1, "texts": texts,

@@ -16,7 +16,9 @@ from test_report import comparison_result, small_recipe
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (apt-get install chromium)"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed (pip install playwright)"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("playwright") is None, reason="playwright is not installed (pip install playwright)"
+    ),
 ]
 
 PHONE, DESKTOP = 390, 1280
@@ -65,7 +67,8 @@ def test_the_page_opens_by_itself_and_fits(browser: Any, pages: dict[str, Path],
     wide = opened.page.evaluate("document.documentElement.scrollWidth")
     assert wide <= width, f"scrolls sideways to {wide}"
     figures = opened.page.eval_on_selector_all(
-        "figure svg", "found => found.map(one => [one.getBoundingClientRect().width, one.getBoundingClientRect().height, one.children.length])"
+        "figure svg",
+        "found => found.map(one => [one.getBoundingClientRect().width, one.getBoundingClientRect().height, one.children.length])",
     )
     assert len(figures) >= (9 if which == "run" else 2)
     assert all(across > width / 6 and high > 20 and marks for across, high, marks in figures), figures
@@ -74,7 +77,9 @@ def test_the_page_opens_by_itself_and_fits(browser: Any, pages: dict[str, Path],
     assert (sum(channels) > 600) == (scheme == "light"), paper
 
 
-@pytest.mark.skipif(importlib.util.find_spec("axe_playwright_python") is None, reason="axe is not installed (pip install axe-playwright-python)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("axe_playwright_python") is None, reason="axe is not installed (pip install axe-playwright-python)"
+)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["run", "comparison"])
 def test_everybody_can_read_it(browser: Any, pages: dict[str, Path], which: str, scheme: str) -> None:
@@ -89,7 +94,11 @@ def test_everybody_can_read_it(browser: Any, pages: dict[str, Path], which: str,
 
 def test_figures_show_under_the_pointer(browser: Any, pages: dict[str, Path]) -> None:
     opened = Opened(browser, pages["run"], width=DESKTOP, scheme="light")
-    for place, words in (("#anatomy .tall rect, #anatomy .low rect", "layer 0"), ("#importance rect", "layer 0, 1.1"), ("#loss .canvas", "training tokens")):
+    for place, words in (
+        ("#anatomy .tall rect, #anatomy .low rect", "layer 0"),
+        ("#importance rect", "layer 0, 1.1"),
+        ("#loss .canvas", "training tokens"),
+    ):
         opened.page.locator(place).first.hover()
         tip = opened.page.locator("#tip")
         assert tip.is_visible()

@@ -44,10 +44,19 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_bars_are_as_high_as_what_is_left() -> None:
     bars = Bars()
     assert bars.lines(80) == [""], "before anything is known"
-    began = {"layers.0.neurons": 8, "layers.0.kv_heads": 2, "layers.1.neurons": 8, "layers.1.kv_heads": 2, "layers": 2, "residual": 16}
+    began = {
+        "layers.0.neurons": 8,
+        "layers.0.kv_heads": 2,
+        "layers.1.neurons": 8,
+        "layers.1.kv_heads": 2,
+        "layers": 2,
+        "residual": 16,
+    }
     bars.hear({"event": "start", "began": began, "sizes": began, "layers_left": None})
     assert bars.lines(80) == ["neurons ██ 100%"]
-    bars.hear({"event": "cut", "sizes": {"layers.0.neurons": 4, "layers.1.neurons": 8, "layers.1.kv_heads": 1}, "layers_left": None})
+    bars.hear(
+        {"event": "cut", "sizes": {"layers.0.neurons": 4, "layers.1.neurons": 8, "layers.1.kv_heads": 1}, "layers_left": None}
+    )
     assert bars.lines(80) == ["neurons ▄█ 75%  KV heads █▄ 75%"]
     assert bars.lines(20) == ["neurons ▄█ 75%", "KV heads █▄ 75%"]
     bars.hear({"event": "cut", "sizes": {"layers": 1}, "layers_left": [1]})
@@ -74,7 +83,12 @@ def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple
     anatomy, figures, bar = captured.get().splitlines()
     step, cut = heard[1][middle], [event for event in heard[1][:middle] if event["event"] == "cut"][-1]
     assert anatomy.startswith("neurons ")
-    for words in ("stage 2 of 2", f"{cut['params']:,} of 50,784 parameters", f"loss {step['loss']:.3f}", f"{step['tokens_per_second']:,.0f} tokens/s"):
+    for words in (
+        "stage 2 of 2",
+        f"{cut['params']:,} of 50,784 parameters",
+        f"loss {step['loss']:.3f}",
+        f"{step['tokens_per_second']:,.0f} tokens/s",
+    ):
         assert words in figures
     assert "stage 2: training" in bar
     assert "left" in bar
@@ -89,7 +103,9 @@ def test_watching_a_finished_run_says_so(heard: tuple[Path, list[dict[str, Any]]
     assert {path: path.stat().st_mtime_ns for path in heard[0].rglob("*")} == before, "nothing is changed"
 
 
-def test_watching_a_run_that_was_killed_says_how_to_go_on(heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path) -> None:
+def test_watching_a_run_that_was_killed_says_how_to_go_on(
+    heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(heard[0], tmp_path / "run"))
     log = run / "log.jsonl"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
@@ -130,7 +146,9 @@ def test_watching_follows_a_run_to_its_end(
     assert "stage 2: perplexity" in err, "what came while watching is said line by line"
 
 
-def test_a_log_with_foreign_or_broken_lines_is_watched_all_the_same(heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path) -> None:
+def test_a_log_with_foreign_or_broken_lines_is_watched_all_the_same(
+    heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(heard[0], tmp_path / "run"))
     lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
     lines[3:3] = [b"\xff{\n", b"[1]\n", b'{"event": "step"}\n', b'{"event": "cut", "params": null}\n']
@@ -189,10 +207,14 @@ def test_both_models_answer_side_by_side(heard: tuple[Path, list[dict[str, Any]]
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["  "], "prompt is empty"), (["hi", "--against", "no/such", "--max-new-tokens", "4"], "no/such"), (["hi", "--max-new-tokens", "0"], "max-new-tokens")],
+    [
+        (["  "], "prompt is empty"),
+        (["hi", "--against", "no/such", "--max-new-tokens", "4"], "no/such"),
+        (["hi", "--max-new-tokens", "0"], "max-new-tokens"),
+    ],
 )
 def test_chat_refuses_in_a_sentence(tiny_folder: Path, ask: Any, words: list[str], says: str) -> None:
-    status, out, err = ask("chat", tiny_folder, *words)
+    status, _, err = ask("chat", tiny_folder, *words)
     assert status == 2
     assert says in err
     assert "Traceback" not in err

@@ -164,9 +164,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
     for kind in figures.kinds:
         total = [began.layers[layer].get(kind, 0) for layer in layers]
         course = [total, *([state.layers.get(layer, {}).get(kind, 0) for layer in layers] for state in states)]
-        gone = [
-            [max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)
-        ]
+        gone = [[max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)]
         if any(total):
             panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
     said = []
@@ -289,7 +287,7 @@ def perplexities(figures: Figures) -> Lines | None:
         return None
     points = sorted((float(e["params"]), float(e["perplexity"]), f"stage {e['stage']}" if e["stage"] else "dense") for e in known)
     return Lines(
-        "perplexity", "Perplexity after each stage", "On held-out text, after the stage’s training; lower is better.",
+        "perplexity", "Perplexity after each stage", f"On held-out text, after the stage’s {'training' if figures.steps else 'cuts'}; lower is better.",
         [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
         "parameters", "perplexity", "params", "perplexity", falls=True,
     )  # fmt: skip
