@@ -69,7 +69,14 @@ def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> No
     assert figures["perplexities"][-1] < 0.7 * figures["perplexities"][0]
 
     # the folder
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "recipe.yaml", "log.jsonl", "checkpoints", "model", "report.html"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "recipe.yaml",
+        "log.jsonl",
+        "checkpoints",
+        "model",
+        "report.html",
+    }
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["stage-2", "stage-3-pruned"]
     assert read(str(tmp_path / "run" / "recipe.yaml")) == recipe
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

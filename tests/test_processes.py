@@ -351,7 +351,14 @@ def test_only_the_first_process_speaks_and_writes(parallel: str, ground: Ground)
     assert (second.out, second.err) == ("", "")
     assert not any(said.out for said in launcher)
     folder = ground.base / parallel
-    assert {path.name for path in folder.iterdir()} == {".lock", "recipe.yaml", "log.jsonl", "checkpoints", "model", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "recipe.yaml",
+        "log.jsonl",
+        "checkpoints",
+        "model",
+        "report.html",
+    }
     assert [len(log(folder, kind)) for kind in ("start", "evaluation")] == [1, 3]
 
 

@@ -99,9 +99,11 @@ def test_figures_show_under_the_pointer(browser: Any, pages: dict[str, Path]) ->
         ("#importance rect", "layer 0, 1.1"),
         ("#loss .canvas", "training tokens"),
     ):
+        opened.page.locator(place).first.scroll_into_view_if_needed()
+        opened.page.wait_for_timeout(300)  # a scroll that still goes on takes the words away again
         opened.page.locator(place).first.hover()
         tip = opened.page.locator("#tip")
-        assert tip.is_visible()
+        tip.wait_for(state="visible", timeout=5000)
         assert words in tip.inner_text()
     opened.page.mouse.move(2, 2)
     assert opened.page.locator("#tip").is_hidden()

@@ -1,10 +1,10 @@
 """Seeing a run live, in its own terminal or from its log alone; and asking a model something, beside another."""
 
 import fcntl
-import importlib
 import io
 import json
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_watching_follows_a_run_to_its_end(
     heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lines come in pieces, and the log is cut back once, as by a run that goes on from a checkpoint."""
-    monkeypatch.setattr(importlib.import_module("adapt_pruner.cli.watch"), "_POLL", 0.02)
+    monkeypatch.setattr(sys.modules["adapt_pruner.cli.watch"], "_POLL", 0.02)
     run = tmp_path / "run"
     run.mkdir()
     whole = (heard[0] / "log.jsonl").read_bytes()

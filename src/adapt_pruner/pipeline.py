@@ -330,9 +330,7 @@ def _begun(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> tuple[L
     loaded = load_model(recipe, listen, trust_remote_code)
     dense = count_parameters(loaded.model)
     loaded, mask = cut_vocabulary(loaded, recipe, listen)
-    at = Position(
-        Debt.none(prunable(loaded.model, recipe)), mask=mask, began={axis.name: axis.size for axis in families.axes(loaded.model)}
-    )
+    at = Position(Debt.none(prunable(loaded.model, recipe)), mask=mask, began=families.sizes(loaded.model))
     if "vocabulary" in mask:
         at.figures |= {
             "vocabulary_before": mask["vocabulary"].numel(),
@@ -402,8 +400,7 @@ def _tell_start(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, l
         "calibration_tokens": sum(stage.calibration_tokens for stage in coming),
         "training_tokens": 0 if ready.rows is None else ready.rows.num_tokens(0, len(ready.rows)),
         "trained_tokens": at.progress.tokens, "processes": world.size(), "parallel": recipe.parallel,
-        "began": at.began, "layers_left": at.layers_left, "device": loaded.model.device.type,
-        "sizes": {axis.name: axis.size for axis in families.axes(loaded.model)},
+        "began": at.began, "sizes": families.sizes(loaded.model), "layers_left": at.layers_left, "device": loaded.model.device.type,
         "precision": "bfloat16" if uses_bfloat16(loaded.model.device, recipe.dtype) else "float32",
     })  # fmt: skip
 

@@ -23,7 +23,7 @@ from torch import nn
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["all_families", "axes", "family_of", "is_sliced", "model_types", "stock_config"]
+__all__ = ["all_families", "axes", "family_of", "is_sliced", "model_types", "sizes", "stock_config"]
 
 
 def all_families() -> list[ModuleType]:
@@ -55,6 +55,11 @@ def axes(model: nn.Module) -> tuple[Axis, ...]:
     """Every axis of a model, sizes as its weights have them now."""
     found: tuple[Axis, ...] = family_of(model.config).axes(model)
     return found
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Axis name -> units a model has along it now."""
+    return {axis.name: axis.size for axis in axes(model)}
 
 
 def is_sliced(config: Any) -> bool:

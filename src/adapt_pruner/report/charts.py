@@ -287,7 +287,7 @@ def perplexities(figures: Figures) -> Lines | None:
         return None
     points = sorted((float(e["params"]), float(e["perplexity"]), f"stage {e['stage']}" if e["stage"] else "dense") for e in known)
     return Lines(
-        "perplexity", "Perplexity after each stage", "On held-out text, after the stage’s training; lower is better.",
+        "perplexity", "Perplexity after each stage", f"On held-out text, after the stage’s {'training' if figures.steps else 'cuts'}; lower is better.",
         [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
         "parameters", "perplexity", "params", "perplexity", falls=True,
     )  # fmt: skip

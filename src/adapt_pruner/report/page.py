@@ -77,9 +77,10 @@ def page(record: Record) -> str:
     """The page as HTML."""
     figures = figures_of(record)
     by_key = {chart.key: drawn(chart) for chart in pictures(figures)}
+    lines = [key for key in by_key if key.startswith("line-")]
     sections = [
         ("anatomy", "Anatomy", "What the model was, and what of it is left.", by_key.get("anatomy", "")),
-        ("why", "Why there", _why(record), _pair(by_key, "importance", "sparsity") + _pair(by_key, *(k for k in by_key if k.startswith("line-"))) + by_key.get("costs", "")),
+        ("why", "Why there", _why(record), _pair(by_key, "importance", "sparsity") + _pair(by_key, *lines, tag="pair" if len(lines) % 3 else "trio") + by_key.get("costs", "")),
         ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio")),
         ("bill", "The bill", "", _bill(figures) + _facts(record, figures)),
         ("next", "What to try next", "", _next(record, figures)),
