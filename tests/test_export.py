@@ -1,6 +1,7 @@
 """Exports compute what the model computes in tools that do not have this package, and what a form cannot hold is refused."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import decilm, export, gguf, gguf_tokenizer
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
-from adapt_pruner.export.verify import TOLERANCES, tolerance_for, verify
+from adapt_pruner.export.verify import TOLERANCES, _failures, tolerance_for, verify
 from conftest import LAYOUTS, read_json, tiny_model
 from test_cli import call
 
@@ -333,6 +334,31 @@ def test_verify_runs_our_own_folder_without_us(tmp_path: Path) -> None:
     code.write_text(code.read_text(encoding="utf-8") + "\nimport adapt_pruner\n", encoding="utf-8")
     with pytest.raises(RunError, match="stock transformers cannot load"):
         compared(loaded, tmp_path / "own", trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"max_difference": 0.2}, "a logit is off by 0.1 deviations"),
+        ({"max_difference": math.inf}, "a logit is off by inf"),
+        ({"agreement": 0.9}, "agrees at 90.0% of positions"),
+        ({"perplexity": {"model": 20.0, "artefact": 20.2}}, "perplexity is 20.2 instead of 20"),
+        ({"perplexity": {"model": 20.0, "artefact": 19.0}}, "perplexity is 19 instead of 20"),
+        ({"perplexity": {"model": 20.0, "artefact": math.inf}}, "perplexity is inf"),
+        ({"greedy": {"parts_only_where_undecided": False}}, "greedy text parts"),
+        ({"encoding": {"same": 90, "of": 100, "example": "x"}}, "10 of 100 pieces of text become other tokens, for example 'x'"),
+        ({"encoding": None}, None),
+    ],
+)
+def test_each_figure_can_fail(change: dict[str, Any], said: str | None) -> None:
+    fine = {
+        "max_difference": 0.01, "deviation": 2.0, "agreement": 1.0, "perplexity": {"model": 20.0, "artefact": 20.05},
+        "greedy": {"parts_only_where_undecided": True}, "encoding": {"same": 100, "of": 100, "example": None},
+    }  # fmt: skip
+    found = _failures(fine | change, TOLERANCES[32])
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
 
 
 def test_tolerances_go_by_bits() -> None:
