@@ -299,6 +299,14 @@ def test_a_sliced_model_is_refused_by_all_but_onnx(tmp_path: Path) -> None:
             export(as_loaded(model), tmp_path / "x.gguf", to=to)
 
 
+def test_a_model_without_some_attention_is_refused_by_all_but_onnx(tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    cut(model, families.axes(model), Mask({"layers.1.attentions": torch.tensor([False])}))
+    for to in ("padded", "uniform", "decilm", "gguf"):
+        with pytest.raises(UsageError, match="layer 1 has no attention, which this export to"):
+            export(as_loaded(model), tmp_path / "x.gguf", to=to)
+
+
 # verify
 
 

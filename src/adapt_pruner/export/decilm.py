@@ -23,7 +23,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights, refuse_sliced, widest
+from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
 __all__ = ["width_of", "write"]
 
@@ -44,6 +44,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     """
     check_target(path)
     model = loaded.model
+    check_layers(model.config, "DeciLM")
     sizes = layer_sizes(model)
     _refuse_unheld(model.config, sizes)
     wide = [replace(size, neurons=-(-size.neurons // _MULTIPLE) * _MULTIPLE) for size in sizes]
@@ -91,7 +92,6 @@ def _block(size: LayerSizes, hidden_size: int) -> dict[str, Any]:
 
 
 def _refuse_unheld(config: Any, sizes: list[LayerSizes]) -> None:
-    refuse_sliced(config, "DeciLM")
     kind = config.model_type
     sliding = kind == "mistral" and config.sliding_window is not None
     if kind not in ("llama", "mistral") or sliding:

@@ -28,7 +28,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import why
 from adapt_pruner.errors import RunError, UsageError, nearest
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
-from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights, refuse_sliced, widest
+from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
 __all__ = ["QUANTS", "write"]
 
@@ -129,7 +129,7 @@ def _planned(model: Any, *, quantised: bool) -> tuple[_Plan, list[str]]:
         UsageError: none does.
     """
     config = model.config
-    refuse_sliced(config, "llama.cpp")
+    check_layers(config, "llama.cpp")
     if config.model_type not in _NATIVE:
         raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(_NATIVE)}")
     _refuse_unheld(config)

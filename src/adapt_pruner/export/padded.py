@@ -5,7 +5,7 @@ from pathlib import Path
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.export.padding import LayerSizes, accepted, layer_sizes, refuse_sliced, stock_model, widest
+from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, stock_model, widest
 
 __all__ = ["write"]
 
@@ -18,7 +18,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         RunError: it could not be written.
     """
     check_target(path)
-    refuse_sliced(loaded.model.config, "a stock class")
+    check_layers(loaded.model.config, "a stock class")
     least = widest(layer_sizes(loaded.model))
     grown = [
         LayerSizes(kv_heads, group, least.neurons)

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.errors import UsageError
 
-__all__ = ["LayerSizes", "accepted", "layer_sizes", "padded_weights", "refuse_sliced", "stock_model", "widest"]
+__all__ = ["LayerSizes", "accepted", "check_layers", "layer_sizes", "padded_weights", "stock_model", "widest"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def widest(sizes: Sequence[LayerSizes]) -> LayerSizes:
     )
 
 
-def refuse_sliced(config: Any, form: str) -> None:
-    """Refuse a sliced model.
+def check_layers(config: Any, form: str) -> None:
+    """Refuse a model whose layers are of another make than a stock one's: sliced, or without attention or MLP.
 
     Raises:
         UsageError: it is one.
@@ -58,6 +58,12 @@ def refuse_sliced(config: Any, form: str) -> None:
         raise UsageError(
             f"the model is sliced (rotate: pca), and {form} has no place for the maps beside its layers; "
             "export it --to onnx, or prune heads and neurons instead"
+        )
+    lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]
+    if lacking:
+        raise UsageError(
+            f"layer {lacking[0]} has no {' and no '.join(config.per_layer_config[lacking[0]].skip)}, which this export to {form} does not "
+            "know yet; export it --to onnx, or prune heads and neurons instead"
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export.padding import layer_sizes, refuse_sliced, stock_model
+from adapt_pruner.export.padding import check_layers, layer_sizes, stock_model
 
 __all__ = ["write"]
 
@@ -18,7 +18,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         RunError: it could not be written.
     """
     check_target(path)
-    refuse_sliced(loaded.model.config, "a stock class")
+    check_layers(loaded.model.config, "a stock class")
     sizes = layer_sizes(loaded.model)
     for what in ("neurons", "kv_heads", "group"):
         of_layers = [getattr(size, what) for size in sizes]
