@@ -89,7 +89,7 @@ def test_all_are_measured_on_equal_terms(ask: Ask, tiny_folder: Path, text_file:
         assert [cell["draw"] for cell in cells] == [0, 1]
     random = next(row for row in rows if row["method"] == "random")["texts"][str(text_file)]
     assert random["low"] < random["high"], "draws differ"
-    assert re.search(r"^cell 4 of 4: random to [\d.]+ M, draw 2 of 2, about [^:]+ left$", err, re.MULTILINE)
+    assert re.search(r"^cell 4 of 4: random to [\d,]+, draw 2 of 2, about [^:]+ left$", err, re.MULTILINE)
     assert {path.name for path in out.iterdir()} >= {"compare.json", "compare.md", "compare.svg", "compare.png", "cells"}
     written = read_json(out / "compare.json")
     assert written == {key: value for key, value in result.items() if key != "path"}
