@@ -375,4 +375,5 @@ def test_liger_has_no_kernel_for_it(recipe: Recipe, text_file: Path, tmp_path: P
 def test_axes_of_a_sliced_model_say_what_it_is_made_of() -> None:
     sizes = [{axis.name: axis.size for axis in families.axes(model)} for model in (tiny_model(), sliced())]
     assert sizes[0].pop("residual") == 48
-    assert sizes[0] == sizes[1], "but its stream is no axis, since it is in another basis at every block"
+    whole = {name: size for name, size in sizes[0].items() if not name.endswith(("attentions", "mlps"))}
+    assert whole == sizes[1], "but its stream is no axis, nor are its blocks, since it is in another basis at every block"
