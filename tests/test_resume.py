@@ -101,7 +101,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "with half of the moments written": lambda n: _last(
         state, "save_file", n, done=True, then=lambda tensors, path: _half(path)
     ),
-    "between writing and fsync": lambda n: _last(save, "_sync", n),
+    "between writing and fsync": lambda n: _last(save, "sync", n),
     "before damage is set aside": lambda n: _last(os, "rename", n, of=_named(r".*\.damaged")),
     "before a checkpoint has its name": lambda n: _last(os, "rename", n, of=_named(r"stage-[^.]+")),
     "when a checkpoint has its name": lambda n: _last(os, "rename", n, of=_named(r"stage-[^.]+"), done=True),
