@@ -66,8 +66,7 @@ def least_squares(
     """
     if ridge is not None and ridge < 0:
         raise UsageError(f"repair ridge {ridge} is negative; give 0 or more, or null to choose one for each layer")
-    if not batches:
-        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
+    _need_text(batches)
     if ridge is None and len(batches) < 2:
         raise UsageError(
             "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
@@ -196,8 +195,7 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
 
     Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
     """
-    if not batches:
-        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
+    _need_text(batches)
     layers = _layers(model, axes)
     entering = streams(model, layers, world.share(batches), dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
@@ -230,6 +228,11 @@ def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:
             features = mask[axis.name].repeat_interleave(axis.gate.width)
             kept[axis.gate.module] = kept[axis.gate.module] & features if axis.gate.module in kept else features
     return kept
+
+
+def _need_text(batches: Sequence[Tensor]) -> None:
+    if not batches:
+        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
 
 
 def _layers(model: nn.Module, axes: Sequence[Axis]) -> Sequence[nn.Module]:
