@@ -34,6 +34,7 @@ FLOORS = {
     "runs": 6,
     "prepare": 7,
     "bench": 7,
+    "latency": 8,
     "stage": 8,
     "trackers": 8,
     "pipeline": 9,

@@ -35,6 +35,7 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     from adapt_pruner.checkpoint.load import load, pick_device
     from adapt_pruner.core.calibrate import uses_bfloat16
     from adapt_pruner.estimate import shapes
+    from adapt_pruner.evaluate.speed import reading_and_writing
 
     torch.set_num_threads(asked["threads"])
     device = pick_device(asked["device"])
@@ -43,24 +44,8 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     loaded = load(asked["model"], device=device, dtype=dtype, trust_remote_code=asked["trust"])
     model = loaded.model.requires_grad_(False)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    @torch.inference_mode()
     def run(rows: Sequence[Sequence[int]], count: int) -> tuple[float, float]:
-        ids = torch.tensor(rows, device=device)
-        wait()
-        start = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        following = out.logits[:, -1:].argmax(-1)
-        wait()
-        middle = time.perf_counter()
-        for _ in range(count):
-            out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
-            following = out.logits[:, -1:].argmax(-1)
-        wait()
-        return middle - start, time.perf_counter() - middle
+        return reading_and_writing(model, torch.tensor(rows), count)
 
     run([[1]], 0)
     return run, {
