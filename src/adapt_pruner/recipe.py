@@ -296,10 +296,11 @@ class Recipe(_Frozen):
                 f"budget {self.budget!r} and latency {self.latency!r} both say how far to prune; leave one of them out"
             )
         others = sorted(set(self.axes) - {"neurons", "kv_heads"})
-        what = "rotate" if self.rotate is not None else f"axes {', '.join(others)}" if others else ""
-        if what:
+        has = "rotate" if self.rotate is not None else "vocabulary" if self.vocabulary is not None else ""
+        if has or others:
             raise ValueError(
-                f"latency {self.latency!r} goes by the times of neurons and kv_heads, and the recipe has {what}; set budget instead"
+                f"latency {self.latency!r} goes by the times of neurons and kv_heads alone, and the recipe has "
+                f"{has or 'axes ' + ', '.join(others)}; set budget instead"
             )
 
     def _check_tokens(self) -> None:
