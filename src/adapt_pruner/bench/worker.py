@@ -113,7 +113,7 @@ def llama_cpp_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     kind = _file_type(module, model)
     stored = next((name for name, value in llama_cpp.file_types(module).items() if str(value) == kind), "f32")
     return run, {
-        "engine": "llama.cpp", "stored": stored, "load_seconds": time.perf_counter() - began,
+        "engine": f"llama.cpp through llama-cpp-python {module.__version__}", "stored": stored, "load_seconds": time.perf_counter() - began,
         "disk_bytes": Path(asked["model"]).stat().st_size, "device": "cpu", "peak": peak_rss_bytes,
     }  # fmt: skip
 
