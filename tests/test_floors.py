@@ -33,6 +33,8 @@ FLOORS = {
     "report": 4,
     "runs": 6,
     "prepare": 7,
+    "bench": 7,
+    "latency": 8,
     "stage": 8,
     "trackers": 8,
     "pipeline": 9,

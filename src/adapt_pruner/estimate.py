@@ -14,7 +14,20 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data import feeds
 from adapt_pruner.train import loop
 
-__all__ = ["PAPER", "Setup", "Shapes", "Speed", "held", "pruning_memory", "seconds", "shapes", "training_memory", "work"]
+__all__ = [
+    "PAPER",
+    "Setup",
+    "Shapes",
+    "Speed",
+    "bytes_moved",
+    "held",
+    "multiply_adds",
+    "pruning_memory",
+    "seconds",
+    "shapes",
+    "training_memory",
+    "work",
+]
 
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
 _HOLES = 0.5  # on a CPU, of activations: what glibc keeps where they lay, between gradients and moments that stay
@@ -208,14 +221,39 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False) -> in
     return logits + 4 * how.tokens * of.width + (0 if gathered else own)
 
 
+def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
+    """Multiply-adds of reading a row of `length` tokens that gives logits at `logits` of them.
+
+    length · (N_dec + A · length) + logits · V·H, attention being causal: a token meets half of the keys on average, each of
+    which is multiplied once for its weight and once for its value. An embedding is looked up, not multiplied.
+    """
+    return length * (of.decoder + of.queries * length) + logits * of.head
+
+
+def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached: float) -> float:
+    """Bytes read from memory to write one token in each of `batch` rows that have `context` tokens before it.
+
+    weight · (N - V·H where the input embedding is another matrix) + cached · 2 K · context · batch: every weight that is
+    multiplied once for all rows, and the keys and values of each row.
+
+    Args:
+        of: the shapes.
+        context: tokens in the cache.
+        batch: rows.
+        weight: bytes of a weight, on average.
+        cached: bytes of a number in the cache.
+    """
+    return weight * (of.params - (0 if of.tied else of.head)) + cached * 2 * of.keys * context * batch
+
+
 def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:
     """FLOPs a token.
 
-    Forward 2 (N_dec + V·H) + 2 A·length, attention being causal; an embedding is looked up, not multiplied. Training: three
-    times that, twice for frozen weights, once more of the decoder with checkpointing, and a teacher's forward pass.
-    Scoring is training without a gradient of the head. Reading is forward only.
+    Forward 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training: three times that, twice for frozen
+    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring is training without a gradient
+    of the head. Reading is forward only.
     """
-    layers = 2 * of.decoder + 2 * of.queries * how.length
+    layers = 2 * multiply_adds(of, length=how.length, logits=0) / how.length
     head = 2 * of.head
     if kind == "read":
         return layers + head

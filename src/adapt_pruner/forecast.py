@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from adapt_pruner import families
+from adapt_pruner import families, latency
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
 from adapt_pruner.plan import Stage, plan, reads_text
@@ -48,13 +49,16 @@ def dry_run(
         dense = count_parameters(loaded.model)
         loaded, _ = cut_vocabulary(loaded, recipe, listen)
         start = count_parameters(loaded.model)
-        ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start)
+        keep = latency.kept(recipe, latency.find(loaded.model, recipe, listen=listen))
+        ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep)
         model, planned, budget = loaded.model, ready.stages, ready.budget
         teacher = None if ready.teacher is None else shapes(ready.teacher)
         device = next(model.parameters()).device
         narrow = uses_bfloat16(device, recipe.dtype)
         speed = _probe(model, recipe, narrow=narrow)
         kind = "cpu" if device.type == "cpu" else "cuda"
+    elif recipe.latency:
+        raise UsageError(f"latency {recipe.latency} is measured, and the weights of {recipe.model} are not here; set a budget")
     else:
         model = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
         dense = count_parameters(model)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapt_pruner import families, parts
+from adapt_pruner import families, latency, parts
 from adapt_pruner.checkpoint.load import Loaded, pick_device
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
@@ -195,12 +195,13 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     check_target(out)
     loaded, at, dense = _begun(recipe.ready(), listen, trust_remote_code)
     start = count_parameters(loaded.model)
-    ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start)
+    keep = latency.kept(recipe, at.figures)
+    ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep)
     _tell_start(loaded, ready, recipe, at, listen)
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
-    _save(outcome, recipe, out)
+    _finish(outcome, recipe, out, listen, trust_remote_code)
     listen({"event": "saved", "path": str(out), **outcome.figures})
     return outcome
 
@@ -272,6 +273,7 @@ def _run(
         trust_remote_code=trust_remote_code,
         dense=dense,
         start=at.figures.get("params_after_vocabulary", dense),
+        keep=latency.kept(recipe, at.figures),
         begun=path is not None,
         folder=folder.path,
     )
@@ -318,7 +320,7 @@ def _run(
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
-    world.on_main(lambda: _save(outcome, recipe, folder.result))
+    world.on_main(lambda: _finish(outcome, recipe, folder.result, tell, trust_remote_code))
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
     if world.is_main() and (trouble := try_report(folder.path)):
         tell({"event": "warning", "message": trouble})
@@ -337,6 +339,7 @@ def _begun(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> tuple[L
             "vocabulary_after": int(mask["vocabulary"].sum()),
             "params_after_vocabulary": count_parameters(loaded.model),
         }
+    at.figures |= world.on_main(lambda: latency.find(loaded.model, recipe, listen=listen))
     return loaded, at, dense
 
 
@@ -441,6 +444,7 @@ def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
-    loaded = outcome.loaded
+def _finish(outcome: Outcome, recipe: Recipe, path: Path, listen: Listener, trust_remote_code: bool) -> None:
+    loaded, figures = outcome.loaded, outcome.figures
+    figures |= latency.reach(loaded, recipe, figures, trust_remote_code=trust_remote_code, listen=listen)
     save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=_pruning(outcome, recipe), dtype=loaded.dtype)

@@ -29,6 +29,7 @@ __all__ = [
     "prunable",
     "reads_text",
     "scored",
+    "sizes_alike",
     "stage_targets",
     "stages",
 ]
@@ -82,7 +83,9 @@ def stages(recipe: Recipe, axes: Sequence[Axis], *, start: int, end: int) -> lis
     return planned
 
 
-def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) -> tuple[list[Stage], Budget]:
+def plan(
+    model: Any, recipe: Recipe, *, dense: int, start: int | None = None, keep: int | None = None
+) -> tuple[list[Stage], Budget]:
     """The stages and the budget of a run that began with `dense` parameters, once it is known that it can be met.
 
     Args:
@@ -90,13 +93,14 @@ def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) ->
         recipe: the run.
         dense: what the budget is a share of.
         start: parameters at the start of the first stage, where tokens went before it.
+        keep: the parameters that the recipe's latency comes to, where it names one instead of a budget.
 
     Raises:
         UsageError: it cannot.
     """
     axes = prunable(model, recipe)
     check_multiple(axes, recipe.multiple_of)
-    budget = Budget.parse(recipe.budget, dense=dense)
+    budget = Budget.parse(recipe.budget if keep is None else keep, dense=dense)
     total = count_parameters(model)
     if total > budget.keep and families.is_sliced(model.config):
         raise UsageError(
@@ -113,25 +117,33 @@ def plan(model: Any, recipe: Recipe, *, dense: int, start: int | None = None) ->
 
 
 def _least(model: Any, recipe: Recipe) -> int:
-    """Parameters that are left when the chooser, asked with scores that are all alike, has given everything it may."""
+    """Parameters that are left when the chooser has given everything it may."""
+    may_shrink = prunable(model, recipe)
+    least = sizes_alike(model, recipe, keep=0)
+    alike = {axis.name: torch.zeros(axis.entries) for axis in may_shrink}
+    return num_left(model, families.axes(model), Mask.of_sizes(may_shrink, alike, least))
+
+
+def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
+    """The sizes that the recipe's chooser comes to on its way to `keep` parameters, or as near as it may, if all scores are alike."""
     axes = families.axes(model)
     left = prunable(model, recipe)
     chooser = chooser_of(recipe, step=1.0, amplitude=0.0)
-    everything = Budget(keep=0, total=count_parameters(model))
-    least, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
-    while True:
+    total = count_parameters(model)
+    found, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
+    while not keep or total > keep:
         alike = {axis.name: torch.zeros(axis.entries) for axis in (*axes, *left)}
-        sizes, debt = chooser(alike, left, everything, debt=debt)
+        sizes, debt = chooser(alike, left, Budget(keep=keep, total=total), debt=debt)
         if all(sizes[axis.name] == axis.size for axis in left):
             break
-        least |= sizes
+        found |= sizes
+        total -= sum((axis.size - sizes[axis.name]) * axis.cost for axis in left)
         num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
         gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
         left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
-    may_shrink = prunable(model, recipe)
-    return num_left(model, axes, Mask.of_sizes(may_shrink, {axis.name: torch.zeros(axis.entries) for axis in may_shrink}, least))
+    return found
 
 
 def chooser_of(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:

@@ -121,6 +121,7 @@ def prepare(
     trust_remote_code: bool = False,
     dense: int,
     start: int,
+    keep: int | None = None,
     begun: bool = False,
     folder: Path | None = None,
 ) -> Prepared:
@@ -133,6 +134,7 @@ def prepare(
         trust_remote_code: for a teacher.
         dense: parameters of the model that the run began with.
         start: parameters it had when its vocabulary was cut.
+        keep: the parameters that the recipe's latency comes to, where it names one.
         begun: whether the run has begun, and the model is not what it was then.
         folder: of the run; text that the model writes itself is kept there.
 
@@ -143,7 +145,7 @@ def prepare(
     def warn(message: str) -> None:
         listen({"event": "warning", "message": message})
 
-    planned, budget = plan(loaded.model, recipe, dense=dense, start=start)
+    planned, budget = plan(loaded.model, recipe, dense=dense, start=start, keep=keep)
     _check_machine(loaded.model, recipe)
     calibration = _calibration(loaded, recipe, folder, begun=begun)
     rows = _rows(loaded, recipe, warn)

@@ -5,6 +5,7 @@ overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe th
 (`methods/*.yaml`); `method: NAME` in a recipe takes from it what the recipe itself leaves out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -29,6 +30,7 @@ __all__ = [
     "builtin",
     "differing",
     "methods",
+    "parse_latency",
     "read",
 ]
 
@@ -63,6 +65,20 @@ def _optional_part(key: str) -> Any:
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_latency(written: str) -> float:
+    """A share of the dense model's time as people write it: `0.7x`.
+
+    Raises:
+        UsageError: it is none, or not between 0 and 1.
+    """
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*x\s*", written)
+    if match is None or not 0 < float(match[1]) < 1:
+        raise UsageError(
+            f"latency {written!r} is not a share of the dense model's time; write it like 0.7x, above 0x and below 1x"
+        )
+    return float(match[1])
 
 
 class Vocabulary(_Frozen):
@@ -167,6 +183,10 @@ class Recipe(_Frozen):
     method: str = Field("adapt-pruner", description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
+    latency: str = Field(
+        "", description="instead of budget: share of the dense model's seconds on this machine, like 0.7x, by a measured table"
+    )
+    latency_of: Literal["prefill", "decode"] = Field("prefill", description="of reading a prompt, or of writing after it")
     stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
     axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
         ("neurons", "kv_heads"),
@@ -232,6 +252,8 @@ class Recipe(_Frozen):
     def _fitting(self) -> "Recipe":
         if self.budget and not self.budget.strip().endswith("%"):
             parse_count(self.budget)
+        if self.latency:
+            self._check_latency()
         chooser, drops = self.chooser.partition("(")[0], self.chooser.startswith("depth.")
         if self.distance is None and (drops or chooser == "allocate.adaptive"):
             raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
@@ -266,6 +288,21 @@ class Recipe(_Frozen):
             self._check_tokens()
         return self
 
+    def _check_latency(self) -> None:
+        """Refuse a latency that is none, or of what its table does not hold."""
+        parse_latency(self.latency)
+        if self.budget:
+            raise ValueError(
+                f"budget {self.budget!r} and latency {self.latency!r} both say how far to prune; leave one of them out"
+            )
+        others = sorted(set(self.axes) - {"neurons", "kv_heads"})
+        has = "rotate" if self.rotate is not None else "vocabulary" if self.vocabulary is not None else ""
+        if has or others:
+            raise ValueError(
+                f"latency {self.latency!r} goes by the times of neurons and kv_heads alone, and the recipe has "
+                f"{has or 'axes ' + ', '.join(others)}; set budget instead"
+            )
+
     def _check_tokens(self) -> None:
         """Refuse what goes by the tokens that there were before some went."""
         remedy = "prune the vocabulary first, in a run of its own"
@@ -286,14 +323,15 @@ class Recipe(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def ready(self) -> "Recipe":
-        """This recipe, if it names a model and a budget.
+        """This recipe, if it names a model and how far to prune it.
 
         Raises:
             UsageError: it does not.
         """
-        for key, example in (("model", "smollm2-135m-instruct"), ("budget", "80%")):
-            if not getattr(self, key):
-                raise UsageError(f"the recipe names no {key}; add it, for example --set {key}={example}")
+        if not self.model:
+            raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
+        if not (self.budget or self.latency):
+            raise UsageError("the recipe names no budget; add it, for example --set budget=80%, or a latency like 0.7x")
         return self
 
 

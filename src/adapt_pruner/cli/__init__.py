@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from adapt_pruner.cli.bench import bench
 from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
@@ -39,6 +40,7 @@ for command, name in (
     (report, "report"),
     (evaluate, "eval"),
     (compare, "compare"),
+    (bench, "bench"),
     (export, "export"),
     (verify, "verify"),
     (chat, "chat"),

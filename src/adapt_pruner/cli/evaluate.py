@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode
+from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode, check_precision
 
 __all__ = ["evaluate"]
 
@@ -30,12 +30,7 @@ def evaluate(
 
         adapt-pruner eval smollm2-135m-instruct small --text wiki.test.txt --max-windows 40
     """
-    from adapt_pruner.errors import UsageError, nearest
-
-    precisions = ("auto", "float32", "bfloat16")
-    if dtype not in precisions:
-        raise UsageError(f"dtype {dtype!r} is not known; {nearest(dtype, precisions)}")
-
+    check_precision(dtype)
     from adapt_pruner.checkpoint.load import load, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters

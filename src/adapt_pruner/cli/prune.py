@@ -15,7 +15,14 @@ def prune(
         str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint; must not exist or be empty.")],
-    params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")],
+    params: Annotated[str | None, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="0.7x", help="Instead of --params: share of the dense model's seconds on this machine, measured."),
+    ] = None,
+    latency_of: Annotated[
+        str, typer.Option(help="What --latency is of: prefill (reading a prompt) or decode (writing after it).")
+    ] = "prefill",
     method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "adapt-pruner",
     calibration: Annotated[
         str | None,
@@ -35,11 +42,13 @@ def prune(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Prune MODEL to a number of parameters and write a checkpoint.
+    """Prune MODEL to a number of parameters, or to a speed on this machine, and write a checkpoint.
 
     Examples:
 
         adapt-pruner prune smollm2-135m-instruct -o small --params 110M
+
+        adapt-pruner prune smollm2-135m-instruct -o small --latency 0.7x --set multiple_of=64
 
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --set amplitude=0.03
     """
@@ -56,8 +65,14 @@ def prune(
         if given:
             raise UsageError(f"--calibration-ids fixes every token, so {', '.join(given)} would be ignored; leave one out")
         given["calibration.ids"] = str(calibration_ids)
-    common = {"model": model, "budget": params, "method": method, "seed": seed, "device": device, "dtype": dtype}
-    recipe = recipes.read({}, values=common | given, overrides=overrides or []).ready()
+    if params is not None and latency is not None:
+        raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
+    given |= {key: value for key, value in (("budget", params), ("latency", latency)) if value is not None}
+    common = {"model": model, "method": method, "latency_of": latency_of, "seed": seed, "device": device, "dtype": dtype}
+    recipe = recipes.read({}, values=common | given, overrides=overrides or [])
+    if not (recipe.budget or recipe.latency):
+        raise UsageError("prune is not told how far; add --params 80%, or --latency 0.7x for a speed")
+    recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
     from adapt_pruner import pipeline
@@ -90,6 +105,11 @@ def prune(
             *tokens,
         ],
     )
+    if found := figures.get("latency"):
+        print(
+            f"\n{found['of']} takes {found['reached']:.2f}x of the dense model's time ({found['reached_low']:.2f}–{found['reached_high']:.2f}, "
+            f"quartiles; in turn with it, {found['dense_seconds']:.2f} s); asked {found['asked']:g}x, predicted {found['predicted']:.2f}x"
+        )
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {duration(figures['seconds'])}, peak memory {peak:.1f} GiB")
     print(

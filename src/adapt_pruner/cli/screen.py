@@ -147,9 +147,11 @@ class Screen:
 
     def _on_progress(self, event: dict[str, Any]) -> None:
         where = f"stage {event['stage']}: " if event.get("stage") else ""
-        what = {"score": f"scoring, iteration {event.get('iteration')}", "evaluate": "evaluating"}[event["phase"]]
+        iteration, timed = event.get("iteration"), event.get("what")
+        what = {"score": f"scoring, iteration {iteration}", "evaluate": "evaluating", "time": f"timing, {timed}"}[event["phase"]]
         left = self._advance(where + what)
-        self.say(f"{where}{what}, batch {event['done']} of {event['of']}{left}", often=True)
+        unit = "round" if event["phase"] == "time" else "batch"
+        self.say(f"{where}{what}, {unit} {event['done']} of {event['of']}{left}", often=True)
 
     def _on_cut(self, event: dict[str, Any]) -> None:
         if self._work is not None:

@@ -1,15 +1,16 @@
-"""How fast models read: tokens per second of a forward pass, measured in turn so that a busy machine favours none."""
+"""How fast models read and write, measured in turn so that a busy machine favours none."""
 
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core.calibrate import precision
 
-__all__ = ["forward_speed"]
+__all__ = ["forward_speed", "reading_and_writing"]
 
 
 @torch.no_grad()
@@ -35,3 +36,30 @@ def forward_speed(models: Sequence[nn.Module], ids: Tensor, *, dtype: str = "flo
             if round_idx:
                 taken.append(time.perf_counter() - began)
     return [ids.numel() / statistics.median(taken) for taken in seconds]
+
+
+@torch.inference_mode()
+def reading_and_writing(model: Any, ids: Tensor, count: int) -> tuple[float, float]:
+    """Seconds to read `ids`, with logits after the last of each row alone, and to write `count` more tokens behind each row.
+
+    What is written is the token of highest logit, one at a time, through the cache.
+
+    Args:
+        model: causal LM in eval mode.
+        ids: int64 [batch, length].
+        count: tokens; none is 0.
+    """
+    device = next(model.parameters()).device
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    ids = ids.to(device)
+    start = now()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    middle = now()
+    for _ in range(count):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return middle - start, now() - middle

@@ -1,0 +1,87 @@
+"""`adapt-pruner bench`: how fast a pruned model runs beside the dense one, in the engine it is for."""
+
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.cli.options import Device, Json, TrustRemoteCode, check_precision
+from adapt_pruner.errors import UsageError
+
+__all__ = ["bench"]
+
+
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The pruned model: folder, .gguf file, hub id or packaged name.")],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The dense model, likewise.")],
+    engine: Annotated[
+        str, typer.Option(help="torch or llama.cpp; the latter runs GGUF files, to which folders are exported.")
+    ] = ("torch"),
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Rows at one time; each number is a measurement.")] = "1,8",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens written after it.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="Times that each is measured, in turn, after one that is not counted.", min=1)] = 5,
+    quant: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of llama.cpp: the type folders are exported in. [default: as stored]")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of weights in torch: auto (bfloat16 where native), float32, bfloat16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, load time, size and memory of DIR beside MODEL, in turn, and how much of the ideal speed-up is reached.
+
+    Examples:
+
+        adapt-pruner bench small --against smollm2-135m-instruct
+
+        adapt-pruner bench small --against smollm2-135m-instruct --engine llama.cpp --quant q8_0 --batch 1
+    """
+    check_precision(dtype)
+    batches = [int(number) if number.strip().isdecimal() else 0 for number in batch.split(",")]
+    if min(batches) < 1:
+        raise UsageError(f"--batch {batch!r} is not a list of row counts; write it like 1,8")
+    from adapt_pruner.bench.turns import bench as measure
+    from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.core.plain import to_json
+
+    quiet_libraries()
+    with screen() as listen:
+        found = measure(
+            model, against, engine=engine, batches=batches, prompt=prompt, generate=generate, rounds=rounds, device=device,
+            dtype=dtype, quant=quant, trust_remote_code=trust_remote_code, listen=listen,
+        )  # fmt: skip
+    print(to_json(found)) if as_json else _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    from adapt_pruner.cli.tables import print_table
+
+    print_table(
+        ["", "batch", "dense, tokens/s", "pruned, tokens/s", "speed-up", "ideal", "of the ideal"],
+        [
+            [
+                row["phase"], str(row["batch"]), _spread(row["dense"], ",.0f"), _spread(row["pruned"], ",.0f"),
+                _spread(row["speed_up"], ".2f"), f"{row['ideal']:.2f}", f"{row['share']:.0%}",
+            ]
+            for row in found["speeds"]
+        ],
+    )  # fmt: skip
+    print()
+    print_table(
+        ["model", "parameters", "held in", "on disk", "load", "peak memory"],
+        [
+            [
+                row["model"], f"{row['params']:,}", row["stored"], f"{row['disk_bytes'] / 1e6:,.1f} MB",
+                _spread(row["load_seconds"], ".2f") + " s", f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            ]
+            for row in reversed(found["models"])
+        ],
+    )  # fmt: skip
+    print(
+        f"\nmedian (quartiles) of {found['rounds']} rounds, pruned and dense in turn; prompts of {found['prompt']} tokens, "
+        f"{found['generate']} written after each; {found['engine']} on {found['device']}, threads: {found['threads']}"
+    )
+
+
+def _spread(figure: dict[str, float], form: str) -> str:
+    return f"{figure['median']:{form}} ({figure['low']:{form}}–{figure['high']:{form}})"
