@@ -30,6 +30,7 @@ FLOORS = {
     "estimate": 6,
     "plan": 6,
     "position": 6,
+    "card": 6,
     "report": 4,
     "runs": 6,
     "prepare": 7,

@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner import families, parts
+from adapt_pruner.card import try_card
 from adapt_pruner.checkpoint.load import Loaded, pick_device
+from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
 from adapt_pruner.choose.allocate import Debt
@@ -120,7 +122,7 @@ def _prune(
         where = {"stage": stage.stage, "iteration": len(at.history) + 1}
         axes = families.axes(model)
         with at.clock("score"):
-            batches = ready.calibration(where["iteration"])
+            batches = at.counted(ready.calibration(where["iteration"]))
             metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
             tell = _progress(listen, "score", **where)
             scores, loss = score(model, scored(model, recipe), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
@@ -160,7 +162,7 @@ def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Pos
         return
     where = {"stage": stage.stage, "iteration": len(at.history) + 1}
     width = width_for(model, stage.params)
-    batches = ready.calibration(where["iteration"])
+    batches = at.counted(ready.calibration(where["iteration"]))
     num_tokens = sum(batch.numel() for batch in batches)
     if num_tokens < width:
         message = f"the calibration text has {num_tokens:,} tokens, which span fewer directions than the {width:,} to keep; give it more"
@@ -200,7 +202,7 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
-    _save(outcome, recipe, out)
+    _save(outcome, recipe, out, listen)
     listen({"event": "saved", "path": str(out), **outcome.figures})
     return outcome
 
@@ -318,7 +320,7 @@ def _run(
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
-    world.on_main(lambda: _save(outcome, recipe, folder.result))
+    world.on_main(lambda: _save(outcome, recipe, folder.result, tell))
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
     if world.is_main() and (trouble := try_report(folder.path)):
         tell({"event": "warning", "message": trouble})
@@ -441,6 +443,8 @@ def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _save(outcome: Outcome, recipe: Recipe, path: Path) -> None:
-    loaded = outcome.loaded
-    save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=_pruning(outcome, recipe), dtype=loaded.dtype)
+def _save(outcome: Outcome, recipe: Recipe, path: Path, listen: Listener) -> None:
+    loaded, facts = outcome.loaded, _pruning(outcome, recipe) | {"base": origin(recipe.model)}
+    save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=facts, dtype=loaded.dtype)
+    if trouble := try_card(path):
+        listen({"event": "warning", "message": trouble})

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from adapt_pruner.cli.card import card
 from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
@@ -41,6 +42,7 @@ for command, name in (
     (compare, "compare"),
     (export, "export"),
     (verify, "verify"),
+    (card, "card"),
     (chat, "chat"),
     (inspect, "inspect"),
     (methods, "methods"),
