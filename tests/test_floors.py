@@ -33,6 +33,7 @@ FLOORS = {
     "card": 6,
     "report": 4,
     "runs": 6,
+    "hub": 7,
     "prepare": 7,
     "stage": 8,
     "trackers": 8,

@@ -149,7 +149,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
     named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else f"`{base['name']}`"
     trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
     lines = [
-        f"{named}, pruned by [adapt-pruner](https://pypi.org/project/adapt-pruner/) and {trained}.",
+        f"{named}, pruned by adapt-pruner and {trained}.",
         "",
         "| | |",
         "|---|---|",
@@ -163,7 +163,9 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         f"| licence | {_license(base)} |",
     ]
     if figures["params_before"] != dense:
-        lines.insert(-3, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
+        lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
+    elif base.get("file"):
+        lines.insert(5, f"| began from | the weights in `{base['file']}`, dequantised |")
     return "\n".join(lines)
 
 

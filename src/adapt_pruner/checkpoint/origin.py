@@ -33,7 +33,8 @@ def origin(name: str) -> dict[str, Any]:
         name: as `checkpoint.load` takes it. One of our own checkpoints passes on what it says of its own origin.
 
     Returns:
-        name: what a person calls it, without the folders above; hub: its name on the hub, or None; license, license_name,
+        name: what a person calls it, without the folders above; hub: its name on the hub, or None; file: the GGUF file that its
+        weights were dequantised from, where they were; license, license_name,
         license_link: as in a card of the hub, where known; license_from: where that was found, or None. Of a model that is not
         there, or cannot be read, no more than its name.
     """
@@ -43,7 +44,7 @@ def origin(name: str) -> dict[str, Any]:
     except UsageError:  # it has gone since
         return found
     if gguf is not None:
-        found |= {"name": Path(gguf).stem} | _of_gguf(Path(where) / gguf)
+        found |= {"name": Path(gguf).stem, "file": gguf} | _of_gguf(Path(where) / gguf)
     elif not Path(where).is_dir():
         found |= {"name": name, "hub": where} | _of_hub(where)
     else:
@@ -82,11 +83,11 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 def _of_hub(hub_id: str) -> dict[str, Any]:
     """What the README.md of a model on the hub says; nothing where it has none or cannot be had now."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         path = Path(hf_hub_download(hub_id, "README.md"))
-    except (HfHubHTTPError, HFValidationError, OSError):  # no such file, no network, no leave
+    except (HTTPError, HFValidationError, OSError):  # no such file, no network, no leave
         return {}
     found = _of_readme(_text(path))
     link = found.get("license_link")
@@ -101,6 +102,8 @@ def _is_address(link: str) -> bool:
 
 def _of_readme(text: str) -> dict[str, Any]:
     """The licence in the front matter of a README.md."""
+    if not text.startswith("---"):
+        return {}
     from huggingface_hub import ModelCard
 
     try:

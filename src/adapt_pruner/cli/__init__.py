@@ -17,6 +17,7 @@ from adapt_pruner.cli.export import export
 from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
 from adapt_pruner.cli.prune import prune
+from adapt_pruner.cli.push import push
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
 from adapt_pruner.cli.verify import verify
@@ -43,6 +44,7 @@ for command, name in (
     (export, "export"),
     (verify, "verify"),
     (card, "card"),
+    (push, "push"),
     (chat, "chat"),
     (inspect, "inspect"),
     (methods, "methods"),
