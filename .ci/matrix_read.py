@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,10 @@ TOLERANCE = 1e-5  # of the deviation of the logits: versions may round in anothe
 
 def trouble(folder: Path) -> str:
     """What is wrong with a checkpoint; nothing where it computes what it did when it was made."""
-    expected, trust = load_file(folder.with_suffix(".safetensors")), "auto_map" in json.loads((folder / "config.json").read_text())
+    expected, trust = (
+        load_file(folder.with_suffix(".safetensors")),
+        "auto_map" in json.loads((folder / "config.json").read_text()),
+    )
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True)
     if surplus := [*info["missing_keys"], *info["unexpected_keys"]]:
         return f"weights missing or left over: {surplus[0]}"
@@ -52,6 +56,7 @@ def main(out: Path) -> None:
     """Look at all of them."""
     assert importlib.util.find_spec("adapt_pruner") is None, "adapt-pruner is installed here"
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {"transformers": transformers.__version__}
     for file in sorted(out.glob("*.safetensors")):

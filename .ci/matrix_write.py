@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from safetensors.torch import save_file
-from test_checkpoint import pruned
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
@@ -17,6 +15,8 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
 from adapt_pruner.slicing import slice_to
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+from test_checkpoint import pruned
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs."
 
@@ -27,7 +27,13 @@ def expect(model: Any, folder: Path) -> None:
     with torch.no_grad():
         logits, hidden = model(ids).logits, model.model(ids).last_hidden_state
         written = model.generate(ids[:1, :5], max_new_tokens=12, do_sample=False, eos_token_id=None)
-    facts = {"ids": ids, "logits": logits, "hidden": hidden, "written": written, "tokens": torch.tensor(byte_tokenizer()(TEXT).input_ids)}
+    facts = {
+        "ids": ids,
+        "logits": logits,
+        "hidden": hidden,
+        "written": written,
+        "tokens": torch.tensor(byte_tokenizer()(TEXT).input_ids),
+    }
     save_file({name: tensor.contiguous().clone() for name, tensor in facts.items()}, folder.with_suffix(".safetensors"))
 
 
@@ -57,7 +63,11 @@ def main(out: Path) -> None:
         export(Loaded(even, byte_tokenizer(), torch.float32, None, None, "tiny", 0), out / f"{name}_uniform", to="uniform")
         expect(even, out / f"{name}_uniform")
         lacking = tiny_model(layout, vocab_size=VOCAB)
-        cut(lacking, families.axes(lacking), Mask({f"layers.{block}": torch.tensor([False]) for block in ("0.mlps", "1.attentions")}))
+        cut(
+            lacking,
+            families.axes(lacking),
+            Mask({f"layers.{block}": torch.tensor([False]) for block in ("0.mlps", "1.attentions")}),
+        )
         keep(lacking, out / f"{name}_lacking")
         narrow = tiny_model(layout, vocab_size=VOCAB)
         batches = [torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(12))]

@@ -63,7 +63,9 @@ def test_it_says_what_the_run_recorded(trained: Path) -> None:
     text, data = body_and_data(trained)
     pruning = read_json(trained / "pruning.json")
     figures = pruning["figures"]
-    assert f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / figures['params_before']:.1%} of" in text
+    assert (
+        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / figures['params_before']:.1%} of" in text
+    )
     dense, first, second = figures["perplexities"]
     rows = re.findall(r"^\| (dense|pruned and trained, stage \d) \| ([\d,]+) \| ([\d.,]+) \|", text, re.MULTILINE)
     assert [(name, shown) for name, _, shown in rows] == [
@@ -108,7 +110,9 @@ def test_no_figure_is_there_that_was_not_measured(tiny_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["equal", "unequal", "sliced", "lacking"])
-def test_its_python_loads_that_very_folder(kind: str, tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_python_loads_that_very_folder(
+    kind: str, tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     how: dict[str, tuple[str, ...]] = {
         "equal": ("axes=[neurons]", "equal_widths=true"), "unequal": ("method=adapt-pruner", "step=0.3"), "sliced": ("method=slicegpt",),
         "lacking": ("method=shortgpt", "axes=[mlps]", "chooser=depth.drop_layers", "metric=weights.magnitude"),
@@ -123,10 +127,14 @@ def test_its_python_loads_that_very_folder(kind: str, tiny_folder: Path, tmp_pat
     run_snippet(folder, monkeypatch)
 
 
-def test_a_snippet_that_forgets_the_trust_would_be_seen(tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snippet_that_forgets_the_trust_would_be_seen(
+    tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = pruned(tmp_path / "small", tiny_folder, "method=slicegpt", **{"calibration.source": str(text_file)})
-    (folder / "README.md").write_text((folder / "README.md").read_text().replace(", trust_remote_code=True", ", trust_remote_code=False"))
-    with pytest.raises(Exception):  # noqa: B017  (stock code meets weights that are not its own)
+    (folder / "README.md").write_text(
+        (folder / "README.md").read_text().replace(", trust_remote_code=True", ", trust_remote_code=False")
+    )
+    with pytest.raises(RuntimeError, match="mismatched"):  # stock code meets weights that are not its own
         run_snippet(folder, monkeypatch)
 
 
@@ -158,7 +166,9 @@ def test_the_command_makes_the_same_recipe(overrides: list[str], monkeypatch: py
 @pytest.mark.parametrize("method", recipe.methods())
 def test_every_paper_of_a_method_can_be_cited(method: str) -> None:
     named = re.findall(r"arXiv:([\d.]+\d)", recipe.read(method).paper)
-    assert [re.search(r"eprint = \{(.*)\}", entry)[1] for entry in _entries(method)] == list(dict.fromkeys(["2502.03460", *named]))  # type: ignore[index]
+    assert [re.search(r"eprint = \{(.*)\}", entry)[1] for entry in _entries(method)] == list(
+        dict.fromkeys(["2502.03460", *named])
+    )  # type: ignore[index]
 
 
 def test_hub_data_sets_are_named_and_numbers_that_are_none_are_not() -> None:
@@ -173,9 +183,23 @@ def test_hub_data_sets_are_named_and_numbers_that_are_none_are_not() -> None:
         "params_before": 1000, "params_after": 800, "budget": 800, "iterations": 3, "trained_tokens": 1000, "calibration_tokens": 50,
         "perplexities": [3.0, None], "bits_per_byte": [1.0, None],
     }  # fmt: skip
-    base = {"name": "org/base", "hub": "org/base", "license": "other", "license_name": "their-own", "license_link": "https://x/y", "license_from": "README.md"}
+    base = {
+        "name": "org/base",
+        "hub": "org/base",
+        "license": "other",
+        "license_name": "their-own",
+        "license_link": "https://x/y",
+        "license_from": "README.md",
+    }
     config = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 10, "dtype": "float32", "intermediate_size": 4}
-    pruning = {"recipe": asked.model_dump(mode="json"), "figures": figures, "history": [], "made_by": "x", "dense_params": 1000, "base": base}
+    pruning = {
+        "recipe": asked.model_dump(mode="json"),
+        "figures": figures,
+        "history": [],
+        "made_by": "x",
+        "dense_params": 1000,
+        "base": base,
+    }
     found = ModelCard(card(config, pruning))
     data = found.data.to_dict()
     assert data["datasets"] == ["org/data", "org/other"]
@@ -285,5 +309,7 @@ def test_a_card_that_fails_costs_no_model(tiny_folder: Path, tmp_path: Path, mon
 
 
 def test_tokens_of_calibration_are_counted(tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
-    folder = pruned(tmp_path / "s", tiny_folder, "method=wanda-sp", "calibration.samples=3", **{"calibration.source": str(text_file)})
+    folder = pruned(
+        tmp_path / "s", tiny_folder, "method=wanda-sp", "calibration.samples=3", **{"calibration.source": str(text_file)}
+    )
     assert read_json(folder / "pruning.json")["figures"]["calibration_tokens"] == 3 * 16

@@ -75,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = b64decode(line["value"]["content"])
-            self._answer({"commitUrl": f"{hub.address}/me/small/commit/abc", "commitOid": "abc", "hookOutput": "", "success": True})
+            self._answer(
+                {"commitUrl": f"{hub.address}/me/small/commit/abc", "commitOid": "abc", "hookOutput": "", "success": True}
+            )
         else:
             self._answer({"error": f"nothing is known of {self.path}"}, 404)
 
@@ -99,10 +101,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return out
 
 
-def push(*words: object, endpoint: str | None = None, token: str | None = "hf_xxx", offline: bool = False) -> tuple[int, str, str]:
+def push(
+    *words: object, endpoint: str | None = None, token: str | None = "hf_xxx", offline: bool = False
+) -> tuple[int, str, str]:
     """The command in a process of its own, since the address of the hub is read when its library is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"PYTHONPATH": str(Path(adapt_pruner.__file__).parents[1]), "HF_HOME": "/nonexistent", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {
+        "PYTHONPATH": str(Path(adapt_pruner.__file__).parents[1]),
+        "HF_HOME": "/nonexistent",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     environment |= {"HF_ENDPOINT": endpoint or "http://127.0.0.1:9"}  # where nobody listens
     environment |= ({"HF_TOKEN": token} if token else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
     command = [sys.executable, "-m", "adapt_pruner", "push", *map(str, words)]
@@ -183,7 +191,9 @@ def test_no_login_and_no_network_are_said_in_a_sentence(folder: Path, given: dic
     assert err.count("error:") == 1
 
 
-@pytest.mark.parametrize(("answer", "status", "words"), [(401, 2, "does not let you write"), (403, 2, "token that may write"), (400, 1, "refused")])
+@pytest.mark.parametrize(
+    ("answer", "status", "words"), [(401, 2, "does not let you write"), (403, 2, "token that may write"), (400, 1, "refused")]
+)
 def test_what_the_hub_refuses_is_said_in_a_sentence(folder: Path, hub: Hub, answer: int, status: int, words: str) -> None:
     hub.status = answer
     found, _, err = push(folder, "me/small", endpoint=hub.address)

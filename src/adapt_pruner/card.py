@@ -105,7 +105,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
         "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
     ]
     front = _front_matter(recipe, figures, base, title).to_yaml()
-    return ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n").content
+    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n").content)
 
 
 def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
@@ -217,7 +217,11 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
     for stage in range(1, len(perplexities)):
         params.append(stages.get(stage, params[-1]))
     params[-1] = figures["params_after"]
-    begun = "pruned before, as the run began" if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"]) else "dense"
+    begun = (
+        "pruned before, as the run began"
+        if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
+        else "dense"
+    )
     begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
     after = "pruned and trained" if trained else "pruned"
     names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
@@ -235,7 +239,9 @@ def _loading(config: Mapping[str, Any]) -> Iterator[str]:
     own_code, sliced = bool(config.get("auto_map")), "sliced_hidden_size" in config
     lacking = any(layer.get("skip") for layer in _layers(config))
     trust = ", trust_remote_code=True" if own_code else ""
-    why_code = " The code in this folder builds layers of unequal make out of the stock classes; it needs nothing but transformers."
+    why_code = (
+        " The code in this folder builds layers of unequal make out of the stock classes; it needs nothing but transformers."
+    )
     yield (
         f"**transformers** (5.15 or newer).{why_code if own_code else ' It is a plain folder of the stock class.'}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -391,4 +397,3 @@ def _is_number(value: Any) -> bool:
 
 def _figure(value: Any, digits: int) -> str:
     return f"{value:,.{digits}f}" if _is_number(value) else "no number"
-

@@ -37,7 +37,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
         UsageError: `folder` is not a finished checkpoint of ours, or `repo` is no name of a repository.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
@@ -59,7 +59,9 @@ def parcel(folder: Path, repo: str) -> Parcel:
         raise UsageError(f"{folder} holds no weights (*.safetensors); get the folder again")
     notes = []
     if "\nlicense:" not in text.partition("\n---")[0]:
-        notes.append("README.md names no license, since the base model's files do not; look it up and add a line `license: …` at its top")
+        notes.append(
+            "README.md names no license, since the base model's files do not; look it up and add a line `license: …` at its top"
+        )
     return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
 
 
@@ -79,7 +81,7 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
         RunError: the hub cannot be reached, or it failed.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # the second of what it builds on
 
     if get_token() is None:
         raise UsageError("nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write")

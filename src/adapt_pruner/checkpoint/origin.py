@@ -83,7 +83,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 def _of_hub(hub_id: str) -> dict[str, Any]:
     """What the README.md of a model on the hub says; nothing where it has none or cannot be had now."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of the library it builds on
 
     try:
         path = Path(hf_hub_download(hub_id, "README.md"))
@@ -107,7 +107,7 @@ def _of_readme(text: str) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        data: dict[str, Any] = dict(ModelCard(text, ignore_metadata_errors=True).data.__dict__)
     except Exception:  # front matter that is no YAML, or no mapping: errors of several libraries
         return {}
     license_ = {key: str(data[key]) for key in _LICENSE_KEYS if isinstance(data.get(key), str)}
@@ -120,9 +120,8 @@ def _of_gguf(path: Path) -> dict[str, Any]:
     with suppress(OSError), path.open("rb") as file:
         said = dict(_general(file))
     found: dict[str, Any] = {}
-    if isinstance(url := said.get("general.base_model.0.repo_url"), str):
-        if match := re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", url):
-            found["hub"] = match[1]
+    if match := re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(said.get("general.base_model.0.repo_url"))):
+        found["hub"] = match[1]
     if isinstance(license_ := said.get("general.license"), str):
         found |= {"license": license_.lower(), "license_from": "general.license of the GGUF file"}
         named = {"license_name": said.get("general.license.name"), "license_link": said.get("general.license.link")}
