@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from adapt_pruner import pipeline, recipe
-from adapt_pruner.card import _command, _entries, card, card_of, try_card, write_card
+from adapt_pruner.card import _command, _entries, _no_gguf, card, card_of, try_card, write_card
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.errors import UsageError
+from adapt_pruner.export import gguf as gguf_form
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -106,24 +108,34 @@ def test_no_figure_is_there_that_was_not_measured(tiny_folder: Path, tmp_path: P
     assert "reads no text" in text
     assert "base_model" not in data, "a folder has no name on the hub"
     assert "license" not in data
-    assert "not known: the base model's files do not say" in text
+    assert "not known; look up that of the base model" in text
 
 
-@pytest.mark.parametrize("kind", ["equal", "unequal", "sliced", "lacking"])
+@pytest.mark.parametrize("kind", ["equal", "unequal", "sliced", "lacking", "silent"])
 def test_its_python_loads_that_very_folder(
     kind: str, tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how: dict[str, tuple[str, ...]] = {
         "equal": ("axes=[neurons]", "equal_widths=true"), "unequal": ("method=adapt-pruner", "step=0.3"), "sliced": ("method=slicegpt",),
         "lacking": ("method=shortgpt", "axes=[mlps]", "chooser=depth.drop_layers", "metric=weights.magnitude"),
+        "silent": ("method=shortgpt", "axes=[attentions]", "chooser=depth.drop_layers", "metric=weights.magnitude"),
     }  # fmt: skip
     folder = pruned(tmp_path / "small", tiny_folder, *how[kind], **{"calibration.source": str(text_file)})
     text, _ = body_and_data(folder)
     config = read_json(folder / "config.json")
     assert ("trust_remote_code=True" in text) == ("auto_map" in config) == (kind != "equal")
-    assert ("--to gguf" in text) == ("vllm serve" in text) == (kind in ("equal", "unequal"))
-    assert ("--to onnx" in text) == (kind in ("sliced", "lacking"))
+    assert ("--to gguf" in text) == (kind in ("equal", "unequal"))
+    assert ("vllm serve" in text) == (kind != "silent")
+    assert ("--model-impl transformers" in text) == (kind not in ("equal", "silent"))
+    assert ("--to onnx" in text) == (kind not in ("equal", "unequal"))
     assert ("layers without MLP" in text) == (kind == "lacking")
+    assert ("layers without attention" in text) == (kind == "silent")
+    refused = False
+    try:
+        gguf_form._planned(load(str(folder)).model, quantised=False)
+    except UsageError:
+        refused = True
+    assert refused == (_no_gguf(config) is not None)
     run_snippet(folder, monkeypatch)
 
 
@@ -233,7 +245,8 @@ def test_the_licence_is_that_of_the_base_model(name: str, text: str, license_id:
     assert found["license_from"] == (name if license_id else None)
     _, data = body_and_data(pruned(tmp_path / "small", tmp_path / "base"))
     assert data.get("license") == license_id
-    # and it is handed on to what is pruned from that
+    # and it is handed on to what is pruned from that, wherever the base model is by then
+    shutil.rmtree(tmp_path / "base")
     assert origin(str(tmp_path / "small")) == found
     text, data = body_and_data(pruned(tmp_path / "smaller", tmp_path / "small"))
     assert data.get("license") == license_id

@@ -126,6 +126,8 @@ def test_a_layer_is_made_of_what_we_know(ours: Any) -> None:
     assert {name for name, _ in layer.named_children()} == CHILDREN.get(kind, BLOCKS | NORMS), (
         f"{look}, and at `blocks` in modeling_pruned.py: a norm that is not named there stays when its block goes"
     )
+    if ours in PRUNED:
+        assert {name for block in ours.base_class.blocks.values() for name in block} == CHILDREN.get(kind, BLOCKS | NORMS), look
     assert isinstance(layer.self_attn.o_proj, nn.Linear), f"{look}, and at _with_bias"
     assert isinstance(layer.mlp.down_proj, nn.Linear), f"{look}, and at _with_bias"
     assert isinstance(stock.model.layers, nn.ModuleList), f"{look}: _Pruned appends to `layers`"

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.export import export
+from adapt_pruner.slicing import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 
 PYTHON = os.environ.get("VLLM_PYTHON")
@@ -72,11 +73,29 @@ def check(model: Any, folder: Path, impl: str) -> None:
         assert found == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("layout", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("layout", ["llama", "llama-mha-biased", "mistral", "qwen2", "qwen3", "gemma3-grouped"])
 def test_it_reads_layers_of_unequal_size(layout: str, tmp_path: Path) -> None:
     model = wide(layout)
     save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
     check(model, tmp_path / "model", "transformers")
+
+
+def test_it_reads_a_sliced_model(tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB, head_dim=32)
+    slice_to(model, 32, [torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(2))], dtype="float32")
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    check(model, tmp_path / "model", "transformers")
+
+
+def test_a_layer_may_lack_its_mlp_but_not_its_attention(tmp_path: Path) -> None:
+    for block in ("mlps", "attentions"):
+        model = tiny_model(vocab_size=VOCAB, head_dim=32)
+        cut(model, families.axes(model), Mask({f"layers.1.{block}": torch.tensor([False])}))
+        save(model, byte_tokenizer(), tmp_path / block, dtype=torch.float32)
+    check(model=load(str(tmp_path / "mlps")).model, folder=tmp_path / "mlps", impl="transformers")
+    written, said = vllm_writes(tmp_path / "attentions", "transformers")
+    assert written is None
+    assert "does not dispatch through the Transformers attention interface" in said, "the card says that vLLM refuses it"
 
 
 @pytest.mark.parametrize("form", ["padded", "decilm"])

@@ -171,7 +171,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
 
 def _license(base: Mapping[str, Any]) -> str:
     if base.get("license") is None:
-        return "not known: the base model's files do not say; look it up before you share or use this model"
+        return "not known; look up that of the base model before you share or use this one"
     named = f"{base['license']} ({base['license_name']})" if base.get("license_name") else base["license"]
     link = f", {base['license_link']}" if base.get("license_link") else ""
     return f"{named}{link}, that of the base model (found in: {base['license_from']})"
@@ -236,41 +236,48 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
 
 def _loading(config: Mapping[str, Any]) -> Iterator[str]:
     """Commands for this very folder, and in a sentence what cannot load it."""
-    own_code, sliced = bool(config.get("auto_map")), "sliced_hidden_size" in config
-    lacking = any(layer.get("skip") for layer in _layers(config))
-    trust = ", trust_remote_code=True" if own_code else ""
-    why_code = (
-        " The code in this folder builds layers of unequal make out of the stock classes; it needs nothing but transformers."
+    own_code = bool(config.get("auto_map"))
+    kind = (
+        "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
     )
     yield (
-        f"**transformers** (5.15 or newer).{why_code if own_code else ' It is a plain folder of the stock class.'}\n\n"
+        f"**transformers**, 5.15 or newer. {kind}; it needs nothing else.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies, or the name of this repository on the hub\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if own_code else ''})\n"
         'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
     )
-    flags = " --trust-remote-code --model-impl transformers" if own_code else ""
-    if sliced:
-        yield "**vLLM** does not load a sliced model."
+    if any("attention" in layer.get("skip", ()) for layer in _layers(config)):
+        yield "**vLLM** refuses a model with a layer that has no attention."
+    elif own_code:
+        yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
+    else:
+        yield "**vLLM**:\n\n```sh\nvllm serve .\n```"
+    if (trouble := _no_gguf(config)) is not None:
         yield (
-            "**llama.cpp** has no place for the maps of a sliced model. For ONNX Runtime:\n\n"
+            f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
             "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
         )
         return
-    if lacking:
-        yield "**vLLM** does not load a model with layers that lack their attention or MLP."
-        yield (
-            "**llama.cpp** likewise, as far as adapt-pruner's export goes. For ONNX Runtime:\n\n"
-            "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
-        )
-        return
-    yield f"**vLLM**:\n\n```sh\nvllm serve .{flags}\n```"
     yield (
         "**llama.cpp**, and what is built on it:\n\n"
         "```sh\npip install 'adapt-pruner[gguf]'\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
     )
+
+
+def _no_gguf(config: Mapping[str, Any]) -> str | None:
+    """Why `export --to gguf` would refuse the model, as far as its config tells; None where it would not."""
+    if "sliced_hidden_size" in config:
+        return "it has no place for the maps beside the layers of a sliced model"
+    if any(layer.get("skip") for layer in _layers(config)):
+        return "the export knows no layers that lack their attention or MLP"
+    if config.get("output_bias") and config.get("model_type") not in ("llama", "mistral", "qwen2"):
+        return "it has no place for the biases that a repair added"
+    if config.get("model_type") == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
+        return "it scales attention by the head size, and this model does not"
+    return None
 
 
 def _making(pruning: Mapping[str, Any]) -> Iterator[str]:

@@ -60,7 +60,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
     notes = []
     if "\nlicense:" not in text.partition("\n---")[0]:
         notes.append(
-            "README.md names no license, since the base model's files do not; look it up and add a line `license: …` at its top"
+            "README.md names no license; look up that of the base model and add a line `license: …` at its top"
         )
     return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
 
