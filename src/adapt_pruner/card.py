@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import differing, methods, read
 from adapt_pruner.report.words import NARROW, shown
 
-__all__ = ["card", "card_of", "try_card", "write_card"]
+__all__ = ["card", "card_of", "carded", "write_card"]
 
 _OWN_PAPER = "2502.03460"
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
@@ -46,13 +46,20 @@ def write_card(folder: Path) -> None:
         raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
 
 
-def try_card(folder: Path) -> str | None:
-    """Write the README.md of a result; a sentence where that fails, since the model is worth more than its card."""
-    try:
-        write_card(folder)
-    except Exception as error:
-        return f"there is no README.md, since it failed: {first_line(error)}; `adapt-pruner card {folder}` tries again"
-    return None
+def carded(path: Path, listen: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """What writes the card into a result that is to be called `path`, before it bears that name, so that it is whole when it does.
+
+    Where that fails it is said, and nothing else: the model is worth more than its card.
+    """
+
+    def beside(folder: Path) -> None:
+        try:
+            write_card(folder)
+        except Exception as error:
+            message = f"there is no README.md, since it failed: {first_line(error)}; `adapt-pruner card {path}` tries again"
+            listen({"event": "warning", "message": message})
+
+    return beside
 
 
 def card_of(folder: Path) -> str:

@@ -59,9 +59,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
         raise UsageError(f"{folder} holds no weights (*.safetensors); get the folder again")
     notes = []
     if "\nlicense:" not in text.partition("\n---")[0]:
-        notes.append(
-            "README.md names no license; look up that of the base model and add a line `license: …` at its top"
-        )
+        notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
     return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner import families, parts
-from adapt_pruner.card import try_card
+from adapt_pruner.card import carded
 from adapt_pruner.checkpoint.load import Loaded, pick_device
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_target, save
@@ -445,6 +445,6 @@ def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
 
 def _save(outcome: Outcome, recipe: Recipe, path: Path, listen: Listener) -> None:
     loaded, facts = outcome.loaded, _pruning(outcome, recipe) | {"base": origin(recipe.model)}
-    save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=facts, dtype=loaded.dtype)
-    if trouble := try_card(path):
-        listen({"event": "warning", "message": trouble})
+    save(
+        loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=facts, dtype=loaded.dtype, beside=carded(path, listen),
+    )  # fmt: skip
