@@ -1,4 +1,4 @@
-"""python matrix_read.py FOLDER: what a transformers without adapt-pruner makes of the checkpoints there, as a line of JSON, for .ci/matrix."""
+"""python matrix_read.py FOLDER ANSWER: what a transformers without adapt-pruner makes of the checkpoints there, as JSON, for .ci/matrix."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def trouble(folder: Path) -> str:
         for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
             if not torch.equal(model.generate(ids[:1, :5], **asked, **how), expected["written"]):
                 return f"generate writes other tokens with {how or 'its cache'}"
-    if AutoTokenizer.from_pretrained(folder)(TEXT).input_ids != expected["tokens"].tolist():
+    if AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)(TEXT).input_ids != expected["tokens"].tolist():
         return "the tokenizer gives other tokens"
     with TemporaryDirectory(dir=folder.parent) as again:
         model.save_pretrained(again)
@@ -52,7 +52,7 @@ def trouble(folder: Path) -> str:
     return ""
 
 
-def main(out: Path) -> None:
+def main(out: Path, answer: Path) -> None:
     """Look at all of them."""
     assert importlib.util.find_spec("adapt_pruner") is None, "adapt-pruner is installed here"
     transformers.logging.set_verbosity_error()
@@ -64,8 +64,8 @@ def main(out: Path) -> None:
             found[file.stem] = trouble(file.with_suffix(""))
         except Exception as error:
             found[file.stem] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    print(json.dumps(found))
+    answer.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
