@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 
-.PHONY: demo test check format clean help
+.PHONY: demo test check format matrix clean help
 
 help:
 	@echo "make demo    prune a real language model, train it in between, and compare (under 10 minutes on two cores)"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
+	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
 
 $(READY): pyproject.toml
@@ -45,6 +46,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+matrix: $(READY)
+	$(BIN)/python .ci/matrix
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build dist src/*.egg-info $(DEMO)

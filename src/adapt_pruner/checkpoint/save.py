@@ -8,6 +8,7 @@ modeling_pruned.py      only where layers differ: what stock transformers needs 
 modeling_sliced.py      with it, where the model is sliced
 mask.json               which units of the dense model stayed
 pruning.json            how the model was made
+README.md               of a result, the model card (see `card`)
 """
 
 import copy

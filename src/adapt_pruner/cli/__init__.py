@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from adapt_pruner.cli.bench import bench
+from adapt_pruner.cli.card import card
 from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
@@ -17,6 +18,7 @@ from adapt_pruner.cli.export import export
 from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
 from adapt_pruner.cli.prune import prune
+from adapt_pruner.cli.push import push
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
 from adapt_pruner.cli.verify import verify
@@ -43,6 +45,8 @@ for command, name in (
     (bench, "bench"),
     (export, "export"),
     (verify, "verify"),
+    (card, "card"),
+    (push, "push"),
     (chat, "chat"),
     (inspect, "inspect"),
     (methods, "methods"),

@@ -60,6 +60,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
             "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": blocks,
             "auto_map": {
                 "AutoConfig": "configuration_decilm.DeciLMConfig",
+                "AutoModel": "modeling_decilm.DeciLMModel",
                 "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
             },
             "num_attention_heads": most.heads, "num_key_value_heads": most.kv_heads, "intermediate_size": most.neurons,

@@ -8,8 +8,13 @@ Licence: Apache-2.0.
 """
 
 from .configuration_decilm import DeciLMConfig
-from .modeling_pruned import PrunedLlamaForCausalLM
+from .modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel
+
+
+class DeciLMModel(PrunedLlamaModel):
+    config_class = DeciLMConfig
 
 
 class DeciLMForCausalLM(PrunedLlamaForCausalLM):
     config_class = DeciLMConfig
+    base_class = DeciLMModel

@@ -1,0 +1,413 @@
+"""The README.md of a checkpoint: what the hub calls a model card, made of the folder's own JSON and of nothing else.
+
+`card` is a function of config.json and pruning.json, so that the same folder gives the same text wherever and whenever it is
+made. It states what the run recorded; what was not measured is not there.
+"""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.recipe import differing, methods, read
+from adapt_pruner.report.words import NARROW, shown
+
+__all__ = ["card", "card_of", "carded", "write_card"]
+
+_OWN_PAPER = "2502.03460"
+_ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+_FLAGS = {
+    "calibration.source": "--calibration",
+    "calibration.samples": "--calibration-samples",
+    "calibration.length": "--calibration-length",
+    "calibration.ids": "--calibration-ids",
+}  # keys that `prune` has options for
+
+
+def write_card(folder: Path) -> None:
+    """Write the README.md of a checkpoint, over what is there.
+
+    Raises:
+        UsageError: `folder` is not a checkpoint of ours.
+        RunError: it could not be written.
+    """
+    text = card_of(folder)
+    try:
+        write_whole(folder / "README.md", text)
+    except OSError as error:
+        raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
+
+
+def carded(path: Path, listen: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """What writes the card into a result that is to be called `path`, before it bears that name, so that it is whole when it does.
+
+    Where that fails it is said, and nothing else: the model is worth more than its card.
+    """
+
+    def beside(folder: Path) -> None:
+        try:
+            write_card(folder)
+        except Exception as error:
+            message = f"there is no README.md, since it failed: {first_line(error)}; `adapt-pruner card {path}` tries again"
+            listen({"event": "warning", "message": message})
+
+    return beside
+
+
+def card_of(folder: Path) -> str:
+    """The card of a checkpoint, read from its config.json and pruning.json.
+
+    Raises:
+        UsageError: `folder` is not a checkpoint of ours.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; name a checkpoint, such as prune or run writes")
+    if (folder / "model" / "pruning.json").is_file():
+        raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
+    found: list[dict[str, Any]] = []
+    for name in ("config.json", "pruning.json"):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} is not a checkpoint of ours: it has no {name}; name a folder that prune or run wrote")
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / name} cannot be read ({type(error).__name__}); get the folder again") from error
+        found.append(data if isinstance(data, dict) else {})
+    if not {"recipe", "figures"} <= found[1].keys():
+        raise UsageError(f"{folder / 'pruning.json'} does not say how the model was made; get the folder again")
+    return card(*found)
+
+
+def card(config: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        config: config.json.
+        pruning: pruning.json: `recipe`, `figures`, `history`, `made_by`, `dense_params` and, where known, `base`, see
+            `checkpoint.origin`.
+    """
+    from huggingface_hub import ModelCard
+
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    base = pruning.get("base") or {"name": Path(recipe["model"]).name, "hub": None, "license_from": None}
+    title = f"{base['name'].rpartition('/')[2]} pruned to {_count(figures['params_after'])}"
+    parts = [
+        f"# {title}",
+        _summary(config, pruning, base),
+        "## Results",
+        *_results(pruning, base),
+        "## How to load it",
+        *_loading(config),
+        "## How it was made",
+        *_making(pruning),
+        "## Citation",
+        "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
+    ]
+    front = _front_matter(recipe, figures, base, title).to_yaml()
+    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n").content)
+
+
+def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
+    results = None
+    if perplexities and _is_number(perplexities[-1]):
+        result = EvalResult(
+            task_type="text-generation",
+            task_name="Next-token prediction",
+            dataset_type=_one_hub_id(text) or "text",
+            dataset_name=_words(text),
+            metric_type="perplexity",
+            metric_value=round(perplexities[-1], 4),
+            metric_name=_measured_on(recipe),
+        )
+        results = [result]
+    tags = ["adapt-pruner", "pruned", recipe["method"]]
+    read_texts = [recipe["training"]["source"]] + ([recipe["calibration"]["source"]] if _calibrated(recipe, figures) else [])
+    hub_ids = sorted({hub_id for source in read_texts for hub_id in _hub_ids(source)})
+    facts: dict[str, Any] = {
+        "base_model": base["hub"],
+        "base_model_relation": base["hub"] and "finetune",  # of the hub's four, that of a model with other weights
+        "license": base.get("license"),
+        "license_name": base.get("license_name"),
+        "license_link": base.get("license_link"),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        "datasets": hub_ids or None,
+    }
+    known = {key: value for key, value in facts.items() if value is not None}
+    return ModelCardData(**known, model_name=title if results else None, eval_results=results)
+
+
+def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    dense = pruning.get("dense_params") or figures["params_before"]
+    row = _row(recipe["method"])
+    named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else f"`{base['name']}`"
+    trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
+    lines = [
+        f"{named}, pruned by adapt-pruner and {trained}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {named}, {dense:,} parameters |",
+        f"| method | `{recipe['method']}`: {row.get('about', 'a row of parts that this version does not have')} |",
+        f"| its source | {_linked(row.get('paper', 'not known'))} |",
+        f"| budget | {recipe['budget']}, that is at most {figures['budget']:,} parameters |",
+        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of the base model's |",
+        *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
+        f"| weights | {config.get('dtype') or config.get('torch_dtype')} |",
+        f"| licence | {_license(base)} |",
+    ]
+    if figures["params_before"] != dense:
+        lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
+    elif base.get("file"):
+        lines.insert(5, f"| began from | the weights in `{base['file']}`, dequantised |")
+    return "\n".join(lines)
+
+
+def _license(base: Mapping[str, Any]) -> str:
+    if base.get("license") is None:
+        return "not known; look up that of the base model before you share or use this one"
+    named = f"{base['license']} ({base['license_name']})" if base.get("license_name") else base["license"]
+    link = f", {base['license_link']}" if base.get("license_link") else ""
+    return f"{named}{link}, that of the base model (found in: {base['license_from']})"
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the layers are made of now, as the config has it."""
+    layers = list(_layers(config))
+    yield "layers", f"{len(layers)}, over a stream of {config.get('sliced_hidden_size', config['hidden_size']):,} dimensions"
+    for key, what, block in (
+        ("num_attention_heads", "query heads", "attention"),
+        ("num_key_value_heads", "KV heads", "attention"),
+        ("intermediate_size", "MLP neurons", "mlp"),
+    ):
+        sizes = [layer[key] for layer in layers if block not in layer.get("skip", ()) and key in layer]
+        if sizes:
+            low, high = min(sizes), max(sizes)
+            yield f"{what} a layer", f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    for block, what in (("attention", "attention"), ("mlp", "MLP")):
+        if lacking := [str(index) for index, layer in enumerate(layers) if block in layer.get("skip", ())]:
+            yield f"layers without {what}", ", ".join(lacking)
+    yield "vocabulary", f"{config['vocab_size']:,} tokens"
+
+
+def _layers(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config of each layer."""
+    own = {int(index): changes for index, changes in (config.get("per_layer_config") or {}).items()}
+    for index in range(config["num_hidden_layers"]):
+        yield {**config, **own.get(index, {})}
+
+
+def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
+    if not perplexities:
+        yield (
+            "The run measured no perplexity: its recipe names no text to evaluate on. To measure it, and the base model beside it:\n\n"
+            f"```sh\nadapt-pruner eval {shlex.quote(recipe['model'])} . --text python-docs:heldout\n```"
+        )
+        return
+    stages = {note["stage"]: note["params"] for note in pruning.get("history") or []}
+    params, trained = [figures.get("params_after_vocabulary", figures["params_before"])], bool(figures.get("trained_tokens"))
+    for stage in range(1, len(perplexities)):
+        params.append(stages.get(stage, params[-1]))
+    params[-1] = figures["params_after"]
+    begun = (
+        "pruned before, as the run began"
+        if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
+        else "dense"
+    )
+    begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
+    after = "pruned and trained" if trained else "pruned"
+    names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
+    lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
+    for index, (name, size, measured) in enumerate(zip(names, params, perplexities, strict=True)):
+        per_byte = bits[index] if index < len(bits) else None
+        lines.append(f"| {name} | {size:,} | {_figure(measured, 2)} | {_figure(per_byte, 4)} |")
+    yield "\n".join(lines)
+    yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
+    yield "It was not evaluated on tasks, nor for bias or safety; what is known of the base model in this respect need not hold for it."
+
+
+def _loading(config: Mapping[str, Any]) -> Iterator[str]:
+    """Commands for this very folder, and in a sentence what cannot load it."""
+    own_code = bool(config.get("auto_map"))
+    kind = (
+        "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
+    )
+    yield (
+        f"**transformers**, 5.15 or newer. {kind}; it needs nothing else.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies, or the name of this repository on the hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if own_code else ''})\n"
+        'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
+    )
+    if any("attention" in layer.get("skip", ()) for layer in _layers(config)):
+        yield "**vLLM** refuses a model with a layer that has no attention."
+    elif own_code:
+        yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
+    else:
+        yield "**vLLM**:\n\n```sh\nvllm serve .\n```"
+    if (trouble := _no_gguf(config)) is not None:
+        yield (
+            f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
+            "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
+        )
+        return
+    yield (
+        "**llama.cpp**, and what is built on it:\n\n"
+        "```sh\npip install 'adapt-pruner[gguf]'\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
+    )
+
+
+def _no_gguf(config: Mapping[str, Any]) -> str | None:
+    """Why `export --to gguf` would refuse the model, as far as its config tells; None where it would not."""
+    if "sliced_hidden_size" in config:
+        return "it has no place for the maps beside the layers of a sliced model"
+    if any(layer.get("skip") for layer in _layers(config)):
+        return "the export knows no layers that lack their attention or MLP"
+    if config.get("output_bias") and config.get("model_type") not in ("llama", "mistral", "qwen2"):
+        return "it has no place for the biases that a repair added"
+    if config.get("model_type") == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
+        return "it scales attention by the head size, and this model does not"
+    return None
+
+
+def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    calibration, training = recipe["calibration"], recipe["training"]
+    lines = []
+    if not _calibrated(recipe, figures):
+        lines.append("* Calibration: none; the method reads no text.")
+    else:
+        text = f"the tokens in `{calibration['ids']}`" if calibration["ids"] else _words(calibration["source"])
+        drawn = f"{calibration['samples']} sequences of {calibration['length']} tokens an iteration, {figures['iterations']} iterations"
+        total = f"; {figures['calibration_tokens']:,} tokens read in all" if figures.get("calibration_tokens") else ""
+        lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
+    if figures.get("trained_tokens"):
+        lines.append(
+            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']} "
+            f"{'stage' if recipe['stages'] == 1 else 'stages'} with `{training['objective']}`, peak learning rate {training['lr']:g}."
+        )
+        if training["objective"].startswith("objectives.distil"):
+            lines.append(f"* Teacher: {training['teacher'] or 'the base model'}.")
+    else:
+        lines.append("* Training: none.")
+    if "vocabulary_after" in figures:
+        lines.append(
+            f"* Vocabulary: {figures['vocabulary_before']:,} tokens before, {figures['vocabulary_after']:,} after, by their use in "
+            f"{_words(recipe['vocabulary']['source'])}."
+        )
+    lines.append(f"* Made by {pruning['made_by']}.")
+    yield "\n".join(lines)
+    if (command := _command(recipe)) is not None:
+        yield f"The command:\n\n```sh\n{command}\n```"
+        opening = "The same as a recipe, with every default"
+    else:
+        opening = "The recipe; save it as recipe.yaml, then: `adapt-pruner run recipe.yaml -o runs/again`"
+    dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    yield f"<details>\n<summary>{opening}</summary>\n\n```yaml\n{dumped}```\n\n</details>"
+
+
+def _command(recipe: Mapping[str, Any]) -> str | None:
+    """The `prune` command that makes the same model; None where it trains, or the recipe is not one of this version."""
+    try:
+        asked = read(dict(recipe))
+        common = {"method": asked.method, "model": asked.model, "budget": asked.budget, "seed": asked.seed}
+        changed = differing(read(common), asked)
+    except UsageError:
+        return None
+    if asked.training.tokens or asked.stages > 1 or asked.evaluation.source is not None:
+        return None
+    words = ["adapt-pruner", "prune", asked.model, "-o", "small", "--params", asked.budget, "--method", asked.method]
+    words += ["--seed", str(asked.seed)] if asked.seed else []
+    for key in changed:
+        value = asked.model_dump(mode="json")
+        for part in key.split("."):
+            value = value[part]
+        if key in _FLAGS and isinstance(value, str | int):
+            words += [_FLAGS[key], str(value)]
+        else:
+            words += ["--set", f"{key}={json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
+    """Whether calibration text was read; a run that did not count its tokens tells by what it was asked."""
+    if "calibration_tokens" in figures:
+        return bool(figures["calibration_tokens"])
+    reads_none = recipe["metric"].startswith(("weights.magnitude", "weights.random")) and recipe["rotate"] is None
+    return not (reads_none and recipe["distance"] is None and recipe["head_metric"] is None and recipe["repair"] is None)
+
+
+def _measured_on(recipe: Mapping[str, Any]) -> str:
+    asked = recipe["evaluation"]
+    most = "" if asked["max_windows"] is None else f"at most {asked['max_windows']} "
+    return f"{most}windows of {asked['window']} tokens that do not overlap"
+
+
+def _words(source: str | Mapping[str, float] | None) -> str:
+    """A text or a mixture in words, with links to the data sets of the hub."""
+    if source is None:
+        return "no text"
+    shares = domains(source)
+    said = []
+    for spec, share in shares.items():
+        name = "text that the model wrote itself" if spec == SELF else f"`{spec}`"
+        said.append(name if len(shares) == 1 else f"{name} ({share:.0%})")
+    return ", ".join(said)
+
+
+def _hub_ids(source: str | Mapping[str, float] | None) -> list[str]:
+    """The data sets of the hub that a text or mixture names."""
+    specs = [] if source is None else list(domains(source))
+    return [spec.partition("#")[0].split(":")[1] for spec in specs if spec.startswith("hub:")]
+
+
+def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
+    hub_ids = _hub_ids(source)
+    return hub_ids[0] if len(hub_ids) == 1 else None
+
+
+def _row(method: str) -> dict[str, Any]:
+    path = methods().get(method)
+    row: dict[str, Any] = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+    return row
+
+
+def _entries(method: str) -> list[str]:
+    """BibTeX of our paper and of those that the method's row names."""
+    text = (Path(__file__).parent / "methods" / "papers.bib").read_text(encoding="utf-8").strip()
+    by_number = {match[1]: entry for entry in text.split("\n\n") if (match := re.search(r"eprint = \{([\d.]+)\}", entry))}
+    numbers = [_OWN_PAPER, *_ARXIV.findall(_row(method).get("paper", ""))]
+    return [by_number[number] for number in dict.fromkeys(numbers) if number in by_number]
+
+
+def _linked(paper: str) -> str:
+    return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+def _count(params: int) -> str:
+    return shown(params, "params").replace(NARROW, " ")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _figure(value: Any, digits: int) -> str:
+    return f"{value:,.{digits}f}" if _is_number(value) else "no number"

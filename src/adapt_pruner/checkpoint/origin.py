@@ -1,0 +1,182 @@
+"""Where a model comes from: its name on the hub and its licence, as far as its own files say."""
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from adapt_pruner.checkpoint.load import PACKAGED, locate
+from adapt_pruner.errors import UsageError
+
+__all__ = ["origin"]
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_LICENSE_TEXTS = {
+    "apache-2.0": re.compile(r"Apache License\s+Version 2\.0, January 2004"),
+    "mit": re.compile(r"Permission is hereby granted, free of charge, to any person obtaining a copy of this software and"),
+}
+_GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_MOST = 2**16  # bytes of a string, entries of an array: more is no description
+
+
+def origin(name: str) -> dict[str, Any]:
+    """Where the model that goes by `name` here comes from, as plain data.
+
+    The licence is looked for in the front matter of its README.md, in its config.json, in the metadata of a GGUF file, and in
+    a file LICENSE whose text is that of Apache 2.0 or MIT. For a name on the hub its README.md is fetched, as its weights were.
+
+    Args:
+        name: as `checkpoint.load` takes it. One of our own checkpoints passes on what it says of its own origin.
+
+    Returns:
+        name: what a person calls it, without the folders above; hub: its name on the hub, or None; file: the GGUF file that its
+        weights were dequantised from, where they were; license, license_name,
+        license_link: as in a card of the hub, where known; license_from: where that was found, or None. Of a model that is not
+        there, or cannot be read, no more than its name.
+    """
+    found: dict[str, Any] = {"name": Path(name).name or name, "hub": None, "license_from": None}
+    try:
+        where, gguf = locate(name)
+    except UsageError:  # it has gone since
+        return found
+    if gguf is not None:
+        found |= {"name": Path(gguf).stem, "file": gguf} | _of_gguf(Path(where) / gguf)
+    elif not Path(where).is_dir():
+        found |= {"name": name, "hub": where} | _of_hub(where)
+    else:
+        earlier = _json(Path(where) / "pruning.json")
+        if isinstance(earlier.get("base"), dict):
+            return dict(earlier["base"])
+        if earlier:  # a checkpoint within a run
+            with suppress(KeyError, TypeError):
+                before = earlier["recipe"]["model"]
+                if Path(before).resolve() != Path(where).resolve():
+                    return origin(before)
+        found |= {"name": Path(where).resolve().name} | _of_folder(Path(where))
+    packaged = None if Path(name).exists() else PACKAGED.get(name.lower())
+    if packaged is not None and packaged.hub is not None:
+        found |= {"name": packaged.hub.partition("/")[2], "hub": packaged.hub}
+        if found.get("license") is None and packaged.license is not None:
+            found |= {"license": packaged.license, "license_from": "its page on the hub"}
+    return found
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    if license_ := _of_readme(_text(folder / "README.md")):
+        if not _is_address(license_.get("license_link", "")):  # of a file that stays behind
+            license_.pop("license_link", None)
+        return license_
+    if isinstance(named := _json(folder / "config.json").get("license"), str):
+        return {"license": named.lower(), "license_from": "config.json"}
+    for path in sorted(folder.glob("[Ll][Ii][Cc][Ee][Nn][SsCc][Ee]*")):
+        text = re.sub(r"\s+", " ", _text(path))
+        for license_id, pattern in _LICENSE_TEXTS.items():
+            if pattern.search(text):
+                return {"license": license_id, "license_from": path.name}
+    return {}
+
+
+def _of_hub(hub_id: str) -> dict[str, Any]:
+    """What the README.md of a model on the hub says; nothing where it has none or cannot be had now."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of the library it builds on
+
+    try:
+        path = Path(hf_hub_download(hub_id, "README.md"))
+    except (HTTPError, HFValidationError, OSError):  # no such file, no network, no leave
+        return {}
+    found = _of_readme(_text(path))
+    link = found.get("license_link")
+    if link is not None and not _is_address(link):  # a file beside that README.md
+        found["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
+    return found
+
+
+def _is_address(link: str) -> bool:
+    return link.startswith(("http://", "https://"))
+
+
+def _of_readme(text: str) -> dict[str, Any]:
+    """The licence in the front matter of a README.md."""
+    if not text.startswith("---"):
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        data: dict[str, Any] = dict(ModelCard(text, ignore_metadata_errors=True).data.__dict__)
+    except Exception:  # front matter that is no YAML, or no mapping: errors of several libraries
+        return {}
+    license_ = {key: str(data[key]) for key in _LICENSE_KEYS if isinstance(data.get(key), str)}
+    return license_ | {"license_from": "README.md"} if "license" in license_ else {}
+
+
+def _of_gguf(path: Path) -> dict[str, Any]:
+    """What the first keys of a GGUF file, those called `general.…`, say of the model."""
+    said: dict[str, Any] = {}
+    with suppress(OSError), path.open("rb") as file:
+        said = dict(_general(file))
+    found: dict[str, Any] = {}
+    if match := re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(said.get("general.base_model.0.repo_url"))):
+        found["hub"] = match[1]
+    if isinstance(license_ := said.get("general.license"), str):
+        found |= {"license": license_.lower(), "license_from": "general.license of the GGUF file"}
+        named = {"license_name": said.get("general.license.name"), "license_link": said.get("general.license.link")}
+        found |= {key: value for key, value in named.items() if isinstance(value, str)}
+    return found
+
+
+def _general(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """The keys at the beginning of a GGUF file and their values, up to one that is not called `general.…`.
+
+    Read here, since the gguf library reads a whole vocabulary first: two seconds for 49,152 tokens, a minute for 262,144.
+    """
+
+    def number(form: str) -> Any:
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+    def text() -> str:
+        if (size := number("<Q")) > _MOST:
+            raise ValueError(size)
+        return file.read(size).decode("utf-8", errors="replace")
+
+    def value(kind: int) -> Any:
+        if kind == _GGUF_STRING:
+            return text()
+        if kind != _GGUF_ARRAY:
+            return number(_GGUF_SCALARS[kind] or "")
+        of, count = number("<I"), number("<Q")
+        if count > _MOST:
+            raise ValueError(count)
+        return [value(of) for _ in range(count)]
+
+    try:
+        if file.read(4) != b"GGUF" or number("<I") < 2:  # of version 1 sizes are narrower
+            return
+        number("<Q")  # how many tensors
+        for _ in range(number("<Q")):
+            key = text()
+            if not key.startswith("general."):
+                return
+            yield key, value(number("<I"))
+    except (struct.error, ValueError, KeyError, IndexError):
+        return
+
+
+def _text(path: Path) -> str:
+    """What a file says; nothing where it is not there or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

