@@ -243,6 +243,15 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "whole"
 
 
+def test_files_may_be_read_by_whom_the_folder_may(tmp_path: Path) -> None:
+    model, mask = pruned(("llama", "llama"))
+    save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
+    readers = (tmp_path / "model").stat().st_mode & 0o444
+    assert {file.name: file.stat().st_mode & 0o444 for file in (tmp_path / "model").iterdir()} == {
+        file.name: readers for file in (tmp_path / "model").iterdir()
+    }
+
+
 @pytest.mark.parametrize("where", ["weights", "config", "mask"])
 def test_a_full_disk_leaves_nothing_behind(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mask = pruned(("llama", "llama"))

@@ -60,8 +60,11 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in [*partial.iterdir(), partial]:
+        for file in partial.iterdir():
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)  # safetensors lets its files be read by their owner alone
             sync(file)
+        sync(partial)
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         if path.exists():
