@@ -82,7 +82,6 @@ def set_shots(wanted: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
             kept.append(task_name)
         elif num_fewshot is not None or own is None:
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return kept
 
 
@@ -140,6 +139,7 @@ def evaluate_tasks(
                 with as_lm_eval_does():
                     asked = harness_model(model, tokenizer, dtype=dtype, on_answers=told)
             with as_lm_eval_does():
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # anew, so that every model is shown the same examples
                 came = harness.evaluate(
                     asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
                 )
