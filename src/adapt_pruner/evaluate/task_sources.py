@@ -212,7 +212,9 @@ class _Folder:
         self._manager = TaskManager(include_path=str(self._path), include_defaults=False)
         self._index: Mapping[str, Any] = self._manager.task_index
         if not self._index:
-            raise UsageError(f"task folder {str(path)!r} holds no lm-eval tasks; give a folder with YAML files that name a task or group")
+            raise UsageError(
+                f"task folder {str(path)!r} holds no lm-eval tasks; give a folder with YAML files that name a task or group"
+            )
 
     def names(self) -> list[str]:
         """Everything the folder defines."""
@@ -242,11 +244,15 @@ class _Folder:
             return self._own(name) if name in self._index else _stock(name, self)
         manager = self._manager if name in self._index else _manager()
         if name not in manager.task_index:
-            raise UsageError(f"{self._path} puts data under the task {name!r}, which lm-eval does not have; correct its YAML file")
+            raise UsageError(
+                f"{self._path} puts data under the task {name!r}, which lm-eval does not have; correct its YAML file"
+            )
         try:
             return _with_overlay(manager, {**member, **self._found_data(member)}, str(self._path))
         except Exception as error:  # a YAML file may ask for anything
-            raise UsageError(f"task {name!r} of {self._path} cannot be loaded ({first_line(error)}); correct its YAML file") from error
+            raise UsageError(
+                f"task {name!r} of {self._path} cannot be loaded ({first_line(error)}); correct its YAML file"
+            ) from error
 
     @staticmethod
     def _members(entry: Any) -> Sequence[Any]:

@@ -179,7 +179,9 @@ def _line(line: Wanted, scores: Mapping[str, Mapping[str, Any]]) -> TaskScore:
         return parts[0]
     # lm-eval's own way of putting tasks together: weights and pooled standard errors are its group's
     by_task = {name: {**scores[name]["metrics"], "sample_len": scores[name]["items"]} for name in line.tasks}
-    metrics = {key: float(value) for key, value in line.group.aggregate(by_task).items() if isinstance(value, int | float) and "," in key}
+    metrics = {
+        key: float(value) for key, value in line.group.aggregate(by_task).items() if isinstance(value, int | float) and "," in key
+    }
     chances, items = [part.chance for part in parts], sum(part.items for part in parts)
     known = [chance * part.items for chance, part in zip(chances, parts, strict=True) if chance is not None]
     whole = {
@@ -237,7 +239,9 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    config = {
+        key: value for key, value in model.config.to_diff_dict().items() if key not in ("_name_or_path", "transformers_version")
+    }
     digest.update(_stable(config))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update(backend.to_str().encode() if backend is not None else _stable(tokenizer.get_vocab()))
