@@ -128,7 +128,9 @@ def _groups(reads: Sequence[_Read]) -> list[_Group]:
                 break
             if gain * _WORTHWHILE >= total and saved[i] + gain > best:
                 best, begin, share = saved[i] + gain, i, shared
-        saved.append(best), begins.append(begin), shares.append(share)
+        saved.append(best)
+        begins.append(begin)
+        shares.append(share)
     groups = []
     j = len(reads)
     while j:

@@ -53,7 +53,12 @@ def overlay(task: str) -> dict[str, Any] | None:
     splits = _splits(task, source)
     if not splits:
         return None
-    _made(folder, lambda new: [_write(new / f"{split}.jsonl", rows()) for split, rows in splits.items()])
+
+    def write(new: Path) -> None:
+        for split, rows in splits.items():
+            _write(new / f"{split}.jsonl", rows())
+
+    _made(folder, write)
     scored = "test" if "test" in splits else "validation"
     return {
         "task": task, "dataset_path": "json", "dataset_name": None,
@@ -130,7 +135,7 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _made(folder: Path, make: Callable[[Path], Any]) -> None:
+def _made(folder: Path, make: Callable[[Path], None]) -> None:
     """Have a folder, made beside its place and renamed; of two processes the first to finish keeps its own."""
     if folder.is_dir():
         return
