@@ -37,7 +37,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
         UsageError: `folder` is not a finished checkpoint of ours, or `repo` is no name of a repository.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -79,7 +79,7 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
         RunError: the hub cannot be reached, or it failed.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # the second of what it builds on
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second of what it builds on
 
     if get_token() is None:
         raise UsageError("nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write")

@@ -83,7 +83,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 def _of_hub(hub_id: str) -> dict[str, Any]:
     """What the README.md of a model on the hub says; nothing where it has none or cannot be had now."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of the library it builds on
+    from huggingface_hub.errors import HFValidationError, HTTPError  # of the library it builds on
 
     try:
         path = Path(hf_hub_download(hub_id, "README.md"))
