@@ -275,9 +275,10 @@ def test_ctrl_c_ends_the_process_of_the_cell(tiny_folder: Path, text_file: Path,
     seen = ""
     for line in process.stderr:
         seen += line
-        if "iteration " in line:
+        if "cell 1 of 1" in line:
             break
-    children = _children(process.pid)
+    while not (children := _children(process.pid)) and process.poll() is None:
+        time.sleep(0.01)
     assert len(children) == 1, seen
     process.send_signal(signal.SIGINT)
     said, rest = process.communicate(timeout=60)

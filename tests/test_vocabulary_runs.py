@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapt_pruner import families, pipeline
+from adapt_pruner import families, outcome
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
@@ -152,7 +152,7 @@ def test_a_run_keeps_to_the_tokens_it_began_with(
     folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"source": str(text_file), "tokens": 500, "batch_tokens": 256, "length": 64}
-    monkeypatch.setattr(pipeline, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(outcome, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(recipe_of(folder, text_file, training=training), tmp_path / "run")
     other = recipe_of(folder, text_file, training=training, vocabulary={"source": str(text_file), "keep": 450})
