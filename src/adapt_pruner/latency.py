@@ -20,13 +20,13 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
-from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.axes import Axis
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
-from adapt_pruner.core.surgery import cut, num_left
+from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.speed import reading_and_writing
-from adapt_pruner.plan import prunable, sizes_alike
+from adapt_pruner.plan import mask_to, params_of, prunable, sizes_alike
 from adapt_pruner.prepare import Listener
 from adapt_pruner.recipe import Recipe, parse_latency
 
@@ -68,7 +68,7 @@ def find(model: Any, recipe: Recipe, *, listen: Listener = lambda event: None) -
             f"latency {recipe.latency} is out of reach: {recipe.latency_of} takes {nearest:.2f}x of the dense model's time once "
             f"{recipe.chooser} has taken all that it may; ask for {np.ceil(nearest * 100 + 1e-9) / 100:.2f}x or more"
         )
-    low, high = _params(model, axes, least), count_parameters(model)
+    low, high = params_of(model, axes, least), count_parameters(model)
     while high - low > max(1, high // 10_000):
         middle = (low + high) // 2
         within = predicted(table, axes, sizes_alike(model, recipe, keep=middle)) <= asked
@@ -137,7 +137,7 @@ def table_of(model: Any, recipe: Recipe, *, listen: Listener = lambda event: Non
                 }
             )
             smaller = copy.deepcopy(dense)
-            cut(smaller, families.axes(smaller), _any(of_kind, sizes))
+            cut(smaller, families.axes(smaller), mask_to(of_kind, sizes))
             points[found] = statistics.median(_in_turn(dense, smaller, recipe, rounds=ROUNDS)[0])
         table[kind] = sorted(points.items())
     return table
@@ -169,15 +169,6 @@ def _width(axis: Axis, share: float, multiple: int) -> int:
     if multiple > 1:
         return max(min(multiple, axis.size), round(share * axis.size / multiple) * multiple)
     return min(axis.size, int(share * axis.size) | 1)
-
-
-def _any(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
-    """A mask to such sizes, whichever units stay."""
-    return Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, sizes)
-
-
-def _params(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
-    return num_left(model, families.axes(model), _any(axes, sizes))
 
 
 def _as_it_runs(model: Any, recipe: Recipe) -> Any:

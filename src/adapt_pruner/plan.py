@@ -1,7 +1,7 @@
 """What a run is going to do, stage by stage, in parameters, iterations, tokens and steps: arithmetic, before any work."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +23,10 @@ __all__ = [
     "Stage",
     "chooser_of",
     "layer_measure_of",
+    "mask_to",
     "measured_whole",
     "metrics_of",
+    "params_of",
     "plan",
     "prunable",
     "reads_text",
@@ -109,19 +111,24 @@ def plan(
         )
     if recipe.rotate is None:
         kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
-        budget.check_reachable(_least(model, recipe), when=f"{recipe.chooser} has taken all that it may ({kinds})")
+        budget.check_reachable(
+            params_of(model, axes, sizes_alike(model, recipe, keep=0)),
+            when=f"{recipe.chooser} has taken all that it may ({kinds})",
+        )
     elif total > budget.keep:
         width_for(model, budget.keep)
     start = dense if start is None else start
     return stages(recipe, axes, start=start, end=min(start, budget.keep)), budget
 
 
-def _least(model: Any, recipe: Recipe) -> int:
-    """Parameters that are left when the chooser has given everything it may."""
-    may_shrink = prunable(model, recipe)
-    least = sizes_alike(model, recipe, keep=0)
-    alike = {axis.name: torch.zeros(axis.entries) for axis in may_shrink}
-    return num_left(model, families.axes(model), Mask.of_sizes(may_shrink, alike, least))
+def params_of(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
+    """The parameters that `model` would have left with such sizes of `axes`, whichever units stay."""
+    return num_left(model, families.axes(model), mask_to(axes, sizes))
+
+
+def mask_to(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
+    """A mask that leaves such sizes, whichever units stay."""
+    return Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, sizes)
 
 
 def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
