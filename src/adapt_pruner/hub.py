@@ -1,11 +1,11 @@
 """A checkpoint on the Hugging Face hub: what would be sent, and sending it."""
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.card import card_of, write_card
+from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 
 __all__ = ["Parcel", "parcel", "push"]
@@ -85,7 +85,7 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
         raise UsageError("nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write")
     if parcel.new_card:
         write_card(parcel.folder)
-    api = HfApi(library_name="adapt-pruner", library_version=_version())
+    api = HfApi(library_name="adapt-pruner", library_version=installed("adapt-pruner"))
     try:
         repo = api.create_repo(parcel.repo, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo).private:
@@ -113,10 +113,3 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
             "and without HF_HUB_OFFLINE"
         ) from error
     return str(sent.commit_url)
-
-
-def _version() -> str:
-    try:
-        return version("adapt-pruner")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"

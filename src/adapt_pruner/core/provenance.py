@@ -7,18 +7,21 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["made_by"]
+__all__ = ["installed", "made_by"]
+
+
+def installed(name: str) -> str:
+    """The version of a package; `unknown` where it runs from a source tree that is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 @functools.cache
 def made_by() -> str:
     """Versions of what makes a result, and the commit when the package lies in its own git checkout."""
-    versions = []
-    for name in ("adapt-pruner", "torch", "transformers"):
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            versions.append(f"{name} unknown")
+    versions = [f"{name} {installed(name)}" for name in ("adapt-pruner", "torch", "transformers")]
     text = ", ".join([*versions, f"Python {platform.python_version()}"])
     checkout = Path(__file__).parents[3]
     if (checkout / ".git").exists() and shutil.which("git"):
