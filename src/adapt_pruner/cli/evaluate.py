@@ -190,7 +190,6 @@ def _print_tasks(
 ) -> None:
     """Tasks by models, in per cent with standard errors; `against`: the first model is what the others are compared with."""
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.evaluate.tasks import average, retention
 
     header, names = ["task", "metric", "items"], [row["model"] for row in rows]
     for name in names:
@@ -198,20 +197,19 @@ def _print_tasks(
     lines = []
     for index, dense in enumerate(scores[0]):
         line = [dense.task, dense.metric, f"{dense.items:,}"]
-        for scored in scores:
+        for row, scored in zip(rows, scores, strict=True):
             score = scored[index]
             line.append(_figure(score.value, score.stderr, share=score.accuracy))
             if against and scored is not scores[0]:
-                line += [_share(value) for value in retention(score, dense)]
+                line += [_share(row["tasks"][index][key]) for key in ("retention", "retention_above_chance")]
         lines.append(line)
-    means = [average(scored) for scored in scores]
+    means = [row["average"] for row in rows]
     if means[0] is not None:
         line = ["average", "", ""]
         for mean in means:
-            assert mean is not None
-            line.append(_figure(*mean, share=True))
+            line.append(_figure(mean["value"], mean["stderr"], share=True))
             if against and mean is not means[0]:
-                line += [_share(mean[0] / means[0][0]) if means[0][0] > 0 else "", ""]
+                line += [_share(mean["value"] / means[0]["value"]) if means[0]["value"] > 0 else "", ""]
         lines.append(line)
     print_table(header, lines, left=2)
     shots = {score.shots for score in scores[0]}

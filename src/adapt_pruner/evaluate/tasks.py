@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -112,8 +113,6 @@ def evaluate_tasks(
     Raises:
         RunError: scores cannot be kept, or a figure is not a number.
     """
-    import time
-
     harness = lm_eval()
     folder = cache or cache_folder() / "tasks"
     device = next(model.parameters()).device
