@@ -26,63 +26,63 @@ from test_cli import call
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
-CHOICES = """
-task: tiny_choices
+
+def definition(name: str, settings: str, *, kind: str = "multiple_choice") -> str:
+    """A task over the items of `folder`, as lm-eval reads it."""
+    return f"""
+task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
     validation: data/items.jsonl
-output_type: multiple_choice
+output_type: {kind}
 validation_split: validation
+{settings.strip()}
+"""
+
+
+CHOICES = definition(
+    "tiny_choices",
+    """
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: answer
 doc_to_choice: "{{choices}}"
 metric_list:
   - metric: acc
   - metric: acc_norm
-"""
-YES_NO = """
-task: tiny_yes_no
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: data/items.jsonl
-output_type: multiple_choice
-validation_split: validation
+""",
+)
+YES_NO = definition(
+    "tiny_yes_no",
+    """
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer % 2}}"
 doc_to_choice: ["a", "b"]
 target_delimiter: ""
 metric_list:
   - metric: acc
-"""
-BLANK = """
-task: tiny_blank
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: data/items.jsonl
-output_type: multiple_choice
-validation_split: validation
+""",
+)
+BLANK = definition(
+    "tiny_blank",
+    """
 doc_to_text: "{{answer}}"
 doc_to_target: "{{question}}"
 doc_to_choice: "{{choices}}"
 metric_list:
   - metric: acc
-"""
-TEXTS = """
-task: tiny_texts
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: data/items.jsonl
-output_type: loglikelihood_rolling
-validation_split: validation
+""",
+)
+TEXTS = definition(
+    "tiny_texts",
+    """
 doc_to_text: ""
 doc_to_target: "{{question}} {{question}}"
 metric_list:
   - metric: word_perplexity
-"""
+""",
+    kind="loglikelihood_rolling",
+)
 PAIR = """
 group: tiny_pair
 task: [tiny_choices, tiny_yes_no]
