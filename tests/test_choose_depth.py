@@ -296,6 +296,6 @@ def test_a_chooser_that_has_nothing_left_to_give_ends_the_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which layer stays is known only once it is measured; where layers are unequal the plan may have hoped for a smaller one."""
-    monkeypatch.setattr("adapt_pruner.plan._least", lambda model, recipe: 0)
+    monkeypatch.setattr("adapt_pruner.plan.params_of", lambda model, axes, sizes: 0)
     with pytest.raises(RunError, match=r"depth.drop_layers finds nothing more to take at .* parameters, above the target"):
         prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")
