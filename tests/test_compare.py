@@ -22,6 +22,7 @@ import torch
 
 from adapt_pruner import cli
 from adapt_pruner.compare import comparison, picture
+from adapt_pruner.compare.cells import prune_apart
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import label, rows_of, table
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
@@ -277,7 +278,7 @@ def test_ctrl_c_ends_the_process_of_the_cell(tiny_folder: Path, text_file: Path,
         seen += line
         if "cell 1 of 1" in line:
             break
-    while not (children := _children(process.pid)) or "libtorch" not in Path(f"/proc/{children[0]}/maps").read_text():
+    while not (children := _children(process.pid)) or not _prunes(children[0]):
         assert process.poll() is None, seen
         time.sleep(0.01)  # until the cell's process works in earnest
     assert len(children) == 1, seen
@@ -289,6 +290,29 @@ def test_ctrl_c_ends_the_process_of_the_cell(tiny_folder: Path, text_file: Path,
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert not list((tmp_path / "out").rglob("*.partial-*"))
     assert list((tmp_path / "out" / "models").iterdir()) == []
+
+
+def _prunes(process: int) -> bool:
+    """Whether a process is past its start: until it begins its own program it is a copy of its parent, libraries and all."""
+    began = b"\0prune\0" in Path(f"/proc/{process}/cmdline").read_bytes()
+    return began and "libtorch" in Path(f"/proc/{process}/maps").read_text()
+
+
+def test_ctrl_c_while_the_process_is_made_leaves_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[subprocess.Popen[str]] = []
+    true = subprocess.Popen
+
+    def slow(*args: Any, **kwargs: Any) -> "subprocess.Popen[str]":
+        made.append(true(*args, **kwargs))
+        signal.raise_signal(signal.SIGINT)
+        return made[0]
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        prune_apart(["prune", "nothing", "--params", "1M"], tmp_path / "out", listen=lambda _: None)
+    assert made[0].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def _children(parent: int) -> list[int]:

@@ -1,12 +1,15 @@
 """How a cell comes to its figures: pruned in a process of its own, then measured beside the dense model."""
 
+import contextlib
 import gc
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +41,37 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
         RunError: it failed, with its own sentence.
     """
     command = [sys.executable, "-m", "adapt_pruner", *words, "-o", str(path), "--json"]
-    # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
-        start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    ) as process:  # fmt: skip
-        try:
-            reason = _heard(process, listen)
-            status = process.wait()
-        finally:
-            _stop(process)
+    with contextlib.ExitStack() as after:
+        with _held_back():
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.
+            process = after.enter_context(subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+                start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            ))  # fmt: skip
+            after.callback(_stop, process)
+        reason = _heard(process, listen)
+        status = process.wait()
     if status < 0:
         reason = f"the process was killed by signal {-status}, which is what a machine does that runs out of memory"
     if status:
         raise RunError(reason or f"prune ended with status {status}")
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold Ctrl-C and its like back until the end, so that no process is made of which nobody knows that it is to be stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # interrupts reach the main thread alone
+        return
+    came: list[int] = []
+    before = {sent: signal.signal(sent, lambda number, _: came.append(number)) for sent in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
