@@ -13,11 +13,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from adapt_pruner import pipeline, recipe
-from adapt_pruner.card import _command, _entries, _no_gguf, card, card_of, write_card
+from adapt_pruner.card import _command, _entries, card, card_of, write_card
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import gguf as gguf_form
+from adapt_pruner.export.loading import FORM_WORDS, no_gguf
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -135,8 +136,33 @@ def test_its_python_loads_that_very_folder(
         gguf_form._planned(load(str(folder)).model, quantised=False)
     except UsageError:
         refused = True
-    assert refused == (_no_gguf(config) is not None)
+    assert refused == (no_gguf(config) is not None)
     run_snippet(folder, monkeypatch)
+
+
+@pytest.mark.parametrize("form", ["uniform", "padded", "decilm", "onnx"])
+def test_an_exported_folder_has_a_card_whose_python_loads_it(
+    form: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    source = pruned(tmp_path / "small", tiny_folder, *(["equal_widths=true"] if form == "uniform" else ["axes=[neurons]"]))
+    status, _, err = ask("export", source, "--to", form, "-o", tmp_path / "out")
+    assert status == 0, err
+    text, data = body_and_data(tmp_path / "out")
+    assert f"| form | {FORM_WORDS[form]} |" in text
+    assert ("trust_remote_code=True" in text) == (form == "decilm")
+    assert ("vllm serve" in text) == (form != "onnx")
+    assert data == body_and_data(source)[1], "licence, base model and figures are those of the checkpoint"
+    run_snippet(tmp_path / "out", monkeypatch)
+
+
+def test_an_export_of_what_is_not_ours_has_no_card(tiny_folder: Path, tmp_path: Path, ask: Any) -> None:
+    status, _, err = ask("export", tiny_folder, "--to", "uniform", "-o", tmp_path / "out")
+    assert status == 0, err
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_a_snippet_that_forgets_the_trust_would_be_seen(

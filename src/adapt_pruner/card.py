@@ -17,10 +17,11 @@ import yaml
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.export.loading import FORM_WORDS, layers_of, loading, loading_export
 from adapt_pruner.recipe import differing, methods, read
 from adapt_pruner.report.words import NARROW, shown
 
-__all__ = ["card", "card_of", "carded", "write_card"]
+__all__ = ["card", "card_of", "carded", "write_card", "write_card_of_export"]
 
 _OWN_PAPER = "2502.03460"
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
@@ -46,6 +47,28 @@ def write_card(folder: Path) -> None:
         raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
 
 
+def write_card_of_export(source: Path, out: Path, form: str) -> None:
+    """Write the README.md of an exported folder: the card of its checkpoint, and how the form is loaded.
+
+    Args:
+        source: the checkpoint; one that has no card, since it is not ours, gives none here.
+        out: the folder.
+        form: one of those that `export` writes as a folder.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    try:
+        config, pruning = _told(source)
+    except UsageError:
+        return
+    try:
+        exported = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        write_whole(out / "README.md", card(config, pruning, exported=(form, exported)))
+    except OSError as error:
+        raise RunError(f"{out / 'README.md'} could not be written: {why(error)}") from error
+
+
 def carded(path: Path, listen: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     """What writes the card into a result that is to be called `path`, before it bears that name, so that it is whole when it does.
 
@@ -68,6 +91,11 @@ def card_of(folder: Path) -> str:
     Raises:
         UsageError: `folder` is not a checkpoint of ours.
     """
+    return card(*_told(folder))
+
+
+def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and pruning.json of a checkpoint; refused where `card_of` says so."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; name a checkpoint, such as prune or run writes")
     if (folder / "model" / "pruning.json").is_file():
@@ -83,16 +111,17 @@ def card_of(folder: Path) -> str:
         found.append(data if isinstance(data, dict) else {})
     if not {"recipe", "figures"} <= found[1].keys():
         raise UsageError(f"{folder / 'pruning.json'} does not say how the model was made; get the folder again")
-    return card(*found)
+    return found[0], found[1]
 
 
-def card(config: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
+def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:
     """The text of README.md.
 
     Args:
         config: config.json.
         pruning: pruning.json: `recipe`, `figures`, `history`, `made_by`, `dense_params` and, where known, `base`, see
             `checkpoint.origin`.
+        exported: the form that the checkpoint was exported in and the config.json there, where the text is that folder's.
     """
     from huggingface_hub import ModelCard
 
@@ -101,11 +130,11 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
     title = f"{base['name'].rpartition('/')[2]} pruned to {_count(figures['params_after'])}"
     parts = [
         f"# {title}",
-        _summary(config, pruning, base),
+        _summary(config, pruning, base, form=exported and exported[0]),
         "## Results",
         *_results(pruning, base),
         "## How to load it",
-        *_loading(config),
+        *(loading(config) if exported is None else loading_export(*exported)),
         "## How it was made",
         *_making(pruning),
         "## Citation",
@@ -149,7 +178,7 @@ def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: M
     return ModelCardData(**known, model_name=title if results else None, eval_results=results)
 
 
-def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any], *, form: str | None) -> str:
     recipe, figures = pruning["recipe"], pruning["figures"]
     dense = pruning.get("dense_params") or figures["params_before"]
     row = _row(recipe["method"])
@@ -168,6 +197,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
         f"| weights | {config.get('dtype') or config.get('torch_dtype')} |",
         f"| licence | {_license(base)} |",
+        *([f"| form | {FORM_WORDS[form]} |"] if form else []),
     ]
     if figures["params_before"] != dense:
         lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
@@ -186,7 +216,7 @@ def _license(base: Mapping[str, Any]) -> str:
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the layers are made of now, as the config has it."""
-    layers = list(_layers(config))
+    layers = list(layers_of(config))
     yield "layers", f"{len(layers)}, over a stream of {config.get('sliced_hidden_size', config['hidden_size']):,} dimensions"
     for key, what, block in (
         ("num_attention_heads", "query heads", "attention"),
@@ -201,13 +231,6 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if lacking := [str(index) for index, layer in enumerate(layers) if block in layer.get("skip", ())]:
             yield f"layers without {what}", ", ".join(lacking)
     yield "vocabulary", f"{config['vocab_size']:,} tokens"
-
-
-def _layers(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config of each layer."""
-    own = {int(index): changes for index, changes in (config.get("per_layer_config") or {}).items()}
-    for index in range(config["num_hidden_layers"]):
-        yield {**config, **own.get(index, {})}
 
 
 def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
@@ -239,52 +262,6 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
     yield "\n".join(lines)
     yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
     yield "It was not evaluated on tasks, nor for bias or safety; what is known of the base model in this respect need not hold for it."
-
-
-def _loading(config: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for this very folder, and in a sentence what cannot load it."""
-    own_code = bool(config.get("auto_map"))
-    kind = (
-        "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
-    )
-    yield (
-        f"**transformers**, 5.15 or newer. {kind}; it needs nothing else.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this file lies, or the name of this repository on the hub\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if own_code else ''})\n"
-        'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
-    )
-    if any("attention" in layer.get("skip", ()) for layer in _layers(config)):
-        yield "**vLLM** refuses a model with a layer that has no attention."
-    elif own_code:
-        yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
-    else:
-        yield "**vLLM**:\n\n```sh\nvllm serve .\n```"
-    if (trouble := _no_gguf(config)) is not None:
-        yield (
-            f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
-            "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
-        )
-        return
-    yield (
-        "**llama.cpp**, and what is built on it:\n\n"
-        "```sh\npip install 'adapt-pruner[gguf]'\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
-    )
-
-
-def _no_gguf(config: Mapping[str, Any]) -> str | None:
-    """Why `export --to gguf` would refuse the model, as far as its config tells; None where it would not."""
-    if "sliced_hidden_size" in config:
-        return "it has no place for the maps beside the layers of a sliced model"
-    if any(layer.get("skip") for layer in _layers(config)):
-        return "the export knows no layers that lack their attention or MLP"
-    if config.get("output_bias") and config.get("model_type") not in ("llama", "mistral", "qwen2"):
-        return "it has no place for the biases that a repair added"
-    if config.get("model_type") == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
-        return "it scales attention by the head size, and this model does not"
-    return None
 
 
 def _making(pruning: Mapping[str, Any]) -> Iterator[str]:

@@ -36,6 +36,7 @@ def export(
     from adapt_pruner.export import export as write
 
     check_form(to, quant=quant)
+    from adapt_pruner.card import write_card_of_export
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.plain import to_json
@@ -45,6 +46,8 @@ def export(
         listen({"event": "load", "model": model})
         loaded = load(model, trust_remote_code=trust_remote_code)
         notes = write(loaded, out, to=to, quant=quant)
+        if out.is_dir():
+            write_card_of_export(Path(loaded.source), out, to)
         for note in notes:
             listen({"event": "warning", "message": note})
     size = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size

@@ -1,0 +1,86 @@
+"""How a folder is loaded elsewhere, in words and commands for its model card."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["FORM_WORDS", "layers_of", "loading", "loading_export", "no_gguf"]
+
+FORM_WORDS = {
+    "uniform": "a plain folder of the stock class",
+    "padded": "a plain folder of the stock class: every layer zero-padded to the widest, which costs its memory and time again",
+    "decilm": "NVIDIA's DeciLM, every MLP zero-padded to a multiple of 256",
+    "onnx": "an ONNX graph in float32, without a cache",
+}
+
+
+def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config of each layer."""
+    own = {int(index): changes for index, changes in (config.get("per_layer_config") or {}).items()}
+    for index in range(config["num_hidden_layers"]):
+        yield {**config, **own.get(index, {})}
+
+
+def loading(config: Mapping[str, Any]) -> Iterator[str]:
+    """Commands for this very folder, and in a sentence what cannot load it."""
+    own_code = bool(config.get("auto_map"))
+    yield _in_transformers(own_code)
+    if any("attention" in layer.get("skip", ()) for layer in layers_of(config)):
+        yield "**vLLM** refuses a model with a layer that has no attention."
+    elif own_code:
+        yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
+    else:
+        yield "**vLLM**:\n\n```sh\nvllm serve .\n```"
+    if (trouble := no_gguf(config)) is not None:
+        yield (
+            f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
+            "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
+        )
+        return
+    yield (
+        "**llama.cpp**, and what is built on it:\n\n"
+        "```sh\npip install 'adapt-pruner[gguf]'\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
+    )
+
+
+def _in_transformers(own_code: bool) -> str:
+    kind = (
+        "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
+    )
+    return (
+        f"**transformers**, 5.15 or newer. {kind}; it needs nothing else.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies, or the name of this repository on the hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if own_code else ''})\n"
+        'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
+    )
+
+
+def loading_export(form: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Commands for an exported folder, config.json of which is `config`."""
+    if form == "onnx":
+        yield (
+            "**ONNX Runtime**:\n\n```python\nimport numpy, onnxruntime\nfrom transformers import AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained(".")  # where this file lies\n'
+            'session = onnxruntime.InferenceSession("model.onnx")\n'
+            'ids = tokenizer("The capital of France is", return_tensors="np").input_ids.astype(numpy.int64)\n'
+            '(logits,) = session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})\n'
+            "print(tokenizer.decode(logits[0, -1].argmax()))\n```"
+        )
+        return
+    yield _in_transformers(bool(config.get("auto_map")))
+    yield f"**vLLM**:\n\n```sh\nvllm serve .{' --trust-remote-code' if config.get('auto_map') else ''}\n```"
+
+
+def no_gguf(config: Mapping[str, Any]) -> str | None:
+    """Why `export --to gguf` would refuse the model, as far as its config tells; None where it would not."""
+    if "sliced_hidden_size" in config:
+        return "it has no place for the maps beside the layers of a sliced model"
+    if any(layer.get("skip") for layer in layers_of(config)):
+        return "the export knows no layers that lack their attention or MLP"
+    if config.get("output_bias") and config.get("model_type") not in ("llama", "mistral", "qwen2"):
+        return "it has no place for the biases that a repair added"
+    if config.get("model_type") == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
+        return "it scales attention by the head size, and this model does not"
+    return None
