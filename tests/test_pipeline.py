@@ -20,6 +20,7 @@ from adapt_pruner.metrics.blocks import loss_drop
 from adapt_pruner.pipeline import prune, run
 from adapt_pruner.plan import scored, stage_targets
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.repair import closed_form
 from conftest import read_json
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
@@ -197,6 +198,37 @@ def test_calibration_by_self_and_by_ids(recipe: Recipe, tmp_path: Path) -> None:
     ):
         masks.append(prune(without_training(recipe, calibration=calibration), tmp_path / name).mask)
     assert masks[0] != masks[1]
+
+
+def test_a_repair_alone_reads_what_the_model_writes_for_it(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The units that go are the same without it; the weights that stay are not; a run keeps the text, and asks for it no more."""
+    least_squares, read_by_it = closed_form.least_squares, []
+
+    def watched(model: Any, axes: Any, mask: Any, batches: Any, **others: Any) -> None:
+        read_by_it.append([tuple(batch.shape) for batch in batches])
+        least_squares(model, axes, mask, batches, **others)
+
+    monkeypatch.setattr(closed_form, "least_squares", watched)
+    common = {"model": recipe.model, "budget": "85%", "method": "best", "step": 1, "dtype": "float32"}
+    text = recipe.calibration.model_dump()
+    asked, more = (read({**common, "calibration": text | {"own": own}}) for own in (0, 6))
+    plain = prune(asked, tmp_path / "plain")
+    helped = prune(more, tmp_path / "helped")
+    assert plain.mask == helped.mask
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "helped")]
+    assert {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])} == {
+        name for name in weights[0] if "down_proj" in name
+    }
+    length = asked.calibration.length
+    assert sum(rows for rows, _ in read_by_it[1]) - sum(rows for rows, _ in read_by_it[0]) == 6
+    assert all(columns == length for _, columns in read_by_it[1])
+    run(more, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "repair_self.json").read_text())
+    assert (len(kept["input_ids"]), len(kept["input_ids"][0])) == (6, length)
+    again = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights[1].items()), "a run reads what prune reads"
 
 
 @pytest.mark.parametrize("method", ["adapt-pruner", "uniform", "magnitude", "random"])

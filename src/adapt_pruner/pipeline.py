@@ -132,7 +132,7 @@ def _prune(
             )
         if recipe.repair is not None:
             with at.clock("repair"):
-                parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn)(model, axes, mask, batches)
+                parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn)(model, axes, mask, [*batches, *ready.own])
         with at.clock("cut"):
             cut(model, families.axes(model), mask, optimizer=trainer.optimizer)  # with biases that a repair added
             at.mask, at.debt = at.mask.then(mask), at.debt.after(mask)

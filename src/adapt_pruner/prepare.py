@@ -4,7 +4,7 @@ import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +24,17 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.feeds import calibration_feed, held_out_windows
+from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_windows
 from adapt_pruner.data.overlap import overlaps
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF
-from adapt_pruner.data.tokens import text_bytes
+from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.runs import OWN_TEXT
+from adapt_pruner.runs import OWN_TEXT, REPAIR_TEXT
 
 __all__ = ["Listener", "Prepared", "cut_vocabulary", "load_model", "prepare"]
 
@@ -49,6 +49,7 @@ class Prepared:
         stages: the rounds of pruning and training.
         budget: what is to be left, of the parameters at the start.
         calibration: number of the iteration -> its batches, int64 [batch, length]; none where nothing looks at them.
+        own: batches of what the model itself wrote, which a repair reads beside those; none where the recipe asks for none.
         rows: the training text; None where nothing is to be trained.
         spans: the row of `rows` that each stage stops before.
         digests: fingerprints of what is read beside the model, by what a person calls it: of the training text all rows
@@ -61,6 +62,7 @@ class Prepared:
     stages: list[Stage]
     budget: Budget
     calibration: Callable[[int], list[Tensor]]
+    own: list[Tensor]
     rows: Rows | None
     spans: list[int]
     digests: dict[str, str]
@@ -148,6 +150,7 @@ def prepare(
     planned, budget = plan(loaded.model, recipe, dense=dense, start=start, keep=keep)
     _check_machine(loaded.model, recipe)
     calibration = _calibration(loaded, recipe, folder, begun=begun)
+    own = _own_text(loaded, recipe, folder, begun=begun)
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
@@ -161,12 +164,12 @@ def prepare(
         for sentence in overlaps(sources):
             warn(sentence)
     digests = {
-        "calibration text": _digest(calibration(0)),
+        "calibration text": _digest([*calibration(0), *own]),
         "training text": "" if rows is None else rows.digest(),
         "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
     }
     return Prepared(
-        planned, budget, calibration, rows, spans, digests, held_out, text_bytes(loaded.tokenizer, held_out),
+        planned, budget, calibration, own, rows, spans, digests, held_out, text_bytes(loaded.tokenizer, held_out),
         _teacher(loaded, recipe, trust_remote_code, begun=begun),
     )  # fmt: skip
 
@@ -199,21 +202,41 @@ def _calibration(loaded: Loaded, recipe: Recipe, folder: Path | None, *, begun: 
     """A function from the number of the iteration to its batches; to none where nothing looks at them."""
     if not reads_text(loaded.model, recipe):
         return lambda iteration: []
-    asked = recipe.calibration.model_dump()
+    asked = recipe.calibration.model_dump(exclude={"own"})
     if asked["ids"] is None and asked["source"] == SELF and folder is not None:
-        asked["ids"] = str(folder / OWN_TEXT)
-        world.on_main(lambda: _write_own_text(folder / OWN_TEXT, loaded, recipe, begun=begun))
+        path = folder / OWN_TEXT
+        asked["ids"] = str(path)
+        world.on_main(lambda: _kept_text(path, loaded, recipe, samples=asked["samples"], seed=recipe.seed, begun=begun))
     return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed)
 
 
-def _write_own_text(path: Path, loaded: Loaded, recipe: Recipe, *, begun: bool) -> None:
+def _own_text(loaded: Loaded, recipe: Recipe, folder: Path | None, *, begun: bool) -> list[Tensor]:
+    """What the model writes for a repair; kept in the run's folder, where there is one, since later it is another model."""
+    samples, seed = recipe.calibration.own, recipe.seed + 1  # not what `source: self` gives
+    if not samples or recipe.repair is None:
+        return []
+    if folder is None:
+        ids = selfwritten_windows(loaded.model, loaded.tokenizer, samples=samples, length=recipe.calibration.length, seed=seed)
+        rows: Sequence[Tensor] = ids.split(1)
+    else:
+        path = folder / REPAIR_TEXT
+        world.on_main(lambda: _kept_text(path, loaded, recipe, samples=samples, seed=seed, begun=begun))
+        rows = calibration_ids(str(path), vocab_size=loaded.model.config.vocab_size)
+    return batches_of(rows, max_tokens=MICRO_TOKENS)
+
+
+def _kept_text(path: Path, loaded: Loaded, recipe: Recipe, *, samples: int, seed: int, begun: bool) -> None:
     """Keep the text that the model as it was at the start writes, unless a run that has begun already has."""
-    asked = {"samples": recipe.calibration.samples, "length": recipe.calibration.length, "seed": recipe.seed}
+    asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
         with suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(path.read_text(encoding="utf-8"))["asked"] == asked:
                 return
     writer = loaded.model
+    if begun and recipe.vocabulary is not None:
+        raise UsageError(
+            f"{path} is not there, and the model that wrote it cannot be made again, since its vocabulary was cut; begin anew in another folder"
+        )
     if begun:  # it has been cut since
         writer = load(recipe.model, device=next(loaded.model.parameters()).device).model
     written = selfwritten_windows(writer, loaded.tokenizer, **asked)

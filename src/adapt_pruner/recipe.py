@@ -109,6 +109,7 @@ class Calibration(_Frozen):
     ids: str | None = Field(
         None, description="JSON file with input_ids: exactly these tokens, every iteration, instead of source"
     )
+    own: int = Field(0, ge=0, description="further sequences for the repair alone, written by the model as it is at the start")
 
 
 class Lora(_Frozen):

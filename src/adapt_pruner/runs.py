@@ -29,9 +29,10 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 
-__all__ = ["OWN_TEXT", "RunFolder", "figures_of", "locked", "opened"]
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "figures_of", "locked", "opened"]
 
 OWN_TEXT = "calibration_self.json"
+REPAIR_TEXT = "repair_self.json"
 _GLANCE = 0.1  # seconds to wait out a report that looks whether the lock is held
 _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
 
@@ -193,7 +194,7 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
 
     def leave() -> None:
         if folder.is_new:
-            for name in (OWN_TEXT, ".lock"):
+            for name in (OWN_TEXT, REPAIR_TEXT, ".lock"):
                 (path / name).unlink(missing_ok=True)
             if not existed and not any(path.iterdir()):
                 path.rmdir()
