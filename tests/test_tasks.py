@@ -11,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapt_pruner import families
+from adapt_pruner import families, pipeline, recipe
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.data.feeds import held_out_windows
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate import likelihood, packaged_tasks, task_sources, tasks
 from adapt_pruner.evaluate.likelihood import loglikelihoods
 from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
+from adapt_pruner.report.words import score as shown_score
 from adapt_pruner.slicing import slice_to
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -397,6 +401,115 @@ def test_the_command_line(ask: Any, folder: Path, tiny_folder: Path, tmp_path: P
     now, before = both[1]["tasks"][0], both[0]["tasks"][0]
     assert both[0]["model"] == str(tiny_folder)
     assert now["retention"] == (pytest.approx(now["value"] / before["value"]) if before["value"] else None)
+
+
+@needs_lm_eval
+def test_a_run_scores_its_tasks_at_the_start_and_the_end(
+    folder: Path, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
+    asked = {
+        "model": str(tiny_folder), "budget": "80%", "stages": 2, "dtype": "float32", "device": "cpu",
+        "calibration": {"source": str(text_file), "samples": 4, "length": 16},
+        "training": {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 16, "lr": 1e-2},
+        "evaluation": {"source": str(text_file), "window": 32, "max_windows": 2, "tasks": "tiny_pair", "task_dir": str(folder), "limit": 9},
+    }  # fmt: skip
+    at = tmp_path / "run"
+    calls: list[Any] = []
+    real = pipeline.evaluate_tasks
+
+    def broken_the_second_time(*args: Any, **options: Any) -> Any:
+        calls.append(args[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(pipeline, "evaluate_tasks", broken_the_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe.read(asked), at)
+    assert read_json(at / "checkpoints" / "stage-2" / "state.json")["progress"]["tokens"] == 512, "the training was kept"
+    told: list[dict[str, Any]] = []
+    outcome = pipeline.run(recipe.read(asked), at, listen=told.append)
+    assert outcome is not None
+    assert not [event for event in told if event["event"] in ("step", "cut")], "nothing was done again"
+    assert len(calls) == 3
+    assert len(outcome.figures["perplexities"]) == 3
+
+    wanted = find_tasks("tiny_pair", task_dir=folder)
+    set_shots(wanted, None)
+    log = [json.loads(line) for line in (at / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored = [event for event in log if event["event"] == "tasks"]
+    assert [event["stage"] for event in scored] == [0, 2]
+    for event, where in zip(scored, (tiny_folder, at / "model"), strict=True):
+        loaded = load(str(where))
+        expected = evaluate_tasks(loaded.model, loaded.tokenizer, wanted, limit=9, cache=tmp_path / "other")
+        assert event["scores"] == [score.headline() for score in expected]
+        assert event["average"] == average(expected)[0]  # type: ignore[index]
+
+    pruning = read_json(at / "model" / "pruning.json")["figures"]["tasks"]
+    assert [each["scores"] for each in pruning] == [event["scores"] for event in scored]
+    page = (at / "report.html").read_text(encoding="utf-8")
+    assert "right, of 2 tasks" in page
+    assert page.count('<div class="task">') == 2
+    assert (
+        f"tiny_choices, now: {shown_score(scored[1]['scores'][0]['value'], scored[1]['scores'][0]['stderr'], share=True)} %"
+        in page
+    )
+    card = (at / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| tiny_choices | acc_norm | 9 |" in card
+    assert "not evaluated for bias" in card
+    assert str(folder) not in card.partition("<details>")[0], "nobody else has that folder"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentences"),
+    [
+        ({"limit": 5}, ("evaluation.limit", "evaluation.tasks")),
+        ({"tasks": "tiny_choice", "task_dir": "FOLDER"}, ("'tiny_choice'", "tiny_choices")),
+        ({"tasks": "tiny_choices", "task_dir": "nowhere"}, ("nowhere", "YAML")),
+    ],
+)
+@needs_lm_eval
+def test_a_run_whose_tasks_cannot_be_had_is_refused_before_any_work(
+    changes: dict[str, Any], sentences: tuple[str, ...], folder: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    changes = {key: str(folder) if value == "FOLDER" else value for key, value in changes.items()}
+    asked = {"model": str(tiny_folder), "budget": "80%", "calibration": {"source": str(text_file)}, "evaluation": changes}
+    with pytest.raises(UsageError) as caught:
+        pipeline.run(recipe.read(asked), tmp_path / "run")
+    assert all(word in str(caught.value) for word in sentences)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@needs_lm_eval
+def test_models_of_no_known_family_are_measured_too(
+    ask: Any, folder: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None, initializer_range=0.3
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    text = ["--text", str(text_file), "--window", "32", "--max-windows", "3"]
+    asked = ["--tasks", "tiny_choices", "--task-dir", str(folder), "--cache-dir", str(tmp_path / "cache")]
+    code, out, err = ask("eval", str(tmp_path / "gpt2"), *text, *asked, "--json")
+    assert code == 0, err
+    row = json.loads(out)
+    windows = held_out_windows(byte_tokenizer(), source=str(text_file), window=32, max_windows=3)
+    with torch.no_grad():
+        losses = [float(model(input_ids=ids, labels=ids).loss) for ids in windows]
+    assert math.log(row["perplexity"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert row["decoder_params"] is None
+    assert row["params"] == sum(parameter.numel() for parameter in model.parameters())
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, None)
+    whole = evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path / "other")
+    assert row["tasks"][0]["value"] == whole[0].value
+    code, _, err = ask("prune", str(tmp_path / "gpt2"), "-o", str(tmp_path / "out"), "--params", "80%")
+    assert code != 0
+    assert "no known family" in err
 
 
 @needs_lm_eval

@@ -124,12 +124,21 @@ def test_tensorboard_is_told_what_the_log_says(recipe: Recipe, tmp_path: Path) -
                 step = event["step"] if event["event"] in ("step", "resumed") else step
                 if event["event"] == kind:
                     said[step] = event[figure]
-            assert told[f"{kind}/{figure}"] == pytest.approx(said, rel=1e-6), (kind, figure)
+            assert told.get(f"{kind}/{figure}", {}) == pytest.approx(said, rel=1e-6), (kind, figure)
+    assert {name.partition("/")[0] for name in told} == {"step", "evaluation", "cut"}
     assert set(told["step/loss"]) == {1, 2, 3, 4, 5}
 
     run(recipe, tmp_path / "alone")
     weights, alone = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "alone"))
     assert all(torch.equal(weights[name], alone[name]) for name in alone)
+
+
+def test_scores_on_tasks_are_told_by_their_average(recipe: Recipe, fake: type[Fake], tmp_path: Path) -> None:
+    with trackers.reporting(reporting_to(recipe, "wandb"), tmp_path, lambda event: None) as tell:
+        tell({"event": "start"})
+        tell({"event": "tasks", "stage": 0, "average": 0.5, "params": 3, "scores": []})
+        tell({"event": "tasks", "stage": 1, "average": None, "params": 2, "scores": []})
+    assert [values for values, _ in fake.told] == [{"tasks/average": 0.5, "tasks/params": 3}, {"tasks/params": 2}]
 
 
 def test_the_recipe_is_told_flat(recipe: Recipe, fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.loading import FORM_WORDS, layers_of, loading, loading_export
 from adapt_pruner.recipe import differing, methods, read
-from adapt_pruner.report.words import NARROW, shown
+from adapt_pruner.report.words import NARROW, score, shown
 
 __all__ = ["card", "card_of", "carded", "write_card", "write_card_of_export"]
 
@@ -236,24 +236,37 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
     recipe, figures = pruning["recipe"], pruning["figures"]
     perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
-    if not perplexities:
+    tasks = figures.get("tasks") or []
+    if not perplexities and not tasks:
         yield (
             "The run measured no perplexity: its recipe names no text to evaluate on. To measure it, and the base model beside it:\n\n"
             f"```sh\nadapt-pruner eval {shlex.quote(recipe['model'])} . --text python-docs:heldout\n```"
         )
         return
-    stages = {note["stage"]: note["params"] for note in pruning.get("history") or []}
-    params, trained = [figures.get("params_after_vocabulary", figures["params_before"])], bool(figures.get("trained_tokens"))
-    for stage in range(1, len(perplexities)):
-        params.append(stages.get(stage, params[-1]))
-    params[-1] = figures["params_after"]
     begun = (
         "pruned before, as the run began"
         if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
         else "dense"
     )
     begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
-    after = "pruned and trained" if trained else "pruned"
+    after = "pruned and trained" if figures.get("trained_tokens") else "pruned"
+    if perplexities:
+        yield from _perplexities(pruning, perplexities, bits, begun, after)
+    if tasks:
+        yield from _tasks(tasks, recipe["evaluation"].get("limit"), begun, after)
+    lacking = "for bias or safety" if tasks else "on tasks, nor for bias or safety"
+    yield f"It was not evaluated {lacking}; what is known of the base model in this respect need not hold for it."
+
+
+def _perplexities(
+    pruning: Mapping[str, Any], perplexities: Sequence[Any], bits: Sequence[Any], begun: str, after: str
+) -> Iterator[str]:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    stages = {note["stage"]: note["params"] for note in pruning.get("history") or []}
+    params = [figures.get("params_after_vocabulary", figures["params_before"])]
+    for stage in range(1, len(perplexities)):
+        params.append(stages.get(stage, params[-1]))
+    params[-1] = figures["params_after"]
     names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
     lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
     for index, (name, size, measured) in enumerate(zip(names, params, perplexities, strict=True)):
@@ -261,7 +274,22 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
         lines.append(f"| {name} | {size:,} | {_figure(measured, 2)} | {_figure(per_byte, 4)} |")
     yield "\n".join(lines)
     yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
-    yield "It was not evaluated on tasks, nor for bias or safety; what is known of the base model in this respect need not hold for it."
+
+
+def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:
+    first, last = tasks[0]["scores"], tasks[-1]["scores"]
+    lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
+    for before, now in zip(first, last, strict=True):
+        both = [score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
+        lines.append(f"| {now['task']} | {now['metric']} | {now['items']:,} | {both[0]} | {both[1]} |")
+    if tasks[-1]["average"] is not None:
+        both = [score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
+        lines.append(f"| average | | | {both[0]} | {both[1]} |")
+    yield "\n".join(lines)
+    shots = ", ".join(f"{count}-shot" for count in sorted({one["shots"] for one in last}))
+    part = f"; the first {limit:,} items of each task" if limit is not None else ""
+    data = ", ".join(dict.fromkeys(Path(one["data"]).name for one in last))
+    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots}{part}; data: {data}."
 
 
 def _making(pruning: Mapping[str, Any]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.outcome import Outcome
 from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, measured_whole, metrics_of, prunable, scored
 from adapt_pruner.position import Position
@@ -63,14 +64,21 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
     if "params_before" not in at.figures:
         at.figures |= {"params_before": ready.budget.total, "decoder_params_before": decoder_parameters(model)}
         _evaluate(model, ready, recipe, at, listen, stage=0)
+        _score_tasks(loaded, ready, recipe, at, listen, stage=0)
     for stage in ready.stages[at.stage - 1 :]:
         at.stage = stage.stage
+        went_on, steps = at.pruned, at.progress.steps
         if not at.pruned:
             _prune(loaded, stage, recipe, ready=ready, at=at, trainer=trainer, listen=listen)
             at.pruned = True
             trainer.begin_stage()
         trainer.train(until=ready.spans[stage.stage - 1] if ready.spans else 0)
+        scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
+        if scores_tasks and not (went_on and at.progress.steps == steps):
+            trainer.save(f"stage-{stage.stage}")  # what follows may take hours
         _evaluate(model, ready, recipe, at, listen, stage=stage.stage)
+        if scores_tasks:
+            _score_tasks(loaded, ready, recipe, at, listen, stage=stage.stage)
         at.stage, at.pruned = stage.stage + 1, False
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
@@ -412,6 +420,28 @@ def _evaluate(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen:
         at.figures.setdefault("perplexities", []).append(measured.perplexity)
         at.figures.setdefault("bits_per_byte", []).append(measured.bits_per_byte)
         listen({"event": "evaluation", "stage": stage, "params": count_parameters(model), **asdict(measured)})
+
+
+def _score_tasks(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:
+    """Score the recipe's tasks, on the main process alone; what the cache has of the same model is not scored again."""
+    asked = recipe.evaluation
+    if asked.tasks is None:
+        return
+
+    def told(task: str, done: int, of: int) -> None:
+        listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
+
+    with at.clock("evaluate"):
+        scores = world.on_main(
+            lambda: evaluate_tasks(
+                loaded.model, loaded.tokenizer, ready.tasks, limit=asked.limit, dtype=recipe.dtype, on_task=told
+            )
+        )
+    mean = average(scores)
+    found: dict[str, Any] = {"average": None if mean is None else mean[0], "stderr": None if mean is None else mean[1]}
+    found |= {"scores": [score.headline() for score in scores]}
+    at.figures.setdefault("tasks", []).append(found)
+    listen({"event": "tasks", "stage": stage, "params": count_parameters(loaded.model), **found})
 
 
 def _progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int], None]:

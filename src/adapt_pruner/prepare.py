@@ -32,6 +32,8 @@ from adapt_pruner.data.sources import SELF
 from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
+from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import OWN_TEXT, REPAIR_TEXT
@@ -57,6 +59,7 @@ class Prepared:
         held_out: evaluation windows; empty where nothing is to be evaluated.
         held_out_bytes: of the text they predict.
         teacher: the model to distil from; None where the objective has none.
+        tasks: that are scored at the start and the end, on the main process alone.
     """
 
     stages: list[Stage]
@@ -69,6 +72,7 @@ class Prepared:
     held_out: list[Tensor]
     held_out_bytes: int
     teacher: Any
+    tasks: list[Wanted]
 
 
 def load_model(recipe: Recipe, listen: Listener, trust_remote_code: bool) -> Loaded:
@@ -149,6 +153,8 @@ def prepare(
 
     planned, budget = plan(loaded.model, recipe, dense=dense, start=start, keep=keep)
     _check_machine(loaded.model, recipe)
+    tasks: list[Wanted] = []
+    world.on_main(lambda: tasks.extend(_tasks(recipe, listen)))
     calibration = _calibration(loaded, recipe, folder, begun=begun)
     own = _own_text(loaded, recipe, folder, begun=begun)
     rows = _rows(loaded, recipe, warn)
@@ -170,8 +176,18 @@ def prepare(
     }
     return Prepared(
         planned, budget, calibration, own, rows, spans, digests, held_out, text_bytes(loaded.tokenizer, held_out),
-        _teacher(loaded, recipe, trust_remote_code, begun=begun),
+        _teacher(loaded, recipe, trust_remote_code, begun=begun), tasks,
     )  # fmt: skip
+
+
+def _tasks(recipe: Recipe, listen: Listener) -> list[Wanted]:
+    asked = recipe.evaluation
+    if asked.tasks is None:
+        return []
+    listen({"event": "find", "tasks": asked.tasks})
+    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir)
+    set_shots(wanted, None)
+    return wanted
 
 
 def _check_machine(model: Any, recipe: Recipe) -> None:

@@ -169,11 +169,21 @@ class Training(_Frozen):
 
 
 class Evaluation(_Frozen):
-    """The held-out text that the model is measured on after every stage; none when `source` is not set."""
+    """What the model is measured on: held-out text after every stage, tasks at the start and the end; nothing where neither is set."""
 
     source: Source | None = Field(None, description="SPEC of text")
     window: int = Field(512, ge=2, description="tokens a window")
     max_windows: int | None = Field(40, ge=1, description="windows at most; null for the whole text")
+    tasks: str | None = Field(None, description="scored before anything and at the end: commonsense, mmlu, lm-eval's names")
+    limit: int | None = Field(None, ge=1, description="items of each task at most; null for all")
+    task_dir: str | None = Field(None, description="folder of lm-eval YAML files: own tasks, or other data")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Evaluation":
+        for key in ("limit", "task_dir"):
+            if self.tasks is None and getattr(self, key) is not None:
+                raise ValueError(f"evaluation.{key} is about tasks, and evaluation.tasks names none; set it to commonsense, say")
+        return self
 
 
 class Recipe(_Frozen):

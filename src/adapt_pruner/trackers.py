@@ -16,6 +16,7 @@ __all__ = ["reporting"]
 _FIGURES = {
     "step": ("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes"),
     "evaluation": ("perplexity", "params"),
+    "tasks": ("average", "params"),
     "cut": ("params", "loss"),
 }
 """Event -> what of it is told, as `event/figure`."""

@@ -108,6 +108,7 @@ def load(
     device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
+    any_family: bool = False,
 ) -> Loaded:
     """Load a model by folder, file, packaged name or hub id.
 
@@ -116,6 +117,7 @@ def load(
         device: where the model goes.
         dtype: precision of the loaded weights; None keeps the stored one.
         trust_remote_code: run Python code that a foreign checkpoint brings. Never needed for our own.
+        any_family: take a causal LM of no known family too, which can be measured but not pruned.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -125,7 +127,7 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         options["gguf_file"] = gguf
-    config = _config(folder, options, name)
+    config = _config(folder, options, name, any_family=any_family)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = _model(folder, config, options, dtype or stored, name)
     if gguf is not None:
@@ -237,14 +239,14 @@ def _assembled(name: str, packaged: Packaged) -> Path:
     return folder
 
 
-def _config(folder: str, options: dict[str, Any], name: str) -> Any:
+def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool = False) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         if "gguf_file" not in options:
             raw, _ = PreTrainedConfig.get_config_dict(folder)
-            _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name)
+            _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
             if (stock := families.stock_config(raw)) is not None:  # stock code does what the checkpoint's own does
                 options["trust_remote_code"] = False
                 return stock
@@ -262,12 +264,11 @@ def _config(folder: str, options: dict[str, Any], name: str) -> Any:
         elif not Path(folder).exists():
             why = f"it is not on this machine and could not be had from the hub ({why}); check the name, the network, or give a local folder"
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
-    _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name)
-    families.family_of(config)
+    _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
     return config
 
 
-def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
+def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool) -> None:
     model_type = raw.get("model_type")
     if model_type is None:
         raise UsageError(f"{name} is not a model: its config.json names no model_type")
@@ -280,6 +281,8 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str) -> None:
         raise UsageError(
             f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
         )
+    if any_family:
+        return
     raise UsageError(
         f"{name} is of type {model_type!r}, which is of no known family; known: {', '.join(known)} "
         "(a new family is one file: see docs/extending.md)"

@@ -74,6 +74,7 @@ def _options(
 def main() -> None:
     """Run the command line; every error becomes one sentence and an exit status: 2 for usage, 1 for failure."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; progress is ours to show
+    _interrupts.clear()  # of an earlier call in the same process
     for sent in (signal.SIGINT, signal.SIGTERM):  # the second is what a cluster sends before it takes the machine away
         signal.signal(sent, _interrupt)
     try:

@@ -52,7 +52,7 @@ def chat(
     for name in names:
         with screen() as listen:
             listen({"event": "load", "model": name})
-            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code)
+            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
         said = answer(
             loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
             dtype=dtype, on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,

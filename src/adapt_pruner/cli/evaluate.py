@@ -67,6 +67,7 @@ def evaluate(
     if tasks is None and (given := [name for name, value in only_tasks.items() if value is not None]):
         raise UsageError(f"{given[0]} is about tasks; name them with --tasks")
 
+    from adapt_pruner import families
     from adapt_pruner.checkpoint.load import load, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
@@ -95,10 +96,11 @@ def evaluate(
                 listen({"event": "warning", "message": f"{', '.join(kept)}: scored without examples, as lm-eval defines it"})
         for name in models:
             listen({"event": "load", "model": name})
-            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code)
+            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
             row = {
                 "model": name, "params": count_parameters(loaded.model),
-                "decoder_params": decoder_parameters(loaded.model), "weight_bytes": loaded.weight_bytes,
+                "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,
+                "weight_bytes": loaded.weight_bytes,
                 "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
             }  # fmt: skip
             if text is not None:
@@ -190,6 +192,7 @@ def _print_tasks(
 ) -> None:
     """Tasks by models, in per cent with standard errors; `against`: the first model is what the others are compared with."""
     from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.report import words
 
     header, names = ["task", "metric", "items"], [row["model"] for row in rows]
     for name in names:
@@ -199,7 +202,7 @@ def _print_tasks(
         line = [dense.task, dense.metric, f"{dense.items:,}"]
         for row, scored in zip(rows, scores, strict=True):
             score = scored[index]
-            line.append(_figure(score.value, score.stderr, share=score.accuracy))
+            line.append(words.score(score.value, score.stderr, share=score.accuracy))
             if against and scored is not scores[0]:
                 line += [_share(row["tasks"][index][key]) for key in ("retention", "retention_above_chance")]
         lines.append(line)
@@ -207,7 +210,7 @@ def _print_tasks(
     if means[0] is not None:
         line = ["average", "", ""]
         for mean in means:
-            line.append(_figure(mean["value"], mean["stderr"], share=True))
+            line.append(words.score(mean["value"], mean["stderr"], share=True))
             if against and mean is not means[0]:
                 line += [_share(mean["value"] / means[0]["value"]) if means[0]["value"] > 0 else "", ""]
         lines.append(line)
@@ -225,12 +228,6 @@ def _print_tasks(
     again = sum(score.again for scored in scores for score in scored)
     if again:
         print(f"{again} of {len(scores) * len(scores[0])} scores were there from before")
-
-
-def _figure(value: float, error: float | None, *, share: bool) -> str:
-    if not share:
-        return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def _share(value: float | None) -> str:

@@ -150,7 +150,9 @@ class Screen:
 
     def _on_progress(self, event: dict[str, Any]) -> None:
         if event["phase"] == "task":
-            if self._bar is not None and self._task is not None:
+            if self._work is not None:
+                self._advance(f"scoring {event['task']}")
+            elif self._bar is not None and self._task is not None:
                 self._bar.update(self._task, completed=event["done"] / event["of"], description=event["task"], left="")
             self.say(f"{event['task']}, request {event['done']:,} of {event['of']:,}", often=True)
             return
@@ -191,6 +193,12 @@ class Screen:
         self._figures["perplexity"] = f"perplexity {event['perplexity']:.2f}" if event["perplexity"] is not None else ""
         value = math.inf if event["perplexity"] is None else event["perplexity"]
         self.say(f"{name}: perplexity {value:.2f} on held-out text, {millions(event['params'])} parameters")
+
+    def _on_tasks(self, event: dict[str, Any]) -> None:
+        name = f"stage {event['stage']}" if event["stage"] else "dense model"
+        told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in event["scores"])
+        mean = "" if event["average"] is None else f", average {words.score(event['average'], event['stderr'], share=True)}"
+        self.say(f"{name}: {told}{mean}")
 
     def _on_warning(self, event: dict[str, Any]) -> None:
         self.say(f"warning: {event['message']}")

@@ -14,7 +14,11 @@ __all__ = ["anatomy", "decoder_parameters"]
 
 
 def decoder_parameters(model: nn.Module) -> int:
-    """Parameters of all decoder layers together, without embeddings, head and final norm."""
+    """Parameters of all decoder layers together, without embeddings, head and final norm.
+
+    Args:
+        model: of a known family.
+    """
     depth = next(axis for axis in families.axes(model) if axis.name == "layers")
     return count_parameters(model.get_submodule(depth.gate.module))
 

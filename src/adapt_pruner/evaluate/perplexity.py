@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.calibrate import precision
 from adapt_pruner.core.loss import next_token_nll
@@ -44,7 +45,7 @@ def perplexity(
     """Sum of next-token losses over non-overlapping windows / number of predicted tokens; nothing is carried between windows.
 
     Args:
-        model: causal LM; its mode is left as found.
+        model: causal LM, of a known family or not; its mode is left as found.
         windows: int64 [1, length] each; a window predicts its tokens 1 … length - 1.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         num_bytes: of the text that the predicted tokens stand for (see `data.tokens.text_bytes`).
@@ -61,11 +62,12 @@ def perplexity(
     began = time.perf_counter()
     total, count = torch.zeros((), dtype=torch.float64), sum(ids.numel() - ids.shape[0] for ids in windows)
     mine = world.share(windows)
+    losses = next_token_nll if families.is_known(model.config) else _nll_of_its_logits
     try:
         model.eval()
         for done, ids in enumerate(mine, start=1):
             with precision(device, dtype):
-                total += next_token_nll(model, ids.to(device)).double().cpu()
+                total += losses(model, ids.to(device)).double().cpu()
             if on_window is not None:
                 on_window(done, len(mine))
     finally:
@@ -77,3 +79,9 @@ def perplexity(
     value = math.exp(nll) if nll < 700 else math.inf
     bits = float(total) / math.log(2) / num_bytes if num_bytes else None
     return Perplexity(value, nll, count, len(windows), time.perf_counter() - began, bits)
+
+
+def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """`core.loss.next_token_nll` by the logits that the model itself gives, whatever it makes them of; all of them are held."""
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")

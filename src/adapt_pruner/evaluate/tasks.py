@@ -69,6 +69,13 @@ class TaskScore:
         """Whether the value is a share of right answers."""
         return self.metric.split(",")[0] in _ACCURACIES
 
+    def headline(self) -> dict[str, Any]:
+        """What a record keeps of it: everything but its other metrics, its parts, and how it was come by."""
+        return {
+            "task": self.task, "metric": self.metric, "value": self.value, "stderr": self.stderr, "chance": self.chance,
+            "accuracy": self.accuracy, "items": self.items, "shots": self.shots, "data": self.data,
+        }  # fmt: skip
+
 
 def set_shots(wanted: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
     """Set, in place, how many examples stand before each item; a task whose definition says 0 keeps that, as in lm-eval.

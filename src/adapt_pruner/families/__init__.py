@@ -23,7 +23,7 @@ from torch import nn
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["all_families", "axes", "family_of", "is_sliced", "model_types", "sizes", "stock_config"]
+__all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "model_types", "sizes", "stock_config"]
 
 
 def all_families() -> list[ModuleType]:
@@ -34,6 +34,11 @@ def all_families() -> list[ModuleType]:
 def model_types() -> list[str]:
     """The model types that some family speaks for, sorted."""
     return sorted(name for family in all_families() for name in family.MODEL_TYPES)
+
+
+def is_known(config: Any) -> bool:
+    """Whether some family speaks for a transformers config."""
+    return config.model_type in model_types()
 
 
 def family_of(config: Any) -> ModuleType:

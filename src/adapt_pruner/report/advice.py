@@ -134,7 +134,7 @@ def _vocabulary(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
 
 
 def _no_evaluation(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
-    if not figures.evaluations:
+    if not figures.evaluations and not figures.tasks:
         yield Advice(
             "No held-out text was measured, so nothing here says how good the model is.", "--set evaluation.source=SPEC#heldout"
         )

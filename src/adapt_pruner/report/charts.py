@@ -8,11 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 from adapt_pruner.report.figures import Cut, Figures, State
-from adapt_pruner.report.words import shown
+from adapt_pruner.report.words import score, shown
 
 __all__ = [
-    "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Series", "anatomy", "costs", "cut_lines", "importance",
-    "perplexities", "sparsity", "ticks", "training",
+    "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines", "importance",
+    "perplexities", "sparsity", "tasks", "ticks", "training",
 ]  # fmt: skip
 
 KINDS = {
@@ -151,7 +151,40 @@ class Histogram:
         return ["score / cut line", "removed", "kept"], rows
 
 
-Chart = Lines | HeatMap | Anatomy | Histogram
+@dataclass(frozen=True)
+class Score:
+    """A task's accuracy with its standard error, of the dense model and of the model now, None where it is not known; chance is guessing's."""
+
+    task: str
+    metric: str
+    items: int
+    dense: tuple[float, float | None] | None
+    now: tuple[float, float | None] | None
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies by task."""
+
+    key: str
+    title: str
+    about: str
+    scores: list[Score]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, a row a task."""
+        rows = []
+        for one in self.scores:
+            both = [score(*figure, share=True) if figure else "–" for figure in (one.dense, one.now)]
+            kept = shown(one.now[0] / one.dense[0], "share") if one.dense and one.now and one.dense[0] else "–"
+            rows.append(
+                [one.task, one.metric, f"{one.items:,}", *both, kept, "–" if one.chance is None else f"{100 * one.chance:.1f}"]
+            )
+        return ["task", "metric", "items", "dense, %", "now, %", "kept", "guessing, %"], rows
+
+
+Chart = Lines | HeatMap | Anatomy | Histogram | Scores
 
 
 def anatomy(figures: Figures) -> Anatomy | None:
@@ -291,6 +324,28 @@ def perplexities(figures: Figures) -> Lines | None:
         [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
         "parameters", "perplexity", "params", "perplexity", falls=True,
     )  # fmt: skip
+
+
+def tasks(figures: Figures) -> Scores | None:
+    """Accuracies of the dense model and of the model at the end; None where no task with one was scored."""
+    dense, now = (
+        {
+            one["task"]: one
+            for event in figures.tasks
+            if bool(event["stage"]) is later
+            for one in event["scores"]
+            if one["accuracy"]
+        }
+        for later in (False, True)
+    )
+    scores = []
+    for name, one in (dense | now).items():
+        both = [(of[name]["value"], of[name]["stderr"]) if name in of else None for of in (dense, now)]
+        scores.append(Score(name, one["metric"], one["items"], both[0], both[1], one["chance"]))
+    if not scores:
+        return None
+    shots = ", ".join(f"{count}-shot" for count in sorted({one["shots"] for one in (dense | now).values()}))
+    return Scores("tasks", "Tasks", f"Share of right answers, {shots}; a mark shows what guessing gives.", scores)
 
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:

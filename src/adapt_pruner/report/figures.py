@@ -70,6 +70,7 @@ class Figures:
     cuts: list[Cut]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
     seconds: dict[str, float]
     tokens: dict[str, int]
     wall: float | None
@@ -92,7 +93,7 @@ def figures_of(record: Record) -> Figures:
     notes = list(record.trouble)
     cuts = _cuts(record)
     began, states = _anatomy(record, notes)
-    evaluations = _by_stage(record.of("evaluation"))
+    evaluations, tasks = _by_stage(record.of("evaluation")), _by_stage(record.of("tasks"))
     starts = record.of("start")
     figures = record.figures
     target = figures.get("budget") or (starts[-1].get("target") if starts else None)
@@ -102,12 +103,13 @@ def figures_of(record: Record) -> Figures:
         method=str(record.recipe.get("method") or (starts[0].get("method") if starts else "")),
         status=record.status,
         target=target,
-        rows=_headline(record, cuts, evaluations),
+        rows=_headline(record, cuts, evaluations) + _task_rows(tasks),
         began=began,
         states=states,
         cuts=cuts,
         steps=_steps(record.events),
         evaluations=evaluations,
+        tasks=tasks,
         seconds=_seconds(record, notes),
         tokens=_tokens(record, cuts, evaluations),
         wall=_wall(record.events),
@@ -279,6 +281,30 @@ def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping
         rows.append(Row("bits per byte", _number(first.get("bits_per_byte")), _number(last.get("bits_per_byte")), "bits"))
         rows.append(Row("tokens/s, reading", _speed(first), _speed(last), "speed", "seen once, while evaluating"))
     return [row for row in rows if row.before is not None or row.now is not None]
+
+
+def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The average over the tasks, or a single task's own figure, of the dense model and of the model at the end."""
+    if not tasks:
+        return []
+    first = tasks[0] if tasks[0]["stage"] == 0 else {}
+    last = tasks[-1] if tasks[-1]["stage"] else {}
+    scores = tasks[0]["scores"]
+    shots = ", ".join(f"{count}-shot" for count in sorted({score["shots"] for score in scores}))
+    if len(scores) == 1:
+        before, now = (_number(one["scores"][0]["value"]) if one else None for one in (first, last))
+        return [
+            Row(scores[0]["task"], before, now, "right" if scores[0]["accuracy"] else "plain", f"{scores[0]['metric']}, {shots}")
+        ]
+    counted = sum(bool(score["accuracy"]) for score in scores)
+    row = Row(
+        f"right, of {counted} tasks",
+        _number(first.get("average")),
+        _number(last.get("average")),
+        "right",
+        f"average accuracy, {shots}",
+    )
+    return [row] if row.before is not None or row.now is not None else []
 
 
 def _speed(evaluation: Mapping[str, Any]) -> float | None:

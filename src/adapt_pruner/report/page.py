@@ -68,6 +68,7 @@ def pictures(figures: Figures) -> list[charts.Chart]:
         *single,
         *charts.cut_lines(figures),
         charts.perplexities(figures),
+        charts.tasks(figures),
         *charts.training(figures),
     ]
     return [chart for chart in found if chart is not None]
@@ -82,6 +83,7 @@ def page(record: Record) -> str:
         ("anatomy", "Anatomy", "What the model was, and what of it is left.", by_key.get("anatomy", "")),
         ("why", "Why there", _why(record), _pair(by_key, "importance", "sparsity") + _pair(by_key, *lines, tag="pair" if len(lines) % 3 else "trio") + by_key.get("costs", "")),
         ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio")),
+        ("tasks", "What it still can do", "", by_key.get("tasks", "")),
         ("bill", "The bill", "", _bill(figures) + _facts(record, figures)),
         ("next", "What to try next", "", _next(record, figures)),
     ]  # fmt: skip
@@ -163,7 +165,7 @@ def _tile(row: Row) -> str:
     change = ""
     if row.before and row.now:
         percent = row.now / row.before - 1
-        better = percent > 0 if row.form == "speed" else percent < 0
+        better = percent > 0 if row.form in ("speed", "right") else percent < 0
         tone = "good" if better else "bad" if abs(percent) > 0.0005 else ""
         change = f' <b class="{tone}">{percent:+.1%}</b>'.replace("-", "−")
     note = f'<dd class="note">{escaped(row.note)}</dd>' if row.note else ""

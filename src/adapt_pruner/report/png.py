@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_pruner.core.files import why
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, ticks
+from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Scores, ticks
 from adapt_pruner.report.words import shown, tick
 
 __all__ = ["check_matplotlib", "write_pictures"]
@@ -157,4 +157,23 @@ def _histogram(figure: Any, chart: Histogram) -> None:
     axes.legend(frameon=False, fontsize=7.5)
 
 
-_DRAWERS: dict[type, Any] = {Lines: _lines, HeatMap: _heatmap, Anatomy: _anatomy, Histogram: _histogram}
+def _scores(figure: Any, chart: Scores) -> None:
+    axes = figure.subplots()
+    for name, colour, shift, figures in (
+        ("dense", "#a9b1b9", 0.2, [one.dense for one in chart.scores]),
+        ("now", _KEPT, -0.2, [one.now for one in chart.scores]),
+    ):
+        known = [(len(figures) - i + shift, 100 * of[0], 100 * (of[1] or 0)) for i, of in enumerate(figures) if of]
+        if known:
+            places, values, errors = zip(*known, strict=True)
+            axes.barh(places, values, 0.38, xerr=errors, color=colour, label=name, error_kw={"lw": 0.8})
+    for i, one in enumerate(chart.scores):
+        if one.chance is not None:
+            axes.plot([100 * one.chance] * 2, [len(chart.scores) - i - 0.42, len(chart.scores) - i + 0.42], color="black", lw=1.2)
+    axes.set_yticks(range(len(chart.scores), 0, -1), [one.task for one in chart.scores])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("right, %")
+    axes.legend(frameon=False, fontsize=7.5)
+
+
+_DRAWERS: dict[type, Any] = {Lines: _lines, HeatMap: _heatmap, Anatomy: _anatomy, Histogram: _histogram, Scores: _scores}

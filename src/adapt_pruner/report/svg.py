@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from adapt_pruner.core.plain import to_json
-from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Series, ticks
-from adapt_pruner.report.words import shown, tick
+from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series, ticks
+from adapt_pruner.report.words import score, shown, tick
 
 __all__ = ["drawn", "escaped", "table"]
 
@@ -274,4 +274,35 @@ def _histogram(chart: Histogram) -> str:
     )
 
 
-_DRAWERS: dict[type, Callable[..., str]] = {Lines: _lines, HeatMap: _heatmap, Anatomy: _anatomy, Histogram: _histogram}
+def _scores(chart: Scores) -> str:
+    """A row a task: the dense model's bar above the model's now."""
+    rows = []
+    for one in chart.scores:
+        bars, said = [], []
+        for number, (name, tag, figure) in enumerate((("dense", "before", one.dense), ("now", "kept", one.now))):
+            if figure is not None:
+                text = f"{one.task}, {name}: {score(*figure, share=True)} %"
+                bars.append(_rect(0, 100 + 420 * number, _FULL * figure[0], 380, tag, text))
+                said.append(text)
+        if one.chance is not None:
+            bars.append(f'<path class="mark strong" d="M{_FULL * one.chance:.1f} 0V{_FULL:.0f}"/>')
+        values = "".join(
+            f"<span>{score(*figure, share=True)}</span>" if figure else "<span>–</span>" for figure in (one.dense, one.now)
+        )
+        rows.append(
+            f'<div class="task"><span class="name">{escaped(one.task)}</span><div class="canvas cells">{_svg("; ".join(said), "".join(bars))}</div>'
+            f'<span class="values" aria-hidden="true">{values}</span></div>'
+        )
+    return (
+        f'<div class="rows">{"".join(rows)}</div>'
+        '<p class="legend"><span><i class="key before"></i>dense</span><span><i class="key kept"></i>now</span></p>'
+    )
+
+
+_DRAWERS: dict[type, Callable[..., str]] = {
+    Lines: _lines,
+    HeatMap: _heatmap,
+    Anatomy: _anatomy,
+    Histogram: _histogram,
+    Scores: _scores,
+}

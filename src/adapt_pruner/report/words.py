@@ -3,7 +3,7 @@
 import math
 import re
 
-__all__ = ["NARROW", "compact", "duration", "shown", "tick"]
+__all__ = ["NARROW", "compact", "duration", "score", "shown", "tick"]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(value: float | None, form: str) -> str:
-    """A figure of the headline by its form: params, bytes, perplexity, bits, speed, share, lr, plain."""
+    """A figure of the headline by its form: params, bytes, perplexity, bits, speed, share, right (a share of right answers), lr, plain."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -46,9 +46,21 @@ def shown(value: float | None, form: str) -> str:
         return compact(value)
     if form == "lr":
         return f"{value:.1e}".replace("e-0", "e-")
-    return {"bits": "{:.3f}", "share": "{:.1%}", "loss": "{:.3f}", "GiB": "{:.2f}" + NARROW + "GiB", "ratio": "{:.3g}×"}.get(
-        form, "{:,.4g}"
-    ).format(value)
+    return {
+        "bits": "{:.3f}",
+        "share": "{:.1%}",
+        "right": "{:.1%}",
+        "loss": "{:.3f}",
+        "GiB": "{:.2f}" + NARROW + "GiB",
+        "ratio": "{:.3g}×",
+    }.get(form, "{:,.4g}").format(value)
+
+
+def score(value: float, error: float | None, *, share: bool) -> str:
+    """A task's figure with its standard error: in per cent where it is a share of right answers."""
+    if not share:
+        return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def tick(value: float, form: str) -> str:
