@@ -1,6 +1,7 @@
 """The report in a real browser, Debian's Chromium: nothing is asked of a network, nothing fails, everybody can read it."""
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from adapt_pruner import pipeline
 from adapt_pruner.report.comparison import comparison_page
-from adapt_pruner.report.page import write_page
+from adapt_pruner.report.page import write_page, write_report
 from test_report import comparison_result, small_recipe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,9 +39,27 @@ def browser() -> Iterator[Any]:
 def pages(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     pipeline.run(small_recipe(tiny_folder, text_file), folder / "run")
+    _add_tasks(folder / "run")
     result = comparison_result()
     compared = comparison_page(result, ["method", "parameters"], [["dense", "100"], ["good", "80"]], name="cmp")
     return {"run": folder / "run" / "report.html", "comparison": write_page(folder / "compare.html", compared)}
+
+
+def _add_tasks(run_dir: Path) -> None:
+    """Let the run have scored tasks, which takes lm-eval."""
+
+    def scored(stage: int, values: tuple[float, float]) -> str:
+        tasks = [
+            {"task": name, "metric": "acc", "value": value, "stderr": 0.02, "chance": 0.25, "accuracy": True, "items": 9, "shots": 0}
+            for name, value in zip(("arc_challenge", "piqa"), values, strict=True)
+        ]  # fmt: skip
+        return json.dumps(
+            {"event": "tasks", "stage": stage, "params": 1, "average": sum(values) / 2, "stderr": 0.01, "scores": tasks}
+        )
+
+    with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(scored(0, (0.5, 0.9)) + "\n" + scored(2, (0.25, 0.7)) + "\n")
+    write_report(run_dir)
 
 
 class Opened:
@@ -70,7 +89,7 @@ def test_the_page_opens_by_itself_and_fits(browser: Any, pages: dict[str, Path],
         "figure svg",
         "found => found.map(one => [one.getBoundingClientRect().width, one.getBoundingClientRect().height, one.children.length])",
     )
-    assert len(figures) >= (9 if which == "run" else 2)
+    assert len(figures) >= (11 if which == "run" else 2)
     assert all(across > width / 6 and high > 20 and marks for across, high, marks in figures), figures
     paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     channels = [int(part) for part in paper.removeprefix("rgb(").removesuffix(")").split(",")]
@@ -98,6 +117,7 @@ def test_figures_show_under_the_pointer(browser: Any, pages: dict[str, Path]) ->
         ("#anatomy .tall rect, #anatomy .low rect", "layer 0"),
         ("#importance rect", "layer 0, 1.1"),
         ("#loss .canvas", "training tokens"),
+        ("#tasks rect.kept", "arc_challenge, now: 25.0 ± 2.0 %"),
     ):
         opened.page.locator(place).first.scroll_into_view_if_needed()
         opened.page.wait_for_timeout(300)  # a scroll that still goes on takes the words away again

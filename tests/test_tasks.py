@@ -449,7 +449,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
     pruning = read_json(at / "model" / "pruning.json")["figures"]["tasks"]
     assert [each["scores"] for each in pruning] == [event["scores"] for event in scored]
     page = (at / "report.html").read_text(encoding="utf-8")
-    assert "right, of 2 tasks" in page
+    assert "average of 2 tasks" in page
     assert page.count('<div class="task">') == 2
     assert (
         f"tiny_choices, now: {shown_score(scored[1]['scores'][0]['value'], scored[1]['scores'][0]['stderr'], share=True)} %"

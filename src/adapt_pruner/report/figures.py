@@ -298,11 +298,11 @@ def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
         ]
     counted = sum(bool(score["accuracy"]) for score in scores)
     row = Row(
-        f"right, of {counted} tasks",
+        f"average of {counted} tasks",
         _number(first.get("average")),
         _number(last.get("average")),
         "right",
-        f"average accuracy, {shots}",
+        f"accuracy, {shots}",
     )
     return [row] if row.before is not None or row.now is not None else []
 
