@@ -19,7 +19,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.loading import FORM_WORDS, layers_of, loading, loading_export
 from adapt_pruner.recipe import differing, methods, read
-from adapt_pruner.report.words import NARROW, score, shown
+from adapt_pruner.report.words import NARROW, score, shots, shown
 
 __all__ = ["card", "card_of", "carded", "write_card", "write_card_of_export"]
 
@@ -286,10 +286,9 @@ def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, af
         both = [score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
         lines.append(f"| average | | | {both[0]} | {both[1]} |")
     yield "\n".join(lines)
-    shots = ", ".join(f"{count}-shot" for count in sorted({one["shots"] for one in last}))
     part = f"; the first {limit:,} items of each task" if limit is not None else ""
     data = ", ".join(dict.fromkeys(Path(one["data"]).name for one in last))
-    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots}{part}; data: {data}."
+    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots(one['shots'] for one in last)}{part}; data: {data}."
 
 
 def _making(pruning: Mapping[str, Any]) -> Iterator[str]:

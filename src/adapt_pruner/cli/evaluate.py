@@ -215,9 +215,8 @@ def _print_tasks(
                 line += [_share(mean["value"] / means[0]["value"]) if means[0]["value"] > 0 else "", ""]
         lines.append(line)
     print_table(header, lines, left=2)
-    shots = {score.shots for score in scores[0]}
     print(
-        f"\naccuracies in per cent ± standard error; {', '.join(f'{count}-shot' for count in sorted(shots))}"
+        f"\naccuracies in per cent ± standard error; {words.shots(score.shots for score in scores[0])}"
         + (f"; the first {limit:,} items of each task" if limit is not None else "")
         + f"; data: {', '.join(dict.fromkeys(score.data for score in scores[0]))}"
     )

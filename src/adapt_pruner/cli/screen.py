@@ -189,16 +189,14 @@ class Screen:
         self.say(f"{text}, lr {event['lr']:.2e}, {speed}{left}", often=True)
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
-        name = f"stage {event['stage']}" if event["stage"] else "dense model"
         self._figures["perplexity"] = f"perplexity {event['perplexity']:.2f}" if event["perplexity"] is not None else ""
         value = math.inf if event["perplexity"] is None else event["perplexity"]
-        self.say(f"{name}: perplexity {value:.2f} on held-out text, {millions(event['params'])} parameters")
+        self.say(f"{_whose(event)}: perplexity {value:.2f} on held-out text, {millions(event['params'])} parameters")
 
     def _on_tasks(self, event: dict[str, Any]) -> None:
-        name = f"stage {event['stage']}" if event["stage"] else "dense model"
         told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in event["scores"])
         mean = "" if event["average"] is None else f", average {words.score(event['average'], event['stderr'], share=True)}"
-        self.say(f"{name}: {told}{mean}")
+        self.say(f"{_whose(event)}: {told}{mean}")
 
     def _on_warning(self, event: dict[str, Any]) -> None:
         self.say(f"warning: {event['message']}")
@@ -232,6 +230,11 @@ class Screen:
 
     def _on_said(self, event: dict[str, Any]) -> None:
         self.say(f"  {event['text']}", often=True)
+
+
+def _whose(event: dict[str, Any]) -> str:
+    """Which model was measured."""
+    return f"stage {event['stage']}" if event["stage"] else "dense model"
 
 
 def _cell(event: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from adapt_pruner.report.figures import Cut, Figures, State
-from adapt_pruner.report.words import score, shown
+from adapt_pruner.report.words import score, shots, shown
 
 __all__ = [
     "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines", "importance",
@@ -344,8 +344,8 @@ def tasks(figures: Figures) -> Scores | None:
         scores.append(Score(name, one["metric"], one["items"], both[0], both[1], one["chance"]))
     if not scores:
         return None
-    shots = ", ".join(f"{count}-shot" for count in sorted({one["shots"] for one in (dense | now).values()}))
-    return Scores("tasks", "Tasks", f"Share of right answers, {shots}; a mark shows what guessing gives.", scores)
+    given = shots(one["shots"] for one in (dense | now).values())
+    return Scores("tasks", "Tasks", f"Share of right answers, {given}; a mark shows what guessing gives.", scores)
 
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:

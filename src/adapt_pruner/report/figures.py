@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from adapt_pruner.report.record import Record
+from adapt_pruner.report.words import shots
 
 __all__ = ["Cut", "Figures", "Row", "State", "after", "figures_of", "fit_slope", "sizes_of"]
 
@@ -290,11 +291,11 @@ def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
     first = tasks[0] if tasks[0]["stage"] == 0 else {}
     last = tasks[-1] if tasks[-1]["stage"] else {}
     scores = tasks[0]["scores"]
-    shots = ", ".join(f"{count}-shot" for count in sorted({score["shots"] for score in scores}))
+    given = shots(score["shots"] for score in scores)
     if len(scores) == 1:
         before, now = (_number(one["scores"][0]["value"]) if one else None for one in (first, last))
         return [
-            Row(scores[0]["task"], before, now, "right" if scores[0]["accuracy"] else "plain", f"{scores[0]['metric']}, {shots}")
+            Row(scores[0]["task"], before, now, "right" if scores[0]["accuracy"] else "plain", f"{scores[0]['metric']}, {given}")
         ]
     counted = sum(bool(score["accuracy"]) for score in scores)
     row = Row(
@@ -302,7 +303,7 @@ def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
         _number(first.get("average")),
         _number(last.get("average")),
         "right",
-        f"accuracy, {shots}",
+        f"accuracy, {given}",
     )
     return [row] if row.before is not None or row.now is not None else []
 

@@ -278,20 +278,17 @@ def _scores(chart: Scores) -> str:
     """A row a task: the dense model's bar above the model's now."""
     rows = []
     for one in chart.scores:
-        bars, said = [], []
+        bars, said, values = [], [], []
         for number, (name, tag, figure) in enumerate((("dense", "before", one.dense), ("now", "kept", one.now))):
-            if figure is not None:
-                text = f"{one.task}, {name}: {score(*figure, share=True)} %"
-                bars.append(_rect(0, 100 + 420 * number, _FULL * figure[0], 380, tag, text))
-                said.append(text)
+            values.append(score(*figure, share=True) if figure else "–")
+            if figure:
+                said.append(f"{one.task}, {name}: {values[-1]} %")
+                bars.append(_rect(0, 100 + 420 * number, _FULL * figure[0], 380, tag, said[-1]))
         if one.chance is not None:
             bars.append(f'<path class="mark strong" d="M{_FULL * one.chance:.1f} 0V{_FULL:.0f}"/>')
-        values = "".join(
-            f"<span>{score(*figure, share=True)}</span>" if figure else "<span>–</span>" for figure in (one.dense, one.now)
-        )
         rows.append(
             f'<div class="task"><span class="name">{escaped(one.task)}</span><div class="canvas cells">{_svg("; ".join(said), "".join(bars))}</div>'
-            f'<span class="values" aria-hidden="true">{values}</span></div>'
+            f'<span class="values" aria-hidden="true">{"".join(f"<span>{value}</span>" for value in values)}</span></div>'
         )
     return (
         f'<div class="rows">{"".join(rows)}</div>'

@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections.abc import Iterable
 
-__all__ = ["NARROW", "compact", "duration", "score", "shown", "tick"]
+__all__ = ["NARROW", "compact", "duration", "score", "shots", "shown", "tick"]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -61,6 +62,11 @@ def score(value: float, error: float | None, *, share: bool) -> str:
     if not share:
         return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def shots(counts: Iterable[int]) -> str:
+    """How many examples stood before the items of tasks, each number once: 0-shot, 5-shot."""
+    return ", ".join(f"{count}-shot" for count in sorted(set(counts)))
 
 
 def tick(value: float, form: str) -> str:
