@@ -195,9 +195,10 @@ def _settle(
 ) -> dict[str, int]:
     """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
 
-    Of the dear units (KV heads) that `wanted` lets go, as many go as the excess pays for, those owed longest first and,
-    among equals, spread over the depth of the model; what stays is still owed. Cheap units make up the difference, taken from or given back to all their axes evenly. Only where
-    no cheap unit is left do more dear ones go than are owed.
+    Of the dear units (KV heads) that `wanted` lets go, as many go as the excess pays for once the cheap units of `wanted` are gone, those owed
+    longest first and, among equals, spread over the depth of the model; what stays is still owed. So where all layers come to owe a head at the
+    same share, a budget a little beyond it costs a few neurons more, and no head in the place of many neurons. Cheap units make up the
+    difference, taken from or given back to all their axes evenly. Only where no cheap unit is left do more dear ones go than are owed.
     """
     cheapest = min(axis.cost for axis in axes)
     cheap = [axis for axis in axes if axis.cost == cheapest]
@@ -209,8 +210,9 @@ def _settle(
         start = debt.start[axis.name]
         return round(start * sparsity[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 
+    left_over = excess - sum((axis.size - wanted[axis.name]) * cheapest for axis in cheap)
     while payable := [
-        axis for axis in dear if sizes[axis.name] > wanted[axis.name] and _removed(axes, sizes) + axis.cost <= excess
+        axis for axis in dear if sizes[axis.name] > wanted[axis.name] and _removed(axes, sizes) + axis.cost <= left_over
     ]:
         sizes[max(payable, key=owed).name] -= 1
     room = sum((axis.size - 1) * cheapest for axis in cheap)
