@@ -177,7 +177,9 @@ def test_heads_owed_by_all_layers_at_once_are_paid_as_stages_can_afford_them(sta
     assert sum(heads) <= 70
 
 
-@pytest.mark.parametrize(("beyond", "heads", "neurons"), [(0, 0, 600), (300, 0, 630), (900, 0, 690), (1000, 1, 600), (2500, 2, 650)])
+@pytest.mark.parametrize(
+    ("beyond", "heads", "neurons"), [(0, 0, 600), (300, 0, 630), (900, 0, 690), (1000, 1, 600), (2500, 2, 650)]
+)
 def test_a_budget_just_beyond_the_share_that_costs_heads_takes_no_head_for_neurons(beyond: int, heads: int, neurons: int) -> None:
     """At a third 600 neurons are gone and 6 heads are owed at once; what lies beyond pays for as many heads as it can, not for all six."""
     axes = toy_axes((300,) * 6, (3,) * 6)

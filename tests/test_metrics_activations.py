@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families, parts
-from adapt_pruner.core.axes import Axis, Gate, Slice
+from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
 from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.metrics import activations, blocks, weights
@@ -287,6 +288,35 @@ def test_a_recipe_may_name_it(metric: str, tiny_folder: Path, text_file: Path, t
     recipe = recipe_with(tiny_folder, text_file, metric=metric, distance="blocks.block_influence")
     figures = prune(recipe, tmp_path / "out").figures
     assert figures["params_after"] <= figures["budget"]
+
+
+def test_behind_measures_each_layer_on_what_pruned_layers_give_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Held against whole passes under gates, a pass a layer; and not what the dense model says."""
+    changes = {"metric": "activations.wanda", "chooser": "allocate.uniform", "distance": None, "step": 1, "budget": "60%"}
+    recipe = recipe_with(tiny_folder, text_file, behind=True, **changes)
+    found = prune(recipe, tmp_path / "out").mask
+    at_once = prune(recipe_with(tiny_folder, text_file, **changes), tmp_path / "at-once").mask
+    model = tiny_model(vocab_size=VOCAB)
+    axes = [axis for axis in families.axes(model) if axis.kind in ("kv_heads", "neurons")]
+    feed = calibration_feed(model, byte_tokenizer(), source=str(text_file), samples=8, length=32, ids=None, seed=0)
+    below = Mask()
+    for layer in range(3):
+        inside = [axis for axis in axes if axis.layer == layer]
+        with gated(model, axes, below):
+            scores, _ = score(model, inside, feed(1), metrics=[activations.wanda], dtype="float32")
+        here = Mask.of_sizes(inside, scores, {axis.name: int(found[axis.name].sum()) for axis in inside})
+        below = Mask({name: mask[name] for mask in (below, here) for name in mask})
+    for axis in axes:
+        assert torch.equal(found[axis.name], below[axis.name]), axis.name
+        assert int(found[axis.name].sum()) == int(at_once[axis.name].sum()) < axis.size
+    assert torch.equal(found["layers.0.neurons"], at_once["layers.0.neurons"])
+    assert any(not torch.equal(found[axis.name], at_once[axis.name]) for axis in axes)
+
+
+def test_behind_needs_no_gradients(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="behind=true measures layers one by one, where there are no gradients"):
+        prune(recipe_with(tiny_folder, text_file, behind=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_two_files_share_have_to_be_whole() -> None:

@@ -23,6 +23,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.core.cutline import cut_line
+from adapt_pruner.core.layerwise import score_behind
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.surgery import cut
@@ -132,6 +133,7 @@ def _prune(
                     "or leave them out of axes"
                 )
             sizes, at.debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=at.debt)
+            scores |= score_behind(model, axes, sizes, batches, metric=metrics[0], dtype=recipe.dtype) if recipe.behind else {}
             scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
             mask = Mask.of_sizes(may_shrink, scores, sizes)
         if mask.num_removed() == 0:

@@ -209,6 +209,7 @@ class Recipe(_Frozen):
     )
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
+    behind: bool = Field(False, description="which units of a layer go is measured behind layers that have lost theirs already")
     distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null where the chooser does not ask")  # type: ignore[valid-type]
     head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is to lose one; null: what metric says")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]

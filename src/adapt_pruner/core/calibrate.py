@@ -27,7 +27,7 @@ from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "evidence_needed", "mean_loss", "precision", "score", "uses_bfloat16"]
+__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "precision", "score", "uses_bfloat16"]
 
 
 class Evidence(Enum):
@@ -175,7 +175,7 @@ def score(
                     )
             merged: Scores = {}
             for metric in running:
-                merged |= _finish(metric)
+                merged |= finish(metric)
     finally:
         for metric in running:
             metric.close()
@@ -216,7 +216,8 @@ def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto
     return float(total) / num_predicted
 
 
-def _finish(metric: Generator[Evidence, None, Scores]) -> Scores:
+def finish(metric: Generator[Evidence, None, Scores]) -> Scores:
+    """What a metric returns once it has seen the text."""
     try:
         next(metric)
     except StopIteration as finished:

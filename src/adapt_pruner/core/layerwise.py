@@ -1,6 +1,6 @@
 """Running a model's decoder layers one after the other, so that something can be done between two of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.calibrate import Evidence, Metric, finish, precision
+from adapt_pruner.core.surgery import gated
+from adapt_pruner.errors import UsageError
 
-__all__ = ["Stream", "streams"]
+__all__ = ["Stream", "decoder_layers", "score_behind", "streams"]
+
+
+def decoder_layers(model: nn.Module, axes: Sequence[Axis]) -> Sequence[nn.Module]:
+    """The decoder layers of a model, from its axes."""
+    depth = next(axis for axis in axes if axis.name == "layers")
+    layers: Sequence[nn.Module] = model.get_submodule(depth.gate.module)  # type: ignore[assignment]
+    return layers
 
 
 @dataclass
@@ -77,3 +88,53 @@ def _recording(layers: Sequence[nn.Module]) -> Iterator[tuple[list[Tensor], list
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+@torch.no_grad()
+def score_behind(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    sizes: Mapping[str, int],
+    batches: Sequence[Tensor],
+    *,
+    metric: Metric,
+    dtype: str = "auto",
+) -> Scores:
+    """Score units layer by layer, each layer on what comes out of those below it once these have lost what they are to lose.
+
+    Every layer runs twice over the text: whole, while the metric looks, and with the units shut that its scores leave out.
+
+    Args:
+        model: causal LM; left as found.
+        axes: its axes, `layers` among them.
+        sizes: axis name -> units to keep; units of the axes inside a layer that are named here are scored.
+        batches: token ids, int64 [batch, length].
+        metric: what a unit is worth by what flows through the model; it is called once a layer.
+        dtype: precision of the matrix products.
+
+    Returns:
+        axis name -> float32 [entries], as the metric gives them.
+
+    Raises:
+        UsageError: the metric needs gradients, which no layer alone has.
+    """
+    layers = decoder_layers(model, axes)
+    flows = streams(model, layers, world.share(batches), dtype=dtype)
+    scores: Scores = {}
+    for index, layer in enumerate(layers):
+        inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]
+        looking = metric(model, inside)
+        try:
+            if next(looking).value > Evidence.FORWARD.value:
+                raise UsageError(
+                    "behind=true measures layers one by one, where there are no gradients; take a metric of activations"
+                )
+            for flow in flows:
+                flow.through(layer, index)
+            scores |= finish(looking)
+        finally:
+            looking.close()
+        with gated(model, axes, Mask.of_sizes(inside, scores, sizes)):
+            for flow in flows:
+                flow.hidden = flow.through(layer, index)
+    return world.agreed(scores)

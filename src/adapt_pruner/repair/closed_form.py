@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
-from adapt_pruner.core.layerwise import streams
+from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
 
@@ -72,7 +72,7 @@ def least_squares(
             "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
         )
     mine = world.share(batches)
-    layers = _layers(model, axes)
+    layers = decoder_layers(model, axes)
     entering = streams(model, layers, mine, dtype=dtype)
     pruned = streams(model, layers, mine, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
@@ -196,7 +196,7 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
     """
     _need_text(batches)
-    layers = _layers(model, axes)
+    layers = decoder_layers(model, axes)
     entering = streams(model, layers, world.share(batches), dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
@@ -233,12 +233,6 @@ def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:
 def _need_text(batches: Sequence[Tensor]) -> None:
     if not batches:
         raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
-
-
-def _layers(model: nn.Module, axes: Sequence[Axis]) -> Sequence[nn.Module]:
-    depth = next(axis for axis in axes if axis.name == "layers")
-    layers: Sequence[nn.Module] = model.get_submodule(depth.gate.module)  # type: ignore[assignment]
-    return layers
 
 
 @contextmanager
