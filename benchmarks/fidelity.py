@@ -9,6 +9,7 @@ figures are those of their released code on the same text and ids. What is measu
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def measured(name: str, options: list[str], params: int, *, data: Path, out: Pat
     slug = "-".join([name, *(option.split("=")[-1] for option in options[1::2]), str(params)])
     kept, model = out / f"{slug}.json", out / slug
     if not kept.exists():
+        shutil.rmtree(model, ignore_errors=True)  # of a line that was stopped
         ids = ["--calibration-ids", str(data / "calibration_c4_64x128.json")]
         _command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids)
         said = _command("eval", str(model), "--text", str(_text(data)), "--window", "512", "--max-windows", "40", "--json")
