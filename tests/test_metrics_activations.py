@@ -319,6 +319,12 @@ def test_behind_needs_no_gradients(tiny_folder: Path, text_file: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_behind_needs_units_inside_layers(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    whole = {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"}
+    with pytest.raises(UsageError, match="behind=true measures units inside layers, and axes has none but layers"):
+        prune(recipe_with(tiny_folder, text_file, behind=True, **whole), tmp_path / "out")
+
+
 def test_names_that_two_files_share_have_to_be_whole() -> None:
     assert parts.check("metric", "fluctuation(form=IFV)") == 'activations.fluctuation(form="IFV")'
     with pytest.raises(

@@ -102,6 +102,7 @@ def plan(
     """
     axes = prunable(model, recipe)
     check_multiple(axes, recipe.multiple_of)
+    _check_behind(model, recipe)
     budget = Budget.parse(recipe.budget if keep is None else keep, dense=dense)
     total = count_parameters(model)
     if total > budget.keep and families.is_sliced(model.config):
@@ -151,6 +152,18 @@ def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
         left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
     return found
+
+
+def _check_behind(model: Any, recipe: Recipe) -> None:
+    """Refuse `behind` where nothing is measured in layers, or not by what flows through them."""
+    if not recipe.behind or recipe.rotate is not None:
+        return
+    if not set(recipe.axes) - set(WHOLE):
+        raise UsageError(
+            f"behind=true measures units inside layers, and axes has none but {', '.join(recipe.axes)}; set behind=false"
+        )
+    if evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)[:1]).value > Evidence.FORWARD.value:
+        raise UsageError("behind=true measures layers one by one, where there are no gradients; take a metric of activations")
 
 
 def chooser_of(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.calibrate import Evidence, Metric, finish, precision
+from adapt_pruner.core.calibrate import Metric, finish, precision
 from adapt_pruner.core.surgery import gated
-from adapt_pruner.errors import UsageError
 
 __all__ = ["Stream", "decoder_layers", "score_behind", "streams"]
 
@@ -109,14 +108,11 @@ def score_behind(
         axes: its axes, `layers` among them.
         sizes: axis name -> units to keep; units of the axes inside a layer that are named here are scored.
         batches: token ids, int64 [batch, length].
-        metric: what a unit is worth by what flows through the model; it is called once a layer.
+        metric: what a unit is worth by weights or by what flows through the model, without gradients; it is called once a layer.
         dtype: precision of the matrix products.
 
     Returns:
         axis name -> float32 [entries], as the metric gives them.
-
-    Raises:
-        UsageError: the metric needs gradients, which no layer alone has.
     """
     layers = decoder_layers(model, axes)
     flows = streams(model, layers, world.share(batches), dtype=dtype)
@@ -125,10 +121,7 @@ def score_behind(
         inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]
         looking = metric(model, inside)
         try:
-            if next(looking).value > Evidence.FORWARD.value:
-                raise UsageError(
-                    "behind=true measures layers one by one, where there are no gradients; take a metric of activations"
-                )
+            next(looking)
             for flow in flows:
                 flow.through(layer, index)
             scores |= finish(looking)
