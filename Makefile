@@ -36,7 +36,7 @@ demo: $(READY)
 	@echo "  AutoModelForCausalLM.from_pretrained('$(DEMO)/recovered/model', trust_remote_code=True)"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff format --check .
