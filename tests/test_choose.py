@@ -87,6 +87,37 @@ def test_a_head_goes_once_a_whole_one_is_owed() -> None:
     assert went_at == 17
 
 
+@pytest.mark.parametrize(("heads_after", "began_at"), [(0.0, 34), (0.5, 67), (0.7, 80)])
+def test_heads_that_are_spared_begin_when_a_share_of_the_neurons_is_gone(heads_after: float, began_at: int) -> None:
+    """3 heads: the first is owed where (s - h) / (1 - h) ≥ 1/3, in steps of 0.01; neurons go on as if there were none."""
+    axes = toy_axes((1000,), (3,))
+    debt, sizes, gone = Debt.none(axes), {}, []
+    for _ in range(90):
+        sizes, debt = adaptive(
+            toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=debt, step=0.01, amplitude=0.0, heads_after=heads_after
+        )
+        axes = after(axes, sizes)
+        gone.append(3 - axes[1].size)
+    assert gone.index(1) + 1 == began_at
+    assert gone[-1] == math.floor(3 * (0.9 - heads_after) / (1 - heads_after))
+    assert axes[0].size == 100
+
+
+@pytest.mark.parametrize("value", [1, -0.1, True, "half", float("nan")])
+def test_a_share_that_is_none_is_refused(value: Any) -> None:
+    axes = toy_axes((100,), (3,))
+    with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.adaptive is no share"):
+        adaptive(
+            toy_scores(axes, [0.0]),
+            axes,
+            Budget(0, size_of(axes)),
+            debt=Debt.none(axes),
+            step=0.1,
+            amplitude=0,
+            heads_after=value,
+        )
+
+
 def test_a_debt_reset_each_stage_never_takes_a_head() -> None:
     axes = toy_axes((1000,), (3,))
     for _ in range(10):
@@ -98,16 +129,20 @@ def test_a_debt_reset_each_stage_never_takes_a_head() -> None:
     assert axes[0].size < 600
 
 
-@pytest.mark.parametrize("chooser", [uniform, adaptive], ids=["uniform", "adaptive"])
+@pytest.mark.parametrize(
+    ("chooser", "options"),
+    [(uniform, {}), (adaptive, {"amplitude": 0.02}), (adaptive, {"amplitude": 0.02, "heads_after": 0.5})],
+    ids=["uniform", "adaptive", "heads-later"],
+)
 @pytest.mark.parametrize("neurons", [(50, 50, 50), (7, 90, 33)])
 @pytest.mark.parametrize("share", [0.99, 0.9, 0.71, 0.5, 0.31, 0.295])
 @pytest.mark.parametrize("step", [0.02, 0.13, 1.0])
 def test_the_budget_is_met_from_below_within_one_neuron(
-    chooser: Any, neurons: tuple[int, ...], share: float, step: float
+    chooser: Any, options: dict[str, float], neurons: tuple[int, ...], share: float, step: float
 ) -> None:
     axes = toy_axes(neurons, (3, 2, 4))
     keep = int(size_of(axes) * share)
-    debt, options = Debt.none(axes), {"amplitude": 0.02} if chooser is adaptive else {}
+    debt = Debt.none(axes)
     for _ in range(500):
         total = size_of(axes)
         if total <= keep:

@@ -24,6 +24,7 @@ from adapt_pruner.errors import UsageError
 __all__ = ["GOLDEN", "Debt", "adaptive", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
+_HEADS = ("kv_heads", "query_heads")
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
 
 
@@ -69,7 +70,7 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
 
 
 def adaptive(
-    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, amplitude: float
+    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, amplitude: float, heads_after: float = 0.0
 ) -> tuple[dict[str, int], Debt]:
     """Layers that change their input less give up more: s += step - amplitude · I, with I the layer's importance.
 
@@ -83,19 +84,24 @@ def adaptive(
         debt: where every axis stands; `Debt.none(axes)` at first.
         step: share of an axis's start size removed an iteration, on average over the layers (the authors' r / T_p: 0.02).
         amplitude: how much importance shifts that share (0.02 in the authors' scripts; 0 makes it uniform).
+        heads_after: share of a layer's neurons that goes before its heads begin to, in [0, 1): heads of a layer at s keep
+            start - floor(start · max(0, (s - heads_after) / (1 - heads_after))). 0 is the paper's rule, the same share of both.
 
     Returns:
         Units each axis keeps, and the debt after it.
 
     Raises:
         ValueError: the layers' scores are not finite, or an axis lies in no layer.
+        UsageError: `heads_after` is no such share.
 
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
-    of the budget instead of one iteration beyond it; a negative increment never asks for units back.
+    of the budget instead of one iteration beyond it; a negative increment never asks for units back; `heads_after` is ours.
     """
+    if isinstance(heads_after, bool) or not isinstance(heads_after, int | float) or not 0 <= heads_after < 1:
+        raise UsageError(f"option heads_after={heads_after} of allocate.adaptive is no share; write 0 or more, and less than 1")
     importance = layer_importance(scores["layers"])
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
-    return _advance(axes, budget, debt, increments)
+    return _advance(axes, budget, debt, increments, heads_after=heads_after)
 
 
 def uniform(
@@ -140,7 +146,9 @@ def _layer(axis: Axis) -> int:
     return axis.layer
 
 
-def _advance(axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mapping[str, float]) -> tuple[dict[str, int], Debt]:
+def _advance(
+    axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mapping[str, float], *, heads_after: float = 0.0
+) -> tuple[dict[str, int], Debt]:
     """Raise the sparsities by `increments`, but not past the budget.
 
     Where that would remove next to nothing (no axis owes a whole unit yet, or most stand at their limit) the step is
@@ -152,12 +160,17 @@ def _advance(axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mappi
             axis.name: min(_MAX_SPARSITY, max(0.0, debt.sparsity[axis.name] + times * increments[axis.name])) for axis in axes
         }
 
+    def due(sparsity: Mapping[str, float]) -> dict[str, float]:
+        """The share that is to be gone of each axis: of heads less than of neurons, as long as they are spared."""
+        late = {axis.name: heads_after if axis.kind in _HEADS else 0.0 for axis in axes}
+        return {name: max(0.0, (share - late[name]) / (1 - late[name])) for name, share in sparsity.items()}
+
     def sizes_after(times: float) -> dict[str, int]:
-        sparsity = sparsity_after(times)
+        shares = due(sparsity_after(times))
         sizes = {}
         for axis in axes:
             start = debt.start[axis.name]
-            owed = start - math.floor(start * sparsity[axis.name] + 1e-9)
+            owed = start - math.floor(start * shares[axis.name] + 1e-9)
             sizes[axis.name] = min(axis.size, max(1, owed))
         return sizes
 
@@ -182,7 +195,7 @@ def _advance(axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mappi
     sizes, sparsity = sizes_after(times), sparsity_after(times)
     # Nothing removed means that every axis stands at its limit and the rule has nothing more to say.
     if _removed(axes, sizes) >= budget.excess or _removed(axes, sizes) == 0:
-        sizes = _settle(axes, budget.excess, sizes, sparsity, debt)
+        sizes = _settle(axes, budget.excess, sizes, due(sparsity), debt)
     return sizes, Debt(start=debt.start, sparsity={**debt.sparsity, **sparsity})
 
 
@@ -191,7 +204,7 @@ def _removed(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
 
 
 def _settle(
-    axes: Sequence[Axis], excess: int, wanted: Mapping[str, int], sparsity: Mapping[str, float], debt: Debt
+    axes: Sequence[Axis], excess: int, wanted: Mapping[str, int], shares: Mapping[str, float], debt: Debt
 ) -> dict[str, int]:
     """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
 
@@ -208,7 +221,7 @@ def _settle(
     def owed(axis: Axis) -> tuple[float, float]:
         """Units of a dear axis that are due and not gone, with their fraction; then its place in an even spread over depth."""
         start = debt.start[axis.name]
-        return round(start * sparsity[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
+        return round(start * shares[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 
     left_over = excess - sum((axis.size - wanted[axis.name]) * cheapest for axis in cheap)
     while payable := [
