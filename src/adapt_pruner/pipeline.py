@@ -433,15 +433,14 @@ def _score_tasks(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, 
     def told(task: str, done: int, of: int) -> None:
         listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
 
+    def warn(message: str) -> None:
+        listen({"event": "warning", "message": message})
+
     with at.clock("evaluate"):
-        scores = world.on_main(
-            lambda: evaluate_tasks(
-                loaded.model, loaded.tokenizer, ready.tasks, limit=asked.limit, dtype=recipe.dtype, on_task=told
-            )
-        )
-    mean = average(scores)
-    found: dict[str, Any] = {"average": None if mean is None else mean[0], "stderr": None if mean is None else mean[1]}
-    found |= {"scores": [score.headline() for score in scores]}
+        settings: dict[str, Any] = {"limit": asked.limit, "dtype": recipe.dtype, "on_task": told, "warn": warn}
+        scores = world.on_main(lambda: evaluate_tasks(loaded.model, loaded.tokenizer, ready.tasks, **settings))
+    mean, stderr = average(scores) or (None, None)
+    found = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
     at.figures.setdefault("tasks", []).append(found)
     listen({"event": "tasks", "stage": stage, "params": count_parameters(loaded.model), **found})
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode
+from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode, check_precision
 
 __all__ = ["chat"]
 
@@ -20,7 +20,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; more draws them.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0, max=2**63 - 1)] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -36,7 +36,7 @@ def chat(
     """
     from dataclasses import asdict
 
-    from adapt_pruner.checkpoint.load import load, pick_device
+    from adapt_pruner.checkpoint.load import load, locate, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.plain import to_json
@@ -44,9 +44,12 @@ def chat(
     from adapt_pruner.evaluate.answer import answer
 
     quiet_libraries()
+    check_precision(dtype)
     if not prompt.strip():
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
     names = [model] if against is None else [model, against]
+    for name in names:
+        locate(name)  # one that is not there is said before the other answers
     streams = against is None and not as_json
     found: list[dict[str, Any]] = []
     for name in names:

