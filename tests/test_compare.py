@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -237,6 +238,41 @@ def test_what_a_method_adds_is_not_free(
     assert (status, "another tokenizer" in err) == (1, True), err
 
 
+def test_a_loss_beyond_numbers_stops_nothing(
+    ask: Ask,
+    pruned_here: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    """exp of a loss above 709 is no float; the dense model's may be as large."""
+    out = tmp_path / "out"
+    measured = comparison.measure_beside
+    monkeypatch.setattr(comparison, "draw", picture.draw)
+    monkeypatch.setattr(
+        comparison,
+        "measure_beside",
+        lambda *args, **kinds: (its := measured(*args, **kinds)) | {"nll": dict.fromkeys(its["nll"], 800.0)},
+    )
+    status, said, err = ask(*words(tiny_folder, text_file, out, "--draws", 1))
+    assert status == 0, err
+    assert err.count(": perplexity ∞") == 2
+    assert said.count("∞") >= 2
+    assert ask("report", out)[0] == 0
+    monkeypatch.setattr(
+        comparison,
+        "measure",
+        lambda dense, windows, **_: {"params": 1000, "decoder_params": 800, "nll": dict.fromkeys(windows, 800.0)},
+    )
+    shutil.rmtree(out)
+    status, said, err = ask(*words(tiny_folder, text_file, out, "--draws", 1))
+    assert status == 0, err
+    assert "nan" not in said
+    assert "| ∞ | – |" in (out / "compare.md").read_text(), "there is nothing to be a multiple of"
+    assert ask("report", out)[0] == 0
+
+
 def test_an_interrupt_keeps_what_is_finished(
     ask: Ask,
     pruned_here: list[Any],
@@ -440,6 +476,7 @@ def test_the_picture_is_whole_and_the_same_each_time(tmp_path: Path) -> None:
     lone = [cell("one", 900, 800.0), cell("two", 900, 3.0)]
     assert picture.draw(result_of(rows_of(lone, DENSE)), tmp_path, warn=pytest.fail), "a perplexity that overflows is left out"
     assert not picture.draw(result_of(rows_of([], DENSE)), tmp_path, warn=pytest.fail)
+    assert not picture.draw(result_of(rows_of(lone[:1], DENSE)), tmp_path, warn=pytest.fail), "an empty frame says nothing"
 
 
 def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

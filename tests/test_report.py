@@ -3,8 +3,10 @@
 import fcntl
 import importlib.util
 import json
+import os
 import re
 import shutil
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,17 @@ import pytest
 import torch
 
 from adapt_pruner import pipeline, recipe
+from adapt_pruner.compare.table import table
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
+from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report import charts, page, png
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
 from adapt_pruner.report.figures import figures_of, fit_slope
 from adapt_pruner.report.record import read_record
-from adapt_pruner.report.words import duration, shown, tick
+from adapt_pruner.report.words import compact, duration, shown, tick
 from conftest import read_json
 from test_cli import call
 
@@ -163,6 +167,25 @@ def test_a_run_that_was_killed_shows_what_there_is(stopped: Path) -> None:
     assert "after stage 1" in text, "perplexity is of the stage that it was measured after"
 
 
+def test_the_bill_of_a_stopped_run_adds_up(stopped: Path) -> None:
+    """Its seconds are those of a checkpoint, its tokens those of the log: what was done since has tokens alone."""
+    shutil.rmtree(stopped / "checkpoints" / "stage-1")
+    (pruned,) = (stopped / "checkpoints").iterdir()
+    state = read_json(pruned / "state.json")
+    state["spent"].pop("train")
+    (pruned / "state.json").write_text(json.dumps(state))
+    record = read_record(stopped)
+    tokens = figures_of(record).tokens
+    bill = re.findall(
+        r'<tr><th scope="row">([a-z ]+)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>',
+        page.page(record).partition("Time and tokens by phase")[2],
+    )
+    rows = {phase: cells for phase, *cells in bill}
+    assert rows["training"] == ["–", "–", compact(tokens["train"])]
+    assert rows["together"][2] == compact(sum(tokens.values()))
+    assert {name for name, cells in rows.items() if cells[2] != "–"} == {"scoring", "training", "evaluation", "together"}
+
+
 def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path) -> None:
     assert read_record(stopped).status == "stopped"
     with (stopped / ".lock").open("a+") as lock:
@@ -215,6 +238,61 @@ def test_lines_that_are_no_events_are_left_out_and_counted(copied: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "tasks", "stage": 2}',
+        '{"event": "tasks", "stage": 2, "scores": [{"task": "arc"}]}',
+        '{"event": "tasks", "stage": 2, "scores": [{"task": "arc", "metric": "acc", "value": 0.4, "items": 9, "shots": 0}]}',
+        '{"event": "cut", "stage": 2, "iteration": 26, "params": "many"}',
+        '{"event": "cut", "params": 35000, "sizes": ["a"]}',
+        '{"event": "start", "params": {}}',
+        '{"event": "step", "stage": [], "tokens": 10, "loss": 1.0}',
+        '{"event": "evaluation", "stage": 1, "tokens": "all"}',
+        '{"event": "warning", "message": "x", "time": "noon"}',
+        "[" * 100_000,
+    ],
+    ids=lambda line: line[:60],
+)
+def test_an_event_without_what_its_kind_has_is_none(copied: Path, line: str) -> None:
+    with (copied / "log.jsonl").open("a") as log:
+        log.write(f"{line}\n" + '{"event": "warning", "message": "the last"}\n')
+    record = read_record(copied)
+    _Seen(page.page(record))
+    assert record.events[-1]["message"] == "the last"
+    assert len(record.trouble) == 1
+    assert "1 lines of log.jsonl are not events" in record.trouble[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["calibration: 5", "step: abc", "training: {tokens: [1]}", "axes: 3", "evaluation: {source: {a: b}}", "amplitude: {}"],
+)
+def test_what_of_a_recipe_makes_no_sense_is_left_out(copied: Path, wrong: str) -> None:
+    (copied / "recipe.yaml").write_text(f"model: m\nseed: 3\n{wrong}\n")
+    shutil.rmtree(copied / "model")
+    record = read_record(copied)
+    _Seen(page.page(record))
+    assert (record.recipe["seed"], record.trouble) == (
+        3,
+        [f"recipe.yaml has no sensible {wrong.partition(':')[0]}, which was left out"],
+    )
+
+
+def test_a_run_that_prepares_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert call(monkeypatch, capsys, "report", tmp_path, "-o", tmp_path.with_suffix(".html"))[0] == 0
+        text = tmp_path.with_suffix(".html").read_text()
+        assert "the run is preparing" in text
+        assert "still running" in text
+        (tmp_path / "cells").mkdir()
+        status, _, err = call(monkeypatch, capsys, "report", tmp_path)
+        assert (status, "neither recipe.yaml nor log.jsonl" in err) == (2, True), "a comparison"
+
+
 def test_what_is_no_run_is_refused_with_a_hint(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +325,23 @@ def test_the_page_goes_where_it_is_asked_to(
     assert "name the page" in err
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "model/model.safetensors", "notes.html", "pipe.html", "model/new.txt"])
+def test_a_page_takes_the_place_of_nothing_but_a_page(
+    copied: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "notes.html").write_text("what I thought of it")
+    os.mkfifo(copied / "pipe.html")  # to read it would take forever
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    status, out, err = call(monkeypatch, capsys, "report", copied, "-o", copied / name)
+    assert (status, out) == (2, "")
+    assert str(copied / name) in err
+    assert "name another file" in err
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    (copied / "old.HTM").write_text("<!DOCTYPE html><p>an older page")
+    assert call(monkeypatch, capsys, "report", copied, "-o", copied / "old.HTM")[0] == 0
+    assert "anatomy" in (copied / "old.HTM").read_text()
+
+
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +355,22 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
     assert "the disk is full" in err
     assert (copied / "report.html").read_bytes() == before
     assert not list(copied.glob(".*.partial-*"))
+
+
+def test_run_names_its_report_only_where_it_wrote_one(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0).to_yaml())
+
+    def last(name: str) -> str:
+        status, out, err = call(monkeypatch, capsys, "run", tmp_path / "recipe.yaml", "-o", tmp_path / name)
+        assert status == 0, err
+        return out.splitlines()[-1]
+
+    assert last("run").endswith(f", the report {tmp_path / 'run' / 'report.html'}")
+    assert ", the report" not in last("run"), "it was finished, and the page is an old one"
+    monkeypatch.setattr(page, "write_report", lambda *_: (_ for _ in ()).throw(RuntimeError("no page today")))
+    assert ", the report" not in last("other")
 
 
 def test_a_run_whose_report_fails_is_a_run_all_the_same(
@@ -346,6 +457,10 @@ def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
     level = [{"stage": 1, "tokens": 10 * i, "loss": 5 + 0.1 * (-1) ** i} for i in range(1, 60)]
     assert "still falling" in said(finished, steps=falling)
     assert "still falling" not in said(finished, steps=level)
+    line = [{"stage": 1, "tokens": 16 * i, "loss": 64.0 - i} for i in range(1, 60)]
+    assert "over 1,000 times its standard error" in said(finished, steps=line), "a perfect line has no error at all"
+    assert "still falling" not in said(stopped, steps=falling), "it did not come to its end"
+    assert "Nothing was trained" not in said(stopped, steps=[])
     assert "was not reached" in said(finished, target=1000)
     assert "was not reached" not in said(finished)
     assert "are unused" in said(finished, target=10**6)
@@ -368,6 +483,15 @@ def test_a_slope_is_a_slope_only_beyond_its_noise() -> None:
     slope, error = fit_slope([(0.0, 1.0), (1.0, 0.0), (2.0, -1.0)])
     assert (slope, error) == (-1.0, 0.0)
     assert fit_slope([(0.0, 1.0)])[1] == float("inf")
+    assert fit_slope([(0.1, 1.0), (0.1, 2.0), (0.1, 3.0)]) == (0.0, float("inf")), "all at one place"
+
+
+def test_a_slope_takes_no_longer_than_its_points_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    mean = statistics.fmean
+    monkeypatch.setattr(statistics, "fmean", lambda values: asked.append(None) or mean(values))
+    fit_slope([(float(x), 1.0) for x in range(50)])
+    assert len(asked) <= 2
 
 
 def test_an_older_log_without_sizes_at_the_start_takes_them_from_the_mask(copied: Path) -> None:
@@ -436,6 +560,25 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     named = {series.name: [label for label in series.labels if label] for series in size.series}
     assert named == {"dense": ["dense"], "good": ["good", "good"], "bad": []}, "the small good one is smaller and better than bad"
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
+
+
+def test_a_perplexity_beyond_numbers_is_infinite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In compare.json it is null, at the comparison itself infinity."""
+    for beyond in (None, float("inf")):
+        result = comparison_result()
+        result["rows"][2]["texts"]["t.txt"] = dict.fromkeys(("perplexity", "low", "high", "ratio"), beyond)
+        result["rows"][3]["texts"]["t.txt"]["high"] = beyond
+        header, lines = table(result["rows"])
+        bad = dict(zip(header, next(line for line in lines if line[0] == "bad"), strict=True))
+        assert (bad["perplexity"], bad["spread"], bad["× dense"]) == ("∞", "∞–∞", "∞")
+        text = comparison_page(result, header, lines, name="cmp")
+        assert _Seen(text).figures == ["size-0", "speed-0"]
+        assert ">∞</td>" in text
+        assert not re.search(r"\b(inf|nan)\b", text)
+    (tmp_path / "compare.json").write_text(to_json(result))
+    assert call(monkeypatch, capsys, "report", tmp_path)[0] == 0
 
 
 def test_the_folder_of_a_comparison_is_reported_too(

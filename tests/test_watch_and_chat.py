@@ -103,12 +103,57 @@ def test_watching_a_finished_run_says_so(heard: tuple[Path, list[dict[str, Any]]
     assert {path: path.stat().st_mtime_ns for path in heard[0].rglob("*")} == before, "nothing is changed"
 
 
+def test_a_run_is_finished_whatever_its_log_says_last(heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(heard[0], tmp_path / "run"))
+    whole = (run / "log.jsonl").read_text()
+    warned = whole + json.dumps({"time": time.time(), "event": "warning", "message": "there is no report"}) + "\n"
+    for log in (warned, "", whole[: len(whole) // 2]):
+        (run / "log.jsonl").write_text(log)
+        status, out, err = ask("watch", run)
+        assert (status, "the run is finished" in out) == (0, True), err
+    (run / "log.jsonl").unlink()
+    assert ask("watch", run)[0] == 0
+    shutil.rmtree(run / "model")
+    (run / "log.jsonl").write_text(warned)
+    assert ask("watch", run)[0] == 0, "a warning does not undo the end"
+    (run / "log.jsonl").write_text(
+        warned + json.dumps({"event": "resumed", "path": "p", "stage": 1, "step": 1, "pruned": True}) + "\n"
+    )
+    assert ask("watch", run)[0] == 1, "work that begins again does"
+
+
+def test_a_run_that_prepares_is_waited_for(
+    heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["adapt_pruner.cli.watch"], "_POLL", 0.02)
+
+    def work(log: bytes) -> None:
+        with (tmp_path / ".lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            begun.set()
+            time.sleep(0.3)
+            if log:
+                (tmp_path / "log.jsonl").write_bytes(log)
+
+    for log, wanted in (b"", (1, "ended before it began")), ((heard[0] / "log.jsonl").read_bytes(), (0, "stage 2: perplexity")):
+        begun = threading.Event()
+        other = threading.Thread(target=work, args=[log])
+        other.start()
+        begun.wait()
+        status, _, err = ask("watch", tmp_path)
+        other.join()
+        assert (status, wanted[1] in err) == (wanted[0], True), err
+        assert err.count("is preparing") == 1
+        assert "recipe.yaml" not in err, "there is none to go on with"
+
+
 def test_watching_a_run_that_was_killed_says_how_to_go_on(
     heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(heard[0], tmp_path / "run"))
     log = run / "log.jsonl"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    shutil.rmtree(run / "model")
     status, out, err = ask("watch", run)
     assert (status, out) == (1, "")
     assert "nobody works in" in err
@@ -151,7 +196,9 @@ def test_a_log_with_foreign_or_broken_lines_is_watched_all_the_same(
 ) -> None:
     run = Path(shutil.copytree(heard[0], tmp_path / "run"))
     lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
-    lines[3:3] = [b"\xff{\n", b"[1]\n", b'{"event": "step"}\n', b'{"event": "cut", "params": null}\n']
+    lines[3:3] = [b"\xff{\n", b"[1]\n", b'{"event": "step"}\n', b'{"event": "cut", "params": null}\n', b"[" * 10**5 + b"\n"]
+    lines += [b'{"event": "warning", "time": "noon", "message": "x"}\n', b'{"event": "cut", "params": 9, "sizes": ["a"]}\n']
+    lines += [b'{"event": "vocabulary", "tokens": "x", "tokens_before": "y"}\n']
     (run / "log.jsonl").write_bytes(b"".join(lines))
     status, out, _ = ask("watch", run)
     assert (status, "the run is finished" in out) == (0, True)

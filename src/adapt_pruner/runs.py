@@ -194,7 +194,7 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
 
     def leave() -> None:
         if folder.is_new:
-            for name in (OWN_TEXT, REPAIR_TEXT, ".lock"):
+            for name in (OWN_TEXT, REPAIR_TEXT, "report.html", ".lock"):  # a page may have been asked for meanwhile
                 (path / name).unlink(missing_ok=True)
             if not existed and not any(path.iterdir()):
                 path.rmdir()

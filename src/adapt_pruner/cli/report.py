@@ -27,13 +27,12 @@ def report(
         adapt-pruner report runs/demo -o demo.html --png
     """
     from adapt_pruner.core.plain import to_json
-    from adapt_pruner.errors import UsageError
     from adapt_pruner.report import png as papers
     from adapt_pruner.report.charts import Chart
-    from adapt_pruner.report.page import page, pictures, write_page
+    from adapt_pruner.report.page import check_page, page, pictures, write_page
 
-    if out is not None and out.is_dir():
-        raise UsageError(f"{out} is a folder; name the page, for example -o {out / 'report.html'}")
+    if out is not None:
+        check_page(out, folder)
     if png:
         papers.check_matplotlib()
     drawings: list[Chart]

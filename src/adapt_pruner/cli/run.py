@@ -54,6 +54,8 @@ def run(
         return
     with world.joined():
         run_dir = out or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        page = run_dir / "report.html"
+        before = _stamp(page)
         with screen(quiet=not world.is_main()) as listen, trackers.reporting(resolved, run_dir, listen) as tell:
             outcome = pipeline.run(resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
     if not world.is_main():
@@ -67,7 +69,16 @@ def run(
     )
     if figures.get("perplexities"):
         print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
-    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}, the report {run_dir / 'report.html'}")
+    report = f", the report {page}" if _stamp(page) not in (None, before) else ""  # it may have failed, and an old one be there
+    print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that is written in its place; None where there is no file."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _print_plan(planned: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from adapt_pruner.cli.bars import Bars
+from adapt_pruner.compare.table import perplexity_of
 from adapt_pruner.report import words
 from adapt_pruner.report.words import NARROW, shown
 
@@ -225,7 +226,8 @@ class Screen:
         self.say(_cell(event) + (f", {left}" if left else ""))
 
     def _on_cell_done(self, event: dict[str, Any]) -> None:
-        came = f"perplexity {math.exp(event['nll']):,.2f}" if event["error"] is None else f"failed: {event['error']}"
+        failed = event["error"] is not None
+        came = f"failed: {event['error']}" if failed else f"perplexity {shown(perplexity_of(event['nll']), 'perplexity')}"
         self.say(f"{_cell(event)}: {came}")
 
     def _on_said(self, event: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """`adapt-pruner watch`: a run that was started elsewhere, live, from its log alone."""
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from adapt_pruner.report.events import event_of
 
 __all__ = ["watch"]
 
@@ -28,27 +29,35 @@ def watch(
     from adapt_pruner.report.record import check_is_run, is_worked_in
 
     check_is_run(run_dir)
-    log = run_dir / "log.jsonl"
-    tail = _Tail(log)
+    tail = _Tail(run_dir / "log.jsonl")
     with screen() as show:
         with show.hushed():
-            last = _told(show, tail.read())
+            last, ended = _told(show, tail.read())
         if standing := show.standing():
             show.say(standing)
-        silence_said = False
-        while not _is_end(last):
+        silence_said = wait_said = False
+        while not ended:
             at_work = is_worked_in(run_dir)  # asked before the log is read, so that its last lines are not missed
             fresh = list(tail.read())
-            last = _told(show, fresh) or last
+            last, ended = _told(show, fresh, last=last, ended=ended)
             if fresh:
                 silence_said = False
+            elif not at_work and (run_dir / "model").is_dir():
+                break  # the log may be gone or cut off
+            elif not at_work and last is None and not (run_dir / "recipe.yaml").exists():
+                raise RunError(
+                    f"nobody works in {run_dir} any more: the run ended before it began; see what it said where it was started"
+                )
             elif not at_work:
                 when = f", {duration(time.time() - last['time'])} ago" if last and last.get("time") else ""
                 raise RunError(
                     f"nobody works in {run_dir}: the run was stopped{when}; "
                     f"`adapt-pruner run {run_dir / 'recipe.yaml'} -o {run_dir}` goes on, `adapt-pruner report {run_dir}` shows what there is"
                 )
-            elif not silence_said and last and time.time() - float(last.get("time") or 0) > _SILENT:
+            elif last is None and not wait_said:
+                show.say(f"the run in {run_dir} is preparing: it loads the model and reads its text, and has logged nothing yet")
+                wait_said = True
+            elif not silence_said and last and last.get("time") and time.time() - last["time"] > _SILENT:
                 show.say(f"the last line of the log is {duration(time.time() - last['time'])} old; the run may be in a long step")
                 silence_said = True
             if not fresh:
@@ -75,26 +84,30 @@ class _Tail:
             return
         *lines, self._rest = (self._rest + new).split(b"\n")
         for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
+            if (event := event_of(line)) is not None:
                 yield event
 
 
-def _told(show: Any, events: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Show events; the last of them. One that lacks what its kind has is passed over."""
-    last = None
+def _told(
+    show: Any, events: Iterable[dict[str, Any]], *, last: dict[str, Any] | None = None, ended: bool = False
+) -> tuple[dict[str, Any] | None, bool]:
+    """Show events; the last of them, and whether the run has ended. One that lacks what its kind has is passed over.
+
+    Args:
+        show: the screen.
+        events: what is new.
+        last: the event before them; None where there was none.
+        ended: whether the run had ended before them. Warnings, as of a report that failed, do not undo that; work does.
+    """
     for event in events:
         try:
             show(event)
-        except (KeyError, TypeError):
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             continue
         last = event
-    return last
+        ended = _is_end(event) or (ended and event["event"] not in ("resumed", "start"))
+    return last, ended
 
 
-def _is_end(event: dict[str, Any] | None) -> bool:
-    """Whether a run ends with this event; a warning may follow it, of a report that failed."""
-    return event is not None and event["event"] == "saved" and "params_after" in event
+def _is_end(event: dict[str, Any]) -> bool:
+    return event["event"] == "saved" and "params_after" in event

@@ -30,7 +30,7 @@ def draw(result: Mapping[str, Any], folder: Path, *, warn: Callable[[str], None]
         folder: where they go.
         warn: told in one sentence if matplotlib is not there.
     """
-    if not any(row["texts"] for row in result["rows"][1:]):
+    if not any(math.isfinite(its["high"]) for row in result["rows"][1:] for its in row["texts"].values()):
         return False
     if importlib.util.find_spec("matplotlib") is None:
         warn("there is no picture, since matplotlib is not installed; pip install 'adapt-pruner[plot]' and run the same command")

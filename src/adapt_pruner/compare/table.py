@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["label", "markdown", "rows_of", "table"]
+__all__ = ["label", "markdown", "perplexity_of", "rows_of", "table"]
 
 _NOTE = 72  # characters of a reason in the table; compare.md has it in full
 
@@ -41,9 +41,14 @@ def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dens
     failed = [cell["error"] for cell in cells if "error" in cell]
     texts = {}
     for text in dense["nll"] if done else ():
-        found = [_exp(cell["nll"][text]) for cell in done]
+        found = [perplexity_of(cell["nll"][text]) for cell in done]
         middle = statistics.median(found)
-        texts[text] = {"perplexity": middle, "low": min(found), "high": max(found), "ratio": middle / _exp(dense["nll"][text])}
+        texts[text] = {
+            "perplexity": middle,
+            "low": min(found),
+            "high": max(found),
+            "ratio": middle / perplexity_of(dense["nll"][text]),
+        }
 
     def of(key: str, how: Callable[[list[float]], float]) -> Any:
         values = [cell[key] for cell in done if cell[key] is not None]
@@ -59,7 +64,8 @@ def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dens
     }  # fmt: skip
 
 
-def _exp(nll: float) -> float:
+def perplexity_of(nll: float) -> float:
+    """exp of a mean loss in nats a token; infinity where that is no float."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
@@ -78,18 +84,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
         if row["size"] != size:
             size = row["size"]
             lines += [[""] * len(header), [f"at most {size:,}", *[""] * (len(header) - 1)]]
-        lines.append(_words(row, texts, spread=spread, notes=notes))
+        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes))
     return header, lines
 
 
-def _words(row: Mapping[str, Any], texts: Sequence[str], *, spread: bool, notes: bool) -> list[str]:
+def _words(row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool) -> list[str]:
     words = [row["method"], _or_dash(row["params"], "{:,}"), _or_dash(row["removed"], "{:.1%}")]
     for text in texts:
         found = row["texts"].get(text)
         words.append(_perplexity(found["perplexity"]) if found else "–")
         if spread:
             words.append(f"{_perplexity(found['low'])}–{_perplexity(found['high'])}" if found and row["draws"] > 1 else "–")
-        words.append(f"{found['ratio']:,.2f}" if found else "–")
+        compares = found and math.isfinite(dense["texts"][text]["perplexity"] or math.inf)
+        words.append(_times(found["ratio"]) if compares else "–")
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
     words += [_or_dash(row["seconds"], "{:,.1f}"), _or_dash(peak, "{:.1f} GiB"), _or_dash(row["speed_up"], "{:.2f}×")]
     if notes:
@@ -102,10 +109,18 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _perplexity(value: float) -> str:
+def _perplexity(value: float | None) -> str:
+    """A perplexity; one that is no float is null in compare.json."""
+    if value is None or math.isinf(value):
+        return "∞"
     if value < 100:
         return f"{value:.2f}"
     return f"{value:,.0f}" if value < 10**7 else f"{value:.1e}"
+
+
+def _times(ratio: float | None) -> str:
+    """A perplexity over the dense model's."""
+    return "∞" if ratio is None or not math.isfinite(ratio) else f"{ratio:,.2f}" if ratio < 10**7 else f"{ratio:.1e}"
 
 
 def label(text: str, texts: Sequence[str]) -> str:

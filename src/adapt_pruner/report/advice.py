@@ -61,7 +61,7 @@ def _budget(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
 
 
 def _no_training(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
-    if figures.steps or figures.status == "running":
+    if figures.steps or figures.status != "finished":
         return
     before, now = _perplexities(figures)
     rise = (
@@ -74,17 +74,18 @@ def _no_training(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
 
 def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     """The loss of the last stage's last half, by a line through it; its slope must be clear of the noise."""
-    if figures.status == "running" or not figures.steps:
+    if figures.status != "finished" or not figures.steps:
         return
     last = [step for step in figures.steps if step.get("stage") == figures.steps[-1].get("stage")]
     half = [(float(step["tokens"]), float(step["loss"])) for step in last[len(last) // 2 :]]
     slope, error = fit_slope(half)
     if len(half) >= 8 and slope < -_SURE * error:
         fell = -slope * (half[-1][0] - half[0][0])
+        times = f"{-slope / error:.0f}" if -slope <= 1000 * error else "over 1,000"  # a perfect line has no error
         asked = int((recipe.get("training") or {}).get("tokens") or figures.tokens.get("train", 0))
         yield Advice(
             f"The training loss was still falling when it ended: {fell:.2f} nats over the last {compact(half[-1][0] - half[0][0])} tokens "
-            f"({-slope / error:.0f} times its standard error). More tokens will still help.",
+            f"({times} times its standard error). More tokens will still help.",
             f"--set training.tokens={2 * asked}",
         )
 

@@ -340,8 +340,8 @@ def tasks(figures: Figures) -> Scores | None:
     )
     scores = []
     for name, one in (dense | now).items():
-        both = [(of[name]["value"], of[name]["stderr"]) if name in of else None for of in (dense, now)]
-        scores.append(Score(name, one["metric"], one["items"], both[0], both[1], one["chance"]))
+        both = [(of[name]["value"], of[name].get("stderr")) if name in of else None for of in (dense, now)]
+        scores.append(Score(name, one["metric"], one["items"], both[0], both[1], one.get("chance")))
     if not scores:
         return None
     given = shots(one["shots"] for one in (dense | now).values())

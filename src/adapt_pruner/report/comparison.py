@@ -8,6 +8,7 @@ from typing import Any
 
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Lines, Series
+from adapt_pruner.report.events import is_number
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
 from adapt_pruner.report.words import shown
@@ -118,8 +119,12 @@ def _label(text: str) -> str:
 
 def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
     found = row["texts"].get(text) if row["texts"] else None
-    value = found.get("perplexity") if found else None
-    return float(value) if isinstance(value, int | float) else None
+    return _finite(found.get("perplexity")) if found else None
+
+
+def _finite(value: object) -> float | None:
+    """A number; None for what is none, infinity among it."""
+    return float(value) if is_number(value) else None
 
 
 def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool) -> set[tuple[str, Any]]:
@@ -138,12 +143,12 @@ def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool
 
 def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, front: set[tuple[str, Any]]) -> Series:
     known = sorted((float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None)
-    spans = [(row["texts"][text]["low"], row["texts"][text]["high"]) for *_, row in known]
-    spread = any(low is not None and high is not None and low != high for low, high in spans) and all(
-        None not in span for span in spans
+    lows, highs = (
+        [value for *_, row in known if (value := _finite(row["texts"][text][key])) is not None] for key in ("low", "high")
     )
+    spread = lows != highs and len(lows) == len(highs) == len(known)
     return Series(
-        method, [(x, y) for x, y, _ in known], [low for low, _ in spans] if spread else [], [high for _, high in spans] if spread else [],
+        method, [(x, y) for x, y, _ in known], lows if spread else [], highs if spread else [],
         dots=True, labels=[method if method == "dense" or (method, row["size"]) in front else "" for *_, row in known],
     )  # fmt: skip
 
@@ -164,9 +169,12 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
         for size in sizes:
             row = cells.get((method, size))
             value = _perplexity(row, text) if row else None
-            ratio = row["texts"][text]["ratio"] if row and value is not None else None
+            ratio = _finite(row["texts"][text]["ratio"]) if row and value is not None else None
             star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
-            line.append(f"{star}{shown(value, 'perplexity')}" + (f" ({ratio:.2f}×)" if isinstance(ratio, int | float) else ""))
+            infinite = value is None and row and text in row["texts"]
+            line.append(
+                "∞" if infinite else f"{star}{shown(value, 'perplexity')}" + (f" ({ratio:.2f}×)" if ratio is not None else "")
+            )
         lines.append(line)
     dense = _perplexity(result["rows"][0], text)
     caption = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from adapt_pruner.report.events import is_number
 from adapt_pruner.report.record import Record
 from adapt_pruner.report.words import shots
 
@@ -134,7 +135,7 @@ def sizes_of(event: Mapping[str, Any], left: Sequence[int] | None) -> tuple[dict
     wide = {}
     for name, size in (event.get("sizes") or {}).items():
         parts = name.split(".")
-        if len(parts) == 3 and parts[1].isdigit():
+        if len(parts) == 3 and parts[1].isdecimal():
             layer = int(parts[1])
             if left is None or layer < len(left):
                 layers.setdefault(layer if left is None else left[layer], {})[parts[2]] = size
@@ -159,18 +160,21 @@ def after(
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Slope of the least-squares line through points (x, y), and its standard error; (0, inf) below 3 points."""
+    """Slope of the least-squares line through points (x, y), and its standard error; (0, inf) below 3 points or with all x alike."""
     if len(points) < 3:
         return 0.0, math.inf
     xs, ys = zip(*points, strict=True)
+    middle = statistics.fmean(xs)
+    spread = sum((x - middle) ** 2 for x in xs)
+    if min(xs) == max(xs) or not spread:
+        return 0.0, math.inf
     slope, base = statistics.linear_regression(xs, ys)
-    spread = sum((x - statistics.fmean(xs)) ** 2 for x in xs)
     rest = sum((y - base - slope * x) ** 2 for x, y in points)
-    return slope, math.sqrt(rest / (len(points) - 2) / spread) if spread else math.inf
+    return slope, math.sqrt(rest / (len(points) - 2) / spread)
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if is_number(value) else None
 
 
 def _steps(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -322,7 +326,9 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
         spent = record.state.get("spent")
         found = {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
         if found:
-            notes.append(f"the bill is that of {record.checkpoint.name}, the newest checkpoint")
+            notes.append(
+                f"the seconds of the bill are those of {record.checkpoint.name}, the newest checkpoint, its tokens those of the log"
+            )
     return {phase: seconds for phase, seconds in found.items() if seconds > 0}
 
 

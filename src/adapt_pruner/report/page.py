@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.errors import RunError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report import charts
 from adapt_pruner.report.advice import Advice, advice
 from adapt_pruner.report.figures import PHASES, Figures, Row, figures_of
@@ -15,8 +15,9 @@ from adapt_pruner.report.record import Record, read_record
 from adapt_pruner.report.svg import drawn, escaped, table
 from adapt_pruner.report.words import compact, duration, shown
 
-__all__ = ["framed", "page", "pictures", "try_report", "write_page", "write_report"]
+__all__ = ["check_page", "framed", "page", "pictures", "try_report", "write_page", "write_report"]
 
+_DOCTYPE = b"<!doctype html"
 _STATUS = {"finished": "finished", "running": "still running", "stopped": "stopped before its end"}
 
 
@@ -45,6 +46,32 @@ def try_report(run_dir: Path) -> str | None:
     except Exception as error:
         return f"there is no report, since it failed: {first_line(error)}; `adapt-pruner report {run_dir}` tries again"
     return None
+
+
+def check_page(path: Path, folder: Path) -> None:
+    """Refuse to write a page over what is none, or under another ending into the folder that it is about.
+
+    Raises:
+        UsageError: that would happen.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name the page, for example -o {path / 'report.html'}")
+    if path.exists() and not _is_page(path):
+        raise UsageError(f"{path} exists and is not an HTML page, and would be lost; name another file, such as report.html")
+    if path.suffix.lower() not in (".html", ".htm") and path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{path} lies in the folder that it is about and does not end in .html; name another file, such as report.html"
+        )
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False  # a device or a pipe
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_DOCTYPE)).lower() == _DOCTYPE
+    except OSError:
+        return False
 
 
 def write_page(path: Path, text: str) -> Path:
@@ -202,7 +229,8 @@ def _why(record: Record) -> str:
 def _recovery(figures: Figures) -> str:
     if figures.steps:
         return "What training gave back. One learning-rate curve runs over all stages."
-    return "Nothing was trained; this is what the cuts left." if figures.evaluations else ""
+    yet = "" if figures.status == "finished" else " yet"
+    return f"Nothing was trained{yet}; this is what the cuts left." if figures.evaluations else ""
 
 
 def _bill(figures: Figures) -> str:
@@ -215,15 +243,12 @@ def _bill(figures: Figures) -> str:
     keys = "".join(
         f'<span class="name"><i class="key phase{order.index(phase)}"></i>{PHASES[phase]}</span>' for phase, _ in parts
     )
-    rows = [
-        [
-            PHASES[phase],
-            duration(seconds),
-            f"{seconds / total:.1%}",
-            compact(figures.tokens[phase]) if phase in figures.tokens else "–",
-        ]
-        for phase, seconds in parts
-    ]
+    rows = []
+    for phase in order:
+        seconds, tokens = figures.seconds.get(phase), figures.tokens.get(phase)
+        if seconds or tokens:  # what was done after the newest checkpoint has tokens alone
+            time_and_share = [duration(seconds), f"{seconds / total:.1%}"] if seconds else ["–", "–"]
+            rows.append([PHASES[phase], *time_and_share, compact(tokens) if tokens else "–"])
     rows.append(["together", duration(total), "100.0%", compact(sum(figures.tokens.values())) if figures.tokens else "–"])
     memory = f" At its peak it held {figures.peak_bytes / 2**30:.2f} GiB." if figures.peak_bytes else ""
     return (

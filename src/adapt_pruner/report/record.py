@@ -10,11 +10,17 @@ from typing import Any, Literal
 
 import yaml
 
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, first_line
+from adapt_pruner.report.events import event_of, is_count, is_number
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 
 Status = Literal["finished", "running", "stopped"]
+
+# Of a recipe, what the page reads as a number or as a section, and the numbers in sections.
+_NUMBERS = ("step", "amplitude")
+_SECTIONS = ("calibration", "training", "evaluation")
+_COUNTS = ("samples", "length", "tokens")
 
 
 @dataclass(frozen=True)
@@ -68,18 +74,24 @@ def read_record(run_dir: str | Path) -> Record:
     path = Path(run_dir)
     check_is_run(path)
     trouble: list[str] = []
+    prepares = _prepares(path)
     text, recipe = _recipe(path / "recipe.yaml", trouble)
     first = text.partition("\n")[0]
     finished = (path / "model").is_dir()
     place = path / "model" if finished else _newest_checkpoint(path / "checkpoints")
     pruning = {} if place is None else _json(place / "pruning.json", trouble)
+    events = _events(path / "log.jsonl", trouble)
+    if prepares and not recipe and not events:
+        trouble = [
+            "the run is preparing: it loads the model and reads its text, and has written neither recipe.yaml nor log.jsonl yet"
+        ]
     return Record(
         path=path,
         status="finished" if finished else "running" if is_worked_in(path) else "stopped",
         recipe=recipe,
         recipe_text=text,
         made_by=str(pruning.get("made_by") or (first[2:] if first.startswith("# ") else "")),
-        events=_events(path / "log.jsonl", trouble),
+        events=events,
         pruning=pruning,
         state={} if place is None or finished else _json(place / "state.json", trouble),
         mask={} if place is None else _mask(_json(place / "mask.json", trouble)),
@@ -90,16 +102,12 @@ def read_record(run_dir: str | Path) -> Record:
 
 
 def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The events in lines of a log, and the numbers, from 1, of lines that are none."""
+    """The events in lines of a log, and the numbers, from 1, of lines that are none (see `events`)."""
     events, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
+        if (event := event_of(line)) is not None:
             events.append(event)
         else:
             bad.append(number)
@@ -107,12 +115,12 @@ def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def check_is_run(path: Path) -> None:
-    """Refuse what is not the folder of a run, and say what was probably meant.
+    """Refuse what is not the folder of a run, and say what was probably meant; one that prepares has nothing yet but its lock.
 
     Raises:
         UsageError: it is not.
     """
-    if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file():
+    if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file() or _prepares(path):
         return
     if not path.exists():
         raise UsageError(f"{path} does not exist; name the folder that `adapt-pruner run` wrote, such as runs/demo")
@@ -125,6 +133,12 @@ def check_is_run(path: Path) -> None:
     raise UsageError(f"{path} is not the folder of a run: it holds neither recipe.yaml nor log.jsonl{hint}")
 
 
+def _prepares(path: Path) -> bool:
+    """Whether a run works here that has written nothing yet; a comparison, which locks its folder too, has `cells`."""
+    written = (path / name for name in ("recipe.yaml", "log.jsonl", "cells"))
+    return not any(place.exists() for place in written) and is_worked_in(path)
+
+
 def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -132,13 +146,38 @@ def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError:
         trouble.append("recipe.yaml is not there, so what the run was asked to do is not known")
         return "", {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        trouble.append(f"recipe.yaml cannot be read ({str(error).splitlines()[0]})")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        trouble.append(f"recipe.yaml cannot be read ({first_line(error)})")
         return "", {}
     if not isinstance(data, dict):
         trouble.append("recipe.yaml holds no keys")
         return text, {}
-    return text, data
+    wrong = [key for key in data if not _makes_sense(key, data[key])]
+    if wrong:
+        trouble.append(f"recipe.yaml has no sensible {', '.join(wrong)}, which was left out")
+    return text, {key: value for key, value in data.items() if key not in wrong}
+
+
+def _makes_sense(key: str, value: Any) -> bool:
+    """Whether the value of a recipe's key has a form that the page can read."""
+    if value is None:
+        return True
+    if key in _NUMBERS:
+        return is_number(value)
+    if key == "axes":
+        return isinstance(value, list)
+    if key in _SECTIONS:
+        return (
+            isinstance(value, dict)
+            and _is_source(value.get("source"))
+            and all(is_count(value.get(name) or 0) for name in _COUNTS)
+        )
+    return True
+
+
+def _is_source(value: object) -> bool:
+    """A text, several with their weights, or none."""
+    return all(map(is_number, value.values())) if isinstance(value, dict) else value is None or isinstance(value, str)
 
 
 def _events(path: Path, trouble: list[str]) -> list[dict[str, Any]]:
@@ -174,7 +213,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 def _json(path: Path, trouble: list[str]) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         trouble.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})")
         return {}
     return data if isinstance(data, dict) else {}
