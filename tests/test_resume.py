@@ -833,6 +833,13 @@ def test_what_cannot_be_begun_leaves_nothing(case: str, live: Lives, place: Path
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+def test_a_page_of_a_run_that_never_began_goes_with_it(tmp_path: Path) -> None:
+    """`report` may be asked of a run that prepares."""
+    with runs.opened(tmp_path / "run") as folder:
+        (folder.path / "report.html").write_text("<!doctype html>")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_text_that_is_too_short_is_repeated_with_a_warning(whole: tuple[Path, float], live: Lives, place: Path) -> None:
     status, said = live("run", place / "main.yaml", "-o", place / "repeats", point="before an evaluation")
     assert status == -9
