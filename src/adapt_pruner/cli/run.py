@@ -69,7 +69,8 @@ def run(
     )
     if figures.get("perplexities"):
         print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
-    report = f", the report {page}" if _stamp(page) not in (None, before) else ""  # it may have failed, and an old one be there
+    stale = (None,) if outcome is None else (None, before)  # the report may have failed, and that of an earlier stop be there
+    report = f", the report {page}" if _stamp(page) not in stale else ""
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")
 
 
