@@ -10,10 +10,11 @@ figures are those of their released code on the same text and ids. What is measu
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from command import command
 
 MODEL = "smollm2-135m-instruct"
 ALL_LAYERS = ["--set", "chooser=allocate.uniform"]
@@ -43,19 +44,12 @@ def measured(name: str, options: list[str], params: int, *, data: Path, out: Pat
     if not kept.exists():
         shutil.rmtree(model, ignore_errors=True)  # of a line that was stopped
         ids = ["--calibration-ids", str(data / "calibration_c4_64x128.json")]
-        _command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids)
-        said = _command("eval", str(model), "--text", str(_text(data)), "--window", "512", "--max-windows", "40", "--json")
+        command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids)
+        said = command("eval", str(model), "--text", str(_text(data)), "--window", "512", "--max-windows", "40", "--json")
         (model / "model.safetensors").unlink()
         kept.write_text(said)
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
-
-
-def _command(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "adapt_pruner", *words], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
 
 
 def _text(data: Path) -> Path:

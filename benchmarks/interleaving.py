@@ -10,9 +10,9 @@ two cores.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from command import command
 
 WIKITEXT = "../shared/data/wikitext2/test_public.txt"
 NO_TRAINING = ["training.source=null", "training.tokens=0"]
@@ -27,10 +27,6 @@ VARIANTS = {
     "h d, uniform": ["method=uniform"],
     "i e, one-shot": ["stages=1", "training.objective=objectives.distil(temperature=1)"],
 }
-
-
-def command(*words: str) -> str:
-    return subprocess.run([sys.executable, "-m", "adapt_pruner", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def measured(budget: str, seed: int, name: str, *, model: str, out: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@
     python benchmarks/retention.py --table [-o retention]
 
 Prunes SmolLM2-135M-Instruct to 113.3 M, 92 M and 70.8 M parameters with `adapt-pruner prune --method best`, trains each on 200,000 tokens as the
-recipe smollm2-105m does (but on six domains of the folder `--data`, for its own text teaches Python's manual and no more), and measures
+recipe smollm2-105m does (but on the six domains of interleaving.yaml, for its own text teaches Python's manual and no more), and measures
 the dense model and those of each size, before and after, with `adapt-pruner eval`: perplexity on WikiText-2's test text and on held-out
 documents of `corpus/web_owt`, the eight commonsense tasks and MMLU (four letters, no examples), all items of the local files.
 
@@ -14,15 +14,17 @@ different `--only` share the folder and two cores well.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+from command import command
+
 MODEL = "smollm2-135m-instruct"
 SIZES = ["113.3M", "92M", "70.8M"]
 NAMES = ["dense", *(f"{size}-{state}" for state in ("pruned", "recovered") for size in SIZES)]
-DOMAINS = {"web_c4": 3, "web_owt": 2, "wiki": 2, "books": 1, "stackexchange": 1, "edu_openstax_by": 1}
+MIXTURE = Path(__file__).with_name("interleaving.yaml")
 TEXTS = {"wikitext2": "WikiText-2", "heldout": "held-out web text"}
 MEASURES = ["text", "commonsense", "mmlu"]
 
@@ -42,28 +44,14 @@ class Bench:
         if state == "pruned":
             if not folder.exists():
                 ids = self.data / "calibration_c4_64x128.json"
-                _command(
-                    "prune",
-                    MODEL,
-                    "-o",
-                    folder,
-                    "--params",
-                    size,
-                    "--method",
-                    "best",
-                    "--calibration-ids",
-                    ids,
-                    "--dtype",
-                    "auto",
-                )
+                command("prune", MODEL, "-o", folder, "--params", size, "--method", "best", "--calibration-ids", ids)
             return str(folder)
         if not (folder / "model").exists():
             pruned = self.model(f"{size}-pruned")
-            settings = {"model": pruned, "budget": "100%", "training.source": json.dumps(self._domains("train"))}
-            settings |= {"evaluation.source": json.dumps(self._domains("heldout"))}
-            _command(
-                "run", "smollm2-105m", "-o", folder, *(word for item in settings.items() for word in ("--set", "=".join(item)))
-            )
+            settings = {"model": pruned, "budget": "100%"}
+            settings |= {f"{of}.source": self._texts(of) for of in ("training", "evaluation")}
+            changes = [word for item in settings.items() for word in ("--set", "=".join(item))]
+            command("run", "smollm2-105m", "-o", folder, *changes)
         return str(folder / "model")
 
     def measure(self, name: str, what: str) -> None:
@@ -82,11 +70,13 @@ class Bench:
 
     def _kept(self, name: str, what: str, options: list[Any]) -> None:
         if self.found(name, what) is None:
-            said = _command("eval", self.model(name), *options, "--dtype", "auto", "--json")
+            said = command("eval", self.model(name), *options, "--dtype", "auto", "--json")
             (self.out / f"{name}-{what}.json").write_text(said)
 
-    def _domains(self, part: str) -> dict[str, int]:
-        return {f"{self.data / 'corpus' / name}/*.jsonl.gz#{part}": weight for name, weight in DOMAINS.items()}
+    def _texts(self, of: str) -> str:
+        """The texts of the mixture's `training` or `evaluation`, with their weights."""
+        texts = yaml.safe_load(MIXTURE.read_text(encoding="utf-8"))[of]["source"]
+        return json.dumps({spec.replace("../shared/data", str(self.data)): weight for spec, weight in texts.items()})
 
 
 def table(bench: Bench) -> str:
@@ -100,11 +90,8 @@ def table(bench: Bench) -> str:
         if scores[0] is None:
             continue
         for index, dense in enumerate(scores[0]["tasks"]):
-            title = (
-                f"{dense['task']} ({dense['items']:,})"
-                if dense["chance"] is None
-                else (f"{dense['task']} ({dense['items']:,}; chance {100 * dense['chance']:.0f})")
-            )
+            chance = "" if dense["chance"] is None else f"; chance {100 * dense['chance']:.0f}"
+            title = f"{dense['task']} ({dense['items']:,}{chance})"
             lines.append(_row(title, ["–" if one is None else _accuracy(one["tasks"][index], dense) for one in scores]))
         if len(scores[0]["tasks"]) > 1:
             cells = ["–" if one is None else _accuracy(one["average"], scores[0]["average"]) for one in scores]
@@ -119,13 +106,6 @@ def _row(title: str, cells: list[str]) -> str:
 def _accuracy(score: dict[str, Any], dense: dict[str, Any]) -> str:
     text = f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}"
     return text if score is dense else f"{text} ({100 * score['value'] / dense['value']:.0f} %)"
-
-
-def _command(*words: object) -> str:
-    done = subprocess.run([sys.executable, "-m", "adapt_pruner", *map(str, words)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
 
 
 def main() -> None:

@@ -98,7 +98,9 @@ FEW = 128
 
 def skip_if_slow(how: Setup) -> None:
     if how.narrow and (how.micro_tokens > FEW or how.processes > 1) and not native_bfloat16(torch.device("cpu")):
-        pytest.skip("this processor has no bfloat16: minutes; the same formulas are measured in float32 and, once, in bfloat16")
+        pytest.skip(
+            "this processor has no bfloat16: minutes; the same formulas are measured in float32 and, on few tokens, in bfloat16"
+        )
 
 
 def measured(asked: dict[str, Any], environment: dict[str, str], script: Path, processes: int) -> int:

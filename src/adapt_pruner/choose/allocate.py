@@ -160,9 +160,10 @@ def _advance(
             axis.name: min(_MAX_SPARSITY, max(0.0, debt.sparsity[axis.name] + times * increments[axis.name])) for axis in axes
         }
 
+    late = {axis.name: heads_after if axis.kind in _HEADS else 0.0 for axis in axes}
+
     def due(sparsity: Mapping[str, float]) -> dict[str, float]:
         """The share that is to be gone of each axis: of heads less than of neurons, as long as they are spared."""
-        late = {axis.name: heads_after if axis.kind in _HEADS else 0.0 for axis in axes}
         return {name: max(0.0, (share - late[name]) / (1 - late[name])) for name, share in sparsity.items()}
 
     def sizes_after(times: float) -> dict[str, int]:

@@ -87,6 +87,13 @@ def evaluate(
     scores: list[Sequence[TaskScore]] = []
     held = []
     with screen() as listen:
+
+        def told(task: str, done: int, of: int) -> None:
+            listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
+
+        def warn(message: str) -> None:
+            listen({"event": "warning", "message": message})
+
         wanted = None
         if tasks is not None:
             from adapt_pruner.evaluate.task_sources import find_tasks
@@ -95,7 +102,7 @@ def evaluate(
             listen({"event": "find", "tasks": tasks})
             wanted = find_tasks(tasks, task_dir=task_dir)
             if kept := set_shots(wanted, num_fewshot):
-                listen({"event": "warning", "message": f"{', '.join(kept)}: scored without examples, as lm-eval defines it"})
+                warn(f"{', '.join(kept)}: scored without examples, as lm-eval defines it")
         for name in models:
             listen({"event": "load", "model": name})
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
@@ -110,13 +117,6 @@ def evaluate(
                 row |= measured
                 held.append((loaded.model, ids))
             if wanted is not None:
-
-                def told(task: str, done: int, of: int) -> None:
-                    listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
-
-                def warn(message: str) -> None:
-                    listen({"event": "warning", "message": message})
-
                 scored = evaluate_tasks(
                     loaded.model, loaded.tokenizer, wanted, limit=limit, dtype=dtype, cache=cache_dir, on_task=told, warn=warn
                 )

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["label", "markdown", "perplexity_of", "rows_of", "table"]
+from adapt_pruner.core.plain import perplexity_of
+from adapt_pruner.report.words import shown
+
+__all__ = ["label", "markdown", "rows_of", "table"]
 
 _NOTE = 72  # characters of a reason in the table; compare.md has it in full
 
@@ -64,11 +67,6 @@ def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dens
     }  # fmt: skip
 
 
-def perplexity_of(nll: float) -> float:
-    """exp of a mean loss in nats a token; infinity where that is no float."""
-    return math.exp(nll) if nll < 700 else math.inf
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows as words; a line before each size names it, and a last column says what failed, if anything did."""
     texts = list(rows[0]["texts"])
@@ -111,11 +109,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _perplexity(value: float | None) -> str:
     """A perplexity; one that is no float is null in compare.json."""
-    if value is None or math.isinf(value):
-        return "∞"
-    if value < 100:
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if value < 10**7 else f"{value:.1e}"
+    return shown(math.inf if value is None else value, "perplexity")
 
 
 def _times(ratio: float | None) -> str:

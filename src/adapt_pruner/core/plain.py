@@ -1,10 +1,15 @@
-"""Plain data as strict JSON."""
+"""Plain figures: strict JSON, which has no NaN and no infinity, and the one figure that overflows."""
 
 import json
 import math
 from typing import Any
 
-__all__ = ["to_json"]
+__all__ = ["perplexity_of", "to_json"]
+
+
+def perplexity_of(nll: float) -> float:
+    """exp of a mean loss in nats a token; infinity where that is no float."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def to_json(data: Any, *, indent: int | None = None) -> str:

@@ -12,6 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.calibrate import precision
 from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.plain import perplexity_of
 from adapt_pruner.errors import RunError
 
 __all__ = ["Perplexity", "perplexity"]
@@ -76,9 +77,8 @@ def perplexity(
     nll = float(total) / count
     if math.isnan(nll):
         raise RunError(f"the loss on the text is {nll}; the model's weights are damaged or overflow in {dtype}")
-    value = math.exp(nll) if nll < 700 else math.inf
     bits = float(total) / math.log(2) / num_bytes if num_bytes else None
-    return Perplexity(value, nll, count, len(windows), time.perf_counter() - began, bits)
+    return Perplexity(perplexity_of(nll), nll, count, len(windows), time.perf_counter() - began, bits)
 
 
 def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:

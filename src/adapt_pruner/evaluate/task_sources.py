@@ -89,6 +89,8 @@ def as_lm_eval_does() -> Iterator[None]:
     finally:
         if alone is None:
             del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = alone
         random.setstate(states[0])
         np.random.set_state(states[1])
         logger.setLevel(level)

@@ -298,7 +298,8 @@ def _own_code(task: Any) -> list[Path]:
     """The Python files beside those that a task's functions are from, but for lm-eval's own, which its version stands for."""
     theirs = Path(lm_eval().__file__).parent
     folders = set()
-    for value in vars(task.config).values():
+    metrics = (value for metric in task.config.metric_list or () for value in metric.values())
+    for value in (*vars(task.config).values(), *metrics):
         code = getattr(value, "__code__", None)
         if code is not None and not Path(code.co_filename).is_relative_to(theirs):
             folders.add(Path(code.co_filename).parent)

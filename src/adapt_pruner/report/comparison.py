@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Lines, Series
-from adapt_pruner.report.events import is_number
+from adapt_pruner.report.events import number_of
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
 from adapt_pruner.report.words import shown
@@ -119,12 +119,7 @@ def _label(text: str) -> str:
 
 def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
     found = row["texts"].get(text) if row["texts"] else None
-    return _finite(found.get("perplexity")) if found else None
-
-
-def _finite(value: object) -> float | None:
-    """A number; None for what is none, infinity among it."""
-    return float(value) if is_number(value) else None
+    return number_of(found.get("perplexity")) if found else None
 
 
 def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool) -> set[tuple[str, Any]]:
@@ -144,7 +139,7 @@ def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool
 def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, front: set[tuple[str, Any]]) -> Series:
     known = sorted((float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None)
     lows, highs = (
-        [value for *_, row in known if (value := _finite(row["texts"][text][key])) is not None] for key in ("low", "high")
+        [value for *_, row in known if (value := number_of(row["texts"][text][key])) is not None] for key in ("low", "high")
     )
     spread = lows != highs and len(lows) == len(highs) == len(known)
     return Series(
@@ -169,7 +164,7 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
         for size in sizes:
             row = cells.get((method, size))
             value = _perplexity(row, text) if row else None
-            ratio = _finite(row["texts"][text]["ratio"]) if row and value is not None else None
+            ratio = number_of(row["texts"][text]["ratio"]) if row and value is not None else None
             star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
             infinite = value is None and row and text in row["texts"]
             line.append(

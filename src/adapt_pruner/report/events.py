@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
-__all__ = ["event_of", "is_count", "is_number"]
+__all__ = ["event_of", "is_count", "is_number", "number_of"]
 
 _MOST = 10**15  # of whatever is counted, and of seconds since 1970
 
@@ -16,7 +16,7 @@ def event_of(line: str | bytes) -> dict[str, Any] | None:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not _maybe(is_count)(event.get("time")):
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not _OPTIONAL(event.get("time")):
         return None
     forms = _KINDS.get(event["event"], {})
     return event if all(fits(event.get(key)) for key, fits in forms.items()) else None
@@ -25,6 +25,11 @@ def event_of(line: str | bytes) -> dict[str, Any] | None:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number that a float can hold; NaN, infinity and truth values are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def number_of(value: object) -> float | None:
+    """A number; None for what is none, NaN and infinity among it."""
+    return float(value) if is_number(value) else None
 
 
 def is_count(value: object) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from adapt_pruner.report.events import is_number
+from adapt_pruner.report.events import number_of
 from adapt_pruner.report.record import Record
 from adapt_pruner.report.words import shots
 
@@ -173,15 +173,11 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (len(points) - 2) / spread)
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if is_number(value) else None
-
-
 def _steps(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The steps with a loss; `follows` says whether nothing but training was done since the step before."""
     return [
         {**event, "follows": before.get("event") == "step"} for before, event in zip([{}, *events], events, strict=False)
-        if event["event"] == "step" and _number(event.get("loss")) is not None and event.get("tokens")
+        if event["event"] == "step" and number_of(event.get("loss")) is not None and event.get("tokens")
     ]  # fmt: skip
 
 
@@ -201,7 +197,7 @@ def _cuts(record: Record) -> list[Cut]:
             found.append(
                 Cut(
                     stage=int(event.get("stage") or 1), iteration=int(event.get("iteration") or len(found) + 1), params=int(event["params"]),
-                    target=int(event.get("target") or event["params"]), tokens=tokens, loss=_number(event.get("loss")),
+                    target=int(event.get("target") or event["params"]), tokens=tokens, loss=number_of(event.get("loss")),
                     distances=event.get("distances"), scores=event.get("scores") or {},
                 )
             )  # fmt: skip
@@ -251,8 +247,8 @@ def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most
 
 def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
     figures, starts = record.figures, record.of("start")
-    before = _number(figures.get("params_before")) or (_number(starts[0].get("params")) if starts else None)
-    now = _number(figures.get("params_after")) or (float(cuts[-1].params) if cuts else None)
+    before = number_of(figures.get("params_before")) or (number_of(starts[0].get("params")) if starts else None)
+    now = number_of(figures.get("params_after")) or (float(cuts[-1].params) if cuts else None)
     rows = [Row("parameters", before, now, "params")]
     if figures.get("decoder_params_before"):
         own, after = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
@@ -277,13 +273,13 @@ def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping
         rows.append(
             Row(
                 "perplexity",
-                _number(first.get("perplexity")),
-                _number(last.get("perplexity")),
+                number_of(first.get("perplexity")),
+                number_of(last.get("perplexity")),
                 "perplexity",
                 f"on held-out text{when}",
             )
         )
-        rows.append(Row("bits per byte", _number(first.get("bits_per_byte")), _number(last.get("bits_per_byte")), "bits"))
+        rows.append(Row("bits per byte", number_of(first.get("bits_per_byte")), number_of(last.get("bits_per_byte")), "bits"))
         rows.append(Row("tokens/s, reading", _speed(first), _speed(last), "speed", "seen once, while evaluating"))
     return [row for row in rows if row.before is not None or row.now is not None]
 
@@ -297,15 +293,15 @@ def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
     scores = tasks[0]["scores"]
     given = shots(score["shots"] for score in scores)
     if len(scores) == 1:
-        before, now = (_number(one["scores"][0]["value"]) if one else None for one in (first, last))
+        before, now = (number_of(one["scores"][0]["value"]) if one else None for one in (first, last))
         return [
             Row(scores[0]["task"], before, now, "right" if scores[0]["accuracy"] else "plain", f"{scores[0]['metric']}, {given}")
         ]
     counted = sum(bool(score["accuracy"]) for score in scores)
     row = Row(
         f"average of {counted} tasks",
-        _number(first.get("average")),
-        _number(last.get("average")),
+        number_of(first.get("average")),
+        number_of(last.get("average")),
         "right",
         f"accuracy, {given}",
     )
@@ -313,14 +309,14 @@ def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _speed(evaluation: Mapping[str, Any]) -> float | None:
-    tokens, seconds = _number(evaluation.get("tokens")), _number(evaluation.get("seconds"))
+    tokens, seconds = number_of(evaluation.get("tokens")), number_of(evaluation.get("seconds"))
     return tokens / seconds if tokens and seconds else None
 
 
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     figures = record.figures
     found = {
-        phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if _number(figures.get(f"seconds_{phase}")) is not None
+        phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if number_of(figures.get(f"seconds_{phase}")) is not None
     }
     if not found and record.checkpoint is not None:
         spent = record.state.get("spent")
@@ -343,7 +339,7 @@ def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[s
 
 def _wall(events: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds from the first event to the last; of a run that was stopped, without pauses of more than ten minutes before it went on."""
-    times = [(event["time"], event["event"]) for event in events if _number(event.get("time"))]
+    times = [(event["time"], event["event"]) for event in events if number_of(event.get("time"))]
     pauses = sum(
         later - earlier
         for (earlier, _), (later, kind) in pairwise(times)
