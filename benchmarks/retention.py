@@ -1,19 +1,21 @@
 """What a model still knows after pruning, and after recovery: the retention table of docs/results.md.
 
-    python benchmarks/retention.py [--only dense,113.3M-pruned] [--measure text,commonsense,mmlu] [-o retention]
-    python benchmarks/retention.py --table [-o retention]
+    python benchmarks/retention.py [--only dense,113.3M-pruned] [--measure text,arc_easy,mmlu] [-o FOLDER]
+    python benchmarks/retention.py --table [-o FOLDER]
 
 Prunes SmolLM2-135M-Instruct to 113.3 M, 92 M and 70.8 M parameters with `adapt-pruner prune --method best`, trains each on 200,000 tokens as the
 recipe smollm2-105m does (but on the six domains of interleaving.yaml, for its own text teaches Python's manual and no more), and measures
 the dense model and those of each size, before and after, with `adapt-pruner eval`: perplexity on WikiText-2's test text and on held-out
 documents of `corpus/web_owt`, the eight commonsense tasks and MMLU (four letters, no examples), all items of the local files.
 
-Every step is kept in the folder of `-o` and is not done again; scores are kept task by task. Two processes with OMP_NUM_THREADS=1 and
-different `--only` share the folder and two cores well.
+Every step is kept in the folder of `-o`, models as folders, figures as one JSON file a model and measure, and is not done again. The
+default, `benchmarks/retention`, comes with the figures of docs/results.md, so that a call measures what is still missing there; another folder
+measures all. Two processes with OMP_NUM_THREADS=1 and different `--only` share a folder and two cores well.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ MODEL = "smollm2-135m-instruct"
 SIZES = ["113.3M", "92M", "70.8M"]
 NAMES = ["dense", *(f"{size}-{state}" for state in ("pruned", "recovered") for size in SIZES)]
 MIXTURE = Path(__file__).with_name("interleaving.yaml")
-TEXTS = {"wikitext2": "WikiText-2", "heldout": "held-out web text"}
-MEASURES = ["text", "commonsense", "mmlu"]
+TEXTS = {"wikitext2": "perplexity, WikiText-2", "heldout": "perplexity, held-out web text"}
+COMMONSENSE = ["arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande"]
+MEASURES = ["text", *COMMONSENSE, "mmlu"]
 
 
 class Bench:
@@ -56,9 +59,10 @@ class Bench:
 
     def measure(self, name: str, what: str) -> None:
         """Measure a model, and keep what the command said."""
-        tasks = ["--task-dir", self.data / "lm_eval_tasks", "--cache-dir", self.out / "tasks"]
         if what != "text":
-            self._kept(name, what, ["--tasks", what, *tasks])
+            self._kept(
+                name, what, ["--tasks", what, "--task-dir", self.data / "lm_eval_tasks", "--cache-dir", self.out / "tasks"]
+            )
             return
         self._kept(name, "wikitext2", ["--text", self.data / "wikitext2" / "test_public.txt", "--max-windows", 40])
         self._kept(name, "heldout", ["--text", f"{self.data}/corpus/web_owt/*.jsonl.gz#heldout", "--max-windows", 40])
@@ -83,29 +87,53 @@ def table(bench: Bench) -> str:
     """What is there by now, in Markdown: perplexities, accuracies in per cent, and the share of the dense model's that is kept."""
     lines = ["| | " + " | ".join(NAMES) + " |", "|---|" + "---|" * len(NAMES)]
     for what, title in TEXTS.items():
-        texts = [bench.found(name, what) for name in NAMES]
-        lines.append(_row(f"perplexity, {title}", ["–" if text is None else f"{text['perplexity']:.2f}" for text in texts]))
-    for what in MEASURES[1:]:
-        scores = [bench.found(name, what) for name in NAMES]
-        if scores[0] is None:
-            continue
-        for index, dense in enumerate(scores[0]["tasks"]):
-            chance = "" if dense["chance"] is None else f"; chance {100 * dense['chance']:.0f}"
-            title = f"{dense['task']} ({dense['items']:,}{chance})"
-            lines.append(_row(title, ["–" if one is None else _accuracy(one["tasks"][index], dense) for one in scores]))
-        if len(scores[0]["tasks"]) > 1:
-            cells = ["–" if one is None else _accuracy(one["average"], scores[0]["average"]) for one in scores]
-            lines.append(_row("average", cells))
+        lines.append(_row(title, [None if found is None else f"{found['perplexity']:.2f}" for found in _found(bench, what)]))
+    scores = {task: [_score(found) for found in _found(bench, task)] for task in MEASURES[1:]}
+    for task, found in scores.items():
+        lines.append(_row(_title(task, found), [_cell(score, found[0]) for score in found]))
+        if task == COMMONSENSE[-1]:
+            means = [_mean([scores[task][number] for task in COMMONSENSE]) for number in range(len(NAMES))]
+            lines.append(_row("average of the eight", [_cell(mean, means[0]) for mean in means]))
     return "\n".join(lines)
 
 
-def _row(title: str, cells: list[str]) -> str:
-    return f"| {title} | " + " | ".join(cells) + " |"
+def _found(bench: Bench, what: str) -> list[dict[str, Any] | None]:
+    return [bench.found(name, what) for name in NAMES]
 
 
-def _accuracy(score: dict[str, Any], dense: dict[str, Any]) -> str:
+def _score(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The score of the one task that was asked for."""
+    score: dict[str, Any] | None = None if found is None else found["tasks"][0]
+    return score
+
+
+def _mean(scores: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """As `eval` averages: the mean, and the root of the summed squared errors through the number of tasks."""
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        return None
+    error = math.sqrt(sum(score["stderr"] ** 2 for score in known))
+    return {"value": sum(score["value"] for score in known) / len(known), "stderr": error / len(known)}
+
+
+def _title(task: str, scores: list[dict[str, Any] | None]) -> str:
+    """The task, its metric, its items and what guessing gets."""
+    score = next((score for score in scores if score is not None), None)
+    if score is None:
+        return task
+    chance = "" if score["chance"] is None else f"; guessing {100 * score['chance']:.0f}"
+    return f"{task}, {score['metric']} ({score['items']:,} items{chance})"
+
+
+def _cell(score: dict[str, Any] | None, dense: dict[str, Any] | None) -> str | None:
+    if score is None:
+        return None
     text = f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}"
-    return text if score is dense else f"{text} ({100 * score['value'] / dense['value']:.0f} %)"
+    return text if score is dense or dense is None else f"{text} ({100 * score['value'] / dense['value']:.0f} %)"
+
+
+def _row(title: str, cells: list[str | None]) -> str:
+    return f"| {title} | " + " | ".join(cell or "–" for cell in cells) + " |"
 
 
 def main() -> None:
@@ -114,15 +142,18 @@ def main() -> None:
     parser.add_argument("--measure", default=",".join(MEASURES), help="with commas (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("-o", "--output", type=Path, default=Path("retention"))
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "retention")
     asked = parser.parse_args()
+    only, measure = asked.only.split(","), asked.measure.split(",")
+    if unknown := sorted({*only, *measure} - {*NAMES, *MEASURES}):
+        parser.error(f"{', '.join(unknown)} is not known; models are {', '.join(NAMES)}, measures {', '.join(MEASURES)}")
     bench = Bench(asked.data, asked.output)
     if not asked.table:
         if not asked.data.exists():
             sys.exit(f"{asked.data} is not there; name the folder of texts and tasks with --data")
         asked.output.mkdir(parents=True, exist_ok=True)
-        for what in asked.measure.split(","):
-            for name in asked.only.split(","):
+        for what in measure:
+            for name in only:
                 bench.measure(name, what)
     print(table(bench))
 
