@@ -39,12 +39,12 @@ def measured(budget: str, seed: int, name: str, *, model: str, out: Path) -> dic
         run = json.loads(command("run", "benchmarks/interleaving.yaml", "-o", str(folder), "--json", *words))
         where = ["--text", WIKITEXT, "--window", "512", "--max-windows", "100", "--dtype", "auto", "--json"]
         wikitext = json.loads(command("eval", str(folder / "model"), *where))
-        figures = {
+        kept = {
             "params": run["params_after"], "corpus": run["perplexities"][-1], "dense_corpus": run["perplexities"][0],
             "wikitext2": wikitext["perplexity"],
             "tokens": run["trained_tokens"], "seconds": run["seconds"], "seconds_train": run["seconds_train"],
         }  # fmt: skip
-        told.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        told.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     figures: dict[str, float] = json.loads(told.read_text(encoding="utf-8"))
     return figures
 

@@ -72,7 +72,7 @@ def trainer(folder: str, steps: int, options: dict[str, Any]) -> dict[str, Any]:
     model, _, ids = data(steps, folder)
     losses, times = [], []
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
                 losses.append(logs["loss"])
@@ -80,7 +80,7 @@ def trainer(folder: str, steps: int, options: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             times.append(time.perf_counter())
 
-    class InOrder(Trainer):
+    class InOrder(Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *_: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
@@ -115,7 +115,8 @@ def main() -> None:
     asked = parser.parse_args()
     options: dict[str, Any] = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile}
     if asked.child:
-        child(*asked.child, asked.steps, options | ({"teacher": asked.model} if asked.child[0] == "distil" else {}))
+        name, folder = asked.child
+        child(name, folder, asked.steps, options | ({"teacher": asked.model} if name == "distil" else {}))
         return
     with tempfile.TemporaryDirectory() as work:
         folder = str(Path(work) / "pruned")
