@@ -93,13 +93,26 @@ def test_requests_that_are_cut_off_are_counted(folder: Path, tmp_path: Path) -> 
         evaluate_tasks(tiny_model(vocab_size=VOCAB, max_position_embeddings=5), byte_tokenizer(), wanted, cache=tmp_path)
 
 
-def test_windows_longer_than_the_model_reads_are_said(ask: Any, tmp_path: Path, text_file: Path) -> None:
-    tiny_model(vocab_size=VOCAB, max_position_embeddings=64).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    for window, warned in ((64, False), (65, True)):
-        status, _, err = ask("eval", tmp_path, "--text", text_file, "--window", window, "--max-windows", 2)
-        assert status == 0
-        assert ("longer than the 64" in err) == warned
+@pytest.mark.parametrize(("length", "warned"), [(64, False), (65, True)])
+def test_sequences_longer_than_the_model_reads_are_said(
+    ask: Any, tmp_path: Path, text_file: Path, length: int, warned: bool
+) -> None:
+    model = tmp_path / "model"
+    tiny_model(vocab_size=VOCAB, max_position_embeddings=64).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    text = ("--text", text_file, "--window", length, "--max-windows", 2)
+    calibration = ("--calibration", text_file, "--calibration-length", length, "--calibration-samples", 2)
+    calls = {
+        "--window": ("eval", model, *text),
+        "calibration.length": ("prune", model, "-o", tmp_path / "small", "--params", "95%", *calibration),
+    }
+    for setting, words in calls.items():
+        status, _, err = ask(*words)
+        assert status == 0, err
+        assert (f"{setting} of 65 tokens is longer than the 64 that the model reads; give 64 or less" in err) == warned
+    status, _, err = ask("compare", model, "--methods", "random", "--params", "95%", *text, "-o", tmp_path / "compared")
+    assert status == 0, err
+    assert ("--window of 65 tokens is longer" in err) == warned
 
 
 def test_more_examples_than_there_are(folder: Path, tmp_path: Path) -> None:

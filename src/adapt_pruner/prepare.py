@@ -24,7 +24,7 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_windows
+from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_windows, too_long
 from adapt_pruner.data.overlap import overlaps
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
@@ -167,7 +167,7 @@ def prepare(
         "vocabulary": None if recipe.vocabulary is None else recipe.vocabulary.source,
     }
     if world.is_main() and not begun:
-        for sentence in overlaps(sources):
+        for sentence in (*overlaps(sources), *too_long(loaded.model.config, _lengths(loaded.model, recipe))):
             warn(sentence)
     digests = {
         "calibration text": _digest([*calibration(0), *own]),
@@ -188,6 +188,18 @@ def _tasks(recipe: Recipe, listen: Listener) -> list[Wanted]:
     wanted = find_tasks(asked.tasks, task_dir=asked.task_dir)
     set_shots(wanted, None)
     return wanted
+
+
+def _lengths(model: Any, recipe: Recipe) -> dict[str, int]:
+    """How long the sequences are that the recipe asks for, by setting; those of fixed ids are what they are."""
+    lengths = {}
+    if recipe.calibration.ids is None and reads_text(model, recipe):
+        lengths["calibration.length"] = recipe.calibration.length
+    if recipe.training.source is not None:
+        lengths["training.length"] = recipe.training.length
+    if recipe.evaluation.source is not None:
+        lengths["evaluation.window"] = recipe.evaluation.window
+    return lengths
 
 
 def _check_machine(model: Any, recipe: Recipe) -> None:

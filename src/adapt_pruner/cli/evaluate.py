@@ -149,15 +149,13 @@ def _perplexity(
     loaded: Any, text: str, window: int, max_windows: int | None, dtype: str, listen: Any
 ) -> tuple[dict[str, Any], Any]:
     """The figures of a model on a text, and the ids of the first window."""
-    from adapt_pruner.data.feeds import held_out_windows
+    from adapt_pruner.data.feeds import held_out_windows, too_long
     from adapt_pruner.data.tokens import text_bytes
     from adapt_pruner.evaluate.perplexity import perplexity
 
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and window > positions:
-        message = f"windows of {window:,} tokens are longer than the {positions:,} that {loaded.source} reads; --window {positions} measures what it can"
-        listen({"event": "warning", "message": message})
+    for sentence in too_long(loaded.model.config, {"--window": window}):
+        listen({"event": "warning", "message": f"{loaded.source}: {sentence}"})
 
     def told(done: int, of: int) -> None:
         listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})

@@ -35,7 +35,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.provenance import made_by
-from adapt_pruner.data.feeds import held_out_windows
+from adapt_pruner.data.feeds import held_out_windows, too_long
 from adapt_pruner.data.overlap import overlaps, same_kind
 from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids
@@ -131,7 +131,8 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
     }  # fmt: skip
     digests = {spec: _text_digest(spec) for spec in specs}
     warnings = overlaps({"calibration": specs or None, "evaluation": dict.fromkeys(asked.texts, 1.0)})
-    for sentence in (*warnings, same_kind(specs, asked.texts)):
+    long = too_long(loaded.model.config, {"--window": asked.window})
+    for sentence in (*warnings, same_kind(specs, asked.texts), *long):
         if sentence:
             listen({"event": "warning", "message": sentence})
 

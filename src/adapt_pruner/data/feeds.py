@@ -1,6 +1,6 @@
 """From a SPEC of text to the batches a run is fed: calibration by iteration, training by stage, held-out windows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from adapt_pruner.data.sources import SELF, Source, documents, domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_windows"]
+__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_windows", "too_long"]
 
 MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
 
@@ -51,6 +51,14 @@ def calibration_feed(
         return draw
     batches = batches_of(rows, max_tokens=MICRO_TOKENS)
     return lambda iteration: batches
+
+
+def too_long(config: Any, lengths: Mapping[str, int]) -> Iterator[str]:
+    """A sentence for each setting that asks for longer sequences, in tokens, than the model of this config was made to read."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for setting, length in lengths.items():
+        if positions is not None and length > positions:
+            yield f"{setting} of {length:,} tokens is longer than the {positions:,} that the model reads; give {positions} or less"
 
 
 def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
