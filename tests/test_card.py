@@ -184,6 +184,8 @@ def test_a_snippet_that_forgets_the_trust_would_be_seen(
         ["method=wanda-sp", 'calibration.source={"a.jsonl": 3, "it\'s b/": 1}', "axes=[neurons]", "multiple_of=64"],
         ["method=flap", "calibration.ids=ids.json", "repair=null"],
         ["vocabulary={source: a.txt, keep: 100}"],
+        ["budget=''", "latency=0.7x"],
+        ["budget=''", "latency=0.8x", "latency_of=decode", "multiple_of=64"],
     ],
 )
 def test_the_command_makes_the_same_recipe(overrides: list[str], monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:

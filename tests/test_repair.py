@@ -152,8 +152,8 @@ def test_the_ridge_is_chosen_by_what_was_held_out(text: list[Tensor]) -> None:
     mask = half(axes)
     dense = copy.deepcopy(model)
     least_squares(model, axes, mask, text, ridge=None, dtype="float32")
-    held = [ids for number, ids in enumerate(text) if number % 4 == 3]
-    rest = [ids for number, ids in enumerate(text) if number % 4 != 3]
+    held = [ids for number, ids in enumerate(text) if number % 4 == 1]
+    rest = [ids for number, ids in enumerate(text) if number % 4 != 1]
     name, keep = "model.layers.1.mlp.down_proj", mask["layers.1.neurons"]
     weight = dense.get_submodule(name).weight.detach()
     x, unseen, everything = (inputs(dense, name, part) for part in (rest, held, text))
@@ -178,6 +178,25 @@ def test_too_few_tokens_raise_the_ridge_and_say_so() -> None:
     x, keep = inputs(same, "model.layers.0.mlp.down_proj", few), mask["layers.0.neurons"]
     expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, 0.4)
     assert torch.allclose(model.model.layers[0].mlp.down_proj.weight[:, keep].double(), expected, atol=1e-3)
+
+
+def test_two_batches_are_enough_to_choose_a_ridge_on() -> None:
+    """The second is held out, so that noise is not fitted: the ridge is not the smallest one."""
+    model, same = tiny_model(), tiny_model()
+    axes = families.axes(model)
+    mask = half(axes)
+    batches = [torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    least_squares(model, axes, mask, batches, ridge=None, dtype="float32")
+    name, keep = "model.layers.0.mlp.down_proj", mask["layers.0.neurons"]
+    weight, got = same.get_submodule(name).weight.detach(), model.get_submodule(name).weight[:, keep].double()
+    x, unseen, both = (inputs(same, name, part) for part in (batches[:1], batches[1:], batches))
+
+    def error(ridge: float) -> float:
+        return float((unseen[:, keep] @ fitted(weight, x, x, keep, ridge).t() - unseen @ weight.double().t()).square().sum())
+
+    best = min(RIDGES, key=error)
+    assert best > min(RIDGES), "or this test tells nothing"
+    assert torch.allclose(got, fitted(weight, both, both, keep, best), atol=1e-3)
 
 
 @pytest.mark.parametrize("repair", [least_squares, mean_bias])

@@ -422,12 +422,12 @@ def test_interrupted_at_random_moments(
             if last is not None and "saved " in said:  # a life may end before it has come so far
                 assert f"going on from {last} (stage " in said
             found = re.findall(
-                r"^the last complete checkpoint is (\S+); the same command goes on from there$", said, re.MULTILINE
+                r"^the last complete checkpoint is (\S+); the same command with -o \S+ goes on from there$", said, re.MULTILINE
             )
             last = found[0] if found else None
             there = next(iter(newest_first(run)), None) if (run / "checkpoints").exists() else None
             assert last == (None if there is None else str(run / "checkpoints" / there)), said
-            assert (last is None) == ("no checkpoint was complete yet; the same command begins anew" in said)
+            assert (last is None) == (f"no checkpoint was complete yet; the same command with -o {run} begins anew" in said)
             assert not list(run.rglob("*.partial-*"))
         assert last is None or f"going on from {last} (stage " in said
         assert_same(run, reference)
@@ -448,7 +448,9 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
     assert process.returncode == 1, said
     assert out == ""
     assert "interrupted" in one_sentence(said)
-    (last,) = re.findall(r"^the last complete checkpoint is (\S+); the same command goes on from there$", said, re.MULTILINE)
+    (last,) = re.findall(
+        r"^the last complete checkpoint is (\S+); the same command with -o \S+ goes on from there$", said, re.MULTILINE
+    )
     assert Path(last) == tmp_path / "run" / "checkpoints" / newest_first(tmp_path / "run")[0]
     done = subprocess.run(command, capture_output=True, check=False, **how)
     assert done.returncode == 0, done.stderr
@@ -845,6 +847,8 @@ def test_a_text_that_is_too_short_is_repeated_with_a_warning(whole: tuple[Path, 
     assert status == -9
     (warning,) = [line for line in said.splitlines() if "is repeated" in line and "foxes" in line]
     assert re.fullmatch(r"warning: .* has ([\d,]+) tokens in rows of 64 and 4,000 are asked for, .* read \d\.\d times", warning)
+    logged = [event["message"] for event in log_of(place / "repeats") if event["event"] == "warning"]
+    assert warning.removeprefix("warning: ") in logged, "the log and the report have what was said before the run began"
 
 
 def test_a_folder_of_something_else(live: Lives, place: Path, tmp_path: Path) -> None:

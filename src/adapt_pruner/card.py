@@ -192,7 +192,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         f"| base model | {named}, {dense:,} parameters |",
         f"| method | `{recipe['method']}`: {row.get('about', 'a row of parts that this version does not have')} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
-        f"| budget | {recipe['budget']}, that is at most {figures['budget']:,} parameters |",
+        f"| budget | {_asked(recipe)}, that is at most {figures['budget']:,} parameters |",
         f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of the base model's |",
         *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
         f"| weights | {config.get('dtype') or config.get('torch_dtype')} |",
@@ -333,13 +333,14 @@ def _command(recipe: Mapping[str, Any]) -> str | None:
     """The `prune` command that makes the same model; None where it trains, or the recipe is not one of this version."""
     try:
         asked = read(dict(recipe))
-        common = {"method": asked.method, "model": asked.model, "budget": asked.budget, "seed": asked.seed}
+        common = {key: getattr(asked, key) for key in ("method", "model", "budget", "latency", "latency_of", "seed")}
         changed = differing(read(common), asked)
     except UsageError:
         return None
     if asked.training.tokens or asked.stages > 1 or asked.evaluation.source is not None:
         return None
-    words = ["adapt-pruner", "prune", asked.model, "-o", "small", "--params", asked.budget, "--method", asked.method]
+    target = ["--params", asked.budget] if asked.budget else ["--latency", asked.latency, "--latency-of", asked.latency_of]
+    words = ["adapt-pruner", "prune", asked.model, "-o", "small", *target, "--method", asked.method]
     words += ["--seed", str(asked.seed)] if asked.seed else []
     for key in changed:
         value = asked.model_dump(mode="json")
@@ -350,6 +351,14 @@ def _command(recipe: Mapping[str, Any]) -> str | None:
         else:
             words += ["--set", f"{key}={json.dumps(value)}"]
     return shlex.join(words)
+
+
+def _asked(recipe: Mapping[str, Any]) -> str:
+    """How small the model was to be, in the words of the recipe."""
+    if recipe["budget"]:
+        return str(recipe["budget"])
+    work = {"prefill": "reading a prompt", "decode": "writing"}[recipe["latency_of"]]
+    return f"{recipe['latency']} the base model's time of {work} on the machine it was made on"
 
 
 def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:

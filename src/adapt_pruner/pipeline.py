@@ -248,7 +248,7 @@ def run(
             where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
             if not isinstance(error, RunError):
                 then = "goes on from there" if newest else "begins anew"
-                listen({"event": "interrupted", "message": f"{where}; the same command {then}"})
+                listen({"event": "interrupted", "message": f"{where}; the same command with -o {folder.path} {then}"})
                 raise
             raise RunError(f"{error}; {where}") from error
 

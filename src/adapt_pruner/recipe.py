@@ -34,7 +34,7 @@ __all__ = [
     "read",
 ]
 
-_OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about")
+_OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers: a distance says what they are worth, and `depth.…` how many go."""
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")

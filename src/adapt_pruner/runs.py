@@ -45,6 +45,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.result = path / "model"
         self._begun = False
+        self._early: list[str] = []  # lines of the log that wait for the run to begin
 
     @property
     def is_new(self) -> bool:
@@ -87,15 +88,18 @@ class RunFolder:
         return keys
 
     def log(self, event: dict[str, Any]) -> None:
-        """Add an event to log.jsonl; none before the run has begun or goes on, when it may still be refused.
+        """Add an event to log.jsonl. Until the run begins or goes on it may still be refused: warnings wait for that, other events are left out.
 
         Raises:
             RunError: it could not be written.
         """
+        line = to_json({"time": time.time()} | event) + "\n"
         if not self._begun:
+            self._early += [line] if event["event"] == "warning" else []
             return
         try:
-            self._append(to_json({"time": time.time()} | event) + "\n")
+            self._append("".join([*self._early, line]))
+            self._early = []
         except OSError as error:
             raise RunError(f"{self.path / 'log.jsonl'} could not be written: {why(error)}") from error
 

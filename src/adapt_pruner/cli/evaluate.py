@@ -124,6 +124,7 @@ def evaluate(
                 row["tasks"], mean = [asdict(score) for score in scored], average(scored)
                 row["average"] = None if mean is None else {"value": mean[0], "stderr": mean[1]}
             rows.append(row)
+            del loaded  # before the next one is loaded
     if held:
         from adapt_pruner.evaluate.speed import forward_speed
 

@@ -22,7 +22,7 @@ __all__ = ["RIDGES", "least_squares", "mean_bias"]
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What a ridge is chosen from."""
 
-_HELD_OUT = 4  # one batch in so many, where the ridge is chosen
+_HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def least_squares(
         raise UsageError(
             "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
         )
-    mine = world.share(batches)
+    mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model, axes)
     entering = streams(model, layers, mine, dtype=dtype)
     pruned = streams(model, layers, mine, dtype=dtype) if sequential else entering
@@ -82,7 +82,7 @@ def least_squares(
         kept = _kept(axes, mask, layer=index)
         fits = {name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None) for name, keep in kept.items()}
         whole: list[dict[str, Tensor]] = []
-        for number, stream in enumerate(entering):
+        for number, stream in zip(numbers, entering, strict=True):
             with _watching(model, kept) as seen:
                 left = stream.through(layer, index)
             if sequential:
@@ -95,10 +95,10 @@ def least_squares(
             inside = Mask({axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask})
             for name, fit in fits.items():
                 with gated(model, axes, inside):
-                    for number, stream in enumerate(pruned):
+                    for number, stream, before in zip(numbers, pruned, whole, strict=True):
                         with _watching(model, [name]) as seen:
                             stream.through(layer, index)
-                        fit.add(whole[number][name], seen[name], number)
+                        fit.add(before[name], seen[name], number)
                 short = max(short, fit.apply(ridge, tokens=float(tokens)))
             with gated(model, axes, inside):
                 for stream in pruned:
@@ -131,7 +131,7 @@ class _Fit:
 
     def add(self, whole: Tensor, pruned: Tensor, number: int) -> None:
         """Look at the input of batch `number` to the layer, before and after pruning: both [tokens, features]."""
-        square, cross = self.parts[self.hold_out and number % _HELD_OUT == _HELD_OUT - 1]
+        square, cross = self.parts[self.hold_out and number % _HELD_OUT == 1]
         stays = pruned[:, self.keep]
         square.addmm_(stays.t(), stays)
         cross.addmm_(whole.t(), stays)
