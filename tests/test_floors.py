@@ -1,6 +1,7 @@
 """The house stands: imports run downwards only, nothing heavy loads before it is needed, names and parts are in order."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,20 @@ def test_every_recipe_that_comes_along_is_valid(name: str) -> None:
     found = recipe.read(name)
     assert found.about
     assert recipe.read(name, overrides=["seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize("room", [room for room in FLOORS if (ROOT / room).is_dir()])
+def test_a_folder_says_on_which_floor_it_is(room: str) -> None:
+    said = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert said.startswith(f"Floor {FLOORS[room]}: ")
+
+
+def test_the_design_names_every_room_on_its_floor() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (`[^|]*) \|", text, re.MULTILINE)
+    named = {
+        room.removesuffix("/").removesuffix(".py"): int(floor)
+        for floor, rooms in rows
+        for room in re.findall(r"`([^`]*)`", rooms)
+    }
+    assert named == {room: floor for room, floor in FLOORS.items() if room != "errors"}

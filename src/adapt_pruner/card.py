@@ -1,7 +1,7 @@
-"""The README.md of a checkpoint: what the hub calls a model card, made of the folder's own JSON and of nothing else.
+"""The README.md of a checkpoint: what the hub calls a model card, made of the folder's own JSON and the rows of methods.
 
-`card` is a function of config.json and pruning.json, so that the same folder gives the same text wherever and whenever it is
-made. It states what the run recorded; what was not measured is not there.
+`card` is a function of config.json and pruning.json, so that the same folder gives the same text, with one version
+of this package, wherever and whenever it is made. It states what the run recorded; what was not measured is not there.
 """
 
 import json

@@ -4,8 +4,9 @@ recipe.yaml              the resolved recipe, with the versions of what ran it
 log.jsonl                one JSON object an event
 checkpoints/stage-K/     after stage K; stage-K-pruned after its cuts, stage-K-step-N within its training; the newest few
 checkpoints/*.damaged/   what could not be gone on from; log.damaged.jsonl is the log where nothing could
-calibration_self.json    the text that the model wrote, where it is calibrated on that
+calibration_self.json    the text that the model wrote, where it is calibrated on that; repair_self.json what a repair reads beside it
 model/                   the result; a folder that has it is finished
+trackers/                of trackers that write files
 report.html              what it came to, as a page (see `report`)
 .lock                    held by the process that works here
 """

@@ -4,8 +4,8 @@ config.json             the dense config with sizes as they are; `per_layer_conf
 model*.safetensors      weights
 tokenizer*, …           the tokenizer
 generation_config.json  where the dense model has one
-modeling_pruned.py      only where layers differ: what stock transformers needs to build them (`auto_map`)
-modeling_sliced.py      with it, where the model is sliced
+modeling_pruned.py      where layers differ or a repair gave biases: what stock transformers needs to build them (`auto_map`)
+modeling_sliced.py      where the model is sliced, with the other
 mask.json               which units of the dense model stayed
 pruning.json            how the model was made
 README.md               of a result, the model card (see `card`)

@@ -1,1 +1,1 @@
-"""Floor 3: which units stay under a budget; from Scores to a Mask."""
+"""Floor 3: how many units each axis keeps under a budget; from Scores to sizes."""

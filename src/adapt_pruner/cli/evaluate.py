@@ -30,7 +30,9 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each item; each task's own by default.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task at most; all by default.", min=1)] = None,
     task_dir: Annotated[Path | None, typer.Option(help="Folder of lm-eval YAML files: own tasks, or other data.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where scores on tasks are kept.", show_default="~/.cache")] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where scores on tasks are kept.", show_default="~/.cache/adapt-pruner/tasks")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="A model to compare with: what share of its accuracies the others keep.")
     ] = None,

@@ -12,7 +12,9 @@ __all__ = ["report"]
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, in any state, or of a comparison.")],
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="The page. [default: report.html in the folder]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page. [default: report.html in the folder, or compare.html]")
+    ] = None,
     png: Annotated[bool, typer.Option("--png", help="The pictures as PNG files too, in PAGE-png/; needs matplotlib.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -10,8 +10,8 @@ has tied embeddings only. So
     Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
 
 Quantised matrices lie in blocks of 32 numbers a row (256 for k-quants), and a `ffn_down` whose rows are not whole blocks would
-stay in F16; so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. `deci` forgets the attention of a
-layer that has no MLP at all; there is none, since of every axis a unit stays. `deci` and `llama` turn queries and keys by pairs of
+stay in F16; so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. A model with a
+layer that lacks its attention or MLP is refused: `deci` forgets the attention of such a layer. `deci` and `llama` turn queries and keys by pairs of
 neighbours where Hugging Face pairs the halves of a head, so their rows change places.
 """
 

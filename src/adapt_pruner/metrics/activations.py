@@ -25,7 +25,7 @@ def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, S
     ‖X_j‖₂ = √( Σ_nt x_ntj² ), over all calibration tokens.
 
     Returns:
-        axis name -> float32 [units] on the CPU, non-negative.
+        axis name -> float32 [axis.entries] on the CPU, non-negative.
 
     Source: Wanda, arXiv:2306.11695, in the structured form that FLAP (arXiv:2312.11983) compares with. Differs: the released
     code divides the squares by N, which ranks nothing. It measures each layer behind layers already pruned, as this does where the
@@ -63,7 +63,7 @@ def fluctuation(
             features is taken, as the authors do for thresholds across layers. Scores are then comparable between axes.
 
     Returns:
-        axis name -> float32 [units] on the CPU; non-negative unless standardised.
+        axis name -> float32 [axis.entries] on the CPU; non-negative unless standardised.
 
     Raises:
         UsageError: another form; fewer than two sequences; `authors_mean` with WIFN, which has no mean, or in several processes,
@@ -106,7 +106,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     score[u] = √( Σ_{j ∈ u} Σ_n ( mean_t |x_ntj| )² )
 
     Returns:
-        axis name -> float32 [units] on the CPU, non-negative.
+        axis name -> float32 [axis.entries] on the CPU, non-negative.
 
     Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it for neurons and heads.
     """

@@ -43,7 +43,7 @@ def kfac(model: nn.Module, axes: Sequence[Axis], *, ridge: float = 0.3) -> Gener
         ridge: λ, in mean diagonals of A.
 
     Returns:
-        axis name -> float32 [units] on the CPU, non-negative, in nats per token: comparable between axes.
+        axis name -> float32 [axis.entries] on the CPU, non-negative, in nats per token: comparable between axes.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993) over whole columns with K-FAC (Martens & Grosse 2015), as LLM Surgeon
     (arXiv:2312.17244) has it. Differs: a greedy order instead of a threshold on single costs, G from the true next token, a ridge on A in
