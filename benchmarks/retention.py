@@ -74,7 +74,11 @@ class Bench:
 
     def _kept(self, name: str, what: str, options: list[Any]) -> None:
         if self.found(name, what) is None:
-            said = command("eval", self.model(name), *options, "--dtype", "auto", "--json")
+            model = self.model(name)
+            said = command("eval", model, *options, "--dtype", "auto", "--json")
+            said = said.replace(json.dumps(model), json.dumps(name)).replace(
+                str(self.data), "../shared/data"
+            )  # wherever they lie
             (self.out / f"{name}-{what}.json").write_text(said)
 
     def _texts(self, of: str) -> str:
