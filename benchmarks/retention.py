@@ -76,9 +76,8 @@ class Bench:
         if self.found(name, what) is None:
             model = self.model(name)
             said = command("eval", model, *options, "--dtype", "auto", "--json")
-            said = said.replace(json.dumps(model), json.dumps(name)).replace(
-                str(self.data), "../shared/data"
-            )  # wherever they lie
+            for here, told in ((json.dumps(model), json.dumps(name)), (str(self.data.absolute()), "../shared/data")):
+                said = said.replace(here, told)  # what is kept names no folder of this machine
             (self.out / f"{name}-{what}.json").write_text(said)
 
     def _texts(self, of: str) -> str:
