@@ -29,9 +29,8 @@ from adapt_pruner.recipe import Calibration
 
 def plain_pass(model: Any, batches: list[torch.Tensor]) -> float:
     """Seconds of one forward and backward over `batches`, gradients accumulated, as anybody would write it."""
-    model.get_input_embeddings().weight.requires_grad_(
-        False
-    )  # nobody scores it, so the plain pass need not pay for its gradient either
+    embedding = model.get_input_embeddings().weight
+    embedding.requires_grad_(False)  # nobody scores it, so the plain pass need not pay for its gradient either
     began = time.perf_counter()
     for ids in batches:
         with precision(ids.device, "auto"):

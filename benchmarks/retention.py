@@ -15,21 +15,25 @@ measures all. Two processes with OMP_NUM_THREADS=1 and different `--only` share 
 
 import argparse
 import json
-import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from command import command
 
+from adapt_pruner.evaluate.task_sources import SUITES
+from adapt_pruner.evaluate.tasks import TaskScore, average
+
 MODEL = "smollm2-135m-instruct"
 SIZES = ["113.3M", "92M", "70.8M"]
 NAMES = ["dense", *(f"{size}-{state}" for state in ("pruned", "recovered") for size in SIZES)]
 MIXTURE = Path(__file__).with_name("interleaving.yaml")
 TEXTS = {"wikitext2": "perplexity, WikiText-2", "heldout": "perplexity, held-out web text"}
-COMMONSENSE = ["arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande"]
-MEASURES = ["text", *COMMONSENSE, "mmlu"]
+COMMONSENSE = SUITES["commonsense"]
+TASKS = [*COMMONSENSE, "mmlu"]
+MEASURES = ["text", *TASKS]
 
 
 class Bench:
@@ -60,9 +64,8 @@ class Bench:
     def measure(self, name: str, what: str) -> None:
         """Measure a model, and keep what the command said."""
         if what != "text":
-            self._kept(
-                name, what, ["--tasks", what, "--task-dir", self.data / "lm_eval_tasks", "--cache-dir", self.out / "tasks"]
-            )
+            where = ["--task-dir", self.data / "lm_eval_tasks", "--cache-dir", self.out / "tasks"]
+            self._kept(name, what, ["--tasks", what, *where])
             return
         self._kept(name, "wikitext2", ["--text", self.data / "wikitext2" / "test_public.txt", "--max-windows", 40])
         self._kept(name, "heldout", ["--text", f"{self.data}/corpus/web_owt/*.jsonl.gz#heldout", "--max-windows", 40])
@@ -91,12 +94,16 @@ def table(bench: Bench) -> str:
     lines = ["| | " + " | ".join(NAMES) + " |", "|---|" + "---|" * len(NAMES)]
     for what, title in TEXTS.items():
         lines.append(_row(title, [None if found is None else f"{found['perplexity']:.2f}" for found in _found(bench, what)]))
-    scores = {task: [_score(found) for found in _found(bench, task)] for task in MEASURES[1:]}
-    for task, found in scores.items():
-        lines.append(_row(_title(task, found), [_cell(score, found[0]) for score in found]))
+    scores = {
+        task: [None if found is None else TaskScore(**found["tasks"][0]) for found in _found(bench, task)] for task in TASKS
+    }
+    for task, those in scores.items():
+        lines.append(
+            _row(_title(task, those), _cells([None if score is None else (score.value, score.stderr) for score in those]))
+        )
         if task == COMMONSENSE[-1]:
-            means = [_mean([scores[task][number] for task in COMMONSENSE]) for number in range(len(NAMES))]
-            lines.append(_row("average of the eight", [_cell(mean, means[0]) for mean in means]))
+            by_model = zip(*(scores[one] for one in COMMONSENSE), strict=True)
+            lines.append(_row("average of the eight", _cells([_mean(its) for its in by_model])))
     return "\n".join(lines)
 
 
@@ -104,35 +111,33 @@ def _found(bench: Bench, what: str) -> list[dict[str, Any] | None]:
     return [bench.found(name, what) for name in NAMES]
 
 
-def _score(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The score of the one task that was asked for."""
-    score: dict[str, Any] | None = None if found is None else found["tasks"][0]
-    return score
-
-
-def _mean(scores: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """As `eval` averages: the mean, and the root of the summed squared errors through the number of tasks."""
+def _mean(scores: Sequence[TaskScore | None]) -> tuple[float, float | None] | None:
+    """Of a model's scores; None where one is missing."""
     known = [score for score in scores if score is not None]
-    if len(known) < len(scores):
-        return None
-    error = math.sqrt(sum(score["stderr"] ** 2 for score in known))
-    return {"value": sum(score["value"] for score in known) / len(known), "stderr": error / len(known)}
+    return average(known) if len(known) == len(scores) else None
 
 
-def _title(task: str, scores: list[dict[str, Any] | None]) -> str:
+def _title(task: str, scores: Sequence[TaskScore | None]) -> str:
     """The task, its metric, its items and what guessing gets."""
     score = next((score for score in scores if score is not None), None)
     if score is None:
         return task
-    chance = "" if score["chance"] is None else f"; guessing {100 * score['chance']:.0f}"
-    return f"{task}, {score['metric']} ({score['items']:,} items{chance})"
+    chance = "" if score.chance is None else f"; guessing {100 * score.chance:.0f}"
+    return f"{task}, {score.metric} ({score.items:,} items{chance})"
 
 
-def _cell(score: dict[str, Any] | None, dense: dict[str, Any] | None) -> str | None:
-    if score is None:
-        return None
-    text = f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}"
-    return text if score is dense or dense is None else f"{text} ({100 * score['value'] / dense['value']:.0f} %)"
+def _cells(figures: Sequence[tuple[float, float | None] | None]) -> list[str | None]:
+    """Value ± error of each model, the dense one first, and the share of its value."""
+    dense, *_ = figures
+    cells: list[str | None] = []
+    for figure in figures:
+        if figure is None:
+            cells.append(None)
+            continue
+        error = "" if figure[1] is None else f" ± {100 * figure[1]:.1f}"
+        share = "" if dense is None or figure is dense else f" ({100 * figure[0] / dense[0]:.0f} %)"
+        cells.append(f"{100 * figure[0]:.1f}{error}{share}")
+    return cells
 
 
 def _row(title: str, cells: list[str | None]) -> str:

@@ -1,5 +1,7 @@
 """Tables in docs/results.md whose figures lie in the repository say what the figures say."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def table_of(figures: Path) -> list[str]:
+    command = [sys.executable, "benchmarks/retention.py", "--table", "-o", str(figures)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+
+
 def test_the_retention_table_is_that_of_its_figures() -> None:
-    command = [sys.executable, "benchmarks/retention.py", "--table"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    printed = table_of(ROOT / "benchmarks" / "retention")
     rows = [line for line in printed if "%" in line or "perplexity" in line]
     assert len(rows) >= 9, printed
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
@@ -21,3 +27,23 @@ def test_the_figures_name_no_folder_of_the_machine_they_were_made_on() -> None:
         text = path.read_text(encoding="utf-8")
         assert '": "/' not in text, path
         assert str(Path.home()) not in text, path
+
+
+def test_the_average_of_a_model_is_there_once_all_its_scores_are(tmp_path: Path) -> None:
+    figures = Path(shutil.copytree(ROOT / "benchmarks" / "retention", tmp_path / "retention"))
+    found = json.loads((figures / "dense-piqa.json").read_text(encoding="utf-8"))
+    for name, value in (("dense", 0.5), ("92M-recovered", 0.25)):
+        found["tasks"][0] |= {"task": "hellaswag", "value": value, "stderr": 0.01}
+        (figures / f"{name}-hellaswag.json").write_text(json.dumps(found), encoding="utf-8")
+    for path in figures.glob("113.3M-pruned-hellaswag.json"):
+        path.unlink()
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in table_of(figures)}
+    columns = [rows[task] for task in rows if "acc" in task and "mmlu" not in task]
+    assert len(columns) == 8
+    values = [[float(cells[number].split(" ")[0]) for cells in columns] for number in (0, 5)]
+    dense, recovered = (sum(those) / 8 for those in values)
+    said = rows["average of the eight"]
+    assert abs(float(said[0].split(" ± ")[0]) - dense) < 0.1
+    assert abs(float(said[5].split(" ± ")[0]) - recovered) < 0.1
+    assert said[5].endswith(f"({100 * recovered / dense:.0f} %)")
+    assert said[1] == "–"

@@ -96,7 +96,8 @@ class RunFolder:
         """
         line = to_json({"time": time.time()} | event) + "\n"
         if not self._begun:
-            self._early += [line] if event["event"] == "warning" else []
+            if event["event"] == "warning":
+                self._early.append(line)
             return
         try:
             self._append("".join([*self._early, line]))

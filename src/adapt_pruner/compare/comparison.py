@@ -131,8 +131,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
     }  # fmt: skip
     digests = {spec: _text_digest(spec) for spec in specs}
     warnings = overlaps({"calibration": specs or None, "evaluation": dict.fromkeys(asked.texts, 1.0)})
-    long = too_long(loaded.model.config, {"--window": asked.window})
-    for sentence in (*warnings, same_kind(specs, asked.texts), *long):
+    for sentence in (*warnings, same_kind(specs, asked.texts), *too_long(loaded.model.config, {"--window": asked.window})):
         if sentence:
             listen({"event": "warning", "message": sentence})
 
