@@ -15,18 +15,21 @@ import pytest
 import torch
 
 from adapt_pruner import pipeline, recipe
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.cli.bars import Bars
 from adapt_pruner.compare.table import table
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, page, png
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
 from adapt_pruner.report.figures import figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from adapt_pruner.report.words import compact, duration, shown, tick
-from conftest import read_json
+from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
 
@@ -157,6 +160,73 @@ def test_layers_that_went_keep_their_numbers(tiny_folder: Path, text_file: Path,
         assert (picture.panels[0].left[layer] > 0) == (layer in left)
 
 
+@pytest.mark.parametrize(
+    ("axes", "budget"),
+    [(["attentions", "mlps"], "75%"), (["attentions", "neurons"], "70%")],
+    ids=["blocks", "attentions and neurons"],
+)
+def test_what_goes_with_a_whole_block_is_gone(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, axes: list[str], budget: str
+) -> None:
+    asked = small_recipe(
+        tiny_folder, text_file, chooser="depth.drop_layers", axes=axes, metric="weights.magnitude", budget=budget, training={},
+        distance="blocks.block_influence", head_metric=None,
+    )  # fmt: skip
+    pipeline.run(asked, tmp_path / "run")
+    loaded = load(str(tmp_path / "run" / "model"))
+    left = {layer["layer"]: layer for layer in anatomy(loaded.model)["layers"]}
+    record = read_record(tmp_path / "run")
+    figures = figures_of(record)
+    assert {layer: sizes["neurons"] for layer, sizes in figures.states[-1].layers.items()} == {
+        layer: sizes["neurons"] for layer, sizes in left.items()
+    }
+    assert [sizes["kv_heads"] == 0 for sizes in figures.states[-1].layers.values()] == [
+        not own["kv_heads"] for own in left.values()
+    ]
+    assert not all(own["kv_heads"] and own["neurons"] for own in left.values()), "a block went"
+    bars = Bars()
+    for event in record.events:
+        bars.hear(event)
+    shown_neurons = sum(own["neurons"] for own in left.values()) / 120
+    assert f"{shown_neurons:.0%}" in bars.lines(200)[0].partition("KV heads")[0]
+    if any(not own["kv_heads"] for own in left.values()):
+        assert "Attention is untouched" not in page.page(record)
+
+    # a second run begins with a model whose first layer may lack a block
+    asked = small_recipe(tmp_path / "run" / "model", text_file, budget="90%", training={}, axes=["neurons"], stages=1)
+    pipeline.run(asked, tmp_path / "again")
+    again = figures_of(read_record(tmp_path / "again"))
+    assert "neurons" in again.kinds
+    assert again.begun == "at the start"
+    assert ">dense" not in page.page(read_record(tmp_path / "again")), "what the second run began with is not dense"
+
+
+def test_importance_is_drawn_at_the_layers_there_were(text_file: Path, tmp_path: Path) -> None:
+    """Several layers go in a stage, one a cut; each row of the picture has the layers that were left before its cut."""
+    tiny_model(vocab_size=VOCAB, num_hidden_layers=8).save_pretrained(tmp_path / "deep")
+    byte_tokenizer().save_pretrained(tmp_path / "deep")
+    asked = small_recipe(tmp_path / "deep", text_file, method="shortgpt", budget="40%", stages=2, training={}, step=0.05)
+    pipeline.run(asked, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    picture = charts.importance(figures_of(record))
+    assert picture is not None
+    before = [list(range(8)), *(cut["layers_left"] for cut in record.of("cut")[:-1])]
+    assert len(before) > 2
+    assert any(layers != list(range(len(layers))) for layers in before), "not the first ones alone"
+    for values, layers in zip(picture.values, before, strict=True):
+        assert [int(picture.columns[i]) for i, value in enumerate(values) if value is not None] == layers
+
+
+def test_the_bill_counts_the_calibration_text_that_was_read(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps({"input_ids": [[5] * 20] * 3}))
+    asked = small_recipe(tiny_folder, text_file, calibration={"ids": str(tmp_path / "ids.json")}, training={}, stages=1)
+    pipeline.run(asked, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert figures_of(record).tokens["score"] == record.figures["calibration_tokens"] == 60 * len(record.of("cut"))
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert figures_of(read_record(tmp_path / "run")).tokens["score"] == 60 * len(record.of("cut")), "from the log alone"
+
+
 def test_a_run_that_was_killed_shows_what_there_is(stopped: Path) -> None:
     text = page.page(read_record(stopped))
     seen = _Seen(text)
@@ -246,6 +316,7 @@ def test_lines_that_are_no_events_are_left_out_and_counted(copied: Path) -> None
         '{"event": "tasks", "stage": 2, "scores": [{"task": "arc", "metric": "acc", "value": 0.4, "items": 9, "shots": 0}]}',
         '{"event": "cut", "stage": 2, "iteration": 26, "params": "many"}',
         '{"event": "cut", "params": 35000, "sizes": ["a"]}',
+        '{"event": "cut", "params": 35000, "sizes": {"layers.0.neurons": 32.5}}',
         '{"event": "start", "params": {}}',
         '{"event": "step", "stage": [], "tokens": 10, "loss": 1.0}',
         '{"event": "evaluation", "stage": 1, "tokens": "all"}',
@@ -563,6 +634,22 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     named = {series.name: [label for label in series.labels if label] for series in size.series}
     assert named == {"dense": ["dense"], "good": ["good", "good"], "bad": []}, "the small good one is smaller and better than bad"
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
+
+
+def test_two_sizes_of_a_method_may_give_one_model() -> None:
+    """As where whole layers go: both budgets leave as many."""
+    result = comparison_result()
+    result["rows"].append(result["rows"][1] | {"size": 81})
+    size, _ = comparison_pictures(result)
+    assert next(series for series in size.series if series.name == "good").points == [(60.0, 20.0), (80.0, 12.0), (80.0, 12.0)]
+
+
+def test_a_size_above_what_there_was_is_drawn_as_all_of_it(copied: Path) -> None:
+    with (copied / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "cut", "stage": 2, "params": 35000, "sizes": {"layers.0.kv_heads": 10**12}}) + "\n")
+    picture = charts.anatomy(figures_of(read_record(copied)))
+    assert picture is not None
+    assert max(picture.panels[1].left) == max(picture.panels[1].total)
 
 
 def test_a_perplexity_beyond_numbers_is_infinite(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.forecast import dry_run
 from adapt_pruner.pipeline import prune, run
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.report import charts
+from adapt_pruner.report.figures import figures_of
+from adapt_pruner.report.page import page
+from adapt_pruner.report.record import read_record
 from adapt_pruner.stage import Trainer
 from conftest import read_json, tiny_model
 from test_pipeline import Heard
@@ -201,3 +206,23 @@ def test_what_does_not_fit_is_refused(folder: Path, text_file: Path, tmp_path: P
     with pytest.raises(UsageError, match=said):
         prune(recipe_of(folder, text_file, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_does_not_call_a_model_dense_that_has_lost_tokens(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = recipe_of(folder, text_file, evaluation={"source": str(text_file), "window": 64, "max_windows": 4})
+    run(asked, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    figures = figures_of(record)
+    rows = {row.name: row for row in figures.rows}
+    assert (rows["parameters"].begun, rows["in decoder layers"].begun) == ("dense", "dense")
+    assert (rows["perplexity"].begun, rows["bits per byte"].begun, figures.begun) == ("at the start",) * 3
+    assert "at the start" in page(record)
+    line = charts.perplexities(figures)
+    assert line is not None
+    assert line.series[0].labels[-1] == "at the start"
+
+    # of a run that was stopped, from its newest checkpoint: tokens are no part of the layers
+    known = dict(record.figures)
+    assert known.pop("decoder_params_after") == rows["in decoder layers"].now
+    stopped = replace(record, pruning={**record.pruning, "figures": known})
+    assert {row.name: row for row in figures_of(stopped).rows}["in decoder layers"].now == rows["in decoder layers"].now

@@ -94,6 +94,46 @@ def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple
     assert "left" in bar
 
 
+def time_left(events: list[dict[str, Any]]) -> str:
+    """What the bar says is left after these events."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    shown = Screen(console, Progress("{task.fields[left]}", console=console))
+    for event in events:
+        shown(event)
+    with console.capture() as captured:
+        console.print(shown.render())
+    return captured.get().splitlines()[-1].strip().replace("\u00a0", " ")
+
+
+def start(time: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "event": "start", "time": time, "method": "m", "stages": 1, "params": 1000, "now": 1000, "target": 500, "dense": True,
+        "calibration_tokens": 1000, "training_tokens": 0, "trained_tokens": 0, "processes": 1, "parallel": "ddp",
+    } | changes  # fmt: skip
+
+
+def pruned(time: float, params: int) -> dict[str, Any]:
+    return {"event": "cut", "time": time, "stage": 1, "iteration": 1, "params": params, "target": 500, "loss": None, "sizes": {}}
+
+
+def test_an_estimate_is_made_of_the_work_that_is_estimated() -> None:
+    assert time_left([start(5000.0), pruned(5100.0, 750)]) == "1 min 40 s left"
+    tasks = {"event": "progress", "time": 8600.0, "phase": "task", "task": "arc", "done": 9, "of": 9}
+    first = {"event": "evaluation", "time": 8700.0, "stage": 0, "params": 1000, "perplexity": 9.0}
+    assert time_left([start(5000.0), tasks, first, pruned(8800.0, 750)]) == "1 min 40 s left", (
+        "measuring the dense model is no part"
+    )
+    assert time_left([start(5000.0), pruned(5100.0, 500), tasks | {"time": 5200.0}]) == "", "nothing is left but to score"
+
+
+def test_an_estimate_of_a_run_that_goes_on_is_of_what_is_left_of_it() -> None:
+    """Half is pruned already; a tenth of the rest takes 10 seconds."""
+    before = [start(5000.0), pruned(5100.0, 750)]
+    resumed = start(6000.0, now=750, calibration_tokens=500)
+    assert time_left([*before, resumed, pruned(6010.0, 725)]) == "1 min 30 s left"
+    assert time_left([resumed, pruned(6010.0, 725)]) == "1 min 30 s left"
+
+
 def test_watching_a_finished_run_says_so(heard: tuple[Path, list[dict[str, Any]]], ask: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in heard[0].rglob("*")}
     status, out, err = ask("watch", heard[0])

@@ -151,7 +151,7 @@ def _prune(
         listen({
             "event": "cut", **note, "sizes": sizes, "distances": scores["layers"].tolist() if "layers" in scores else None,
             "blocks": {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules},
-            "layers_left": at.layers_left, "scores": cut_line(may_shrink, scores, mask),
+            "layers_left": at.layers_left, "scores": cut_line(may_shrink, scores, mask), "read": at.figures["calibration_tokens"],
         })  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Pos
         slice_to(model, width, batches, dtype=recipe.dtype, on_basis=_progress(listen, "score", **where))
     note = {**where, "params": count_parameters(model), "target": stage.params, "loss": float("nan")}
     at.history.append(note)
-    listen({"event": "cut", **note, "sizes": {"width": width}, "distances": None})
+    listen({"event": "cut", **note, "sizes": {"width": width}, "distances": None, "read": at.figures["calibration_tokens"]})
 
 
 def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], recipe: Recipe) -> Scores:
@@ -401,6 +401,7 @@ def _tell_start(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, l
     coming = ready.stages[at.stage - 1 + at.pruned :]
     listen({
         "event": "start", "method": recipe.method, "stages": recipe.stages, "params": ready.budget.total, "target": ready.budget.keep,
+        "now": count_parameters(loaded.model), "dense": loaded.mask is None,
         "calibration_tokens": sum(stage.calibration_tokens for stage in coming),
         "training_tokens": 0 if ready.rows is None else ready.rows.num_tokens(0, len(ready.rows)),
         "trained_tokens": at.progress.tokens, "processes": world.size(), "parallel": recipe.parallel,

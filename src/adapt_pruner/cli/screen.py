@@ -65,15 +65,18 @@ class Screen:
         self._last_line = 0.0
         self._work: dict[str, Any] | None = None
         self._began = 0.0
-        self._pruned = 0.0  # share of the pruning that is done
+        self._pruned = 0.0  # share that is done of the pruning that was left at the start
         self._trained = 0  # tokens
+        self._first = ""  # what the model at the start is called
         self._bars = Bars()
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event of the pipeline, as it happens or, with its `time`, from a log."""
-        self._now = float(event.get("time") or time.time())
+        before, self._now = self._now, float(event.get("time") or time.time())
+        if _is_aside(event):
+            self._began += self._now - before
         self._bars.hear(event)
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
@@ -115,7 +118,7 @@ class Screen:
         total = weight + self._work["training_tokens"] - before
         share = (weight * self._pruned + self._trained - before) / total if total else 1.0
         spent = self._now - self._began
-        left = f"{duration(spent / share - spent)} left" if 0.02 < share <= 1 else ""
+        left = f"{duration(spent / share - spent)} left" if 0.02 < share < 1 and spent > 0 else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=description, left=left)
         return f", {left}" if left else ""
@@ -132,7 +135,8 @@ class Screen:
         )
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self._work, self._began, self._trained = event, self._now, event["trained_tokens"]
+        self._work, self._began, self._trained, self._pruned = event, self._now, event["trained_tokens"], 0.0
+        self._first = self._first or words.begun(event)
         self._figures = {
             "stage": f"{event['stages']} stages" if event["stages"] > 1 else "",
             "params": f"to {millions(event['target'])}",
@@ -167,7 +171,8 @@ class Screen:
     def _on_cut(self, event: dict[str, Any]) -> None:
         if self._work is not None:
             start, target = self._work["params"], self._work["target"]
-            self._pruned = min(1.0, (start - event["params"]) / max(1, start - target))
+            began = self._work.get("now", start)
+            self._pruned = min(1.0, (began - event["params"]) / max(1, began - target))
             self._figures |= {
                 "stage": f"stage {event['stage']} of {self._work['stages']}",
                 "params": f"{millions(event['params'])} of {millions(start)} parameters, to {millions(target)}",
@@ -192,12 +197,16 @@ class Screen:
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         self._figures["perplexity"] = f"perplexity {event['perplexity']:.2f}" if event["perplexity"] is not None else ""
         value = math.inf if event["perplexity"] is None else event["perplexity"]
-        self.say(f"{_whose(event)}: perplexity {value:.2f} on held-out text, {millions(event['params'])} parameters")
+        self.say(f"{self._whose(event)}: perplexity {value:.2f} on held-out text, {millions(event['params'])} parameters")
 
     def _on_tasks(self, event: dict[str, Any]) -> None:
         told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in event["scores"])
         mean = "" if event["average"] is None else f", average {words.score(event['average'], event['stderr'], share=True)}"
-        self.say(f"{_whose(event)}: {told}{mean}")
+        self.say(f"{self._whose(event)}: {told}{mean}")
+
+    def _whose(self, event: dict[str, Any]) -> str:
+        """Which model was measured."""
+        return f"stage {event['stage']}" if event["stage"] else {"dense": "dense model"}.get(self._first, self._first)
 
     def _on_warning(self, event: dict[str, Any]) -> None:
         self.say(f"warning: {event['message']}")
@@ -234,9 +243,10 @@ class Screen:
         self.say(f"  {event['text']}", often=True)
 
 
-def _whose(event: dict[str, Any]) -> str:
-    """Which model was measured."""
-    return f"stage {event['stage']}" if event["stage"] else "dense model"
+def _is_aside(event: dict[str, Any]) -> bool:
+    """Whether the time before it went into what no estimate is made of: the model measured before anything else, and tasks."""
+    kind = event.get("phase") if event["event"] == "progress" else event["event"]
+    return kind in ("task", "tasks") or (kind in ("evaluate", "evaluation") and event.get("stage") == 0)
 
 
 def _cell(event: dict[str, Any]) -> str:

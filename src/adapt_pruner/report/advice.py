@@ -143,7 +143,7 @@ def _no_evaluation(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]
 
 def _better_than_dense(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     before, now = _perplexities(figures)
-    if before and now and now < before:
+    if before and now and now < before and figures.begun == "dense":
         yield Advice(
             f"The small model reads the held-out text better than the dense one ({shown(now, 'perplexity')} against {shown(before, 'perplexity')}). "
             "It has adapted to the kind of text it was trained on; measure it on another kind before you believe it.",

@@ -110,7 +110,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A column a layer, a panel a kind of unit; `groups` name the stages, with the parameters after each."""
+    """A column a layer, a panel a kind of unit; `groups` name the stages, with the parameters after each, `began` the model before them."""
 
     key: str
     title: str
@@ -118,7 +118,7 @@ class Anatomy:
     layers: list[int]
     panels: list[Panel]
     groups: list[tuple[str, int]]
-    began: int
+    began: tuple[str, int]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows, a row a layer."""
@@ -153,35 +153,36 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Score:
-    """A task's accuracy with its standard error, of the dense model and of the model now, None where it is not known; chance is guessing's."""
+    """A task's accuracy with its standard error, before and now, None where it is not known; chance is guessing's."""
 
     task: str
     metric: str
     items: int
-    dense: tuple[float, float | None] | None
+    before: tuple[float, float | None] | None
     now: tuple[float, float | None] | None
     chance: float | None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies by task."""
+    """Accuracies by task; `begun` is what the model before is called."""
 
     key: str
     title: str
     about: str
     scores: list[Score]
+    begun: str
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows, a row a task."""
         rows = []
         for one in self.scores:
-            both = [score(*figure, share=True) if figure else "–" for figure in (one.dense, one.now)]
-            kept = shown(one.now[0] / one.dense[0], "share") if one.dense and one.now and one.dense[0] else "–"
+            both = [score(*figure, share=True) if figure else "–" for figure in (one.before, one.now)]
+            kept = shown(one.now[0] / one.before[0], "share") if one.before and one.now and one.before[0] else "–"
             rows.append(
                 [one.task, one.metric, f"{one.items:,}", *both, kept, "–" if one.chance is None else f"{100 * one.chance:.1f}"]
             )
-        return ["task", "metric", "items", "dense, %", "now, %", "kept", "guessing, %"], rows
+        return ["task", "metric", "items", f"{self.begun}, %", "now, %", "kept", "guessing, %"], rows
 
 
 Chart = Lines | HeatMap | Anatomy | Histogram | Scores
@@ -196,7 +197,13 @@ def anatomy(figures: Figures) -> Anatomy | None:
     panels = []
     for kind in figures.kinds:
         total = [began.layers[layer].get(kind, 0) for layer in layers]
-        course = [total, *([state.layers.get(layer, {}).get(kind, 0) for layer in layers] for state in states)]
+        course = [
+            total,
+            *(
+                [min(most, state.layers.get(layer, {}).get(kind, 0)) for layer, most in zip(layers, total, strict=True)]
+                for state in states
+            ),
+        ]
         gone = [[max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)]
         if any(total):
             panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
@@ -210,7 +217,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
     said += [f"the stream is {size:,} channels wide" for kind, size in states[-1].wide.items() if kind in ("residual", "width")]
     return Anatomy(
         "anatomy", "What was taken out, layer by layer", "; ".join(said)[:1].upper() + "; ".join(said)[1:] + ".", layers, panels,
-        [(state.label, state.params) for state in states], began.params,
+        [(state.label, state.params) for state in states], (began.label, began.params),
     )  # fmt: skip
 
 
@@ -314,11 +321,13 @@ def training(figures: Figures) -> list[Lines]:
 
 
 def perplexities(figures: Figures) -> Lines | None:
-    """Perplexity on held-out text after each stage, the dense model first, over the parameters; None below two."""
+    """Perplexity on held-out text after each stage, the model at the start first, over the parameters; None below two."""
     known = [e for e in figures.evaluations if isinstance(e.get("perplexity"), int | float) and e.get("params")]
     if len(known) < 2:
         return None
-    points = sorted((float(e["params"]), float(e["perplexity"]), f"stage {e['stage']}" if e["stage"] else "dense") for e in known)
+    points = sorted(
+        (float(e["params"]), float(e["perplexity"]), f"stage {e['stage']}" if e["stage"] else figures.begun) for e in known
+    )
     return Lines(
         "perplexity", "Perplexity after each stage", f"On held-out text, after the stage’s {'training' if figures.steps else 'cuts'}; lower is better.",
         [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
@@ -327,8 +336,8 @@ def perplexities(figures: Figures) -> Lines | None:
 
 
 def tasks(figures: Figures) -> Scores | None:
-    """Accuracies of the dense model and of the model at the end; None where no task with one was scored."""
-    dense, now = (
+    """Accuracies at the start and at the end; None where no task with one was scored."""
+    before, now = (
         {
             one["task"]: one
             for event in figures.tasks
@@ -339,13 +348,13 @@ def tasks(figures: Figures) -> Scores | None:
         for later in (False, True)
     )
     scores = []
-    for name, one in (dense | now).items():
-        both = [(of[name]["value"], of[name].get("stderr")) if name in of else None for of in (dense, now)]
+    for name, one in (before | now).items():
+        both = [(of[name]["value"], of[name].get("stderr")) if name in of else None for of in (before, now)]
         scores.append(Score(name, one["metric"], one["items"], both[0], both[1], one.get("chance")))
     if not scores:
         return None
-    given = shots(one["shots"] for one in (dense | now).values())
-    return Scores("tasks", "Tasks", f"Share of right answers, {given}; a mark shows what guessing gives.", scores)
+    given = shots(one["shots"] for one in (before | now).values())
+    return Scores("tasks", "Tasks", f"Share of right answers, {given}; a mark shows what guessing gives.", scores, figures.begun)
 
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
@@ -413,7 +422,11 @@ def _name(cut: Cut) -> str:
 
 
 def _layers_at(figures: Figures, cuts: Sequence[Cut]) -> list[list[int]]:
-    """The layers there were before each cut, by their numbers at the start: as many as it has distances of."""
+    """The layers there were before each cut, by their numbers at the start; where the log does not say, as many as it has distances of."""
     every: list[State] = [*([figures.began] if figures.began else []), *figures.states]
     known = {len(state.layers): sorted(state.layers) for state in every}
-    return [known.get(len(cut.distances or ()), list(range(len(cut.distances or ())))) for cut in cuts]
+    counts = [len(cut.distances or ()) for cut in cuts]
+    return [
+        cut.layers if cut.layers is not None and len(cut.layers) == count else known.get(count, list(range(count)))
+        for cut, count in zip(cuts, counts, strict=True)
+    ]

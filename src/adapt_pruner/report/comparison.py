@@ -137,7 +137,8 @@ def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool
 
 
 def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, front: set[tuple[str, Any]]) -> Series:
-    known = sorted((float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None)
+    found = [(float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None]
+    known = sorted(found, key=lambda one: one[:2])
     lows, highs = (
         [value for *_, row in known if (value := number_of(row["texts"][text][key])) is not None] for key in ("low", "high")
     )

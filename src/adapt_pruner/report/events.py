@@ -37,6 +37,10 @@ def is_count(value: object) -> bool:
     return is_number(value) and 0 <= value < _MOST
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and is_count(value)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -63,16 +67,19 @@ def _with(**forms: Callable[[object], bool]) -> Callable[[object], bool]:
 
 _OPTIONAL = _maybe(is_count)
 _FIGURE = _maybe(is_number)
-_SIZES = _maybe(_dict_of(is_count))
+_SIZES = _maybe(_dict_of(_is_size))
 _LAYERS = _maybe(_list_of(is_count))
 _SCORE = _with(
     task=_is_text, metric=_is_text, value=is_number, stderr=_FIGURE, accuracy=_is_truth, items=is_count, chance=_FIGURE, shots=is_count,
 )  # fmt: skip
 
 _KINDS: dict[str, dict[str, Callable[[object], bool]]] = {
-    "start": {"params": _OPTIONAL, "target": _OPTIONAL, "began": _SIZES, "sizes": _SIZES, "layers_left": _LAYERS},
+    "start": {
+        "params": _OPTIONAL, "now": _OPTIONAL, "target": _OPTIONAL, "dense": _maybe(_is_truth), "began": _SIZES, "sizes": _SIZES,
+        "layers_left": _LAYERS,
+    },
     "cut": {
-        "params": is_count, "stage": _OPTIONAL, "iteration": _OPTIONAL, "target": _OPTIONAL, "loss": _FIGURE, "sizes": _SIZES,
+        "params": is_count, "read": _OPTIONAL, "stage": _OPTIONAL, "iteration": _OPTIONAL, "target": _OPTIONAL, "loss": _FIGURE, "sizes": _SIZES,
         "layers_left": _LAYERS, "distances": _maybe(_list_of(_FIGURE)),
         "scores": _maybe(_dict_of(_with(kept=_LAYERS, removed=_LAYERS))),
     },

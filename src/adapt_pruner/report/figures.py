@@ -3,13 +3,13 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from adapt_pruner.report.events import number_of
 from adapt_pruner.report.record import Record
-from adapt_pruner.report.words import shots
+from adapt_pruner.report.words import begun, shots
 
 __all__ = ["Cut", "Figures", "Row", "State", "after", "figures_of", "fit_slope", "sizes_of"]
 
@@ -17,22 +17,27 @@ PHASES = {
     "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
     "other": "all else",
 }  # fmt: skip
+_INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # what a layer's whole block takes with it
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the headline: what is measured, of the dense model and of the model now; None where it is not known."""
+    """A line of the headline: what is measured, of the model at the start and of the model now; None where it is not known.
+
+    `begun` is what the model at the start is called (see `words.begun`).
+    """
 
     name: str
     before: float | None
     now: float | None
     form: str
     note: str = ""
+    begun: str = "dense"
 
 
 @dataclass(frozen=True)
 class Cut:
-    """An iteration of pruning: `tokens` trained before it, `loss` on the calibration text before its cut."""
+    """An iteration of pruning: `tokens` trained, `loss` on the calibration text and `layers` left, all before its cut; None for all layers."""
 
     stage: int
     iteration: int
@@ -40,6 +45,7 @@ class Cut:
     target: int
     tokens: int
     loss: float | None
+    layers: list[int] | None
     distances: list[float] | None
     scores: dict[str, dict[str, list[int]]]
 
@@ -66,6 +72,7 @@ class Figures:
     method: str
     status: str
     target: int | None
+    begun: str
     rows: list[Row]
     began: State | None
     states: list[State]
@@ -84,9 +91,13 @@ class Figures:
     @property
     def kinds(self) -> list[str]:
         """Kinds of axes inside layers, the most numerous units first; those that nobody asked to shrink are left out, but the usual two."""
-        sizes = next(iter(self.began.layers.values()), {}) if self.began else {}
+        layers = self.began.layers.values() if self.began else ()
+        most = {
+            kind: max(sizes.get(kind, 0) for sizes in layers)
+            for kind in dict.fromkeys(kind for sizes in layers for kind in sizes)
+        }
         return sorted(
-            (kind for kind in sizes if kind in self.asked or kind in ("neurons", "kv_heads")), key=lambda kind: -sizes[kind]
+            (kind for kind in most if kind in self.asked or kind in ("neurons", "kv_heads")), key=lambda kind: -most[kind]
         )
 
 
@@ -105,7 +116,8 @@ def figures_of(record: Record) -> Figures:
         method=str(record.recipe.get("method") or (starts[0].get("method") if starts else "")),
         status=record.status,
         target=target,
-        rows=_headline(record, cuts, evaluations) + _task_rows(tasks),
+        begun=begun(starts[0] if starts else {}),
+        rows=_headline(record, cuts, evaluations, tasks),
         began=began,
         states=states,
         cuts=cuts,
@@ -156,7 +168,11 @@ def after(
     """
     changed = sizes_of(event, left)[0]
     left = event["layers_left"] if event.get("layers_left") is not None else left
-    return {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}, left
+    now = {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}
+    for sizes in now.values():
+        gone = [kind for block, kinds in _INSIDE.items() if sizes.get(block) == 0 for kind in kinds]  # with the whole block
+        sizes.update({kind: 0 for kind in gone if kind in sizes})
+    return now, left
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -190,17 +206,21 @@ def _by_stage(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _cuts(record: Record) -> list[Cut]:
     found: list[Cut] = []
     tokens = 0
+    left: list[int] | None = None
     for event in record.events:
         if event["event"] == "step":
             tokens = int(event.get("tokens") or tokens)
+        elif event["event"] == "start":
+            left = event.get("layers_left")
         elif event["event"] == "cut" and event.get("params"):
             found.append(
                 Cut(
                     stage=int(event.get("stage") or 1), iteration=int(event.get("iteration") or len(found) + 1), params=int(event["params"]),
                     target=int(event.get("target") or event["params"]), tokens=tokens, loss=number_of(event.get("loss")),
-                    distances=event.get("distances"), scores=event.get("scores") or {},
+                    layers=left, distances=event.get("distances"), scores=event.get("scores") or {},
                 )
             )  # fmt: skip
+            left = event["layers_left"] if event.get("layers_left") is not None else left
     return found
 
 
@@ -209,15 +229,16 @@ def _anatomy(record: Record, notes: list[str]) -> tuple[State | None, list[State
     starts, cuts = record.of("start"), [cut for cut in record.of("cut") if cut.get("sizes")]
     params = int(starts[0]["params"]) if starts and starts[0].get("params") else 0
     began = None
+    name = begun(starts[0] if starts else {})
     if starts and starts[0].get("began"):
-        began = State("dense", params, *sizes_of({"sizes": starts[0]["began"]}, None))
+        began = State(name, params, *sizes_of({"sizes": starts[0]["began"]}, None))
     if began is None and record.mask:
-        began = State("dense", params, *sizes_of({"sizes": {name: size for name, (size, _) in record.mask.items()}}, None))
+        began = State(name, params, *sizes_of({"sizes": {name: size for name, (size, _) in record.mask.items()}}, None))
     if (began is None or not began.layers) and cuts:
         first, wide = sizes_of(cuts[0], None)
         kinds = {kind for layer in first.values() for kind in layer}
         most = {kind: max(layer.get(kind, 0) for layer in first.values()) for kind in kinds}
-        began = State("dense", params, {layer: dict(most) for layer in first}, wide)
+        began = State(name, params, {layer: dict(most) for layer in first}, wide)
         if first:
             notes.append(
                 "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
@@ -245,14 +266,28 @@ def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most
     return [State(f"iteration {end + 1}", states[end].params, states[end].layers, states[end].wide) for end in ends]
 
 
-def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
-    figures, starts = record.figures, record.of("start")
+def _headline(
+    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> list[Row]:
+    """Counts of the model that the run was given, and measures of it once tokens that were to go had gone."""
+    starts = record.of("start")
+    given = begun({"dense": starts[0].get("dense")} if starts else {})
+    measured = begun(starts[0] if starts else {})
+    return [
+        *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
+        *(replace(row, begun=measured) for row in [*_measures(cuts, evaluations), *_task_rows(tasks)]),
+    ]
+
+
+def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Mapping[str, Any]]) -> list[Row]:
+    figures = record.figures
     before = number_of(figures.get("params_before")) or (number_of(starts[0].get("params")) if starts else None)
     now = number_of(figures.get("params_after")) or (float(cuts[-1].params) if cuts else None)
     rows = [Row("parameters", before, now, "params")]
     if figures.get("decoder_params_before"):
         own, after = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
-        rows.append(Row("in decoder layers", own, own - (before - now) if after is None and before and now else after, "params"))
+        whole = figures.get("params_after_vocabulary", before)  # tokens lie outside the layers
+        rows.append(Row("in decoder layers", own, own - (whole - now) if after is None and whole and now else after, "params"))
     if record.weight_bytes and now and before:
         rows.append(
             Row(
@@ -260,12 +295,17 @@ def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping
                 record.weight_bytes * before / now,
                 record.weight_bytes,
                 "bytes",
-                "dense: at the same precision",
+                "before: at the same precision",
             )
         )
     elif record.state.get("start", {}).get("weight_bytes") and before and now:
         size = float(record.state["start"]["weight_bytes"])
         rows.append(Row("weights on disk", size, size * now / before, "bytes", "at the same precision"))
+    return [row for row in rows if row.before is not None or row.now is not None]
+
+
+def _measures(cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
+    rows = []
     if evaluations:
         first = evaluations[0] if evaluations[0]["stage"] == 0 else {}
         last = evaluations[-1] if evaluations[-1]["stage"] else {}
@@ -285,7 +325,7 @@ def _headline(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping
 
 
 def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The average over the tasks, or a single task's own figure, of the dense model and of the model at the end."""
+    """The average over the tasks, or a single task's own figure, at the start and at the end."""
     if not tasks:
         return []
     first = tasks[0] if tasks[0]["stage"] == 0 else {}
@@ -331,7 +371,8 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
 def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     asked = record.recipe.get("calibration") or {}
     each = int(asked.get("samples") or 0) * int(asked.get("length") or 0)
-    read = each * sum(cut.loss is not None for cut in cuts)
+    guessed = each * sum(cut.loss is not None for cut in cuts)  # of an older log, which does not say
+    read = max((int(cut["read"]) for cut in record.of("cut") if cut.get("read") is not None), default=guessed)
     trained = max((int(step.get("tokens") or 0) for step in record.of("step")), default=0)
     measured = sum(int(evaluation.get("tokens") or 0) for evaluation in evaluations)
     return {name: count for name, count in (("score", read), ("train", trained), ("evaluate", measured)) if count}

@@ -156,10 +156,10 @@ def _head(figures: Figures) -> str:
         title += f": {shown(before, 'params')} → {shown(now, 'params')} parameters"
     chip = f'<span class="chip {figures.status}">{_STATUS[figures.status]}</span>'
     bars = ""
-    if before and now:
+    if params and before and now:
         bars = '<div class="bars" aria-hidden="true">' + "".join(
             f'<div class="bar{tag}">{name}<div><i style="width:{100 * value / max(before, now):.2f}%"></i></div><span>{shown(value, "params")}</span></div>'
-            for name, value, tag in (("dense", before, ""), ("now", now, " now"))
+            for name, value, tag in ((params.begun, before, ""), ("now", now, " now"))
         ) + "</div>"  # fmt: skip
     return f'<p class="over">{escaped(figures.name)} {chip}</p><h1>{title}</h1><p class="lead">{_lead(figures, before, now)}</p>{bars}'
 
@@ -197,7 +197,7 @@ def _tile(row: Row) -> str:
         change = f' <b class="{tone}">{percent:+.1%}</b>'.replace("-", "−")
     note = f'<dd class="note">{escaped(row.note)}</dd>' if row.note else ""
     now = shown(row.now, row.form) if row.now is not None else "not yet"
-    return f'<div class="tile"><dt>{escaped(row.name)}</dt><dd class="now">{now}</dd><dd class="was">dense {shown(row.before, row.form)}{change}</dd>{note}</div>'
+    return f'<div class="tile"><dt>{escaped(row.name)}</dt><dd class="now">{now}</dd><dd class="was">{row.begun} {shown(row.before, row.form)}{change}</dd>{note}</div>'
 
 
 def _remarks(figures: Figures) -> str:

@@ -160,7 +160,7 @@ def _histogram(figure: Any, chart: Histogram) -> None:
 def _scores(figure: Any, chart: Scores) -> None:
     axes = figure.subplots()
     for name, colour, shift, figures in (
-        ("dense", "#a9b1b9", 0.2, [one.dense for one in chart.scores]),
+        (chart.begun, "#a9b1b9", 0.2, [one.before for one in chart.scores]),
         ("now", _KEPT, -0.2, [one.now for one in chart.scores]),
     ):
         known = [(len(figures) - i + shift, 100 * of[0], 100 * (of[1] or 0)) for i, of in enumerate(figures) if of]

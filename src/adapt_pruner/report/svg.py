@@ -195,7 +195,7 @@ def _anatomy(chart: Anatomy) -> str:
             f'<div class="plot {height}"><p class="y">{escaped(panel.name)}: {sum(panel.left):,} of {sum(panel.total):,} left</p>'
             f'{_labels("ys", "top", ys)}<div class="canvas cells">{_svg(label, _columns(panel, chart))}</div></div>'
         )
-    ends = [("dense", chart.began), *chart.groups]
+    ends = [chart.began, *chart.groups]
     steps = escaped(to_json([f"{name} · {shown(params, 'params')}" for name, params in ends]))
     groups = len(chart.groups)
     tints = "".join(f'<i class="key gone" style="opacity:{_tint(i, groups):.2f}"></i>' for i in range(groups))
@@ -275,11 +275,11 @@ def _histogram(chart: Histogram) -> str:
 
 
 def _scores(chart: Scores) -> str:
-    """A row a task: the dense model's bar above the model's now."""
+    """A row a task: the bar of the model before above that of the model now."""
     rows = []
     for one in chart.scores:
         bars, said, values = [], [], []
-        for number, (name, tag, figure) in enumerate((("dense", "before", one.dense), ("now", "kept", one.now))):
+        for number, (name, tag, figure) in enumerate(((chart.begun, "before", one.before), ("now", "kept", one.now))):
             values.append(score(*figure, share=True) if figure else "–")
             if figure:
                 said.append(f"{one.task}, {name}: {values[-1]} %")
@@ -292,7 +292,7 @@ def _scores(chart: Scores) -> str:
         )
     return (
         f'<div class="rows">{"".join(rows)}</div>'
-        '<p class="legend"><span><i class="key before"></i>dense</span><span><i class="key kept"></i>now</span></p>'
+        f'<p class="legend"><span><i class="key before"></i>{chart.begun}</span><span><i class="key kept"></i>now</span></p>'
     )
 
 
