@@ -91,6 +91,30 @@ def test_it_says_what_the_run_recorded(trained: Path) -> None:
     assert recipe.read(trained.parent / "again.yaml").model_dump(mode="json") == pruning["recipe"]
 
 
+def test_a_text_asked_for_on_the_way_says_nothing_of_the_start(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """A run of two stages is stopped after the first, and goes on with a text to measure on."""
+    values = {
+        "method": "magnitude", "budget": "80%", "stages": 2, "training.source": str(text_file), "training.tokens": 512,
+        "training.batch_tokens": 128, "training.length": 32,
+    }  # fmt: skip
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "saved" and event["path"].endswith("stage-1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=stop)
+    values |= {"evaluation.source": str(text_file), "evaluation.window": 32, "evaluation.max_windows": 4}
+    asked = recipe.read({"model": str(tiny_folder)}, values=values)
+    outcome = pipeline.run(asked, tmp_path / "run", force_recipe=True)
+    assert outcome is not None
+    assert outcome.figures["perplexities"][:-1] == [None, None]
+    text, _ = body_and_data(tmp_path / "run" / "model")
+    (dense,) = [line for line in text.splitlines() if line.startswith("| dense |")]
+    assert dense == f"| dense | {outcome.figures['params_before']:,} | no number | no number |"
+    assert f"| {outcome.figures['params_after']:,} | {outcome.figures['perplexities'][-1]:.2f} |" in text
+
+
 def test_the_same_folder_gives_the_same_card(trained: Path, ask: Any) -> None:
     before = (trained / "README.md").read_text()
     assert card_of(trained) == before

@@ -11,7 +11,7 @@ from adapt_pruner.choose.allocate import Debt, adaptive, layer_importance, unifo
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.budget import Budget, count_parameters, parse_count
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import RunError, UsageError
 from conftest import tiny_model
 
 NEURON, HEAD = 10, 1000
@@ -174,11 +174,11 @@ def test_ranking_is_local_and_ties_keep_the_first() -> None:
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     axes = toy_axes((10,))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         Mask.of_sizes(axes, {"layers.0.neurons": torch.full((10,), math.nan)}, {"layers.0.neurons": 7})
     with pytest.raises(ValueError, match=r"layers\.0\.neurons has 10 units but scores None"):
         Mask.of_sizes(axes, {}, {"layers.0.neurons": 7})
-    with pytest.raises(ValueError, match="block distances are not finite"):
+    with pytest.raises(RunError, match="block distances are not finite"):
         layer_importance(torch.tensor([0.1, math.nan]))
 
 

@@ -288,7 +288,6 @@ def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -
             r"has taken all that it may \(kv_heads, neurons\); the nearest that can be had is 50,784",
         ),
         ("allocate.uniform(first=-1)", "first=-1 of allocate.uniform is not a number of layers"),
-        ("allocate.uniform(last=x)", "last=x of allocate.uniform is not a number of layers"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(written: str, said: str, tiny_folder: Path, tmp_path: Path) -> None:

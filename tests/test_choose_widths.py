@@ -1,5 +1,6 @@
 """Widths that other tools want: multiples, and layers all alike, whatever chooser asks, and never above the budget."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,20 @@ def test_what_cannot_be_is_refused(override: list[str], said: str, wide_folder: 
 def test_a_budget_that_multiples_cannot_reach_names_the_nearest(wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the nearest that can be had is"):
         pruned(wide_folder, tmp_path / "out", text_file, "multiple_of=128", "axes=[neurons]", budget="70%")
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_what_lies_in_a_block_that_goes_pays_for_nothing_else(equal: bool) -> None:
+    """Neurons of an MLP that goes go with it; that they keep their number there is no parameter that is left."""
+    neurons = [axis(layer, "neurons", 40, 3) for layer in range(3)]
+    mlps = [replace(axis(layer, "mlps", 1, 120), modules=("m",)) for layer in range(3)]
+    sizes = {"layers.0.neurons": 40, "layers.1.neurons": 29, "layers.2.neurons": 31} | {
+        f"layers.{i}.mlps": int(i > 0) for i in range(3)
+    }
+    found = fitting(sizes, [*mlps, *neurons], scores={}, multiple_of=4, equal_widths=equal)
+
+    def removed(of: dict[str, int]) -> int:
+        return sum((40 - of[one.name]) * 3 for one in neurons if one.layer)
+
+    assert removed(found) >= removed(sizes)
+    assert {found[one.name] % 4 for one in neurons if one.layer} == {0}

@@ -39,6 +39,7 @@ FLOORS = {
     "bench": 7,
     "latency": 8,
     "stage": 8,
+    "measure": 8,
     "trackers": 8,
     "outcome": 9,
     "pipeline": 10,

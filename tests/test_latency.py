@@ -222,3 +222,31 @@ def test_a_noisy_round_does_not_decide(machine: list[Any], monkeypatch: pytest.M
     table = latency.table_of(model, read({"model": "x", "latency": "0.7x"}))
     for share, time in table["neurons"]:
         assert time == pytest.approx(seconds_at(model, "neurons", share) / seconds(model), rel=0.001)
+
+
+@pytest.mark.parametrize("failure", [MemoryError("no memory for a second model"), KeyboardInterrupt()], ids=["memory", "Ctrl-C"])
+def test_a_result_is_not_lost_with_its_last_figure(
+    failure: BaseException,
+    machine: list[Any],
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model is pruned, and only the time that it reached is yet to be measured."""
+
+    def fail(*others: Any, **settings: Any) -> Any:
+        raise failure
+
+    monkeypatch.setattr(latency, "reach", fail)
+    heard: list[dict[str, Any]] = []
+    recipe = recipe_for(tiny_folder, text_file)
+    if isinstance(failure, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.prune(recipe, tmp_path / "out", listen=heard.append)
+    else:
+        pipeline.prune(recipe, tmp_path / "out", listen=heard.append)
+        (said,) = [event["message"] for event in heard if event["event"] == "warning"]
+        assert said == "the latency that was reached could not be measured: no memory for a second model"
+    assert load(str(tmp_path / "out")).mask is not None
+    assert "reached" not in read_json(tmp_path / "out" / "pruning.json")["figures"]["latency"]

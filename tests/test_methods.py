@@ -1,5 +1,6 @@
 """Every row in methods/, found by being there, prunes to one budget and says where it comes from."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,29 @@ def test_llm_pruner_leaves_the_ends_whole_and_says_so_where_nothing_else_is_left
         assert (sizes[f"layers.{i}.neurons"] < 40) == (4 <= i < 10)
     with pytest.raises(UsageError, match="has taken all that it may .*; the nearest that can be had is 50,784"):
         prune(read(asked | {"model": str(tiny_folder)}), tmp_path / "none")
+
+
+def test_flap_takes_one_cut_with_the_biases_it_adds(deep_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Biases are parameters too: the budget is met with them, in one shot, or refused before any work."""
+    asked = {
+        "model": str(deep_folder), "method": "flap", "dtype": "float32",
+        "calibration": {"source": str(text_file), "samples": 4, "length": 32},
+    }  # fmt: skip
+    outcome = prune(read(asked | {"budget": "85%"}), tmp_path / "out")
+    assert len(outcome.history) == 1
+    biases = sum(parameter.numel() for name, parameter in outcome.loaded.model.named_parameters() if name.endswith("_proj.bias"))
+    assert biases > 0
+    with pytest.raises(UsageError, match="the nearest that can be had is") as refused:
+        prune(read(asked | {"budget": "1%"}), tmp_path / "none")
+    least = int(re.search(r"can be had is ([\d,]+)", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
+    outcome = prune(read(asked | {"budget": str(least)}), tmp_path / "least")
+    assert outcome.figures["params_after"] <= least
+
+
+def test_minitron_leaves_as_many_kv_groups_as_there_were(deep_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = {"source": str(text_file), "samples": 4, "length": 32}
+    recipe = read({"model": str(deep_folder), "budget": "70%", "method": "minitron", "calibration": asked})
+    left = prune(recipe, tmp_path / "out").loaded.model
+    axes = families.axes(left)
+    assert {axis.size for axis in axes if axis.kind == "kv_heads"} == {3}
+    assert {axis.size for axis in axes if axis.kind == "query_heads"} == {1, 2}, "of two in a group"

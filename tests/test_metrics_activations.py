@@ -13,6 +13,7 @@ from torch import Tensor
 from adapt_pruner import families, parts
 from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
 from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.layerwise import score_behind
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import UsageError
@@ -313,9 +314,30 @@ def test_behind_measures_each_layer_on_what_pruned_layers_give_it(tiny_folder: P
     assert any(not torch.equal(found[axis.name], at_once[axis.name]) for axis in axes)
 
 
+@pytest.mark.parametrize("goes", ["layers", "layers.0.mlps", "layers.1.attentions", "residual"])
+def test_behind_measures_without_what_goes_whole(goes: str, batches: list[torch.Tensor]) -> None:
+    """The same as where a gate shuts it from outside; and not what layers are worth that still have it below them."""
+    model = tiny_model()
+    axes = families.axes(model)
+    shut = next(axis for axis in axes if axis.name == goes)
+    inside = {axis.name: axis.size // 2 for axis in axes if axis.layer is not None and axis.kind == "neurons"}
+    known = {goes: torch.arange(float(shut.entries))}
+    sizes = inside | {goes: shut.size - 1 if shut.size < 10 else shut.size // 2}
+    settings = {"metric": activations.wanda, "dtype": "float32"}
+    found = score_behind(model, axes, sizes, batches, known=known, **settings)
+    with gated(model, axes, Mask.of_sizes([shut], known, sizes)):
+        expected = score_behind(model, axes, inside, batches, known={}, **settings)
+    assert found.keys() == inside.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in inside)
+    still_there = score_behind(model, axes, inside, batches, known={}, **settings)
+    assert not torch.allclose(found["layers.2.neurons"], still_there["layers.2.neurons"], rtol=1e-3)
+
+
 def test_behind_needs_no_gradients(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="behind=true measures layers one by one, where there are no gradients"):
+    with pytest.raises(UsageError, match=r"what flows through them, and weights\.taylor looks at something else"):
         prune(recipe_with(tiny_folder, text_file, behind=True), tmp_path / "out")
+    with pytest.raises(UsageError, match=r"weights\.random looks at something else"):
+        prune(recipe_with(tiny_folder, text_file, behind=True, metric="weights.random"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

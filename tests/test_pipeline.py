@@ -1,6 +1,8 @@
 """Whole runs on tiny models: the loop, its folders, its log, and what it does when something breaks."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.state import load_state
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import RunError, UsageError
@@ -315,3 +318,31 @@ def test_only_what_may_shrink_gets_gradients(recipe: Recipe) -> None:
     asked = {piece.parameter for axis in scored(model, recipe) for piece in axis.slices}
     assert not any("embed" in name or "norm" in name for name in asked)
     assert {axis.kind for axis in scored(model, recipe)} == {"neurons", "kv_heads", "layers"}
+
+
+def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on holds what it has read no longer than one that was never stopped."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "saved" and event["path"].endswith("stage-1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run", listen=stop)
+    read_again: list[Any] = []
+    still_there: list[int] = []
+
+    def loading(*others: Any, **settings: Any) -> Any:
+        loaded, tensors = load_state(*others, **settings)
+        read_again.extend(weakref.ref(tensor) for name, tensor in tensors.items() if "down_proj" in name and "step" not in name)
+        return loaded, tensors
+
+    def look(event: dict[str, Any]) -> None:
+        if event["event"] == "cut" and event["stage"] == 2:
+            gc.collect()
+            still_there.append(sum(tensor() is not None for tensor in read_again))
+
+    monkeypatch.setattr("adapt_pruner.pipeline.load_state", loading)
+    run(recipe, tmp_path / "run", listen=look)
+    assert len(read_again) == 6, "of three layers, which all lose neurons"
+    assert still_there[-1] == 0, "by the last cut all layers have lost neurons, and with them these moments"

@@ -70,15 +70,27 @@ def test_least_squares_is_least_squares(layout: tuple[str, str], text: list[Tens
     assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
 
 
-def test_sequential_reads_what_the_pruned_layers_below_give(text: list[Tensor]) -> None:
+@pytest.mark.parametrize(
+    "whole", [{}, {"layers": [False, True, True]}, {"layers.0.mlps": [False], "layers.1.attentions": [False]}],
+    ids=["units", "a layer", "blocks"],
+)  # fmt: skip
+def test_sequential_reads_what_the_pruned_layers_below_give(whole: dict[str, list[bool]], text: list[Tensor]) -> None:
+    """Of a layer, attention or MLP that goes too, nothing is left to repair, and it gives nothing to those above it."""
     model = tiny_model()
     dense = copy.deepcopy(model)
     axes = families.axes(model)
-    mask = half(axes, ("neurons", "kv_heads"))
+    gone = {
+        "layers.0.mlps": ["layers.0.neurons"],
+        "layers.1.attentions": ["layers.1.kv_heads"],
+        "layers": ["layers.0.neurons", "layers.0.kv_heads"],
+    }
+    below = {name for key in whole for name in gone[key]}
+    units = {name: keep for name, keep in half(axes, ("neurons", "kv_heads")).kept.items() if name not in below}
+    mask = Mask({**units, **{name: torch.tensor(keep) for name, keep in whole.items()}})
     least_squares(model, axes, mask, text, ridge=0.1, sequential=True, dtype="float32")
     slow = copy.deepcopy(dense)
     for axis in axes:  # in the order in which they run
-        if axis.name in mask:
+        if axis.name in units:
             name = axis.gate.module
             keep = mask[axis.name].repeat_interleave(axis.gate.width)
             with gated(slow, axes, mask):

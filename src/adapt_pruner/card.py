@@ -277,13 +277,14 @@ def _perplexities(
 
 
 def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:
-    first, last = tasks[0]["scores"], tasks[-1]["scores"]
+    last = tasks[-1]["scores"]
+    first: Sequence[Any] = tasks[0]["scores"] if tasks[0] is not None else [None] * len(last)  # asked for on the way
     lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
     for before, now in zip(first, last, strict=True):
-        both = [score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
+        both = ["–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
         lines.append(f"| {now['task']} | {now['metric']} | {now['items']:,} | {both[0]} | {both[1]} |")
     if tasks[-1]["average"] is not None:
-        both = [score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
+        both = ["–" if one is None else score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
         lines.append(f"| average | | | {both[0]} | {both[1]} |")
     yield "\n".join(lines)
     part = f"; the first {limit:,} items of each task" if limit is not None else ""

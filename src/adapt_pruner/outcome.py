@@ -11,6 +11,7 @@ from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.provenance import made_by
+from adapt_pruner.errors import first_line
 from adapt_pruner.prepare import Listener
 from adapt_pruner.recipe import Recipe
 
@@ -45,11 +46,19 @@ class Outcome:
     def write(self, recipe: Recipe, path: Path, *, listen: Listener, trust_remote_code: bool) -> None:
         """Measure the latency that was reached, where one was asked for, and write the checkpoint with all that is known of it.
 
+        Where it cannot be measured, or somebody interrupts that, the checkpoint is written all the same.
+
         Raises:
             RunError: it cannot be written.
         """
         loaded = self.loaded
-        self.figures |= latency.reach(loaded, recipe, self.figures, trust_remote_code=trust_remote_code, listen=listen)
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            self.figures |= latency.reach(loaded, recipe, self.figures, trust_remote_code=trust_remote_code, listen=listen)
+        except Exception as error:  # out of memory, too
+            listen({"event": "warning", "message": f"the latency that was reached could not be measured: {first_line(error)}"})
+        except KeyboardInterrupt as error:
+            interrupted = error
         save(
             loaded.model,
             loaded.tokenizer,
@@ -59,3 +68,5 @@ class Outcome:
             dtype=loaded.dtype,
             beside=carded(path, listen),
         )
+        if interrupted is not None:
+            raise interrupted

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,10 @@ FOLDERS = {
 
 
 _SUPPLIED = ("debt", "dtype", "seed", "teacher", "warn")  # arguments that are not options: the run hands them in
+_OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and where these stand
+    "chooser": {"step": "step", "amplitude": "amplitude"},
+    "schedule": {option: f"training.{option}" for option in ("warmup", "decay", "floor")},
+}
 
 
 def summaries(key: str) -> dict[str, str]:
@@ -93,15 +98,69 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
             raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
         name = same[0]
     arguments = functions[name].args
-    takes = {argument.arg: default for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
-    takes = {option: default for option, default in takes.items() if option not in _SUPPLIED}
+    takes = {argument.arg: argument.annotation for argument in arguments.kwonlyargs}
+    elsewhere = {option: place for option, place in _OF_THE_RECIPE.get(key, {}).items() if option in takes}
+    takes = {option: form for option, form in takes.items() if option not in _SUPPLIED and option not in elsewhere}
     for option, value in options.items():
+        if option in elsewhere:
+            raise UsageError(
+                f"{option!r} is no option of {key} {name!r} but a key of the recipe; set {elsewhere[option]} instead"
+            )
         if option not in takes:
             raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
-        default = takes[option]
-        if isinstance(default, ast.Constant) and isinstance(default.value, bool) and not isinstance(value, bool):
-            raise UsageError(f"option {option!r} of {key} {name!r} is {value!r}; it is true or false")
+        options[option] = _value(value, takes[option], what=f"option {option!r} of {key} {name!r}")
     return name, options
+
+
+def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
+    """A value as its annotation has it: of bool, int, float, str or None, numbers within what `Annotated` says of them."""
+    if annotation is None:
+        return value
+    within = ""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
+        assert isinstance(annotation.slice, ast.Tuple)
+        annotation, told = annotation.slice.elts
+        within = ast.literal_eval(told)
+    kinds = ast.unparse(annotation).split(" | ")
+    if value is None and "None" in kinds:
+        return None
+    if "bool" in kinds and isinstance(value, bool):
+        return value
+    if "int" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if "float" in kinds and (number := _number(value)) is not None and _lies(number, within):
+        return value if isinstance(value, int) else number
+    if "str" in kinds and isinstance(value, str):
+        return value
+    named = {
+        "bool": "true or false",
+        "int": "a whole number",
+        "float": f"a number{within and f', {within}'}",
+        "str": "a word",
+        "None": "null",
+    }
+    raise UsageError(f"{what} is {value!r}; it is {' or '.join(named.get(kind, kind) for kind in kinds)}")
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; YAML reads 1e-3, which has no point, as text."""
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number is None or math.isfinite(number) else None
+
+
+def _lies(number: float, within: str) -> bool:
+    """Whether a number lies where these words say: `0 or more`, `above 0`, `0 to 1`; anywhere without words."""
+    match within.split():
+        case [low, "or", "more"]:
+            return number >= float(low)
+        case ["above", low]:
+            return number > float(low)
+        case [low, "to", high]:
+            return float(low) <= number <= float(high)
+    return True
 
 
 def check(key: str, written: str) -> str:

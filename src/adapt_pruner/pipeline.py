@@ -5,8 +5,7 @@ goes on from its newest checkpoint. What happens on the way is told to a listene
 library itself prints nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,9 @@ from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
-from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.evaluate.tasks import average, evaluate_tasks
+from adapt_pruner.measure import measure_tasks, measure_text, progress
 from adapt_pruner.outcome import Outcome
-from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, measured_whole, metrics_of, prunable, scored
+from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, measured_whole, metrics_of, prunable, repair_parameters, scored
 from adapt_pruner.position import Position
 from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
@@ -64,8 +62,8 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
     model = loaded.model
     if "params_before" not in at.figures:
         at.figures |= {"params_before": ready.budget.total, "decoder_params_before": decoder_parameters(model)}
-        _evaluate(model, ready, recipe, at, listen, stage=0)
-        _score_tasks(loaded, ready, recipe, at, listen, stage=0)
+        measure_text(model, ready, recipe, at, listen, stage=0)
+        measure_tasks(loaded, ready, recipe, at, listen, stage=0)
     for stage in ready.stages[at.stage - 1 :]:
         at.stage = stage.stage
         went_on, steps = at.pruned, at.progress.steps
@@ -77,9 +75,9 @@ def shrink(loaded: Loaded, recipe: Recipe, *, ready: Prepared, at: Position, tra
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
         if scores_tasks and not (went_on and at.progress.steps == steps):
             trainer.save(f"stage-{stage.stage}")  # what follows may take hours
-        _evaluate(model, ready, recipe, at, listen, stage=stage.stage)
+        measure_text(model, ready, recipe, at, listen, stage=stage.stage)
         if scores_tasks:
-            _score_tasks(loaded, ready, recipe, at, listen, stage=stage.stage)
+            measure_tasks(loaded, ready, recipe, at, listen, stage=stage.stage)
         at.stage, at.pruned = stage.stage + 1, False
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
@@ -122,7 +120,7 @@ def _prune(
         with at.clock("score"):
             batches = at.counted(ready.calibration(where["iteration"]))
             metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
-            tell = _progress(listen, "score", **where)
+            tell = progress(listen, "score", **where)
             scores, loss = score(model, scored(model, recipe), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
             if (measure_layers := layer_measure_of(recipe)) is not None:
                 scores |= measure_layers(model, measured_whole(model, recipe), batches)
@@ -132,8 +130,10 @@ def _prune(
                     f"metric {recipe.metric!r} says nothing of {', '.join(unscored)}; take another, such as weights.taylor, "
                     "or leave them out of axes"
                 )
-            sizes, at.debt = chooser(scores, may_shrink, Budget(keep=stage.params, total=now), debt=at.debt)
-            scores |= score_behind(model, axes, sizes, batches, metric=metrics[0], dtype=recipe.dtype) if recipe.behind else {}
+            budget = Budget(keep=stage.params, total=now + repair_parameters(model, recipe))
+            sizes, at.debt = chooser(scores, may_shrink, budget, debt=at.debt)
+            if recipe.behind:
+                scores |= score_behind(model, axes, sizes, batches, metric=metrics[0], known=scores, dtype=recipe.dtype)
             scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
             mask = Mask.of_sizes(may_shrink, scores, sizes)
         if mask.num_removed() == 0:
@@ -167,7 +167,7 @@ def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Pos
         message = f"the calibration text has {num_tokens:,} tokens, which span fewer directions than the {width:,} to keep; give it more"
         listen({"event": "warning", "message": message})
     with at.clock("score"):
-        slice_to(model, width, batches, dtype=recipe.dtype, on_basis=_progress(listen, "score", **where))
+        slice_to(model, width, batches, dtype=recipe.dtype, on_basis=progress(listen, "score", **where))
     note = {**where, "params": count_parameters(model), "target": stage.params, "loss": float("nan")}
     at.history.append(note)
     listen({"event": "cut", **note, "sizes": {"width": width}, "distances": None, "read": at.figures["calibration_tokens"]})
@@ -319,6 +319,7 @@ def _run(
         folder.tidy(keep=recipe.keep_checkpoints)
 
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=tell, save=keep, tensors=tensors)
+    del tensors  # as large as the weights, or twice that
     with at.clock("other"):
         outcome = shrink(loaded, recipe, ready=ready, at=at, trainer=trainer, listen=tell)
     world.on_main(lambda: outcome.write(recipe, folder.result, listen=tell, trust_remote_code=trust_remote_code))
@@ -408,43 +409,3 @@ def _tell_start(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, l
         "began": at.began, "sizes": families.sizes(loaded.model), "layers_left": at.layers_left, "device": loaded.model.device.type,
         "precision": "bfloat16" if uses_bfloat16(loaded.model.device, recipe.dtype) else "float32",
     })  # fmt: skip
-
-
-def _evaluate(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:
-    if ready.held_out:
-        with at.clock("evaluate"):
-            measured = perplexity(
-                model,
-                ready.held_out,
-                dtype=recipe.dtype,
-                num_bytes=ready.held_out_bytes,
-                on_window=_progress(listen, "evaluate", stage=stage),
-            )
-        at.figures.setdefault("perplexities", []).append(measured.perplexity)
-        at.figures.setdefault("bits_per_byte", []).append(measured.bits_per_byte)
-        listen({"event": "evaluation", "stage": stage, "params": count_parameters(model), **asdict(measured)})
-
-
-def _score_tasks(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:
-    """Score the recipe's tasks, on the main process alone; what the cache has of the same model is not scored again."""
-    asked = recipe.evaluation
-    if asked.tasks is None:
-        return
-
-    def told(task: str, done: int, of: int) -> None:
-        listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
-
-    def warn(message: str) -> None:
-        listen({"event": "warning", "message": message})
-
-    with at.clock("evaluate"):
-        settings: dict[str, Any] = {"limit": asked.limit, "dtype": recipe.dtype, "on_task": told, "warn": warn}
-        scores = world.on_main(lambda: evaluate_tasks(loaded.model, loaded.tokenizer, ready.tasks, **settings))
-    mean, stderr = average(scores) or (None, None)
-    found = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
-    at.figures.setdefault("tasks", []).append(found)
-    listen({"event": "tasks", "stage": stage, "params": count_parameters(loaded.model), **found})
-
-
-def _progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int], None]:
-    return lambda done, of: listen({"event": "progress", "phase": phase, "done": done, "of": of, **where})

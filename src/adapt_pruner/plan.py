@@ -102,7 +102,7 @@ def plan(
     """
     axes = prunable(model, recipe)
     check_multiple(axes, recipe.multiple_of)
-    _check_behind(model, recipe)
+    _check_measured(model, recipe)
     budget = Budget.parse(recipe.budget if keep is None else keep, dense=dense)
     total = count_parameters(model)
     if total > budget.keep and families.is_sliced(model.config):
@@ -113,13 +113,22 @@ def plan(
     if recipe.rotate is None:
         kinds = ", ".join(sorted({axis.kind for axis in axes})) or "nothing"
         budget.check_reachable(
-            params_of(model, axes, sizes_alike(model, recipe, keep=0)),
+            params_of(model, axes, sizes_alike(model, recipe, keep=0)) + repair_parameters(model, recipe),
             when=f"{recipe.chooser} has taken all that it may ({kinds})",
         )
     elif total > budget.keep:
         width_for(model, budget.keep)
     start = dense if start is None else start
     return stages(recipe, axes, start=start, end=min(start, budget.keep)), budget
+
+
+def repair_parameters(model: Any, recipe: Recipe) -> int:
+    """The parameters that the recipe's repair is yet to add to the model: those of biases."""
+    if recipe.repair is None or recipe.repair.partition("(")[0] != "closed_form.mean_bias":
+        return 0
+    gates = {axis.gate.module for axis in families.axes(model) if axis.gate.is_linear}
+    layers = [model.get_submodule(name) for name in gates]
+    return sum(int(layer.weight.shape[0]) for layer in layers if layer.bias is None)
 
 
 def params_of(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
@@ -154,16 +163,22 @@ def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
     return found
 
 
-def _check_behind(model: Any, recipe: Recipe) -> None:
-    """Refuse `behind` where nothing is measured in layers, or not by what flows through them."""
-    if not recipe.behind or recipe.rotate is not None:
+def _check_measured(model: Any, recipe: Recipe) -> None:
+    """Refuse what a metric refuses by itself, and `behind` where nothing is measured in layers, or not by what flows through them."""
+    if recipe.rotate is not None:
+        return
+    evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0))
+    if not recipe.behind:
         return
     if not set(recipe.axes) - set(WHOLE):
         raise UsageError(
             f"behind=true measures units inside layers, and axes has none but {', '.join(recipe.axes)}; set behind=false"
         )
-    if evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)[:1]).value > Evidence.FORWARD.value:
-        raise UsageError("behind=true measures layers one by one, where there are no gradients; take a metric of activations")
+    if evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)[:1]) is not Evidence.FORWARD:
+        raise UsageError(
+            "behind=true measures layers one by one by what flows through them, and "
+            f"{recipe.metric} looks at something else; take a metric of activations"
+        )
 
 
 def chooser_of(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:

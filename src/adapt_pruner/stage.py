@@ -60,6 +60,7 @@ class Trainer:
         """Over all weights, for `cut` to keep in step; None where low-rank additions are trained, or nothing."""
         if ready.rows is not None and recipe.training.lora is None:
             self.optimizer = self._new_optimizer()
+            self._tensors = {}  # which would take as much memory again
         self._working: tuple[Any, AdamW | None] = (self._model, self.optimizer)
 
     def before_cuts(self) -> None:

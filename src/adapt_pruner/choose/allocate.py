@@ -19,7 +19,7 @@ import torch
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["GOLDEN", "Debt", "adaptive", "layer_importance", "uniform"]
 
@@ -60,7 +60,7 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
     Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike.
     """
     if not torch.isfinite(distances).all():
-        raise ValueError("block distances are not finite; the model or its calibration text gives NaN or infinity")
+        raise RunError("block distances are not finite; the model or its calibration text gives NaN or infinity")
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())
     # Below the rounding of a float32 mean the layers are alike.

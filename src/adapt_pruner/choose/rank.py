@@ -142,6 +142,10 @@ def standardised(
         worth = {axis.name: _share_gone(axis, debt.start[axis.name])[:-1] for axis in axes}
     if heads is not None:
         attention = [axis for axis in axes if axis.kind.endswith("heads")]
+        if not attention:
+            raise UsageError(
+                f"option heads={heads} of rank.standardised is a share of heads, and axes names none; add kv_heads to axes"
+            )
         due = _heads_due(attention, worth, debt, heads, together=structure == "AL-MM")
         # Heads that are due stand in front of all neurons, the others in no line at all.
         worth |= {axis.name: worth[axis.name][: due[axis.name]] - _FRONT for axis in attention}

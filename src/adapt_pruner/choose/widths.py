@@ -73,12 +73,11 @@ def fitting(
 
 
 def _staying(sizes: Mapping[str, int], axes: Sequence[Axis], scores: Scores) -> list[Axis]:
-    """The axes in layers that stay; those of the whole model are left to the chooser."""
+    """The axes in layers, attentions and MLPs that stay; those of the whole model are left to the chooser."""
     depth = next((axis for axis in axes if axis.name == "layers"), None)
-    if depth is None:
-        return [axis for axis in axes if axis.layer is not None]
-    stays = Mask.of_sizes([depth], scores, sizes)["layers"]
-    return [axis for axis in axes if axis.layer is not None and bool(stays[axis.layer])]
+    stays = None if depth is None else Mask.of_sizes([depth], scores, sizes)["layers"]
+    inside = [axis for axis in axes if axis.layer is not None and (stays is None or bool(stays[axis.layer]))]
+    return [axis for axis in inside if all(sizes.get(outer, 1) for outer in axis.enclosing)]
 
 
 def _rounded(neurons: Sequence[Axis], wanted: Mapping[str, int], removed: int, multiple: int) -> dict[str, int]:

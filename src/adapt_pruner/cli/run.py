@@ -68,7 +68,10 @@ def run(
         f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {duration(figures['seconds'])}"
     )
     if figures.get("perplexities"):
-        print("perplexity on held-out text: " + " → ".join(f"{value:.2f}" for value in figures["perplexities"]))
+        print(
+            "perplexity on held-out text: "
+            + " → ".join("–" if value is None else f"{value:.2f}" for value in figures["perplexities"])
+        )
     stale = (None,) if outcome is None else (None, before)  # the report may have failed, and that of an earlier stop be there
     report = f", the report {page}" if _stamp(page) not in stale else ""
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner.errors import RunError
+
 __all__ = ["Axis", "Gate", "Mask", "Scores", "Slice"]
 
 Scores = dict[str, Tensor]
@@ -276,7 +278,8 @@ class Mask:
         """The mask that keeps the `sizes[name]` best-scored units of each axis, in each of its blocks; of equals the first stays.
 
         Raises:
-            ValueError: scores of an axis are missing, of another length, or not finite.
+            ValueError: scores of an axis are missing or of another length.
+            RunError: they are not finite.
         """
         kept = {}
         for axis in axes:
@@ -286,7 +289,7 @@ class Mask:
                     f"{axis.name} has {axis.entries} units but scores {None if score is None else tuple(score.shape)}"
                 )
             if not torch.isfinite(score).all():
-                raise ValueError(f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity")
+                raise RunError(f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity")
             keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
             best = score.view(axis.blocks, axis.size).argsort(dim=1, descending=True, stable=True)
             kept[axis.name] = keep.scatter_(1, best[:, : sizes[axis.name]], True).flatten()

@@ -97,6 +97,7 @@ def score_behind(
     batches: Sequence[Tensor],
     *,
     metric: Metric,
+    known: Scores,
     dtype: str = "auto",
 ) -> Scores:
     """Score units layer by layer, each layer on what comes out of those below it once these have lost what they are to lose.
@@ -108,12 +109,22 @@ def score_behind(
         axes: its axes, `layers` among them.
         sizes: axis name -> units to keep; units of the axes inside a layer that are named here are scored.
         batches: token ids, int64 [batch, length].
-        metric: what a unit is worth by weights or by what flows through the model, without gradients; it is called once a layer.
+        metric: what a unit is worth by what flows through the model, without gradients; it is called once a layer.
+        known: axis name -> scores of whole layers, attentions, MLPs and of the stream, where `sizes` has those lose units, which are
+            shut while layers above are measured.
         dtype: precision of the matrix products.
 
     Returns:
         axis name -> float32 [entries], as the metric gives them.
     """
+    others = [axis for axis in axes if axis.name in sizes and not axis.gate.is_linear and not axis.gate.output]
+    with gated(model, axes, Mask.of_sizes(others, known, sizes)):
+        return _score_behind(model, axes, sizes, batches, metric=metric, dtype=dtype)
+
+
+def _score_behind(
+    model: nn.Module, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], *, metric: Metric, dtype: str
+) -> Scores:
     layers = decoder_layers(model, axes)
     flows = streams(model, layers, world.share(batches), dtype=dtype)
     scores: Scores = {}

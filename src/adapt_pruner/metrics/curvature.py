@@ -11,7 +11,7 @@ that stay, and which that is depends on A alone: it is the least-squares repair 
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ __all__ = ["kfac"]
 _ROUNDS = 48  # in which the narrow units of an axis are ordered; one by one would say little more and take far longer
 
 
-def kfac(model: nn.Module, axes: Sequence[Axis], *, ridge: float = 0.3) -> Generator[Evidence, None, Scores]:
+def kfac(
+    model: nn.Module, axes: Sequence[Axis], *, ridge: Annotated[float, "0 or more"] = 0.3
+) -> Generator[Evidence, None, Scores]:
     """What a unit's removal adds to the loss after the others have made up for it, in the order in which units would go.
 
     With P = (A + λI)⁻¹, λ = ridge · mean diagonal of A, and u the columns of a unit, the cost of removing it is

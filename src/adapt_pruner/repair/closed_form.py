@@ -6,7 +6,7 @@ Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def least_squares(
     mask: Mask,
     batches: Sequence[Tensor],
     *,
-    ridge: float | None = 0.3,
+    ridge: Annotated[float | None, "0 or more"] = 0.3,
     sequential: bool = False,
     dtype: str = "auto",
     warn: Callable[[str], None] = lambda message: None,
@@ -74,7 +74,11 @@ def least_squares(
     mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model, axes)
     entering = streams(model, layers, mine, dtype=dtype)
-    pruned = streams(model, layers, mine, dtype=dtype) if sequential else entering
+    without = Mask(
+        {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and not axis.gate.output}
+    )
+    with gated(model, axes, without):
+        pruned = streams(model, layers, mine, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
     short = 1.0
@@ -92,7 +96,8 @@ def least_squares(
                     fit.add(seen[name], seen[name], number)
             stream.hidden = left
         if sequential:
-            inside = Mask({axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask})
+            own = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
+            inside = Mask({**without.kept, **own})
             for name, fit in fits.items():
                 with gated(model, axes, inside):
                     for number, stream, before in zip(numbers, pruned, whole, strict=True):

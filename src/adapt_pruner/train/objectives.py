@@ -1,7 +1,7 @@
 """What training minimises: (model, ids, which tokens are predicted) → the sum of a loss over those tokens."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ def distil(
     predicted: Tensor | None = None,
     *,
     teacher: Any,
-    temperature: float = 2.0,
-    alpha: float = 1.0,
-    hidden: float = 0.0,
+    temperature: Annotated[float, "above 0"] = 2.0,
+    alpha: Annotated[float, "0 to 1"] = 1.0,
+    hidden: Annotated[float, "0 or more"] = 0.0,
 ) -> Tensor:
     """Distillation: (1 - α) · cross-entropy + α · T² · KL(teacher ‖ student) [+ hidden · distance of hidden states].
 

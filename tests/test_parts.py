@@ -1,0 +1,84 @@
+"""Options of parts: numbers come through however they are written, and what is none is refused while the recipe is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapt_pruner import parts, pipeline
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import read
+from conftest import tiny_model
+from test_report import small_recipe
+
+
+@pytest.mark.parametrize("written", ["0.00001", "1e-5", "1.0e-5", "0.1e-4"])
+def test_a_number_is_one_however_it_is_written(written: str) -> None:
+    """YAML reads 1e-5 as text, and JSON writes 0.00001 like that; a recipe's spelling is read again."""
+    spelled = parts.check("repair", f"least_squares(ridge={written})")
+    assert parts.check("repair", spelled) == spelled
+    assert parts.bind("repair", spelled).keywords == {"ridge": 1e-5}  # type: ignore[attr-defined]
+
+
+def test_what_may_be_null_may_be_null() -> None:
+    assert parts.bind("repair", "least_squares(ridge=null)").keywords == {"ridge": None}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "said"),
+    [
+        ("repair", "least_squares(ridge=-1)", "option 'ridge' of repair 'closed_form.least_squares' is -1; it is a number, 0 or more or null"),
+        ("repair", "least_squares(ridge=much)", "is 'much'; it is a number, 0 or more or null"),
+        ("repair", "least_squares(ridge=.nan)", "it is a number"),
+        ("repair", "least_squares(ridge=true)", "is True; it is a number"),
+        ("metric", "kfac(ridge=-5)", "is -5; it is a number, 0 or more"),
+        ("metric", "kfac(ridge=null)", "is None; it is a number"),
+        ("training.objective", "distil(alpha=high)", "is 'high'; it is a number, 0 to 1"),
+        ("training.objective", "distil(alpha=7)", "is 7; it is a number, 0 to 1"),
+        ("training.objective", "distil(temperature=0)", "is 0; it is a number, above 0"),
+        ("training.objective", "distil(hidden=-0.1)", "is -0.1; it is a number, 0 or more"),
+        ("training.schedule", "wsd(warmup=5)", "'warmup' is no option of schedule 'schedules.wsd' but a key of the recipe; set training.warmup instead"),
+        ("chooser", "allocate.adaptive(step=0.5)", "'step' is no option of chooser .* set step instead"),
+        ("chooser", "rank.per_parameter(step=0)", "'step' is no option of chooser .* set step instead"),
+        ("chooser", "rank.per_parameter(floor=abc)", "is 'abc'; it is a number"),
+        ("chooser", "allocate.uniform(first=1.5)", "is 1.5; it is a whole number"),
+        ("metric", "weights.taylor(form=3)", "is 3; it is a word"),
+    ],
+)  # fmt: skip
+def test_what_is_no_value_of_an_option_is_refused_where_it_is_read(key: str, written: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read({"model": "m", "budget": "80%"}, values={key: written})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "weights.taylor(form=elementt)"},
+        {"metric": "weights.magnitude(norm=l3)"},
+        {"metric": "activations.wanda", "axes": ["neurons", "residual"]},
+        {"metric": "activations.fluctuation(form=WIFN, authors_mean=true)"},
+        {"chooser": "rank.standardised(structure=AL-MM, heads=0.2)", "axes": ["neurons"], "distance": None},
+    ],
+    ids=["form", "norm", "axes", "mean", "heads"],
+)  # fmt: skip
+def test_what_a_part_refuses_is_refused_before_anything_is_measured(
+    changes: dict[str, Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Nothing ties the folder to a recipe that cannot be."""
+    heard: list[dict[str, Any]] = []
+    with pytest.raises(UsageError):
+        pipeline.run(small_recipe(tiny_folder, text_file, **changes), tmp_path / "run", listen=heard.append)
+    assert not {"start", "evaluation"} & {event["event"] for event in heard}
+    assert not [path for path in (tmp_path / "run").glob("*") if path.name != ".lock"]
+
+
+def test_damaged_weights_are_said_to_be_by_a_method_that_reads_no_text(text_file: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    from conftest import byte_tokenizer
+
+    model.save_pretrained(tmp_path / "damaged")
+    byte_tokenizer().save_pretrained(tmp_path / "damaged")
+    asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude"})
+    with pytest.raises(RunError, match=r"scores of layers\.1\.neurons are not finite"):
+        pipeline.prune(asked, tmp_path / "out")
