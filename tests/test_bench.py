@@ -251,3 +251,12 @@ def test_what_a_worker_cannot_do_is_said_as_it_says_it() -> None:
         )
         with pytest.raises(kind, match=str(answer["error"])):
             start()
+
+
+def test_a_type_of_what_needs_no_export_is_refused(ask: Any, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    words = ["--engine", "llama.cpp", "--quant", "q8_0"]
+    status, _, err = ask("bench", tmp_path / "a.gguf", "--against", tmp_path / "b.gguf", *words)
+    assert status == 2
+    assert "--quant q8_0 is for models that are yet to be exported" in err

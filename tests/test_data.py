@@ -122,6 +122,31 @@ def test_a_part_that_is_none_is_refused(corpus: Path) -> None:
         documents("python-docs:train#heldout")
 
 
+def flushed_twice() -> tuple[bytes, bytes]:
+    """A .zst file as far as its first whole block, which ends with a line, and all of it."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    first = packer.compress(LINES.encode()) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    return first, first + packer.compress(LINES.encode()) + packer.flush()
+
+
+def test_a_zst_file_may_have_blocks_and_frames(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(flushed_twice()[1] + zstandard.compress(LINES.encode()))
+    (tmp_path / "b.jsonl").write_text(LINES * 3)
+    assert documents(str(path)) == documents(str(tmp_path / "b.jsonl"))
+
+
+def test_half_a_character_becomes_a_mark_for_it(tmp_path: Path) -> None:
+    """JSON may hold it, and web corpora do; UTF-8 cannot, and no tokenizer takes it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one \\ud83d, whole \\ud83d\\ude42, two \\ude42"}\n')
+    assert documents(str(tmp_path / "a.jsonl")) == ["one \ufffd, whole 🙂, two \ufffd"]
+    message = {"messages": [{"role": "user", "content": "\ud83d?"}, {"role": "assistant", "content": "yes"}]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(message) + "\n")
+    (document,) = read(str(tmp_path / "b.jsonl"))
+    assert document.messages[0]["content"] == "\ufffd?"
+    assert len(document.digest) == 32
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -130,6 +155,9 @@ def test_a_part_that_is_none_is_refused(corpus: Path) -> None:
         ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2, is not JSON"),
         ("other.jsonl", b'{"body": "x"}\n', "line 1, has no text in a field 'text'"),
         ("cut.jsonl.gz", gzip.compress(LINES.encode() * 50)[:-20], "cannot be read"),
+        ("junk.jsonl.zst", b"no such thing", "cannot be read: damaged zstd data"),
+        ("cut.jsonl.zst", zstandard.compress(LINES.encode() * 50)[:-3], "cannot be read: compressed file ended"),
+        ("cut2.jsonl.zst", flushed_twice()[0], "cannot be read: compressed file ended"),
         ("not.parquet", b"PAR1 no", "is not a parquet file"),
     ],
 )
@@ -195,6 +223,8 @@ def test_calibration_ids_are_taken_as_they_are(tmp_path: Path) -> None:
         ('{"input_ids": [[1]]}', "at least 2 token ids"),
         ('{"ids": [[1]]}', "does not hold token ids"),
         ("[1, 2", "does not hold token ids"),
+        ('{"input_ids": [[1.7, 2.9]]}', "not all of them are whole numbers"),
+        ('{"input_ids": [[1, true]]}', "not all of them are whole numbers"),
     ],
 )
 def test_bad_calibration_ids(tmp_path: Path, content: str, said: str) -> None:

@@ -1,10 +1,12 @@
 """Exports compute what the model computes in tools that do not have this package, and what a form cannot hold is refused."""
 
+import io
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import decilm, export, gguf, gguf_tokenizer
+from adapt_pruner.export import decilm, engines, export, gguf, gguf_tokenizer
+from adapt_pruner.export.engines import opened
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, tolerance_for, verify
 from conftest import LAYOUTS, read_json, tiny_model
@@ -555,3 +558,33 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, repaired: Lo
         with pytest.raises(UsageError, match=said):
             export(as_loaded(model), tmp_path / "x.gguf", to="gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_code_of_a_tokenizer_beside_a_graph_is_not_run_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anybody asked on the terminal, where a `yes |` would answer."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    bpe().save_pretrained(tmp_path)
+    said = read_json(tmp_path / "tokenizer_config.json")
+    said |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Theirs: pass\n")
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setattr(
+        engines, "session", lambda path: SimpleNamespace(get_outputs=lambda: [SimpleNamespace(shape=[1, 1, VOCAB])])
+    )
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(UsageError, match="--trust-remote-code runs it"), opened(tmp_path, context=8):
+        pass
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_gemma_whose_pattern_is_another_is_said(tmp_path: Path) -> None:
+    """Older llama.cpp takes every sixth layer for a full one, whatever the file says."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(7)]
+    model = tiny_model(("gemma3", "gemma3"), vocab_size=VOCAB, num_hidden_layers=7, layer_types=kinds, query_pre_attn_scalar=16)
+    assert not any("llama.cpp" in note for note in export(as_loaded(model), tmp_path / "whole.gguf", to="gguf"))
+    cut(model, families.axes(model), Mask({"layers": torch.tensor([False] + [True] * 6)}))
+    (note,) = export(as_loaded(model), tmp_path / "cut.gguf", to="gguf")
+    assert "not every sixth layer" in note

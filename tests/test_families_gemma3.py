@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.surgery import cut
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 
@@ -51,3 +53,14 @@ def test_what_neurons_alone_cannot_reach_is_refused_with_what_they_can(folder: P
     assert not (tmp_path / "out").exists()
     prune(folder, tmp_path / "out", str(floor), text_file)
     assert count_parameters(load(str(tmp_path / "out")).model) == floor
+
+
+@pytest.mark.parametrize("width", [17, 24, 31, 44])
+def test_an_embedding_is_scaled_as_after_loading(width: int) -> None:
+    """To the last bit: a run that was stopped after such a cut goes on as if it had not been."""
+    model = tiny_model(("gemma3", "gemma3-untied"))
+    keep = torch.arange(48) < width
+    cut(model, families.axes(model), Mask({"residual": keep}))
+    fresh = type(model)(model.config)
+    assert torch.equal(model.model.embed_tokens.embed_scale, fresh.model.embed_tokens.embed_scale)
+    assert model.model.embed_tokens.scalar_embed_scale == pytest.approx(fresh.model.embed_tokens.scalar_embed_scale, rel=1e-15)

@@ -50,6 +50,12 @@ def test_what_is_no_value_of_an_option_is_refused_where_it_is_read(key: str, wri
         read({"model": "m", "budget": "80%"}, values={key: written})
 
 
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_a_pass_reads_something(tokens: int) -> None:
+    with pytest.raises(UsageError, match=r"training\.micro_batch_tokens.*1"):
+        read({"model": "m", "budget": "80%"}, values={"training.micro_batch_tokens": tokens})
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -256,6 +256,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text_fil
                 "ddp": command("ddp"),
                 "fsdp": command("fsdp", parallel="fsdp", **EVERY_STEP),
                 "misfit": command("misfit", training__batch_tokens=448),
+                "textless": command("textless", training__source=base / "none.txt"),
                 "work": [__file__, base],
             }.items()
         }
@@ -448,6 +449,15 @@ def test_a_batch_that_does_not_fit_the_processes_is_refused_once(ground: Ground)
         "set training.batch_tokens to a multiple of 128"
     )
     assert (first.out + first.err).splitlines()[-1] == sentence
+    assert (first.err + second.err).count("error") == 1
+    assert (second.out, second.err) == ("", "")
+
+
+def test_a_text_that_is_not_there_is_said_once(ground: Ground) -> None:
+    """One process reads it; the others learn that it is not there, and do not wait."""
+    first, second = ground.launches["textless"].said()
+    assert (first.status, second.status) == (2, 2), second.err[-2000:]
+    assert "none.txt' does not exist" in first.err
     assert (first.err + second.err).count("error") == 1
     assert (second.out, second.err) == ("", "")
 

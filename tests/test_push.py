@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,8 +16,11 @@ import pytest
 
 import adapt_pruner
 from adapt_pruner import pipeline, recipe
-from adapt_pruner.errors import UsageError
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.state import read_state
+from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.hub import parcel
+from conftest import byte_tokenizer
 
 
 class Hub(ThreadingHTTPServer):
@@ -220,3 +224,27 @@ def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Pa
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(UsageError, match="in the middle of a run"):
         parcel(tmp_path, "me/small")
+
+
+def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """transformers writes all but the first into a folder of their own; checkpoints and what is sent have it."""
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools: {{ messages[0].content }}"}
+    tokenizer.save_pretrained(tmp_path / "base")
+    training = {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 32}
+    asked = recipe.read(
+        {"model": str(tmp_path / "base"), "budget": "80%", "method": "magnitude", "stages": 2, "training": training}
+    )
+    pipeline.run(asked, tmp_path / "run")
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    (other,) = [name for name in read_state(checkpoint)["files"] if "/" in name]
+    assert (checkpoint / other).is_file()
+    (checkpoint / other).write_text("another")
+    with pytest.raises(RunError, match="tool_use"):
+        read_state(checkpoint)
+    result = tmp_path / "run" / "model"
+    sent = parcel(result, "me/small").files
+    assert set(sent) == {path.relative_to(result).as_posix() for path in result.rglob("*") if path.is_file()}
+    assert other in sent
+    assert set(load(str(result)).tokenizer.chat_template) == {"default", "tool_use"}

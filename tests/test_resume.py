@@ -26,7 +26,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from adapt_pruner import cli, pipeline, prepare, runs
+from adapt_pruner import cli, measure, pipeline, prepare, runs
 from adapt_pruner.checkpoint import save, state
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core import calibrate, surgery
@@ -110,7 +110,7 @@ POINTS: dict[str, Callable[[int], None]] = {
         shutil, "rmtree", n, of=lambda path, *_: Path(path).is_dir(), then=_half_removed
     ),
     "within a step": lambda n: _last(torch.optim.AdamW, "step", n, done=True),
-    "before an evaluation": lambda n: _last(pipeline, "perplexity", n),
+    "before an evaluation": lambda n: _last(measure, "perplexity", n),
     "before a checkpoint": lambda n: _last(Trainer, "save", n),
     "with half of the result written": lambda n: _last(
         save, "_save_weights", n, of=lambda model, folder, *_: ".model." in folder.name, done=True,

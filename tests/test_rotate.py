@@ -372,6 +372,19 @@ def test_liger_has_no_kernel_for_it(recipe: Recipe, text_file: Path, tmp_path: P
         run(read(training), tmp_path / "run")
 
 
+def test_liger_has_no_kernel_for_what_is_not_there(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = {
+        "model": str(tiny_folder),
+        "budget": "80%",
+        "axes": ["mlps"],
+        "chooser": "depth.drop_layers",
+        "distance": "blocks.loss_drop",
+    }
+    training = {"training": {"source": str(text_file), **TRAINING, "liger": True}}
+    with pytest.raises(UsageError, match="no kernel for a layer without its attention or MLP"):
+        run(read(asked | training), tmp_path / "run")
+
+
 def test_axes_of_a_sliced_model_say_what_it_is_made_of() -> None:
     sizes = [{axis.name: axis.size for axis in families.axes(model)} for model in (tiny_model(), sliced())]
     assert sizes[0].pop("residual") == 48

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapt_pruner import families, pipeline, recipe
+from adapt_pruner import families, measure, pipeline, recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
@@ -320,7 +320,9 @@ def test_a_model_is_known_by_what_it_is() -> None:
     others = [fingerprint(tiny_model(seed=1), byte_tokenizer()), fingerprint(tiny_model(), byte_tokenizer(opens=True))]
     changed = tiny_model()
     changed.config.rms_norm_eps *= 2
-    assert len({*same, *others, fingerprint(changed, byte_tokenizer())}) == 4
+    writes = tiny_model()
+    writes.generation_config.repetition_penalty = 50.0
+    assert len({*same, *others, *(fingerprint(model, byte_tokenizer()) for model in (changed, writes))}) == 5
 
 
 def score_of(value: float, *, error: float | None = 0.01, chance: float | None = 0.25, metric: str = "acc") -> TaskScore:
@@ -416,7 +418,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
     }  # fmt: skip
     at = tmp_path / "run"
     calls: list[Any] = []
-    real = pipeline.evaluate_tasks
+    real = measure.evaluate_tasks
 
     def broken_the_second_time(*args: Any, **options: Any) -> Any:
         calls.append(args[0])
@@ -424,7 +426,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(pipeline, "evaluate_tasks", broken_the_second_time)
+    monkeypatch.setattr(measure, "evaluate_tasks", broken_the_second_time)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe.read(asked), at)
     assert read_json(at / "checkpoints" / "stage-2" / "state.json")["progress"]["tokens"] == 512, "the training was kept"
@@ -528,6 +530,8 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
     cases: list[tuple[list[Any], str]] = [
         ([], "nothing to measure; give --text for perplexity, --tasks for scores, or both"),
         (["--text", text_file, "--limit", 3], "--limit is about tasks; name them with --tasks"),
+        (["--tasks", "piqa", "--max-windows", 3], "--max-windows is about a text; name it with --text"),
+        (["--tasks", "piqa", "--window", 512], "--window is about a text; name it with --text"),
         (["--tasks", "piqa", "--limit", 0], "Invalid value for '--limit'"),
         (["--tasks", "piqa", "--num-fewshot", -1], "Invalid value for '--num-fewshot'"),
     ]

@@ -1,6 +1,8 @@
 """Tasks, models and places that a score cannot come from, or not as it seems: each is said, and before the work where that can be."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate import likelihood, tasks
 from adapt_pruner.evaluate.task_sources import find_tasks
-from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
+from adapt_pruner.evaluate.tasks import _task_fingerprint, evaluate_tasks, set_shots
 from conftest import VOCAB, byte_tokenizer, tiny_model
 from test_tasks import ask, definition, folder, needs_lm_eval
 
@@ -71,6 +73,80 @@ def test_a_task_whose_own_code_has_changed_is_scored_anew(tmp_path: Path) -> Non
         (where / "utils.py").write_text(text, encoding="utf-8")
         scores += evaluate_tasks(model, byte_tokenizer(), find_tasks("tiny_coded", task_dir=where), cache=tmp_path / "cache")
     assert [score.again for score in scores] == [False, True, False]
+
+
+FILTERED = definition(
+    "tiny_filtered",
+    """
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: "{{choices}}"
+filter_list:
+  - name: own
+    filter:
+      - function: custom
+        filter_fn: !function utils.kept
+metric_list:
+  - metric: acc
+""",
+)
+CLASSED = "task: tiny_classed\nclass: !function utils.Mine\n"
+KEPT = "def kept(resps, docs): return [list(r) for r in resps] if SHIFT == 0 else [[(0.0, False)] * 3 for r in resps]\n"
+MINE = """
+import json
+from pathlib import Path
+from lm_eval.api.task import MultipleChoiceTask
+from lm_eval.api.instance import Instance
+class Mine(MultipleChoiceTask):
+    VERSION = 0
+    DATASET_PATH = "json"
+    def __init__(self, config=None, **others):
+        super().__init__(config={"task": "tiny_classed", "metadata": {"version": 0}})
+    def download(self, *a, **k):
+        lines = (Path(__file__).parent / "data" / "items.jsonl").read_text().splitlines()
+        self.dataset = {"test": [json.loads(line) for line in lines]}
+    def has_training_docs(self): return False
+    def has_validation_docs(self): return False
+    def has_test_docs(self): return True
+    def test_docs(self): return self.dataset["test"]
+    def doc_to_text(self, doc): return doc["question"]
+    def doc_to_target(self, doc): return " " + doc["choices"][(doc["answer"] + SHIFT) % 3]
+"""
+
+
+@pytest.mark.parametrize(("task", "code"), [(FILTERED, KEPT), (CLASSED, MINE)], ids=["filter", "class"])
+def test_code_deep_in_a_task_counts_too(task: str, code: str, tmp_path: Path) -> None:
+    """A filter's function, and the class of the task itself."""
+    where, name = with_items(tmp_path, name="own", text=task), task.split()[1]
+    found = []
+    for shift in (0, 0, 1):
+        (where / "utils.py").write_text(f"SHIFT = {shift}\n{code}", encoding="utf-8")
+        for module in [
+            module
+            for module in sys.modules
+            if module.rpartition(".")[2] == "utils" and "adapt" not in module and "lm_eval" not in module
+        ]:
+            if str(where) in str(getattr(sys.modules[module], "__file__", "")):
+                del sys.modules[module]
+        (line,) = find_tasks(name, task_dir=where)
+        found.append(_task_fingerprint(line.tasks[name], None))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_group_of_a_folder_keeps_its_own_figure(folder: Path, tmp_path: Path) -> None:
+    """As lm-eval has it for the same files."""
+    shutil.copytree(folder, tmp_path / "tasks")
+    whole = (
+        "group: tiny_both\ntask: [tiny_choices, tiny_yes_no]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    )
+    (tmp_path / "tasks" / "both.yaml").write_text(whole, encoding="utf-8")
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    (score,) = evaluate_tasks(model, tokenizer, find_tasks("tiny_both", task_dir=tmp_path / "tasks"), cache=tmp_path / "cache")
+    parts = {part.task: part for part in score.parts}
+    assert set(parts) == {"tiny_choices", "tiny_yes_no"}
+    rights = sum(part.metrics["acc,none"] * part.items for part in score.parts)
+    assert (score.task, score.metric) == ("tiny_both", "acc")
+    assert score.value == pytest.approx(rights / sum(part.items for part in score.parts))
 
 
 def test_json_is_all_that_is_on_the_standard_output(ask: Any, tiny_folder: Path, tmp_path: Path) -> None:

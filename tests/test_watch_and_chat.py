@@ -305,3 +305,9 @@ def test_chat_refuses_in_a_sentence(tiny_folder: Path, ask: Any, words: list[str
     assert status == 2
     assert says in err
     assert "Traceback" not in err
+
+
+def test_a_seed_without_a_draw_is_refused(ask: Any, tiny_folder: Path) -> None:
+    status, _, err = ask("chat", tiny_folder, "hello", "--seed", 5)
+    assert status == 2
+    assert "nothing is drawn at temperature 0; add --temperature" in err

@@ -50,7 +50,9 @@ def parcel(folder: Path, repo: str) -> Parcel:
     text = card_of(folder)
     readme = folder / "README.md"
     new_card = not readme.is_file()
-    files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+    found = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
+    shown = {name: file for name, file in found.items() if not any(part.startswith((".", "__pycache__")) for part in name.parts)}
+    files = {name.as_posix(): file.stat().st_size for name, file in shown.items()}
     if new_card:
         files["README.md"] = len(text.encode())
     else:

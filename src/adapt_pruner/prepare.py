@@ -219,6 +219,9 @@ def _check_machine(model: Any, recipe: Recipe) -> None:
         )
     if asked.liger and (recipe.rotate is not None or families.is_sliced(model.config)):
         raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
+    lacking = [layer for layer in model.config.per_layer_config if getattr(layer, "skip", ())]
+    if asked.liger and (lacking or {"attentions", "mlps"} & set(recipe.axes)):
+        raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
     if asked.liger and next(model.parameters()).device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
     for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):
@@ -294,9 +297,9 @@ def _rows(loaded: Loaded, recipe: Recipe, warn: Callable[[str], None]) -> Rows |
             warn=warn,
         )
 
-    rows = read() if world.is_main() else None  # one process tokenises, the others read what it stored
-    world.agreed(None)
-    return read() if rows is None else rows
+    rows: list[Rows] = []
+    world.on_main(lambda: rows.append(read()))  # one process tokenises, the others read what it stored
+    return rows[0] if rows else read()
 
 
 def _held_out(loaded: Loaded, recipe: Recipe) -> list[Tensor]:

@@ -143,7 +143,7 @@ class Training(_Frozen):
     teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
     lora: Lora | None = Field(None, description="train a low-rank addition instead of the weights: {rank, alpha, dropout}")
     micro_batch_tokens: Count | None = Field(
-        None, description="tokens in one forward and backward of a process; null: 2048 on a CPU, 16384 on a GPU"
+        None, ge=1, description="tokens in one forward and backward of a process; null: 2048 on a CPU, 16384 on a GPU"
     )
     gradient_checkpointing: bool = Field(False, description="work activations out again instead of keeping them")
     compile: bool = Field(False, description="compile the decoder with torch.compile, anew after each stage's cuts")

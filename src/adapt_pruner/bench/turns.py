@@ -81,6 +81,8 @@ def bench(
         RunError: an engine fails on a model.
     """
     _check(engine, device, dtype, quant)
+    if quant is not None and Path(pruned).is_file() and Path(dense).is_file():
+        raise UsageError(f"--quant {quant} is for models that are yet to be exported, and both are .gguf files; leave it out")
     import torch  # after what can be refused without it
 
     asked = {

@@ -60,7 +60,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
+        for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)  # safetensors lets its files be read by their owner alone
             sync(file)

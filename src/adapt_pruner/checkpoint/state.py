@@ -58,7 +58,8 @@ def save_state(
         for name, tensors in (("optimizer", moments), ("lora", additions)):
             if tensors:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-        files = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(folder.iterdir())}
+        inside = [file for file in sorted(folder.rglob("*")) if file.is_file()]  # a tokenizer may write a folder
+        files = {file.relative_to(folder).as_posix(): [file.stat().st_size, _digest(file)] for file in inside}
         whole = {**state, "files": files}
         (folder / "state.json").write_text(to_json({**whole, "sha256": _fingerprint(whole)}) + "\n", encoding="utf-8")
 

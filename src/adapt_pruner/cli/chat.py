@@ -20,7 +20,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; more draws them.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draw.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the draw, with --temperature. [default: 0]", min=0, max=2**63 - 1)] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -47,6 +47,10 @@ def chat(
     check_precision(dtype)
     if not prompt.strip():
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
+    if seed is not None and not temperature:
+        raise UsageError(
+            f"--seed {seed} is of a draw, and nothing is drawn at temperature 0; add --temperature 0.7, or leave it out"
+        )
     names = [model] if against is None else [model, against]
     for name in names:
         locate(name)  # one that is not there is said before the other answers
@@ -57,7 +61,7 @@ def chat(
             listen({"event": "load", "model": name})
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
         said = answer(
-            loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0,
             dtype=dtype, on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
         )  # fmt: skip
         found.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})

@@ -22,7 +22,7 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Perplexity on this text: file, folder, glob, hub:NAME, python-docs:heldout.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
+    window: Annotated[int | None, typer.Option(help="Tokens a window; windows do not overlap. [default: 512]")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Windows at most; the whole text by default.", min=1)] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Scores on tasks: commonsense, mmlu, or lm-eval's names with commas.")
@@ -68,6 +68,10 @@ def evaluate(
     }
     if tasks is None and (given := [name for name, value in only_tasks.items() if value is not None]):
         raise UsageError(f"{given[0]} is about tasks; name them with --tasks")
+    only_text = {"--window": window, "--max-windows": max_windows}
+    if text is None and (given := [name for name, value in only_text.items() if value is not None]):
+        raise UsageError(f"{given[0]} is about a text; name it with --text")
+    window = 512 if window is None else window
 
     from adapt_pruner import families
     from adapt_pruner.checkpoint.load import load, locate, pick_device

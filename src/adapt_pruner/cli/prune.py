@@ -21,8 +21,9 @@ def prune(
         typer.Option(metavar="0.7x", help="Instead of --params: share of the dense model's seconds on this machine, measured."),
     ] = None,
     latency_of: Annotated[
-        str, typer.Option(help="What --latency is of: prefill (reading a prompt) or decode (writing after it).")
-    ] = "prefill",
+        str | None,
+        typer.Option(help="What --latency is of: prefill (reading a prompt) or decode (writing after it). [default: prefill]"),
+    ] = None,
     method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "adapt-pruner",
     calibration: Annotated[
         str | None,
@@ -68,10 +69,13 @@ def prune(
     if params is not None and latency is not None:
         raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
     given |= {key: value for key, value in (("budget", params), ("latency", latency)) if value is not None}
-    common = {"model": model, "method": method, "latency_of": latency_of, "seed": seed, "device": device, "dtype": dtype}
+    given |= {"latency_of": latency_of} if latency_of is not None else {}
+    common = {"model": model, "method": method, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
     if not (recipe.budget or recipe.latency):
         raise UsageError("prune is not told how far; add --params 80%, or --latency 0.7x for a speed")
+    if latency_of is not None and not recipe.latency:
+        raise UsageError(f"--latency-of {latency_of} is about --latency, and there is none; leave it out")
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
@@ -105,7 +109,7 @@ def prune(
             *tokens,
         ],
     )
-    if found := figures.get("latency"):
+    if "reached" in (found := figures.get("latency") or {}):
         print(
             f"\n{found['of']} takes {found['reached']:.2f}x of the dense model's time ({found['reached_low']:.2f}–{found['reached_high']:.2f}, "
             f"quartiles; in turn with it, {found['dense_seconds']:.2f} s); asked {found['asked']:g}x, predicted {found['predicted']:.2f}x"

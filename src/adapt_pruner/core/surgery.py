@@ -263,12 +263,18 @@ def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: M
 def _scale(model: nn.Module, name: str, factor: float, offset: float, optimizer: Optimizer | None) -> None:
     """Multiply, in place, a parameter, module attribute or config field; moments of its gradient g, now g / factor, follow.
 
-    Of a parameter w, offset + w is what is multiplied.
+    Of a parameter w, offset + w is what is multiplied. A buffer that its module has as a number too, `scalar_…`, is made of that,
+    multiplied before, as it is when the model is loaded; a product of its own would be rounded otherwise (not in float64).
     """
     owner, _, leaf = name.rpartition(".")
-    value = getattr(attrgetter(owner)(model), leaf)
+    module = attrgetter(owner)(model)
+    value = getattr(module, leaf)
     if not isinstance(value, nn.Parameter):
-        setattr(attrgetter(owner)(model), leaf, value * factor)
+        exact = getattr(module, f"scalar_{leaf}", None)
+        if exact is None or value.dtype == torch.float64:
+            setattr(module, leaf, value * factor)
+        else:
+            setattr(module, leaf, torch.full_like(value, exact))
         return
     wide = value.data.to(torch.promote_types(value.dtype, torch.float32))
     value.data = ((wide + offset) * factor - offset).to(value.dtype)

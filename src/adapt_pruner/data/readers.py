@@ -77,12 +77,24 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
     if found is None and field == _TEXT:
         found = row.get(_CHAT)
     if isinstance(found, str):
-        return found
+        return _utf8(found)
     if not isinstance(found, list) or not all(isinstance(message, Mapping) for message in found):
         return None
     if not all(isinstance(message.get(key), str) for message in found for key in ("role", "content")):
         return None
-    return [{key: value for key, value in message.items() if value is not None} for message in found] or None
+    return [
+        {key: _utf8(value) if isinstance(value, str) else value for key, value in message.items() if value is not None}
+        for message in found
+    ] or None
+
+
+def _utf8(text: str) -> str:
+    """The text with U+FFFD for what UTF-8 cannot say: half a character, which JSON of the web has here and there."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _saved(folder: Path) -> Iterator[Row]:
@@ -144,8 +156,41 @@ def _open(path: Path) -> IO[str]:
             import zstandard
         except ImportError as error:
             raise UsageError(f"{path} needs the zstandard package; pip install 'adapt-pruner[zstd]'") from error
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True), encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_Zstandard(path.open("rb"), zstandard), 2**20), encoding="utf-8")
     return path.open(encoding="utf-8")
+
+
+class _Zstandard(io.RawIOBase):
+    """A .zst file's content; where the file is damaged or ends too early OSError or EOFError, as of gzip."""
+
+    def __init__(self, file: IO[bytes], zstandard: Any) -> None:
+        self._file, self._library = file, zstandard
+        self._frame: Any = None  # that is being read
+        self._ready, self._packed = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not (packed := self._packed or self._file.read(2**18)):
+                if self._frame is not None:
+                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready, self._packed = self._frame.decompress(packed), b""
+            except self._library.ZstdError as error:
+                raise OSError(f"damaged zstd data ({error})") from error
+            if self._frame.eof:  # another frame may follow
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _lines(lines: IO[str], path: Path) -> Iterator[Row]:

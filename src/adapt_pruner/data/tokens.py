@@ -94,6 +94,8 @@ def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["input_ids"]
+        if not all(type(number) is int for row in rows for number in row):
+            raise TypeError("not all of them are whole numbers")
         tensors = [torch.tensor(row, dtype=torch.long)[None] for row in rows]
     except FileNotFoundError as error:
         raise UsageError(

@@ -250,8 +250,22 @@ class _Folder:
             lines = [line for member in self._members(entry) for line in self._load(member)]
             if not lines:
                 raise UsageError(f"group {name!r} of {self._path} names no tasks; list them under `task:` in its YAML file")
-            return lines
+            return self._as_one(name, entry.cfg, lines)
         return self._load({"task": name, **self._found_data(entry.cfg)})
+
+    def _as_one(self, name: str, config: Mapping[str, Any], lines: list[Wanted]) -> list[Wanted]:
+        """The tasks of a group as one line, where it has a figure of its own."""
+        if not config.get("aggregate_metric_list"):
+            return lines
+        from lm_eval.api.group import Group
+        from lm_eval.config.group import GroupConfig
+
+        members = {task_name: task for line in lines for task_name, task in line.tasks.items()}
+        said = {key: config[key] for key in ("aggregate_metric_list", "metadata", "group_alias") if key in config}
+        group = Group.from_config(GroupConfig(group=name, **said))
+        for task in members.values():
+            group.add(task)
+        return [Wanted(name, members, group, str(self._path))]
 
     def _load(self, member: str | Mapping[str, Any]) -> list[Wanted]:
         name = member if isinstance(member, str) else str(member.get("task") or member.get("group"))

@@ -1,6 +1,7 @@
 """How well a model does on tasks: lm-eval's questions and metrics, each task scored once and kept."""
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -274,6 +275,11 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
         key: value for key, value in model.config.to_diff_dict().items() if key not in ("_name_or_path", "transformers_version")
     }
     digest.update(_stable(config))
+    if model.generation_config is not None:  # which decides what a model writes
+        writing = model.generation_config.to_diff_dict()
+        digest.update(
+            _stable({key: value for key, value in writing.items() if key not in ("_from_model_config", "transformers_version")})
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update(backend.to_str().encode() if backend is not None else _stable(tokenizer.get_vocab()))
     digest.update(_stable({"special": tokenizer.special_tokens_map, "longest": tokenizer.model_max_length}))
@@ -295,15 +301,22 @@ def _task_fingerprint(task: Any, limit: int | None) -> str:
 
 
 def _own_code(task: Any) -> list[Path]:
-    """The Python files beside those that a task's functions are from, but for lm-eval's own, which its version stands for."""
+    """The Python files beside those that a task and its functions are from, but for lm-eval's own, which its version stands for."""
     theirs = Path(lm_eval().__file__).parent
-    folders = set()
-    metrics = (value for metric in task.config.metric_list or () for value in metric.values())
-    for value in (*vars(task.config).values(), *metrics):
-        code = getattr(value, "__code__", None)
-        if code is not None and not Path(code.co_filename).is_relative_to(theirs):
-            folders.add(Path(code.co_filename).parent)
+    files = {inspect.getsourcefile(type(task)), *(code.co_filename for code in _functions(vars(task.config)))}
+    folders = {Path(file).parent for file in files if file is not None and not Path(file).is_relative_to(theirs)}
     return sorted(path for folder in folders for path in folder.glob("*.py"))
+
+
+def _functions(value: Any) -> Iterator[Any]:
+    """The code of every function in nested settings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _functions(inner)
+    elif (code := getattr(value, "__code__", None)) is not None:
+        yield code
 
 
 def _stable(value: Any) -> bytes:

@@ -60,7 +60,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> 
         with _llama_cpp(artefact, context) as engine:
             yield engine
     elif artefact.suffix == ".onnx" or (artefact / "model.onnx").is_file():
-        yield _onnx(artefact if artefact.is_file() else artefact / "model.onnx")
+        yield _onnx(artefact if artefact.is_file() else artefact / "model.onnx", trust_remote_code)
     elif (artefact / "config.json").is_file():
         with _stranger(artefact, trust_remote_code) as engine:
             yield engine
@@ -190,7 +190,7 @@ def _llama_cpp(path: Path, context: int) -> Iterator[Engine]:
         llama.close()
 
 
-def _onnx(path: Path) -> Engine:
+def _onnx(path: Path, trust_remote_code: bool) -> Engine:
     """An ONNX graph in onnxruntime; the tokenizer beside it, if there is one, is read by transformers."""
     opened = session(path)
     import onnxruntime
@@ -210,7 +210,13 @@ def _onnx(path: Path) -> Engine:
     if (path.parent / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path.parent)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError) as error:
+            raise UsageError(
+                f"the tokenizer beside {path} cannot be read ({first_line(error)}); where it brings Python code of its own, "
+                "--trust-remote-code runs it"
+            ) from error
 
         def encode(text: str) -> list[int]:
             found: list[int] = tokenizer(text, verbose=False)["input_ids"]

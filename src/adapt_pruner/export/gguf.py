@@ -16,6 +16,7 @@ neighbours where Hugging Face pairs the halves of a head, so their rows change p
 """
 
 import math
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,11 +94,12 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     plan, notes = _planned(loaded.model, quantised=quantised)
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.gguf")
+    own = uuid.uuid4().hex[:8]  # two exports to one path are two files until one has its name
+    partial = path.with_name(f".{path.stem}.partial-{own}.gguf")
     try:
         notes += _write(gguf, loaded, partial, plan, dtype)
         if quantised:
-            smaller = path.with_name(f".{path.stem}.quantised.gguf")
+            smaller = path.with_name(f".{path.stem}.quantised-{own}.gguf")
             try:
                 llama_cpp.quantise(partial, smaller, str(quant))
                 smaller.replace(partial)
@@ -155,6 +157,11 @@ def _planned(model: Any, *, quantised: bool) -> tuple[_Plan, list[str]]:
                 "zero-padded to the widest; the file is as large and slow as that"
             )
             sizes = [widest(sizes)] * len(sizes)
+    if arch == "gemma3" and any((kind == "full_attention") != (i % 6 == 5) for i, kind in enumerate(config.layer_types)):
+        notes.append(
+            "in this model not every sixth layer is the one that attends to everything; the file says which are, and an older llama.cpp, which "
+            "does not read that, computes something else: `adapt-pruner verify` it with the one that you serve with"
+        )
     window = getattr(config, "sliding_window", None)
     if arch != "gemma3" and window and window < config.max_position_embeddings and _slides(config):
         notes.append(f"llama.cpp has no sliding window for this model, so its context is set to the window of {window:,} tokens")

@@ -44,8 +44,8 @@ def _residual(model: Any) -> Axis:
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     embedding = (
         ("model.embed_tokens.weight", 0.5),
-        ("model.embed_tokens.embed_scale", -0.5),
         ("model.embed_tokens.scalar_embed_scale", -0.5),
+        ("model.embed_tokens.embed_scale", -0.5),
     )
     kept = tuple(entry for entry in axis.scaled if not (tied and entry[0] == "model.norm.weight"))
     norms = tuple(f"{norm}.weight" for norm in (axis.gate.module, *axis.gate.also))
