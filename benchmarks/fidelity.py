@@ -44,7 +44,8 @@ def measured(name: str, options: list[str], params: int, *, data: Path, out: Pat
     if not kept.exists():
         shutil.rmtree(model, ignore_errors=True)  # of a line that was stopped
         ids = ["--calibration-ids", str(data / "calibration_c4_64x128.json")]
-        command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids)
+        exact = ["--dtype", "float32"]  # as theirs
+        command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids, *exact)
         said = command("eval", str(model), "--text", str(_text(data)), "--window", "512", "--max-windows", "40", "--json")
         (model / "model.safetensors").unlink()
         kept.write_text(said)
