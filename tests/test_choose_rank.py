@@ -287,7 +287,7 @@ def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -
             "allocate.uniform(first=2, last=1)",
             r"has taken all that it may \(kv_heads, neurons\); the nearest that can be had is 50,784",
         ),
-        ("allocate.uniform(first=-1)", "first=-1 of allocate.uniform is not a number of layers"),
+        ("allocate.uniform(first=-1)", r"option 'first' of chooser 'allocate.uniform' is -1; it is a whole number \(0 or more\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(written: str, said: str, tiny_folder: Path, tmp_path: Path) -> None:

@@ -251,3 +251,18 @@ def test_a_result_is_not_lost_with_its_last_figure(
         assert said == "the latency that was reached could not be measured: no memory for a second model"
     assert load(str(tmp_path / "out")).mask is not None
     assert "reached" not in read_json(tmp_path / "out" / "pruning.json")["figures"]["latency"]
+
+
+def test_a_run_interrupted_at_its_last_figure_says_that_its_result_is_there(
+    machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*others: Any, **settings: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency, "reach", stop)
+    heard: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)
+    assert heard[-1] == {"event": "interrupted", "message": f"the result is complete in {tmp_path / 'run' / 'model'}"}
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert pipeline.run(recipe_for(tiny_folder, text_file), tmp_path / "run") is None, "it is finished"

@@ -551,6 +551,9 @@ def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
     }
     state = type(figures.states[-1])("stage 2", 1, whole)
     assert "Attention is untouched" in said(finished, states=[state])
+    fewer = {layer: {**sizes, "query_heads": sizes["query_heads"] - 1} for layer, sizes in whole.items()}
+    asked = {"neurons", "kv_heads", "query_heads"}
+    assert "Attention is untouched" not in said(finished, states=[type(state)("stage 2", 1, fewer)], asked=asked)
 
 
 def test_a_slope_is_a_slope_only_beyond_its_noise() -> None:

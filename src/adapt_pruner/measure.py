@@ -1,7 +1,7 @@
 """What a run measures of its model at the start and after a stage: into its figures, and for its listener.
 
 `figures["perplexities"]` and `figures["bits_per_byte"]` have the model at the start first and then each stage, `figures["tasks"]` the start
-and the end; None stands where nothing was measured, because the recipe was changed on the way.
+and the end; None stands where nothing was measured since the recipe was changed on the way, and in JSON for infinity.
 """
 
 from collections.abc import Callable

@@ -52,13 +52,13 @@ class Outcome:
             RunError: it cannot be written.
         """
         loaded = self.loaded
-        interrupted: KeyboardInterrupt | None = None
+        interrupted = False
         try:
             self.figures |= latency.reach(loaded, recipe, self.figures, trust_remote_code=trust_remote_code, listen=listen)
         except Exception as error:  # out of memory, too
             listen({"event": "warning", "message": f"the latency that was reached could not be measured: {first_line(error)}"})
-        except KeyboardInterrupt as error:
-            interrupted = error
+        except KeyboardInterrupt:
+            interrupted = True  # not the error itself, which would hold the models that were timed
         save(
             loaded.model,
             loaded.tokenizer,
@@ -68,5 +68,5 @@ class Outcome:
             dtype=loaded.dtype,
             beside=carded(path, listen),
         )
-        if interrupted is not None:
-            raise interrupted
+        if interrupted:
+            raise KeyboardInterrupt

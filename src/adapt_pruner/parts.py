@@ -126,20 +126,21 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
         return None
     if "bool" in kinds and isinstance(value, bool):
         return value
-    if "int" in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if "int" in kinds and isinstance(value, int) and not isinstance(value, bool) and _lies(value, within):
         return value
     if "float" in kinds and (number := _number(value)) is not None and _lies(number, within):
         return value if isinstance(value, int) else number
     if "str" in kinds and isinstance(value, str):
         return value
+    within = f" ({within})" if within else ""
     named = {
         "bool": "true or false",
-        "int": "a whole number",
-        "float": f"a number{within and f', {within}'}",
+        "int": f"a whole number{within}",
+        "float": f"a number{within}",
         "str": "a word",
         "None": "null",
     }
-    raise UsageError(f"{what} is {value!r}; it is {' or '.join(named.get(kind, kind) for kind in kinds)}")
+    raise UsageError(f"{what} is {value!r}; it is {' or '.join(named[kind] for kind in kinds)}")
 
 
 def _number(value: Any) -> float | None:

@@ -245,6 +245,10 @@ def run(
             newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
             if world.is_main():
                 folder.tidy()
+            if folder.is_finished:  # with the model written, while the last was measured or said of it
+                try_report(folder.path)
+                listen({"event": "interrupted", "message": f"the result is complete in {folder.result}"})
+                raise
             where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
             if not isinstance(error, RunError):
                 then = "goes on from there" if newest else "begins anew"

@@ -14,6 +14,7 @@ The step that would pass the budget is shortened so that the model ends below it
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -60,7 +61,9 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
     Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike.
     """
     if not torch.isfinite(distances).all():
-        raise RunError("block distances are not finite; the model or its calibration text gives NaN or infinity")
+        raise RunError(
+            "block distances are not finite; the model or its calibration text gives NaN or infinity: set dtype=float32, or mend the weights"
+        )
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())
     # Below the rounding of a float32 mean the layers are alike.
@@ -91,13 +94,14 @@ def adaptive(
         Units each axis keeps, and the debt after it.
 
     Raises:
-        ValueError: the layers' scores are not finite, or an axis lies in no layer.
+        RunError: the layers' scores are not finite.
+        ValueError: an axis lies in no layer.
         UsageError: `heads_after` is no such share.
 
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
     of the budget instead of one iteration beyond it; a negative increment never asks for units back; `heads_after` is ours.
     """
-    if isinstance(heads_after, bool) or not isinstance(heads_after, int | float) or not 0 <= heads_after < 1:
+    if not 0 <= heads_after < 1:
         raise UsageError(f"option heads_after={heads_after} of allocate.adaptive is no share; write 0 or more, and less than 1")
     importance = layer_importance(scores["layers"])
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
@@ -105,7 +109,14 @@ def adaptive(
 
 
 def uniform(
-    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, first: int = 0, last: int = 0
+    scores: Scores,
+    axes: Sequence[Axis],
+    budget: Budget,
+    *,
+    debt: Debt,
+    step: float,
+    first: Annotated[int, "0 or more"] = 0,
+    last: Annotated[int, "0 or more"] = 0,
 ) -> tuple[dict[str, int], Debt]:
     """Every axis gives up the same share: s += step; the control that adaptive has to beat.
 

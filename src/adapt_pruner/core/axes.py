@@ -289,7 +289,9 @@ class Mask:
                     f"{axis.name} has {axis.entries} units but scores {None if score is None else tuple(score.shape)}"
                 )
             if not torch.isfinite(score).all():
-                raise RunError(f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity")
+                raise RunError(
+                    f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity: set dtype=float32, or mend the weights"
+                )
             keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
             best = score.view(axis.blocks, axis.size).argsort(dim=1, descending=True, stable=True)
             kept[axis.name] = keep.scatter_(1, best[:, : sizes[axis.name]], True).flatten()

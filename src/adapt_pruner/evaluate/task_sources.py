@@ -265,7 +265,7 @@ class _Folder:
         group = Group.from_config(GroupConfig(group=name, **said))
         for task in members.values():
             group.add(task)
-        return [Wanted(name, members, group, str(self._path))]
+        return [Wanted(name, members, group, ", ".join(dict.fromkeys(line.data for line in lines)))]
 
     def _load(self, member: str | Mapping[str, Any]) -> list[Wanted]:
         name = member if isinstance(member, str) else str(member.get("task") or member.get("group"))

@@ -16,7 +16,6 @@ neighbours where Hugging Face pairs the halves of a head, so their rows change p
 """
 
 import math
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,12 +93,11 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     plan, notes = _planned(loaded.model, quantised=quantised)
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    own = uuid.uuid4().hex[:8]  # two exports to one path are two files until one has its name
-    partial = path.with_name(f".{path.stem}.partial-{own}.gguf")
+    partial = path.with_name(f".{path.stem}.partial.gguf")
     try:
         notes += _write(gguf, loaded, partial, plan, dtype)
         if quantised:
-            smaller = path.with_name(f".{path.stem}.quantised-{own}.gguf")
+            smaller = path.with_name(f".{path.stem}.quantised.gguf")
             try:
                 llama_cpp.quantise(partial, smaller, str(quant))
                 smaller.replace(partial)

@@ -108,7 +108,7 @@ def _attention(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         after = sum(layer.get(kind, 0) for layer in figures.states[-1].layers.values())
         gone[kind] = (before, before - after)
     heads, neurons = gone.get("kv_heads", (0, 0)), gone.get("neurons", (0, 0))
-    if heads[0] and not heads[1] and neurons[1] > 0.15 * neurons[0]:
+    if heads[0] and not heads[1] and not gone.get("query_heads", (0, 0))[1] and neurons[1] > 0.15 * neurons[0]:
         share = f"{neurons[1] / neurons[0]:.0%} of the neurons went"
         if "kv_heads" in (recipe.get("axes") or ["kv_heads"]):
             yield Advice(
