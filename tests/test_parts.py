@@ -8,7 +8,7 @@ import pytest
 from adapt_pruner import parts, pipeline
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import read
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from test_report import small_recipe
 
 
@@ -81,8 +81,6 @@ def test_what_a_part_refuses_is_refused_before_anything_is_measured(
 def test_damaged_weights_are_said_to_be_by_a_method_that_reads_no_text(text_file: Path, tmp_path: Path) -> None:
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
-    from conftest import byte_tokenizer
-
     model.save_pretrained(tmp_path / "damaged")
     byte_tokenizer().save_pretrained(tmp_path / "damaged")
     asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude"})

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +120,6 @@ def test_code_deep_in_a_task_counts_too(task: str, code: str, tmp_path: Path) ->
     found = []
     for shift in (0, 0, 1):
         (where / "utils.py").write_text(f"SHIFT = {shift}\n{code}", encoding="utf-8")
-        for module in [
-            module
-            for module in sys.modules
-            if module.rpartition(".")[2] == "utils" and "adapt" not in module and "lm_eval" not in module
-        ]:
-            if str(where) in str(getattr(sys.modules[module], "__file__", "")):
-                del sys.modules[module]
         (line,) = find_tasks(name, task_dir=where)
         found.append(_task_fingerprint(line.tasks[name], None))
     assert found[0] == found[1] != found[2]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.card import card_of, write_card
+from adapt_pruner.core.files import files_in
 from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 
@@ -50,9 +51,11 @@ def parcel(folder: Path, repo: str) -> Parcel:
     text = card_of(folder)
     readme = folder / "README.md"
     new_card = not readme.is_file()
-    found = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
-    shown = {name: file for name, file in found.items() if not any(part.startswith((".", "__pycache__")) for part in name.parts)}
-    files = {name.as_posix(): file.stat().st_size for name, file in shown.items()}
+    files = {
+        name: file.stat().st_size
+        for name, file in files_in(folder).items()
+        if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+    }
     if new_card:
         files["README.md"] = len(text.encode())
     else:

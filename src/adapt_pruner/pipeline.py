@@ -242,13 +242,14 @@ def run(
         except UsageError:
             raise
         except (Exception, KeyboardInterrupt) as error:  # out of memory, too
-            newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
             if world.is_main():
                 folder.tidy()
             if folder.is_finished:  # with the model written, while the last was measured or said of it
-                try_report(folder.path)
+                if world.is_main():
+                    try_report(folder.path)
                 listen({"event": "interrupted", "message": f"the result is complete in {folder.result}"})
                 raise
+            newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
             where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
             if not isinstance(error, RunError):
                 then = "goes on from there" if newest else "begins anew"

@@ -16,6 +16,7 @@ from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import WHOLE, Recipe
+from adapt_pruner.repair.closed_form import without_bias
 from adapt_pruner.slicing import width_for
 from adapt_pruner.train.loop import stage_tokens
 
@@ -126,9 +127,7 @@ def repair_parameters(model: Any, recipe: Recipe) -> int:
     """The parameters that the recipe's repair is yet to add to the model: those of biases."""
     if recipe.repair is None or recipe.repair.partition("(")[0] != "closed_form.mean_bias":
         return 0
-    gates = {axis.gate.module for axis in families.axes(model) if axis.gate.is_linear}
-    layers = [model.get_submodule(name) for name in gates]
-    return sum(int(layer.weight.shape[0]) for layer in layers if layer.bias is None)
+    return sum(int(module.weight.shape[0]) for module in without_bias(model, families.axes(model)))
 
 
 def params_of(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:

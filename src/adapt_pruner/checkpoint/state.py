@@ -19,6 +19,7 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.files import files_in
 from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
@@ -58,8 +59,7 @@ def save_state(
         for name, tensors in (("optimizer", moments), ("lora", additions)):
             if tensors:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-        inside = [file for file in sorted(folder.rglob("*")) if file.is_file()]  # a tokenizer may write a folder
-        files = {file.relative_to(folder).as_posix(): [file.stat().st_size, _digest(file)] for file in inside}
+        files = {name: [file.stat().st_size, _digest(file)] for name, file in files_in(folder).items()}
         whole = {**state, "files": files}
         (folder / "state.json").write_text(to_json({**whole, "sha256": _fingerprint(whole)}) + "\n", encoding="utf-8")
 

@@ -68,8 +68,8 @@ def prune(
         given["calibration.ids"] = str(calibration_ids)
     if params is not None and latency is not None:
         raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
-    given |= {key: value for key, value in (("budget", params), ("latency", latency)) if value is not None}
-    given |= {"latency_of": latency_of} if latency_of is not None else {}
+    how_far = {"budget": params, "latency": latency, "latency_of": latency_of}
+    given |= {key: value for key, value in how_far.items() if value is not None}
     common = {"model": model, "method": method, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
     if not (recipe.budget or recipe.latency):

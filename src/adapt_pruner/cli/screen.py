@@ -67,7 +67,6 @@ class Screen:
         self._began = 0.0
         self._pruned = 0.0  # share that is done of the pruning that was left at the start
         self._trained = 0  # tokens
-        self._first = ""  # what the model at the start is called
         self._bars = Bars()
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
@@ -136,7 +135,6 @@ class Screen:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self._work, self._began, self._trained, self._pruned = event, self._now, event["trained_tokens"], 0.0
-        self._first = self._first or words.begun(event)
         self._figures = {
             "stage": f"{event['stages']} stages" if event["stages"] > 1 else "",
             "params": f"to {millions(event['target'])}",
@@ -206,7 +204,10 @@ class Screen:
 
     def _whose(self, event: dict[str, Any]) -> str:
         """Which model was measured."""
-        return f"stage {event['stage']}" if event["stage"] else {"dense": "dense model"}.get(self._first, self._first)
+        if event["stage"]:
+            return f"stage {event['stage']}"
+        first = words.begun(self._work or {})
+        return "dense model" if first == "dense" else first
 
     def _on_warning(self, event: dict[str, Any]) -> None:
         self.say(f"warning: {event['message']}")

@@ -1,11 +1,11 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and the files of a folder."""
 
 import errno
 import os
 import uuid
 from pathlib import Path
 
-__all__ = ["sync", "why", "write_whole"]
+__all__ = ["files_in", "sync", "why", "write_whole"]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -21,6 +21,11 @@ def write_whole(path: Path, text: str) -> None:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The files of a folder and the folders in it, by their names within it with / between, in their order."""
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def why(error: OSError) -> str:

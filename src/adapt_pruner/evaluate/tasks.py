@@ -29,6 +29,7 @@ __all__ = ["TaskScore", "average", "evaluate_tasks", "fingerprint", "retention",
 _FORMAT = 1  # of what is kept, and of how it is worked out
 _BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; a mean's is a formula
 _ACCURACIES = ("acc_norm", "acc")
+_PASSING = ("_name_or_path", "_from_model_config", "transformers_version")  # settings of a config that say nothing of the model
 _ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "training_split", "validation_split", "test_split")
 _FEWSHOT_SEED = 1234  # as lm-eval's own command sets it
 
@@ -271,15 +272,9 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    config = {
-        key: value for key, value in model.config.to_diff_dict().items() if key not in ("_name_or_path", "transformers_version")
-    }
-    digest.update(_stable(config))
-    if model.generation_config is not None:  # which decides what a model writes
-        writing = model.generation_config.to_diff_dict()
-        digest.update(
-            _stable({key: value for key, value in writing.items() if key not in ("_from_model_config", "transformers_version")})
-        )
+    for settings in (model.config, model.generation_config):  # the second decides what a model writes
+        said = {} if settings is None else settings.to_diff_dict()
+        digest.update(_stable({key: value for key, value in said.items() if key not in _PASSING}))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update(backend.to_str().encode() if backend is not None else _stable(tokenizer.get_vocab()))
     digest.update(_stable({"special": tokenizer.special_tokens_map, "longest": tokenizer.model_max_length}))

@@ -17,7 +17,7 @@ from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
 
-__all__ = ["RIDGES", "least_squares", "mean_bias"]
+__all__ = ["RIDGES", "least_squares", "mean_bias", "without_bias"]
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What a ridge is chosen from."""
@@ -205,11 +205,10 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     entering = streams(model, layers, world.share(batches), dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
-    for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear):
-        module: Any = model.get_submodule(name)
-        if module.bias is None:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
-            model.config.output_bias = True  # type: ignore[union-attr]
+    module: Any
+    for module in without_bias(model, axes):
+        module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+        model.config.output_bias = True  # type: ignore[union-attr]
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
         sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
@@ -223,6 +222,14 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
             module = model.get_submodule(name)
             goes = ~kept[name].to(total.device)
             module.bias += (module.weight[:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
+
+
+def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
+    """The linear layers at gates that have no bias, to which `mean_bias` gives one."""
+    modules: list[Any] = [
+        model.get_submodule(name) for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear)
+    ]
+    return [module for module in modules if module.bias is None]
 
 
 def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:

@@ -105,9 +105,10 @@ def figures_of(record: Record) -> Figures:
     """The figures of a run, as far as its folder has them."""
     notes = list(record.trouble)
     cuts = _cuts(record)
-    began, states = _anatomy(record, notes)
-    evaluations, tasks = _by_stage(record.of("evaluation")), _by_stage(record.of("tasks"))
     starts = record.of("start")
+    called = begun(starts[0] if starts else {})
+    began, states = _anatomy(record, notes, called)
+    evaluations, tasks = _by_stage(record.of("evaluation")), _by_stage(record.of("tasks"))
     figures = record.figures
     target = figures.get("budget") or (starts[-1].get("target") if starts else None)
     return Figures(
@@ -116,8 +117,8 @@ def figures_of(record: Record) -> Figures:
         method=str(record.recipe.get("method") or (starts[0].get("method") if starts else "")),
         status=record.status,
         target=target,
-        begun=begun(starts[0] if starts else {}),
-        rows=_headline(record, cuts, evaluations, tasks),
+        begun=called,
+        rows=_headline(record, cuts, evaluations, tasks, called),
         began=began,
         states=states,
         cuts=cuts,
@@ -224,21 +225,20 @@ def _cuts(record: Record) -> list[Cut]:
     return found
 
 
-def _anatomy(record: Record, notes: list[str]) -> tuple[State | None, list[State]]:
+def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | None, list[State]]:
     """The model at the start, and after each stage; of a single stage after up to eight groups of its iterations."""
     starts, cuts = record.of("start"), [cut for cut in record.of("cut") if cut.get("sizes")]
     params = int(starts[0]["params"]) if starts and starts[0].get("params") else 0
     began = None
-    name = begun(starts[0] if starts else {})
     if starts and starts[0].get("began"):
-        began = State(name, params, *sizes_of({"sizes": starts[0]["began"]}, None))
+        began = State(called, params, *sizes_of({"sizes": starts[0]["began"]}, None))
     if began is None and record.mask:
-        began = State(name, params, *sizes_of({"sizes": {name: size for name, (size, _) in record.mask.items()}}, None))
+        began = State(called, params, *sizes_of({"sizes": {name: size for name, (size, _) in record.mask.items()}}, None))
     if (began is None or not began.layers) and cuts:
         first, wide = sizes_of(cuts[0], None)
         kinds = {kind for layer in first.values() for kind in layer}
         most = {kind: max(layer.get(kind, 0) for layer in first.values()) for kind in kinds}
-        began = State(name, params, {layer: dict(most) for layer in first}, wide)
+        began = State(called, params, {layer: dict(most) for layer in first}, wide)
         if first:
             notes.append(
                 "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
@@ -267,15 +267,14 @@ def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most
 
 
 def _headline(
-    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]], called: str
 ) -> list[Row]:
     """Counts of the model that the run was given, and measures of it once tokens that were to go had gone."""
     starts = record.of("start")
     given = begun({"dense": starts[0].get("dense")} if starts else {})
-    measured = begun(starts[0] if starts else {})
     return [
         *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
-        *(replace(row, begun=measured) for row in [*_measures(cuts, evaluations), *_task_rows(tasks)]),
+        *(replace(row, begun=called) for row in [*_measures(cuts, evaluations), *_task_rows(tasks)]),
     ]
 
 
