@@ -392,6 +392,18 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load(str(tmp_path / "bare"))
 
 
+def test_a_token_that_the_model_has_no_row_for_is_named(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    folder = tmp_path / "model"
+    tiny_model(vocab_size=VOCAB).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    loaded = load(str(folder))
+    loaded.model(loaded.tokenizer("old words", return_tensors="pt").input_ids)
+    with pytest.raises(UsageError, match=r"tokens 0 to 258, and its tokenizer makes token 259, '<new>', of this text; leave"):
+        loaded.model(loaded.tokenizer("a <new> word", return_tensors="pt").input_ids)
+
+
 def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
     model, _ = pruned(("llama", "llama"))
     other = Mask({"layers.0.neurons": torch.arange(40) < 5})

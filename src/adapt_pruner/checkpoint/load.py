@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -145,6 +146,9 @@ def load(
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
         _check_mask(model, mask, name)
+    embedding = model.get_input_embeddings()
+    if len(tokenizer) > embedding.weight.shape[0]:  # a token was added, and the model never learned it
+        embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if gguf is None else 0
     weight_bytes = on_disk or count_parameters(model) * stored.itemsize
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes)
@@ -347,6 +351,18 @@ def _forget_gguf(model: Any) -> None:
             delattr(model, attribute)
     for key in ("quantization_config", "_pre_quantization_dtype"):
         model.config.__dict__.pop(key, None)
+
+
+def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tuple[torch.Tensor, ...]) -> None:
+    """Refuse, before the lookup fails, the tokens that a tokenizer has and its model does not."""
+    rows = embedding.weight.shape[0]
+    if torch.compiler.is_compiling() or (highest := int(args[0].max())) < rows:
+        return
+    raise UsageError(
+        f"{name} has embeddings for tokens 0 to {rows - 1}, and its tokenizer makes token {highest}, "
+        f"{tokenizer.convert_ids_to_tokens(highest)!r}, of this text; leave that token out of the text, or give the model the row "
+        "(resize_token_embeddings of transformers) and train it"
+    )
 
 
 def _origin(folder: Path) -> tuple[Mask | None, int | None]:
