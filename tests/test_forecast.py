@@ -292,6 +292,26 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
     assert "training" not in planned["memory"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "left_out"),
+    [
+        ({"head_metric": None}, []),
+        ({}, ["KV heads shut one by one"]),
+        ({"axes": ["neurons"]}, []),
+        ({"method": "best"}, ["text that the model writes itself", "KV heads shut one by one", "repair"]),
+        ({"method": "wanda-sp"}, ["measuring behind pruned layers"]),
+        (
+            {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"},
+            ["layers or blocks shut one by one"],
+        ),
+        ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["tasks"]),
+    ],
+)
+def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: list[str]) -> None:
+    planned = dry_run(read({"model": str(CONFIGS / "mobilellm-350m"), "budget": "80%", "device": "cpu"} | asked))
+    assert planned["time_without"] == left_out
+
+
 def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
     root = Path(__file__).parents[1]
     printed = subprocess.run(

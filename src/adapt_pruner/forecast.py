@@ -15,7 +15,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, plan, reads_text
+from adapt_pruner.plan import Stage, layer_measure_of, plan, reads_text, shuts_heads
 from adapt_pruner.prepare import Listener, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
@@ -31,7 +31,7 @@ def dry_run(
 
     Where the weights are on this machine the model is loaded, the texts are looked for, and its speed is probed: a batch of
     random tokens, forward and backward. Otherwise its config.json is all that is read, and the time is on paper. Memory and
-    operations are those of `estimate`; measuring KV heads (`head_metric`) or whole layers one by one is not in the time.
+    operations are those of `estimate`; what beside passes over the texts is not in the time is named under `time_without`.
 
     Args:
         recipe: the run.
@@ -113,12 +113,26 @@ def _told(
         "seconds": sum(spans),
         "time_by": "time on paper" if on_paper else "time by a probe",
         "speed": speed.words,
+        "time_without": _left_out(recipe),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
         "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in memory.items()},
         "peak_bytes": max(peaks.values()),
     }
+
+
+def _left_out(recipe: Recipe) -> list[str]:
+    """What takes time that is not foretold, in words."""
+    taken = {
+        "text that the model writes itself": recipe.calibration.source == "self" or recipe.calibration.own > 0,
+        "layers or blocks shut one by one": layer_measure_of(recipe) is not None,
+        "KV heads shut one by one": shuts_heads(recipe),
+        "measuring behind pruned layers": recipe.behind,
+        "repair": recipe.repair is not None,
+        "tasks": recipe.evaluation.tasks is not None,
+    }
+    return [what for what, is_taken in taken.items() if is_taken]
 
 
 def _probe(model: Any, recipe: Recipe, *, narrow: bool) -> Speed:

@@ -32,6 +32,7 @@ __all__ = [
     "prunable",
     "reads_text",
     "scored",
+    "shuts_heads",
     "sizes_alike",
     "stage_targets",
     "stages",
@@ -226,13 +227,13 @@ def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
     return None if inspect.isgeneratorfunction(distance) else distance
 
 
+def shuts_heads(recipe: Recipe) -> bool:
+    """Whether KV heads are measured one by one, in layers that lose one."""
+    return recipe.head_metric is not None and "kv_heads" in recipe.axes
+
+
 def reads_text(model: Any, recipe: Recipe) -> bool:
     """Whether anything the recipe scores with looks at the calibration text."""
-    if (
-        recipe.rotate is not None
-        or recipe.repair is not None
-        or layer_measure_of(recipe) is not None
-        or (recipe.head_metric is not None and "kv_heads" in recipe.axes)
-    ):
+    if recipe.rotate is not None or recipe.repair is not None or layer_measure_of(recipe) is not None or shuts_heads(recipe):
         return True
     return evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS

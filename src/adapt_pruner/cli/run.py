@@ -116,4 +116,5 @@ def _print_plan(planned: dict[str, Any]) -> None:
         f"\nin all about {duration(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
         "nothing was written"
     )
-    print(f"{planned['time_by']}: {planned['speed']}")
+    without = f"; not counted: {', '.join(planned['time_without'])}" if planned["time_without"] else ""
+    print(f"{planned['time_by']}: {planned['speed']}{without}")
