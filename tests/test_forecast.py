@@ -305,6 +305,10 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
             ["layers or blocks shut one by one"],
         ),
         ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["tasks"]),
+        ({"head_metric": None, "calibration": {"source": "self"}}, ["text that the model writes itself"]),
+        ({"head_metric": None, "calibration": {"own": 4}}, []),
+        ({"method": "magnitude", "calibration": {"source": "self"}}, []),
+        ({"method": "slicegpt"}, []),
     ],
 )
 def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: list[str]) -> None:

@@ -12,6 +12,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.data.sources import SELF
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
@@ -113,7 +114,7 @@ def _told(
         "seconds": sum(spans),
         "time_by": "time on paper" if on_paper else "time by a probe",
         "speed": speed.words,
-        "time_without": _left_out(recipe),
+        "time_without": _left_out(recipe, reads=reads),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
@@ -122,10 +123,12 @@ def _told(
     }
 
 
-def _left_out(recipe: Recipe) -> list[str]:
-    """What takes time that is not foretold, in words."""
+def _left_out(recipe: Recipe, *, reads: bool) -> list[str]:
+    """What takes time that is not foretold, in words; `reads` says whether scoring looks at the calibration text."""
+    asked = recipe.calibration
+    own = asked.own > 0 and recipe.repair is not None
     taken = {
-        "text that the model writes itself": recipe.calibration.source == "self" or recipe.calibration.own > 0,
+        "text that the model writes itself": own or (reads and asked.ids is None and asked.source == SELF),
         "layers or blocks shut one by one": layer_measure_of(recipe) is not None,
         "KV heads shut one by one": shuts_heads(recipe),
         "measuring behind pruned layers": recipe.behind,

@@ -229,7 +229,7 @@ def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
 
 def shuts_heads(recipe: Recipe) -> bool:
     """Whether KV heads are measured one by one, in layers that lose one."""
-    return recipe.head_metric is not None and "kv_heads" in recipe.axes
+    return recipe.rotate is None and recipe.head_metric is not None and "kv_heads" in recipe.axes
 
 
 def reads_text(model: Any, recipe: Recipe) -> bool:
