@@ -191,6 +191,10 @@ def test_each_file_of_ids_is_a_draw(
     assert row["perplexity"] == pytest.approx(sorted(found)[1])
     assert len(set(found)) > 1
     assert "spread" in said
+    moved = [word for file in files for word in ("--calibration-ids", file.rename(file.with_suffix(".moved.json")))]
+    status, said, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *moved, "--set", "step=0.2", methods="uniform"))
+    assert status == 0, err
+    assert len(pruned_here) == 3, "the same ids in another place are the same draw"
 
 
 def test_a_failure_is_a_row_and_the_others_go_on(

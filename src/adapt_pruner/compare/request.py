@@ -159,6 +159,7 @@ class Cell:
             read_by_it: plain data that tells model, calibration text and windows from others.
         """
         recipe = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in _SAYS_NOTHING}
+        recipe["calibration"] |= {"ids": None}  # the ids themselves are in `read_by_it`, wherever the file lies
         digest = hashlib.sha256(to_json({"recipe": recipe, **read_by_it}).encode()).hexdigest()
         return f"{self.method}-{self.size}-{self.draw}-{digest[:12]}"
 
