@@ -1,6 +1,7 @@
 """Whole runs on tiny models: the loop, its folders, its log, and what it does when something breaks."""
 
 import gc
+import io
 import json
 import weakref
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
+from adapt_pruner.cli import screen
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import RunError, UsageError
@@ -233,6 +236,29 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
     assert (len(kept["input_ids"]), len(kept["input_ids"][0])) == (6, length)
     again = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights[1].items()), "a run reads what prune reads"
+
+
+def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "_EVERY", 0.0)
+    heard: list[dict[str, Any]] = []
+    shown = screen.Screen(Console(file=io.StringIO(), width=200), None)
+
+    def listen(event: dict[str, Any]) -> None:
+        heard.append(event)
+        shown(event)
+
+    heads_only = {"axes": ["kv_heads"], "budget": "88%", "chooser": "allocate.uniform", "step": 0.34}
+    own = {"repair": "closed_form.least_squares", "calibration": recipe.calibration.model_dump() | {"own": 33}}
+    prune(without_training(recipe, **heads_only, **own), tmp_path / "out", listen=listen)
+    layers = load(recipe.model).model.config.num_hidden_layers
+    told = [(event["phase"], event["done"], event["of"]) for event in heard if event["event"] == "progress"]
+    assert [one for one in told if one[0] == "write"] == [("write", 1, 2), ("write", 2, 2)], "batches of 32"
+    for phase in ("heads", "repair"):
+        assert [one for one in told if one[0] == phase] == [(phase, done + 1, layers) for done in range(layers)]
+    said = shown._console.file.getvalue()  # type: ignore[attr-defined]
+    assert "writing text of its own, batch 2 of 2" in said
+    assert f"stage 1: shutting heads one by one, iteration 1, layer {layers} of {layers}" in said
+    assert f"stage 1: repairing, iteration 1, layer {layers} of {layers}" in said
 
 
 @pytest.mark.parametrize("method", ["adapt-pruner", "uniform", "magnitude", "random"])

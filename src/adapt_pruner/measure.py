@@ -4,7 +4,6 @@
 and the end; None stands where nothing was measured since the recipe was changed on the way, and in JSON for infinity.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +13,10 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.position import Position
-from adapt_pruner.prepare import Listener, Prepared
+from adapt_pruner.prepare import Listener, Prepared, progress
 from adapt_pruner.recipe import Recipe
 
-__all__ = ["measure_tasks", "measure_text", "progress"]
+__all__ = ["measure_tasks", "measure_text"]
 
 
 def measure_text(model: Any, ready: Prepared, recipe: Recipe, at: Position, listen: Listener, *, stage: int) -> None:
@@ -57,8 +56,3 @@ def measure_tasks(loaded: Loaded, ready: Prepared, recipe: Recipe, at: Position,
     found = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
     at.figures["tasks"] = [*at.figures.get("tasks", [None] if stage else []), found]  # of the start and of the end
     listen({"event": "tasks", "stage": stage, "params": count_parameters(loaded.model), **found})
-
-
-def progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int], None]:
-    """What tells a listener how far a phase is, called with (done, of)."""
-    return lambda done, of: listen({"event": "progress", "phase": phase, "done": done, "of": of, **where})

@@ -5,7 +5,7 @@ goes on from its newest checkpoint. What happens on the way is told to a listene
 library itself prints nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
-from adapt_pruner.measure import measure_tasks, measure_text, progress
+from adapt_pruner.measure import measure_tasks, measure_text
 from adapt_pruner.outcome import Outcome
 from adapt_pruner.plan import Stage, chooser_of, layer_measure_of, measured_whole, metrics_of, prunable, repair_parameters, scored
 from adapt_pruner.position import Position
-from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare
+from adapt_pruner.prepare import Listener, Prepared, cut_vocabulary, load_model, prepare, progress
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.page import try_report
 from adapt_pruner.runs import RunFolder, opened
@@ -134,7 +134,7 @@ def _prune(
             sizes, at.debt = chooser(scores, may_shrink, budget, debt=at.debt)
             if recipe.behind:
                 scores |= score_behind(model, axes, sizes, batches, metric=metrics[0], known=scores, dtype=recipe.dtype)
-            scores |= _head_scores(model, may_shrink, sizes, batches, recipe)
+            scores |= _head_scores(model, may_shrink, sizes, batches, recipe, progress(listen, "heads", **where))
             mask = Mask.of_sizes(may_shrink, scores, sizes)
         if mask.num_removed() == 0:
             raise RunError(
@@ -142,7 +142,9 @@ def _prune(
             )
         if recipe.repair is not None:
             with at.clock("repair"):
-                parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn)(model, axes, mask, [*batches, *ready.own])
+                tell = progress(listen, "repair", **where)
+                repair = parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=warn, on_layer=tell)
+                repair(model, axes, mask, [*batches, *ready.own])
         with at.clock("cut"):
             cut(model, families.axes(model), mask, optimizer=trainer.optimizer)  # with biases that a repair added
             at.mask, at.debt = at.mask.then(mask), at.debt.after(mask)
@@ -173,12 +175,19 @@ def _slice(model: Any, stage: Stage, recipe: Recipe, *, ready: Prepared, at: Pos
     listen({"event": "cut", **note, "sizes": {"width": width}, "distances": None, "read": at.figures["calibration_tokens"]})
 
 
-def _head_scores(model: Any, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], recipe: Recipe) -> Scores:
+def _head_scores(
+    model: Any,
+    axes: Sequence[Axis],
+    sizes: Mapping[str, int],
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+    tell: Callable[[int, int], None],
+) -> Scores:
     """What `recipe.head_metric` says of the KV heads in every layer that is to lose one; nothing of the others."""
     losing = [axis for axis in axes if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
     if recipe.head_metric is None or not losing:
         return {}
-    measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype)
+    measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype, on_axis=tell)
     ahead = accumulate((batch.numel() for batch in batches), initial=0)
     enough = [batch for batch, before in zip(batches, ahead, strict=False) if before < _HEAD_TOKENS]
     measured: Scores = measure(model, losing, enough)

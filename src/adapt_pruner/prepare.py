@@ -38,7 +38,7 @@ from adapt_pruner.plan import Stage, plan, reads_text
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import OWN_TEXT, REPAIR_TEXT
 
-__all__ = ["Listener", "Prepared", "cut_vocabulary", "load_model", "prepare"]
+__all__ = ["Listener", "Prepared", "cut_vocabulary", "load_model", "prepare", "progress"]
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -155,8 +155,8 @@ def prepare(
     _check_machine(loaded.model, recipe)
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(recipe, listen)))
-    calibration = _calibration(loaded, recipe, folder, begun=begun)
-    own = _own_text(loaded, recipe, folder, begun=begun)
+    calibration = _calibration(loaded, recipe, folder, listen, begun=begun)
+    own = _own_text(loaded, recipe, folder, listen, begun=begun)
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
@@ -229,34 +229,47 @@ def _check_machine(model: Any, recipe: Recipe) -> None:
             raise UsageError(f"training.{extra} needs a package; pip install 'adapt-pruner[{extra}]'")
 
 
-def _calibration(loaded: Loaded, recipe: Recipe, folder: Path | None, *, begun: bool) -> Callable[[int], list[Tensor]]:
+def progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int], None]:
+    """What tells a listener how far a phase is, called with (done, of)."""
+    return lambda done, of: listen({"event": "progress", "phase": phase, "done": done, "of": of, **where})
+
+
+def _calibration(
+    loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Listener, *, begun: bool
+) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches; to none where nothing looks at them."""
     if not reads_text(loaded.model, recipe):
         return lambda iteration: []
-    asked = recipe.calibration.model_dump(exclude={"own"})
+    asked, tell = recipe.calibration.model_dump(exclude={"own"}), progress(listen, "write")
     if asked["ids"] is None and asked["source"] == SELF and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
-        world.on_main(lambda: _kept_text(path, loaded, recipe, samples=asked["samples"], seed=recipe.seed, begun=begun))
-    return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed)
+        world.on_main(
+            lambda: _kept_text(path, loaded, recipe, samples=asked["samples"], seed=recipe.seed, begun=begun, tell=tell)
+        )
+    return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed, on_batch=tell)
 
 
-def _own_text(loaded: Loaded, recipe: Recipe, folder: Path | None, *, begun: bool) -> list[Tensor]:
+def _own_text(loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Listener, *, begun: bool) -> list[Tensor]:
     """What the model writes for a repair; kept in the run's folder, where there is one, since later it is another model."""
     samples, seed = recipe.calibration.own, recipe.seed + 1  # not what `source: self` gives
     if not samples or recipe.repair is None:
         return []
+    tell = progress(listen, "write")
     if folder is None:
-        ids = selfwritten_windows(loaded.model, loaded.tokenizer, samples=samples, length=recipe.calibration.length, seed=seed)
+        length = recipe.calibration.length
+        ids = selfwritten_windows(loaded.model, loaded.tokenizer, samples=samples, length=length, seed=seed, on_batch=tell)
         rows: Sequence[Tensor] = ids.split(1)
     else:
         path = folder / REPAIR_TEXT
-        world.on_main(lambda: _kept_text(path, loaded, recipe, samples=samples, seed=seed, begun=begun))
+        world.on_main(lambda: _kept_text(path, loaded, recipe, samples=samples, seed=seed, begun=begun, tell=tell))
         rows = calibration_ids(str(path), vocab_size=loaded.model.config.vocab_size)
     return batches_of(rows, max_tokens=MICRO_TOKENS)
 
 
-def _kept_text(path: Path, loaded: Loaded, recipe: Recipe, *, samples: int, seed: int, begun: bool) -> None:
+def _kept_text(
+    path: Path, loaded: Loaded, recipe: Recipe, *, samples: int, seed: int, begun: bool, tell: Callable[[int, int], None]
+) -> None:
     """Keep the text that the model as it was at the start writes, unless a run that has begun already has."""
     asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
@@ -270,7 +283,7 @@ def _kept_text(path: Path, loaded: Loaded, recipe: Recipe, *, samples: int, seed
         )
     if begun:  # it has been cut since
         writer = load(recipe.model, device=next(loaded.model.parameters()).device).model
-    written = selfwritten_windows(writer, loaded.tokenizer, **asked)
+    written = selfwritten_windows(writer, loaded.tokenizer, **asked, on_batch=tell)
     try:
         write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
     except OSError as error:

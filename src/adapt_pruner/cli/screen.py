@@ -20,6 +20,14 @@ from adapt_pruner.report.words import NARROW, shown
 __all__ = ["Screen", "duration", "millions", "quiet_libraries", "screen"]
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
+_PHASES = {  # of an event `progress` -> what is being done, in its own figures, and what is counted
+    "write": ("writing text of its own", "batch"),
+    "score": ("scoring, iteration {iteration}", "batch"),
+    "heads": ("shutting heads one by one, iteration {iteration}", "layer"),
+    "repair": ("repairing, iteration {iteration}", "layer"),
+    "evaluate": ("evaluating", "batch"),
+    "time": ("timing, {what}", "round"),
+}
 
 
 def millions(count: int) -> str:
@@ -160,10 +168,9 @@ class Screen:
             self.say(f"{event['task']}, request {event['done']:,} of {event['of']:,}", often=True)
             return
         where = f"stage {event['stage']}: " if event.get("stage") else ""
-        iteration, timed = event.get("iteration"), event.get("what")
-        what = {"score": f"scoring, iteration {iteration}", "evaluate": "evaluating", "time": f"timing, {timed}"}[event["phase"]]
+        doing, unit = _PHASES[event["phase"]]
+        what = doing.format_map(event)
         left = self._advance(where + what)
-        unit = "round" if event["phase"] == "time" else "batch"
         self.say(f"{where}{what}, {unit} {event['done']} of {event['of']}{left}", often=True)
 
     def _on_cut(self, event: dict[str, Any]) -> None:

@@ -17,12 +17,20 @@ MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activation
 
 
 def calibration_feed(
-    model: Any, tokenizer: Any, *, source: Source, samples: int, length: int, ids: str | None, seed: int
+    model: Any,
+    tokenizer: Any,
+    *,
+    source: Source,
+    samples: int,
+    length: int,
+    ids: str | None,
+    seed: int,
+    on_batch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
     Every iteration draws anew from a text; fixed `ids` and text the model wrote itself (once, as it is now) stay the same.
-    Each text of a mixture gives its share of the samples.
+    Each text of a mixture gives its share of the samples. `on_batch` is told how much of its text the model has written.
 
     Raises:
         UsageError: there is no such text, it is too short, or its share is not one sample.
@@ -31,7 +39,7 @@ def calibration_feed(
     if ids is not None:
         rows: Sequence[Tensor] = calibration_ids(ids, vocab_size=model.config.vocab_size)
     elif SELF in shares:
-        rows = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed).split(1)
+        rows = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed, on_batch=on_batch).split(1)
     else:
         texts = {spec: documents(spec) for spec in shares}
         counts = _apportioned(samples, shares, what="calibration.samples")

@@ -1,5 +1,6 @@
 """Text that the model writes itself, as calibration data when there is no text at hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,27 @@ _BATCH = 32
 
 
 @torch.no_grad()
-def selfwritten_windows(model: nn.Module, tokenizer: Any, *, samples: int, length: int, seed: int) -> torch.Tensor:
+def selfwritten_windows(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    on_batch: Callable[[int, int], None] = lambda done, of: None,
+) -> torch.Tensor:
     """`samples` sequences of `length` tokens sampled from the model itself, at temperature 1 from the start-of-text token.
 
     End-of-text tokens do not stop a sequence: what follows is a new text. The start-of-text token is the first of the `length`
     where the tokenizer puts it before a text by itself, else it is left out (`data.tokens.opening`). The model's random state is left as found.
+
+    Args:
+        model: causal LM; left as found.
+        tokenizer: its own.
+        samples: sequences.
+        length: tokens of each.
+        seed: of the draws.
+        on_batch: told (done, of) after each batch of sequences.
 
     Returns:
         int64 [samples, length] on the CPU.
@@ -35,8 +52,9 @@ def selfwritten_windows(model: nn.Module, tokenizer: Any, *, samples: int, lengt
             model.generation_config = GenerationConfig(pad_token_id=start)
             torch.manual_seed(seed)
             rows = []
-            for done in range(0, samples, _BATCH):
-                ids = torch.full((min(_BATCH, samples - done), 1), start, device=device)
+            starts = range(0, samples, _BATCH)
+            for done, first in enumerate(starts, start=1):
+                ids = torch.full((min(_BATCH, samples - first), 1), start, device=device)
                 written = model.generate(  # type: ignore[operator]
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -47,6 +65,7 @@ def selfwritten_windows(model: nn.Module, tokenizer: Any, *, samples: int, lengt
                     max_new_tokens=length - shown,
                 )
                 rows.append(written[:, 1 - shown :].cpu())
+                on_batch(done, len(starts))
             return torch.cat(rows)
         finally:
             model.generation_config = own_config

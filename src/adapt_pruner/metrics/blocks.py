@@ -69,7 +69,14 @@ def manhattan(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=1, dim=-1)))
 
 
-def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor], *, dtype: str = "auto") -> Scores:
+def loss_drop(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    batches: Sequence[Tensor],
+    *,
+    dtype: str = "auto",
+    on_axis: Callable[[int, int], None] = lambda done, of: None,
+) -> Scores:
     """What the loss would drop by if a shut unit were opened again: each unit is shut alone and the loss measured.
 
     score[u] = L(u shut), the mean next-token cross-entropy in nats per token; within an axis that ranks like
@@ -83,6 +90,7 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
             ranks its own. An axis of one unit that must stay scores 0.
         batches: token ids, int64 [batch, length].
         dtype: precision of the matrix products.
+        on_axis: told (done, of) after each axis.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU.
@@ -90,7 +98,7 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
     Source: ours; removal as a measure is that of MoPE-CLIP (arXiv:2403.07839) and of layer-dropping work.
     """
     scores: Scores = {}
-    for axis in axes:
+    for done, axis in enumerate(axes, start=1):
         if axis.size == axis.least:
             scores[axis.name] = torch.zeros(axis.entries)
             continue
@@ -100,6 +108,7 @@ def loss_drop(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Tensor],
             with gated(model, axes, Mask({axis.name: keep})):
                 losses.append(mean_loss(model, batches, dtype=dtype))
         scores[axis.name] = torch.tensor(losses)
+        on_axis(done, len(axes))
     return scores
 
 

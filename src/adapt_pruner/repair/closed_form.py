@@ -36,6 +36,7 @@ def least_squares(
     sequential: bool = False,
     dtype: str = "auto",
     warn: Callable[[str], None] = lambda message: None,
+    on_layer: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
     """Change, in place, the columns that stay so that they give what all columns gave, as nearly as least squares can.
 
@@ -57,6 +58,7 @@ def least_squares(
         sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens.
+        on_layer: told (done, of) after each layer.
 
     Raises:
         UsageError: a negative ridge; no batches; a single batch to choose a ridge on.
@@ -111,6 +113,7 @@ def least_squares(
         else:
             for fit in fits.values():
                 short = max(short, fit.apply(ridge, tokens=float(tokens)))
+        on_layer(index + 1, len(layers))
     if short > 1:
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
