@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
-from adapt_pruner import families
+from adapt_pruner import families, prepare
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
 from adapt_pruner.cli import screen
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.feeds import calibration_feed
+from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.forecast import dry_run
@@ -217,13 +220,19 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
         read_by_it.append([tuple(batch.shape) for batch in batches])
         least_squares(model, axes, mask, batches, **others)
 
+    def slowly(*model_and_tokenizer: Any, **asked: Any) -> Tensor:
+        time.sleep(0.3)
+        return selfwritten_windows(*model_and_tokenizer, **asked)
+
     monkeypatch.setattr(closed_form, "least_squares", watched)
+    monkeypatch.setattr(prepare, "selfwritten_windows", slowly)
     common = {"model": recipe.model, "budget": "85%", "method": "best", "step": 1, "dtype": "float32"}
     text = recipe.calibration.model_dump()
     asked, more = (read({**common, "calibration": text | {"own": own}}) for own in (0, 6))
     plain = prune(asked, tmp_path / "plain")
     helped = prune(more, tmp_path / "helped")
     assert plain.mask == helped.mask
+    assert 0.3 < helped.figures["seconds_repair"] < helped.figures["seconds"], "what it takes to write is time of the repair"
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "helped")]
     assert {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])} == {
         name for name in weights[0] if "down_proj" in name
@@ -249,7 +258,10 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
 
     heads_only = {"axes": ["kv_heads"], "budget": "88%", "chooser": "allocate.uniform", "step": 0.34}
     own = {"repair": "closed_form.least_squares", "calibration": recipe.calibration.model_dump() | {"own": 33}}
-    prune(without_training(recipe, **heads_only, **own), tmp_path / "out", listen=listen)
+    asked = without_training(recipe, **heads_only, **own)
+    dry_run(asked, listen=listen)
+    assert not [event for event in heard if event["event"] == "progress"], "a plan writes nothing"
+    prune(asked, tmp_path / "out", listen=listen)
     layers = load(recipe.model).model.config.num_hidden_layers
     told = [(event["phase"], event["done"], event["of"]) for event in heard if event["event"] == "progress"]
     assert [one for one in told if one[0] == "write"] == [("write", 1, 2), ("write", 2, 2)], "batches of 32"

@@ -33,7 +33,15 @@ FOLDERS = {
 """What a recipe key may name: its folder and the files in it that hold such parts."""
 
 
-_SUPPLIED = ("debt", "dtype", "on_axis", "on_layer", "seed", "teacher", "warn")  # arguments that are not options: the run hands them in
+_SUPPLIED = (
+    "debt",
+    "dtype",
+    "on_axis",
+    "on_layer",
+    "seed",
+    "teacher",
+    "warn",
+)  # arguments that are not options: the run hands them in
 _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and where these stand
     "chooser": {"step": "step", "amplitude": "amplitude"},
     "schedule": {option: f"training.{option}" for option in ("warmup", "decay", "floor")},

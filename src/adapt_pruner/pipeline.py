@@ -206,7 +206,9 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     loaded, at, dense = _begun(recipe.ready(), listen, trust_remote_code)
     start = count_parameters(loaded.model)
     keep = latency.kept(recipe, at.figures)
-    ready = prepare(loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep)
+    ready = prepare(
+        loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep, clock=at.clock
+    )
     _tell_start(loaded, ready, recipe, at, listen)
     trainer = Trainer(loaded, recipe, ready=ready, at=at, listen=listen, save=None)
     with at.clock("other"):
@@ -291,6 +293,7 @@ def _run(
         keep=latency.kept(recipe, at.figures),
         begun=path is not None,
         folder=folder.path,
+        clock=at.clock,
     )
     replaced = [] if path is None else [what for what, digest in ready.digests.items() if digest != state["digests"][what]]
     if replaced and not force:

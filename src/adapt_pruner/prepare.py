@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ def prepare(
     keep: int | None = None,
     begun: bool = False,
     folder: Path | None = None,
+    clock: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
 ) -> Prepared:
     """Check that the recipe fits model, machine and processes and that its texts are there, before any work is done.
 
@@ -143,6 +144,7 @@ def prepare(
         keep: the parameters that the recipe's latency comes to, where it names one.
         begun: whether the run has begun, and the model is not what it was then.
         folder: of the run; text that the model writes itself is kept there.
+        clock: counts what passes meanwhile to a phase, see `Position.clock`; text is written for scoring or for the repair.
 
     Raises:
         UsageError: something does not fit, or is not there.
@@ -155,8 +157,10 @@ def prepare(
     _check_machine(loaded.model, recipe)
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(recipe, listen)))
-    calibration = _calibration(loaded, recipe, folder, listen, begun=begun)
-    own = _own_text(loaded, recipe, folder, listen, begun=begun)
+    with clock("score"):
+        calibration = _calibration(loaded, recipe, folder, listen, begun=begun)
+    with clock("repair"):
+        own = _own_text(loaded, recipe, folder, listen, begun=begun)
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
@@ -247,7 +251,7 @@ def _calibration(
         world.on_main(
             lambda: _kept_text(path, loaded, recipe, samples=asked["samples"], seed=recipe.seed, begun=begun, tell=tell)
         )
-    return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed, on_batch=tell)
+    return calibration_feed(loaded.model, loaded.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_batch=tell)
 
 
 def _own_text(loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Listener, *, begun: bool) -> list[Tensor]:
@@ -257,8 +261,10 @@ def _own_text(loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Liste
         return []
     tell = progress(listen, "write")
     if folder is None:
-        length = recipe.calibration.length
-        ids = selfwritten_windows(loaded.model, loaded.tokenizer, samples=samples, length=length, seed=seed, on_batch=tell)
+        ids = selfwritten_windows(
+            loaded.model, loaded.tokenizer, samples=samples, length=recipe.calibration.length, seed=seed,
+            dtype=recipe.dtype, on_batch=tell,
+        )  # fmt: skip
         rows: Sequence[Tensor] = ids.split(1)
     else:
         path = folder / REPAIR_TEXT
@@ -283,7 +289,7 @@ def _kept_text(
         )
     if begun:  # it has been cut since
         writer = load(recipe.model, device=next(loaded.model.parameters()).device).model
-    written = selfwritten_windows(writer, loaded.tokenizer, **asked, on_batch=tell)
+    written = selfwritten_windows(writer, loaded.tokenizer, **asked, dtype=recipe.dtype, on_batch=tell)
     try:
         write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
     except OSError as error:

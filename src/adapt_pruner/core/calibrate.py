@@ -27,7 +27,7 @@ from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "precision", "score", "uses_bfloat16"]
+__all__ = ["Evidence", "Metric", "casting_once", "evidence_needed", "finish", "mean_loss", "precision", "score", "uses_bfloat16"]
 
 
 class Evidence(Enum):
@@ -66,6 +66,25 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
 def precision(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
+
+
+@contextmanager
+def casting_once(model: nn.Module) -> Iterator[None]:
+    """While it lasts, passes without gradients bring each weight to bfloat16 once, in the first `precision`, not in every one.
+
+    Until the end they take half the weights' float32 size more, and no weight may change. Autocast keeps what it made of a weight until its outermost
+    context ends, which is this one and casts nothing itself, and only where the weight wants a gradient, so all do meanwhile.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+            torch.clear_autocast_cache()  # torch before 2.10 would use casts without a gradient in a context around this one
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 @contextmanager
@@ -156,7 +175,9 @@ def score(
                     mine = [sequence for batch in mine for sequence in batch.split(1)]
                 wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
                 nll = torch.zeros((), dtype=torch.float64)
-                with _streams_only(model) if need is Evidence.STREAM_GRADIENTS else nullcontext():
+                only = _streams_only(model) if need is Evidence.STREAM_GRADIENTS else nullcontext()
+                once = torch.autocast(device.type, enabled=False) if wants_gradient else casting_once(model)
+                with only, once:  # with gradients, too, autocast keeps what it makes of weights until `once` ends
                     for done, batch in enumerate(mine, start=1):
                         with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
                             loss = next_token_nll(model, batch.to(device))
@@ -209,7 +230,7 @@ def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto
     device = next(model.parameters()).device
     num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
-    with _as_found(model, set()), precision(device, dtype):
+    with _as_found(model, set()), casting_once(model), precision(device, dtype):
         for batch in world.share(batches):
             total += next_token_nll(model, batch.to(device)).double().cpu()
     world.sum_in_place(total)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.calibrate import Metric, finish, precision
+from adapt_pruner.core.calibrate import Metric, casting_once, finish, precision
 from adapt_pruner.core.surgery import gated
 
 __all__ = ["Stream", "decoder_layers", "score_behind", "streams"]
@@ -39,7 +39,7 @@ class Stream:
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int) -> Tensor:
-        """What layer number `index` makes of the hidden states, which stay as they are."""
+        """What layer number `index` makes of the hidden states, which stay as they are; for many, within `calibrate.casting_once`."""
         with precision(self.hidden.device, self.dtype):
             output = layer(self.hidden, **self.keywords[index])
         left: Tensor = output[0] if isinstance(output, tuple) else output
@@ -133,12 +133,13 @@ def _score_behind(
         looking = metric(model, inside)
         try:
             next(looking)
-            for flow in flows:
-                flow.through(layer, index)
+            with casting_once(layer):
+                for flow in flows:
+                    flow.through(layer, index)
             scores |= finish(looking)
         finally:
             looking.close()
-        with gated(model, axes, Mask.of_sizes(inside, scores, sizes)):
+        with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), casting_once(layer):
             for flow in flows:
                 flow.hidden = flow.through(layer, index)
     return world.agreed(scores)

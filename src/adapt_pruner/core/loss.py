@@ -81,13 +81,16 @@ class _ThroughHead(torch.autograd.Function):
         chunk = chunk or max(CACHED_ROWS, MAX_LOGITS // weight.shape[0])
         rows_at_once = CACHED_ROWS if device == "cpu" else chunk
 
-        narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+        cast_by_autocast = mixed and not wants  # which may have it already, see `calibrate.casting_once`
+        narrow, shift = weight, bias
+        if not cast_by_autocast:
+            narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device, dtype=wide)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         nothing = hidden.shape[0] == 0  # then gradients are zeros, not None: processes add them up one by one
         grad_weight = torch.zeros_like(weight) if of_weight and nothing else None
         grad_bias = torch.zeros_like(bias) if of_bias and nothing and bias is not None else None
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=cast_by_autocast):
             for start in range(0, hidden.shape[0], chunk):
                 end = min(hidden.shape[0], start + chunk)
                 entering = hidden[start:end].to(dtype)

@@ -25,12 +25,14 @@ def calibration_feed(
     length: int,
     ids: str | None,
     seed: int,
+    dtype: str = "float32",
     on_batch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
     Every iteration draws anew from a text; fixed `ids` and text the model wrote itself (once, as it is now) stay the same.
-    Each text of a mixture gives its share of the samples. `on_batch` is told how much of its text the model has written.
+    Each text of a mixture gives its share of the samples. Where the model writes it, `dtype` is the precision of its matrix products
+    and `on_batch` is told (done, of).
 
     Raises:
         UsageError: there is no such text, it is too short, or its share is not one sample.
@@ -39,7 +41,8 @@ def calibration_feed(
     if ids is not None:
         rows: Sequence[Tensor] = calibration_ids(ids, vocab_size=model.config.vocab_size)
     elif SELF in shares:
-        rows = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed, on_batch=on_batch).split(1)
+        written = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed, dtype=dtype, on_batch=on_batch)
+        rows = written.split(1)
     else:
         texts = {spec: documents(spec) for spec in shares}
         counts = _apportioned(samples, shares, what="calibration.samples")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from adapt_pruner.core.calibrate import casting_once, precision
 from adapt_pruner.data.tokens import opening
 
 __all__ = ["selfwritten_windows"]
@@ -22,6 +23,7 @@ def selfwritten_windows(
     samples: int,
     length: int,
     seed: int,
+    dtype: str = "float32",
     on_batch: Callable[[int, int], None] = lambda done, of: None,
 ) -> torch.Tensor:
     """`samples` sequences of `length` tokens sampled from the model itself, at temperature 1 from the start-of-text token.
@@ -35,6 +37,7 @@ def selfwritten_windows(
         samples: sequences.
         length: tokens of each.
         seed: of the draws.
+        dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         on_batch: told (done, of) after each batch of sequences.
 
     Returns:
@@ -45,7 +48,7 @@ def selfwritten_windows(
     device = next(model.parameters()).device
     training, own_config = model.training, model.generation_config
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), casting_once(model), precision(device, dtype):
         try:
             model.eval()
             # The model's own settings (penalties, end-of-text ids) would bend what it writes.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapt_pruner import families
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core.calibrate import casting_once, precision
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.plain import perplexity_of
 from adapt_pruner.errors import RunError
@@ -66,11 +66,12 @@ def perplexity(
     losses = next_token_nll if families.is_known(model.config) else _nll_of_its_logits
     try:
         model.eval()
-        for done, ids in enumerate(mine, start=1):
-            with precision(device, dtype):
-                total += losses(model, ids.to(device)).double().cpu()
-            if on_window is not None:
-                on_window(done, len(mine))
+        with casting_once(model):
+            for done, ids in enumerate(mine, start=1):
+                with precision(device, dtype):
+                    total += losses(model, ids.to(device)).double().cpu()
+                if on_window is not None:
+                    on_window(done, len(mine))
     finally:
         model.train(was_training)
     world.sum_in_place(total)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.calibrate import casting_once
 from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
@@ -86,28 +87,32 @@ def least_squares(
     short = 1.0
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
-        fits = {name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None) for name, keep in kept.items()}
+        fits = {
+            name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None, sequential=sequential)
+            for name, keep in kept.items()
+        }
         whole: list[dict[str, Tensor]] = []
-        for number, stream in zip(numbers, entering, strict=True):
-            with _watching(model, kept) as seen:
-                left = stream.through(layer, index)
-            if sequential:
-                whole.append(seen)
-            else:
-                for name, fit in fits.items():
-                    fit.add(seen[name], seen[name], number)
-            stream.hidden = left
+        with casting_once(layer):
+            for number, stream in zip(numbers, entering, strict=True):
+                with _watching(model, kept) as seen:
+                    left = stream.through(layer, index)
+                if sequential:
+                    whole.append(seen)
+                else:
+                    for name, fit in fits.items():
+                        fit.add(seen[name], None, number)
+                stream.hidden = left
         if sequential:
             own = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
             inside = Mask({**without.kept, **own})
             for name, fit in fits.items():
-                with gated(model, axes, inside):
+                with gated(model, axes, inside), casting_once(layer):
                     for number, stream, before in zip(numbers, pruned, whole, strict=True):
                         with _watching(model, [name]) as seen:
                             stream.through(layer, index)
                         fit.add(before[name], seen[name], number)
                 short = max(short, fit.apply(ridge, tokens=float(tokens)))
-            with gated(model, axes, inside):
+            with gated(model, axes, inside), casting_once(layer):
                 for stream in pruned:
                     stream.hidden = stream.through(layer, index)
         else:
@@ -124,33 +129,35 @@ def least_squares(
 class _Fit:
     """The normal equations of one gate's layer, and their solution."""
 
-    def __init__(self, module: nn.Module, keep: Tensor, *, hold_out: bool) -> None:
+    def __init__(self, module: nn.Module, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
         self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
         self.keep = keep.to(self.weight.device)
         self.hold_out = hold_out
         stays, features = int(keep.sum()), keep.numel()
-        self.parts = [  # fitted and held out: Z_k Z_kᵀ and X Z_kᵀ
-            (
-                self.weight.new_zeros(stays, stays, dtype=torch.float32),
-                self.weight.new_zeros(features, stays, dtype=torch.float32),
-            )
-            for _ in range(1 + hold_out)
-        ]
+        sides = (features, stays) if sequential else (features,)
+        # fitted and held out: X Z_kᵀ and Z_k Z_kᵀ; where Z is X the second lies within the first
+        self.parts = [[self.weight.new_zeros(side, stays, dtype=torch.float32) for side in sides] for _ in range(1 + hold_out)]
 
-    def add(self, whole: Tensor, pruned: Tensor, number: int) -> None:
-        """Look at the input of batch `number` to the layer, before and after pruning: both [tokens, features]."""
-        square, cross = self.parts[self.hold_out and number % _HELD_OUT == 1]
-        stays = pruned[:, self.keep]
-        square.addmm_(stays.t(), stays)
+    def add(self, whole: Tensor, pruned: Tensor | None, number: int) -> None:
+        """Look at the input of batch `number` to the layer, before and after pruning: [tokens, features]; None where that is the same."""
+        cross, *square = self.parts[self.hold_out and number % _HELD_OUT == 1]
+        stays = (whole if pruned is None else pruned)[:, self.keep]
         cross.addmm_(whole.t(), stays)
+        for sums in square:
+            sums.addmm_(stays.t(), stays)
+
+    def _sums(self, part: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Z_k Z_kᵀ and X Z_kᵀ of one part, in float64."""
+        cross, *square = (sums.double() for sums in part)
+        return (square[0] if square else cross[self.keep]), cross
 
     def apply(self, ridge: float | None, *, tokens: float) -> float:
         """Change the layer's weight, in place; returns how many features there are to a token, 1 where tokens are enough."""
-        for square, cross in self.parts:
-            world.sum_in_place(square, cross)
+        for part in self.parts:
+            world.sum_in_place(*part)
         weight = self.weight.double()
         staying = weight[:, self.keep]
-        square, cross = (torch.stack([part[which].double() for part in self.parts]).sum(dim=0) for which in (0, 1))
+        square, cross = (sum(sums[1:], sums[0]) for sums in zip(*map(self._sums, self.parts), strict=True))
         short = max(1.0, self.keep.numel() / tokens)
         if ridge is None:
             ridge = self._chosen(weight, staying)
@@ -160,8 +167,7 @@ class _Fit:
 
     def _chosen(self, weight: Tensor, staying: Tensor) -> float:
         """The ridge whose fit errs least on what was held out."""
-        square, cross = (part.double() for part in self.parts[0])
-        held_square, held_cross = (part.double() for part in self.parts[1])
+        (square, cross), (held_square, held_cross) = map(self._sums, self.parts)
         asked = weight @ cross - staying @ square
 
         def error(ridge: float) -> float:
@@ -215,11 +221,12 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
         sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
-        for stream in entering:
-            with _watching(model, kept) as seen:
-                stream.hidden = stream.through(layer, index)
-            for name in kept:
-                sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
+        with casting_once(layer):
+            for stream in entering:
+                with _watching(model, kept) as seen:
+                    stream.hidden = stream.through(layer, index)
+                for name in kept:
+                    sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
         world.sum_in_place(*sums.values())
         for name, total in sums.items():
             module = model.get_submodule(name)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core.calibrate import casting_once, precision
 from adapt_pruner.core.layerwise import streams
 from adapt_pruner.errors import RunError
 
@@ -116,10 +116,11 @@ def directions(
         basis = principal_directions(_moment([stream.hidden for stream in flow], norm), width)
         yield basis
         narrow = basis.to(norm.weight.dtype)
-        for stream in flow:
-            kept = stream.hidden @ narrow @ narrow.T
-            with precision(kept.device, dtype):
-                stream.hidden = kept + block(norm(kept), stream.keywords[index])
+        with casting_once(layers[index]):
+            for stream in flow:
+                kept = stream.hidden @ narrow @ narrow.T
+                with precision(kept.device, dtype):
+                    stream.hidden = kept + block(norm(kept), stream.keywords[index])
         on_basis(done, len(blocks))
 
 
