@@ -477,6 +477,11 @@ def test_the_picture_is_whole_and_the_same_each_time(tmp_path: Path) -> None:
         assert f"<!-- {name} -->".encode() in seen[0], "matplotlib writes what glyphs say beside them"
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"compare.svg", "compare.png"}
+    far = [*cells, cell("ruin", 900, 9.0)]
+    assert picture.draw(result_of(rows_of(far, DENSE)), tmp_path, warn=pytest.fail)
+    svg = (tmp_path / "compare.svg").read_text()
+    assert "Beyond 100 times the dense model, and not shown: ruin at 900." in svg
+    assert "<!-- ruin -->" not in svg
     lone = [cell("one", 900, 800.0), cell("two", 900, 3.0)]
     assert picture.draw(result_of(rows_of(lone, DENSE)), tmp_path, warn=pytest.fail), "a perplexity that overflows is left out"
     assert not picture.draw(result_of(rows_of([], DENSE)), tmp_path, warn=pytest.fail)

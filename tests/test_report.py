@@ -25,10 +25,10 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, page, png
 from adapt_pruner.report.advice import advice
-from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
+from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison, within
 from adapt_pruner.report.figures import figures_of, fit_slope
 from adapt_pruner.report.record import read_record
-from adapt_pruner.report.words import compact, duration, shown, tick
+from adapt_pruner.report.words import compact, duration, shown, tick, ticks
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -596,8 +596,8 @@ def test_numbers_are_short_and_whole() -> None:
     assert [tick(value, form) for value, form in ((4.0, "loss"), (130e6, "params"), (1e5, "count"), (2e-4, "lr"), (1.0, "ratio"))] == [
         "4", f"130{narrow}M", f"100{narrow}k", "2e-4", "1×",
     ]  # fmt: skip
-    assert charts.ticks(0, 10, most=5) == [0, 2, 4, 6, 8, 10]
-    assert charts.ticks(10, 1000, log=True) == [10, 100, 1000]
+    assert ticks(0, 10, most=5) == [0, 2, 4, 6, 8, 10]
+    assert ticks(10, 1000, log=True) == [10, 100, 1000]
 
 
 def comparison_result() -> dict[str, Any]:
@@ -637,6 +637,46 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     named = {series.name: [label for label in series.labels if label] for series in size.series}
     assert named == {"dense": ["dense"], "good": ["good", "good"], "bad": []}, "the small good one is smaller and better than bad"
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
+
+
+def many_methods() -> dict[str, Any]:
+    """A comparison of ten methods, one of which is a ruin."""
+    result = comparison_result()
+    of = result["rows"][1]
+    result["rows"] = [result["rows"][0]] + [
+        of | {"method": f"m{i}", "params": 80 - i % 2, "speed_up": 1 + i / 10, "texts": {"t.txt": dict.fromkeys(("perplexity", "low", "high"), y) | {"ratio": y / 10}}}
+        for i, y in enumerate([12.0, 12.1, 14, 20, 30, 50, 100, 300, 900, 4e6])
+    ]  # fmt: skip
+    result["cells"] = []
+    return result
+
+
+def test_many_methods_can_be_told_apart() -> None:
+    """Twice through the colours the dots have another form; a ruin is named and does not squeeze the rest together."""
+    result = many_methods()
+    text = comparison_page(result, *table(result["rows"]), name="cmp")
+    size, speed = comparison_pictures(result)
+    assert [series.name for series in size.series] == ["dense", *(f"m{i}" for i in range(9))]
+    assert size.note == speed.note == "Beyond 100 times the dense model, and not shown: m9 at 80."
+    assert text.count(size.note) == 2
+    assert ">4,000,000 (400,000×)</td>" in text
+    keys = re.findall(r'<i class="key ([^"]*)"></i>([^<]*)</span>', text.partition('id="speed-0"')[0])
+    assert len({look for look, _ in keys}) == len(keys) == 10
+    lost = [result["rows"][0], result["rows"][-1]]
+    assert within(lost, "t.txt") == lost, "a picture of ruins alone shows them"
+    assert dict(map(reversed, keys))["m5"] == "tone0 round second"
+    assert text.count('class="dot tone0 second"') == 2
+
+
+def test_names_are_not_written_over_another() -> None:
+    """The lowest of those that lie close together keeps its name; of one size only the best has one, however few parameters another has."""
+    size, speed = comparison_pictures(many_methods())
+    assert [name for *_, name in size.named()] == ["dense", "m0"]
+    named = [name for *_, name in speed.named()]
+    assert named[:2] == ["dense", "m1"]
+    assert [name for series in speed.series for name in series.labels if name] == ["dense", *(f"m{i}" for i in range(1, 9))]
+    near = charts.Lines("k", "", "", [charts.Series("s", [(0, 1.0), (0.5, 1.01), (10, 5.0)], labels=["a", "b", "c"])], "", "")
+    assert [name for *_, name in near.named()] == ["a", "c"]
 
 
 def test_two_sizes_of_a_method_may_give_one_model() -> None:

@@ -2,12 +2,14 @@
 
 import importlib.util
 import math
+import textwrap
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.compare.table import label
+from adapt_pruner.report.comparison import left_out, within
 
 __all__ = ["draw"]
 
@@ -68,9 +70,11 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], text: str, *, title: s
     """One text: the dense model, and a line a method from it down to its smallest size."""
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-    dense = rows[0]
+    every_row, rows, dense = rows, within(rows, text), rows[0]
     start = dense["params"] / 1e6, dense["texts"][text]["perplexity"]
-    methods = dict.fromkeys(row["method"] for row in rows[1:])  # as they come in the table: the best at the largest size first
+    methods = dict.fromkeys(
+        row["method"] for row in every_row[1:]
+    )  # as they come in the table: the best at the largest size first
     ends = []
     for number, method in enumerate(methods):
         points = sorted(
@@ -107,7 +111,7 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], text: str, *, title: s
         panel.set_xticks(sorted(set(every)), [f"{size:,.1f}" if size >= 10 else f"{size:.3g}" for size in sorted(set(every))])
     low, high = panel.get_ylim()
     high = max(high, low * 1.6)
-    panel.set_ylim(low / (high / low) ** 0.06, high)
+    panel.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)  # room for names
     ticks = _ticks(*panel.get_ylim())
     panel.set_yticks(ticks)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:.3g}"))
@@ -118,7 +122,8 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], text: str, *, title: s
     )
     _name(panel, ends)
     panel.set_title(title, fontsize=9, loc="left")
-    panel.set_xlabel("parameters (M)")
+    far = textwrap.fill(left_out(every_row, text), 74)
+    panel.set_xlabel("parameters (M)" + (f"\n{far}" if far else ""), fontsize=8)
     panel.set_ylabel("perplexity (log scale)")
     panel.grid(axis="y", color="#DDDDDD", lw=0.6)
     panel.set_axisbelow(True)

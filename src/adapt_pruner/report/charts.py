@@ -11,14 +11,17 @@ from adapt_pruner.report.figures import Cut, Figures, State
 from adapt_pruner.report.words import score, shots, shown
 
 __all__ = [
-    "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines", "importance",
-    "perplexities", "sparsity", "tasks", "ticks", "training",
+    "TONES", "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",
+    "importance", "perplexities", "sparsity", "tasks", "training",
 ]  # fmt: skip
 
 KINDS = {
     "neurons": "MLP neurons", "kv_heads": "KV heads", "query_heads": "query heads of each KV head", "layers": "layers",
     "experts": "experts", "residual": "channels of the stream", "width": "channels of the stream", "vocabulary": "tokens",
 }  # fmt: skip
+TONES = 6
+"""Colours of lines; more lines go through them again."""
+
 _MOST_POINTS = 400  # of a line; more are averaged
 _MOST_ROWS = 48  # of a heat map
 
@@ -40,7 +43,8 @@ class Series:
 class Lines:
     """Lines over one axis; forms are those of `words.shown`; `marks` are vertical lines (x, name); `falls` has x run downwards.
 
-    What few points of faint lines lie far out is cut off, so that the rest can be seen.
+    What few points of faint lines lie far out is cut off, so that the rest can be seen. `note` goes wherever the picture does; labels
+    stand above their points or, where the lowest are named, `below`.
     """
 
     key: str
@@ -55,6 +59,8 @@ class Lines:
     marks: list[tuple[float, str]] = field(default_factory=list)
     short: bool = False
     falls: bool = False
+    note: str = ""
+    below: bool = False
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows; of long lines every so many points."""
@@ -64,6 +70,20 @@ class Lines:
                 rows.append([series.name, shown(point[0], self.x_form), shown(point[1], self.y_form)])
         several = len(self.series) > 1
         return (["line"] if several else []) + [self.x_label, self.y_label], rows if several else [row[1:] for row in rows]
+
+    def named(self) -> list[tuple[float, float, str]]:
+        """Points and their labels, the lowest first, without those that would be written over another."""
+        xs, ys = zip(*(point for series in self.series for point in series.points), strict=True)
+        turn = math.log if self.log and min(ys) > 0 else float
+        wide, high = max(xs) - min(xs) or 1.0, turn(max(ys)) - turn(min(ys)) or 1.0
+        found: list[tuple[float, float, str]] = []
+        for x, y, text in sorted(
+            ((*point, text) for series in self.series for point, text in zip(series.points, series.labels, strict=False) if text),
+            key=lambda one: one[1],
+        ):
+            if not any(abs(x - a) < 0.1 * wide and abs(turn(y) - turn(b)) < 0.1 * high for a, b, _ in found):
+                found.append((x, y, text))
+        return found
 
 
 @dataclass(frozen=True)
@@ -355,23 +375,6 @@ def tasks(figures: Figures) -> Scores | None:
         return None
     given = shots(one["shots"] for one in (before | now).values())
     return Scores("tasks", "Tasks", f"Share of right answers, {given}; a mark shows what guessing gives.", scores, figures.begun)
-
-
-def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart; on a log scale those of each decade."""
-    if not high > low:
-        return [low]
-    if log and high / low > 8:
-        found: list[float] = []
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in ((1,), (1, 3), (1, 2, 5)):
-            found = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
-            if len(found) >= 3:
-                break
-        return found[:: -(-len(found) // most)] or [low, high]
-    rough = (high - low) / most
-    step = next(s for e in (0, 1) for m in (1, 2, 5) if (s := m * 10.0 ** (math.floor(math.log10(rough)) + e)) >= rough)
-    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _points_of(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

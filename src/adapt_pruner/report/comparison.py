@@ -13,7 +13,9 @@ from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
 from adapt_pruner.report.words import shown
 
-__all__ = ["comparison_page", "comparison_pictures", "read_comparison"]
+__all__ = ["comparison_page", "comparison_pictures", "left_out", "read_comparison", "within"]
+
+_FAR = 100  # times the dense model's perplexity; what lies beyond would squeeze the rest together
 
 
 def read_comparison(folder: str | Path) -> dict[str, Any]:
@@ -41,10 +43,11 @@ def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
             ("size", "Quality against size", "parameters", "params", "params", True),
             ("speed", "Quality against speed", "times as fast as dense", "ratio", "speed_up", False),
         ):
-            front = _front(result["rows"], text, of, fewer=of == "params")
-            methods = dict.fromkeys(row["method"] for row in result["rows"])
+            rows = within(result["rows"], text)
+            front = _front(rows, text, of)
             series = [
-                _series(method, [row for row in result["rows"] if row["method"] == method], text, of, front) for method in methods
+                _series(method, [row for row in rows if row["method"] == method], text, of, front)
+                for method in dict.fromkeys(row["method"] for row in result["rows"])
             ]
             shown_series = [one for one in series if one.points]
             if sum(len(one.points) for one in shown_series) > 1:
@@ -61,6 +64,8 @@ def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
                         "perplexity",
                         log=True,
                         falls=falls,
+                        note=left_out(result["rows"], text),
+                        below=True,
                     )
                 )
     return pictures
@@ -122,11 +127,45 @@ def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
     return number_of(found.get("perplexity")) if found else None
 
 
-def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str, *, fewer: bool) -> set[tuple[str, Any]]:
-    """(method, size) of the rows that no other row beats in both perplexity and `of`."""
-    sign = 1 if fewer else -1
+def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
+    """The rows whose highest draw is no further above the dense model's perplexity than a picture shows, and those without a draw;
+    all rows where no pruned model is as near as that.
+
+    Args:
+        rows: as `compare.table.rows_of` gives them, the dense model first.
+        text: SPEC of the text.
+    """
+    dense = _perplexity(rows[0], text)
+
+    def is_far(row: Mapping[str, Any]) -> bool:
+        if dense is None or not row["texts"]:
+            return False
+        high = number_of(row["texts"][text]["high"])
+        return high is None or high > _FAR * dense
+
+    near = [row for row in rows if not is_far(row)]
+    return near if any(row["texts"] for row in near[1:]) else list(rows)
+
+
+def left_out(rows: Sequence[Mapping[str, Any]], text: str) -> str:
+    """A sentence on the rows that a picture does not show since they lie too far above; nothing where all are shown."""
+    shown_rows = {(row["method"], row["size"]) for row in within(rows, text)}
+    far: dict[str, list[str]] = {}
+    for row in rows:
+        if (row["method"], row["size"]) not in shown_rows:
+            far.setdefault(row["method"], []).append(shown(row["size"], "params"))
+    listed = "; ".join(f"{method} at {', '.join(sizes)}" for method, sizes in far.items())
+    return f"Beyond {_FAR} times the dense model, and not shown: {listed}." if far else ""
+
+
+def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str) -> set[tuple[str, Any]]:
+    """(method, size) of the rows that no other row beats in both perplexity and `of`; models of one size count as equally small."""
+
+    def cost(row: Mapping[str, Any]) -> float:
+        return float(row["size"] or row["params"]) if of == "params" else -float(row[of])
+
     known = [
-        (row["method"], row["size"], sign * row[of], value)
+        (row["method"], row["size"], cost(row), value)
         for row in rows
         if row[of] and (value := _perplexity(row, text)) is not None
     ]
@@ -169,7 +208,9 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
             star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
             infinite = value is None and row and text in row["texts"]
             line.append(
-                "∞" if infinite else f"{star}{shown(value, 'perplexity')}" + (f" ({ratio:.2f}×)" if ratio is not None else "")
+                "∞"
+                if infinite
+                else f"{star}{shown(value, 'perplexity')}" + (f" ({shown(ratio, 'times')})" if ratio is not None else "")
             )
         lines.append(line)
     dense = _perplexity(result["rows"][0], text)

@@ -1,6 +1,7 @@
 """Charts as PNG files for papers, by matplotlib (extra `plot`)."""
 
 import importlib.util
+import textwrap
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 from adapt_pruner.core.files import why
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Scores, ticks
-from adapt_pruner.report.words import shown, tick
+from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Scores
+from adapt_pruner.report.words import shown, tick, ticks
 
 __all__ = ["check_matplotlib", "write_pictures"]
 
 _KEPT, _GONE, _HEAT = "#1f6f8b", "#d9722b", "Purples"
 _COLOURS = ("#1f6f8b", "#d55e00", "#009e73", "#b65390", "#a87800", "#3f8fd0")
+_MARKERS, _DASHES = ("o", "s", "^"), ("-", "--", ":")  # of the first turn through the colours, the second and the third
 _WIDTH = 6.4  # inches
 
 
@@ -77,11 +79,14 @@ def _lines(figure: Any, chart: Lines) -> None:
         colour = _COLOURS[0 if any(s.faint for s in chart.series) else number % len(_COLOURS)]
         xs, ys = [x for x, _ in series.points], [y for _, y in series.points]
         look = {"alpha": 0.35, "lw": 0.8} if series.faint else {"lw": 1.6}
-        axes.plot(xs, ys, color=colour, marker="o" if series.dots else None, markersize=4, label=series.name, **look)
+        turn = number // len(_COLOURS) % len(_MARKERS)
+        marker = _MARKERS[turn] if series.dots else None
+        axes.plot(xs, ys, color=colour, marker=marker, ls=_DASHES[turn], markersize=4, label=series.name, **look)
         if series.low:
             axes.fill_between(xs, series.low, series.high, color=colour, alpha=0.2, lw=0)
-        for (x, y), text in zip(series.points, series.labels, strict=False):  # labels may be none at all
-            axes.annotate(text, (x, y), xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=7.5)
+    for x, y, text in chart.named():
+        away = {"xytext": (0, -5), "ha": "center", "va": "top"} if chart.below else {"xytext": (-4, 5), "ha": "right"}
+        axes.annotate(text, (x, y), textcoords="offset points", fontsize=7.5, **away)
     for x, text in chart.marks:
         axes.axvline(x, color="#777777", lw=0.7, ls=":")
         if len(chart.marks) <= 12:
@@ -89,9 +94,15 @@ def _lines(figure: Any, chart: Lines) -> None:
                 text, (x, 1), xycoords=("data", "axes fraction"), xytext=(2, -8), textcoords="offset points", fontsize=7
             )
     if len(chart.series) > 1:
-        axes.legend(frameon=False, fontsize=7.5)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(chart.series) > len(_COLOURS) else {}
+        axes.legend(frameon=False, fontsize=7.5, **beside)
+    if chart.note:
+        figure.supxlabel(textwrap.fill(chart.note, 110), fontsize=7, color="#555555", x=0.01, ha="left")
     if chart.log:
         axes.set_yscale("log")
+    if chart.below:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / (high / low) ** 0.12 if chart.log else low - (high - low) * 0.12, high)
     left, right = axes.get_xlim()
     places = [x for x in ticks(left, right, most=6) if left <= x <= right]
     axes.set_xticks(places, [tick(x, chart.x_form) for x in places])

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from adapt_pruner.core.plain import to_json
-from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series, ticks
-from adapt_pruner.report.words import score, shown, tick
+from adapt_pruner.report.charts import TONES, Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
+from adapt_pruner.report.words import score, shown, tick, ticks
 
 __all__ = ["drawn", "escaped", "table"]
 
@@ -25,7 +25,8 @@ def escaped(text: object) -> str:
 def drawn(chart: Chart) -> str:
     """The chart as a <figure>."""
     body = _DRAWERS[type(chart)](chart)
-    about = f"<p>{escaped(chart.about)}</p>" if chart.about else ""
+    said = " ".join(filter(None, (chart.about, getattr(chart, "note", ""))))
+    about = f"<p>{escaped(said)}</p>" if said else ""
     header, rows = chart.table()
     words = (
         f'<details><summary>Figures<span class="sr"> of {escaped(chart.title)}</span></summary>{table(header, rows)}</details>'
@@ -107,11 +108,10 @@ def _lines(chart: Lines) -> str:
                 (x, _FULL * (1 - up(y))) for (x, _), y in zip(places, series.high, strict=True)
             ] + [(x, _FULL * (1 - up(y))) for (x, _), y in reversed(list(zip(places, series.low, strict=True)))]  # fmt: skip
             paths.append(f'<path class="band tone{_tone(chart, tone)}" d="M{_points(band)}Z"/>')
-        paths.append(f'<path class="line{" faint" * series.faint} tone{_tone(chart, tone)}" d="M{_points(places)}"/>')
+        look = f"tone{_tone(chart, tone)} {_turn(tone)}".strip()
+        paths.append(f'<path class="line{" faint" * series.faint} {look}" d="M{_points(places)}"/>')
         if series.dots:
-            paths.append(
-                f'<path class="dot tone{_tone(chart, tone)}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)}"/>'
-            )
+            paths.append(f'<path class="dot {look}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)}"/>')
         for number, ((x, y), (a, b)) in enumerate(zip(series.points, places, strict=True)):
             name = (series.labels[number] if series.labels else "") or series.name
             text = f"{name}: {shown(y, chart.y_form)} at {shown(x, chart.x_form)} {chart.x_label}"
@@ -123,20 +123,13 @@ def _lines(chart: Lines) -> str:
     legend = ""
     if len(chart.series) > 1:
         keys = "".join(
-            f'<span><i class="key{" faint" * series.faint} tone{_tone(chart, i)}"></i>{escaped(series.name)}</span>'
+            f'<span><i class="{_key(chart, series, i)}"></i>{escaped(series.name)}</span>'
             for i, series in enumerate(chart.series)
         )
         legend = f'<p class="legend">{keys}</p>'
-    dots = [
-        (x, y, text)
-        for series in chart.series
-        if series.labels
-        for (x, y), text in zip(series.points, series.labels, strict=True)
-        if text
-    ]
     notes = "".join(
-        f'<span class="at" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>'
-        for x, y, text in dots
+        f'<span class="at{" first" * (over(x) < 0.1)}{" last" * (over(x) > 0.9)}{" below" * chart.below}" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>'
+        for x, y, text in chart.named()
     )
     return (
         f'{legend}<div class="plot{" short" if chart.short else ""}">{_labels("ys", "top", y_ticks)}'
@@ -153,7 +146,19 @@ def _heights(series: Series) -> list[float]:
 
 def _tone(chart: Lines, number: int) -> int:
     """Which colour a line has; a faint one has that of the line it belongs to."""
-    return 0 if any(series.faint for series in chart.series) else number % 6
+    return 0 if any(series.faint for series in chart.series) else number % TONES
+
+
+def _turn(number: int) -> str:
+    """What tells a line from one of the same colour: after the first turn through the colours dots and dashes have another form."""
+    return ("", "second", "third")[number // TONES % 3]
+
+
+def _key(chart: Lines, series: Series, number: int) -> str:
+    """The classes of a line's key, which has the form of its dots."""
+    return " ".join(
+        filter(None, ("key", "faint" * series.faint, f"tone{_tone(chart, number)}", "round" * series.dots, _turn(number)))
+    )
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NARROW", "begun", "compact", "duration", "score", "shots", "shown", "tick"]
+__all__ = ["NARROW", "begun", "compact", "duration", "score", "shots", "shown", "tick", "ticks"]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(value: float | None, form: str) -> str:
-    """A figure of the headline by its form: params, bytes, perplexity, bits, speed, share, right (a share of right answers), lr, plain."""
+    """A figure of the headline by its form: params, bytes, perplexity, bits, speed, share, right (a share of right answers), lr, times, plain."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -55,6 +55,7 @@ def shown(value: float | None, form: str) -> str:
         "loss": "{:.3f}",
         "GiB": "{:.2f}" + NARROW + "GiB",
         "ratio": "{:.3g}×",
+        "times": "{:,.2f}×" if value < 100 else "{:,.0f}×",
     }.get(form, "{:,.4g}").format(value)
 
 
@@ -79,3 +80,20 @@ def begun(start: Mapping[str, Any]) -> str:
 def tick(value: float, form: str) -> str:
     """A figure beside an axis: as `shown`, without zeros that say nothing."""
     return re.sub(r"\.(?=\D|$)", "", re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", shown(value, form)))
+
+
+def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
+    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart; on a log scale those of each decade."""
+    if not high > low:
+        return [low]
+    if log and high / low > 8:
+        found: list[float] = []
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for steps in ((1,), (1, 3), (1, 2, 5)):
+            found = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
+            if len(found) >= 3:
+                break
+        return found[:: -(-len(found) // most)] or [low, high]
+    rough = (high - low) / most
+    step = next(s for e in (0, 1) for m in (1, 2, 5) if (s := m * 10.0 ** (math.floor(math.log10(rough)) + e)) >= rough)
+    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
