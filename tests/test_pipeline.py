@@ -260,6 +260,7 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     own = {"repair": "closed_form.least_squares", "calibration": recipe.calibration.model_dump() | {"own": 33}}
     asked = without_training(recipe, **heads_only, **own)
     dry_run(asked, listen=listen)
+    dry_run(without_training(recipe, calibration=recipe.calibration.model_dump() | {"source": "self"}), listen=listen)
     assert not [event for event in heard if event["event"] == "progress"], "a plan writes nothing"
     prune(asked, tmp_path / "out", listen=listen)
     layers = load(recipe.model).model.config.num_hidden_layers

@@ -14,12 +14,15 @@ from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.calibrate import casting_once, mean_loss, precision, score
 from adapt_pruner.core.layerwise import score_behind
-from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.loss import next_token_nll, through_head
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
-from adapt_pruner.metrics import activations, weights
+from adapt_pruner.metrics import activations
 from adapt_pruner.repair.closed_form import least_squares, mean_bias
-from conftest import tiny_model
+from adapt_pruner.repair.rotate import directions
+from conftest import byte_tokenizer, tiny_model
 
 BATCHES = [torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(3)]
 
@@ -39,16 +42,25 @@ class Casts(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def repaired(model: Any, repair: Callable[..., None]) -> None:
+def repaired(model: Any, repair: Callable[..., None], **options: Any) -> None:
     axes = [axis for axis in families.axes(model) if axis.kind == "neurons"]
     mask = Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes})
-    repair(model, families.axes(model), mask, BATCHES, dtype="bfloat16")
+    repair(model, families.axes(model), mask, BATCHES, dtype="bfloat16", **options)
 
 
 def behind(model: Any) -> None:
     axes = families.axes(model)
     sizes = {axis.name: axis.size - 1 for axis in axes if axis.kind == "neurons"}
     score_behind(model, axes, sizes, BATCHES, metric=activations.wanda, known={}, dtype="bfloat16")
+
+
+def rotated(model: Any) -> None:
+    for _ in directions(model, BATCHES, 24, dtype="bfloat16"):
+        pass
+
+
+def written(model: Any) -> None:
+    selfwritten_windows(model, byte_tokenizer(), samples=40, length=4, seed=0, dtype="bfloat16")
 
 
 READERS: dict[str, tuple[Callable[[Any], object], int]] = {  # what reads the batches, and how many times each weight may be cast
@@ -58,7 +70,10 @@ READERS: dict[str, tuple[Callable[[Any], object], int]] = {  # what reads the ba
     "activations": (lambda model: score(model, families.axes(model), BATCHES, metrics=[activations.wanda], dtype="bfloat16"), 1),
     "behind": (behind, 2),  # the metric looks, then units are shut
     "least squares": (lambda model: repaired(model, least_squares), 1),
+    "least squares in sequence": (lambda model: repaired(model, least_squares, sequential=True), 3),  # whole, behind, repaired
     "mean bias": (lambda model: repaired(model, mean_bias), 1),
+    "rotation": (rotated, 1),
+    "own text": (written, 1),
 }
 
 
@@ -71,17 +86,47 @@ def test_weights_are_cast_once(reader: str, frozen: bool) -> None:
     with Casts(model) as casts:
         read(model)
     names = set(casts.names.values()) - {"model.embed_tokens.weight"}
-    assert {name: casts.counts[name] for name in names if casts.counts[name] not in (1, most)} == {}
+    heads = {name for name in names if "lm_head" in name}
+    assert {name: casts.counts[name] for name in names - heads if not 1 <= casts.counts[name] <= most} == {}
     assert casts.counts["model.embed_tokens.weight"] <= 1, "as the head"
+    assert all(casts.counts[name] <= 1 for name in heads)
     assert all(parameter.requires_grad is not frozen for parameter in before)
 
 
-def test_gradients_cast_what_gets_one_once() -> None:
+def test_a_head_without_a_gradient_is_cast_once_a_call() -> None:
+    """Also outside, and in many chunks; and a loss of the logits runs in no autocast."""
+    model = tiny_model(vocab_size=256).requires_grad_(False)
+    seen: list[bool] = []
+
+    def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return logits.sum()
+
+    hidden = torch.randn(40, model.config.hidden_size)
+    for learns in (False, True):
+        model.requires_grad_(learns)
+        with torch.no_grad(), Casts(model) as casts, precision(hidden.device, "bfloat16"):
+            through_head(hidden, model.get_output_embeddings(), loss, chunk=8)
+        assert casts.counts["model.embed_tokens.weight"] + casts.counts["lm_head.weight"] == 1
+    assert seen == [False] * 10
+
+
+def test_other_weights_than_float32_are_read_too() -> None:
+    """Autocast leaves float64 alone; the head brings it to bfloat16 all the same."""
     model = tiny_model(vocab_size=256)
-    axes = [axis for axis in families.axes(model) if axis.kind == "neurons"]
-    with Casts(model) as casts:
-        score(model, axes, BATCHES, metrics=[weights.taylor], dtype="bfloat16")
-    assert {count for name, count in casts.counts.items() if ".mlp." in name} == {1}
+    exact, narrow = (mean_loss(model.double(), BATCHES, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert narrow == pytest.approx(exact, rel=0.02)
+
+
+def test_a_layer_with_nothing_in_it_has_nothing_to_cast() -> None:
+    """It lost its attention and its MLP."""
+    model = tiny_model(vocab_size=256)
+    gone = {f"layers.1.{kind}": torch.tensor([False]) for kind in ("attentions", "mlps")}
+    cut(model, families.axes(model), Mask(gone))
+    assert not list(model.model.layers[1].parameters())
+    repaired(model, least_squares)
+    repaired(model, mean_bias)
+    behind(model)
 
 
 @pytest.mark.parametrize("around", [nullcontext(), precision(torch.device("cpu"), "bfloat16")], ids=["alone", "in autocast"])
@@ -98,10 +143,17 @@ def test_nothing_is_left_of_it(around: AbstractContextManager[Any]) -> None:
     with around:
         with torch.no_grad(), casting_once(model):
             assert [nll(), nll()] == [alone, alone]
+        weight = model.model.layers[0].mlp.down_proj.weight
+        with pytest.raises(KeyboardInterrupt), torch.no_grad(), casting_once(model):
+            nll()
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.zero_()
+            assert nll() != alone, "the weight as it is now is read"
+            weight.copy_(kept)
+            torch.clear_autocast_cache()
         loss = nll()
         loss.backward()
     assert loss == alone
     assert all(parameter.grad is not None for parameter in model.parameters())
-    with torch.no_grad():
-        next(model.model.layers[0].mlp.parameters()).zero_()
-        assert nll() != alone

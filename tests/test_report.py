@@ -662,6 +662,9 @@ def test_many_methods_can_be_told_apart() -> None:
     assert ">4,000,000 (400,000×)</td>" in text
     keys = re.findall(r'<i class="key ([^"]*)"></i>([^<]*)</span>', text.partition('id="speed-0"')[0])
     assert len({look for look, _ in keys}) == len(keys) == 10
+    result["rows"][1]["texts"]["t.txt"] |= {"high": 5e6}
+    (one,) = (series for series in comparison_pictures(result)[0].series if series.name == "m0")
+    assert (one.points, one.high) == ([(80.0, 12.0)], [1000.0]), "one bad draw of three: the band ends where the picture does"
     lost = [result["rows"][0], result["rows"][-1]]
     assert within(lost, "t.txt") == lost, "a picture of ruins alone shows them"
     assert dict(map(reversed, keys))["m5"] == "tone0 round second"

@@ -51,9 +51,8 @@ def dry_run(
         loaded, _ = cut_vocabulary(loaded, recipe, listen)
         start = count_parameters(loaded.model)
         keep = latency.kept(recipe, latency.find(loaded.model, recipe, listen=listen))
-        unwritten = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"own": 0})})
         ready = prepare(
-            loaded, unwritten, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep
+            loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep, write=False
         )
         model, planned, budget = loaded.model, ready.stages, ready.budget
         teacher = None if ready.teacher is None else shapes(ready.teacher)

@@ -28,7 +28,7 @@ from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_win
 from adapt_pruner.data.overlap import overlaps
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF
+from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import RunError, UsageError
@@ -131,6 +131,7 @@ def prepare(
     begun: bool = False,
     folder: Path | None = None,
     clock: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
+    write: bool = True,
 ) -> Prepared:
     """Check that the recipe fits model, machine and processes and that its texts are there, before any work is done.
 
@@ -145,6 +146,7 @@ def prepare(
         begun: whether the run has begun, and the model is not what it was then.
         folder: of the run; text that the model writes itself is kept there.
         clock: counts what passes meanwhile to a phase, see `Position.clock`; text is written for scoring or for the repair.
+        write: whether the model writes the text that it is to be calibrated on; a plan does without.
 
     Raises:
         UsageError: something does not fit, or is not there.
@@ -157,10 +159,11 @@ def prepare(
     _check_machine(loaded.model, recipe)
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(recipe, listen)))
-    with clock("score"):
-        calibration = _calibration(loaded, recipe, folder, listen, begun=begun)
+    writes = recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
+    with clock("score") if writes else nullcontext():
+        calibration = _calibration(loaded, recipe, folder, listen, begun=begun, write=write)
     with clock("repair"):
-        own = _own_text(loaded, recipe, folder, listen, begun=begun)
+        own = _own_text(loaded, recipe, folder, listen, begun=begun) if write else []
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
@@ -239,10 +242,11 @@ def progress(listen: Listener, phase: str, **where: int) -> Callable[[int, int],
 
 
 def _calibration(
-    loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Listener, *, begun: bool
+    loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Listener, *, begun: bool, write: bool
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches; to none where nothing looks at them."""
-    if not reads_text(loaded.model, recipe):
+    writes = recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
+    if not reads_text(loaded.model, recipe) or (writes and not write):
         return lambda iteration: []
     asked, tell = recipe.calibration.model_dump(exclude={"own"}), progress(listen, "write")
     if asked["ids"] is None and asked["source"] == SELF and folder is not None:

@@ -75,15 +75,19 @@ def casting_once(model: nn.Module) -> Iterator[None]:
     Until the end they take half the weights' float32 size more, and no weight may change. Autocast keeps what it made of a weight until its outermost
     context ends, which is this one and casts nothing itself, and only where the weight wants a gradient, so all do meanwhile.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad]
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
     try:
-        for weight in weights:
+        for weight in frozen:
             weight.requires_grad_(True)
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            yield
-            torch.clear_autocast_cache()  # torch before 2.10 would use casts without a gradient in a context around this one
+        # A layer that lost attention and MLP has no weights, and nothing that is cast.
+        with torch.autocast(weights[0].device.type if weights else "cpu", enabled=False):
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()  # an autocast around this one would go on with the weights as they are now
     finally:
-        for weight in weights:
+        for weight in frozen:
             weight.requires_grad_(False)
 
 
@@ -176,8 +180,9 @@ def score(
                 wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
                 nll = torch.zeros((), dtype=torch.float64)
                 only = _streams_only(model) if need is Evidence.STREAM_GRADIENTS else nullcontext()
-                once = torch.autocast(device.type, enabled=False) if wants_gradient else casting_once(model)
-                with only, once:  # with gradients, too, autocast keeps what it makes of weights until `once` ends
+                # With gradients, casts that all passes share would hold the narrow gradients of all weights at the end of each.
+                once = nullcontext() if wants_gradient else casting_once(model)
+                with only, once:
                     for done, batch in enumerate(mine, start=1):
                         with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
                             loss = next_token_nll(model, batch.to(device))

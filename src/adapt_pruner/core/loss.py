@@ -81,20 +81,22 @@ class _ThroughHead(torch.autograd.Function):
         chunk = chunk or max(CACHED_ROWS, MAX_LOGITS // weight.shape[0])
         rows_at_once = CACHED_ROWS if device == "cpu" else chunk
 
-        cast_by_autocast = mixed and not wants  # which may have it already, see `calibrate.casting_once`
+        # Where autocast may have cast the weight already (`calibrate.casting_once`), it is left to it.
+        left_to_autocast = mixed and not wants and weight.requires_grad and weight.is_leaf and weight.dtype == torch.float32
         narrow, shift = weight, bias
-        if not cast_by_autocast:
+        if not left_to_autocast:
             narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device, dtype=wide)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         nothing = hidden.shape[0] == 0  # then gradients are zeros, not None: processes add them up one by one
         grad_weight = torch.zeros_like(weight) if of_weight and nothing else None
         grad_bias = torch.zeros_like(bias) if of_bias and nothing and bias is not None else None
-        with torch.autocast(device, enabled=cast_by_autocast):
+        with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
                 end = min(hidden.shape[0], start + chunk)
                 entering = hidden[start:end].to(dtype)
-                logits = F.linear(entering, narrow, shift)
+                with torch.autocast(device, enabled=left_to_autocast):
+                    logits = F.linear(entering, narrow, shift)
                 for first in range(start, end, rows_at_once):
                     rows = slice(first, min(end, first + rows_at_once))
                     piece = logits[rows.start - start : rows.stop - start]

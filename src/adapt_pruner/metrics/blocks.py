@@ -101,6 +101,7 @@ def loss_drop(
     for done, axis in enumerate(axes, start=1):
         if axis.size == axis.least:
             scores[axis.name] = torch.zeros(axis.entries)
+            on_axis(done, len(axes))
             continue
         losses = []
         for entry in range(axis.entries):

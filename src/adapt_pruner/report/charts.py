@@ -72,7 +72,7 @@ class Lines:
         return (["line"] if several else []) + [self.x_label, self.y_label], rows if several else [row[1:] for row in rows]
 
     def named(self) -> list[tuple[float, float, str]]:
-        """Points and their labels, the lowest first, without those that would be written over another."""
+        """Points and their labels, the lowest first, without those that stand within a tenth of both sides of a lower one that has one."""
         xs, ys = zip(*(point for series in self.series for point in series.points), strict=True)
         turn = math.log if self.log and min(ys) > 0 else float
         wide, high = max(xs) - min(xs) or 1.0, turn(max(ys)) - turn(min(ys)) or 1.0

@@ -1,6 +1,7 @@
 """The page of a comparison: methods by budgets, quality against size and against speed, what failed."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -128,22 +129,26 @@ def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
 
 
 def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
-    """The rows whose highest draw is no further above the dense model's perplexity than a picture shows, and those without a draw;
-    all rows where no pruned model is as near as that.
+    """The rows that a picture shows: those whose perplexity is not too far above the dense model's, and those without any.
+
+    A highest draw that lies further up is brought down to where the picture ends. Where no pruned model is near, all rows are shown.
 
     Args:
         rows: as `compare.table.rows_of` gives them, the dense model first.
         text: SPEC of the text.
     """
     dense = _perplexity(rows[0], text)
-
-    def is_far(row: Mapping[str, Any]) -> bool:
-        if dense is None or not row["texts"]:
-            return False
-        high = number_of(row["texts"][text]["high"])
-        return high is None or high > _FAR * dense
-
-    near = [row for row in rows if not is_far(row)]
+    if dense is None:
+        return list(rows)
+    near: list[Mapping[str, Any]] = []
+    for row in rows:
+        value = _perplexity(row, text)
+        if not row["texts"]:
+            near.append(row)
+        elif value is not None and value <= _FAR * dense:
+            found = row["texts"][text]
+            high = min(_FAR * dense, number_of(found["high"]) or math.inf)
+            near.append({**row, "texts": {**row["texts"], text: {**found, "high": high}}})
     return near if any(row["texts"] for row in near[1:]) else list(rows)
 
 
