@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -486,6 +487,14 @@ def test_the_picture_is_whole_and_the_same_each_time(tmp_path: Path) -> None:
     assert picture.draw(result_of(rows_of(lone, DENSE)), tmp_path, warn=pytest.fail), "a perplexity that overflows is left out"
     assert not picture.draw(result_of(rows_of([], DENSE)), tmp_path, warn=pytest.fail)
     assert not picture.draw(result_of(rows_of(lone[:1], DENSE)), tmp_path, warn=pytest.fail), "an empty frame says nothing"
+
+
+def test_names_are_apart_and_inside() -> None:
+    assert picture._spread([0.1, 0.5]) == [0.1, 0.5]
+    assert picture._spread([0.1, 0.1]) == pytest.approx([0.1, 0.155])
+    high = picture._spread([0.9, 0.95, 0.97, 0.99])
+    assert high[-1] == 0.98
+    assert all(b - a == pytest.approx(0.055) for a, b in itertools.pairwise(high))
 
 
 def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
 """Tables in docs/results.md whose figures lie in the repository say what the figures say."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from adapt_pruner.compare.table import rows_of, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,8 +25,27 @@ def test_the_retention_table_is_that_of_its_figures() -> None:
     assert [row for row in printed[2:] if row not in text] == [], "put the output of benchmarks/retention.py --table there"
 
 
+def test_the_table_of_methods_is_that_of_its_cells() -> None:
+    """As `adapt-pruner compare` writes it where all cells are there."""
+    folder = ROOT / "benchmarks" / "compared" / "cells"
+    cells, dense = [], {}
+    for path in folder.glob("*.json"):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if named := re.fullmatch(r"(.+)-(\d+)-(\d+)-[0-9a-f]{12}", path.stem):
+            cells.append({"method": named[1], "size": int(named[2]), "draw": int(named[3]), **figures})
+        else:
+            dense = figures
+    _, lines = table(rows_of(cells, dense))
+    assert len(lines) > 30
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    rows = [f"| {' | '.join(line)} |" for line in lines if any(line)]
+    assert [row for row in rows if row not in text] == [], "put the table of compare.md there"
+
+
 def test_the_figures_name_no_folder_of_the_machine_they_were_made_on() -> None:
-    for path in sorted((ROOT / "benchmarks" / "retention").glob("*.json")):
+    for path in sorted(
+        [*(ROOT / "benchmarks" / "retention").glob("*.json"), *(ROOT / "benchmarks" / "compared").rglob("*.json")]
+    ):
         text = path.read_text(encoding="utf-8")
         assert '": "/' not in text, path
         assert str(Path.home()) not in text, path

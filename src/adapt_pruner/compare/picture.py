@@ -20,7 +20,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _GREY = "#555555"
 _WIDTH, _HEIGHT = 5.6, 4.2  # inches of one panel
-_APART = 0.055  # share of the height between two labels
+_APART, _TOP = 0.055, 0.98  # shares of the height: between two labels, and where the highest may be
+_BESIDE = 0.12  # share of the width from which on names stand beside each other
 _SIZES = 6  # as many are written out below the axis
 
 
@@ -143,19 +144,35 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _name(panel: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """The method's name to the left of its line's end, moved up where it would lie on another, with a thin line to it."""
+    """The method's name to the left of its line's end, moved where it would lie on another's, with a thin line to it."""
     low, high = (math.log(limit) for limit in panel.get_ylim())
     left, right = panel.get_xlim()
-    at = -math.inf
-    for x, y, method, colour in sorted(ends, key=lambda end: end[1]):
-        own = (math.log(y) - low) / (high - low)
-        at = max(own, at + _APART)
-        place = ((x - left) / (right - left) - 0.045, at)
-        panel.annotate(
-            method, (x, y), xytext=place, textcoords="axes fraction", ha="right", va="center", color=_darker(colour), fontsize=8.5,
-            fontweight="bold", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 1, "shrinkB": 5},
-        )  # fmt: skip
+    columns: list[list[tuple[float, float, float, float, str, str]]] = []  # ends that lie above each other, from left to right
+    for x, y, method, colour in sorted(ends):
+        across, up = (x - left) / (right - left), (math.log(y) - low) / (high - low)
+        if not columns or across - columns[-1][0][0] > _BESIDE:
+            columns.append([])
+        columns[-1].append((across, up, x, y, method, colour))
+    for column in columns:
+        column.sort(key=lambda end: end[1])
+        for (across, _, x, y, method, colour), at in zip(column, _spread([up for _, up, *_ in column]), strict=True):
+            panel.annotate(
+                method, (x, y), xytext=(across - 0.045, at), textcoords="axes fraction", ha="right", va="center", color=_darker(colour),
+                fontsize=8.5, fontweight="bold", annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 1, "shrinkB": 5},
+            )  # fmt: skip
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Ascending shares of the height, moved up until they are apart, and down again from the top where that is passed."""
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + _APART) if found else height)
+    limit = _TOP
+    for number in reversed(range(len(found))):
+        found[number] = min(found[number], limit)
+        limit = found[number] - _APART
+    return found
 
 
 def _darker(colour: str) -> str:
