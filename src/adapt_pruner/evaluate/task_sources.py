@@ -151,7 +151,7 @@ def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
         if instead is None:
             raise UsageError(
                 f"the data of task {name!r} is not to be had ({first_line(error)}): let the hub be reached once, name a folder of "
-                f"lm-eval YAML files with --task-dir, or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
+                f"lm-eval YAML files with --task-dir (evaluation.task_dir of a recipe), or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
             ) from error
     return _with_overlay(manager, instead, packaged_tasks.PACKAGE)
 
