@@ -260,7 +260,8 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     own = {"repair": "closed_form.least_squares", "calibration": recipe.calibration.model_dump() | {"own": 33}}
     asked = without_training(recipe, **heads_only, **own)
     dry_run(asked, listen=listen)
-    dry_run(without_training(recipe, calibration=recipe.calibration.model_dump() | {"source": "self"}), listen=listen)
+    for itself in ("self", {"self": 1.0}):
+        dry_run(without_training(recipe, calibration=recipe.calibration.model_dump() | {"source": itself}), listen=listen)
     assert not [event for event in heard if event["event"] == "progress"], "a plan writes nothing"
     prune(asked, tmp_path / "out", listen=listen)
     layers = load(recipe.model).model.config.num_hidden_layers
@@ -272,6 +273,15 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     assert "writing text of its own, batch 2 of 2" in said
     assert f"stage 1: shutting heads one by one, iteration 1, layer {layers} of {layers}" in said
     assert f"stage 1: repairing, iteration 1, layer {layers} of {layers}" in said
+
+
+@pytest.mark.parametrize("source", ["self", {"self": 1.0}], ids=["named", "with its weight"])
+def test_a_run_keeps_the_text_that_the_model_writes_for_scoring(source: Any, recipe: Recipe, tmp_path: Path) -> None:
+    """Later the model is another, and would write another text."""
+    asked = without_training(recipe, calibration=recipe.calibration.model_dump() | {"source": source})
+    run(asked, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "calibration_self.json").read_text())
+    assert len(kept["input_ids"]) == recipe.calibration.samples
 
 
 @pytest.mark.parametrize("method", ["adapt-pruner", "uniform", "magnitude", "random"])

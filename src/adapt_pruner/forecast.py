@@ -12,11 +12,10 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import score, uses_bfloat16
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.sources import SELF
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, layer_measure_of, plan, reads_text, shuts_heads
+from adapt_pruner.plan import Stage, layer_measure_of, plan, reads_text, shuts_heads, writes_text
 from adapt_pruner.prepare import Listener, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
@@ -130,7 +129,7 @@ def _left_out(recipe: Recipe, *, reads: bool) -> list[str]:
     asked = recipe.calibration
     own = asked.own > 0 and recipe.repair is not None
     taken = {
-        "text that the model writes itself": own or (reads and asked.ids is None and asked.source == SELF),
+        "text that the model writes itself": own or (reads and writes_text(recipe)),
         "layers or blocks shut one by one": layer_measure_of(recipe) is not None,
         "KV heads shut one by one": shuts_heads(recipe),
         "measuring behind pruned layers": recipe.behind,

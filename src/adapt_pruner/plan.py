@@ -14,6 +14,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, Metric, evidence_needed
 from adapt_pruner.core.surgery import num_left
+from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import WHOLE, Recipe
 from adapt_pruner.repair.closed_form import without_bias
@@ -36,6 +37,7 @@ __all__ = [
     "sizes_alike",
     "stage_targets",
     "stages",
+    "writes_text",
 ]
 
 
@@ -237,3 +239,8 @@ def reads_text(model: Any, recipe: Recipe) -> bool:
     if recipe.rotate is not None or recipe.repair is not None or layer_measure_of(recipe) is not None or shuts_heads(recipe):
         return True
     return evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS
+
+
+def writes_text(recipe: Recipe) -> bool:
+    """Whether the calibration text is one that the model writes itself."""
+    return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)

@@ -28,13 +28,12 @@ from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_win
 from adapt_pruner.data.overlap import overlaps
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
-from adapt_pruner.plan import Stage, plan, reads_text
+from adapt_pruner.plan import Stage, plan, reads_text, writes_text
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.runs import OWN_TEXT, REPAIR_TEXT
 
@@ -159,8 +158,7 @@ def prepare(
     _check_machine(loaded.model, recipe)
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(recipe, listen)))
-    writes = recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
-    with clock("score") if writes else nullcontext():
+    with clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(loaded, recipe, folder, listen, begun=begun, write=write)
     with clock("repair"):
         own = _own_text(loaded, recipe, folder, listen, begun=begun) if write else []
@@ -245,11 +243,10 @@ def _calibration(
     loaded: Loaded, recipe: Recipe, folder: Path | None, listen: Listener, *, begun: bool, write: bool
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches; to none where nothing looks at them."""
-    writes = recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
-    if not reads_text(loaded.model, recipe) or (writes and not write):
+    if not reads_text(loaded.model, recipe) or (writes_text(recipe) and not write):
         return lambda iteration: []
     asked, tell = recipe.calibration.model_dump(exclude={"own"}), progress(listen, "write")
-    if asked["ids"] is None and asked["source"] == SELF and folder is not None:
+    if writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
         world.on_main(

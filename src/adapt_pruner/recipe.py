@@ -320,7 +320,7 @@ class Recipe(_Frozen):
         remedy = "prune the vocabulary first, in a run of its own"
         if self.calibration.ids is not None:
             raise ValueError(f"calibration.ids are tokens of the vocabulary before it is pruned; name a text, or {remedy}")
-        if self.calibration.source == SELF:
+        if SELF in domains(self.calibration.source):
             raise ValueError(
                 f"calibration.source 'self' is text of the model before its vocabulary is pruned; name a text, or {remedy}"
             )

@@ -75,7 +75,7 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], text: str, *, title: s
     start = dense["params"] / 1e6, dense["texts"][text]["perplexity"]
     methods = dict.fromkeys(
         row["method"] for row in every_row[1:]
-    )  # as they come in the table: the best at the largest size first
+    )  # as they come in the table, the best at the largest size first
     ends = []
     for number, method in enumerate(methods):
         points = sorted(

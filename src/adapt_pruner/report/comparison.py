@@ -40,11 +40,11 @@ def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
     pictures = []
     for number, text in enumerate(_texts(result)):
         name = f" on {_label(text)}" if len(_texts(result)) > 1 else ""
+        rows, note = within(result["rows"], text), left_out(result["rows"], text)
         for key, title, x_label, x_form, of, falls in (
             ("size", "Quality against size", "parameters", "params", "params", True),
             ("speed", "Quality against speed", "times as fast as dense", "ratio", "speed_up", False),
         ):
-            rows = within(result["rows"], text)
             front = _front(rows, text, of)
             series = [
                 _series(method, [row for row in rows if row["method"] == method], text, of, front)
@@ -65,7 +65,7 @@ def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
                         "perplexity",
                         log=True,
                         falls=falls,
-                        note=left_out(result["rows"], text),
+                        note=note,
                         below=True,
                     )
                 )
