@@ -526,6 +526,20 @@ def test_quantised_files_are_padded_to_whole_blocks(quant: str, tmp_path: Path) 
     assert found["max_difference"] < (3 if quant == "q4_k_m" else 0.5) * found["deviation"]
 
 
+def test_a_file_is_judged_with_plain_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for repacked matrices are wrong on CPUs with AMX; what other code in the process opens is left alone."""
+    llama_cpp()
+    import llama_cpp as module
+
+    seen, plain = [], module.Llama
+    monkeypatch.setattr(module, "Llama", lambda *given, **named: seen.append(plain(*given, **named)) or seen[-1])
+    loaded = as_loaded(unequal())
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    assert compared(loaded, tmp_path / "x.gguf")["passed"]
+    assert [llama.model_params.use_extra_bufts for llama in seen] == [False]
+    assert module.llama_cpp.llama_model_default_params().use_extra_bufts
+
+
 def test_rows_that_are_no_whole_blocks_are_said(tmp_path: Path) -> None:
     llama_cpp()
     loaded = as_loaded(unequal(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=140))

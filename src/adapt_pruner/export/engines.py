@@ -154,11 +154,12 @@ def _llama_cpp(path: Path, context: int) -> Iterator[Engine]:
     """A GGUF file in llama.cpp, with a float32 cache so that only the weights differ."""
     module, said = llama_cpp.library()
     try:
-        llama = module.Llama(
-            str(path), n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, type_k=module.GGML_TYPE_F32,
-            type_v=module.GGML_TYPE_F32, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
-            n_gpu_layers=0, verbose=False,
-        )  # fmt: skip
+        with llama_cpp.plain_kernels(module):
+            llama = module.Llama(
+                str(path), n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, type_k=module.GGML_TYPE_F32,
+                type_v=module.GGML_TYPE_F32, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
+                n_gpu_layers=0, verbose=False,
+            )  # fmt: skip
     except (ValueError, RuntimeError, AssertionError) as error:
         why = "; ".join(said[-2:]) or first_line(error)
         raise RunError(f"llama.cpp cannot load {path}: {why}; export it again") from error

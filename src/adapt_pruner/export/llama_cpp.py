@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
-__all__ = ["file_types", "library", "quantise"]
+__all__ = ["file_types", "library", "plain_kernels", "quantise"]
 
 _ERROR = 4  # ggml's log level
 _said: list[str] = []
@@ -41,6 +43,30 @@ def _callback(module: Any) -> Any:
             _said.append(text.decode("utf-8", "replace").strip())
 
     return module.llama_log_callback(hear)
+
+
+@contextmanager
+def plain_kernels(module: Any) -> Iterator[None]:
+    """Models that are opened meanwhile keep the file's own blocks: no repacking, and so none of the kernels for repacked ones.
+
+    On CPUs with AMX llama.cpp repacks matrices of q8_0 and others, and its kernels for them are wrong for narrow ones (a model
+    64 wide is off by 0.69 standard deviations of its logits on average, and by 0.02 with the plain kernels; llama-cpp-python 0.3.36,
+    Xeon with AMX; see also https://github.com/ggml-org/llama.cpp/pull/16315). A file is to be judged, not those. `Llama` has
+    no argument for it, so the defaults it starts from are changed.
+    """
+    inner = module.llama_cpp
+    given = inner.llama_model_default_params
+
+    def params() -> Any:
+        found = given()
+        found.use_extra_bufts = False  # llama-cpp-python before llama.cpp had it: an attribute of no effect
+        return found
+
+    inner.llama_model_default_params = params
+    try:
+        yield
+    finally:
+        inner.llama_model_default_params = given
 
 
 def file_types(module: Any) -> dict[str, int]:
