@@ -384,3 +384,20 @@ def test_bits_per_byte_do_not_depend_on_the_split() -> None:
     tokens = windows[0].numel() - 1
     assert measured.bits_per_byte == pytest.approx(tokens * torch.tensor(702.0).log2().item() / num_bytes, rel=1e-5)
     assert perplexity(model, windows).bits_per_byte is None
+
+
+def test_the_first_window_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes ten seconds and each further one two: 7 tokens are predicted every two seconds."""
+    now = [100.0]
+    monkeypatch.setattr("adapt_pruner.evaluate.perplexity.time.perf_counter", lambda: now[0])
+    model = tiny_model(vocab_size=50)
+
+    def slow(module: Any, given: Any) -> None:
+        now[0] += 10.0 if now[0] == 100.0 else 2.0
+
+    model.register_forward_pre_hook(slow)
+    model.model.register_forward_pre_hook(slow)
+    windows = [torch.randint(3, 50, (1, 8)) for _ in range(4)]
+    measured = perplexity(model, windows)
+    assert (measured.tokens, measured.seconds, measured.tokens_per_second) == (28, 16.0, 3.5)
+    assert perplexity(model, windows[:1]).tokens_per_second is None

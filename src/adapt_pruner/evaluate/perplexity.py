@@ -22,7 +22,8 @@ __all__ = ["Perplexity", "perplexity"]
 class Perplexity:
     """exp(nll), with nll the mean over `tokens` predicted tokens in nats; `seconds` of wall clock for all `windows`.
 
-    `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the text: unlike the others it compares between
+    `tokens_per_second` leaves out each process' first window, which also pays for making ready (kernels for a pruned model's many
+    widths, caches); None where no process has two. `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the text: unlike the others it compares between
     tokenizers. None where the bytes are not known.
     """
 
@@ -31,6 +32,7 @@ class Perplexity:
     tokens: int
     windows: int
     seconds: float
+    tokens_per_second: float | None = None
     bits_per_byte: float | None = None
 
 
@@ -61,7 +63,8 @@ def perplexity(
     device = next(model.parameters()).device
     was_training = model.training
     began = time.perf_counter()
-    total, count = torch.zeros((), dtype=torch.float64), sum(ids.numel() - ids.shape[0] for ids in windows)
+    warm = began
+    total, count = torch.zeros((), dtype=torch.float64), _predicted(windows)
     mine = world.share(windows)
     losses = next_token_nll if families.is_known(model.config) else _nll_of_its_logits
     try:
@@ -70,16 +73,25 @@ def perplexity(
             for done, ids in enumerate(mine, start=1):
                 with precision(device, dtype):
                     total += losses(model, ids.to(device)).double().cpu()
+                if done == 1:
+                    warm = time.perf_counter()
                 if on_window is not None:
                     on_window(done, len(mine))
     finally:
         model.train(was_training)
-    world.sum_in_place(total)
+    after, spent = _predicted(mine[1:]), time.perf_counter() - warm
+    rate = torch.tensor(after / spent if after else 0.0, dtype=torch.float64)
+    world.sum_in_place(total, rate)
     nll = float(total) / count
     if math.isnan(nll):
         raise RunError(f"the loss on the text is {nll}; the model's weights are damaged or overflow in {dtype}")
     bits = float(total) / math.log(2) / num_bytes if num_bytes else None
-    return Perplexity(perplexity_of(nll), nll, count, len(windows), time.perf_counter() - began, bits)
+    seconds = time.perf_counter() - began
+    return Perplexity(perplexity_of(nll), nll, count, len(windows), seconds, float(rate) or None, bits)
+
+
+def _predicted(windows: Sequence[Tensor]) -> int:
+    return sum(ids.numel() - ids.shape[0] for ids in windows)
 
 
 def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ _KINDS: dict[str, dict[str, Callable[[object], bool]]] = {
     },
     "evaluation": {
         "stage": is_count, "perplexity": _FIGURE, "bits_per_byte": _FIGURE, "tokens": _OPTIONAL, "seconds": _OPTIONAL,
-        "params": _OPTIONAL,
+        "tokens_per_second": _FIGURE, "params": _OPTIONAL,
     },
     "tasks": {"stage": is_count, "scores": _list_of(_SCORE), "average": _FIGURE, "stderr": _FIGURE},
 }  # fmt: skip

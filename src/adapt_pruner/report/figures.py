@@ -319,7 +319,15 @@ def _measures(cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> 
             )
         )
         rows.append(Row("bits per byte", number_of(first.get("bits_per_byte")), number_of(last.get("bits_per_byte")), "bits"))
-        rows.append(Row("tokens/s, reading", _speed(first), _speed(last), "speed", "seen once, while evaluating"))
+        rows.append(
+            Row(
+                "tokens/s, reading",
+                number_of(first.get("tokens_per_second")),
+                number_of(last.get("tokens_per_second")),
+                "speed",
+                "seen once, while evaluating",
+            )
+        )
     return [row for row in rows if row.before is not None or row.now is not None]
 
 
@@ -345,11 +353,6 @@ def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
         f"accuracy, {given}",
     )
     return [row] if row.before is not None or row.now is not None else []
-
-
-def _speed(evaluation: Mapping[str, Any]) -> float | None:
-    tokens, seconds = number_of(evaluation.get("tokens")), number_of(evaluation.get("seconds"))
-    return tokens / seconds if tokens and seconds else None
 
 
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
