@@ -13,7 +13,8 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.core import loss
-from adapt_pruner.core.calibrate import native_bfloat16, score
+from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.precision import native_bfloat16
 from adapt_pruner.data import feeds
 from adapt_pruner.estimate import PAPER, Setup, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.forecast import dry_run
@@ -132,7 +133,7 @@ def grown_and_foreseen(
     }  # fmt: skip
     grown = measured(asked, environment, script, how.processes)
     if phase == "pruning":
-        return grown, pruning_memory(of, how, calibration_length=how.length, moments=False)
+        return grown, pruning_memory(of, how, samples=4, length=how.length, moments=False)
     return grown, training_memory(of, how)
 
 
@@ -177,7 +178,7 @@ def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.Mo
     of, how = shapes(tiny_model()), Setup("cpu", True, 64, None, 2**20)
 
     def told() -> dict[str, int]:
-        training, pruning = training_memory(of, how), pruning_memory(of, how, calibration_length=64, moments=False)
+        training, pruning = training_memory(of, how), pruning_memory(of, how, samples=64, length=64, moments=False)
         return {"tokens": how.tokens, "loss": training["loss"], "scored": pruning["activations"]}
 
     before = told()
@@ -228,7 +229,7 @@ def test_operations_are_those_that_torch_counts(kind: Any) -> None:
             lm(model, ids).backward()
     # not in it: future tokens; the other way round, vectors are not multiplied, the last token predicts nothing, and scoring
     # needs no gradient of what enters the first layer
-    how, passes = Setup("cpu", False, 96), 1 if kind == "read" else 3
+    how, passes = Setup("cpu", False, 96), {"read": 1, "train": 3, "score": 4}[kind]
     vectors = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 1)
     entering = 2 * of.width * (of.queries + 2 * of.keys) // of.layers if kind == "score" else 0
     last = 2 * of.head * {"read": 1, "score": 2, "train": 3}[kind]
@@ -252,7 +253,7 @@ def test_what_changes_with_the_setup() -> None:
     taught = training_memory(of, replace(alone, teacher=of))
     assert taught["teacher"] == 2 * of.params + 2 * 4096 * of.width
     assert training_memory(of, replace(alone, checkpointing=True))["activations"] < one["activations"] / 3
-    carried = pruning_memory(of, replace(alone, processes=8, parallel="fsdp"), calibration_length=64, moments=True)
+    carried = pruning_memory(of, replace(alone, processes=8, parallel="fsdp"), samples=64, length=64, moments=True)
     assert (carried["weights"], carried["moments"]) == (4 * of.params, 8 * of.params), "whole on each process"
 
 

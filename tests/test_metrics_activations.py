@@ -12,8 +12,7 @@ from torch import Tensor
 
 from adapt_pruner import families, parts
 from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
-from adapt_pruner.core.calibrate import score
-from adapt_pruner.core.layerwise import score_behind
+from adapt_pruner.core.calibrate import score, score_behind
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import UsageError

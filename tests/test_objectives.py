@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapt_pruner.core import loss as core_loss
-from adapt_pruner.core.calibrate import precision
 from adapt_pruner.core.loss import nll_of_logits, through_head
+from adapt_pruner.core.precision import precision
 from adapt_pruner.errors import UsageError
 from adapt_pruner.train.objectives import distil, lm
 from conftest import tiny_model

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.calibrate import casting_once, mean_loss, precision, score
-from adapt_pruner.core.layerwise import score_behind
+from adapt_pruner.core.calibrate import mean_loss, score, score_behind
 from adapt_pruner.core.loss import next_token_nll, through_head
+from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.layerwise import layers_at_once
 from adapt_pruner.data import feeds
 from adapt_pruner.train import loop
 
@@ -167,17 +168,30 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     return parts
 
 
-def pruning_memory(of: Shapes, how: Setup, *, calibration_length: int, moments: bool) -> dict[str, int]:
+def pruning_memory(of: Shapes, how: Setup, *, samples: int, length: int, moments: bool) -> dict[str, int]:
     """Bytes of one process at the peak of scoring, by what they hold; the model is whole on each, with FSDP too.
 
-    weights 4 N, gradients of the decoder 4 N_dec, moments 8 N where they are carried from stage to stage. Several processes
-    share the batches, not the memory.
+    weights 4 N, moments 8 N where they are carried from stage to stage, and of k layers (`core.layerwise.layers_at_once`) gradients, bfloat16
+    copies and activations; hidden states between groups of k layers, and their gradients, of all calibration tokens of a process. What the
+    loss needs is there before those of the layers are. Several processes share the batches, not the weights.
+
+    Args:
+        samples: rows of the calibration text.
+        length: tokens of a row.
+        moments: whether the optimiser's are carried.
     """
-    rows = replace(how, length=calibration_length, micro_tokens=feeds.MICRO_TOKENS, batch_tokens=0, checkpointing=False)
-    parts = {"weights": 4 * of.params, "gradients": 4 * of.decoder, "moments": 8 * of.params if moments else 0}
-    parts["copies"] = 2 * of.decoder if how.narrow else 0
-    parts["activations"] = _activations(of, rows, norms=(24, 26))
-    parts["loss"] = _loss(of, replace(rows, teacher=None), learns=False)
+    rows = replace(how, length=length, micro_tokens=feeds.MICRO_TOKENS, batch_tokens=0, checkpointing=False)
+    stream = 4 * of.width * length * -(-samples // how.processes)
+    k = layers_at_once(of.layers, hidden=stream, gradients=4 * of.decoder / of.layers)
+    group = of.decoder * k // of.layers
+    copies = 2 * group if how.narrow else 0
+    activations = _activations(of, rows, norms=(24, 26)) * k // of.layers
+    parts = {
+        "weights": 4 * of.params, "moments": 8 * of.params if moments else 0, "hidden states": stream * (-(-of.layers // k) + 1),
+        "gradients": 4 * group, "copies": copies, "activations": activations, "on their way": max(0, copies - activations),
+    }  # fmt: skip
+    there = sum(parts[what] for what in ("gradients", "copies", "activations", "on their way"))
+    parts["loss"] = max(0, _loss(of, replace(rows, teacher=None), learns=False) - there)
     if how.teacher is not None:
         parts["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     return parts
@@ -250,15 +264,15 @@ def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> 
     """FLOPs a token.
 
     Forward 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training: three times that, twice for frozen
-    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring is training without a gradient
-    of the head. Reading is forward only.
+    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring is training with checkpointing, without a
+    gradient of the head. Reading is forward only.
     """
     layers = 2 * multiply_adds(of, length=how.length, logits=0) / how.length
     head = 2 * of.head
     if kind == "read":
         return layers + head
     if kind == "score":
-        return 3 * layers + 2 * head
+        return 4 * layers + 2 * head
     taught = work(how.teacher, how, kind="read") if how.teacher is not None else 0
     return (2 if how.lora else 3) * (layers + head) + (layers if how.checkpointing else 0) + taught
 

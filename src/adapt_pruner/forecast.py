@@ -10,7 +10,8 @@ from adapt_pruner import families, latency
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import score, uses_bfloat16
+from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
@@ -101,7 +102,8 @@ def _told(
         spans.append(seconds(dense.cut_to(stage.params), how, speed, scored=scored, trained=stage.tokens, read=read))
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
-    memory = {"pruning": pruning_memory(dense, how, calibration_length=recipe.calibration.length, moments=carried)}
+    asked = recipe.calibration
+    memory = {"pruning": pruning_memory(dense, how, samples=asked.samples, length=asked.length, moments=carried)}
     if trains:
         memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}

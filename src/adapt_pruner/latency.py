@@ -22,7 +22,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.calibrate import uses_bfloat16
+from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.speed import reading_and_writing

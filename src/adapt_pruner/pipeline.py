@@ -20,10 +20,10 @@ from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import score, uses_bfloat16
+from adapt_pruner.core.calibrate import score, score_behind
 from adapt_pruner.core.cutline import cut_line
-from adapt_pruner.core.layerwise import score_behind
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
+from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError

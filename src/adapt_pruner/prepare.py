@@ -21,8 +21,8 @@ from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_windows, too_long
 from adapt_pruner.data.overlap import overlaps

@@ -33,7 +33,7 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (imported before the clock starts)
 
     from adapt_pruner.checkpoint.load import load, pick_device
-    from adapt_pruner.core.calibrate import uses_bfloat16
+    from adapt_pruner.core.precision import uses_bfloat16
     from adapt_pruner.estimate import shapes
     from adapt_pruner.evaluate.speed import reading_and_writing
 

@@ -32,8 +32,8 @@ from adapt_pruner.compare.picture import draw
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.calibrate import uses_bfloat16
 from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.data.feeds import held_out_windows, too_long
 from adapt_pruner.data.overlap import overlaps, same_kind

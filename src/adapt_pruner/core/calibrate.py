@@ -1,6 +1,6 @@
 """Showing a model its calibration text once, for as many metrics as want to look.
 
-A metric is a function with one `yield` in it. Before the yield it hooks itself in; the value it yields says what it
+A metric is a function with a `yield` in it. Before the yield it hooks itself in; the value it yields says what it
 needs (`Evidence`); at the yield the text runs through the model; after it the scores are worked out and returned:
 
     def change(model, axes):
@@ -11,23 +11,40 @@ needs (`Evidence`); at the yield the text runs through the model; after it the s
             hook.remove()
         return {"layers": ...}
 
+One that needs gradients of weights yields again and again, and each time gets the name of a parameter whose gradient is whole and
+in its `grad`, which is let go afterwards; None says that there are no more:
+
+    def steepness(model, axes):
+        sums = {}
+        while (name := (yield Evidence.GRADIENTS)) is not None:
+            sums[name] = model.get_parameter(name).grad.abs().sum()
+        return {"layers": ...}
+
 `score` drives any number of them over one forward (and, if one of them wants gradients, one backward) per batch, or per
-sequence if one of them wants to see the gradient of each.
+sequence if one of them wants to see the gradient of each. Where gradients of weights are all that is wanted beside forward passes, the
+gradients are those of a few layers at a time (`layerwise.Sweep`). Metrics that look at what flows should hook into decoder layers; the embeddings and what
+lies above the layers may be called more often than once a batch.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
 from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "casting_once", "evidence_needed", "finish", "mean_loss", "precision", "score", "uses_bfloat16"]
+__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
 
 
 class Evidence(Enum):
@@ -45,50 +62,7 @@ class Evidence(Enum):
     SAMPLE_GRADIENTS = 4
 
 
-Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, None, Scores]]
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 matrices natively."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return any(probe is not None and bool(probe()) for probe in probes)
-    return False
-
-
-def uses_bfloat16(device: torch.device, dtype: str) -> bool:
-    """Whether matrices are multiplied in bfloat16: `auto` where it is native, else as `float32` or `bfloat16` says."""
-    return native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
-
-
-def precision(device: torch.device, dtype: str) -> torch.autocast:
-    """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
-
-
-@contextmanager
-def casting_once(model: nn.Module) -> Iterator[None]:
-    """While it lasts, passes without gradients bring each weight to bfloat16 once, in the first `precision`, not in every one.
-
-    Until the end they take half the weights' float32 size more, and no weight may change. Autocast keeps what it made of a weight until its outermost
-    context ends, which is this one and casts nothing itself, and only where the weight wants a gradient, so all do meanwhile.
-    """
-    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        # A layer that lost attention and MLP has no weights, and nothing that is cast.
-        with torch.autocast(weights[0].device.type if weights else "cpu", enabled=False):
-            try:
-                yield
-            finally:
-                torch.clear_autocast_cache()  # an autocast around this one would go on with the weights as they are now
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
+Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]
 
 
 @contextmanager
@@ -146,7 +120,8 @@ def score(
 
     The gradients that metrics see are those of L, the mean next-token cross-entropy over all predicted tokens of all
     batches (nats per token), summed over the batches before any metric reads them. Only parameters that lie on an
-    axis get gradients.
+    axis get gradients. Where no metric needs more than these and forward passes, memory beyond the model is that of a few layers'
+    gradients and of the hidden states between groups of them (see `layerwise.Sweep`).
 
     Args:
         model: causal LM; left as found (weights, gradients, train or eval mode, random state).
@@ -154,7 +129,7 @@ def score(
         batches: token ids, int64 [batch, length].
         metrics: functions as described at the top of this file; their results are merged.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_batch: told (done, of) after each pass.
+        on_batch: told (done, of), in batches, as the work goes on.
 
     Returns:
         The merged scores, and L (NaN when no metric needed a pass).
@@ -164,48 +139,91 @@ def score(
     Raises:
         RunError: L is not finite.
     """
-    device = next(model.parameters()).device
     axes = _scored(axes)
-    on_axes = _on(axes)
     running = [metric(model, axes) for metric in metrics]
-    total = float("nan")
+    total, found = float("nan"), {}
     try:
-        with _as_found(model, on_axes):
-            need = max((next(metric) for metric in running), key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
+        with _as_found(model, _on(axes)):
+            needs = [next(metric) for metric in running]
+            need = max(needs, key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
+            of_weights = [metric for metric, its in zip(running, needs, strict=True) if its.value >= Evidence.GRADIENTS.value]
+            mine = world.share(batches)
+            gradients: Iterable[list[str]] = ()
+            if need is Evidence.SAMPLE_GRADIENTS:
+                mine = [sequence for batch in mine for sequence in batch.split(1)]
             if need is not Evidence.WEIGHTS:
                 num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-                mine = world.share(batches)
-                if need is Evidence.SAMPLE_GRADIENTS:
-                    mine = [sequence for batch in mine for sequence in batch.split(1)]
-                wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
-                nll = torch.zeros((), dtype=torch.float64)
-                only = _streams_only(model) if need is Evidence.STREAM_GRADIENTS else nullcontext()
-                # With gradients, casts that all passes share would hold the narrow gradients of all weights at the end of each.
-                once = nullcontext() if wants_gradient else casting_once(model)
-                with only, once:
-                    for done, batch in enumerate(mine, start=1):
-                        with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
-                            loss = next_token_nll(model, batch.to(device))
-                        if wants_gradient:
-                            (loss / num_predicted).backward()
-                        nll += loss.detach().double().cpu()
-                        if on_batch is not None:
-                            on_batch(done, len(mine))
-                if need.value >= Evidence.GRADIENTS.value:
-                    _sum_gradients(model, on_axes)
+                if need is Evidence.GRADIENTS and Evidence.STREAM_GRADIENTS not in needs:
+                    sweep = Sweep(model, mine, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
+                    sweep.forward()
+                    # Backwards each layer runs again, which those that looked at the text have seen already.
+                    found = {metric: finish(metric) for metric in running if metric not in of_weights}
+                    nll, gradients = sweep.loss(over=num_predicted), sweep.backward()
+                else:
+                    nll = _passes(model, mine, need, over=num_predicted, dtype=dtype, on_batch=on_batch)
+                    gradients = [[name for name, weight in model.named_parameters() if weight.requires_grad]]
                 world.sum_in_place(nll)
                 total = float(nll) / num_predicted
-                if not torch.isfinite(torch.tensor(total)):
+                if not math.isfinite(total):
                     raise RunError(
                         f"the loss on the calibration text is {total}; the model's weights are damaged or overflow in {dtype}"
                     )
+            for names in gradients if of_weights else ():
+                _sum_gradients(model, names)
+                for metric, name in product(of_weights, names):
+                    metric.send(name)
             merged: Scores = {}
             for metric in running:
-                merged |= finish(metric)
+                merged |= found[metric] if metric in found else finish(metric)
     finally:
         for metric in running:
             metric.close()
     return world.agreed(merged), total
+
+
+def _passes(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    need: Evidence,
+    *,
+    over: int,
+    dtype: str,
+    on_batch: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Run each batch through the whole model and, if gradients are needed, back; the sum of -log p, float64 in nats.
+
+    The gradients are those of 1 / `over` of that sum.
+    """
+    device = next(model.parameters()).device
+    wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
+    only = _streams_only(model) if need is Evidence.STREAM_GRADIENTS else nullcontext()
+    # With gradients, casts that all passes share would hold the narrow gradients of all weights at the end of each.
+    once = nullcontext() if wants_gradient else casting_once(model)
+    total = torch.zeros((), dtype=torch.float64)
+    with only, once:
+        for done, batch in enumerate(batches, start=1):
+            with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
+                loss = next_token_nll(model, batch.to(device))
+            if wants_gradient:
+                (loss / over).backward()
+            total += loss.detach().double().cpu()
+            if on_batch is not None:
+                on_batch(done, len(batches))
+    return total
+
+
+def _in_batches(on_batch: Callable[[int, int], None] | None, number: int) -> Callable[[float], None]:
+    """Tells `on_batch` a share of the work as so many batches of `number`, whenever it is one more."""
+    told = 0
+
+    def tell(share: float) -> None:
+        nonlocal told
+        done = int(share * number + 1e-6)
+        if on_batch is not None and done > told:
+            told = done
+            on_batch(done, number)
+
+    return tell
 
 
 @contextmanager
@@ -220,10 +238,10 @@ def _streams_only(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _sum_gradients(model: nn.Module, names: set[str]) -> None:
+def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:
     """Sum, in place, the gradients of the named parameters over all processes; one that saw no batch adds zeros."""
     if world.size() > 1:
-        parameters = [parameter for name, parameter in model.named_parameters() if name in names]
+        parameters = [model.get_parameter(name) for name in names]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         world.sum_in_place(*(parameter.grad for parameter in parameters if parameter.grad is not None))
@@ -242,6 +260,62 @@ def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto
     return float(total) / num_predicted
 
 
+@torch.no_grad()
+def score_behind(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    sizes: Mapping[str, int],
+    batches: Sequence[Tensor],
+    *,
+    metric: Metric,
+    known: Scores,
+    dtype: str = "auto",
+) -> Scores:
+    """Score units layer by layer, each layer on what comes out of those below it once these have lost what they are to lose.
+
+    Every layer runs twice over the text: whole, while the metric looks, and with the units shut that its scores leave out.
+
+    Args:
+        model: causal LM; left as found.
+        axes: its axes, `layers` among them.
+        sizes: axis name -> units to keep; units of the axes inside a layer that are named here are scored.
+        batches: token ids, int64 [batch, length].
+        metric: what a unit is worth by what flows through the model, without gradients; it is called once a layer.
+        known: axis name -> scores of whole layers, attentions, MLPs and of the stream, where `sizes` has those lose units, which are
+            shut while layers above are measured.
+        dtype: precision of the matrix products.
+
+    Returns:
+        axis name -> float32 [entries], as the metric gives them.
+    """
+    others = [axis for axis in axes if axis.name in sizes and not axis.gate.is_linear and not axis.gate.output]
+    with gated(model, axes, Mask.of_sizes(others, known, sizes)):
+        return _score_behind(model, axes, sizes, batches, metric=metric, dtype=dtype)
+
+
+def _score_behind(
+    model: nn.Module, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], *, metric: Metric, dtype: str
+) -> Scores:
+    layers = decoder_layers(model)
+    flows = streams(model, world.share(batches), dtype=dtype)
+    scores: Scores = {}
+    for index, layer in enumerate(layers):
+        inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]
+        looking = metric(model, inside)
+        try:
+            next(looking)
+            with casting_once(layer):
+                for flow in flows:
+                    flow.through(layer, index)
+            scores |= finish(looking)
+        finally:
+            looking.close()
+        with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), casting_once(layer):
+            for flow in flows:
+                flow.hidden = flow.through(layer, index)
+    return world.agreed(scores)
+
+
 def finish(metric: Generator[Evidence, None, Scores]) -> Scores:
     """What a metric returns once it has seen the text."""
     try:
@@ -249,4 +323,4 @@ def finish(metric: Generator[Evidence, None, Scores]) -> Scores:
     except StopIteration as finished:
         scores: Scores = finished.value
         return scores
-    raise AssertionError("a metric yields once")
+    raise AssertionError("a metric yields once, or until there are no more gradients")

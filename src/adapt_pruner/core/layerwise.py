@@ -1,6 +1,7 @@
-"""Running a model's decoder layers one after the other, so that something can be done between two of them."""
+"""Running a model's decoder layers one after the other, forwards and backwards, so that something can be done between two of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,18 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.calibrate import Metric, casting_once, finish, precision
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.precision import casting_once, precision
 
-__all__ = ["Stream", "decoder_layers", "score_behind", "streams"]
+__all__ = ["Stream", "Sweep", "decoder_layers", "layers_at_once", "streams"]
 
 
-def decoder_layers(model: nn.Module, axes: Sequence[Axis]) -> Sequence[nn.Module]:
-    """The decoder layers of a model, from its axes."""
-    depth = next(axis for axis in axes if axis.name == "layers")
-    layers: Sequence[nn.Module] = model.get_submodule(depth.gate.module)  # type: ignore[assignment]
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The decoder layers of a model."""
+    layers: Sequence[nn.Module] = model.get_decoder().layers  # type: ignore[operator]
     return layers
 
 
@@ -39,107 +37,197 @@ class Stream:
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int) -> Tensor:
-        """What layer number `index` makes of the hidden states, which stay as they are; for many, within `calibrate.casting_once`."""
-        with precision(self.hidden.device, self.dtype):
-            output = layer(self.hidden, **self.keywords[index])
+        """What layer number `index` makes of the hidden states, which stay as they are; for many, within `casting_once`."""
+        return self.run(layer, index, self.hidden)
+
+    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """What layer number `index` makes of `hidden`, called as for this batch."""
+        with precision(hidden.device, self.dtype):
+            output = layer(hidden, **self.keywords[index])
         left: Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
 
 @torch.no_grad()
-def streams(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Tensor], *, dtype: str = "auto") -> list[Stream]:
+def streams(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto") -> list[Stream]:
     """Each batch as it enters the first of a model's decoder layers; no layer is run for that.
 
     Args:
         model: causal LM; left as found.
-        layers: its decoder layers.
         batches: token ids, int64 [batch, length].
         dtype: precision of the matrix products.
     """
-    device = next(model.parameters()).device
     found = []
     for batch in batches:
-        with _recording(layers) as (entered, keywords), precision(device, dtype):
-            model.get_decoder()(input_ids=batch.to(device), use_cache=False)  # type: ignore[operator]
+        with _standing_in(model) as (entered, keywords):
+            _read(model, batch, dtype)
         found.append(Stream(entered[0], keywords, dtype))
     return found
 
 
+def _read(model: nn.Module, batch: Tensor, dtype: str) -> None:
+    device = next(model.parameters()).device
+    with precision(device, dtype):
+        model.get_decoder()(input_ids=batch.to(device), use_cache=False)  # type: ignore[operator]
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place without running it; has its attributes (models ask for `attention_type`) and none of its hooks."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layer, self.forward = layer, forward
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
 @contextmanager
-def _recording(layers: Sequence[nn.Module]) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
-    """While it lasts, every layer returns its input and notes it and the keywords that it was called with."""
+def _standing_in(model: nn.Module, leaving: Tensor | None = None) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+    """While it lasts no layer is run: each notes its input and keywords and returns its input, the last one `leaving`, if given."""
     entered: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
+    layers: Any = decoder_layers(model)
+    its = list(layers)
 
-    def stand_in(hidden_states: Tensor, **others: Any) -> Tensor:
+    def forward(hidden_states: Tensor, **others: Any) -> Tensor:
         entered.append(hidden_states)
         keywords.append(others)
-        return hidden_states
+        return hidden_states if leaving is None or len(entered) < len(its) else leaving
 
-    before: list[Callable[..., Any] | None] = [layer.__dict__.get("forward") for layer in layers]
     try:
-        for layer in layers:
-            layer.forward = stand_in
+        for index, layer in enumerate(its):
+            layers[index] = _StandIn(layer, forward)
         yield entered, keywords
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+        for index, layer in enumerate(its):
+            layers[index] = layer
 
 
-@torch.no_grad()
-def score_behind(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    sizes: Mapping[str, int],
-    batches: Sequence[Tensor],
-    *,
-    metric: Metric,
-    known: Scores,
-    dtype: str = "auto",
-) -> Scores:
-    """Score units layer by layer, each layer on what comes out of those below it once these have lost what they are to lose.
-
-    Every layer runs twice over the text: whole, while the metric looks, and with the units shut that its scores leave out.
+def layers_at_once(depth: int, *, hidden: float, gradients: float) -> int:
+    """k, the layers of a group in `Sweep`: where depth / k · hidden + k · gradients is least.
 
     Args:
-        model: causal LM; left as found.
-        axes: its axes, `layers` among them.
-        sizes: axis name -> units to keep; units of the axes inside a layer that are named here are scored.
-        batches: token ids, int64 [batch, length].
-        metric: what a unit is worth by what flows through the model, without gradients; it is called once a layer.
-        known: axis name -> scores of whole layers, attentions, MLPs and of the stream, where `sizes` has those lose units, which are
-            shut while layers above are measured.
-        dtype: precision of the matrix products.
-
-    Returns:
-        axis name -> float32 [entries], as the metric gives them.
+        depth: number of layers.
+        hidden: bytes of the hidden states of the whole text between two layers.
+        gradients: bytes of the gradients of a layer's weights.
     """
-    others = [axis for axis in axes if axis.name in sizes and not axis.gate.is_linear and not axis.gate.output]
-    with gated(model, axes, Mask.of_sizes(others, known, sizes)):
-        return _score_behind(model, axes, sizes, batches, metric=metric, dtype=dtype)
+    return max(1, min(depth, round(math.sqrt(depth * hidden / gradients)))) if gradients else depth
 
 
-def _score_behind(
-    model: nn.Module, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], *, metric: Metric, dtype: str
-) -> Scores:
-    layers = decoder_layers(model, axes)
-    flows = streams(model, layers, world.share(batches), dtype=dtype)
-    scores: Scores = {}
-    for index, layer in enumerate(layers):
-        inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]
-        looking = metric(model, inside)
-        try:
-            next(looking)
+class Sweep:
+    """Gradients of a text's loss by the weights, of a few layers at a time: those of all never exist together.
+
+    Forwards the text goes through one layer after the other, and what enters the first layer of each group of k is kept.
+    Backwards each group runs again, batch by batch, from what entered it, with what autograd needs of these layers only. The
+    gradients are those of whole backward passes to the last bit, as sums are taken in the same order; instead of the gradients of all
+    L layers there are those of k and the hidden states between L / k groups (see `layers_at_once`), for one more forward pass.
+
+    `forward`, then `loss`, then `backward`. Parameters that want a gradient get one. Hooks on a decoder layer and in it are
+    called once a batch in `forward`, and again in `backward`; those elsewhere in making a `Sweep`, in `loss` and in `backward`.
+
+    Args:
+        model: causal LM in which every decoder layer is called once, with weights of its own.
+        batches: token ids, int64 [batch, length]; may be none.
+        dtype: precision of the matrix products.
+        tell: told the share of the work that is done.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Tensor], *, dtype: str, tell: Callable[[float], None] = lambda share: None
+    ) -> None:
+        self._model, self._batches, self._dtype, self._tell = model, batches, dtype, tell
+        self._layers = list(decoder_layers(model))
+        self._device = next(model.parameters()).device
+        self._flows = streams(model, batches, dtype=dtype)
+        self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        sizes = {weight: weight.nbytes for layer in self._layers for weight in layer.parameters() if weight.requires_grad}
+        hidden = sum(flow.hidden.nbytes for flow in self._flows)
+        depth = len(self._layers)
+        self._at_once = layers_at_once(depth, hidden=hidden, gradients=sum(sizes.values()) / depth)
+        self._entered: dict[int, list[Tensor]] = {}
+        self._gradients: list[Tensor] = []
+        self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer backwards takes three times what it takes forwards
+
+    def _worked(self, layers: int) -> None:
+        self._done += layers
+        self._tell(self._done / self._of)
+
+    def forward(self) -> None:
+        """Bring every batch to the end of the last layer."""
+        for index, layer in enumerate(self._layers):
+            if index % self._at_once == 0:
+                self._entered[index] = [flow.hidden for flow in self._flows]
             with casting_once(layer):
-                for flow in flows:
-                    flow.through(layer, index)
-            scores |= finish(looking)
+                for flow in self._flows:
+                    flow.hidden = flow.through(layer, index)
+                    self._worked(1)
+
+    def loss(self, *, over: int) -> Tensor:
+        """The sum of -log p over all predicted tokens, float64 in nats; gradients are those of 1 / `over` of it."""
+        total = torch.zeros((), dtype=torch.float64)
+        for flow, batch in zip(self._flows, self._batches, strict=True):
+            leaving = flow.hidden.detach().requires_grad_()
+            with _standing_in(self._model, leaving), precision(self._device, self._dtype):
+                loss = next_token_nll(self._model, batch.to(self._device))
+            (loss / over).backward()
+            total += loss.detach().double().cpu()
+            assert leaving.grad is not None
+            self._gradients.append(leaving.grad)
+            flow.hidden = flow.hidden.new_empty(0)
+            self._worked(3)
+        return total
+
+    def backward(self) -> Iterator[list[str]]:
+        """Go down through the groups, to the embeddings if one of the weights outside the layers wants a gradient.
+
+        Yields:
+            The names of the parameters whose gradients are whole now; when asked for the next these are let go.
+        """
+        inside = {start: self._names(start) for start in self._entered}
+        outside = [name for name in self._wanted if not any(name in names for names in inside.values())]
+        for start in reversed(self._entered):
+            below = bool(outside) or any(names for first, names in inside.items() if first < start)
+            if inside[start] or below:
+                self._through_group(start, further=below)
+                yield from self._whole(inside[start])
+        if outside:
+            for number, batch in enumerate(self._batches):
+                with _standing_in(self._model) as (entered, _):
+                    _read(self._model, batch, self._dtype)
+                if entered[0].requires_grad:
+                    entered[0].backward(self._gradients[number])
+            yield from self._whole(outside)
+
+    def _whole(self, names: list[str]) -> Iterator[list[str]]:
+        if names:
+            yield names
+            for name in names:
+                self._wanted[name].grad = None
+
+    def _group(self, start: int) -> list[tuple[int, nn.Module]]:
+        return list(enumerate(self._layers))[start : start + self._at_once]
+
+    def _names(self, start: int) -> list[str]:
+        its = {weight for _, layer in self._group(start) for weight in layer.parameters()}
+        return [name for name, weight in self._wanted.items() if weight in its]
+
+    def _through_group(self, start: int, *, further: bool) -> None:
+        entered, group = self._entered[start], self._group(start)
+        try:
+            with torch.autocast(self._device.type, enabled=False):  # weights cast within it stay cast until its end
+                for number, flow in enumerate(self._flows):
+                    hidden = entering = entered[number].detach().requires_grad_(further)
+                    entered[number] = entering.new_empty(0)
+                    for index, layer in group:
+                        hidden = flow.run(layer, index, hidden)
+                    hidden.backward(self._gradients[number])
+                    if further:
+                        assert entering.grad is not None
+                        self._gradients[number] = entering.grad
+                    self._worked(3 * len(group))
         finally:
-            looking.close()
-        with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), casting_once(layer):
-            for flow in flows:
-                flow.hidden = flow.through(layer, index)
-    return world.agreed(scores)
+            torch.clear_autocast_cache()  # an autocast around this one would go on with it

@@ -81,7 +81,7 @@ class _ThroughHead(torch.autograd.Function):
         chunk = chunk or max(CACHED_ROWS, MAX_LOGITS // weight.shape[0])
         rows_at_once = CACHED_ROWS if device == "cpu" else chunk
 
-        # Where autocast may have cast the weight already (`calibrate.casting_once`), it is left to it.
+        # Where autocast may have cast the weight already (`precision.casting_once`), it is left to it.
         left_to_autocast = mixed and not wants and weight.requires_grad and weight.is_leaf and weight.dtype == torch.float32
         narrow, shift = weight, bias
         if not left_to_autocast:

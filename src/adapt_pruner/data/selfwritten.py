@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from adapt_pruner.core.calibrate import casting_once, precision
+from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.data.tokens import opening
 
 __all__ = ["selfwritten_windows"]

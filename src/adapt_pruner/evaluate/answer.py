@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core.precision import precision
 from adapt_pruner.errors import UsageError, first_line
 
 __all__ = ["Answer", "answer"]

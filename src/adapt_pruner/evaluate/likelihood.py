@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.calibrate import precision, uses_bfloat16
 from adapt_pruner.core.loss import capped, logit_cap, through_head
+from adapt_pruner.core.precision import precision, uses_bfloat16
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["Answer", "Pair", "harness_model", "loglikelihoods"]

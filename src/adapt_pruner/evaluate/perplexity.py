@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from adapt_pruner import families
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import casting_once, precision
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.plain import perplexity_of
+from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.errors import RunError
 
 __all__ = ["Perplexity", "perplexity"]

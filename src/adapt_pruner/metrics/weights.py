@@ -1,6 +1,7 @@
 """What each unit is worth by its weights, alone or with their gradients."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,13 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["magnitude", "random", "taylor"]
 
+Rows = dict[tuple[str, int], Tensor]
+"""(axis name, number of one of its slices) -> what each row (or column) of that matrix is worth, float32 [rows]."""
+
 
 def taylor(
     model: nn.Module, axes: Sequence[Axis], *, form: str = "element", authors_fold: bool = False
-) -> Generator[Evidence, None, Scores]:
+) -> Generator[Evidence, str | None, Scores]:
     """Taylor importance: how much the loss moves if a unit's weights go to zero, from its first or second derivative.
 
     L is the mean next-token cross-entropy over the calibration text (nats per token), g = dL/dw, summed over all batches before
@@ -31,8 +35,8 @@ def taylor(
     one's own mean loss. A KV head is credited with the query heads that read it (head h belongs to KV head h // group).
 
     Args:
-        model: causal LM; weights and the gradients of its decoder layers must fit in memory together, and for `second` and
-            `mixed` as much again as the gradients; the text then runs one sequence at a time.
+        model: causal LM. For `second` and `mixed` its weights, their gradients and as much again must fit in memory together, and the
+            text runs one sequence at a time; else gradients of a few layers exist at once.
         axes: axes to score; those without slices (`layers`) are skipped.
         form: `element`, `vector`, `second` or `mixed`.
         authors_fold: for reproduction. Query head h is credited to KV head h mod num_kv_heads, as the released code does
@@ -50,30 +54,35 @@ def taylor(
     """
     if form not in ("element", "vector", "second", "mixed"):
         raise UsageError(f"taylor form {form!r} is not known; known: element, vector, second, mixed")
-    fisher: dict[str, Tensor] = {}
-    if form in ("second", "mixed"):
-        fisher = yield from _fisher(model, axes)
-    else:
-        yield Evidence.GRADIENTS
+    squares: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def worth(parameter: nn.Parameter, piece: Slice) -> Tensor:
         if parameter.grad is None:
             raise RuntimeError(f"{piece.parameter} got no gradient from the calibration text, so it cannot be scored")
         weight = parameter.detach().float()
         if form == "second":
-            return _across(weight.square() * fisher[piece.parameter], piece)
+            return _across(weight.square() * squares[piece.parameter], piece)
         terms = weight * parameter.grad.float()
         if form == "mixed":
-            terms -= weight.square() * fisher[piece.parameter] / 2
+            terms -= weight.square() * squares[piece.parameter] / 2
         return _across(terms, piece).abs() if form == "vector" else _across(terms.abs(), piece)
 
-    return _summed(model, axes, worth, authors_fold=authors_fold)
+    rows: Rows = {}
+    of_samples = form in ("second", "mixed")
+    with _squaring(model, axes, squares, seen) if of_samples else nullcontext():
+        while (name := (yield Evidence.SAMPLE_GRADIENTS if of_samples else Evidence.GRADIENTS)) is not None:
+            if name in squares:
+                world.sum_in_place(squares[name], seen[name])
+                squares[name].mul_(float(seen[name]))
+            rows |= _rows(model, axes, worth, only=name)
+            squares.pop(name, None)
+    return _summed(axes, rows, authors_fold=authors_fold)
 
 
-def _fisher(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
-    """N · Σ_n g_n² of every matrix on an axis, g_n the part of sequence n of N in its gradient; float32 like the matrix."""
-    squares: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
+@contextmanager
+def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
+    """While it lasts, Σ_n g_n² of every matrix on an axis is summed up in `squares`, float32 like the matrix, and N in `seen`."""
 
     def watch(name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -90,12 +99,10 @@ def _fisher(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None,
                 squares[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
                 seen[name] = torch.zeros(())
                 handles.append(parameter.register_hook(watch(name)))
-        yield Evidence.SAMPLE_GRADIENTS
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    world.sum_in_place(*squares.values(), *seen.values())
-    return {name: square.mul_(float(seen[name])) for name, square in squares.items()}
 
 
 def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Generator[Evidence, None, Scores]:
@@ -120,7 +127,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
         weight = parameter.detach().float()
         return _across(weight.abs() if norm == "l1" else weight.square(), piece)
 
-    return _summed(model, axes, worth)
+    return _summed(axes, _rows(model, axes, worth))
 
 
 def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generator[Evidence, None, Scores]:
@@ -137,25 +144,35 @@ def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generato
     return {axis.name: torch.rand(axis.entries, generator=generator) for axis in axes if axis.slices}
 
 
-def _summed(
-    model: nn.Module, axes: Sequence[Axis], worth: Callable[[nn.Parameter, Slice], Tensor], *, authors_fold: bool = False
-) -> Scores:
-    """What each unit's rows (or columns) are worth, summed over them and over the matrices that it owns some of.
+def _rows(
+    model: nn.Module, axes: Sequence[Axis], worth: Callable[[nn.Parameter, Slice], Tensor], *, only: str | None = None
+) -> Rows:
+    """What `worth` says of every row of a matrix that units own some of, [rows], on the CPU; biases do not count.
 
-    `worth` says it of every row of a matrix, [rows]; biases do not count.
+    Args:
+        only: the name of one parameter; None for all.
     """
+    return {
+        (axis.name, number): worth(parameter, piece).cpu()
+        for axis in axes
+        for number, piece in enumerate(axis.slices)
+        if only in (None, piece.parameter) and (parameter := model.get_parameter(piece.parameter)).dim() > 1
+    }
+
+
+def _summed(axes: Sequence[Axis], rows: Rows, *, authors_fold: bool = False) -> Scores:
+    """What each unit's rows (or columns) are worth, summed over them and over the matrices that it owns some of."""
     scores: Scores = {}
     for axis in axes:
         narrowest = min((piece.width for piece in axis.slices), default=0)
-        for piece in axis.slices:
-            parameter = model.get_parameter(piece.parameter)
-            if parameter.dim() > 1:
-                rows = worth(parameter, piece)
+        for number, piece in enumerate(axis.slices):
+            if (axis.name, number) in rows:
+                its = rows[axis.name, number]
                 if authors_fold:
-                    units = rows.view(-1, len(rows) // piece.width, narrowest).sum(dim=(0, 2))
+                    units = its.view(-1, len(its) // piece.width, narrowest).sum(dim=(0, 2))
                 else:
-                    units = rows.view(-1, piece.width).sum(dim=1)
-                scores[axis.name] = scores[axis.name] + units.cpu() if axis.name in scores else units.cpu()
+                    units = its.view(-1, piece.width).sum(dim=1)
+                scores[axis.name] = scores[axis.name] + units if axis.name in scores else units
     return scores
 
 

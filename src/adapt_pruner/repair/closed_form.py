@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
-from adapt_pruner.core.calibrate import casting_once
 from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
 
@@ -75,13 +75,13 @@ def least_squares(
             "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
-    layers = decoder_layers(model, axes)
-    entering = streams(model, layers, mine, dtype=dtype)
+    layers = decoder_layers(model)
+    entering = streams(model, mine, dtype=dtype)
     without = Mask(
         {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and not axis.gate.output}
     )
     with gated(model, axes, without):
-        pruned = streams(model, layers, mine, dtype=dtype) if sequential else entering
+        pruned = streams(model, mine, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
     short = 1.0
@@ -210,8 +210,8 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
     """
     _need_text(batches)
-    layers = decoder_layers(model, axes)
-    entering = streams(model, layers, world.share(batches), dtype=dtype)
+    layers = decoder_layers(model)
+    entering = streams(model, world.share(batches), dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
     module: Any

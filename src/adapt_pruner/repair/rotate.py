@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import casting_once, precision
 from adapt_pruner.core.layerwise import streams
+from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.errors import RunError
 
 __all__ = [
@@ -103,7 +103,7 @@ def directions(
     `final_orientation` adds, a random rotation within the k directions, cancels out and is left out.
     """
     layers = model.get_decoder().layers
-    flow = streams(model, layers, world.share(batches), dtype=dtype)
+    flow = streams(model, world.share(batches), dtype=dtype)
     blocks = [
         (index, norm, block)
         for index, layer in enumerate(layers)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import precision
+from adapt_pruner.core.precision import precision
 from adapt_pruner.errors import RunError
 
 __all__ = ["MICRO_TOKENS", "Objective", "Progress", "Reads", "Step", "make_optimizer", "stage_tokens", "train"]
@@ -110,7 +110,7 @@ def train(
 
     A step takes `batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
     predicted tokens. Its rate is lr · schedule(tokens at its middle / total_tokens). Weights and moments stay float32;
-    matrix products run in `dtype` (see `core.calibrate.precision`). Gradients are clipped to a global norm of `clip`.
+    matrix products run in `dtype` (see `core.precision.precision`). Gradients are clipped to a global norm of `clip`.
 
     Args:
         model: causal LM, float32 weights; plain on every process, or as `train.spread` shards it.

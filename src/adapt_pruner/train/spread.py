@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import uses_bfloat16
+from adapt_pruner.core.precision import uses_bfloat16
 
 __all__ = ["full_state", "load_moments", "shard", "spread"]
 

@@ -1,0 +1,52 @@
+"""In which precision matrices are multiplied, and how often weights are brought to it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["casting_once", "native_bfloat16", "precision", "uses_bfloat16"]
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices natively."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(probe is not None and bool(probe()) for probe in probes)
+    return False
+
+
+def uses_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Whether matrices are multiplied in bfloat16: `auto` where it is native, else as `float32` or `bfloat16` says."""
+    return native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
+
+
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
+
+
+@contextmanager
+def casting_once(model: nn.Module) -> Iterator[None]:
+    """While it lasts, passes without gradients bring each weight to bfloat16 once, in the first `precision`, not in every one.
+
+    Until the end they take half the weights' float32 size more, and no weight may change. Autocast keeps what it made of a weight until its outermost
+    context ends, which is this one and casts nothing itself, and only where the weight wants a gradient, so all do meanwhile.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        # A layer that lost attention and MLP has no weights, and nothing that is cast.
+        with torch.autocast(weights[0].device.type if weights else "cpu", enabled=False):
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()  # an autocast around this one would go on with the weights as they are now
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)

@@ -1,0 +1,165 @@
+"""Gradients of a few layers at a time are those of whole backward passes, and no more of them exist at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.core import layerwise
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.calibrate import Evidence, score
+from adapt_pruner.core.layerwise import Sweep, layers_at_once
+from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.precision import precision
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import RunError
+from adapt_pruner.metrics import blocks, curvature, weights
+from conftest import LAYOUTS, VOCAB, tiny_model
+
+BATCHES = [torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(3)]
+
+
+def whole(model: Any, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients and loss by backward passes through the whole model."""
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in BATCHES:
+        with precision(batch.device, dtype):
+            loss = next_token_nll(model, batch)
+        (loss / 90).backward()
+        total += loss.detach().double()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found, total
+
+
+def swept(model: Any, dtype: str, batches: Sequence[Tensor] = BATCHES) -> tuple[dict[str, Tensor], Tensor, list[list[str]]]:
+    sweep = Sweep(model, batches, dtype=dtype)
+    sweep.forward()
+    total, found, groups = sweep.loss(over=90), {}, []
+    for names in sweep.backward():
+        found |= {name: model.get_parameter(name).grad.clone() for name in names}
+        groups.append(names)
+        with_gradients = {name for name, weight in model.named_parameters() if weight.grad is not None}
+        assert {name for name in with_gradients if ".layers." in name} <= set(names)
+    assert all(weight.grad is None for weight in model.parameters())
+    return found, total, groups
+
+
+@pytest.fixture(params=[1, 2, 3])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(layerwise, "layers_at_once", lambda depth, **sizes: request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_gradients_are_those_of_whole_passes(layout: tuple[str, str], dtype: str, at_once: int) -> None:
+    model = tiny_model(layout, vocab_size=VOCAB).eval()
+    expected, loss = whole(model, dtype)
+    found, its_loss, groups = swept(model, dtype)
+    assert its_loss == loss
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # an embedding tied to the head adds up its two parts in another order
+        assert torch.equal(found[name], gradient) or torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-8), name
+        if ".layers." in name:
+            assert torch.equal(found[name], gradient), name
+    depth = len(model.model.layers)
+    assert len(groups) == -(-depth // at_once) + 1
+    assert not any(".layers." in name for name in groups[-1])
+
+
+def test_layers_that_lost_blocks_and_layers_that_nobody_asks_for(at_once: int) -> None:
+    model = tiny_model(vocab_size=VOCAB, num_hidden_layers=4).eval()
+    axes = families.axes(model)
+    gone = [
+        axis for axis in axes if axis.name in ("layers.1.attentions", "layers.1.mlps", "layers.3.attentions", "layers.3.mlps")
+    ]
+    assert len(gone) == 4
+    cut(model, axes, Mask({axis.name: torch.zeros(1, dtype=torch.bool) for axis in gone}))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("layers.2.mlp" in name)
+    expected, _ = whole(model, "float32")
+    found, _, groups = swept(model, "float32")
+    assert [len(names) for names in groups] == [3]
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    model.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    assert list(swept(model, "float32")[0]) == ["model.embed_tokens.weight"]
+
+
+def test_nobody_below_the_lowest_weight_that_is_asked_for_runs_again(at_once: int) -> None:
+    model, runs = tiny_model(vocab_size=VOCAB, num_hidden_layers=4).eval().requires_grad_(False), []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: runs.append(index))
+    model.model.layers[3].mlp.up_proj.weight.requires_grad_(True)
+    swept(model, "float32")
+    again = runs[4 * len(BATCHES) :]
+    assert min(again) == 3 // at_once * at_once
+
+
+def test_what_looks_beside_it_sees_every_batch_once(at_once: int) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    axes, told = families.axes(model), []
+    metrics = [weights.taylor, blocks.cosine]
+    both, loss = score(model, axes, BATCHES, metrics=metrics, on_batch=lambda *at: told.append(at))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    alone, same_loss = score(model, axes, BATCHES, metrics=[blocks.cosine])
+    assert loss == pytest.approx(same_loss, rel=1e-6)
+    assert all(torch.equal(both[name], scores) for name, scores in alone.items())
+    calls = []
+
+    def counting(model: Any, axes: Any) -> Any:
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+        try:
+            yield Evidence.FORWARD
+        finally:
+            handle.remove()
+        return {}
+
+    score(model, axes, BATCHES, metrics=[counting, weights.taylor])
+    assert len(calls) == len(BATCHES)
+
+
+def test_gradients_of_what_flows_need_whole_passes(at_once: int) -> None:
+    """Beside `curvature.kfac`, whose hooks see whole backward passes, Taylor finds what it finds alone."""
+    model = tiny_model(vocab_size=VOCAB)
+    axes = [axis for axis in families.axes(model) if axis.kind == "neurons"]
+    both, _ = score(model, axes, BATCHES, metrics=[curvature.kfac, weights.taylor], dtype="float32")
+    alone, _ = score(model, axes, BATCHES, metrics=[weights.taylor], dtype="float32")
+    assert both.keys() == alone.keys()
+    assert all(torch.equal(both[name], scores) for name, scores in alone.items())
+
+
+def test_a_loss_that_is_no_number_is_seen_before_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    monkeypatch.setattr(Sweep, "_through_group", lambda *_, **__: pytest.fail("there is nothing to see there"))
+    with pytest.raises(RunError, match="the loss on the calibration text is nan"):
+        score(model, families.axes(model), BATCHES, metrics=[weights.taylor])
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("depth", "hidden", "gradients"), [(30, 18.9, 14.2), (32, 134, 800), (2, 1, 1), (1, 5, 1), (28, 1, 0), (12, 900, 1)]
+)
+def test_a_group_is_as_large_as_makes_both_least(depth: int, hidden: float, gradients: float) -> None:
+    def cost(k: int) -> float:
+        return depth / k * hidden + k * gradients
+
+    k = layers_at_once(depth, hidden=hidden, gradients=gradients)
+    assert 1 <= k <= depth
+    assert cost(k) <= 1.07 * min(cost(one) for one in range(1, depth + 1))
+
+
+def test_a_process_without_a_batch_gives_no_gradient() -> None:
+    model = tiny_model(vocab_size=VOCAB).eval()
+    sweep = Sweep(model, [], dtype="float32")
+    sweep.forward()
+    assert float(sweep.loss(over=1)) == 0
+    names = [name for group in sweep.backward() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
