@@ -124,14 +124,27 @@ def test_what_looks_beside_it_sees_every_batch_once(at_once: int) -> None:
     assert len(calls) == len(BATCHES)
 
 
-def test_gradients_of_what_flows_need_whole_passes(at_once: int) -> None:
-    """Beside `curvature.kfac`, whose hooks see whole backward passes, Taylor finds what it finds alone."""
+@pytest.mark.parametrize("metrics", [[curvature.kfac, weights.taylor], [weights.taylor, curvature.kfac]])
+def test_gradients_of_what_flows_need_whole_passes(metrics: list[Any], at_once: int) -> None:
+    """Taylor finds beside `curvature.kfac`, whose hooks see whole backward passes, what it finds alone, and the other way round."""
     model = tiny_model(vocab_size=VOCAB)
     axes = [axis for axis in families.axes(model) if axis.kind == "neurons"]
-    both, _ = score(model, axes, BATCHES, metrics=[curvature.kfac, weights.taylor], dtype="float32")
-    alone, _ = score(model, axes, BATCHES, metrics=[weights.taylor], dtype="float32")
+    both, _ = score(model, axes, BATCHES, metrics=metrics, dtype="float32")
+    alone, _ = score(model, axes, BATCHES, metrics=metrics[1:], dtype="float32")  # whose scores are the ones that stay
     assert both.keys() == alone.keys()
     assert all(torch.equal(both[name], scores) for name, scores in alone.items())
+
+
+def test_a_stand_in_has_the_attributes_of_its_layer() -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.model.layers[1].attention_type = "sliding_attention"
+    its = list(model.model.layers)
+    with layerwise._standing_in(model):
+        assert model.model.layers[1].attention_type == "sliding_attention"
+        with pytest.raises(AttributeError):
+            _ = model.model.layers[0].attention_type
+        assert not any(layer is stand_in for layer, stand_in in zip(its, model.model.layers, strict=True))
+    assert all(layer is same for layer, same in zip(its, model.model.layers, strict=True))
 
 
 def test_a_loss_that_is_no_number_is_seen_before_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
