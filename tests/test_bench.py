@@ -159,6 +159,36 @@ def test_a_process_has_its_own_memory_and_not_that_of_its_parent() -> None:
     assert 1_000_000 < int(told) < 300_000_000
 
 
+HEAP = """
+import torch
+from adapt_pruner.choose.allocate import Debt
+from adapt_pruner.position import Position
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+del (first := [torch.ones(2**22)])[:]  # from now on glibc keeps smaller ones in its heap
+before = held()
+with Position(Debt({}, {})).clock("score"):
+    kept, gone = zip(*[(torch.ones(2**14), torch.ones(2**18)) for _ in range(200)])
+    full = held()
+    del gone
+    still = held()
+print(full - before, still - before, held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_phase_leaves_free_is_given_back() -> None:
+    told = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True).stdout
+    full, still, after = (int(number) for number in told.split())
+    assert full > 200e6
+    if still < 0.5 * full:
+        pytest.skip("this C library gives it back by itself")
+    assert after < 0.1 * full
+
+
 def test_bench_from_end_to_end(ask: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "LOADS", 1)
     words = ["--prompt", 16, "--generate", 3, "--rounds", 2, "--dtype", "float32"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapt_pruner.choose.allocate import Debt
 from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.memory import give_back
 from adapt_pruner.data.rows import Rows, stage_spans
 from adapt_pruner.train.loop import Progress
 
@@ -59,11 +60,12 @@ class Position:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Count what passes meanwhile to a phase, in place; not to the one around it, which goes on afterwards."""
+        """Count what passes meanwhile to a phase, in place, not to the one around it, which goes on afterwards; its memory is given back."""
         around = self._turn_to(phase)
         try:
             yield
         finally:
+            give_back()
             self._turn_to(around)
 
     @property
