@@ -13,7 +13,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.core import loss
-from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.precision import native_bfloat16
 from adapt_pruner.data import feeds
 from adapt_pruner.estimate import PAPER, Setup, held, pruning_memory, seconds, shapes, training_memory, work
@@ -32,7 +32,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from adapt_pruner import families
 from adapt_pruner.core import world
-from adapt_pruner.core.calibrate import score
+from functools import partial
+from adapt_pruner.core.calibrate import mean_loss, score
 from adapt_pruner.metrics.weights import taylor
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Progress, make_optimizer, train
@@ -53,9 +54,12 @@ class Rows:
 def go(config, rows, length, micro):
     model = LlamaForCausalLM(LlamaConfig(**config))
     ids = torch.randint(3, config["vocab_size"], (2 * rows, length))
-    if asked["phase"] == "pruning":
+    if asked["phase"] == "reading":
+        mean_loss(model, list(ids[:4].split(1)), dtype=asked["dtype"])
+        return occupied("VmHWM")
+    if asked["phase"] in ("pruning", "samples"):
         axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]  # what a recipe scores by default
-        score(model, axes, list(ids[:4].split(1)), metrics=[taylor], dtype=asked["dtype"])
+        score(model, axes, list(ids[:4].split(1)), metrics=[taylor if asked["phase"] == "pruning" else partial(taylor, form="second")], dtype=asked["dtype"])
         return occupied("VmHWM")
     optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.0)
     how = {"gradient_checkpointing": asked["checkpointing"], "compiled": False, "liger": False}
@@ -92,6 +96,9 @@ LONG = WIDE | {  # for more tokens: the activations are
     "num_key_value_heads": 2,
 }  # fmt: skip
 
+
+EVIDENCE = {"pruning": Evidence.GRADIENTS, "samples": Evidence.SAMPLE_GRADIENTS, "reading": Evidence.FORWARD}
+"""What is seen in the phases of pruning that are measured."""
 
 FEW = 128
 """Tokens that a processor without bfloat16 still reads in a minute or two: torch multiplies one element after another there."""
@@ -132,8 +139,8 @@ def grown_and_foreseen(
         "rows": how.batch_tokens // how.length, "checkpointing": how.checkpointing,
     }  # fmt: skip
     grown = measured(asked, environment, script, how.processes)
-    if phase == "pruning":
-        return grown, pruning_memory(of, how, samples=4, length=how.length, moments=False)
+    if phase in EVIDENCE:
+        return grown, pruning_memory(of, how, samples=4, length=how.length, moments=False, evidence=EVIDENCE[phase])
     return grown, training_memory(of, how)
 
 
@@ -147,10 +154,21 @@ def grown_and_foreseen(
         ("training", WIDE, Setup("cpu", True, 64, 128, 512, processes=2, parallel="fsdp")),
         ("training", LONG, Setup("cpu", False, 64, 2048, 4096)),
         ("training", LONG, Setup("cpu", True, 64, 2048, 4096)),
-        ("pruning", WIDE, Setup("cpu", False, 256, 256, 512)),
         ("pruning", WIDE, Setup("cpu", True, 256, 256, 512)),
+        ("samples", WIDE, Setup("cpu", False, 256, 256, 512)),
+        ("reading", WIDE, Setup("cpu", True, 256, 256, 512)),
     ],
-    ids=["states", "copies", "checkpointing", "fsdp", "activations", "activations-bfloat16", "pruning", "pruning-bfloat16"],
+    ids=[
+        "states",
+        "copies",
+        "checkpointing",
+        "fsdp",
+        "activations",
+        "activations-bfloat16",
+        "pruning",
+        "samples",
+        "reading",
+    ],
 )
 def test_a_process_asks_for_what_the_formulas_say(phase: str, config: dict[str, Any], how: Setup, tmp_path: Path) -> None:
     """With an allocator that gives back what is freed, within 6 %."""
@@ -255,6 +273,20 @@ def test_what_changes_with_the_setup() -> None:
     assert training_memory(of, replace(alone, checkpointing=True))["activations"] < one["activations"] / 3
     carried = pruning_memory(of, replace(alone, processes=8, parallel="fsdp"), samples=64, length=64, moments=True)
     assert (carried["weights"], carried["moments"]) == (4 * of.params, 8 * of.params), "whole on each process"
+
+
+def test_passes_without_gradients_may_hold_the_most() -> None:
+    of, how = of_config(WIDE), Setup("cuda", True, 1024, 4096, 65_536)
+    asked = {"samples": 64, "length": 128, "moments": False}
+    scoring, both = pruning_memory(of, how, **asked), pruning_memory(of, how, **asked, reads=True)
+    alone = pruning_memory(of, how, **asked, evidence=Evidence.FORWARD)
+    assert both == (alone if sum(alone.values()) > sum(scoring.values()) else scoring)
+    assert alone["copies"] == 2 * (of.decoder + of.head)
+    streams = pruning_memory(of, how, **asked, evidence=Evidence.STREAM_GRADIENTS)
+    samples = pruning_memory(of, how, **asked, evidence=Evidence.SAMPLE_GRADIENTS)
+    assert streams["gradients"] == 0
+    assert samples["gradients"] == samples["squares"] == 4 * of.decoder
+    assert sum(samples.values()) - sum(streams.values()) == 8 * of.decoder
 
 
 def test_time_is_operations_and_what_is_sent() -> None:

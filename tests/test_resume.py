@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from adapt_pruner import cli, measure, pipeline, prepare, runs
 from adapt_pruner.checkpoint import save, state
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core import calibrate, surgery
+from adapt_pruner.core import layerwise, surgery
 from adapt_pruner.recipe import read
 from adapt_pruner.stage import Trainer
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
@@ -92,7 +92,7 @@ def _named(pattern: str) -> Callable[..., bool]:
 
 POINTS: dict[str, Callable[[int], None]] = {
     "before the recipe is written": lambda n: _last(os, "rename", n, of=_named(r"recipe\.yaml")),
-    "while scoring": lambda n: _last(calibrate, "next_token_nll", n),
+    "while scoring": lambda n: _last(layerwise, "next_token_nll", n),
     "within a cut": lambda n: _last(surgery, "_shortened", n),
     "between the cuts and their checkpoint": lambda n: _last(Trainer, "begin_stage", n),
     "with half of the weights written": lambda n: _last(
@@ -414,7 +414,7 @@ def test_interrupted_at_random_moments(
         while status == 1:
             within = draw.uniform(0, 0.5) * seconds if interrupted < 5 else None
             status, said = live("run", place / "main.yaml", "-o", run, seconds=within, sent=sent)
-            if "; the log is " in said:  # it was through when the signal came
+            if "; the log is " in said or "the result is complete in " in said:  # it was through when the signal came
                 break
             assert status == 1, said
             interrupted += 1

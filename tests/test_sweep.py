@@ -17,7 +17,7 @@ from adapt_pruner.core.precision import precision
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError
 from adapt_pruner.metrics import blocks, curvature, weights
-from conftest import LAYOUTS, VOCAB, tiny_model
+from conftest import LAYOUTS, VOCAB, in_two_processes, tiny_model
 
 BATCHES = [torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(3)]
 
@@ -176,3 +176,33 @@ def test_a_process_without_a_batch_gives_no_gradient() -> None:
     assert float(sweep.loss(over=1)) == 0
     names = [name for group in sweep.backward() for name in group]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_processes_with_unequal_shares_sum_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three batches one gets two; what each would take for the best group by its own share differs, and the first one's is taken."""
+    model = tiny_model(vocab_size=VOCAB, num_hidden_layers=4)
+    axes = families.axes(model)
+    alone, _ = score(model, axes, BATCHES, metrics=[weights.taylor], dtype="float32")
+    liked = iter([2, 1])
+    monkeypatch.setattr(layerwise, "layers_at_once", lambda depth, **sizes: next(liked))
+    together = in_two_processes(monkeypatch, lambda: score(model, axes, BATCHES, metrics=[weights.taylor], dtype="float32")[0])
+    assert next(liked, None) is None
+    assert all(torch.allclose(together[name], scores, rtol=1e-4) for name, scores in alone.items())
+
+
+def test_all_work_is_told_where_lower_layers_are_not_asked_for(at_once: int) -> None:
+    model, told = tiny_model(vocab_size=VOCAB, num_hidden_layers=4), []
+    axes = [axis for axis in families.axes(model) if axis.layer == 3]
+    score(model, axes, BATCHES, metrics=[weights.taylor], on_batch=lambda *at: told.append(at))
+    assert told[-1] == (3, 3)
+
+
+def test_a_metric_that_returns_before_all_gradients_is_named_for_it() -> None:
+    def early(model: Any, axes: Any) -> Any:
+        yield Evidence.GRADIENTS
+        return {}
+
+    model = tiny_model(vocab_size=VOCAB)
+    with pytest.raises(TypeError, match="yields again for each of them, until it gets None"):
+        score(model, families.axes(model), BATCHES, metrics=[early])
+    assert all(weight.grad is None for weight in model.parameters())

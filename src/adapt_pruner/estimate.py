@@ -11,6 +11,7 @@ from typing import Any, Literal
 from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.calibrate import Evidence
 from adapt_pruner.core.layerwise import layers_at_once
 from adapt_pruner.data import feeds
 from adapt_pruner.train import loop
@@ -168,33 +169,59 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     return parts
 
 
-def pruning_memory(of: Shapes, how: Setup, *, samples: int, length: int, moments: bool) -> dict[str, int]:
+def pruning_memory(
+    of: Shapes,
+    how: Setup,
+    *,
+    samples: int,
+    length: int,
+    moments: bool,
+    evidence: Evidence = Evidence.GRADIENTS,
+    reads: bool = False,
+) -> dict[str, int]:
     """Bytes of one process at the peak of scoring, by what they hold; the model is whole on each, with FSDP too.
 
-    weights 4 N, moments 8 N where they are carried from stage to stage, and of k layers (`core.layerwise.layers_at_once`) gradients, bfloat16
+    weights 4 N, moments 8 N where they are carried from stage to stage, and, of k layers (`core.layerwise.layers_at_once`), gradients, bfloat16
     copies and activations; hidden states between groups of k layers, and their gradients, of all calibration tokens of a process. What the
     loss needs is there before those of the layers are. Several processes share the batches, not the weights.
+
+    Metrics that want each sequence's gradients, or those of what flows, take whole passes: then k is L, and the hidden states are the activations.
+    The former hold squares of the gradients as well. Passes without gradients hold a bfloat16 copy of the whole model.
 
     Args:
         samples: rows of the calibration text.
         length: tokens of a row.
         moments: whether the optimiser's are carried.
+        evidence: what the metrics need to see.
+        reads: whether there are passes without gradients too (KV heads shut one by one, perplexity), which may hold more.
     """
     rows = replace(how, length=length, micro_tokens=feeds.MICRO_TOKENS, batch_tokens=0, checkpointing=False)
+    own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
+    if how.teacher is not None:
+        own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+    whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
-    k = layers_at_once(of.layers, hidden=stream, gradients=4 * of.decoder / of.layers)
+    k = of.layers if whole else layers_at_once(of.layers, hidden=stream, gradients=4 * of.decoder / of.layers)
     group = of.decoder * k // of.layers
     copies = 2 * group if how.narrow else 0
-    activations = _activations(of, rows, norms=(24, 26)) * k // of.layers
-    parts = {
-        "weights": 4 * of.params, "moments": 8 * of.params if moments else 0, "hidden states": stream * (-(-of.layers // k) + 1),
-        "gradients": 4 * group, "copies": copies, "activations": activations, "on their way": max(0, copies - activations),
+    all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, replace(rows, teacher=None), learns=False)
+    activations = all_activations * k // of.layers
+    scoring = {
+        "hidden states": 0 if whole else stream * (-(-of.layers // k) + 1), "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
+        "squares": 4 * group if evidence is Evidence.SAMPLE_GRADIENTS else 0, "copies": copies, "activations": activations,
     }  # fmt: skip
-    there = sum(parts[what] for what in ("gradients", "copies", "activations", "on their way"))
-    parts["loss"] = max(0, _loss(of, replace(rows, teacher=None), learns=False) - there)
-    if how.teacher is not None:
-        parts["teacher"] = (2 if how.narrow else 4) * how.teacher.params
-    return parts
+    if whole:
+        scoring["loss"] = all_loss
+    else:
+        scoring["on their way"] = max(0, copies - activations)
+        scoring["loss"] = max(0, all_loss - sum(scoring.values()) + scoring["hidden states"])
+    reading = {
+        "copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
+        "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),
+    }  # fmt: skip
+    if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):
+        return {**own, **reading}
+    return {**own, **scoring}
 
 
 def held(parts: Mapping[str, int], device: str) -> int:
@@ -264,7 +291,7 @@ def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> 
     """FLOPs a token.
 
     Forward 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training: three times that, twice for frozen
-    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring is training with checkpointing, without a
+    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring, by first-order Taylor, is training with checkpointing, without a
     gradient of the head. Reading is forward only.
     """
     layers = 2 * multiply_adds(of, length=how.length, logits=0) / how.length

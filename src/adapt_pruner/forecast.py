@@ -10,13 +10,13 @@ from adapt_pruner import families, latency
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import score
+from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, layer_measure_of, plan, reads_text, shuts_heads, writes_text
+from adapt_pruner.plan import Stage, evidence_of, layer_measure_of, plan, reads_text, shuts_heads, writes_text
 from adapt_pruner.prepare import Listener, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
@@ -72,7 +72,8 @@ def dry_run(
         narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
         speed = PAPER[kind]
     how = _setup(recipe, kind, narrow, teacher, processes)
-    return _told(recipe, shapes(model), planned, budget, how, speed, reads=reads_text(model, recipe), on_paper=on_paper)
+    looks: dict[str, Any] = {"reads": reads_text(model, recipe), "evidence": evidence_of(model, recipe)}
+    return _told(recipe, shapes(model), planned, budget, how, speed, on_paper=on_paper, **looks)
 
 
 def _cut_on_paper(model: Any, recipe: Recipe) -> None:
@@ -93,7 +94,16 @@ def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, pr
 
 
 def _told(
-    recipe: Recipe, dense: Shapes, planned: list[Stage], budget: Budget, how: Setup, speed: Speed, *, reads: bool, on_paper: bool
+    recipe: Recipe,
+    dense: Shapes,
+    planned: list[Stage],
+    budget: Budget,
+    how: Setup,
+    speed: Speed,
+    *,
+    reads: bool,
+    evidence: Evidence,
+    on_paper: bool,
 ) -> dict[str, Any]:
     spans, evaluation = [], recipe.evaluation
     read = 0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0)
@@ -103,7 +113,17 @@ def _told(
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
-    memory = {"pruning": pruning_memory(dense, how, samples=asked.samples, length=asked.length, moments=carried)}
+    memory = {
+        "pruning": pruning_memory(
+            dense,
+            how,
+            samples=asked.samples,
+            length=asked.length,
+            moments=carried,
+            evidence=evidence,
+            reads=shuts_heads(recipe) or evaluation.source is not None,
+        )
+    }
     if trains:
         memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}

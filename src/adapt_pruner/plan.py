@@ -24,6 +24,7 @@ from adapt_pruner.train.loop import stage_tokens
 __all__ = [
     "Stage",
     "chooser_of",
+    "evidence_of",
     "layer_measure_of",
     "mask_to",
     "measured_whole",
@@ -238,7 +239,14 @@ def reads_text(model: Any, recipe: Recipe) -> bool:
     """Whether anything the recipe scores with looks at the calibration text."""
     if recipe.rotate is not None or recipe.repair is not None or layer_measure_of(recipe) is not None or shuts_heads(recipe):
         return True
-    return evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0)) is not Evidence.WEIGHTS
+    return evidence_of(model, recipe) is not Evidence.WEIGHTS
+
+
+def evidence_of(model: Any, recipe: Recipe) -> Evidence:
+    """The most that the metrics which share the recipe's calibration pass need to see; weights alone where it has none."""
+    if recipe.rotate is not None:
+        return Evidence.WEIGHTS
+    return evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0))
 
 
 def writes_text(recipe: Recipe) -> bool:

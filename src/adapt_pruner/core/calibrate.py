@@ -4,7 +4,7 @@ A metric is a function with a `yield` in it. Before the yield it hooks itself in
 needs (`Evidence`); at the yield the text runs through the model; after it the scores are worked out and returned:
 
     def change(model, axes):
-        hook = model.register_forward_hook(...)
+        hook = model.model.layers[0].register_forward_hook(...)
         try:
             yield Evidence.FORWARD
         finally:
@@ -22,8 +22,8 @@ in its `grad`, which is let go afterwards; None says that there are no more:
 
 `score` drives any number of them over one forward (and, if one of them wants gradients, one backward) per batch, or per
 sequence if one of them wants to see the gradient of each. Where gradients of weights are all that is wanted beside forward passes, the
-gradients are those of a few layers at a time (`layerwise.Sweep`). Metrics that look at what flows should hook into decoder layers; the embeddings and what
-lies above the layers may be called more often than once a batch.
+gradients are those of a few layers at a time (`layerwise.Sweep`). A metric that looks at what flows sees each batch once in the modules inside decoder layers; what lies
+outside them may be called more often, and not with the stream that leaves the layers. One that wants gradients of weights sees each batch twice there: make it two.
 """
 
 import math
@@ -171,7 +171,7 @@ def score(
             for names in gradients if of_weights else ():
                 _sum_gradients(model, names)
                 for metric, name in product(of_weights, names):
-                    metric.send(name)
+                    _show(metric, name)
             merged: Scores = {}
             for metric in running:
                 merged |= found[metric] if metric in found else finish(metric)
@@ -179,6 +179,15 @@ def score(
         for metric in running:
             metric.close()
     return world.agreed(merged), total
+
+
+def _show(metric: Generator[Evidence, Any, Scores], name: str) -> None:
+    try:
+        metric.send(name)
+    except StopIteration:
+        raise TypeError(
+            "a metric that asks for gradients of weights yields again for each of them, until it gets None; this one returned before"
+        ) from None
 
 
 def _passes(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.core import world
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision
 
@@ -147,7 +148,8 @@ class Sweep:
         sizes = {weight: weight.nbytes for layer in self._layers for weight in layer.parameters() if weight.requires_grad}
         hidden = sum(flow.hidden.nbytes for flow in self._flows)
         depth = len(self._layers)
-        self._at_once = layers_at_once(depth, hidden=hidden, gradients=sum(sizes.values()) / depth)
+        # Shares of the text may differ, and gradients are summed over all processes group by group.
+        self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, gradients=sum(sizes.values()) / depth))
         self._entered: dict[int, list[Tensor]] = {}
         self._gradients: list[Tensor] = []
         self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer backwards takes three times what it takes forwards
@@ -194,6 +196,8 @@ class Sweep:
             if inside[start] or below:
                 self._through_group(start, further=below)
                 yield from self._whole(inside[start])
+            else:
+                self._worked(3 * len(self._group(start)) * len(self._flows))
         if outside:
             for number, batch in enumerate(self._batches):
                 with _standing_in(self._model) as (entered, _):
