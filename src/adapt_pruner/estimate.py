@@ -12,7 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.calibrate import Evidence
-from adapt_pruner.core.layerwise import layers_at_once
+from adapt_pruner.core.layerwise import decoder_layers, layers_at_once
 from adapt_pruner.data import feeds
 from adapt_pruner.train import loop
 
@@ -88,7 +88,7 @@ def shapes(model: Any) -> Shapes:
             sums["keys"] += axis.size * min(piece.width for piece in axis.slices)
         elif axis.kind == "neurons":
             sums["neurons"] += axis.size
-    stack = [count_parameters(layer) for layer in model.get_decoder().layers]
+    stack = [count_parameters(layer) for layer in decoder_layers(model)]
     vocabulary, width = model.get_output_embeddings().weight.shape
     return Shapes(count_parameters(model), sum(stack), max(stack), len(stack), vocabulary, width, **sums)
 
@@ -207,14 +207,15 @@ def pruning_memory(
     all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, replace(rows, teacher=None), learns=False)
     activations = all_activations * k // of.layers
     scoring = {
-        "hidden states": 0 if whole else stream * (-(-of.layers // k) + 1), "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
+        "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
         "squares": 4 * group if evidence is Evidence.SAMPLE_GRADIENTS else 0, "copies": copies, "activations": activations,
     }  # fmt: skip
     if whole:
         scoring["loss"] = all_loss
     else:
         scoring["on their way"] = max(0, copies - activations)
-        scoring["loss"] = max(0, all_loss - sum(scoring.values()) + scoring["hidden states"])
+        scoring["loss"] = max(0, all_loss - sum(scoring.values()))
+        scoring["hidden states"] = stream * (-(-of.layers // k) + 1)
     reading = {
         "copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
         "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),

@@ -72,8 +72,8 @@ def dry_run(
         narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
         speed = PAPER[kind]
     how = _setup(recipe, kind, narrow, teacher, processes)
-    looks: dict[str, Any] = {"reads": reads_text(model, recipe), "evidence": evidence_of(model, recipe)}
-    return _told(recipe, shapes(model), planned, budget, how, speed, on_paper=on_paper, **looks)
+    reads, evidence = reads_text(model, recipe), evidence_of(model, recipe)
+    return _told(recipe, shapes(model), planned, budget, how, speed, reads=reads, evidence=evidence, on_paper=on_paper)
 
 
 def _cut_on_paper(model: Any, recipe: Recipe) -> None:

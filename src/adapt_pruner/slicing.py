@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner.checkpoint import modeling_sliced
+from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.errors import UsageError
 from adapt_pruner.repair.rotate import directions, rotate, sliced_parameters
 
@@ -56,7 +57,7 @@ def slice_to(
     config = copy.deepcopy(model.config)
     config.sliced_hidden_size = width
     config.tie_word_embeddings = False
-    config.head_dim = model.get_decoder().layers[0].self_attn.head_dim  # stock code would derive it from the width
+    config.head_dim = decoder_layers(model)[0].self_attn.head_dim  # stock code would derive it from the width
     weight = model.get_output_embeddings().weight
     sliced = _sliced_class(model)(config).to(weight.device, weight.dtype)
     rotate(model, sliced, directions(model, batches, width, dtype=dtype, on_basis=on_basis))

@@ -16,10 +16,9 @@ from adapt_pruner.core.precision import casting_once, precision
 __all__ = ["Stream", "Sweep", "decoder_layers", "layers_at_once", "streams"]
 
 
-def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers of a model."""
-    layers: Sequence[nn.Module] = model.get_decoder().layers  # type: ignore[operator]
-    return layers
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a model, an `nn.ModuleList`."""
+    return model.get_decoder().layers
 
 
 @dataclass
@@ -91,7 +90,7 @@ def _standing_in(model: nn.Module, leaving: Tensor | None = None) -> Iterator[tu
     """While it lasts no layer is run: each notes its input and keywords and returns its input, the last one `leaving`, if given."""
     entered: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
-    layers: Any = decoder_layers(model)
+    layers = decoder_layers(model)
     its = list(layers)
 
     def forward(hidden_states: Tensor, **others: Any) -> Tensor:
@@ -145,11 +144,11 @@ class Sweep:
         self._device = next(model.parameters()).device
         self._flows = streams(model, batches, dtype=dtype)
         self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        sizes = {weight: weight.nbytes for layer in self._layers for weight in layer.parameters() if weight.requires_grad}
+        gradients = sum(weight.nbytes for layer in self._layers for weight in layer.parameters() if weight.requires_grad)
         hidden = sum(flow.hidden.nbytes for flow in self._flows)
         depth = len(self._layers)
         # Shares of the text may differ, and gradients are summed over all processes group by group.
-        self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, gradients=sum(sizes.values()) / depth))
+        self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, gradients=gradients / depth))
         self._entered: dict[int, list[Tensor]] = {}
         self._gradients: list[Tensor] = []
         self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer backwards takes three times what it takes forwards

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core import world
-from adapt_pruner.core.layerwise import streams
+from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.errors import RunError
 
@@ -102,7 +102,7 @@ def directions(
     Source: SliceGPT, arXiv:2401.15024, section 3.3. Differs: the authors' code takes the signal before its norm. What its option
     `final_orientation` adds, a random rotation within the k directions, cancels out and is left out.
     """
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
     flow = streams(model, world.share(batches), dtype=dtype)
     blocks = [
         (index, norm, block)
@@ -163,7 +163,7 @@ def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
     turning = iter(bases)
     entering = next(turning)
     sliced.get_input_embeddings().weight.copy_(rotate_input(model.get_input_embeddings().weight, entering))
-    for dense, layer in zip(model.get_decoder().layers, sliced.get_decoder().layers, strict=True):
+    for dense, layer in zip(decoder_layers(model), decoder_layers(sliced), strict=True):
         between = next(turning)
         _rotate_block(dense.self_attn, layer.self_attn, dense.input_layernorm.weight, entering, between)
         layer.attention_shortcut.weight.copy_(between.T @ entering)
@@ -198,7 +198,7 @@ def sliced_parameters(model: Any, width: int) -> int:
     """
     head = model.get_output_embeddings().weight
     dense = head.shape[1]
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
     last_writer = layers[-1].mlp.down_proj
     total = head.numel() + model.get_input_embeddings().weight.shape[0] * width
     total += 2 * len(layers) * width**2 + (dense - width) * (width + last_writer.in_features + (last_writer.bias is not None))

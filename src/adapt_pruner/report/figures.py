@@ -309,25 +309,12 @@ def _measures(cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> 
         first = evaluations[0] if evaluations[0]["stage"] == 0 else {}
         last = evaluations[-1] if evaluations[-1]["stage"] else {}
         when = f" (after stage {last['stage']})" if last and cuts and last["stage"] < cuts[-1].stage else ""
-        rows.append(
-            Row(
-                "perplexity",
-                number_of(first.get("perplexity")),
-                number_of(last.get("perplexity")),
-                "perplexity",
-                f"on held-out text{when}",
-            )
-        )
-        rows.append(Row("bits per byte", number_of(first.get("bits_per_byte")), number_of(last.get("bits_per_byte")), "bits"))
-        rows.append(
-            Row(
-                "tokens/s, reading",
-                number_of(first.get("tokens_per_second")),
-                number_of(last.get("tokens_per_second")),
-                "speed",
-                "seen once, while evaluating",
-            )
-        )
+        for name, key, form, note in (
+            ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
+            ("bits per byte", "bits_per_byte", "bits", ""),
+            ("tokens/s, reading", "tokens_per_second", "speed", "seen once, while evaluating"),
+        ):
+            rows.append(Row(name, number_of(first.get(key)), number_of(last.get(key)), form, note))
     return [row for row in rows if row.before is not None or row.now is not None]
 
 

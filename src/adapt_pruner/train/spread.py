@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from adapt_pruner.core import world
+from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.precision import uses_bfloat16
 
 __all__ = ["full_state", "load_moments", "shard", "spread"]
@@ -70,7 +71,7 @@ def shard(model: Any, *, dtype: str) -> None:
         "mesh": init_device_mesh(device.type, (world.size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
-    for layer in model.get_decoder().layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
     model.as_forward = MethodType(lambda self, function, *args: function(self, *args), model)
