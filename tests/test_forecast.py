@@ -349,6 +349,21 @@ def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: 
     assert planned["time_without"] == left_out
 
 
+def test_factors_of_blocks_take_the_memory_of_whole_backward_passes() -> None:
+    """Beside a metric of weights that is all there is; beside gradients of a few layers it may be the most."""
+
+    def planned(**asked: Any) -> dict[str, Any]:
+        recipe = {"model": str(CONFIGS / "mobilellm-350m"), "budget": "80%", "device": "cpu", "method": "magnitude"}
+        parts: dict[str, Any] = dry_run(read(recipe | asked))["memory"]["pruning"]
+        return parts
+
+    without, asked = planned(repair="closed_form.least_squares"), planned(repair="closed_form.least_squares(factors=1)")
+    assert "activations" in asked["of"]
+    assert asked["of"]["gradients"] == 0
+    assert asked["bytes"] > without["bytes"] + 0.9 * asked["of"]["activations"]
+    assert planned(repair="closed_form.least_squares(factors=0)") == without
+
+
 def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
     root = Path(__file__).parents[1]
     printed = subprocess.run(

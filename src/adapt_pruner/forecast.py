@@ -16,7 +16,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.plan import Stage, evidence_of, layer_measure_of, plan, reads_text, shuts_heads, writes_text
+from adapt_pruner.plan import Stage, evidence_of, layer_measure_of, plan, reads_text, rescales, shuts_heads, writes_text
 from adapt_pruner.prepare import Listener, cut_vocabulary, load_model, prepare
 from adapt_pruner.recipe import Recipe
 
@@ -113,17 +113,19 @@ def _told(
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
-    memory = {
-        "pruning": pruning_memory(
+    passes = [
+        pruning_memory(
             dense,
             how,
             samples=asked.samples,
             length=asked.length,
             moments=carried,
-            evidence=evidence,
+            evidence=needed,
             reads=shuts_heads(recipe) or evaluation.source is not None,
         )
-    }
+        for needed in (evidence, *([Evidence.STREAM_GRADIENTS] if rescales(recipe) else []))
+    ]
+    memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if trains:
         memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}

@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "prunable",
     "reads_text",
+    "rescales",
     "scored",
     "shuts_heads",
     "sizes_alike",
@@ -233,6 +234,11 @@ def layer_measure_of(recipe: Recipe) -> Callable[..., Scores] | None:
 def shuts_heads(recipe: Recipe) -> bool:
     """Whether KV heads are measured one by one, in layers that lose one."""
     return recipe.rotate is None and recipe.head_metric is not None and "kv_heads" in recipe.axes
+
+
+def rescales(recipe: Recipe) -> bool:
+    """Whether the repair looks at gradients of what flows, to fit a factor for each block."""
+    return recipe.repair is not None and bool(parts.bind("repair", recipe.repair).keywords.get("factors"))  # type: ignore[attr-defined]
 
 
 def reads_text(model: Any, recipe: Recipe) -> bool:

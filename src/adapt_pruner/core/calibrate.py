@@ -107,6 +107,7 @@ def _scored(axes: Sequence[Axis]) -> Sequence[Axis]:
     return [axis for axis in axes if not axis.gate.output]
 
 
+@torch.enable_grad()
 def score(
     model: nn.Module,
     axes: Sequence[Axis],

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import count_parameters
 
-__all__ = ["cut", "gated", "num_left", "write_sizes"]
+__all__ = ["cut", "gated", "multiply", "num_left", "write_sizes"]
 
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers
 
@@ -158,7 +158,7 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
         if sizes[axis.name] < axis.size:
             for name, power in axis.scaled:
                 offset = 1.0 if name in axis.one_more else 0.0
-                _scale(model, name, (axis.size / sizes[axis.name]) ** power, offset, optimizer)
+                multiply(model, name, (axis.size / sizes[axis.name]) ** power, offset, optimizer)
         if axis.indices and axis.name in shrinking:
             _renumber(model, axis.indices, mask[axis.name])
     if optimizer is not None:
@@ -260,7 +260,8 @@ def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: M
         }
 
 
-def _scale(model: nn.Module, name: str, factor: float, offset: float, optimizer: Optimizer | None) -> None:
+@torch.no_grad()
+def multiply(model: nn.Module, name: str, factor: float, offset: float = 0.0, optimizer: Optimizer | None = None) -> None:
     """Multiply, in place, a parameter, module attribute or config field; moments of its gradient g, now g / factor, follow.
 
     Of a parameter w, offset + w is what is multiplied. A buffer that its module has as a number too, `scalar_…`, is made of that,

@@ -17,6 +17,7 @@ from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
+from adapt_pruner.repair.factors import rescale_blocks
 
 __all__ = ["RIDGES", "least_squares", "mean_bias", "without_bias"]
 
@@ -35,6 +36,7 @@ def least_squares(
     *,
     ridge: Annotated[float | None, "0 or more"] = 0.3,
     sequential: bool = False,
+    factors: Annotated[int, "0 or more"] = 0,
     dtype: str = "auto",
     warn: Callable[[str], None] = lambda message: None,
     on_layer: Callable[[int, int], None] = lambda done, of: None,
@@ -57,18 +59,21 @@ def least_squares(
         ridge: in mean diagonals; None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does not
             see. With fewer tokens than features it is raised by features / tokens, and `warn` is told.
         sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
+        factors: Gauss-Newton steps after that, on a factor for each attention and MLP (`repair.factors.rescale_blocks`).
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens.
-        on_layer: told (done, of) after each layer.
+        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as the layers three times.
 
     Raises:
-        UsageError: a negative ridge; no batches; a single batch to choose a ridge on.
+        UsageError: a negative ridge or number of steps; no batches; a single batch to choose a ridge on.
 
     Source: ours, from ordinary ridge regression. Layer-wise reconstruction of what a cut removed is that of SparseGPT (arXiv:2301.00774) and ZipLM
     (arXiv:2302.04089); inputs of the pruned model on one side only are FISTAPruner's (arXiv:2408.03728).
     """
     if ridge is not None and ridge < 0:
         raise UsageError(f"repair ridge {ridge} is negative; give 0 or more, or null to choose one for each layer")
+    if factors < 0:
+        raise UsageError(f"repair factors {factors} is negative; give the number of Gauss-Newton steps, 0 for none")
     _need_text(batches)
     if ridge is None and len(batches) < 2:
         raise UsageError(
@@ -84,7 +89,7 @@ def least_squares(
         pruned = streams(model, mine, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
-    short = 1.0
+    short, work = 1.0, len(layers) * (1 + 3 * factors)
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
         fits = {
@@ -118,12 +123,17 @@ def least_squares(
         else:
             for fit in fits.values():
                 short = max(short, fit.apply(ridge, tokens=float(tokens)))
-        on_layer(index + 1, len(layers))
+        on_layer(index + 1, work)
     if short > 1:
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
             f"its ridge was raised by as much, set calibration.samples higher"
         )
+    if factors:
+        rescale_blocks(
+            model, axes, mask, batches, steps=factors, dtype=dtype,
+            tell=lambda share: on_layer(round(len(layers) * (1 + 3 * factors * share)), work),
+        )  # fmt: skip
 
 
 class _Fit:

@@ -1,0 +1,189 @@
+"""One factor for what each attention and each MLP adds to the stream, so that the loss is least.
+
+Once units are gone, a block's output is wrong in part, and how much of it the rest of the model should still take is another
+question than what it should be: least squares, which looks at one layer at a time, cannot say. These are 2 L numbers of a model of L
+layers, so the loss itself says it, without being learnt by heart. They end up in weights that are there: no parameter is added.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.calibrate import Evidence, mean_loss, score
+from adapt_pruner.core.surgery import gated, multiply
+
+__all__ = ["rescale_blocks"]
+
+DAMPING = 0.1
+"""Of the curvature's diagonal, added to it; more where there are fewer sequences than factors."""
+
+MOST = 0.5
+"""The most that a factor changes in a step, as a share of itself."""
+
+_SHARES = (1.0, 0.5, 0.25)  # of a step, until the loss falls
+
+
+@torch.no_grad()
+def rescale_blocks(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    batches: Sequence[Tensor],
+    *,
+    steps: int = 1,
+    dtype: str = "auto",
+    tell: Callable[[float], None] = lambda share: None,
+) -> list[float]:
+    """Multiply, in place, what each block adds to the stream by a factor f, by Gauss-Newton steps on the loss of the pruned model.
+
+        f ← f (1 - δ),   δ = (F + λ diag F)⁻¹ ∂L/∂log f,   F = (Σ s sᵀ - (Σ s)(Σ s)ᵀ / R) / T,   λ = 0.1 · max(1, n / R)
+
+    n factors, R sequences with T predicted tokens, L the mean next-token cross-entropy in nats per token, s [n] the derivative of the summed
+    cross-entropy of one sequence by log f: F is the Fisher information, estimated by the spread of s, without its mean, which is no
+    curvature. No factor changes by more than half of itself in a step. A step is halved, twice at most, until the loss on the
+    same text falls, and left out if it does not.
+
+    A factor is multiplied into the linear layer that ends the block, with its bias, or into the norm that follows it (Gemma).
+
+    Args:
+        model: causal LM; weights change.
+        axes: its axes, `attentions` and `mlps` of each layer among them.
+        mask: what is about to be cut; blocks that go get no factor.
+        batches: token ids, int64 [batch, length]; with fewer than two sequences nothing is done.
+        steps: of which each takes a pass forwards and back, and one or more forwards.
+        dtype: precision of the matrix products.
+        tell: told the share of the work that is done.
+
+    Returns:
+        The mean loss before the first step and after each, nats per token.
+
+    Raises:
+        RunError: the loss is not finite.
+
+    Source: ours. Gauss-Newton with the empirical Fisher information as in Amari's natural gradient; a factor per block is LayerScale's
+    (arXiv:2103.17239), which is trained.
+    """
+    layers_left = mask.kept.get("layers")
+    blocks = [
+        axis
+        for axis in axes
+        if axis.kind in ("attentions", "mlps")
+        and bool(mask.of(axis).all())
+        and (layers_left is None or bool(layers_left[axis.layer]))
+    ]
+    if not blocks or sum(len(batch) for batch in batches) < 2:
+        return []
+    factors = torch.ones(len(blocks), dtype=torch.float64)
+    losses: list[float] = []
+    with gated(model, axes, mask), _multiplied(model, blocks, factors):
+        for step in range(steps):
+
+            def on_batch(done: int, of: int, step: int = step) -> None:
+                tell((step + 0.75 * done / of) / steps)
+
+            found, before = score(model, [], batches, metrics=[_slopes(blocks)], dtype=dtype, on_batch=on_batch)
+            losses = losses or [before]
+            change, now = _solved(found["slopes"], found["curvature"], int(found["sequences"])), factors.clone()
+            for share in _SHARES:
+                factors.copy_(now * (1 - share * change))
+                after = mean_loss(model, batches, dtype=dtype)
+                if after < before:
+                    losses.append(after)
+                    break
+            else:
+                factors.copy_(now)
+                break
+            tell((step + 1) / steps)
+    for axis, factor in zip(blocks, factors.tolist(), strict=True):
+        for name, offset in _ending(model, axes, axis):
+            multiply(model, name, factor, offset)
+    return losses
+
+
+def _solved(slopes: Tensor, curvature: Tensor, sequences: int) -> Tensor:
+    """δ, float64 [n]: by how much of itself each factor is to fall."""
+    damping = DAMPING * max(1.0, len(slopes) / sequences)
+    diagonal = curvature.diagonal()
+    # a block that does nothing has neither slope nor curvature
+    diagonal = damping * diagonal + torch.where(diagonal > 0, 0.0, 1.0)
+    change = torch.linalg.solve(curvature + diagonal.diag(), slopes)
+    shortened: Tensor = change * min(1.0, MOST / max(float(change.abs().max()), 1e-12))
+    return shortened
+
+
+def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]:
+    """A metric that gives the derivatives of the loss by the logarithms of the factors, and their Fisher information."""
+
+    def look(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Any, Scores]:
+        seen: list[list[Tensor]] = [[] for _ in blocks]
+        counts = torch.zeros(2, dtype=torch.float64)  # sequences, predicted tokens
+
+        def watch(number: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                added = output[0] if isinstance(output, tuple) else output
+                if number == 0:
+                    counts.add_(torch.tensor([added.shape[0], added.shape[0] * (added.shape[1] - 1)]))
+                given = added.detach()
+
+                def backward(gradient: Tensor) -> None:
+                    per_token = (gradient.float() * given.float()).sum(dim=-1, dtype=torch.float64)
+                    seen[number].append(per_token.sum(dim=-1).cpu())
+
+                added.register_hook(backward)
+
+            return hook
+
+        handles = [
+            model.get_submodule(axis.modules[-1]).register_forward_hook(watch(number)) for number, axis in enumerate(blocks)
+        ]
+        try:
+            yield Evidence.STREAM_GRADIENTS
+        finally:
+            for handle in handles:
+                handle.remove()
+        each = torch.stack([torch.cat([torch.zeros(0, dtype=torch.float64), *rows]) for rows in seen])  # [n, R]
+        total, square = each.sum(dim=1), each @ each.t()
+        world.sum_in_place(total, square, counts)
+        sequences, predicted = counts.tolist()
+        # The gradients seen are those of the mean loss, 1 / T of those of the sum.
+        curvature = (square - total[:, None] * total / sequences) * predicted
+        return {"slopes": total, "curvature": curvature, "sequences": counts[0]}
+
+    return look
+
+
+@contextmanager
+def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> Iterator[None]:
+    """While it lasts, what each block adds to the stream is multiplied by its entry of `factors`, whatever that is at the time."""
+
+    def multiply_by(number: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            factor = float(factors[number])
+            return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
+
+        return hook
+
+    handles = [
+        model.get_submodule(axis.modules[-1]).register_forward_hook(multiply_by(number)) for number, axis in enumerate(blocks)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _ending(model: nn.Module, axes: Sequence[Axis], block: Axis) -> list[tuple[str, float]]:
+    """The parameters that what a block adds to the stream is linear in, each with what is added to it before it multiplies."""
+    last = block.modules[-1]
+    linear = [axis.gate.module for axis in axes if block.name in axis.enclosing and axis.gate.is_linear]
+    if linear and linear[0].startswith(f"{last}."):
+        bias = getattr(model.get_submodule(linear[0]), "bias", None)
+        return [(f"{linear[0]}.weight", 0.0)] + ([] if bias is None else [(f"{linear[0]}.bias", 0.0)])
+    name = f"{last}.weight"
+    return [(name, 1.0 if any(name in axis.one_more for axis in axes) else 0.0)]

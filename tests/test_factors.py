@@ -1,0 +1,193 @@
+"""A factor per block: held against autograd's derivatives of every sequence by itself, against gates, and what it promises: the loss falls, or nothing changes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner import families
+from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.calibrate import mean_loss
+from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.repair.closed_form import least_squares
+from adapt_pruner.repair.factors import DAMPING, MOST, rescale_blocks
+from conftest import LAYOUTS, in_two_processes, tiny_model
+
+
+@pytest.fixture
+def text() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(3, 97, (rows, 16), generator=generator) for rows in (4, 4, 3, 4, 4, 4)]
+
+
+def half(axes: Any, kinds: tuple[str, ...] = ("neurons", "kv_heads")) -> Mask:
+    return Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind in kinds and axis.size > 1})
+
+
+def blocks_of(model: Any) -> list[Axis]:
+    return [axis for axis in families.axes(model) if axis.kind in ("attentions", "mlps")]
+
+
+class Multiplied:
+    """Hooks that multiply what blocks add to the stream, written anew."""
+
+    def __init__(self, model: Any, factors: Tensor) -> None:
+        self.handles = []
+        for number, axis in enumerate(blocks_of(model)):
+
+            def hook(module: nn.Module, args: Any, output: Any, factor: Tensor = factors[number]) -> Any:
+                return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
+
+            self.handles.append(model.get_submodule(axis.modules[-1]).register_forward_hook(hook))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def loss_of_each(model: Any, mask: Mask, text: list[Tensor], factors: Tensor) -> Tensor:
+    """The summed cross-entropy of every sequence, [R]."""
+    losses = []
+    with gated(model, families.axes(model), mask), Multiplied(model, factors):
+        for ids in [row for batch in text for row in batch.split(1)]:
+            logits = model(ids).logits[:, :-1].double().transpose(1, 2)
+            losses.append(nn.functional.cross_entropy(logits, ids[:, 1:], reduction="sum"))
+    return torch.stack(losses)
+
+
+def expected(model: Any, mask: Mask, text: list[Tensor]) -> Tensor:
+    """The factors after one step, one sequence at a time."""
+    number = len(blocks_of(model))
+    ones = torch.ones(number, dtype=torch.float64, requires_grad=True)
+    losses = loss_of_each(model, mask, text, ones)
+    each = torch.stack([torch.autograd.grad(loss, ones, retain_graph=True)[0] for loss in losses], dim=1)
+    predicted = sum(ids[:, 1:].numel() for ids in text)
+    deviations = each - each.mean(1, keepdim=True)
+    fisher = deviations @ deviations.t() / predicted
+    damping = DAMPING * max(1, number / each.shape[1])
+    change = torch.linalg.solve(fisher + damping * fisher.diagonal().diag(), each.sum(1) / predicted)
+    change *= min(1.0, MOST / float(change.abs().max()))
+    with torch.no_grad():
+        for share in (1.0, 0.5, 0.25):
+            if loss_of_each(model, mask, text, 1 - share * change).sum() < losses.sum():
+                return 1 - share * change
+    return torch.ones(number)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: one[1])
+def test_a_step_is_that_of_single_sequences_and_lies_in_the_weights(layout: tuple[str, str], text: list[Tensor]) -> None:
+    """After it the model, gated and cut, is the one before with every block multiplied: in the last linear layer, bias too, or norm."""
+    model = tiny_model(layout).double()
+    dense, axes = copy.deepcopy(model), families.axes(model)
+    mask = half(axes)
+    factors = expected(dense, mask, text)
+    assert float((factors - 1).abs().max()) > 1e-3
+    losses = rescale_blocks(model, axes, mask, text, dtype="float32")
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    with torch.no_grad(), gated(model, axes, mask):
+        found = model(text[0]).logits
+    with torch.no_grad(), gated(dense, axes, mask), Multiplied(dense, factors):
+        wanted = dense(text[0]).logits
+    assert torch.allclose(found, wanted, atol=1e-5), float((found - wanted).abs().max())
+    cut(model, axes, mask)
+    with torch.no_grad():
+        logits = model(text[0]).logits
+    assert torch.allclose(logits, wanted, atol=1e-5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_blocks_that_are_too_loud_are_turned_down(text: list[Tensor]) -> None:
+    """Text that the model finds likely, and a block that was made three times as strong."""
+    model = tiny_model()
+    with torch.no_grad():
+        said = model.generate(torch.tensor([[5], [6], [7], [8]] * 8), do_sample=True, max_new_tokens=31, pad_token_id=0)
+        model.model.layers[1].mlp.down_proj.weight *= 3
+    loud = model.model.layers[1].mlp.down_proj.weight.clone()
+    losses = rescale_blocks(model, families.axes(model), Mask(), list(said.split(4)), steps=4, dtype="float32")
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) > 2
+    factor = float((model.model.layers[1].mlp.down_proj.weight / loud).mean())
+    assert 0.1 < factor < 0.7, factor
+
+
+def test_blocks_that_go_and_layers_that_go_get_no_factor(text: list[Tensor]) -> None:
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    gone = {"layers": [True, False, True], "layers.0.mlps": [False], "layers.2.attentions": [False]}
+    mask = Mask({name: torch.tensor(keep) for name, keep in gone.items()})
+    assert len(rescale_blocks(model, families.axes(model), mask, text, dtype="float32")) == 2
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"}
+
+
+def test_a_step_that_does_not_help_is_left_out(text: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tried = tiny_model(), []
+    before = copy.deepcopy(model.state_dict())
+
+    def worse(*args: Any, **others: Any) -> float:
+        tried.append(mean_loss(*args, **others))
+        return 1e9
+
+    monkeypatch.setattr("adapt_pruner.repair.factors.mean_loss", worse)
+    losses = rescale_blocks(model, families.axes(model), half(families.axes(model)), text, steps=3, dtype="float32")
+    assert len(losses) == 1
+    assert len(set(tried)) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_sequence_says_nothing_of_the_spread_and_nothing_is_done() -> None:
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    assert rescale_blocks(model, families.axes(model), Mask(), [torch.arange(3, 19)[None]], dtype="float32") == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_block_that_does_nothing_keeps_its_weights(text: list[Tensor]) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    assert len(rescale_blocks(model, families.axes(model), half(families.axes(model)), text, dtype="float32")) == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    assert not model.model.layers[0].mlp.down_proj.weight.any()
+
+
+def test_two_processes_find_the_factors_of_one(text: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> Any:  # one step: in this play the first process does not hear of the second
+        model = tiny_model()
+        rescale_blocks(model, families.axes(model), half(families.axes(model)), text, dtype="float32")
+        return model.state_dict()
+
+    alone = work()
+    both = in_two_processes(monkeypatch, work)
+    assert all(torch.allclose(tensor, both[name], atol=1e-6) for name, tensor in alone.items())
+
+
+def test_least_squares_takes_the_steps_afterwards(text: list[Tensor]) -> None:
+    """As if the two had been called one after the other; progress ends where it should."""
+    model, told = tiny_model(), []
+    by_hand = copy.deepcopy(model)
+    axes = families.axes(model)
+    mask = half(axes)
+    least_squares(model, axes, mask, text, factors=2, dtype="float32", on_layer=lambda done, of: told.append((done, of)))
+    least_squares(by_hand, axes, mask, text, dtype="float32")
+    rescale_blocks(by_hand, axes, mask, text, steps=2, dtype="float32")
+    assert all(torch.equal(tensor, by_hand.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert told[-1] == (21, 21)
+    assert told == sorted(told)
+
+
+def test_bad_input_is_said(text: list[Tensor]) -> None:
+    model = tiny_model()
+    axes = families.axes(model)
+    with pytest.raises(UsageError, match="repair factors -1 is negative; give the number of Gauss-Newton steps, 0 for none"):
+        least_squares(model, axes, half(axes), text, factors=-1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="the loss on the calibration text is nan"):
+        rescale_blocks(model, axes, half(axes), text, dtype="float32")
