@@ -300,6 +300,11 @@ BAD_OTHERS = {
     "recipe without a model": (["run", "BARE"], 2, "names no model"),
     "recipe with an unknown method": (["run", "METHOD"], 2, "did you mean 'uniform'"),
     "recipe that trains on nothing": (["run", "NOTHING"], 2, "training.source is not"),
+    "eval of two texts": (
+        ["eval", "TINY", "--text", "a", "--text", "b"],
+        2,
+        "--text is given 2 times and takes one value; give it once",
+    ),
     "eval without text": (["eval", "TINY"], 2, "nothing to measure; give --text"),
     "eval on self": (["eval", "TINY", "--text", "self"], 2, "its own text"),
     "eval on empty text": (["eval", "TINY", "--text", "EMPTY"], 2, "is empty"),

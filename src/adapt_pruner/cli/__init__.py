@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from collections import Counter
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from adapt_pruner.cli.bench import bench
 from adapt_pruner.cli.card import card
@@ -26,6 +28,21 @@ from adapt_pruner.cli.watch import watch
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["app", "main"]
+
+
+class _Once(TyperCommand):
+    """Refuses an option of one value that is given twice, of which the parser would take the last without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        given: Counter[Any] = Counter(
+            parameter for parameter in order if parameter.param_type_name == "option" and not parameter.multiple
+        )
+        for option, times in given.items():
+            if times > 1 and not option.is_flag:
+                raise UsageError(f"{'/'.join(option.opts)} is given {times} times and takes one value; give it once")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -51,7 +68,7 @@ for command, name in (
     (inspect, "inspect"),
     (methods, "methods"),
 ):
-    app.command(name)(command)
+    app.command(name, cls=_Once)(command)
 
 
 def _print_version(asked: bool) -> None:
