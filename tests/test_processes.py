@@ -54,6 +54,7 @@ def recipe_for(folder: Path, text: Path, **changes: Any) -> Recipe:
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"stages": 2, "training": {"tokens": 2_000, "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}},
     "distil": {"stages": 1, "training": {"tokens": 2_000, "objective": "objectives.distil(alpha=0.5, hidden=0.5)"}},
+    "best": {"method": "best", "stages": 1, "training": {"tokens": 2_000}},
 }
 
 
@@ -398,6 +399,13 @@ def test_distillation_in_shares_is_distillation(ground: Ground) -> None:
     assert_same_run(ground.alone("distil"), ground.base / "distil")
 
 
+def test_what_best_repairs_in_shares_is_what_it_repairs(ground: Ground) -> None:
+    """Least squares, a factor for each block, heads shut one by one, and text that each process writes for itself."""
+    ground.work()
+    assert_same_run(ground.alone("best"), ground.base / "best")
+    assert len(read_json(ground.base / "best" / "repair_self.json")["input_ids"]) == 128
+
+
 def test_additions_in_shares_are_additions(ground: Ground) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     ground.work()
@@ -405,11 +413,11 @@ def test_additions_in_shares_are_additions(ground: Ground) -> None:
 
 
 def test_a_finished_run_is_left_alone_by_all(ground: Ground) -> None:
-    assert ground.work()["again"] == [True] * 3
+    assert ground.work()["again"] == [True] * (1 + len(VARIANTS))
 
 
 def test_the_result_is_there_when_the_run_is_over_for_any_process(ground: Ground) -> None:
-    assert ground.work()["there"] == [True] * NUM * 3
+    assert ground.work()["there"] == [True] * NUM * (1 + len(VARIANTS))
 
 
 def test_what_the_first_process_is_refused_all_are(ground: Ground) -> None:
