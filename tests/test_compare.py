@@ -35,10 +35,9 @@ Ask = Any
 
 
 def words(model: Path, text: Path, out: Path, *more: Any, methods: str = "magnitude,random", params: str = "80%") -> list[Any]:
-    return [
-        "compare", model, "--methods", methods, "--params", params, "--text", text, "-o", out,
-        "--window", 64, "--max-windows", 4, "--dtype", "float32", *more,
-    ]  # fmt: skip
+    usual = {"--window": 64, "--max-windows": 4, "--dtype": "float32"}
+    rest = [word for option, value in usual.items() if option not in more for word in (option, value)]
+    return ["compare", model, "--methods", methods, "--params", params, "--text", text, "-o", out, *rest, *more]
 
 
 @pytest.fixture
