@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapt_pruner import families
 from adapt_pruner.core import world
+from adapt_pruner.core.axes import Mask
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
@@ -49,6 +50,11 @@ def tiny_model(layout: tuple[str, str] = ("llama", "llama"), *, seed: int = 0, *
         else:
             parameter.data.mul_(4)  # the usual initialisation is so small that layers hardly matter
     return model
+
+
+def half(axes: Any, kinds: tuple[str, ...] = ("neurons",)) -> Mask:
+    """Every other unit of these kinds."""
+    return Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind in kinds and axis.size > 1})
 
 
 def byte_tokenizer(*, opens: bool = False) -> PreTrainedTokenizerFast:

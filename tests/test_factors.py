@@ -14,17 +14,15 @@ from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.repair.closed_form import least_squares
 from adapt_pruner.repair.factors import DAMPING, MOST, rescale_blocks
-from conftest import LAYOUTS, in_two_processes, tiny_model
+from conftest import LAYOUTS, half, in_two_processes, tiny_model
+
+UNITS = ("neurons", "kv_heads")
 
 
 @pytest.fixture
 def text() -> list[Tensor]:
     generator = torch.Generator().manual_seed(11)
     return [torch.randint(3, 97, (rows, 16), generator=generator) for rows in (4, 4, 3, 4, 4, 4)]
-
-
-def half(axes: Any, kinds: tuple[str, ...] = ("neurons", "kv_heads")) -> Mask:
-    return Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind in kinds and axis.size > 1})
 
 
 def blocks_of(model: Any) -> list[Axis]:
@@ -84,7 +82,7 @@ def test_a_step_is_that_of_single_sequences_and_lies_in_the_weights(layout: tupl
     """After it the model, gated and cut, is the one before with every block multiplied: in the last linear layer, bias too, or norm."""
     model = tiny_model(layout).double()
     dense, axes = copy.deepcopy(model), families.axes(model)
-    mask = half(axes)
+    mask = half(axes, UNITS)
     factors = expected(dense, mask, text)
     assert float((factors - 1).abs().max()) > 1e-3
     losses = rescale_blocks(model, axes, mask, text, dtype="float32")
@@ -135,7 +133,7 @@ def test_a_step_that_does_not_help_is_left_out(text: list[Tensor], monkeypatch: 
         return 1e9
 
     monkeypatch.setattr("adapt_pruner.repair.factors.mean_loss", worse)
-    losses = rescale_blocks(model, families.axes(model), half(families.axes(model)), text, steps=3, dtype="float32")
+    losses = rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), text, steps=3, dtype="float32")
     assert len(losses) == 1
     assert len(set(tried)) == 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -152,7 +150,7 @@ def test_a_block_that_does_nothing_keeps_its_weights(text: list[Tensor]) -> None
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.zero_()
-    assert len(rescale_blocks(model, families.axes(model), half(families.axes(model)), text, dtype="float32")) == 2
+    assert len(rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), text, dtype="float32")) == 2
     assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
     assert not model.model.layers[0].mlp.down_proj.weight.any()
 
@@ -160,7 +158,7 @@ def test_a_block_that_does_nothing_keeps_its_weights(text: list[Tensor]) -> None
 def test_two_processes_find_the_factors_of_one(text: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> Any:  # one step: in this play the first process does not hear of the second
         model = tiny_model()
-        rescale_blocks(model, families.axes(model), half(families.axes(model)), text, dtype="float32")
+        rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), text, dtype="float32")
         return model.state_dict()
 
     alone = work()
@@ -173,7 +171,7 @@ def test_least_squares_takes_the_steps_afterwards(text: list[Tensor]) -> None:
     model, told = tiny_model(), []
     by_hand = copy.deepcopy(model)
     axes = families.axes(model)
-    mask = half(axes)
+    mask = half(axes, UNITS)
     least_squares(model, axes, mask, text, factors=2, dtype="float32", on_layer=lambda done, of: told.append((done, of)))
     least_squares(by_hand, axes, mask, text, dtype="float32")
     rescale_blocks(by_hand, axes, mask, text, steps=2, dtype="float32")
@@ -186,8 +184,8 @@ def test_bad_input_is_said(text: list[Tensor]) -> None:
     model = tiny_model()
     axes = families.axes(model)
     with pytest.raises(UsageError, match="repair factors -1 is negative; give the number of Gauss-Newton steps, 0 for none"):
-        least_squares(model, axes, half(axes), text, factors=-1)
+        least_squares(model, axes, half(axes, UNITS), text, factors=-1)
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="the loss on the calibration text is nan"):
-        rescale_blocks(model, axes, half(axes), text, dtype="float32")
+        rescale_blocks(model, axes, half(axes, UNITS), text, dtype="float32")

@@ -17,11 +17,11 @@ def test_a_number_is_one_however_it_is_written(written: str) -> None:
     """YAML reads 1e-5 as text, and JSON writes 0.00001 like that; a recipe's spelling is read again."""
     spelled = parts.check("repair", f"least_squares(ridge={written})")
     assert parts.check("repair", spelled) == spelled
-    assert parts.bind("repair", spelled).keywords == {"ridge": 1e-5}  # type: ignore[attr-defined]
+    assert parts.bind("repair", spelled).keywords == {"ridge": 1e-5}
 
 
 def test_what_may_be_null_may_be_null() -> None:
-    assert parts.bind("repair", "least_squares(ridge=null)").keywords == {"ridge": None}  # type: ignore[attr-defined]
+    assert parts.bind("repair", "least_squares(ridge=null)").keywords == {"ridge": None}
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,13 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.repair.closed_form import RIDGES, least_squares, mean_bias
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
 
 
 @pytest.fixture
 def text() -> list[Tensor]:
     generator = torch.Generator().manual_seed(11)
     return [torch.randint(3, 97, (4, 16), generator=generator) for _ in range(8)]
-
-
-def half(axes: Any, kinds: tuple[str, ...] = ("neurons",)) -> Mask:
-    """Every other unit of these kinds."""
-    return Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind in kinds and axis.size > 1})
 
 
 def inputs(model: Any, name: str, text: list[Tensor]) -> Tensor:

@@ -183,7 +183,7 @@ def check(key: str, written: str) -> str:
     return f"{name}({spelled})" if spelled else name
 
 
-def bind(key: str, written: str, **context: Any) -> Callable[..., Any]:
+def bind(key: str, written: str, **context: Any) -> functools.partial[Any]:
     """The function a recipe names, with its own options and whatever of `context` it takes bound by keyword.
 
     Raises:

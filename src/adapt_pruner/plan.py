@@ -217,7 +217,7 @@ def measured_whole(model: Any, recipe: Recipe) -> list[Axis]:
 
 def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
     """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
-    metrics = [parts.bind("metric", recipe.metric, seed=seed)] if set(recipe.axes) - set(WHOLE) else []
+    metrics: list[Metric] = [parts.bind("metric", recipe.metric, seed=seed)] if set(recipe.axes) - set(WHOLE) else []
     if recipe.distance is not None and layer_measure_of(recipe) is None:
         metrics.append(parts.bind("distance", recipe.distance))
     return metrics
@@ -238,7 +238,7 @@ def shuts_heads(recipe: Recipe) -> bool:
 
 def rescales(recipe: Recipe) -> bool:
     """Whether the repair looks at gradients of what flows, to fit a factor for each block."""
-    return recipe.repair is not None and bool(parts.bind("repair", recipe.repair).keywords.get("factors"))  # type: ignore[attr-defined]
+    return recipe.repair is not None and bool(parts.bind("repair", recipe.repair).keywords.get("factors"))
 
 
 def reads_text(model: Any, recipe: Recipe) -> bool:

@@ -44,7 +44,7 @@ from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
+__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "num_predicted", "score", "score_behind"]
 
 
 class Evidence(Enum):
@@ -153,18 +153,18 @@ def score(
             if need is Evidence.SAMPLE_GRADIENTS:
                 mine = [sequence for batch in mine for sequence in batch.split(1)]
             if need is not Evidence.WEIGHTS:
-                num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+                predicted = num_predicted(batches)
                 if need is Evidence.GRADIENTS and Evidence.STREAM_GRADIENTS not in needs:
                     sweep = Sweep(model, mine, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
                     sweep.forward()
                     # Backwards each layer runs again, which those that looked at the text have seen already.
                     found = {metric: finish(metric) for metric in running if metric not in of_weights}
-                    nll, gradients = sweep.loss(over=num_predicted), sweep.backward()
+                    nll, gradients = sweep.loss(over=predicted), sweep.backward()
                 else:
-                    nll = _passes(model, mine, need, over=num_predicted, dtype=dtype, on_batch=on_batch)
+                    nll = _passes(model, mine, need, over=predicted, dtype=dtype, on_batch=on_batch)
                     gradients = [[name for name, weight in model.named_parameters() if weight.requires_grad]]
                 world.sum_in_place(nll)
-                total = float(nll) / num_predicted
+                total = float(nll) / predicted
                 if not math.isfinite(total):
                     raise RunError(
                         f"the loss on the calibration text is {total}; the model's weights are damaged or overflow in {dtype}"
@@ -257,17 +257,22 @@ def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:
         world.sum_in_place(*(parameter.grad for parameter in parameters if parameter.grad is not None))
 
 
+def num_predicted(batches: Sequence[Tensor]) -> int:
+    """The tokens of all batches that are predicted: all of a sequence but its first."""
+    return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+
+
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto") -> float:
     """Mean next-token cross-entropy over all predicted tokens of `batches`, nats per token; the model is left as found."""
     device = next(model.parameters()).device
-    num_predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    predicted = num_predicted(batches)
     total = torch.zeros((), dtype=torch.float64)
     with _as_found(model, set()), casting_once(model), precision(device, dtype):
         for batch in world.share(batches):
             total += next_token_nll(model, batch.to(device)).double().cpu()
     world.sum_in_place(total)
-    return float(total) / num_predicted
+    return float(total) / predicted
 
 
 @torch.no_grad()

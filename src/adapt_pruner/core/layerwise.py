@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adapt_pruner.core import world
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.surgery import first
 
 __all__ = ["Stream", "Sweep", "decoder_layers", "layers_at_once", "streams"]
 
@@ -44,8 +45,7 @@ class Stream:
         """What layer number `index` makes of `hidden`, called as for this batch."""
         with precision(hidden.device, self.dtype):
             output = layer(hidden, **self.keywords[index])
-        left: Tensor = output[0] if isinstance(output, tuple) else output
-        return left
+        return first(output)
 
 
 @torch.no_grad()

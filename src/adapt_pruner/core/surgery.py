@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import count_parameters
 
-__all__ = ["cut", "gated", "multiply", "num_left", "write_sizes"]
+__all__ = ["cut", "first", "gated", "multiply", "num_left", "with_first", "write_sizes"]
 
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers
 
@@ -84,13 +84,24 @@ class _Unsaid:
         return output
 
 
+def first(output: Any) -> Tensor:
+    """What a layer or block gives the stream, of all that it returns."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """What a layer or block returns, with another tensor for the stream."""
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
 def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     entered = args[0] if args else kwargs["hidden_states"]
-    return (entered, *output[1:]) if isinstance(output, tuple) else entered
+    return with_first(output, entered)
 
 
 def _silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+    return with_first(output, torch.zeros_like(first(output)))
 
 
 class _Nothing(nn.Module):

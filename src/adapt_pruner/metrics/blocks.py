@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.calibrate import Evidence, mean_loss
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.surgery import first, gated
 
 __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
 
@@ -129,7 +129,7 @@ def _mean_over_tokens(
 
     def of_layer(name: str, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            add(name, index, args[0] if args else kwargs["hidden_states"], _first(output))
+            add(name, index, args[0] if args else kwargs["hidden_states"], first(output))
 
         return hook
 
@@ -142,7 +142,7 @@ def _mean_over_tokens(
     def after_block(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             entered = entering.pop(name)
-            add(name, 0, entered, entered + _first(output).detach())
+            add(name, 0, entered, entered + first(output).detach())
 
         return hook
 
@@ -162,8 +162,3 @@ def _mean_over_tokens(
             handle.remove()
     world.sum_in_place(*totals.values(), *counts.values())
     return {name: (total / counts[name]).float() for name, total in totals.items()}
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first

@@ -132,7 +132,7 @@ def least_squares(
     if factors:
         rescale_blocks(
             model, axes, mask, batches, steps=factors, dtype=dtype,
-            tell=lambda share: on_layer(round(len(layers) * (1 + 3 * factors * share)), work),
+            tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
         )  # fmt: skip
 
 

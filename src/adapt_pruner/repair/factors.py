@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.calibrate import Evidence, mean_loss, score
-from adapt_pruner.core.surgery import gated, multiply
+from adapt_pruner.core.calibrate import Evidence, mean_loss, num_predicted, score
+from adapt_pruner.core.surgery import first, gated, multiply, with_first
 
-__all__ = ["rescale_blocks"]
+__all__ = ["DAMPING", "MOST", "rescale_blocks"]
 
 DAMPING = 0.1
 """Of the curvature's diagonal, added to it; more where there are fewer sequences than factors."""
@@ -68,15 +68,9 @@ def rescale_blocks(
     Source: ours. Gauss-Newton with the empirical Fisher information as in Amari's natural gradient; a factor per block is LayerScale's
     (arXiv:2103.17239), which is trained.
     """
-    layers_left = mask.kept.get("layers")
-    blocks = [
-        axis
-        for axis in axes
-        if axis.kind in ("attentions", "mlps")
-        and bool(mask.of(axis).all())
-        and (layers_left is None or bool(layers_left[axis.layer]))
-    ]
-    if not blocks or sum(len(batch) for batch in batches) < 2:
+    blocks = [axis for axis in axes if axis.modules and mask.renamed(axis.name) and bool(mask.of(axis).all())]
+    sequences, predicted = sum(len(batch) for batch in batches), num_predicted(batches)
+    if not blocks or sequences < 2:
         return []
     factors = torch.ones(len(blocks), dtype=torch.float64)
     losses: list[float] = []
@@ -88,7 +82,7 @@ def rescale_blocks(
 
             found, before = score(model, [], batches, metrics=[_slopes(blocks)], dtype=dtype, on_batch=on_batch)
             losses = losses or [before]
-            change, now = _solved(found["slopes"], found["curvature"], int(found["sequences"])), factors.clone()
+            change, now = _solved(found["slopes"], found["squares"], sequences=sequences, predicted=predicted), factors.clone()
             for share in _SHARES:
                 factors.copy_(now * (1 - share * change))
                 after = mean_loss(model, batches, dtype=dtype)
@@ -105,8 +99,10 @@ def rescale_blocks(
     return losses
 
 
-def _solved(slopes: Tensor, curvature: Tensor, sequences: int) -> Tensor:
-    """δ, float64 [n]: by how much of itself each factor is to fall."""
+def _solved(slopes: Tensor, squares: Tensor, *, sequences: int, predicted: int) -> Tensor:
+    """δ, float64 [n]: by how much of itself each factor is to fall; see `_slopes`."""
+    # The derivatives are those of the mean loss, 1 / T of those of the sum.
+    curvature = (squares - slopes[:, None] * slopes / sequences) * predicted
     damping = DAMPING * max(1.0, len(slopes) / sequences)
     diagonal = curvature.diagonal()
     # a block that does nothing has neither slope nor curvature
@@ -117,17 +113,17 @@ def _solved(slopes: Tensor, curvature: Tensor, sequences: int) -> Tensor:
 
 
 def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]:
-    """A metric that gives the derivatives of the loss by the logarithms of the factors, and their Fisher information."""
+    """A metric that gives the derivatives of the loss by the logarithms of the factors, and what their spread follows from.
+
+    `slopes` is Σ s, [n], over all sequences, and `squares` Σ s sᵀ, s those of one sequence's part of the mean loss.
+    """
 
     def look(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Any, Scores]:
         seen: list[list[Tensor]] = [[] for _ in blocks]
-        counts = torch.zeros(2, dtype=torch.float64)  # sequences, predicted tokens
 
         def watch(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                added = output[0] if isinstance(output, tuple) else output
-                if number == 0:
-                    counts.add_(torch.tensor([added.shape[0], added.shape[0] * (added.shape[1] - 1)]))
+                added = first(output)
                 given = added.detach()
 
                 def backward(gradient: Tensor) -> None:
@@ -147,12 +143,9 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
             for handle in handles:
                 handle.remove()
         each = torch.stack([torch.cat([torch.zeros(0, dtype=torch.float64), *rows]) for rows in seen])  # [n, R]
-        total, square = each.sum(dim=1), each @ each.t()
-        world.sum_in_place(total, square, counts)
-        sequences, predicted = counts.tolist()
-        # The gradients seen are those of the mean loss, 1 / T of those of the sum.
-        curvature = (square - total[:, None] * total / sequences) * predicted
-        return {"slopes": total, "curvature": curvature, "sequences": counts[0]}
+        found = {"slopes": each.sum(dim=1), "squares": each @ each.t()}
+        world.sum_in_place(*found.values())
+        return found
 
     return look
 
@@ -163,8 +156,7 @@ def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> It
 
     def multiply_by(number: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            factor = float(factors[number])
-            return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
+            return with_first(output, first(output) * float(factors[number]))
 
         return hook
 
