@@ -1,6 +1,7 @@
 """A factor per block: held against autograd's derivatives of every sequence by itself, against gates, and what it promises: the loss falls, or nothing changes."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ UNITS = ("neurons", "kv_heads")
 
 @pytest.fixture
 def text() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(11)
-    return [torch.randint(3, 97, (rows, 16), generator=generator) for rows in (4, 4, 3, 4, 4, 4)]
+    """What is fitted to, every second sequence, and beside each the same again: nothing else of random text is foretold by some of it."""
+    rows = torch.randint(3, 97, (12, 16), generator=torch.Generator().manual_seed(11))
+    return list(rows.repeat_interleave(2, dim=0)[:-1].split((4, 4, 3, 4, 4, 4)))
 
 
 def blocks_of(model: Any) -> list[Axis]:
@@ -48,7 +50,7 @@ class Multiplied:
             handle.remove()
 
 
-def loss_of_each(model: Any, mask: Mask, text: list[Tensor], factors: Tensor) -> Tensor:
+def loss_of_each(model: Any, mask: Mask, text: Sequence[Tensor], factors: Tensor) -> Tensor:
     """The summed cross-entropy of every sequence, [R]."""
     losses = []
     with gated(model, families.axes(model), mask), Multiplied(model, factors):
@@ -62,17 +64,20 @@ def expected(model: Any, mask: Mask, text: list[Tensor]) -> Tensor:
     """The factors after one step, one sequence at a time."""
     number = len(blocks_of(model))
     ones = torch.ones(number, dtype=torch.float64, requires_grad=True)
-    losses = loss_of_each(model, mask, text, ones)
+    rows = [row for batch in text for row in batch.split(1)]
+    fitted, others = rows[::2], rows[1::4]
+    losses = loss_of_each(model, mask, fitted, ones)
     each = torch.stack([torch.autograd.grad(loss, ones, retain_graph=True)[0] for loss in losses], dim=1)
-    predicted = sum(ids[:, 1:].numel() for ids in text)
+    predicted = sum(ids[:, 1:].numel() for ids in fitted)
     deviations = each - each.mean(1, keepdim=True)
     fisher = deviations @ deviations.t() / predicted
     damping = DAMPING * max(1, number / each.shape[1])
     change = torch.linalg.solve(fisher + damping * fisher.diagonal().diag(), each.sum(1) / predicted)
     change *= min(1.0, MOST / float(change.abs().max()))
     with torch.no_grad():
+        before = loss_of_each(model, mask, others, ones).sum()
         for share in (1.0, 0.5, 0.25):
-            if loss_of_each(model, mask, text, 1 - share * change).sum() < losses.sum():
+            if loss_of_each(model, mask, others, 1 - share * change).sum() < before:
                 return 1 - share * change
     return torch.ones(number)
 
@@ -88,6 +93,9 @@ def test_a_step_is_that_of_single_sequences_and_lies_in_the_weights(layout: tupl
     losses = rescale_blocks(model, axes, mask, text, dtype="float32")
     assert len(losses) == 2
     assert losses[1] < losses[0]
+    for loss, its in zip(losses, (torch.ones(len(factors)), factors), strict=True):
+        held_out = loss_of_each(dense, mask, torch.cat(text)[1::4].split(1), its).mean() / 15
+        assert loss == pytest.approx(float(held_out.detach()), abs=1e-5)
     with torch.no_grad(), gated(model, axes, mask):
         found = model(text[0]).logits
     with torch.no_grad(), gated(dense, axes, mask), Multiplied(dense, factors):
@@ -135,14 +143,16 @@ def test_a_step_that_does_not_help_is_left_out(text: list[Tensor], monkeypatch: 
     monkeypatch.setattr("adapt_pruner.repair.factors.mean_loss", worse)
     losses = rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), text, steps=3, dtype="float32")
     assert len(losses) == 1
-    assert len(set(tried)) == 3
+    assert len(set(tried)) == 4  # before, and of three lengths
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_one_sequence_says_nothing_of_the_spread_and_nothing_is_done() -> None:
+@pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1)])
+def test_one_sequence_to_fit_says_nothing_of_the_spread_and_nothing_is_done(sizes: tuple[int, ...]) -> None:
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    assert rescale_blocks(model, families.axes(model), Mask(), [torch.arange(3, 19)[None]], dtype="float32") == []
+    few = [torch.arange(3, 19).repeat(rows, 1) for rows in sizes]
+    assert rescale_blocks(model, families.axes(model), Mask(), few, dtype="float32") == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -13,6 +13,7 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.data.feeds import MICRO_TOKENS
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
@@ -113,7 +114,10 @@ def _told(
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
-    passes = [
+    passes = [(evidence, MICRO_TOKENS)]
+    if rescales(recipe):  # fits to every second row of a batch
+        passes.append((Evidence.STREAM_GRADIENTS, MICRO_TOKENS // 2))
+    pruning = [
         pruning_memory(
             dense,
             how,
@@ -122,10 +126,11 @@ def _told(
             moments=carried,
             evidence=needed,
             reads=shuts_heads(recipe) or evaluation.source is not None,
+            per_pass=tokens,
         )
-        for needed in (evidence, *([Evidence.STREAM_GRADIENTS] if rescales(recipe) else []))
+        for needed, tokens in passes
     ]
-    memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
+    memory = {"pruning": max(pruning, key=lambda parts: sum(parts.values()))}
     if trains:
         memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}
