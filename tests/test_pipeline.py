@@ -274,7 +274,7 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     said = shown._console.file.getvalue()  # type: ignore[attr-defined]
     assert "writing text of its own, batch 2 of 2" in said
     assert f"stage 1: shutting heads one by one, iteration 1, layer {layers} of {layers}" in said
-    assert f"stage 1: repairing, iteration 1, layer {layers} of {layers}" in said
+    assert f"stage 1: repairing, iteration 1, step {layers} of {layers}" in said
 
 
 @pytest.mark.parametrize("source", ["self", {"self": 1.0}], ids=["named", "with its weight"])

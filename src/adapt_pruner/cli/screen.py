@@ -24,7 +24,7 @@ _PHASES = {  # of an event `progress` -> what is being done, in its own figures,
     "write": ("writing text of its own", "batch"),
     "score": ("scoring, iteration {iteration}", "batch"),
     "heads": ("shutting heads one by one, iteration {iteration}", "layer"),
-    "repair": ("repairing, iteration {iteration}", "layer"),
+    "repair": ("repairing, iteration {iteration}", "step"),
     "evaluate": ("evaluating", "batch"),
     "time": ("timing, {what}", "round"),
 }

@@ -62,7 +62,7 @@ def least_squares(
         factors: Gauss-Newton steps after that, on a factor for each attention and MLP (`repair.factors.rescale_blocks`).
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens.
-        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as the layers three times.
+        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as all layers do together.
 
     Raises:
         UsageError: a negative ridge or number of steps; no batches; a single batch to choose a ridge on.
@@ -89,7 +89,7 @@ def least_squares(
         pruned = streams(model, mine, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
-    short, work = 1.0, len(layers) * (1 + 3 * factors)
+    short, work = 1.0, len(layers) * (1 + factors)
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
         fits = {
