@@ -1,4 +1,4 @@
-"""A factor per block: held against autograd's derivatives of every sequence by itself, against gates, and what it promises: the loss falls, or nothing changes."""
+"""A factor per block: held against autograd's derivatives by factors of every token, against gates, and what it promises: the loss falls, or nothing changes."""
 
 import copy
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from adapt_pruner.core.calibrate import mean_loss
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.repair.closed_form import least_squares
-from adapt_pruner.repair.factors import DAMPING, MOST, rescale_blocks
+from adapt_pruner.repair.factors import DAMPING, MOST, PIECE, rescale_blocks
 from conftest import LAYOUTS, half, in_two_processes, tiny_model
 
 UNITS = ("neurons", "kv_heads")
@@ -23,7 +23,7 @@ UNITS = ("neurons", "kv_heads")
 @pytest.fixture
 def text() -> list[Tensor]:
     """What is fitted to, every second sequence, and beside each the same again: nothing else of random text is foretold by some of it."""
-    rows = torch.randint(3, 97, (12, 16), generator=torch.Generator().manual_seed(11))
+    rows = torch.randint(3, 97, (12, 40), generator=torch.Generator().manual_seed(12))
     return list(rows.repeat_interleave(2, dim=0)[:-1].split((4, 4, 3, 4, 4, 4)))
 
 
@@ -32,13 +32,13 @@ def blocks_of(model: Any) -> list[Axis]:
 
 
 class Multiplied:
-    """Hooks that multiply what blocks add to the stream, written anew."""
+    """Hooks that multiply what blocks add to the stream, written anew: by factors [n], or [n, length]."""
 
     def __init__(self, model: Any, factors: Tensor) -> None:
         self.handles = []
         for number, axis in enumerate(blocks_of(model)):
 
-            def hook(module: nn.Module, args: Any, output: Any, factor: Tensor = factors[number]) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any, factor: Tensor = factors[number, ..., None]) -> Any:
                 return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
 
             self.handles.append(model.get_submodule(axis.modules[-1]).register_forward_hook(hook))
@@ -63,11 +63,12 @@ def loss_of_each(model: Any, mask: Mask, text: Sequence[Tensor], factors: Tensor
 def expected(model: Any, mask: Mask, text: list[Tensor]) -> Tensor:
     """The factors after one step, one sequence at a time."""
     number = len(blocks_of(model))
-    ones = torch.ones(number, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(number, 40, dtype=torch.float64, requires_grad=True)
     rows = [row for batch in text for row in batch.split(1)]
     fitted, others = rows[::2], rows[1::4]
     losses = loss_of_each(model, mask, fitted, ones)
-    each = torch.stack([torch.autograd.grad(loss, ones, retain_graph=True)[0] for loss in losses], dim=1)
+    by_token = torch.stack([torch.autograd.grad(loss, ones, retain_graph=True)[0] for loss in losses], dim=1)
+    each = torch.cat([by_token[..., at : at + PIECE].sum(-1) for at in range(0, 40, PIECE)], dim=1)
     predicted = sum(ids[:, 1:].numel() for ids in fitted)
     deviations = each - each.mean(1, keepdim=True)
     fisher = deviations @ deviations.t() / predicted
@@ -83,7 +84,7 @@ def expected(model: Any, mask: Mask, text: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: one[1])
-def test_a_step_is_that_of_single_sequences_and_lies_in_the_weights(layout: tuple[str, str], text: list[Tensor]) -> None:
+def test_a_step_is_that_of_autograd_and_lies_in_the_weights(layout: tuple[str, str], text: list[Tensor]) -> None:
     """After it the model, gated and cut, is the one before with every block multiplied: in the last linear layer, bias too, or norm."""
     model = tiny_model(layout).double()
     dense, axes = copy.deepcopy(model), families.axes(model)
@@ -94,7 +95,7 @@ def test_a_step_is_that_of_single_sequences_and_lies_in_the_weights(layout: tupl
     assert len(losses) == 2
     assert losses[1] < losses[0]
     for loss, its in zip(losses, (torch.ones(len(factors)), factors), strict=True):
-        held_out = loss_of_each(dense, mask, torch.cat(text)[1::4].split(1), its).mean() / 15
+        held_out = loss_of_each(dense, mask, torch.cat(text)[1::4].split(1), its).mean() / 39
         assert loss == pytest.approx(float(held_out.detach()), abs=1e-5)
     with torch.no_grad(), gated(model, axes, mask):
         found = model(text[0]).logits
@@ -147,11 +148,12 @@ def test_a_step_that_does_not_help_is_left_out(text: list[Tensor], monkeypatch: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1)])
-def test_one_sequence_to_fit_says_nothing_of_the_spread_and_nothing_is_done(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("sizes", "length"), [((1,), 40), ((2,), PIECE), ((1, 1), PIECE)])
+def test_one_piece_says_nothing_of_the_spread_and_nothing_is_done(sizes: tuple[int, ...], length: int) -> None:
+    """Nor is there anything to do with nothing to judge by."""
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    few = [torch.arange(3, 19).repeat(rows, 1) for rows in sizes]
+    few = [torch.arange(3, 3 + length).repeat(rows, 1) for rows in sizes]
     assert rescale_blocks(model, families.axes(model), Mask(), few, dtype="float32") == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

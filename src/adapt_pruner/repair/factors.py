@@ -17,10 +17,13 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.calibrate import Evidence, mean_loss, num_predicted, score
 from adapt_pruner.core.surgery import first, gated, multiply, with_first
 
-__all__ = ["DAMPING", "MOST", "rescale_blocks"]
+__all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks"]
 
 DAMPING = 0.1
-"""Of the curvature's diagonal, added to it; more where there are fewer sequences than factors."""
+"""Of the curvature's diagonal, added to it; more where there are fewer pieces of text than factors."""
+
+PIECE = 16
+"""Tokens of a piece of text, whose derivatives' spread is the curvature."""
 
 MOST = 0.5
 """The most that a factor changes in a step, as a share of itself."""
@@ -42,11 +45,12 @@ def rescale_blocks(
 ) -> list[float]:
     """Multiply, in place, what each block adds to the stream by a factor f, by Gauss-Newton steps on the loss of the pruned model.
 
-        f ← f (1 - δ),   δ = (F + λ diag F)⁻¹ ∂L/∂log f,   F = (Σ s sᵀ - (Σ s)(Σ s)ᵀ / R) / T,   λ = 0.1 · max(1, n / R)
+        f ← f (1 - δ),   δ = (F + λ diag F)⁻¹ ∂L/∂log f,   F = (Σ s sᵀ - (Σ s)(Σ s)ᵀ / P) / T,   λ = 0.1 · max(1, n / P)
 
-    n factors, R sequences with T predicted tokens, L the mean next-token cross-entropy in nats per token, s [n] the derivative of the summed
-    cross-entropy of one sequence by log f: F is the Fisher information, estimated by the spread of s, without its mean, which is no
-    curvature. No factor changes by more than half of itself in a step.
+    n factors, T predicted tokens in P pieces of 16, L the mean next-token cross-entropy in nats per token, s [n] the derivative of the summed
+    cross-entropy by log f where it multiplies one piece: F is the Fisher information, estimated by the spread of s, without its mean, which is
+    no curvature. There are many pieces to a factor; sequences would be few, and the steps of two halves of a text have little in common
+    then. No factor changes by more than half of itself in a step.
 
     Every second sequence is fitted to: n / 2T nats, what numbers fitted to so much text cost on other text, are 0.002 for 60 factors and
     12,000 tokens. A step is halved, twice at most, until the loss on half of the others falls, and left out if it does not.
@@ -57,7 +61,7 @@ def rescale_blocks(
         model: causal LM; weights change.
         axes: its axes, `attentions` and `mlps` of each layer among them.
         mask: what is about to be cut; blocks that go get no factor.
-        batches: token ids, int64 [batch, length]; with fewer than three sequences nothing is done.
+        batches: token ids, int64 [batch, length]; with fewer than two sequences nothing is done.
         steps: of which each takes a pass forwards and back over half of the text, and one or more forwards over a quarter.
         dtype: precision of the matrix products.
         tell: told the share of the work that is done.
@@ -73,8 +77,8 @@ def rescale_blocks(
     """
     blocks = [axis for axis in axes if axis.modules and mask.renamed(axis.name) and bool(mask.of(axis).all())]
     fitted, held_out = _every(batches, *_FITTED), _every(batches, *_HELD_OUT)
-    sequences, predicted = sum(len(batch) for batch in fitted), num_predicted(fitted)
-    if not blocks or sequences < 2:
+    pieces, predicted = sum(len(batch) * -(-batch.shape[1] // PIECE) for batch in fitted), num_predicted(fitted)
+    if not blocks or not held_out or pieces < 2:
         return []
     factors = torch.ones(len(blocks), dtype=torch.float64)
     with gated(model, axes, mask), _multiplied(model, blocks, factors):
@@ -85,7 +89,7 @@ def rescale_blocks(
                 tell((step + 0.75 * done / of) / steps)
 
             found, _ = score(model, [], fitted, metrics=[_slopes(blocks)], dtype=dtype, on_batch=on_batch)
-            change, now = _solved(found["slopes"], found["squares"], sequences=sequences, predicted=predicted), factors.clone()
+            change, now = _solved(found["slopes"], found["squares"], pieces=pieces, predicted=predicted), factors.clone()
             for share in _SHARES:
                 factors.copy_(now * (1 - share * change))
                 after = mean_loss(model, held_out, dtype=dtype)
@@ -111,11 +115,11 @@ def _every(batches: Sequence[Tensor], start: int, nth: int) -> list[Tensor]:
     return [rows for rows in found if len(rows)]
 
 
-def _solved(slopes: Tensor, squares: Tensor, *, sequences: int, predicted: int) -> Tensor:
+def _solved(slopes: Tensor, squares: Tensor, *, pieces: int, predicted: int) -> Tensor:
     """δ, float64 [n]: by how much of itself each factor is to fall; see `_slopes`."""
     # The derivatives are those of the mean loss, 1 / T of those of the sum.
-    curvature = (squares - slopes[:, None] * slopes / sequences) * predicted
-    damping = DAMPING * max(1.0, len(slopes) / sequences)
+    curvature = (squares - slopes[:, None] * slopes / pieces) * predicted
+    damping = DAMPING * max(1.0, len(slopes) / pieces)
     diagonal = curvature.diagonal()
     # a block that does nothing has neither slope nor curvature
     diagonal = damping * diagonal + torch.where(diagonal > 0, 0.0, 1.0)
@@ -127,7 +131,7 @@ def _solved(slopes: Tensor, squares: Tensor, *, sequences: int, predicted: int) 
 def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]:
     """A metric that gives the derivatives of the loss by the logarithms of the factors, and what their spread follows from.
 
-    `slopes` is Σ s, [n], over all sequences, and `squares` Σ s sᵀ, s those of one sequence's part of the mean loss.
+    `slopes` is Σ s, [n], over all pieces of text, and `squares` Σ s sᵀ, s those of the mean loss by a factor of one piece.
     """
 
     def look(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Any, Scores]:
@@ -140,7 +144,7 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
 
                 def backward(gradient: Tensor) -> None:
                     per_token = (gradient.float() * given.float()).sum(dim=-1, dtype=torch.float64)
-                    seen[number].append(per_token.sum(dim=-1).cpu())
+                    seen[number] += [piece.sum(dim=-1).cpu() for piece in per_token.split(PIECE, dim=-1)]
 
                 added.register_hook(backward)
 
@@ -154,7 +158,7 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
         finally:
             for handle in handles:
                 handle.remove()
-        each = torch.stack([torch.cat([torch.zeros(0, dtype=torch.float64), *rows]) for rows in seen])  # [n, R]
+        each = torch.stack([torch.cat([torch.zeros(0, dtype=torch.float64), *rows]) for rows in seen])  # [n, P]
         found = {"slopes": each.sum(dim=1), "squares": each @ each.t()}
         world.sum_in_place(*found.values())
         return found
