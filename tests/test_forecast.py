@@ -362,6 +362,8 @@ def test_factors_of_blocks_take_the_memory_of_whole_backward_passes() -> None:
     assert asked["of"]["gradients"] == 0
     assert asked["bytes"] > without["bytes"] + 0.9 * asked["of"]["activations"]
     assert planned(repair="closed_form.least_squares(factors=0)") == without
+    whole = planned(metric="curvature.kfac")  # the same passes, of whole batches
+    assert whole["of"]["activations"] == 2 * asked["of"]["activations"]
 
 
 def test_the_table_in_the_docs_is_what_the_command_prints() -> None:

@@ -178,7 +178,7 @@ def pruning_memory(
     moments: bool,
     evidence: Evidence = Evidence.GRADIENTS,
     reads: bool = False,
-    per_pass: int = feeds.MICRO_TOKENS,
+    halved: bool = False,
 ) -> dict[str, int]:
     """Bytes of one process at the peak of scoring, by what they hold; the model is whole on each, with FSDP too.
 
@@ -195,9 +195,9 @@ def pruning_memory(
         moments: whether the optimiser's are carried.
         evidence: what the metrics need to see.
         reads: whether there are passes without gradients too (KV heads shut one by one, perplexity), which may hold more.
-        per_pass: tokens of a pass, if a row is not longer.
+        halved: whether a pass reads half a batch, if that has two rows or more.
     """
-    rows = replace(how, length=length, micro_tokens=per_pass, batch_tokens=0, checkpointing=False)
+    rows = replace(how, length=length, micro_tokens=feeds.MICRO_TOKENS // (1 + halved), batch_tokens=0, checkpointing=False)
     own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
     if how.teacher is not None:
         own["teacher"] = (2 if how.narrow else 4) * how.teacher.params

@@ -13,7 +13,6 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.feeds import MICRO_TOKENS
 from adapt_pruner.errors import UsageError
 from adapt_pruner.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
 from adapt_pruner.metrics.weights import taylor
@@ -114,9 +113,9 @@ def _told(
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
-    passes = [(evidence, MICRO_TOKENS)]
+    passes = [(evidence, False)]
     if rescales(recipe):  # fits to every second row of a batch
-        passes.append((Evidence.STREAM_GRADIENTS, MICRO_TOKENS // 2))
+        passes.append((Evidence.STREAM_GRADIENTS, True))
     pruning = [
         pruning_memory(
             dense,
@@ -126,9 +125,9 @@ def _told(
             moments=carried,
             evidence=needed,
             reads=shuts_heads(recipe) or evaluation.source is not None,
-            per_pass=tokens,
+            halved=halved,
         )
-        for needed, tokens in passes
+        for needed, halved in passes
     ]
     memory = {"pruning": max(pruning, key=lambda parts: sum(parts.values()))}
     if trains:
