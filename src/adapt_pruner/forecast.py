@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,23 +114,19 @@ def _told(
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
-    passes = [(evidence, False)]
+    scoring = partial(
+        pruning_memory,
+        dense,
+        how,
+        samples=asked.samples,
+        length=asked.length,
+        moments=carried,
+        reads=shuts_heads(recipe) or evaluation.source is not None,
+    )
+    passes = [scoring(evidence=evidence)]
     if rescales(recipe):  # fits to every second row of a batch
-        passes.append((Evidence.STREAM_GRADIENTS, True))
-    pruning = [
-        pruning_memory(
-            dense,
-            how,
-            samples=asked.samples,
-            length=asked.length,
-            moments=carried,
-            evidence=needed,
-            reads=shuts_heads(recipe) or evaluation.source is not None,
-            halved=halved,
-        )
-        for needed, halved in passes
-    ]
-    memory = {"pruning": max(pruning, key=lambda parts: sum(parts.values()))}
+        passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
+    memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if trains:
         memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}

@@ -130,7 +130,7 @@ def least_squares(
             f"its ridge was raised by as much, set calibration.samples higher"
         )
     if factors:
-        entering, pruned = [], []  # hidden states of all the text
+        entering, pruned = [], []  # lets go of the hidden states of all the text
         rescale_blocks(
             model, axes, mask, batches, steps=factors, dtype=dtype,
             tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),

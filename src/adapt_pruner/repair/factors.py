@@ -143,8 +143,8 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
                 given = added.detach()
 
                 def backward(gradient: Tensor) -> None:
-                    per_token = (gradient.float() * given.float()).sum(dim=-1, dtype=torch.float64)
-                    seen[number] += [piece.sum(dim=-1).cpu() for piece in per_token.split(PIECE, dim=-1)]
+                    per_token = (gradient.float() * given.float()).sum(dim=-1, dtype=torch.float64).cpu()
+                    seen[number] += [piece.sum(dim=-1) for piece in per_token.split(PIECE, dim=-1)]
 
                 added.register_hook(backward)
 
