@@ -140,7 +140,8 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     weights 4 N, gradients 4 N, moments 8 N; with FSDP each is divided by n, and the layer at work, the next one and what lies
     outside the layers are gathered. Without it autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
 
-    The peak is in the last pass of a step: at the loss, when activations and logits are there, or at the end of the backward
+    The peak is in the last pass of a step: at the loss, when activations and logits are there (with checkpointing, logits or the
+    activations of a layer that is worked out again, whichever is more), or at the end of the backward
     pass, when the gradients still on their way are. Those are of the embedding, 4 V·H, of the head tied to it as much again,
     and in bfloat16 of all copies, 2 N_dec, since they go through the casts of the step's first pass, which come last.
 
@@ -163,6 +164,8 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
             on_their_way = 4 * of.head * (2 if of.tied else 1) + (parts["copies"] if again else 0)
     parts["activations"] = _activations(of, how, norms=(16, 12))
     parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
+    if how.checkpointing:
+        parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norms=(16, 12)) // of.layers)
     parts["on their way"] = max(0, on_their_way - parts["activations"] - parts["loss"])
     if how.teacher is not None:
         parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)
@@ -240,14 +243,17 @@ def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
     values and what attention gives, gate, its activation, up and their product. With checkpointing the input of each layer,
     and all of one layer.
     """
-    wide, narrow = norms
-    each = narrow if how.narrow else wide
-    element = 2 if how.narrow else 4
-    layers = each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
-    last_norm = (4 + element) * of.width
+    layers, last_norm = _layers(of, how, norms=norms), (4 + (2 if how.narrow else 4)) * of.width
     if how.checkpointing:
         return how.tokens * (4 * of.layers * of.width + layers // of.layers + last_norm)
     return how.tokens * (layers + last_norm)
+
+
+def _layers(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
+    """Bytes that autograd keeps of one token in all layers."""
+    wide, narrow = norms
+    each, element = (narrow, 2) if how.narrow else (wide, 4)
+    return each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
 
 
 def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False) -> int:

@@ -30,7 +30,7 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 
-__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "figures_of", "locked", "opened"]
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "locked", "opened"]
 
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
@@ -189,11 +189,27 @@ def opened(path: Path) -> Iterator[RunFolder]:
         yield folder
 
 
+def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
+    """Raise what a run of `recipe` into a folder would be refused with, before it is started; nothing is written.
+
+    Raises:
+        UsageError: it is a folder of something else, or of a run of another recipe and `force` is not set.
+    """
+    _check_kind(path)
+    folder = RunFolder(path)
+    if not folder.is_new:
+        folder.check(recipe, force=force)
+
+
+def _check_kind(path: Path) -> None:
+    if not (path / "recipe.yaml").exists() and not (path / ".lock").exists():
+        check_target(path)
+
+
 def _take(folder: RunFolder, until: ExitStack) -> None:
     """Make and lock a run's folder, until `until` is closed; what is empty then goes."""
     path = folder.path
-    if not (path / "recipe.yaml").exists() and not (path / ".lock").exists():
-        check_target(path)
+    _check_kind(path)
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     until.enter_context(locked(path / ".lock"))

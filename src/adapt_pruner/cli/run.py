@@ -48,6 +48,8 @@ def run(
 
     quiet_libraries()
     if dry_run:
+        if out is not None:
+            runs.check_folder(out, resolved, force=force_recipe)
         with screen() as listen:
             planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
         print(to_json(planned)) if as_json else _print_plan(planned)
