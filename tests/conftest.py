@@ -10,8 +10,8 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["ADAPT_PRUNER_CACHE"] = tempfile.mkdtemp(prefix="adapt-pruner-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a fault
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands that tests start: workers with two threads each wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:  # of commands, too: workers with two threads each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
