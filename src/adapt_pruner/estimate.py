@@ -141,9 +141,9 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     outside the layers are gathered. Without it autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
 
     The peak is in the last pass of a step: at the loss, when activations and logits are there (with checkpointing, logits or the
-    activations of a layer that is worked out again, whichever is more), or at the end of the backward
-    pass, when the gradients still on their way are. Those are of the embedding, 4 V·H, of the head tied to it as much again,
-    and in bfloat16 of all copies, 2 N_dec, since they go through the casts of the step's first pass, which come last.
+    activations of a layer that is worked out again, whichever is more), or at the end of the backward pass, when the gradients still on
+    their way are. Those are of the embedding, 4 V·H, of the head tied to it as much again, and in bfloat16 of all copies, 2 N_dec, since
+    they go through the casts of the step's first pass, which come last.
 
     Returns:
         what -> bytes; see `held` for what a process then occupies.
@@ -162,10 +162,11 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
         if not how.lora:
             again = how.batch_tokens // how.processes > how.tokens
             on_their_way = 4 * of.head * (2 if of.tied else 1) + (parts["copies"] if again else 0)
-    parts["activations"] = _activations(of, how, norms=(16, 12))
+    norms = (16, 12)
+    parts["activations"] = _activations(of, how, norms=norms)
     parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
     if how.checkpointing:
-        parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norms=(16, 12)) // of.layers)
+        parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norms=norms) // of.layers)
     parts["on their way"] = max(0, on_their_way - parts["activations"] - parts["loss"])
     if how.teacher is not None:
         parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)

@@ -243,7 +243,7 @@ def run(
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     with opened(Path(run_dir)) as folder:
-        changed = [] if world.agreed(folder.is_new) else world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
+        changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
             listen({"event": "finished", "path": str(folder.result)})
             return None

@@ -67,11 +67,13 @@ class RunFolder:
         self._begun = True
 
     def check(self, recipe: Recipe, *, force: bool) -> list[str]:
-        """The keys in which a recipe differs from the one the run began with, as far as they decide the result.
+        """The keys in which a recipe differs from the one the run began with, as far as they decide the result; none before it began.
 
         Raises:
             UsageError: there are any, or that recipe cannot be read, and `force` is not set.
         """
+        if self.is_new:
+            return []
         try:
             keys = differing(read(self.path / "recipe.yaml"), recipe)
         except UsageError as error:
@@ -196,9 +198,7 @@ def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
         UsageError: it is a folder of something else, or of a run of another recipe and `force` is not set.
     """
     _check_kind(path)
-    folder = RunFolder(path)
-    if not folder.is_new:
-        folder.check(recipe, force=force)
+    RunFolder(path).check(recipe, force=force)
 
 
 def _check_kind(path: Path) -> None:
