@@ -1,8 +1,6 @@
 """Checkpoints: whole or absent, read back by stock transformers in a process that never saw this package, and by us."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_config, tiny_model
+from strangers import ask_a_stranger
 from test_law import random_mask
 
 STRANGER = """
 import json, sys, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder, again, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
-torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
 ids = torch.load(folder + "/../ids.pt")
 with torch.no_grad():
@@ -72,14 +70,10 @@ def pruned(
     return model, Mask().then(Mask(kept))
 
 
-def ask_a_stranger(folder: Path, again: Path, *, trust: bool) -> dict[str, Any]:
-    """Load `folder` with stock transformers in a process in which this package cannot even be imported."""
-    blocked = "import sys; sys.modules['adapt_pruner'] = None\n"
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", blocked + STRANGER, str(folder), str(again), "trust" if trust else "no"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def loaded_by_a_stranger(folder: Path, again: Path, *, trust: bool) -> dict[str, Any]:
+    """What stock transformers makes of `folder` in a process in which this package cannot even be imported."""
+    said = ask_a_stranger(STRANGER, folder, again, "trust" if trust else "no", folder=folder.parent)
+    answer: dict[str, Any] = json.loads(said.splitlines()[-1])
     return answer
 
 
@@ -89,7 +83,7 @@ def test_a_stranger_reads_unequal_layers_bit_for_bit(layout: tuple[str, str], tm
     ids = torch.randint(3, VOCAB, (2, 24))
     torch.save(ids, tmp_path / "ids.pt")
     save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
-    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    found = loaded_by_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
     stock = type(model).__name__
@@ -119,7 +113,7 @@ def test_a_stranger_reads_layers_without_attention_or_mlp(name: str, gone: str, 
     save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
     config = read_json(tmp_path / "model" / "config.json")
     assert config["per_layer_config"]["1"] == {"skip": ["mlp" if "1.mlps" in gone else "attention"]}, "the schema of transformers"
-    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    found = loaded_by_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
     assert found["cached"]
     assert found["static"]
     assert found["learns"]
@@ -165,7 +159,7 @@ def test_equal_layers_become_a_plain_folder(layout: tuple[str, str], tmp_path: P
     config = read_json(tmp_path / "model" / "config.json")
     assert "per_layer_config" not in config
     assert "auto_map" not in config
-    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=False)
+    found = loaded_by_a_stranger(tmp_path / "model", tmp_path / "again", trust=False)
     assert found["class"] == type(model).__name__
     assert found["cached"]
     assert found["again"]
@@ -180,7 +174,7 @@ def test_equal_layers_that_the_stock_config_refuses_are_still_saved(tmp_path: Pa
     cut(model, axes, Mask({axis.name: torch.arange(axis.size) < 5 for axis in axes if axis.kind == "kv_heads"}))
     torch.save(torch.randint(3, VOCAB, (2, 24)), tmp_path / "ids.pt")
     save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
-    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    found = loaded_by_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
     assert found["class"] == "PrunedLlamaForCausalLM"
     assert found["again"]
     assert torch.equal(
@@ -199,7 +193,7 @@ def test_a_stranger_reads_another_width_of_the_stream(name: str, width: int, tmp
     save(model, byte_tokenizer(), tmp_path / "model", mask=mask, dtype=torch.float32)
     refused = name == "llama" and width == 41
     assert (tmp_path / "model" / "modeling_pruned.py").exists() == refused
-    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=refused)
+    found = loaded_by_a_stranger(tmp_path / "model", tmp_path / "again", trust=refused)
     assert found["cached"]
     assert found["static"]
     assert found["again"]

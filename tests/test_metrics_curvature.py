@@ -106,16 +106,16 @@ def test_of_two_neurons_that_do_the_same_one_costs_nothing(batches: list[Tensor]
     assert max(scores[3], scores[7]) > 0.1 * scores.median()
 
 
-def test_many_units_are_ordered_in_rounds(batches: list[Tensor]) -> None:
-    """With more neurons than rounds several go at once; every unit gets a score, and the first to go are nearly the same."""
-    model = tiny_model(intermediate_size=200)
+def test_many_units_are_ordered_in_rounds(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more neurons than rounds several go at once: scores are within a few per cent of one by one, where all at once is a third off."""
+    monkeypatch.setattr(curvature, "_ROUNDS", 24)
+    model = tiny_model(intermediate_size=64)
     found, _ = score(model, families.axes(model), batches, metrics=[curvature.kfac], dtype="float32")
     scores = found["layers.0.neurons"]
     assert torch.isfinite(scores).all()
     a, g = statistics(model, "model.layers.0.mlp.down_proj", batches)
     expected = slow_costs(model.model.layers[0].mlp.down_proj.weight.detach(), a, g, width=1, blocks=1)
-    first, as_expected = set(scores.argsort()[:50].tolist()), set(expected.argsort()[:50].tolist())
-    assert len(first & as_expected) >= 45
+    assert (scores.double().log() - expected.log()).abs().mean() < 0.1
 
 
 def test_no_weight_gets_a_gradient(batches: list[Tensor]) -> None:

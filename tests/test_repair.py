@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.repair.closed_form import RIDGES, least_squares, mean_bias
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
+from strangers import ask_a_stranger
 
 
 @pytest.fixture
@@ -256,11 +255,10 @@ def test_biases_that_a_repair_made_are_saved_and_load_in_stock_transformers(text
     with torch.no_grad():
         assert torch.equal(again(text[0]).logits, logits)
     code = (
-        "import sys, json, torch; sys.modules['adapt_pruner'] = None\n"
+        "import sys, json, torch\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
         "print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.double().sum().item()))"
     )
-    words = [sys.executable, "-c", code, str(tmp_path / "out"), json.dumps(text[0].tolist())]
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    said = ask_a_stranger(code, tmp_path / "out", json.dumps(text[0].tolist()), folder=tmp_path)
     assert json.loads(said) == pytest.approx(float(logits.double().sum()), rel=1e-6)

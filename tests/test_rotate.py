@@ -27,7 +27,7 @@ from adapt_pruner.repair.rotate import directions, principal_directions, rotate,
 from adapt_pruner.slicing import slice_to, width_for
 from conftest import LAYOUTS as ALL
 from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, tiny_config, tiny_model
-from test_checkpoint import ask_a_stranger, pruned
+from test_checkpoint import loaded_by_a_stranger, pruned
 
 LAYOUTS = [
     layout for layout in ALL if tiny_config(layout).model_type != "gemma3_text"
@@ -233,7 +233,7 @@ def test_a_stranger_reads_it_bit_for_bit(layout: tuple[str, str], tmp_path: Path
     ids = torch.randint(3, VOCAB, (2, 24))
     torch.save(ids, tmp_path / "ids.pt")
     save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
-    found = ask_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
+    found = loaded_by_a_stranger(tmp_path / "model", tmp_path / "again", trust=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, ids))
     assert found == {
         "ours": ["adapt_pruner"], "class": type(model).__name__, "base": True, "cached": True, "static": True, "learns": True, "again": True,

@@ -1,8 +1,6 @@
 """Runs that take tokens away: what is saved, how it goes on, what is refused."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from adapt_pruner.report.page import page
 from adapt_pruner.report.record import read_record
 from adapt_pruner.stage import Trainer
 from conftest import read_json, tiny_model
+from strangers import ask_a_stranger
 from test_pipeline import Heard
 from test_vocabulary import byte_level
 
@@ -83,8 +82,7 @@ def test_a_model_with_fewer_tokens(folder: Path, text_file: Path, tmp_path: Path
     assert torch.equal(dense.model(ids).logits, again.model(ids).logits)
     assert again.dense_params == figures["params_before"]
 
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "small")]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    told = json.loads(ask_a_stranger(STRANGER, tmp_path / "small", folder=tmp_path))
     assert told["back"]
     assert told["tokens"] == 400
     assert told["rows"] == [400] * 3
