@@ -14,6 +14,7 @@ from adapt_pruner.recipe import read
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
 RUN: dict[str, Any] = {
+    "method": "adapt-pruner",
     "budget": "50%",
     "stages": 10,
     "moments": "reset",

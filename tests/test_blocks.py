@@ -145,7 +145,7 @@ def test_a_product_goes_on_in_another_run_and_its_mask_is_against_the_dense_mode
     folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     common = {
-        "chooser": "depth.drop_layers", "step": 1, "dtype": "float32",
+        "method": "adapt-pruner", "chooser": "depth.drop_layers", "step": 1, "dtype": "float32",
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
     }  # fmt: skip
     prune(read({"model": str(folder), "budget": "85%", "axes": ["attentions"], **common}), tmp_path / "one")
@@ -161,6 +161,7 @@ def test_a_product_goes_on_in_another_run_and_its_mask_is_against_the_dense_mode
 
 def test_a_run_that_trains_goes_on_to_the_same_model(folder: Path, text_file: Path, tmp_path: Path) -> None:
     asked = read({
+        "method": "adapt-pruner",
         "model": str(folder), "budget": "65%", "axes": ["attentions", "mlps", "neurons"], "chooser": "depth.drop_layers", "stages": 3,
         "dtype": "float32", "calibration": {"source": str(text_file), "samples": 4, "length": 32},
         "training": {"source": str(text_file), "tokens": 3_000, "batch_tokens": 512, "length": 64, "lr": 1e-3},

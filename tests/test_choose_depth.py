@@ -167,6 +167,7 @@ def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(deep_folder: Path, text_file: Path) -> Recipe:
     return read({
+        "method": "adapt-pruner",
         "model": str(deep_folder), "budget": "60%", "axes": ["layers"], "chooser": "depth.drop_layers", "step": 1, "dtype": "float32",
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
     })  # fmt: skip

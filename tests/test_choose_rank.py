@@ -314,6 +314,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(written: str, said: str,
 @pytest.mark.parametrize("step", [0.1, 1])
 def test_whole_runs_end_within_one_neuron(written: str, step: float, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     asked = read({
+        "method": "adapt-pruner",
         "model": str(tiny_folder), "budget": "80%", "metric": "weights.taylor", "distance": None, "chooser": written,
         "step": step, "dtype": "float32", "calibration": {"source": str(text_file), "samples": 4, "length": 32},
     })  # fmt: skip

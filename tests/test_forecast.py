@@ -347,7 +347,8 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
     ],
 )
 def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: list[str]) -> None:
-    planned = dry_run(read({"model": str(CONFIGS / "mobilellm-350m"), "budget": "80%", "device": "cpu"} | asked))
+    common = {"method": "adapt-pruner", "model": str(CONFIGS / "mobilellm-350m"), "budget": "80%", "device": "cpu"}
+    planned = dry_run(read(common | asked))
     assert planned["time_without"] == left_out
 
 

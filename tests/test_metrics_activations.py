@@ -263,6 +263,7 @@ def test_loss_drop_of_the_only_layer_is_0(batches: list[Tensor]) -> None:
 
 def recipe_with(tiny_folder: Path, text_file: Path, **changes: Any) -> Any:
     return read({
+        "method": "adapt-pruner",
         "model": str(tiny_folder), "budget": "80%", "step": 0.1, "dtype": "float32", "head_metric": None,
         "calibration": {"source": str(text_file), "samples": 8, "length": 32}, **changes,
     })  # fmt: skip

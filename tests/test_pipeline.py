@@ -38,6 +38,7 @@ Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
 @pytest.fixture
 def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
     return read({
+        "method": "adapt-pruner",
         "model": str(tiny_folder), "budget": "70%", "stages": 3, "step": 0.1, "amplitude": 0.05, "dtype": "float32",
         "calibration": {"source": str(text_file), "samples": 8, "length": 32},
         "training": {"source": str(text_file), "tokens": 6_000, "batch_tokens": 512, "length": 64, "lr": 3e-3},

@@ -45,6 +45,7 @@ def recipe_for(folder: Path, text: Path, **changes: Any) -> Recipe:
     training = {"source": str(text), "tokens": 4_600, "batch_tokens": 512, "length": 64, "lr": 3e-3, "micro_batch_tokens": 128}
     training |= changes.pop("training", {})
     return read({
+        "method": "adapt-pruner",
         "model": str(folder), "budget": "70%", "stages": 2, "step": 0.1, "amplitude": 0.05, "dtype": "float32", "device": "cpu",
         "calibration": {"source": str(text), "samples": 24, "length": 32}, "training": training, "moments": "carry",
         "evaluation": {"source": str(text), "window": 64, "max_windows": 3}, **changes,

@@ -38,14 +38,14 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
             said.append(done.stdout)
     prune, inspect, measure, dry_run, methods, _, as_gguf, as_plain, verified, again = said
     after = int(re.search(r"parameters +134,515,008 +([\d,]+)", prune)[1].replace(",", ""))  # type: ignore[index]
-    assert 120_000_000 - 1728 < after <= 120_000_000, "within one neuron (3 × 576 weights)"
+    assert 125_000_000 - 1728 < after <= 125_000_000, "within one neuron (3 × 576 weights)"
     assert inspect.count("\n") > 30
     assert "134,515,008" not in inspect
-    perplexity = float(re.search(r"small +[\d,]+ +480 MB +([\d.]+)", measure)[1])  # type: ignore[index]
+    perplexity = float(re.search(r"small +[\d,]+ +500 MB +([\d.]+)", measure)[1])  # type: ignore[index]
     assert 10 < perplexity < 60, "the dense model reads this text at about 17"
     assert "nothing was written" in dry_run
     assert "weights.taylor" in methods
-    assert 118_000_000 - 1728 < int(again) <= 118_000_000
+    assert 122_000_000 - 1728 < int(again) <= 122_000_000
     assert "saved small.gguf" in as_gguf
     assert "saved small-plain" in as_plain
     assert "it computes what the model computes" in verified

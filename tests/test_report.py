@@ -35,7 +35,7 @@ from test_cli import call
 
 def small_recipe(model: Path, text: Path, **changes: Any) -> recipe.Recipe:
     base = {
-        "model": str(model), "budget": "70%", "stages": 2, "step": 0.1, "dtype": "float32",
+        "method": "adapt-pruner", "model": str(model), "budget": "70%", "stages": 2, "step": 0.1, "dtype": "float32",
         "calibration": {"source": str(text), "samples": 4, "length": 32},
         "training": {"source": str(text), "tokens": 3000, "batch_tokens": 128, "length": 64, "lr": 3e-3},
         "evaluation": {"source": str(text), "window": 64, "max_windows": 4},

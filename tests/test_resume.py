@@ -201,6 +201,7 @@ def recipe(place: Path, name: str = "main", **changes: Any) -> Path:
     """A recipe that uses everything with a state: debts, moments, several stages, a repeated mixture, dropout."""
     foxes, sums = str(place / "foxes.txt"), str(place / "sums.txt")
     data: dict[str, Any] = {
+        "method": "adapt-pruner",
         "model": str(place / "model"), "budget": "60%", "stages": 3, "step": 0.1, "amplitude": 0.05, "dtype": "float32",
         "debt": "carry", "moments": "carry", "seed": 3, "checkpoint_minutes": 0,
         "calibration": {"source": foxes, "samples": 8, "length": 32},

@@ -411,7 +411,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
 ) -> None:
     monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
     asked = {
-        "model": str(tiny_folder), "budget": "80%", "stages": 2, "dtype": "float32", "device": "cpu",
+        "method": "adapt-pruner", "model": str(tiny_folder), "budget": "80%", "stages": 2, "dtype": "float32", "device": "cpu",
         "calibration": {"source": str(text_file), "samples": 4, "length": 16},
         "training": {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 16, "lr": 1e-2},
         "evaluation": {"source": str(text_file), "window": 32, "max_windows": 2, "tasks": "tiny_pair", "task_dir": str(folder), "limit": 9},

@@ -22,6 +22,7 @@ Told = list[tuple[dict[str, Any], int]]
 @pytest.fixture
 def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
     return read({
+        "method": "adapt-pruner",
         "model": str(tiny_folder), "budget": "80%", "stages": 2, "step": 0.1, "dtype": "float32", "checkpoint_minutes": 0,
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
         "training": {"source": str(text_file), "tokens": 2_000, "batch_tokens": 512, "length": 64, "lr": 3e-3},

@@ -191,7 +191,7 @@ class Recipe(_Frozen):
 
     about: str = Field("", description="one line for people")
     paper: str = Field("", description="where the method comes from")
-    method: str = Field("adapt-pruner", description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
+    method: str = Field("best", description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     latency: str = Field(
@@ -251,7 +251,7 @@ class Recipe(_Frozen):
         """The method's row below what was given; a budget that YAML read as a number as text."""
         if not isinstance(data, dict):
             return data
-        name = data.get("method", "adapt-pruner")
+        name = data.get("method", "best")
         if name not in list(methods()):
             raise ValueError(f"method {name!r} is not known; {nearest(str(name), methods())}")
         below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}

@@ -24,7 +24,7 @@ def prune(
         str | None,
         typer.Option(help="What --latency is of: prefill (reading a prompt) or decode (writing after it). [default: prefill]"),
     ] = None,
-    method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "adapt-pruner",
+    method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "best",
     calibration: Annotated[
         str | None,
         typer.Option(
