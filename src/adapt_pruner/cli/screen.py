@@ -75,6 +75,9 @@ class Screen:
         self._began = 0.0
         self._pruned = 0.0  # share that is done of the pruning that was left at the start
         self._trained = 0  # tokens
+        self._share = self._due = (
+            0.0  # of the work, when it last got on; and the Unix seconds at which it should be done, as seen then
+        )
         self._bars = Bars()
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
@@ -84,6 +87,7 @@ class Screen:
         before, self._now = self._now, float(event.get("time") or time.time())
         if _is_aside(event):
             self._began += self._now - before
+            self._due += self._now - before
         self._bars.hear(event)
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
@@ -118,14 +122,15 @@ class Screen:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _advance(self, description: str) -> str:
-        """Move the bar; returns the estimate as text."""
+        """Move the bar; returns the estimate as text, which is made where work got on and counts down until it does again."""
         if self._work is None:
             return ""
         weight, before = self._work["calibration_tokens"], self._work["trained_tokens"]
         total = weight + self._work["training_tokens"] - before
         share = (weight * self._pruned + self._trained - before) / total if total else 1.0
-        spent = self._now - self._began
-        left = f"{duration(spent / share - spent)} left" if 0.02 < share < 1 and spent > 0 else ""
+        if share != self._share and share > 0:
+            self._share, self._due = share, self._began + (self._now - self._began) / share
+        left = f"{duration(self._due - self._now)} left" if 0.02 < share < 1 and self._due > self._now else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=description, left=left)
         return f", {left}" if left else ""
@@ -143,6 +148,7 @@ class Screen:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self._work, self._began, self._trained, self._pruned = event, self._now, event["trained_tokens"], 0.0
+        self._share = 0.0
         self._figures = {
             "stage": f"{event['stages']} stages" if event["stages"] > 1 else "",
             "params": f"to {millions(event['target'])}",
@@ -252,9 +258,9 @@ class Screen:
 
 
 def _is_aside(event: dict[str, Any]) -> bool:
-    """Whether the time before it went into what no estimate is made of: the model measured before anything else, and tasks."""
+    """Whether the time before it went into what no estimate is made of: the model measured or writing before anything else, and tasks."""
     kind = event.get("phase") if event["event"] == "progress" else event["event"]
-    return kind in ("task", "tasks") or (kind in ("evaluate", "evaluation") and event.get("stage") == 0)
+    return kind in ("task", "tasks", "write") or (kind in ("evaluate", "evaluation") and event.get("stage") == 0)
 
 
 def _cell(event: dict[str, Any]) -> str:
