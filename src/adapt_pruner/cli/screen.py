@@ -75,9 +75,8 @@ class Screen:
         self._began = 0.0
         self._pruned = 0.0  # share that is done of the pruning that was left at the start
         self._trained = 0  # tokens
-        self._share = self._due = (
-            0.0  # of the work, when it last got on; and the Unix seconds at which it should be done, as seen then
-        )
+        self._share = 0.0  # of the work, when it last got on
+        self._got_on = self._due = 0.0  # Unix seconds of that, and of the end as foreseen then
         self._bars = Bars()
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
@@ -87,6 +86,7 @@ class Screen:
         before, self._now = self._now, float(event.get("time") or time.time())
         if _is_aside(event):
             self._began += self._now - before
+            self._got_on += self._now - before
             self._due += self._now - before
         self._bars.hear(event)
         handler = getattr(self, f"_on_{event['event']}", None)
@@ -129,7 +129,9 @@ class Screen:
         total = weight + self._work["training_tokens"] - before
         share = (weight * self._pruned + self._trained - before) / total if total else 1.0
         if share != self._share and share > 0:
-            self._share, self._due = share, self._began + (self._now - self._began) / share
+            another = self._now - self._got_on  # what is still to be done takes one more iteration or step at least
+            self._due = max(self._began + (self._now - self._began) / share, self._now + another)
+            self._share, self._got_on = share, self._now
         left = f"{duration(self._due - self._now)} left" if 0.02 < share < 1 and self._due > self._now else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=description, left=left)
@@ -148,7 +150,7 @@ class Screen:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self._work, self._began, self._trained, self._pruned = event, self._now, event["trained_tokens"], 0.0
-        self._share = 0.0
+        self._share, self._got_on = 0.0, self._now
         self._figures = {
             "stage": f"{event['stages']} stages" if event["stages"] > 1 else "",
             "params": f"to {millions(event['target'])}",
