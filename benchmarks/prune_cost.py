@@ -44,7 +44,7 @@ def plain_pass(model: Any, batches: list[torch.Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
-    parser.add_argument("--method", default="adapt-pruner")
+    parser.add_argument("--method", default="best")
     parser.add_argument("--params", default="120M")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)

@@ -125,6 +125,8 @@ def main() -> None:
             asked.model,
             "-o",
             folder,
+            "--method",
+            "adapt-pruner",
             "--params",
             asked.params,
             "--calibration-samples",

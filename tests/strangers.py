@@ -1,15 +1,20 @@
 """Processes that have stock transformers and cannot import this package; forked from one that has imported it, which takes seconds."""
 
+import atexit
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 SERVER = """
 import sys
 sys.modules["adapt_pruner"] = None
-import json, os, traceback
+import json, os, signal, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever an import prints is no answer
 import torch, torch._dynamo
 import transformers.dynamic_module_utils
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -20,6 +25,7 @@ for line in sys.stdin:
     if not child:
         status = 1
         try:
+            signal.alarm(300)
             os.chdir(asked["folder"])
             for stream, path in ((1, asked["said"]), (2, asked["wrong"])):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -27,30 +33,27 @@ for line in sys.stdin:
             torch.set_num_threads(1)
             sys.argv = ["-c", *asked["words"]]
             exec(compile(asked["code"], "<stranger>", "exec"), {"__name__": "__main__"})
+            sys.stdout.flush()
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 """
 
 
 @cache
 def _server() -> "subprocess.Popen[str]":
-    """The process that forks; it ends with this one, whose end it reads from is then closed."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": "/nowhere",
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
+    """The process that forks; it ends with this one."""
+    home = tempfile.mkdtemp(prefix="strangers-")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": home, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
+    atexit.register(server.communicate, timeout=10)
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return server
 
 
 def ask_a_stranger(code: str, *words: str | Path, folder: Path) -> str:
@@ -58,10 +61,11 @@ def ask_a_stranger(code: str, *words: str | Path, folder: Path) -> str:
     said, wrong = folder / "said.txt", folder / "wrong.txt"
     asked = {"code": code, "words": [str(word) for word in words], "modules": str(folder / "modules")}
     server = _server()
+    assert server.poll() is None, "the process that forks strangers is no more"
     assert server.stdin is not None
     assert server.stdout is not None
     print(json.dumps(asked | {"folder": str(folder), "said": str(said), "wrong": str(wrong)}), file=server.stdin, flush=True)
-    status = server.stdout.readline()
-    assert status, "the process that forks strangers is no more"
-    assert int(status) == 0, f"status {int(status)}: {wrong.read_text(encoding='utf-8')[-3000:]}"
+    status = server.stdout.readline().strip()
+    trouble = wrong.read_text(encoding="utf-8")[-3000:] if wrong.exists() else "nothing was said"
+    assert status == "0", f"status {status or 'none'}: {trouble}"
     return said.read_text(encoding="utf-8")

@@ -247,9 +247,14 @@ BAD_PRUNE = {
     ),
     "not a model": (["FOLDER", "--params", "80%"], 2, "no config.json"),
     "weights that are not numbers": (
-        ["NAN", "--params", "80%", "--calibration", "LONG"],
+        ["NAN", "--params", "80%", "--calibration", "LONG", "--method", "adapt-pruner"],
         1,
         "loss on the calibration text is nan",
+    ),
+    "weights that write nothing": (
+        ["NAN", "--params", "80%", "--calibration", "LONG"],
+        1,
+        "no text can be drawn from logits of nan or inf; the model's weights are damaged",
     ),
 }
 

@@ -112,13 +112,15 @@ def test_tokens_alone_can_go(folder: Path, text_file: Path, tmp_path: Path) -> N
     assert bool(outcome.mask["vocabulary"][ids.bincount(minlength=713) >= 50].all())
 
 
+@pytest.mark.parametrize("method", ["magnitude", "best"])
 def test_a_run_goes_on_with_its_tokens(
-    folder: Path, text_file: Path, tmp_path: Path, events: Heard, monkeypatch: pytest.MonkeyPatch
+    method: str, folder: Path, text_file: Path, tmp_path: Path, events: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stages are even over what is left to prune once tokens went; a stopped run ends as one that was not, and takes none twice."""
     heard, listen = events
     recipe = recipe_of(
-        folder, text_file, stages=3, step=0.1,
+        folder, text_file, method=method, stages=3, step=0.1,
+        calibration={"source": str(text_file), "samples": 4, "length": 32, "own": 8},
         training={"source": str(text_file), "tokens": 2_000, "batch_tokens": 256, "length": 64, "lr": 3e-3},
         evaluation={"source": str(text_file), "window": 64, "max_windows": 3},
     )  # fmt: skip

@@ -127,15 +127,22 @@ def test_an_estimate_is_made_of_the_work_that_is_estimated() -> None:
 
 
 def test_an_estimate_counts_down_within_an_iteration() -> None:
-    """It is no longer half way through the next one than it was when the last had ended; writing once is no part of it."""
-    writes = {"event": "progress", "time": 5300.0, "phase": "write", "done": 4, "of": 4}
-    half_way = {"event": "progress", "time": 5450.0, "phase": "score", "stage": 1, "iteration": 2, "done": 9, "of": 18}
-    events = [start(5000.0), writes, pruned(5400.0, 750)]
+    """It is no longer half way through the next one than it was when the last had ended."""
+    half_way = {"event": "progress", "time": 5150.0, "phase": "score", "stage": 1, "iteration": 2, "done": 9, "of": 18}
+    events = [start(5000.0), pruned(5100.0, 750)]
     assert time_left(events) == "1 min 40 s left"
     assert time_left([*events, half_way]) == "50 s left"
-    assert time_left([*events, half_way | {"time": 5600.0}]) == "", "it is late, and nobody knows how late"
-    assert time_left([*events, half_way, pruned(5500.0, 625)]) == "1 min 40 s left", "one more iteration at least"
-    assert time_left([*events, half_way, pruned(5450.0, 625)]) == "50 s left"
+    assert time_left([*events, half_way | {"time": 5300.0}]) == "", "it is late, and nobody knows how late"
+    assert time_left([*events, half_way, pruned(5150.0, 625)]) == "50 s left"
+
+
+def test_an_estimate_has_room_for_one_more_iteration() -> None:
+    """However little is still to go; once nothing is, what is left is training."""
+    events = [start(5000.0, training_tokens=1000), pruned(5100.0, 505)]
+    assert time_left(events) == "1 min 42 s left"
+    events = [start(5000.0), pruned(5100.0, 600), pruned(5200.0, 505)]
+    assert time_left(events) == "1 min 40 s left"
+    assert time_left([start(5000.0, training_tokens=250), pruned(5100.0, 500)]) == "25 s left"
 
 
 def test_an_estimate_of_a_run_that_goes_on_is_of_what_is_left_of_it() -> None:

@@ -1,6 +1,6 @@
 """What a run is: every choice in one validated, frozen description, as YAML in and out.
 
-A recipe file holds any of the keys below; what it leaves out has the default. `--set KEY=VALUE` on the command line
+A recipe file holds any of the keys below; what it leaves out is as its method has it, else the default. `--set KEY=VALUE` on the command line
 overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe that names its parts
 (`methods/*.yaml`); `method: NAME` in a recipe takes from it what the recipe itself leaves out.
 """
@@ -34,6 +34,7 @@ __all__ = [
     "read",
 ]
 
+_METHOD = "best"  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers: a distance says what they are worth, and `depth.…` how many go."""
@@ -191,7 +192,7 @@ class Recipe(_Frozen):
 
     about: str = Field("", description="one line for people")
     paper: str = Field("", description="where the method comes from")
-    method: str = Field("best", description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
+    method: str = Field(_METHOD, description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
     budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     latency: str = Field(
@@ -251,7 +252,7 @@ class Recipe(_Frozen):
         """The method's row below what was given; a budget that YAML read as a number as text."""
         if not isinstance(data, dict):
             return data
-        name = data.get("method", "best")
+        name = data.get("method", _METHOD)
         if name not in list(methods()):
             raise ValueError(f"method {name!r} is not known; {nearest(str(name), methods())}")
         below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}

@@ -24,7 +24,7 @@ def prune(
         str | None,
         typer.Option(help="What --latency is of: prefill (reading a prompt) or decode (writing after it). [default: prefill]"),
     ] = None,
-    method: Annotated[str, typer.Option(help="A row of `adapt-pruner methods`.")] = "best",
+    method: Annotated[str | None, typer.Option(help="A row of `adapt-pruner methods`. [default: best]")] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -51,26 +51,27 @@ def prune(
 
         adapt-pruner prune smollm2-135m-instruct -o small --latency 0.7x --set multiple_of=64
 
-        adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --set amplitude=0.03
+        adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --method adapt-pruner
     """
     from adapt_pruner import recipe as recipes
     from adapt_pruner.errors import UsageError
 
     given = {
+        "method": method,
         "calibration.source": calibration,
         "calibration.samples": calibration_samples,
         "calibration.length": calibration_length,
     }
     given = {key: value for key, value in given.items() if value is not None}
     if calibration_ids is not None:
-        if given:
-            raise UsageError(f"--calibration-ids fixes every token, so {', '.join(given)} would be ignored; leave one out")
+        if ignored := [key for key in given if key.startswith("calibration.")]:
+            raise UsageError(f"--calibration-ids fixes every token, so {', '.join(ignored)} would be ignored; leave one out")
         given["calibration.ids"] = str(calibration_ids)
     if params is not None and latency is not None:
         raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
     how_far = {"budget": params, "latency": latency, "latency_of": latency_of}
     given |= {key: value for key, value in how_far.items() if value is not None}
-    common = {"model": model, "method": method, "seed": seed, "device": device, "dtype": dtype}
+    common = {"model": model, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
     if not (recipe.budget or recipe.latency):
         raise UsageError("prune is not told how far; add --params 80%, or --latency 0.7x for a speed")

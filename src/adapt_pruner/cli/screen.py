@@ -121,16 +121,15 @@ class Screen:
             self._last_line = time.monotonic()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _advance(self, description: str) -> str:
-        """Move the bar; returns the estimate as text, which is made where work got on and counts down until it does again."""
+    def _advance(self, description: str, *, at_least: float = 0.0) -> str:
+        """Move the bar; returns the estimate as text, of `at_least` so many seconds where work got on, from where it counts down."""
         if self._work is None:
             return ""
         weight, before = self._work["calibration_tokens"], self._work["trained_tokens"]
         total = weight + self._work["training_tokens"] - before
         share = (weight * self._pruned + self._trained - before) / total if total else 1.0
         if share != self._share and share > 0:
-            another = self._now - self._got_on  # what is still to be done takes one more iteration or step at least
-            self._due = max(self._began + (self._now - self._began) / share, self._now + another)
+            self._due = max(self._began + (self._now - self._began) / share, self._now + at_least)
             self._share, self._got_on = share, self._now
         left = f"{duration(self._due - self._now)} left" if 0.02 < share < 1 and self._due > self._now else ""
         if self._bar is not None and self._task is not None:
@@ -190,7 +189,8 @@ class Screen:
                 "stage": f"stage {event['stage']} of {self._work['stages']}",
                 "params": f"{millions(event['params'])} of {millions(start)} parameters, to {millions(target)}",
             }
-        left = self._advance(f"stage {event['stage']}: pruning")
+        another = self._now - self._got_on if event["params"] > event["target"] else 0.0
+        left = self._advance(f"stage {event['stage']}: pruning", at_least=another)
         text = (
             f"stage {event['stage']}, iteration {event['iteration']}: {event['params']:,} parameters (target {event['target']:,})"
         )
@@ -260,9 +260,9 @@ class Screen:
 
 
 def _is_aside(event: dict[str, Any]) -> bool:
-    """Whether the time before it went into what no estimate is made of: the model measured or writing before anything else, and tasks."""
+    """Whether the time before it went into what no estimate is made of: the model measured before anything else, and tasks."""
     kind = event.get("phase") if event["event"] == "progress" else event["event"]
-    return kind in ("task", "tasks", "write") or (kind in ("evaluate", "evaluation") and event.get("stage") == 0)
+    return kind in ("task", "tasks") or (kind in ("evaluate", "evaluation") and event.get("stage") == 0)
 
 
 def _cell(event: dict[str, Any]) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.data.tokens import opening
+from adapt_pruner.errors import RunError
 
 __all__ = ["selfwritten_windows"]
 
@@ -42,10 +43,21 @@ def selfwritten_windows(
 
     Returns:
         int64 [samples, length] on the CPU.
+
+    Raises:
+        RunError: a logit is not a number, or infinite.
     """
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     shown = len(opening(tokenizer))
     device = next(model.parameters()).device
+
+    def numbers(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not logits.max(dim=-1).values.isfinite().all():  # of a row with a nan, nan
+            raise RunError(
+                f"no text can be drawn from logits of nan or inf; the model's weights are damaged or overflow in {dtype}"
+            )
+        return logits
+
     training, own_config = model.training, model.generation_config
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), casting_once(model), precision(device, dtype):
@@ -66,6 +78,7 @@ def selfwritten_windows(
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=length - shown,
+                    logits_processor=LogitsProcessorList([numbers]),
                 )
                 rows.append(written[:, 1 - shown :].cpu())
                 on_batch(done, len(starts))

@@ -107,6 +107,8 @@ def _attention(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         before = sum(layer.get(kind, 0) for layer in figures.began.layers.values())
         after = sum(layer.get(kind, 0) for layer in figures.states[-1].layers.values())
         gone[kind] = (before, before - after)
+    if "heads_after" in str(recipe.get("chooser")):
+        return  # heads wait until their layer has lost so many neurons: what the method wants
     heads, neurons = gone.get("kv_heads", (0, 0)), gone.get("neurons", (0, 0))
     if heads[0] and not heads[1] and not gone.get("query_heads", (0, 0))[1] and neurons[1] > 0.15 * neurons[0]:
         share = f"{neurons[1] / neurons[0]:.0%} of the neurons went"
@@ -153,10 +155,10 @@ def _better_than_dense(figures: Figures, recipe: dict[str, Any]) -> Iterator[Adv
 
 def _where_time_went(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     total = sum(figures.seconds.values())
-    scoring = figures.seconds.get("score", 0.0)
+    scoring = figures.seconds.get("score", 0.0) + figures.seconds.get("repair", 0.0)
     if figures.status == "finished" and total > 600 and scoring > 0.5 * total and figures.steps:
         yield Advice(
-            f"{scoring / total:.0%} of the time went into scoring. A larger step makes fewer iterations, for a little quality.",
+            f"{scoring / total:.0%} of the time went into scoring and repair. A larger step makes fewer iterations, for a little quality.",
             f"--set step={2 * float(recipe.get('step') or 0.02):g}",
         )
 
