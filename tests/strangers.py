@@ -1,4 +1,7 @@
-"""Processes that have stock transformers and cannot import this package; forked from one that has imported it, which takes seconds."""
+"""Processes that have stock transformers and cannot import this package; forked from one that has imported it, which takes seconds.
+
+Not the fork server of multiprocessing: there is one in a process, and that of test_resume has imported this package.
+"""
 
 import atexit
 import json

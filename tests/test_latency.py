@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,17 +42,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def recipe_for(folder: Path, text: Path, **values: Any) -> Recipe:
     calibration = {"source": str(text), "samples": 4, "length": 16}
-    return read(
-        {
-            "method": "adapt-pruner",
-            "model": str(folder),
-            "latency": "0.7x",
-            "step": 0.1,
-            "calibration": calibration,
-            "dtype": "float32",
-            **values,
-        }
-    )
+    asked = {"method": "adapt-pruner", "model": str(folder), "latency": "0.7x", "step": 0.1, "dtype": "float32"}
+    return read({**asked, "calibration": calibration, **values})
 
 
 @pytest.mark.parametrize("of", ["prefill", "decode"])
@@ -181,9 +171,9 @@ def test_the_command_says_what_was_reached(
     ask: Any, machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     words = ["--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--latency", "0.8x"]
-    status, out, err = ask("prune", tiny_folder, "-o", tmp_path / "out", *words)
+    status, out, err = ask("prune", tiny_folder, "-o", tmp_path / "out", "--method", "adapt-pruner", *words)
     assert status == 0, err
-    assert re.search(r"prefill takes 0\.(79|80|81)x of the dense model's time", out)
+    assert "prefill takes 0.80x of the dense model's time" in out or "prefill takes 0.79x of the dense model's time" in out
     assert "asked 0.8x, predicted 0." in out
 
 

@@ -520,12 +520,12 @@ def test_every_cut_says_how_its_scores_lie(finished: Path) -> None:
 
 
 def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
-    def said(folder: Path, **changes: Any) -> str:
+    def said(folder: Path, recipe: dict[str, Any] | None = None, **changes: Any) -> str:
         record = read_record(folder)
         figures = figures_of(record)
         for key, value in changes.items():
             object.__setattr__(figures, key, value)
-        return " ".join(one.text for one in advice(figures, record.recipe, folder="F", checkpoint=None))
+        return " ".join(one.text for one in advice(figures, record.recipe | (recipe or {}), folder="F", checkpoint=None))
 
     falling = [{"stage": 1, "tokens": 10 * i, "loss": 5 - 0.01 * i + 0.001 * (-1) ** i} for i in range(1, 60)]
     level = [{"stage": 1, "tokens": 10 * i, "loss": 5 + 0.1 * (-1) ** i} for i in range(1, 60)]
@@ -551,6 +551,12 @@ def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
     }
     state = type(figures.states[-1])("stage 2", 1, whole)
     assert "Attention is untouched" in said(finished, states=[state])
+    waiting = {"chooser": "allocate.adaptive(heads_after=0.5)"}
+    assert "Attention is untouched" not in said(finished, waiting, states=[state]), "heads wait, as asked"
+    assert "heads were not allowed to" in said(finished, waiting | {"axes": ["neurons"]}, states=[state])
+    spent = {"score": 300.0, "repair": 400.0, "train": 100.0}
+    assert "88% of the time went into scoring and repair" in said(finished, seconds=spent)
+    assert "of the time went into" not in said(finished, seconds=spent | {"train": 900.0})
     fewer = {layer: {**sizes, "query_heads": sizes["query_heads"] - 1} for layer, sizes in whole.items()}
     asked = {"neurons", "kv_heads", "query_heads"}
     assert "Attention is untouched" not in said(finished, states=[type(state)("stage 2", 1, fewer)], asked=asked)

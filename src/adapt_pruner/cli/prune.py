@@ -57,20 +57,19 @@ def prune(
     from adapt_pruner.errors import UsageError
 
     given = {
-        "method": method,
         "calibration.source": calibration,
         "calibration.samples": calibration_samples,
         "calibration.length": calibration_length,
     }
     given = {key: value for key, value in given.items() if value is not None}
     if calibration_ids is not None:
-        if ignored := [key for key in given if key.startswith("calibration.")]:
-            raise UsageError(f"--calibration-ids fixes every token, so {', '.join(ignored)} would be ignored; leave one out")
+        if given:
+            raise UsageError(f"--calibration-ids fixes every token, so {', '.join(given)} would be ignored; leave one out")
         given["calibration.ids"] = str(calibration_ids)
     if params is not None and latency is not None:
         raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
-    how_far = {"budget": params, "latency": latency, "latency_of": latency_of}
-    given |= {key: value for key, value in how_far.items() if value is not None}
+    further = {"method": method, "budget": params, "latency": latency, "latency_of": latency_of}
+    given |= {key: value for key, value in further.items() if value is not None}
     common = {"model": model, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
     if not (recipe.budget or recipe.latency):

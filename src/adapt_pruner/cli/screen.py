@@ -72,11 +72,11 @@ class Screen:
         self._task = None if bar is None else bar.add_task("starting", total=1.0, left="")
         self._last_line = 0.0
         self._work: dict[str, Any] | None = None
-        self._began = 0.0
+        self._spent = 0.0  # seconds on the work since it started, asides left out
         self._pruned = 0.0  # share that is done of the pruning that was left at the start
         self._trained = 0  # tokens
         self._share = 0.0  # of the work, when it last got on
-        self._got_on = self._due = 0.0  # Unix seconds of that, and of the end as foreseen then
+        self._got_on = self._due = 0.0  # seconds spent until then, and until the end as foreseen then
         self._bars = Bars()
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
@@ -84,10 +84,8 @@ class Screen:
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event of the pipeline, as it happens or, with its `time`, from a log."""
         before, self._now = self._now, float(event.get("time") or time.time())
-        if _is_aside(event):
-            self._began += self._now - before
-            self._got_on += self._now - before
-            self._due += self._now - before
+        if not _is_aside(event):
+            self._spent += self._now - before
         self._bars.hear(event)
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
@@ -129,9 +127,9 @@ class Screen:
         total = weight + self._work["training_tokens"] - before
         share = (weight * self._pruned + self._trained - before) / total if total else 1.0
         if share != self._share and share > 0:
-            self._due = max(self._began + (self._now - self._began) / share, self._now + at_least)
-            self._share, self._got_on = share, self._now
-        left = f"{duration(self._due - self._now)} left" if 0.02 < share < 1 and self._due > self._now else ""
+            self._due = max(self._spent / share, self._spent + at_least)
+            self._share, self._got_on = share, self._spent
+        left = f"{duration(self._due - self._spent)} left" if 0.02 < share < 1 and self._due > self._spent else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=description, left=left)
         return f", {left}" if left else ""
@@ -148,8 +146,8 @@ class Screen:
         )
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self._work, self._began, self._trained, self._pruned = event, self._now, event["trained_tokens"], 0.0
-        self._share, self._got_on = 0.0, self._now
+        self._work, self._trained, self._pruned = event, event["trained_tokens"], 0.0
+        self._spent = self._share = self._got_on = 0.0
         self._figures = {
             "stage": f"{event['stages']} stages" if event["stages"] > 1 else "",
             "params": f"to {millions(event['target'])}",
@@ -189,7 +187,7 @@ class Screen:
                 "stage": f"stage {event['stage']} of {self._work['stages']}",
                 "params": f"{millions(event['params'])} of {millions(start)} parameters, to {millions(target)}",
             }
-        another = self._now - self._got_on if event["params"] > event["target"] else 0.0
+        another = self._spent - self._got_on if event["params"] > event["target"] else 0.0
         left = self._advance(f"stage {event['stage']}: pruning", at_least=another)
         text = (
             f"stage {event['stage']}, iteration {event['iteration']}: {event['params']:,} parameters (target {event['target']:,})"

@@ -107,19 +107,17 @@ def _attention(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         before = sum(layer.get(kind, 0) for layer in figures.began.layers.values())
         after = sum(layer.get(kind, 0) for layer in figures.states[-1].layers.values())
         gone[kind] = (before, before - after)
-    if "heads_after" in str(recipe.get("chooser")):
-        return  # heads wait until their layer has lost so many neurons: what the method wants
     heads, neurons = gone.get("kv_heads", (0, 0)), gone.get("neurons", (0, 0))
     if heads[0] and not heads[1] and not gone.get("query_heads", (0, 0))[1] and neurons[1] > 0.15 * neurons[0]:
         share = f"{neurons[1] / neurons[0]:.0%} of the neurons went"
-        if "kv_heads" in (recipe.get("axes") or ["kv_heads"]):
+        if "kv_heads" not in (recipe.get("axes") or ["kv_heads"]):
+            yield Advice(f"Attention is untouched: {share}, and heads were not allowed to.", "--set 'axes=[neurons, kv_heads]'")
+        elif "heads_after" not in str(recipe.get("chooser")):  # which lets heads wait until their layer has lost so many neurons
             yield Advice(
                 f"Attention is untouched: {share}, and all {heads[0]} KV heads stayed. No layer owed a whole head yet. A larger amplitude "
                 "makes layers differ more, so that some come to owe one.",
                 f"--set amplitude={2 * float(recipe.get('amplitude') or 0.02):g}",
             )
-        else:
-            yield Advice(f"Attention is untouched: {share}, and heads were not allowed to.", "--set 'axes=[neurons, kv_heads]'")
 
 
 def _vocabulary(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
