@@ -172,7 +172,7 @@ def test_sequences_longer_than_the_model_reads_are_said(
     calibration = ("--calibration", text_file, "--calibration-length", length, "--calibration-samples", 2)
     calls = {
         "--window": ("eval", model, *text),
-        "calibration.length": ("prune", model, "-o", tmp_path / "small", "--params", "95%", "--method", "wanda-sp", *calibration),
+        "calibration.length": ("prune", model, "-o", tmp_path / "small", "--params", "95%", *calibration),
     }
     for setting, words in calls.items():
         status, _, err = ask(*words)
