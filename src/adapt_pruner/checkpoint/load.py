@@ -235,6 +235,8 @@ def _assembled(name: str, packaged: Packaged) -> Path:
                 made = importlib.import_module(packaged.package).assemble(Path(scratch) / "model.gguf")
                 loaded = load(str(made))
                 save(loaded.model, loaded.tokenizer, folder, dtype=loaded.dtype)
+    except ModuleNotFoundError as error:  # of the packages that hold the pieces
+        raise UsageError(f"model {name!r} lacks the package {error.name}; get it with: {packaged.remedy}") from error
     except (OSError, ImportError, ValueError) as error:
         raise RunError(
             f"model {name!r} cannot be made from its packages in {folder.parent} ({first_line(error)}); make room there, name "
