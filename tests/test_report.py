@@ -17,15 +17,12 @@ import torch
 from adapt_pruner import pipeline, recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli.bars import Bars
-from adapt_pruner.compare.table import table
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
-from adapt_pruner.core.plain import to_json
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, page, png
 from adapt_pruner.report.advice import advice
-from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison, within
 from adapt_pruner.report.figures import figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from adapt_pruner.report.words import compact, duration, shown, tick, ticks
@@ -67,7 +64,7 @@ def stopped(copied: Path) -> Path:
     return copied
 
 
-class _Seen(HTMLParser):
+class Seen(HTMLParser):
     """What a page holds: tags that are open, addresses that it would ask, pictures by their names."""
 
     _VOID = frozenset(["meta", "link", "input", "br", "hr", "img"])
@@ -97,7 +94,7 @@ class _Seen(HTMLParser):
 
 def test_a_run_writes_its_report_and_the_page_stands_by_itself(finished: Path) -> None:
     text = (finished / "report.html").read_text(encoding="utf-8")
-    seen = _Seen(text)
+    seen = Seen(text)
     assert {"anatomy", "importance", "sparsity", "costs", "perplexity", "loss", "lr", "speed", "memory"} <= set(seen.figures)
     assert all(address.startswith(("#", "data:")) for address in seen.addresses), "nothing is asked of a network"
     assert not re.search(r"url\(|@import|https?://", text), "nor by the style or the script"
@@ -229,7 +226,7 @@ def test_the_bill_counts_the_calibration_text_that_was_read(tiny_folder: Path, t
 
 def test_a_run_that_was_killed_shows_what_there_is(stopped: Path) -> None:
     text = page.page(read_record(stopped))
-    seen = _Seen(text)
+    seen = Seen(text)
     assert "stopped before its end" in text
     assert "the last line of log.jsonl is broken off" in text
     assert f"adapt-pruner run {stopped}/recipe.yaml -o {stopped}" in text
@@ -281,11 +278,11 @@ def test_a_glance_at_the_lock_does_not_stop_a_run_from_beginning(tmp_path: Path)
 def test_a_log_cut_off_anywhere_gives_a_page(copied: Path, share: float) -> None:
     log = copied / "log.jsonl"
     log.write_bytes(log.read_bytes()[: int(share * log.stat().st_size)])
-    _Seen(page.page(read_record(copied)))
+    Seen(page.page(read_record(copied)))
     shutil.rmtree(copied / "model")
-    _Seen(page.page(read_record(copied)))
+    Seen(page.page(read_record(copied)))
     shutil.rmtree(copied / "checkpoints")
-    _Seen(page.page(read_record(copied)))
+    Seen(page.page(read_record(copied)))
 
 
 @pytest.mark.parametrize("missing", ["log.jsonl", "recipe.yaml", "checkpoints", "model/mask.json", "model/pruning.json"])
@@ -293,7 +290,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(copied: Path, missing: st
     gone = copied / missing
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     text = page.page(read_record(copied))
-    _Seen(text)
+    Seen(text)
     assert missing == "checkpoints" or f"{missing} " in text
 
 
@@ -329,7 +326,7 @@ def test_an_event_without_what_its_kind_has_is_none(copied: Path, line: str) -> 
     with (copied / "log.jsonl").open("a") as log:
         log.write(f"{line}\n" + '{"event": "warning", "message": "the last"}\n')
     record = read_record(copied)
-    _Seen(page.page(record))
+    Seen(page.page(record))
     assert record.events[-1]["message"] == "the last"
     assert len(record.trouble) == 1
     assert "1 lines of log.jsonl are not events" in record.trouble[0]
@@ -343,7 +340,7 @@ def test_what_of_a_recipe_makes_no_sense_is_left_out(copied: Path, wrong: str) -
     (copied / "recipe.yaml").write_text(f"model: m\nseed: 3\n{wrong}\n")
     shutil.rmtree(copied / "model")
     record = read_record(copied)
-    _Seen(page.page(record))
+    Seen(page.page(record))
     assert (record.recipe["seed"], record.trouble) == (
         3,
         [f"recipe.yaml has no sensible {wrong.partition(':')[0]}, which was left out"],
@@ -606,134 +603,12 @@ def test_numbers_are_short_and_whole() -> None:
     assert ticks(10, 1000, log=True) == [10, 100, 1000]
 
 
-def comparison_result() -> dict[str, Any]:
-    """What compare.json holds, of two methods at two sizes, one of which failed."""
-
-    def row(
-        method: str, size: int | None, params: int | None, ppl: float | None, speed: float | None, error: str | None = None
-    ) -> dict[str, Any]:
-        texts = {} if ppl is None else {"t.txt": {"perplexity": ppl, "low": ppl - 1, "high": ppl + 1, "ratio": ppl / 10}}
-        return {
-            "method": method, "size": size, "params": params, "decoder_params": params, "removed": 0.1, "texts": texts,
-            "seconds": 1.0, "peak_bytes": 2**30, "speed_up": speed, "draws": 0 if error else 2, "failed": int(bool(error)), "error": error,
-        }  # fmt: skip
-
-    return {
-        "made_by": "x", "device": "cpu", "precision": "float32", "dense": {},
-        "arguments": {"model": "m/<b>", "window": 64, "draws": 2, "calibration_ids": [], "calibration": None, "overrides": []},
-        "texts": [{"text": "t.txt", "windows": 4, "tokens": 252}],
-        "rows": [
-            row("dense", None, 100, 10.0, 1.0), row("good", 80, 80, 12.0, 1.3), row("bad", 80, 79, 30.0, 1.1), row("good", 60, 60, 20.0, 1.5),
-            row("bad", 60, None, None, None, "out of <memory>"),
-        ],
-        "cells": [{"method": "bad", "size": 60, "draw": 0, "error": "out of <memory>"}],
-    }  # fmt: skip
-
-
-def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
-    result = comparison_result()
-    text = comparison_page(result, ["method", "parameters"], [["dense", "100"]], name="cmp")
-    seen = _Seen(text)
-    assert seen.figures == ["size-0", "speed-0"]
-    assert all(address.startswith(("#", "data:")) for address in seen.addresses)
-    assert "★ 12.00 (1.20×)" in text
-    assert ">30.00 (3.00×)" in text
-    assert "out of &lt;memory&gt;" in text
-    size, speed = comparison_pictures(result)
-    named = {series.name: [label for label in series.labels if label] for series in size.series}
-    assert named == {"dense": ["dense"], "good": ["good", "good"], "bad": []}, "the small good one is smaller and better than bad"
-    assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
-
-
-def many_methods() -> dict[str, Any]:
-    """A comparison of ten methods, one of which is a ruin."""
-    result = comparison_result()
-    of = result["rows"][1]
-    result["rows"] = [result["rows"][0]] + [
-        of | {"method": f"m{i}", "params": 80 - i % 2, "speed_up": 1 + i / 10, "texts": {"t.txt": dict.fromkeys(("perplexity", "low", "high"), y) | {"ratio": y / 10}}}
-        for i, y in enumerate([12.0, 12.1, 14, 20, 30, 50, 100, 300, 900, 4e6])
-    ]  # fmt: skip
-    result["cells"] = []
-    return result
-
-
-def test_many_methods_can_be_told_apart() -> None:
-    """Twice through the colours the dots have another form; a ruin is named and does not squeeze the rest together."""
-    result = many_methods()
-    text = comparison_page(result, *table(result["rows"]), name="cmp")
-    size, speed = comparison_pictures(result)
-    assert [series.name for series in size.series] == ["dense", *(f"m{i}" for i in range(9))]
-    assert size.note == speed.note == "Beyond 100 times the dense model, and not shown: m9 at 80."
-    assert text.count(size.note) == 2
-    assert ">4,000,000 (400,000×)</td>" in text
-    keys = re.findall(r'<i class="key ([^"]*)"></i>([^<]*)</span>', text.partition('id="speed-0"')[0])
-    assert len({look for look, _ in keys}) == len(keys) == 10
-    result["rows"][1]["texts"]["t.txt"] |= {"high": 5e6}
-    (one,) = (series for series in comparison_pictures(result)[0].series if series.name == "m0")
-    assert (one.points, one.high) == ([(80.0, 12.0)], [1000.0]), "one bad draw of three: the band ends where the picture does"
-    lost = [result["rows"][0], result["rows"][-1]]
-    assert within(lost, "t.txt") == lost, "a picture of ruins alone shows them"
-    assert dict(map(reversed, keys))["m5"] == "tone0 round second"
-    assert text.count('class="dot tone0 second"') == 2
-
-
-def test_names_are_not_written_over_another() -> None:
-    """The lowest of those that lie close together keeps its name; of one size only the best has one, however few parameters another has."""
-    size, speed = comparison_pictures(many_methods())
-    assert [name for *_, name in size.named()] == ["dense", "m0"]
-    named = [name for *_, name in speed.named()]
-    assert named[:2] == ["dense", "m1"]
-    assert [name for series in speed.series for name in series.labels if name] == ["dense", *(f"m{i}" for i in range(1, 9))]
-    near = charts.Lines("k", "", "", [charts.Series("s", [(0, 1.0), (0.5, 1.01), (10, 5.0)], labels=["a", "b", "c"])], "", "")
-    assert [name for *_, name in near.named()] == ["a", "c"]
-
-
-def test_two_sizes_of_a_method_may_give_one_model() -> None:
-    """As where whole layers go: both budgets leave as many."""
-    result = comparison_result()
-    result["rows"].append(result["rows"][1] | {"size": 81})
-    size, _ = comparison_pictures(result)
-    assert next(series for series in size.series if series.name == "good").points == [(60.0, 20.0), (80.0, 12.0), (80.0, 12.0)]
-
-
 def test_a_size_above_what_there_was_is_drawn_as_all_of_it(copied: Path) -> None:
     with (copied / "log.jsonl").open("a") as log:
         log.write(json.dumps({"event": "cut", "stage": 2, "params": 35000, "sizes": {"layers.0.kv_heads": 10**12}}) + "\n")
     picture = charts.anatomy(figures_of(read_record(copied)))
     assert picture is not None
     assert max(picture.panels[1].left) == max(picture.panels[1].total)
-
-
-def test_a_perplexity_beyond_numbers_is_infinite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In compare.json it is null, at the comparison itself infinity."""
-    for beyond in (None, float("inf")):
-        result = comparison_result()
-        result["rows"][2]["texts"]["t.txt"] = dict.fromkeys(("perplexity", "low", "high", "ratio"), beyond)
-        result["rows"][3]["texts"]["t.txt"]["high"] = beyond
-        header, lines = table(result["rows"])
-        bad = dict(zip(header, next(line for line in lines if line[0] == "bad"), strict=True))
-        assert (bad["perplexity"], bad["spread"], bad["× dense"]) == ("∞", "∞–∞", "∞")
-        text = comparison_page(result, header, lines, name="cmp")
-        assert _Seen(text).figures == ["size-0", "speed-0"]
-        assert ">∞</td>" in text
-        assert not re.search(r"\b(inf|nan)\b", text)
-    (tmp_path / "compare.json").write_text(to_json(result))
-    assert call(monkeypatch, capsys, "report", tmp_path)[0] == 0
-
-
-def test_the_folder_of_a_comparison_is_reported_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "compare.json").write_text(json.dumps(comparison_result()))
-    assert call(monkeypatch, capsys, "report", tmp_path)[0] == 0
-    assert "★ 12.00" in (tmp_path / "compare.html").read_text()
-    for broken in ("{", "[]", "{}"):
-        (tmp_path / "compare.json").write_text(broken)
-        with pytest.raises(UsageError, match=r"compare\.json"):
-            read_comparison(tmp_path)
-    assert call(monkeypatch, capsys, "report", tmp_path)[0] == 2
 
 
 def test_write_page_says_what_is_wrong_with_the_place(tmp_path: Path) -> None:

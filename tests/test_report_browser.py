@@ -12,7 +12,8 @@ import pytest
 from adapt_pruner import pipeline
 from adapt_pruner.report.comparison import comparison_page
 from adapt_pruner.report.page import write_page, write_report
-from test_report import comparison_result, small_recipe
+from test_report import small_recipe
+from test_report_comparison import comparison_result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -129,13 +129,19 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     asked, rows = result["arguments"], result["rows"]
     header, lines = table(rows)
     texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
-    draws = f"{asked['draws']} seeds" if not asked["calibration_ids"] else f"{len(asked['calibration_ids'])} files of token ids"
+    count = len(asked["calibration_ids"]) or asked["draws"]
+    drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
+    if asked["calibration_ids"] or asked["calibration"]:
+        drawn += f" ({'files of token ids' if asked['calibration_ids'] else asked['calibration']})"
+    if count > 1:
+        drawn += "; medians over them, the spread from lowest to highest"
+    changed = f" Changed in every recipe: {', '.join(asked['overrides'])}." if asked["overrides"] else ""
     page = [
         f"# {asked['model']}: {', '.join(asked['methods'])}",
         "",
-        f"Perplexity on {texts}; windows of {asked['window']}, {result['precision']}, {result['device']}. Draws: {draws}; medians over "
-        "them, the spread from lowest to highest. Parameters are counted in the saved models, the largest of a row. Seconds and peak "
-        "memory are those of the pruning process, the median and the largest; the speed-up is that of reading a window.",
+        f"Perplexity on {texts}; windows of {asked['window']}, {result['precision']}, {result['device']}. {drawn}.{changed} Parameters "
+        "are counted in the saved models, the largest of a row. Seconds and peak memory are those of the pruning process, the median "
+        "and the largest; the speed-up is that of reading a window.",
         "",
         f"Made by {result['made_by']}.",
         "",

@@ -1,0 +1,220 @@
+"""GGUF files compute in llama.cpp what the model computes in torch, and what llama.cpp cannot hold is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export import export, gguf, gguf_tokenizer
+from conftest import LAYOUTS, tiny_model
+from test_cli import call
+from test_export import TEMPLATE, VOCAB, as_loaded, bpe, compared, repaired, unequal
+
+__all__ = ["repaired"]  # a fixture
+
+
+def fields(path: Path) -> dict[str, Any]:
+    reader = pytest.importorskip("gguf", reason="gguf is not installed").GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def test_a_gguf_file_is_complete(tmp_path: Path) -> None:
+    tokenizer, model = bpe(), unequal()
+    model.generation_config.eos_token_id = [2, 5]
+    assert export(as_loaded(model, tokenizer), tmp_path / "x.gguf", to="gguf") == []
+    found = fields(tmp_path / "x.gguf")
+    assert found["general.architecture"] == "deci"
+    assert found["deci.attention.head_count"] == [6, 2, 1]
+    assert found["deci.attention.head_count_kv"] == [3, 2, 1]
+    assert found["deci.feed_forward_length"] == [35, 34, 33]
+    assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 8
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert len(found["tokenizer.ggml.tokens"]) == VOCAB, "rows without a token are filled up"
+    assert found["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCAB - 1}]"
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert found["tokenizer.ggml.eot_token_id"] == 5
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.chat_template"] == TEMPLATE
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([("Split", LLAMA3), ("ByteLevel", False)], "llama-bpe"),
+        ([("Split", LLAMA3.replace("{1,3}", "")), ("ByteLevel", False)], "qwen2"),
+        ([("Digits", True), ("ByteLevel", True)], "smollm"),
+        ([("ByteLevel", True)], "gpt-2"),
+        ([("Split", r"\w+"), ("ByteLevel", False)], None),
+        ([("Digits", False), ("ByteLevel", True)], None),
+    ],
+)
+def test_the_way_text_is_split_has_llama_cpps_name(steps: list[tuple[str, Any]], name: str | None) -> None:
+    keys = {
+        "Split": lambda value: {"pattern": {"Regex": value}, "behavior": "Isolated", "invert": False},
+        "Digits": lambda value: {"individual_digits": value},
+        "ByteLevel": lambda value: {"add_prefix_space": False, "trim_offsets": True, "use_regex": value},
+    }
+    described = [{"type": kind} | keys[kind](value) for kind, value in steps]
+    assert gguf_tokenizer._pre({"type": "Sequence", "pretokenizers": described}) == name
+
+
+# GGUF, run in llama.cpp
+
+
+def llama_cpp() -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed", exc_type=ImportError)
+
+
+PLAIN = {
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"layer_types": ["full_attention"] * 3},
+}
+ARCHITECTURES = {
+    "llama": "deci",
+    "mistral": "deci",
+    "qwen2": "deci",
+    "qwen3": "openelm",
+    "qwen3-untied": "qwen3",
+    "gemma3": "gemma3",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize("alike", [False, True], ids=["unequal", "equal"])
+def test_llama_cpp_computes_what_torch_computes(layout: tuple[str, str], alike: bool, tmp_path: Path) -> None:
+    llama_cpp()
+    changes: dict[str, Any] = {"vocab_size": VOCAB} | PLAIN.get(layout[1], PLAIN["gemma3"] if layout[0] == "gemma3" else {})
+    if layout[1] == "gemma3-capped":
+        changes["attention_bias"] = False
+    loaded = as_loaded(tiny_model(layout, **changes) if alike else unequal(layout, **changes))
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["passed"], found["failures"]
+    bound = 0.02 if layout[0] == "gemma3" else 1e-4  # llama.cpp reads Gemma's GELU from a table in 16 bits
+    assert found["max_difference"] < bound * found["deviation"]
+    if not alike and layout[1] in ARCHITECTURES:
+        assert f"({ARCHITECTURES[layout[1]]})" in found["engine"]
+
+
+def test_a_forgotten_permutation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_cpp()
+    monkeypatch.setattr(gguf, "_neighbours", lambda tensor, head_dim: tensor)
+    loaded = as_loaded(unequal())
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert not found["passed"]
+    assert any("a logit is off" in failure for failure in found["failures"])
+
+
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_ropes_are_scaled_alike(kind: str, tmp_path: Path) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(rope_parameters={"rope_type": kind, "rope_theta": 10000.0} | ROPES[kind]))
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["max_difference"] < 1e-4 * found["deviation"], found
+
+
+def test_biases_of_a_repair_and_pieces_as_sentencepiece_has_them(repaired: Loaded, tmp_path: Path) -> None:
+    llama_cpp()
+    export(repaired, tmp_path / "repaired.gguf", to="gguf")
+    assert compared(repaired, tmp_path / "repaired.gguf")["passed"]
+    pieces = bpe(sentencepiece=True)
+    loaded = as_loaded(unequal(vocab_size=len(pieces) + 2), pieces)
+    export(loaded, tmp_path / "pieces.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "pieces.gguf")
+    assert found["passed"], found["failures"]
+    assert found["encoding"]["same"] == 30
+    assert fields(tmp_path / "pieces.gguf")["tokenizer.ggml.add_bos_token"] is True
+
+
+@pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q4_k_m"])
+def test_quantised_files_are_padded_to_whole_blocks(quant: str, tmp_path: Path) -> None:
+    llama_cpp()
+    model = unequal(hidden_size=256, head_dim=32, intermediate_size=200)
+    loaded = as_loaded(model)
+    notes = export(loaded, tmp_path / "x.gguf", to="gguf", quant=quant.upper())
+    assert notes == []
+    widths = fields(tmp_path / "x.gguf")["deci.feed_forward_length"]
+    assert widths == ([195, 194, 193] if quant.endswith("16") else [224, 224, 224])
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["stored"] == quant
+    assert found["agreement"] >= 0.4
+    assert found["max_difference"] < (3 if quant == "q4_k_m" else 0.5) * found["deviation"]
+
+
+def test_a_file_is_judged_with_plain_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for repacked matrices are wrong on CPUs with AMX; what other code in the process opens is left alone."""
+    llama_cpp()
+    import llama_cpp as module
+
+    seen, plain = [], module.Llama
+    monkeypatch.setattr(module, "Llama", lambda *given, **named: seen.append(plain(*given, **named)) or seen[-1])
+    loaded = as_loaded(unequal())
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    assert compared(loaded, tmp_path / "x.gguf")["passed"]
+    assert [llama.model_params.use_extra_bufts for llama in seen] == [False]
+    assert module.llama_cpp.llama_model_default_params().use_extra_bufts
+
+
+def test_rows_that_are_no_whole_blocks_are_said(tmp_path: Path) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=140))
+    (note,) = export(loaded, tmp_path / "x.gguf", to="gguf", quant="q8_0")
+    assert "matrices stay in 16 bits, since their rows of 8 numbers are not whole blocks of 32" in note
+
+
+def test_damaged_files_and_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text_file: Path
+) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(("llama", "mistral")))
+    (note,) = export(loaded, tmp_path / "x.gguf", to="gguf")
+    assert "its context is set to the window of 16 tokens" in note
+    assert fields(tmp_path / "x.gguf")["deci.context_length"] == 16
+    save(loaded.model, loaded.tokenizer, tmp_path / "own", dtype=torch.float32)
+    whole = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    status, _, error = call(monkeypatch, capsys, "verify", tmp_path / "own", tmp_path / "cut.gguf", "--text", text_file)
+    assert status == 1
+    assert "llama.cpp cannot load" in error.splitlines()[-1]
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, repaired: Loaded) -> None:
+    for model, said in (
+        (tiny_model(("gemma3", "gemma3"), vocab_size=VOCAB), "scales attention by the head size 16"),
+        (tiny_model(("gemma3", "gemma3-capped"), vocab_size=VOCAB, query_pre_attn_scalar=16), "no attention biases"),
+        (tiny_model(vocab_size=VOCAB, hidden_act="gelu"), "computes this model with silu, and it has gelu"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            export(as_loaded(model), tmp_path / "x.gguf", to="gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gemma_whose_pattern_is_another_is_said(tmp_path: Path) -> None:
+    """Older llama.cpp takes every sixth layer for a full one, whatever the file says."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(7)]
+    model = tiny_model(("gemma3", "gemma3"), vocab_size=VOCAB, num_hidden_layers=7, layer_types=kinds, query_pre_attn_scalar=16)
+    assert not any("llama.cpp" in note for note in export(as_loaded(model), tmp_path / "whole.gguf", to="gguf"))
+    cut(model, families.axes(model), Mask({"layers": torch.tensor([False] + [True] * 6)}))
+    (note,) = export(as_loaded(model), tmp_path / "cut.gguf", to="gguf")
+    assert "not every sixth layer" in note
