@@ -1,7 +1,7 @@
 """Several processes make the run that one makes, step by step, whole or in shares; nothing is said or written twice.
 
 Two processes on this machine's CPU. What is compared with them runs alone, in the process of the tests. Started as a program, this
-file is the process of a launch.
+file is the process of a launch; it is long, since all launches stand on one ground that is made once.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""The report: a page of whatever a run's folder holds, figures that are the run's own, and one sentence for what is no run."""
+"""The report: a page of whatever a run's folder holds, figures that are the run's own, and one sentence for what is no run.
+
+One file, though long, since all pages are of one run that is made once.
+"""
 
 import fcntl
 import importlib.util

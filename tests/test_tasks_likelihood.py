@@ -1,0 +1,177 @@
+"""Likelihoods of continuations are those of whole passes, shared beginnings or not, whatever form the model has."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from adapt_pruner.data.feeds import held_out_windows
+from adapt_pruner.evaluate import likelihood
+from adapt_pruner.evaluate.likelihood import loglikelihoods
+from adapt_pruner.evaluate.task_sources import find_tasks
+from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
+from adapt_pruner.slicing import slice_to
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+from test_tasks import ask, close, folder, needs_lm_eval, uneven
+
+__all__ = ["ask", "folder"]  # fixtures
+
+
+def pairs_of(num_vocab: int, *, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Contexts of many lengths, each with choices of many lengths, and pairs whose blank lies in the context."""
+    draw = random.Random(seed)
+
+    def some(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, num_vocab) for _ in range(draw.randint(low, high))]
+
+    pairs = []
+    for _ in range(5):
+        context = some(1, 30)
+        pairs += [(context, some(1, 8)) for _ in range(4)]
+        pairs += [(context, [token]) for token in some(2, 2)]
+    for _ in range(3):
+        start, end = some(3, 12), some(2, 6)
+        pairs += [(start + some(1, 3), end) for _ in range(2)]
+    return pairs
+
+
+@torch.no_grad()
+def plainly(model: Any, pairs: Any, *, max_length: int = 512) -> list[tuple[float, bool]]:
+    """One whole forward pass a pair."""
+    answers = []
+    for context, continuation in pairs:
+        ids = (context + continuation)[-(max_length + 1) :][:-1]
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -len(continuation) :].log_softmax(-1)
+        wanted = torch.tensor(continuation)
+        value = float(logits.gather(1, wanted[:, None]).double().sum())
+        answers.append((value, bool((logits.argmax(-1) == wanted).all())))
+    return answers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
+def test_likelihoods_are_those_of_whole_passes(layout: tuple[str, str], batch_tokens: int) -> None:
+    """In every family, windows of sliding attention shorter than the contexts included, whatever is batched with what."""
+    model = tiny_model(layout)
+    pairs = pairs_of(model.config.vocab_size)
+    assert likelihood.shares_beginnings(model)
+    found = loglikelihoods(model, pairs, max_length=512, batch_tokens=batch_tokens)
+    close(found, plainly(model, pairs))
+    assert model.config.use_cache in (True, False)
+
+
+def test_layers_of_different_sizes_and_without_blocks() -> None:
+    model = uneven()
+    assert likelihood.shares_beginnings(model)
+    pairs = pairs_of(VOCAB)
+    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
+
+
+def test_a_sliced_model() -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    batches = [torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))]
+    slice_to(model, 32, batches, dtype="float32")
+    assert likelihood.shares_beginnings(model)
+    pairs = pairs_of(VOCAB)
+    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
+
+
+def test_what_is_too_long_is_cut_on_the_left() -> None:
+    model = tiny_model()
+    pairs = pairs_of(model.config.vocab_size)
+    close(loglikelihoods(model, pairs, max_length=9), plainly(model, pairs, max_length=9))
+
+
+def test_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four choices of a question, and of two sentences with a blank, the common tokens go through the model once."""
+    model, read = tiny_model(), []
+    forward = model.get_decoder().forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        read.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.get_decoder(), "forward", counted)
+    question = list(range(10, 40))
+    loglikelihoods(model, [(question, [50 + i, 60, 61]) for i in range(4)], max_length=512)
+    assert sum(read) == 30 + 4 * 2, "the last token of a choice is never read"
+    read.clear()
+    loglikelihoods(model, [(question, [50 + i]) for i in range(4)], max_length=512)
+    assert sum(read) == 30, "choices of one token need no pass of their own"
+    read.clear()
+    loglikelihoods(model, [([*question, 50 + i], [60, 61]) for i in range(2)], max_length=512)
+    assert sum(read) == 30 + 2 * 2
+    read.clear()
+    loglikelihoods(model, [([5, *range(40 * i, 40 * i + 20)], [1, 2]) for i in range(2)], max_length=512)
+    assert sum(read) == 2 * 22, "a single token in common is not worth a pass"
+
+
+def test_logits_are_those_of_what_is_asked_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny_model(), []
+    through = likelihood.through_head
+    monkeypatch.setattr(likelihood, "through_head", lambda hidden, *others: rows.append(len(hidden)) or through(hidden, *others))
+    loglikelihoods(model, [(list(range(10, 40)), [50 + i, 60, 61]) for i in range(4)], max_length=512)
+    assert rows == [1 + 4 * 2], "what all four choices begin with is predicted by one and the same token"
+
+
+@needs_lm_eval
+def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, None)
+    fast = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "a")
+    forward = type(model.get_decoder()).forward
+
+    def forgetful(self: Any, **kwargs: Any) -> Any:
+        return forward(self, **{**kwargs, "use_cache": False, "cache": None, "position_ids": None})
+
+    monkeypatch.setattr(model.get_decoder(), "forward", forgetful.__get__(model.get_decoder()))
+    assert not likelihood.shares_beginnings(model)
+    plain = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "b")
+    assert plain[0].metrics == fast[0].metrics
+
+
+def test_a_likelihood_that_is_not_a_number_is_no_beginning_shared() -> None:
+    model = tiny_model()
+    assert likelihood.shares_beginnings(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = math.nan
+    assert not likelihood.shares_beginnings(model)
+
+
+@needs_lm_eval
+def test_models_of_no_known_family_are_measured_too(
+    ask: Any, folder: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None, initializer_range=0.3
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    text = ["--text", str(text_file), "--window", "32", "--max-windows", "3"]
+    asked = ["--tasks", "tiny_choices", "--task-dir", str(folder), "--cache-dir", str(tmp_path / "cache")]
+    code, out, err = ask("eval", str(tmp_path / "gpt2"), *text, *asked, "--json")
+    assert code == 0, err
+    row = json.loads(out)
+    windows = held_out_windows(byte_tokenizer(), source=str(text_file), window=32, max_windows=3)
+    with torch.no_grad():
+        losses = [float(model(input_ids=ids, labels=ids).loss) for ids in windows]
+    assert math.log(row["perplexity"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert row["decoder_params"] is None
+    assert row["params"] == sum(parameter.numel() for parameter in model.parameters())
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, None)
+    whole = evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path / "other")
+    assert row["tasks"][0]["value"] == whole[0].value
+    code, _, err = ask("prune", str(tmp_path / "gpt2"), "-o", str(tmp_path / "out"), "--params", "80%")
+    assert code != 0
+    assert "no known family" in err
