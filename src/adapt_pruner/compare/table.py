@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.plain import perplexity_of
-from adapt_pruner.report.words import shown
+from adapt_pruner.report.words import num_draws, shown
 
 __all__ = ["label", "markdown", "rows_of", "table"]
 
@@ -129,7 +129,7 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     asked, rows = result["arguments"], result["rows"]
     header, lines = table(rows)
     texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
-    count = len(asked["calibration_ids"]) or asked["draws"]
+    count = num_draws(asked)
     drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
     if asked["calibration_ids"] or asked["calibration"]:
         drawn += f" ({'files of token ids' if asked['calibration_ids'] else asked['calibration']})"

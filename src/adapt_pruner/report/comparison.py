@@ -12,7 +12,7 @@ from adapt_pruner.report.charts import Lines, Series
 from adapt_pruner.report.events import number_of
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
-from adapt_pruner.report.words import shown
+from adapt_pruner.report.words import num_draws, shown
 
 __all__ = ["comparison_page", "comparison_pictures", "left_out", "read_comparison", "within"]
 
@@ -247,7 +247,7 @@ def _facts(result: Mapping[str, Any], texts: str) -> str:
     asked = result["arguments"]
     facts = [
         ("model", asked["model"]), ("text", texts), ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"),
-        ("draws", len(asked["calibration_ids"]) or asked["draws"]), ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])),
+        ("draws", num_draws(asked)), ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])),
         ("made by", result["made_by"]),
     ]  # fmt: skip
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NARROW", "begun", "compact", "duration", "score", "shots", "shown", "tick", "ticks"]
+__all__ = ["NARROW", "begun", "compact", "duration", "num_draws", "score", "shots", "shown", "tick", "ticks"]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -75,6 +75,11 @@ def begun(start: Mapping[str, Any]) -> str:
     """What the model is called that a run measured first, by its first `start`: it may have been pruned before, or have lost tokens."""
     whole = start.get("now", start.get("params")) == start.get("params")
     return "dense" if whole and start.get("dense") is not False else "at the start"
+
+
+def num_draws(asked: Mapping[str, Any]) -> int:
+    """Calibration draws that a comparison was asked for: files of token ids, or seeds where there are none."""
+    return len(asked["calibration_ids"]) or int(asked["draws"])
 
 
 def tick(value: float, form: str) -> str:
