@@ -132,6 +132,7 @@ def test_an_estimate_counts_down_within_an_iteration() -> None:
     events = [start(5000.0), pruned(5100.0, 750)]
     assert time_left(events) == "1 min 40 s left"
     assert time_left([*events, half_way]) == "50 s left"
+    assert time_left([*events, half_way | {"time": 5199.8}]) == "", "nothing is left that has a figure"
     assert time_left([*events, half_way | {"time": 5300.0}]) == "", "it is late, and nobody knows how late"
     assert time_left([*events, half_way, pruned(5150.0, 625)]) == "50 s left"
 

@@ -129,7 +129,7 @@ class Screen:
         if share != self._share and share > 0:
             self._due = max(self._spent / share, self._spent + at_least)
             self._share, self._got_on = share, self._spent
-        left = f"{duration(self._due - self._spent)} left" if 0.02 < share < 1 and self._due > self._spent else ""
+        left = f"{duration(self._due - self._spent)} left" if 0.02 < share < 1 and self._due - self._spent > 0.5 else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=description, left=left)
         return f", {left}" if left else ""
