@@ -23,7 +23,9 @@ class RunError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without the rest; its kind where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    announced = len(lines) > 1 and lines[0].endswith(":")  # by a line that says what follows
+    return " ".join(lines[: 1 + announced]) or type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner import parts
-from adapt_pruner.core.budget import parse_count
+from adapt_pruner.core.budget import check_written, parse_count
+from adapt_pruner.core.keys import read_keys
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 
@@ -54,6 +55,9 @@ Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
 """A SPEC of text, or several with the weight of each."""
 
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
+
+Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if value not in (None, "") else "")]
+"""A budget as people write it; none is empty."""
 
 
 def _part(key: str) -> Any:
@@ -194,7 +198,7 @@ class Recipe(_Frozen):
     paper: str = Field("", description="where the method comes from")
     method: str = Field(_METHOD, description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
     model: str = Field("", description="folder, .gguf file, packaged name or hub id")
-    budget: str = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
+    budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     latency: str = Field(
         "", description="instead of budget: share of the dense model's seconds on this machine, like 0.7x, by a measured table"
     )
@@ -249,7 +253,7 @@ class Recipe(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _on_its_row(cls, data: Any) -> Any:
-        """The method's row below what was given; a budget that YAML read as a number as text."""
+        """The method's row below what was given."""
         if not isinstance(data, dict):
             return data
         name = data.get("method", _METHOD)
@@ -259,12 +263,10 @@ class Recipe(_Frozen):
         for key, value in data.items():
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
-        return below | {"budget": str(below["budget"])} if isinstance(below.get("budget"), int) else below
+        return below
 
     @model_validator(mode="after")
     def _fitting(self) -> "Recipe":
-        if self.budget and not self.budget.strip().endswith("%"):
-            parse_count(self.budget)
         if self.latency:
             self._check_latency()
         chooser, drops = self.chooser.partition("(")[0], self.chooser.startswith("depth.")
@@ -374,12 +376,16 @@ def read(
     data = dict(source) if isinstance(source, Mapping) else _read_yaml(str(source))
     for key, value in (values or {}).items():
         _put(data, key, value)
+    seen: set[str] = set()
     for text in overrides:
-        key, equals, value = text.partition("=")
+        key, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise UsageError(f"--set {text!r} has no value; write it like --set step=0.05")
+        if key in seen:
+            raise UsageError(f"--set {key} is given twice; leave one of them out")
+        seen.add(key)
         try:
-            _put(data, key.strip(), yaml.safe_load(value))
+            _put(data, key, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise UsageError(f"the value of --set {text!r} is not YAML; quote it") from error
     try:
@@ -401,20 +407,12 @@ def differing(one: Recipe, other: Recipe) -> list[str]:
 
 
 def _read_yaml(name: str) -> dict[str, Any]:
-    path = builtin().get(name) or methods().get(name) or Path(name)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_keys(builtin().get(name) or methods().get(name) or Path(name), name)
     except FileNotFoundError as error:
         raise UsageError(
             f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {name!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {name!r} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"recipe {name!r} holds no keys; write lines like `model: smollm2-135m-instruct`")
-    return data
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
@@ -435,7 +433,7 @@ def _sentence(error: ValidationError) -> str:
         return f"recipe key {key!r} is not known; {nearest(str(first['loc'][-1]), model.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
-        return message
+        return message if key.rpartition(".")[2] in message else f"recipe key {key!r}: {message}"
     return f"recipe key {key!r} is {first['input']!r}: {message[0].lower() + message[1:]}"
 
 

@@ -202,7 +202,8 @@ def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    if not (path / "recipe.yaml").exists() and not (path / ".lock").exists():
+    beginning = (path / ".lock").exists() and not (path / "cells").is_dir()  # a comparison has a lock, too
+    if not (path / "recipe.yaml").exists() and not beginning:
         check_target(path)
 
 

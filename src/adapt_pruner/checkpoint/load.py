@@ -25,7 +25,7 @@ from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.memory import drop_pages, mapped_files
+from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
@@ -140,11 +140,13 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
     except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
-        remedy = "add its tokenizer files to the folder"
-        if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
-            remedy = "if they are a tokenizer.model: pip install sentencepiece"
-        raise UsageError(f"{name} has no usable tokenizer ({first_line(error)}); {remedy}") from error
-    _take_into_memory(model)
+        why, remedy = first_line(error), "add its tokenizer files to the folder"
+        if Path(folder).is_dir() and not any(re.search(r"token|^vocab|\.gguf$", file.name) for file in Path(folder).iterdir()):
+            why, remedy = "there is no file of one", "add tokenizer.json and tokenizer_config.json to the folder"
+        elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
+            remedy = "if its file is a tokenizer.model: pip install sentencepiece"
+        raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
+    take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
         _check_mask(model, mask, name)
@@ -198,7 +200,15 @@ def locate(name: str) -> tuple[str, str | None]:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"{name} is not a model: it has no config.json; name a Hugging Face folder or a .gguf file")
+            remedy = "name a Hugging Face folder or a .gguf file"
+            if (path / "recipe.yaml").is_file():
+                result = path / "model"
+                remedy = (
+                    f"it is the folder of a run; name its result, {result}"
+                    if result.is_dir()
+                    else "it is the folder of a run that has no result yet"
+                )
+            raise UsageError(f"{name} is not a model: it has no config.json; {remedy}")
         return str(path), None
     if path.is_file():
         with path.open("rb") as file:
@@ -253,6 +263,16 @@ def _check_reader(name: str) -> None:
         raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; pip install 'adapt-pruner[gguf]'")
 
 
+def _is_whole(path: Path) -> bool:
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception:  # of many kinds, by where the file ends
+        return False
+    return True
+
+
 def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool = False) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -261,6 +281,11 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
         if "gguf_file" not in options:
             raw, _ = PreTrainedConfig.get_config_dict(folder)
             _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
+            if quantised := raw.get("quantization_config"):
+                kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+                raise UsageError(
+                    f"{name} is quantised{kind and f' ({kind})'}, and only whole weights are read; name the model it was made from"
+                )
             if (stock := families.stock_config(raw)) is not None:  # stock code does what the checkpoint's own does
                 options["trust_remote_code"] = False
                 return stock
@@ -277,6 +302,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
             why = "it wants to run Python code of its own; pass --trust-remote-code if you trust it"
         elif not Path(folder).exists():
             why = f"it is not on this machine and could not be had from the hub ({why}); check the name, the network, or give a local folder"
+        if "gguf_file" in options and not _is_whole(Path(folder) / options["gguf_file"]):
+            raise RunError(f"{name} is damaged or cut off ({why}); get the file again") from error
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
     _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
     return config
@@ -324,8 +351,9 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
     model_class, options = _model_class(config, options)
     try:
         model, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise
     except OSError as error:
@@ -338,24 +366,17 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         raise RunError(
             f"the weights of {name} are damaged or do not fit its config ({first_line(error)}); get the files again"
         ) from error
+    if wrong := sorted(info["mismatched_keys"]):
+        key, held, asked = wrong[0]
+        others = f", and {len(wrong) - 1} others do not fit either" if len(wrong) > 1 else ""
+        raise RunError(
+            f"the weights of {name} do not fit its config: {key!r} is {' × '.join(map(str, held))} in the file and "
+            f"{' × '.join(map(str, asked))} by config.json{others}; get the right files"
+        )
     for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "hold, beyond what the config asks for,")):
         if keys:
             raise RunError(f"the weights of {name} {what} {len(keys)} parameters, for example {min(keys)!r}; get the right files")
     return model
-
-
-def _take_into_memory(model: Any) -> None:
-    """Give weights, in place, memory of their own, aligned, where they still lie in the file.
-
-    A product may round differently where a tensor is not aligned, a file that is removed meanwhile would keep its place on
-    the disk, and one that is overwritten would change the model. The file's pages go one by one: all of them stay else until
-    the last tensor has left, and the model is held twice.
-    """
-    files = mapped_files()
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        mapped = tensor.data
-        tensor.data = mapped.clone()
-        drop_pages(mapped.data_ptr(), mapped.nbytes, files)
 
 
 def _forget_gguf(model: Any) -> None:

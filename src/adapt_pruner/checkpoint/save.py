@@ -30,20 +30,31 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["check_target", "needs_own_code", "save", "whole_or_nothing", "why", "write_whole"]
+__all__ = ["check_parent", "check_target", "needs_own_code", "save", "whole_or_nothing", "why", "write_whole"]
 
 
 def check_target(path: Path) -> None:
     """Refuse a folder that exists and is not empty, before any work is done.
 
     Raises:
-        UsageError: it does, or it is not a folder, or its parent cannot be written to.
+        UsageError: it does, or it is not a folder, or `check_parent` refuses it.
     """
     if path.is_dir() and any(path.iterdir()):
         raise UsageError(f"{path} exists and is not empty; name another folder or empty it first")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} exists and is not a folder; name another")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Refuse a place where nothing can be written, before any work is done.
+
+    Raises:
+        UsageError: what it would lie in is a file, or cannot be written to.
+    """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is a file, so {path} cannot be made in it; name another place")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{parent} is not writable; name another folder")
 

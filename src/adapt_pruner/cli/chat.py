@@ -19,7 +19,9 @@ def chat(
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Another model, asked the same.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; more draws them.", min=0.0)] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time; more draws them.", min=0.0, max=100.0)
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the draw, with --temperature. [default: 0]", min=0, max=2**63 - 1)] = None,
     device: Device = "auto",
     dtype: Precision = "auto",

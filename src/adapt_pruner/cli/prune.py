@@ -70,6 +70,8 @@ def prune(
         raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
     further = {"method": method, "budget": params, "latency": latency, "latency_of": latency_of}
     given |= {key: value for key, value in further.items() if value is not None}
+    if twice := sorted(given.keys() & {text.partition("=")[0].strip() for text in overrides or []}):
+        raise UsageError(f"{', '.join(twice)} is said by an option of its own and by --set; leave one of them out")
     common = {"model": model, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
     if not (recipe.budget or recipe.latency):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapt_pruner.errors import UsageError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # recipes read budgets, and reading a recipe does not wait fo
 
     from adapt_pruner.core.axes import Slice
 
-__all__ = ["Budget", "count_parameters", "parse_count", "unit_cost"]
+__all__ = ["Budget", "check_written", "count_parameters", "parse_count", "unit_cost"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
@@ -32,10 +32,28 @@ def parse_count(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBgGtT]?)\s*", str(text))
     number = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].upper()] if match else 0.0
-    value = round(number) if number < 1e18 else 0
+    value = round(number) if 1 <= number < 1e18 else 0
     if value < 1:
         raise UsageError(f"{text!r} is not a count; write it like 110M, 110_000_000 or 1.5B")
     return value
+
+
+def check_written(budget: Any) -> str:
+    """A budget as people write it, `110M`, `110_000_000` or `80%`, if it is one of some model.
+
+    Raises:
+        UsageError: it is neither a count nor a share.
+    """
+    written = str(budget).strip()
+    if written.endswith("%"):
+        if not (re.fullmatch(r"\d*\.?\d+", written[:-1].strip()) and 0 < float(written[:-1]) <= 100):
+            raise UsageError(f"budget {written!r} is not a share of the dense model; write it like 80%, above 0% and up to 100%")
+        return written
+    try:
+        parse_count(written)
+    except UsageError as error:
+        raise UsageError(f"budget {written!r} is not a count, nor a share; write it like 110M, 110_000_000 or 80%") from error
+    return written
 
 
 def unit_cost(model: nn.Module, slices: Iterable[Slice]) -> int:
@@ -71,19 +89,8 @@ class Budget:
         Raises:
             UsageError: not a count or a share, or above the model's own size.
         """
-        written = str(text).strip()
-        if written.endswith("%"):
-            try:
-                share = float(written[:-1])
-            except ValueError:
-                share = 0.0
-            if not 0 < share <= 100:
-                raise UsageError(
-                    f"budget {written!r} is not a share of the dense model; write it like 80%, above 0% and up to 100%"
-                )
-            keep = int(dense * share / 100)
-        else:
-            keep = parse_count(written)
+        written = check_written(text)
+        keep = int(dense * float(written[:-1]) / 100) if written.endswith("%") else parse_count(written)
         if keep > dense:
             raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
         return cls(keep=keep, total=dense)

@@ -40,9 +40,8 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
 from adapt_pruner.core.loss import next_token_nll
-from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.precision import casting_once, precision, spoiled
 from adapt_pruner.core.surgery import gated
-from adapt_pruner.errors import RunError
 
 __all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "num_predicted", "score", "score_behind"]
 
@@ -166,9 +165,7 @@ def score(
                 world.sum_in_place(nll)
                 total = float(nll) / predicted
                 if not math.isfinite(total):
-                    raise RunError(
-                        f"the loss on the calibration text is {total}; the model's weights are damaged or overflow in {dtype}"
-                    )
+                    raise spoiled(f"the loss on the calibration text is {total}", next(model.parameters()).device, dtype)
             for names in gradients if of_weights else ():
                 _sum_gradients(model, names)
                 for metric, name in product(of_weights, names):

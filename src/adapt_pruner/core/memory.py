@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a process that runs another engine does not hold torch for a figure
-    from torch import nn
+    from collections.abc import Iterable
 
-__all__ = ["drop_pages", "give_back", "mapped_files", "peak_bytes", "peak_rss_bytes"]
+    from torch import Tensor, nn
+
+__all__ = ["give_back", "peak_bytes", "peak_rss_bytes", "take_into_memory"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -48,7 +50,21 @@ def give_back() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def mapped_files() -> list[range]:
+def take_into_memory(tensors: Iterable[Tensor]) -> None:
+    """Give tensors, in place, memory of their own, aligned, where they still lie in a file.
+
+    A product may round differently where a tensor is not aligned, a file that is removed meanwhile would keep its place on
+    the disk, and one that is overwritten would change the model. The file's pages go one by one: all of them stay else until
+    the last tensor has left, and the model is held twice.
+    """
+    files = _mapped_files()
+    for tensor in tensors:
+        there = tensor.data
+        tensor.data = there.clone()
+        _drop_pages(there.data_ptr(), there.nbytes, files)
+
+
+def _mapped_files() -> list[range]:
     """Addresses at which this process has files mapped; none where the system does not tell (/proc/self/maps)."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -58,11 +74,8 @@ def mapped_files() -> list[range]:
     return [range(int(start, 16), int(end, 16)) for start, end in spans]
 
 
-def drop_pages(address: int, size: int, files: list[range]) -> None:
-    """Take out of memory the whole pages of `size` bytes at `address`, if they are a file's; the system reads them again when they are asked for.
-
-    Bytes that were written there since, which no file has, are lost. Memory that is no part of `files` is left alone.
-    """
+def _drop_pages(address: int, size: int, files: list[range]) -> None:
+    """Take whole pages out of memory if they are a file's, which the system reads again; what was written there since is lost."""
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and any(first in file and last - 1 in file for file in files):

@@ -1,12 +1,14 @@
 """In which precision matrices are multiplied, and how often weights are brought to it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["casting_once", "native_bfloat16", "precision", "uses_bfloat16"]
+from adapt_pruner.errors import RunError
+
+__all__ = ["casting_once", "native_bfloat16", "numbers", "precision", "spoiled", "uses_bfloat16"]
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -27,6 +29,24 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
 def precision(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
+
+
+def spoiled(what: str, device: torch.device, dtype: str) -> RunError:
+    """What is raised where `what` came of a model is no number."""
+    narrow = uses_bfloat16(device, dtype)
+    found = "bfloat16; multiply in float32 (dtype), or get its files again" if narrow else "float32; get its files again"
+    return RunError(f"{what}; the model's weights are damaged or overflow in {found}")
+
+
+def numbers(what: str, device: torch.device, dtype: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A step of transformers' `generate`, told the ids and their logits, that refuses logits of nan or inf."""
+
+    def check(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not logits.max(dim=-1).values.isfinite().all():  # of a row with a nan, nan
+            raise spoiled(what, device, dtype)
+        return logits
+
+    return check
 
 
 @contextmanager

@@ -51,6 +51,8 @@ def hub_revision(spec: str) -> str:
 
 def _hub_parts(spec: str) -> tuple[str, str, str, str]:
     name, config, split, field = (spec.split(":")[1:] + ["", "", ""])[:4]
+    if not name:
+        raise UsageError(f"text {spec!r} names no data set; write it like hub:NAME or hub:NAME:CONFIG:SPLIT")
     return name, config, split or "train", field or _TEXT
 
 
@@ -140,9 +142,10 @@ def _file(path: Path) -> Iterator[Row]:
         else:
             yield str(path), path.read_bytes().decode("utf-8")  # as it is: read_text would change line ends
     except UnicodeDecodeError as error:
+        wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # the mark such a file opens with
         raise UsageError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            f"convert it first, for example: iconv -f latin1 -t utf-8 {name}"
+            f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {name}"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error

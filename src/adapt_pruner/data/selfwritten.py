@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.precision import casting_once, numbers, precision
 from adapt_pruner.data.tokens import opening
-from adapt_pruner.errors import RunError
 
 __all__ = ["selfwritten_windows"]
 
@@ -50,14 +49,6 @@ def selfwritten_windows(
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     shown = len(opening(tokenizer))
     device = next(model.parameters()).device
-
-    def numbers(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if not logits.max(dim=-1).values.isfinite().all():  # of a row with a nan, nan
-            raise RunError(
-                f"no text can be drawn from logits of nan or inf; the model's weights are damaged or overflow in {dtype}"
-            )
-        return logits
-
     training, own_config = model.training, model.generation_config
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), casting_once(model), precision(device, dtype):
@@ -78,7 +69,9 @@ def selfwritten_windows(
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=length - shown,
-                    logits_processor=LogitsProcessorList([numbers]),
+                    logits_processor=LogitsProcessorList(
+                        [numbers("no text can be drawn from logits of nan or inf", device, dtype)]
+                    ),
                 )
                 rows.append(written[:, 1 - shown :].cpu())
                 on_batch(done, len(starts))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessorList, TextStreamer
 
-from adapt_pruner.core.precision import precision
+from adapt_pruner.core.precision import numbers, precision
 from adapt_pruner.errors import UsageError, first_line
 
 __all__ = ["Answer", "answer"]
@@ -67,6 +67,7 @@ def answer(
 
     Raises:
         UsageError: the prompt is empty, longer than the model can read, or does not fit the template.
+        RunError: a logit is not a number, or infinite.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
@@ -100,6 +101,7 @@ def answer(
         torch.manual_seed(seed)
         written = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([numbers("no answer can be read from logits of nan or inf", model.device, dtype)]),
             pad_token_id=ends[0] if ends else 0, streamer=None if on_text is None else _Told(tokenizer, on_text), **how,
         )[0, ids.shape[1] :]  # fmt: skip
     seconds = time.perf_counter() - began

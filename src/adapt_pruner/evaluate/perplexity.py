@@ -12,8 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.plain import perplexity_of
-from adapt_pruner.core.precision import casting_once, precision
-from adapt_pruner.errors import RunError
+from adapt_pruner.core.precision import casting_once, precision, spoiled
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -84,7 +83,7 @@ def perplexity(
     world.sum_in_place(total, rate)
     nll = float(total) / count
     if math.isnan(nll):
-        raise RunError(f"the loss on the text is {nll}; the model's weights are damaged or overflow in {dtype}")
+        raise spoiled(f"the loss on the text is {nll}", device, dtype)
     bits = float(total) / math.log(2) / num_bytes if num_bytes else None
     seconds = time.perf_counter() - began
     return Perplexity(perplexity_of(nll), nll, count, len(windows), seconds, float(rate) or None, bits)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import why
+from adapt_pruner.checkpoint.save import check_parent, why
 from adapt_pruner.errors import RunError, UsageError, nearest
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
@@ -85,6 +85,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         raise UsageError(f"{path} exists; name another file or remove it first")
     if path.suffix != ".gguf":
         raise UsageError(f"{path} does not end in .gguf, by which tools know such a file; name it {path.name}.gguf")
+    check_parent(path)
     quantised = quant is not None and quant not in _PLAIN
     if quantised:
         from adapt_pruner.export import llama_cpp

@@ -217,7 +217,10 @@ def _full(norm: Any) -> Tensor:
 
 def _guard(loss: float, norm: float, progress: Progress, *, max_rise: float, lr: float) -> None:
     """Stop before the step that a bad gradient would spoil."""
-    at = f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text"
+    at = (
+        f"at step {progress.steps + 1}; lower training.lr (now {lr:g}), in another folder or, with --force-recipe, from a checkpoint "
+        "of before it went wrong (remove those after it), or check the training text"
+    )
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(f"the training loss became {loss} (gradient norm {norm}) {at}")
     smoothed = loss if progress.smoothed is None else _SMOOTHING * progress.smoothed + (1 - _SMOOTHING) * loss
