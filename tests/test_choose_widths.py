@@ -14,6 +14,7 @@ from adapt_pruner.core.axes import Axis, Gate
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
+from adapt_pruner.plan import params_of, prunable, sizes_alike
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 METHODS = ("adapt-pruner", "uniform", "magnitude", "flap", "shortgpt")
@@ -128,3 +129,31 @@ def test_what_lies_in_a_block_that_goes_pays_for_nothing_else(equal: bool) -> No
 
     assert removed(found) >= removed(sizes)
     assert {found[one.name] % 4 for one in neurons if one.layer} == {0}
+
+
+@pytest.mark.parametrize("multiple", [16, 32])
+@pytest.mark.parametrize("method", ["best", "adapt-pruner", "shortgpt", "flap"])
+def test_heads_go_where_neurons_are_at_their_least(
+    method: str, multiple: int, wide_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """What the plan says can be had can be had, and what lies a little above it: nothing asks for neurons that must stay."""
+    words = [f"multiple_of={multiple}", "calibration.own=0", *(["axes=[layers,neurons]"] if method == "shortgpt" else [])]
+    with pytest.raises(UsageError, match="nearest that can be had is") as refused:
+        pruned(wide_folder, tmp_path / "none", text_file, *words, method=method, budget="2")
+    least = int(str(refused.value).split()[-1].replace(",", ""))
+    for above in (0, 6, 15):
+        budget = least * (100 + above) // 100
+        model = pruned(wide_folder, tmp_path / str(above), text_file, *words, method=method, budget=str(budget))
+        assert count_parameters(model) <= budget
+        assert all(size.neurons % multiple == 0 for size in layer_sizes(model))
+
+
+@pytest.mark.parametrize("chooser", ["allocate.uniform", "rank.per_parameter"])
+def test_the_least_count_is_that_of_a_unit_of_every_axis(chooser: str, wide_folder: Path) -> None:
+    """A weight that a channel and a neuron own together goes once."""
+    model = load(str(wide_folder)).model
+    values = {"model": "m", "budget": "50%", "method": "uniform", "axes": ["residual", "neurons", "kv_heads"], "chooser": chooser}
+    asked = recipe.read({}, values=values | {"head_metric": None})
+    axes = prunable(model, asked)
+    one_of_each = params_of(model, axes, {axis.name: 1 for axis in axes})
+    assert params_of(model, axes, sizes_alike(model, asked, keep=0)) == one_of_each < 1000

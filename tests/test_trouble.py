@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.compare.request import Request
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
 from conftest import VOCAB, byte_tokenizer, tiny_model
@@ -114,6 +115,18 @@ def test_a_run_does_not_begin_in_a_comparison(ask: Any, tiny_folder: Path, text_
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["latency=0.7x"], "compare goes by --params, and the recipe of magnitude has a latency; leave it out"),
+        (["vocabulary.source=a.txt", "vocabulary.keep=9"], "compares models of one tokenizer, and .* has a vocabulary"),
+    ],
+)
+def test_what_every_cell_would_fail_by_is_refused_before_the_first(given: list[str], wanted: str) -> None:
+    with pytest.raises(UsageError, match=wanted):
+        Request(model="m", methods=("magnitude",), params=("80%",), texts=("t.txt",), overrides=tuple(given)).checked()
+
+
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("budget: 80%")
@@ -193,5 +206,8 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "wide.txt").write_text("some text", encoding="utf-16")
     with pytest.raises(UsageError, match="iconv -f utf-16 -t utf-8"):
         list(documents(str(tmp_path / "wide.txt")))
+    for nothing in ("", " ", {"a.txt": 1, "": 2}):
+        with pytest.raises(UsageError, match="name is empty, as an unset variable"):
+            read({"calibration": {"source": nothing}})
     with pytest.raises(UsageError, match="'hub:' names no data set; write it like hub:NAME"):
         list(documents("hub:"))

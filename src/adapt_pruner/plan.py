@@ -148,7 +148,7 @@ def mask_to(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
 def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
     """The sizes that the recipe's chooser comes to on its way to `keep` parameters, or as near as it may, if all scores are alike."""
     axes = families.axes(model)
-    left = prunable(model, recipe)
+    whole = left = prunable(model, recipe)
     chooser = chooser_of(recipe, step=1.0, amplitude=0.0)
     total = count_parameters(model)
     found, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
@@ -158,7 +158,7 @@ def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
         if all(sizes[axis.name] == axis.size for axis in left):
             break
         found |= sizes
-        total -= sum((axis.size - sizes[axis.name]) * axis.cost for axis in left)
+        total = params_of(model, whole, found)  # not what the axes cost: a channel and a neuron own a weight together
         num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
         gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
@@ -190,7 +190,11 @@ def chooser_of(recipe: Recipe, *, step: float, amplitude: float) -> Callable[...
     choose = parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude)
 
     def within_widths(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
-        sizes, debt = choose(scores, axes, budget, debt=debt)
+        sizes = {axis.name: axis.size for axis in axes}
+        # What it wanted of neurons at their least would be given back, and it would never get to the heads.
+        if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > recipe.multiple_of]:
+            wanted, debt = choose(scores, free, budget, debt=debt)
+            sizes |= wanted
         if recipe.multiple_of > 1 or recipe.equal_widths:
             sizes = fitting(sizes, axes, scores=scores, multiple_of=recipe.multiple_of, equal_widths=recipe.equal_widths)
         return sizes, debt
