@@ -127,6 +127,14 @@ def test_what_every_cell_would_fail_by_is_refused_before_the_first(given: list[s
         Request(model="m", methods=("magnitude",), params=("80%",), texts=("t.txt",), overrides=tuple(given)).checked()
 
 
+def test_a_comparison_is_told_its_text_once() -> None:
+    asked = Request(
+        model="m", methods=("flap",), params=("80%",), texts=("t",), calibration="a", overrides=("calibration.source=b",)
+    )
+    with pytest.raises(UsageError, match="calibration.source is said by --calibration and by --set; leave one of them out"):
+        asked.checked()
+
+
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("budget: 80%")

@@ -76,6 +76,8 @@ class Request:
             key = text.partition("=")[0].strip()
             if key in _OWN_KEYS:
                 raise UsageError(f"--set {key} would be the same in every cell of the comparison; use {_OWN_KEYS[key]}")
+            if key == "calibration.source" and self.calibration is not None:
+                raise UsageError(f"{key} is said by --calibration and by --set; leave one of them out")
         if self.calibration is not None and self.calibration_ids:
             raise UsageError(
                 f"--calibration-ids fix every token, so --calibration {self.calibration} would be ignored; leave one out"
