@@ -22,6 +22,7 @@ RECIPES = {
     "a key given twice": (b"model: m\nbudget: 80%\nbudget: 60%\n", "line 3: budget is given twice; leave one of them out"),
     "an inner key given twice": (b"training:\n  lr: 1\n  lr: 2\n", "line 3: lr is given twice"),
     "no YAML": (b"model: m\nbudget: [1,\n", "is not YAML: line 3, .*mend the line"),
+    "a tag": (b"model: !!python/name:os.system\n", "is not YAML: line 1, .*python/name:os.system.*mend the line"),
     "another encoding": ("model: m\n".encode("utf-16"), "is not text in UTF-8 .*save it as UTF-8"),
     "a share without %": (
         b"model: m\nbudget: 0.8\n",

@@ -11,6 +11,10 @@ from adapt_pruner.errors import UsageError
 __all__ = ["read_keys"]
 
 
+class _Twice(yaml.constructor.ConstructorError):
+    """A key that stands in a table twice."""
+
+
 class _Strict(yaml.SafeLoader):
     """YAML's own loader takes the last of two."""
 
@@ -18,7 +22,7 @@ class _Strict(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise _Twice(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -42,7 +46,7 @@ def read_keys(path: Path, name: str) -> dict[str, Any]:
         raise UsageError(f"recipe {name!r} cannot be read: {error.strerror or error}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-        if isinstance(error, yaml.constructor.ConstructorError):
+        if isinstance(error, _Twice):
             raise UsageError(f"recipe {name!r}, line {line}: {error.problem}; leave one of them out") from error
         raise UsageError(
             f"recipe {name!r} is not YAML: line {line}, {error.problem}; mend the line, or quote the value"
