@@ -378,7 +378,8 @@ def read(
         _put(data, key, value)
     seen: set[str] = set()
     for text in overrides:
-        key, equals, value = (part.strip() for part in text.partition("="))
+        key, equals, value = text.partition("=")
+        key = key.strip()
         if not equals:
             raise UsageError(f"--set {text!r} has no value; write it like --set step=0.05")
         if key in seen:

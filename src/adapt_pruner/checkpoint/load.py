@@ -200,13 +200,10 @@ def locate(name: str) -> tuple[str, str | None]:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            remedy = "name a Hugging Face folder or a .gguf file"
+            remedy, result = "name a Hugging Face folder or a .gguf file", path / "model"
             if (path / "recipe.yaml").is_file():
-                result = path / "model"
-                remedy = (
-                    f"it is the folder of a run; name its result, {result}"
-                    if result.is_dir()
-                    else "it is the folder of a run that has no result yet"
+                remedy = "it is the folder of a run" + (
+                    f"; name its result, {result}" if result.is_dir() else " that has no result yet"
                 )
             raise UsageError(f"{name} is not a model: it has no config.json; {remedy}")
         return str(path), None

@@ -87,11 +87,12 @@ class Request:
             calibration_ids=_once(self.calibration_ids),
         )  # fmt: skip
         for method, recipe in asked.recipes.items():
-            if recipe.latency or recipe.vocabulary is not None:
-                key, why = (
-                    ("latency", "goes by --params") if recipe.latency else ("vocabulary", "compares models of one tokenizer")
+            if recipe.latency:
+                raise UsageError(f"compare goes by --params, and the recipe of {method} has a latency; leave it out")
+            if recipe.vocabulary is not None:
+                raise UsageError(
+                    f"compare compares models of one tokenizer, and the recipe of {method} has a vocabulary; leave it out"
                 )
-                raise UsageError(f"compare {why}, and the recipe of {method} has a {key}; leave it out")
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")
         return asked

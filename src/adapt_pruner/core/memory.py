@@ -8,7 +8,7 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a process that runs another engine does not hold torch for a figure
     from collections.abc import Iterable
@@ -46,8 +46,7 @@ def peak_bytes(model: nn.Module) -> int:
 def give_back() -> None:
     """Hand what is free to the system, where the C library is glibc: it keeps tensors' memory in its heaps, in pieces that the next phase cannot use."""
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _call_glibc("malloc_trim", 0)
 
 
 def take_into_memory(tensors: Iterable[Tensor]) -> None:
@@ -79,5 +78,10 @@ def _drop_pages(address: int, size: int, files: list[range]) -> None:
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and any(first in file and last - 1 in file for file in files):
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        _call_glibc("madvise", ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _call_glibc(function: str, *arguments: Any) -> None:
+    """Call a function of the C library where that is glibc; where it is another, nothing."""
+    with suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
