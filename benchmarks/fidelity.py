@@ -2,8 +2,8 @@
 
     python benchmarks/fidelity.py [--only flap,wanda-sp] [-o fidelity]
 
-Prunes SmolLM2-135M-Instruct once a line with `adapt-pruner prune`, calibrated on the token ids of `calibration_c4_64x128.json`, and
-measures it with `adapt-pruner eval` on the first 40 windows of 512 tokens of WikiText-2's test text, both from the folder `--data`. The authors'
+Prunes SmolLM2-135M-Instruct once a line with `adapt-pruner prune`, calibrated on the token ids of `calibration_c4_64x128.json` or the first of
+them, and measures it with `adapt-pruner eval` on the first 40 windows of 512 tokens of WikiText-2's test text, both from the folder `--data`. The authors'
 figures are those of their released code on the same text and ids. What is measured already is kept in the folder of `-o`.
 """
 
@@ -19,7 +19,11 @@ from command import command
 MODEL = "smollm2-135m-instruct"
 ALL_LAYERS = ["--set", "chooser=allocate.uniform"]
 OUR_FOLD = ["--set", "metric=weights.taylor"]
-LINES: list[tuple[str, list[str], int, float]] = [  # name, options, parameters, the authors' perplexity
+THEIR_HEADS = ["--set", "metric=weights.taylor(authors_fold=true)", "--set", "head_metric=null"]
+THEIR_MEAN = ["--set", "metric=activations.fluctuation(form=WIFV,standardised=true,authors_mean=true)"]
+SEQUENCES = 64
+LINES: list[tuple[str, list[str], int, float] | tuple[str, list[str], int, float, int]] = [
+    # name, options, parameters, the authors' perplexity; sequences, where they are not all
     ("llm-pruner", [], 113_613_120, 39.12),
     ("llm-pruner", [], 91_937_088, 160.19),
     ("llm-pruner", OUR_FOLD, 91_937_088, 160.19),
@@ -30,20 +34,33 @@ LINES: list[tuple[str, list[str], int, float]] = [  # name, options, parameters,
     ("flap", [], 113_330_304, 48.63),
     ("flap", [], 92_100_096, 649.16),
     ("flap", [], 70_720_128, 2880.78),
+    ("flap", THEIR_MEAN, 113_330_304, 48.63),
+    ("flap", THEIR_MEAN, 92_100_096, 649.16),
+    ("flap", THEIR_MEAN, 70_720_128, 2880.78),
     ("wanda-sp", [], 113_260_608, 44.71),
     ("wanda-sp", [], 92_023_488, 1067.90),
     ("wanda-sp", [], 73_153_728, 2620.15),
     ("wanda-sp", ["--set", "behind=false"], 92_023_488, 1067.90),
+    ("slicegpt", [], 133_882_560, 209.78),
+    ("slicegpt", [], 107_483_328, 453.63),
+    ("slicegpt", [], 82_171_584, 1117.90),
+    ("adapt-pruner", THEIR_HEADS, 112_197_888, 43.60, 16),
+    ("adapt-pruner", THEIR_HEADS, 90_903_168, 156.73, 16),
+    ("adapt-pruner", THEIR_HEADS, 68_196_672, 760.66, 16),
+    ("adapt-pruner", THEIR_HEADS, 112_197_888, 41.1),
+    ("adapt-pruner", THEIR_HEADS, 90_903_168, 255),
+    ("adapt-pruner", THEIR_HEADS, 68_196_672, 1136),
 ]
 
 
-def measured(name: str, options: list[str], params: int, *, data: Path, out: Path) -> dict[str, Any]:
+def measured(name: str, options: list[str], params: int, *, sequences: int, data: Path, out: Path) -> dict[str, Any]:
     """Parameters and perplexity of a line, by the command line."""
-    slug = "-".join([name, *(option.split("=")[-1] for option in options[1::2]), str(params)])
+    few = [] if sequences == SEQUENCES else [str(sequences)]
+    slug = "-".join([name, *(option.split("=")[-1] for option in options[1::2]), str(params), *few])
     kept, model = out / f"{slug}.json", out / slug
     if not kept.exists():
         shutil.rmtree(model, ignore_errors=True)  # of a line that was stopped
-        ids = ["--calibration-ids", str(data / "calibration_c4_64x128.json")]
+        ids = ["--calibration-ids", str(_first(sequences, data / "calibration_c4_64x128.json", out))]
         exact = ["--dtype", "float32"]  # as theirs
         command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids, *exact)
         said = command("eval", str(model), "--text", str(_text(data)), "--window", "512", "--max-windows", "40", "--json")
@@ -51,6 +68,14 @@ def measured(name: str, options: list[str], params: int, *, data: Path, out: Pat
         kept.write_text(said)
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
+
+
+def _first(sequences: int, ids: Path, out: Path) -> Path:
+    """A file of so many of the sequences of `ids`."""
+    told = json.loads(ids.read_text())
+    first = out / f"first-{sequences}.json"
+    first.write_text(json.dumps({**told, "input_ids": told["input_ids"][:sequences]}))
+    return first
 
 
 def _text(data: Path) -> Path:
@@ -67,11 +92,12 @@ def main() -> None:
         sys.exit(f"{_text(asked.data)} is not there; name the folder that holds it with --data")
     asked.output.mkdir(parents=True, exist_ok=True)
     print("| row | options | parameters | authors' code | ours | ours / authors' |\n|---|---|---|---|---|---|")
-    for name, options, params, theirs in LINES:
+    for name, options, params, theirs, *few in LINES:
         if asked.only is not None and name not in asked.only.split(","):
             continue
-        found = measured(name, options, params, data=asked.data, out=asked.output)
-        ours, said = found["perplexity"], " ".join(option for option in options if option != "--set")
+        sequences = few[0] if few else SEQUENCES
+        found = measured(name, options, params, sequences=sequences, data=asked.data, out=asked.output)
+        ours, said = found["perplexity"], " ".join([*(option for option in options if option != "--set"), f"{sequences} × 128"])
         print(f"| {name} | {said} | {found['params']:,} | {theirs:,.2f} | {ours:,.2f} | {ours / theirs:.3f} |", flush=True)
 
 

@@ -227,8 +227,17 @@ def test_the_attentions_that_turn_the_stream_least_go(recipe: Recipe, tmp_path: 
 
 @pytest.mark.parametrize("axes", [["layers"], ["attentions", "mlps"]], ids="+".join)
 def test_a_distance_with_passes_of_its_own_ranks_alone(axes: list[str], recipe: Recipe, tmp_path: Path) -> None:
-    outcome = prune(read(recipe.model_dump() | {"distance": "blocks.loss_drop", "axes": axes}), tmp_path / "out")
+    heard: list[dict[str, Any]] = []
+    asked = read(recipe.model_dump() | {"distance": "blocks.loss_drop", "axes": axes})
+    outcome = prune(asked, tmp_path / "out", listen=heard.append)
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
+    cut = next(event for event in heard if event["event"] == "cut")
+    worth: dict[Any, float] = dict(enumerate(cut["distances"])) if axes == ["layers"] else cut["blocks"]
+    shut = outcome.mask["layers"] if axes == ["layers"] else {name: kept.any() for name, kept in outcome.mask.kept.items()}
+    gone = [unit for unit in worth if not shut[unit]]
+    assert len(worth) == 6 * len(axes)
+    assert gone
+    assert sorted(gone, key=worth.__getitem__) == sorted(worth, key=worth.__getitem__)[: len(gone)]
 
 
 def test_layers_alone_take_no_gradients(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from adapt_pruner.compare import comparison
 from adapt_pruner.compare.cells import prune_apart
-from conftest import read_json
+from conftest import byte_tokenizer, read_json
 from test_cli import one_sentence
 from test_compare import COMMAND, Ask, ask, pruned_here, words
 
@@ -140,6 +140,21 @@ def test_text_of_the_same_kind_is_said(
     assert "one kind" not in err
     _, _, err = ask(*words(tiny_folder, tmp_path / "wiki.valid.txt", tmp_path / "out", *more, methods="uniform"))
     assert "share a document" in err
+
+
+def test_ids_of_the_text_that_is_measured_are_said(
+    ask: Ask, pruned_here: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Of methods that look at text only; the tokens tell, since ids have no name of a kind."""
+    ids = byte_tokenizer()(text_file.read_text()[:2000]).input_ids
+    (tmp_path / "its.json").write_text(json.dumps({"input_ids": [ids[5:105], ids[90:190], [*range(3, 43)]]}))
+    (tmp_path / "others.json").write_text(json.dumps({"input_ids": [[*range(3, 43)], [*range(4, 44)]]}))
+    more = ["--set", "step=1", "--calibration-ids", tmp_path / "others.json", "--calibration-ids", tmp_path / "its.json"]
+    _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="uniform"))
+    assert "its.json' 2 of 3 sequences have text of" in err
+    assert "others.json' " not in err
+    _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="magnitude"))
+    assert "in common" not in err
 
 
 BAD = {

@@ -154,8 +154,22 @@ def test_one_piece_says_nothing_of_the_spread_and_nothing_is_done(sizes: tuple[i
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     few = [torch.arange(3, 3 + length).repeat(rows, 1) for rows in sizes]
-    assert rescale_blocks(model, families.axes(model), Mask(), few, dtype="float32") == []
+    said: list[str] = []
+    assert rescale_blocks(model, families.axes(model), Mask(), few, dtype="float32", warn=said.append) == []
+    assert said == [
+        "a factor for each block takes two sequences of calibration text or more; they stay 1, set calibration.samples higher"
+    ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_fewer_pieces_than_factors_are_said(text: list[Tensor]) -> None:
+    model, said = tiny_model(), []
+    few = torch.cat(text)[:4, :PIECE]  # two of them are fitted to, a piece each; three layers have six factors
+    assert few.shape == (4, PIECE)
+    rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), [few], dtype="float32", warn=said.append)
+    assert said == [
+        "2 pieces of calibration text are few for 6 factors; their steps were damped 3.0 times as much, set calibration.samples higher"
+    ]
 
 
 def test_a_block_that_does_nothing_keeps_its_weights(text: list[Tensor]) -> None:

@@ -138,7 +138,47 @@ def test_every_metric_is_its_formula(layout: tuple[str, str], batches: list[Tens
             assert found[metric][name].dtype == torch.float32
             assert found[metric][name].tolist() == pytest.approx(values, rel=1e-3), (metric, name)
     for metric, scores in found.items():
-        assert scores.keys() == taken.keys(), f"{metric} scores what enters one linear layer, not layers or the stream"
+        of_the_stream = {"residual"} if metric == "magnitude" else set()
+        assert scores.keys() == taken.keys() | of_the_stream, (
+            f"{metric} scores what enters one linear layer, not layers or tokens"
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_channels_of_the_stream_have_the_sum_of_what_norms_give(layout: tuple[str, str], batches: list[Tensor]) -> None:
+    """Of Minitron: over all norms of the stream, those of Gemma 3 behind a block too; not those inside heads."""
+    model = tiny_model(layout)
+    norms = [
+        module for name, module in model.named_modules() if name.endswith("norm") and not name.endswith(("q_norm", "k_norm"))
+    ]
+    assert len(norms) == 1 + len(model.model.layers) * (4 if "gemma" in layout[1] else 2)
+    given: dict[int, Samples] = {}
+    for number, module in enumerate(norms):
+
+        def take(entering: Tensor, number: int = number, forward: Callable[[Tensor], Tensor] = module.forward) -> Tensor:
+            out = forward(entering)
+            given.setdefault(number, []).append(out[0].tolist())
+            return out
+
+        module.forward = take
+    with torch.no_grad():
+        for row in torch.cat(batches):
+            model(row[None])
+    for module in norms:
+        del module.forward
+    expected = [
+        sum(magnitude_of(samples, range(j, j + 1)) for samples in given.values()) for j in range(model.config.hidden_size)
+    ]
+    found = scores_of(model, batches, activations.magnitude)["residual"]
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_minitron_takes_the_width_too(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    axes = ["neurons", "query_heads", "residual"]
+    outcome = prune(recipe_with(tiny_folder, text_file, method="minitron", axes=axes, budget="60%"), tmp_path / "out")
+    assert 0 < outcome.mask["residual"].sum() < 48
+    assert outcome.figures["params_after"] <= outcome.figures["budget"]
 
 
 def test_standardised_channels_have_mean_0_and_deviation_1_before_heads_are_made_of_them(batches: list[Tensor]) -> None:

@@ -15,6 +15,8 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import UsageError
+from adapt_pruner.pipeline import prune
+from adapt_pruner.recipe import read
 from adapt_pruner.repair.closed_form import RIDGES, least_squares, mean_bias
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
 from strangers import ask_a_stranger
@@ -144,12 +146,16 @@ def test_a_singular_gram_matrix_is_no_obstacle(text: list[Tensor]) -> None:
     with torch.no_grad():
         mlp = model.model.layers[0].mlp
         mlp.up_proj.weight[4] = 0
-        mlp.gate_proj.weight[6], mlp.up_proj.weight[6] = mlp.gate_proj.weight[8], mlp.up_proj.weight[8]
+        for neuron, factor in ((6, 0.3), (10, 0.7), (12, 1.1)):  # of neuron 8, to rounding
+            mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = mlp.gate_proj.weight[8], factor * mlp.up_proj.weight[8]
     axes = families.axes(model)
-    least_squares(model, axes, half(axes), text, ridge=0.0, dtype="float32")
-    weight = model.model.layers[0].mlp.down_proj.weight
-    assert torch.isfinite(weight).all()
-    assert weight.abs().max() < 100
+    mask, name = half(axes), "model.layers.0.mlp.down_proj"
+    before, x, keep = model.get_submodule(name).weight.detach().double(), inputs(model, name, text), mask["layers.0.neurons"]
+    assert {4, 6, 8, 10, 12} <= set(keep.nonzero().flatten().tolist())
+    least_squares(model, axes, mask, text, ridge=0.0, dtype="float32")
+    # the least change that fits: lstsq's, whose rank is told by the values of x, not of its square
+    least = torch.linalg.lstsq(x[:, keep], x[:, ~keep] @ before[:, ~keep].t(), rcond=1e-3, driver="gelsd").solution.t()
+    assert torch.allclose(model.get_submodule(name).weight[:, keep].double(), before[:, keep] + least, atol=1e-3)
 
 
 def test_the_ridge_is_chosen_by_what_was_held_out(text: list[Tensor]) -> None:
@@ -172,17 +178,20 @@ def test_the_ridge_is_chosen_by_what_was_held_out(text: list[Tensor]) -> None:
     assert torch.allclose(model.get_submodule(name).weight[:, keep].double(), expected, atol=1e-3)
 
 
-def test_too_few_tokens_raise_the_ridge_and_say_so() -> None:
+@pytest.mark.parametrize(("ridge", "stands", "raised"), [(0.1, 0.1, 0.4), (0.0, 1, 4.0)])
+def test_too_few_tokens_raise_the_ridge_and_say_so(ridge: float, stands: float, raised: float) -> None:
+    """A ridge of 0 cannot be raised: another takes its place."""
     model, same = tiny_model(), tiny_model()
     axes = families.axes(model)
     mask = half(axes)
     few = [torch.randint(3, 97, (1, 10), generator=torch.Generator().manual_seed(1))]
     said: list[str] = []
-    least_squares(model, axes, mask, few, ridge=0.1, dtype="float32", warn=said.append)
+    least_squares(model, axes, mask, few, ridge=ridge, dtype="float32", warn=said.append)
     assert len(said) == 1
     assert "10 calibration tokens are few for a repair of layers with up to 4.0 times as many inputs" in said[0]
+    assert f"its ridge of {stands:g} was raised by as much" in said[0]
     x, keep = inputs(same, "model.layers.0.mlp.down_proj", few), mask["layers.0.neurons"]
-    expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, 0.4)
+    expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, raised)
     assert torch.allclose(model.model.layers[0].mlp.down_proj.weight[:, keep].double(), expected, atol=1e-3)
 
 
@@ -218,8 +227,34 @@ def test_ridges_that_make_no_sense_are_refused(text: list[Tensor]) -> None:
     axes = families.axes(model)
     with pytest.raises(UsageError, match="ridge -1 is negative"):
         least_squares(model, axes, half(axes), text, ridge=-1)
-    with pytest.raises(UsageError, match="two batches"):
-        least_squares(model, axes, half(axes), text[:1], ridge=None)
+
+
+def test_one_batch_to_choose_a_ridge_on_takes_a_stronger_one_and_says_so(text: list[Tensor]) -> None:
+    model, same = tiny_model(), tiny_model()
+    axes = families.axes(model)
+    mask = half(axes)
+    said: list[str] = []
+    least_squares(model, axes, mask, text[:1], ridge=None, dtype="float32", warn=said.append)
+    assert said == [
+        "choosing a ridge takes two batches of calibration text and there is one; it is 1, set calibration.samples higher"
+    ]
+    x, keep = inputs(same, "model.layers.0.mlp.down_proj", text[:1]), mask["layers.0.neurons"]
+    expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, 1.0)
+    assert torch.allclose(model.model.layers[0].mlp.down_proj.weight[:, keep].double(), expected, atol=1e-3)
+
+
+def test_a_run_with_too_little_text_says_so_once_a_stage(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    recipe = read({
+        "model": str(tiny_folder), "budget": "70%", "method": "best", "dtype": "float32",
+        "calibration": {"source": str(text_file), "samples": 1, "length": 32, "own": 0},
+    })  # fmt: skip
+    prune(recipe, tmp_path / "out", listen=heard.append)
+    assert sum(event["event"] == "cut" for event in heard) > 1
+    said = [event["message"] for event in heard if event["event"] == "warning"]
+    assert sum("calibration tokens are few for a repair" in message for message in said) == 1
+    assert sum("a factor for each block takes two sequences" in message for message in said) == 1
+    assert all(message.startswith("stage 1: ") for message in said if "calibration.samples higher" in message)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: one[1])

@@ -5,6 +5,7 @@ goes on from its newest checkpoint. What happens on the way is told to a listene
 library itself prints nothing.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -108,8 +109,13 @@ def _prune(
         return
     chooser = chooser_of(recipe, step=recipe.step, amplitude=recipe.amplitude)
 
+    said: set[str] = set()
+
     def warn(message: str) -> None:
-        listen({"event": "warning", "message": f"stage {stage.stage}: {message}"})
+        """Once a stage, however many iterations it has and whatever figures they put into the sentence."""
+        if (sentence := re.sub(r"\d[\d.,]*", "", message)) not in said:
+            said.add(sentence)
+            listen({"event": "warning", "message": f"stage {stage.stage}: {message}"})
 
     trainer.before_cuts()
     if recipe.debt == "reset":

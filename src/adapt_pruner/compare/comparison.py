@@ -10,6 +10,7 @@ models/           checkpoints, while they are measured; all of them where they a
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.data.feeds import held_out_windows, too_long
-from adapt_pruner.data.overlap import overlaps, same_kind
+from adapt_pruner.data.overlap import overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -122,8 +122,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         text: held_out_windows(loaded.tokenizer, source=text, window=asked.window, max_windows=asked.max_windows)
         for text in asked.texts
     }
-    for ids in asked.calibration_ids:
-        calibration_ids(ids, vocab_size=loaded.model.config.vocab_size)
+    rows = {ids: calibration_ids(ids, vocab_size=loaded.model.config.vocab_size) for ids in asked.calibration_ids}
     readers = {name for name, recipe in asked.recipes.items() if reads_text(loaded.model, recipe)}
     specs = {
         spec: 1.0 for name in sorted(readers) if not asked.calibration_ids
@@ -131,6 +130,8 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
     }  # fmt: skip
     digests = {spec: _text_digest(spec) for spec in specs}
     warnings = overlaps({"calibration": specs or None, "evaluation": dict.fromkeys(asked.texts, 1.0)})
+    read_ids = itertools.product(rows.items() if readers else (), windows.items())
+    warnings += [said for (ids, its), (text, seen) in read_ids if (said := same_tokens(ids, its, text, seen))]
     for sentence in (*warnings, same_kind(specs, asked.texts), *too_long(loaded.model.config, {"--window": asked.window})):
         if sentence:
             listen({"event": "warning", "message": sentence})
@@ -154,7 +155,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
 
 def _text_digest(spec: str) -> str:
     digest = hashlib.sha256()
-    for document in islice(read(spec), _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None):
+    for document in itertools.islice(read(spec), _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None):
         digest.update(document.digest)
     return digest.hexdigest()
 

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from adapt_pruner.data.sources import SELF, Source, domains, read
 
-__all__ = ["overlaps", "same_kind"]
+__all__ = ["overlaps", "same_kind", "same_tokens"]
 
 _NAMED = 3
+_RUN = 32  # tokens in a row that two texts do not share by chance
 _MAX_HUB_DOCUMENTS = 10_000
 _BUILT_IN = "python-docs"
 _OF_ANY_TEXT = {
@@ -53,6 +56,34 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
             remedy = "; to measure on text of its own, split it: SPEC#train and SPEC#heldout" if measures else ""
             sentences.append(f"{one} and {other} text share {count} ({named}){remedy}")
     return sentences
+
+
+def same_tokens(ids: str, rows: Iterable[Tensor], text: str, windows: Iterable[Tensor]) -> str | None:
+    """One sentence where sequences of token ids that are calibrated on have a run of 32 tokens, or all, of what is measured; else None.
+
+    Args:
+        ids: the name of the file of ids.
+        rows: its sequences, int64 [1, length].
+        text: the SPEC of the evaluation text.
+        windows: its windows, int64 [1, window].
+    """
+    calibrated, measured = [row.flatten().tolist() for row in rows], [window.flatten().tolist() for window in windows]
+
+    @functools.cache
+    def runs(length: int) -> set[tuple[int, ...]]:
+        return {tuple(window[at : at + length]) for window in measured for at in range(len(window) - length + 1)}
+
+    def is_measured(row: list[int]) -> bool:
+        length = min(_RUN, len(row))
+        return any(tuple(row[at : at + length]) in runs(length) for at in range(len(row) - length + 1))
+
+    shared = sum(map(is_measured, calibrated))
+    if not shared:
+        return None
+    return (
+        f"of the calibration ids {ids!r} {shared:,} of {len(calibrated):,} sequences have text of {text!r} in common, "
+        "so the perplexities are lower than on text of another kind; measure on other text, or calibrate on other ids"
+    )
 
 
 def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | None:

@@ -1,7 +1,8 @@
 """What each unit is worth by what flows through it: the input of the linear layer at its axis's gate, X.
 
 Symbols: x_ntj is feature j of X at token t of sequence n; N sequences; W the weight of that linear layer, [outputs, features].
-Sums over text are kept in float64, a number or two a feature. Axes without such a layer (`layers`, `residual`) are skipped.
+Sums over text are kept in float64, a number or two a feature. Axes without such a layer (`layers`, `residual`) are skipped, but that
+`magnitude` scores `residual` by what its norms give.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
@@ -105,21 +107,24 @@ def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
 
     score[u] = √( Σ_{j ∈ u} Σ_n ( mean_t |x_ntj| )² )
 
+    A channel of the stream (`residual`) scores the sum of that over the norms, x being what the norm gives.
+
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
-    Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it for neurons and heads.
+    Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it.
     """
-    axes = _watchable(axes)
+    axes = [axis for axis in axes if axis.slices and not axis.gate.output]
     squares = _zeros(model, axes)
 
-    def look(name: str, entering: Tensor) -> None:
-        squares[name] += entering.abs().mean(dim=1, dtype=torch.float64).square().sum(dim=0)
+    def look(name: str, seen: Tensor) -> None:
+        squares[name] += seen.abs().mean(dim=1, dtype=torch.float64).square().sum(dim=0)
 
     with _looking(model, squares, look):
         yield Evidence.FORWARD
     world.sum_in_place(*squares.values())
-    return {axis.name: _by_unit(squares, axis).sum(dim=1).sqrt().float() for axis in axes}
+    through = {axis.name: [squares[name].cpu().view(-1, axis.gate.width) for name in _at(axis)] for axis in axes}
+    return {name: torch.stack([each.sum(dim=1).sqrt() for each in found]).sum(dim=0).float() for name, found in through.items()}
 
 
 def _weighted_norms(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
@@ -191,23 +196,28 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return model.get_parameter(f"{name}.weight").detach().double()
 
 
+def _at(axis: Axis) -> tuple[str, ...]:
+    """What an axis is watched at: the linear layer at its gate, or the norms there."""
+    return (axis.gate.module, *axis.gate.also)
+
+
 def _zeros(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
-    """For the linear layer at each gate (axes may share one) float64 zeros, [features]."""
-    weights = {axis.gate.module: model.get_parameter(f"{axis.gate.module}.weight") for axis in axes}
-    return {name: weight.new_zeros(weight.shape[1], dtype=torch.float64) for name, weight in weights.items()}
+    """For what each axis is watched at (axes may share it) float64 zeros, [features]."""
+    weights = {name: model.get_parameter(f"{name}.weight") for axis in axes for name in _at(axis)}
+    return {name: weight.new_zeros(weight.shape[-1], dtype=torch.float64) for name, weight in weights.items()}
 
 
 @contextmanager
 def _looking(model: nn.Module, names: Mapping[str, Any], look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While it lasts, `look` is shown the name of each linear layer in `names` and its input, float32 [batch, length, features]."""
+    """While it lasts, `look` is shown each name with what enters that linear layer, or leaves that norm: float32 [batch, length, features]."""
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            look(name, args[0].detach().float())
+    def watch(name: str) -> RemovableHandle:
+        module = model.get_submodule(name)
+        if model.get_parameter(f"{name}.weight").dim() == 1:
+            return module.register_forward_hook(lambda module, args, given: look(name, given.detach().float()))
+        return module.register_forward_pre_hook(lambda module, args: look(name, args[0].detach().float()))
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    handles = [watch(name) for name in names]
     try:
         yield
     finally:

@@ -19,11 +19,15 @@ from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.repair.factors import rescale_blocks
 
-__all__ = ["RIDGES", "least_squares", "mean_bias", "without_bias"]
+__all__ = ["FALLBACK", "RIDGES", "least_squares", "mean_bias", "without_bias"]
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What a ridge is chosen from."""
 
+FALLBACK = 1.0
+"""The ridge where the text is too little to choose one on, or to do without one."""
+
+_ROUNDING = 1e-6  # of the greatest eigenvalue: what lies below is rounding of sums in float32
 _HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
 
 
@@ -57,15 +61,16 @@ def least_squares(
         mask: what is about to be cut.
         batches: token ids, int64 [batch, length].
         ridge: in mean diagonals; None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does not
-            see. With fewer tokens than features it is raised by features / tokens, and `warn` is told.
+            see, and with a single batch takes `FALLBACK`. With fewer tokens than features it is raised by features / tokens, 0 to that
+            times `FALLBACK`; `warn` is told of both.
         sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
         factors: Gauss-Newton steps after that, on a factor for each attention and MLP (`repair.factors.rescale_blocks`).
         dtype: precision of the matrix products of the model; the systems are solved in float64.
-        warn: told when there are too few tokens.
+        warn: told when there are too few tokens for a ridge, or for factors.
         on_layer: told (done, of) after each layer; a Gauss-Newton step counts as all layers do together.
 
     Raises:
-        UsageError: a negative ridge or number of steps; no batches; a single batch to choose a ridge on.
+        UsageError: a negative ridge or number of steps; no batches.
 
     Source: ours, from ordinary ridge regression. Layer-wise reconstruction of what a cut removed is that of SparseGPT (arXiv:2301.00774) and ZipLM
     (arXiv:2302.04089); inputs of the pruned model on one side only are FISTAPruner's (arXiv:2408.03728).
@@ -76,8 +81,9 @@ def least_squares(
         raise UsageError(f"repair factors {factors} is negative; give the number of Gauss-Newton steps, 0 for none")
     _need_text(batches)
     if ridge is None and len(batches) < 2:
-        raise UsageError(
-            "choosing a ridge takes two batches of calibration text or more; set calibration.samples higher, or a ridge"
+        ridge = FALLBACK
+        warn(
+            f"choosing a ridge takes two batches of calibration text and there is one; it is {ridge:g}, set calibration.samples higher"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model)
@@ -125,14 +131,15 @@ def least_squares(
                 short = max(short, fit.apply(ridge, tokens=float(tokens)))
         on_layer(index + 1, work)
     if short > 1:
+        raised = f"its ridge of {ridge or FALLBACK:g}" if ridge is not None else "its ridge"
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
-            f"its ridge was raised by as much, set calibration.samples higher"
+            f"{raised} was raised by as much, set calibration.samples higher"
         )
     if factors:
         entering, pruned = [], []  # lets go of the hidden states of all the text
         rescale_blocks(
-            model, axes, mask, batches, steps=factors, dtype=dtype,
+            model, axes, mask, batches, steps=factors, dtype=dtype, warn=warn,
             tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
         )  # fmt: skip
 
@@ -172,6 +179,8 @@ class _Fit:
         short = max(1.0, self.keep.numel() / tokens)
         if ridge is None:
             ridge = self._chosen(weight, staying)
+        elif ridge == 0 and short > 1:
+            ridge = FALLBACK
         solved = _solve(square, weight @ cross - staying @ square, ridge * short)
         self.weight[:, self.keep] = (staying + solved).to(self.weight.dtype)
         return short
@@ -189,14 +198,14 @@ class _Fit:
 
 
 def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
-    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known get nothing."""
+    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known, to float32's rounding, get nothing."""
     shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    if not int(failed) and float(factor.diagonal().min()) > 1e-6 * float(factor.diagonal().max()):
+    if not int(failed) and float(factor.diagonal().min()) > _ROUNDING**0.5 * float(factor.diagonal().max()):
         solved: Tensor = torch.cholesky_solve(asked.t(), factor).t()
         return solved
     values, vectors = torch.linalg.eigh(shifted)
-    known = values > 1e-10 * float(values.max())
+    known = values > _ROUNDING * float(values.max())
     inverse = torch.where(known, 1 / torch.where(known, values, torch.ones_like(values)), torch.zeros_like(values))
     known_part: Tensor = ((asked @ vectors) * inverse) @ vectors.t()
     return known_part

@@ -41,6 +41,7 @@ def rescale_blocks(
     *,
     steps: int = 1,
     dtype: str = "auto",
+    warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> list[float]:
     """Multiply, in place, what each block adds to the stream by a factor f, by Gauss-Newton steps on the loss of the pruned model.
@@ -64,6 +65,7 @@ def rescale_blocks(
         batches: token ids, int64 [batch, length]; with fewer than two sequences nothing is done.
         steps: of which each takes a pass forwards and back over half of the text, and one or more forwards over a quarter.
         dtype: precision of the matrix products.
+        warn: told when there is too little text.
         tell: told the share of the work that is done.
 
     Returns:
@@ -78,8 +80,18 @@ def rescale_blocks(
     blocks = [axis for axis in axes if axis.modules and mask.renamed(axis.name) and bool(mask.of(axis).all())]
     fitted, held_out = _every(batches, *_FITTED), _every(batches, *_HELD_OUT)
     pieces, predicted = sum(len(batch) * -(-batch.shape[1] // PIECE) for batch in fitted), num_predicted(fitted)
-    if not blocks or not held_out or pieces < 2:
+    if not blocks:
         return []
+    if not held_out or pieces < 2:
+        warn(
+            "a factor for each block takes two sequences of calibration text or more; they stay 1, set calibration.samples higher"
+        )
+        return []
+    if pieces < len(blocks):
+        warn(
+            f"{pieces} pieces of calibration text are few for {len(blocks)} factors; their steps were damped "
+            f"{len(blocks) / pieces:.1f} times as much, set calibration.samples higher"
+        )
     factors = torch.ones(len(blocks), dtype=torch.float64)
     with gated(model, axes, mask), _multiplied(model, blocks, factors):
         losses = [mean_loss(model, held_out, dtype=dtype)]
