@@ -10,7 +10,7 @@ DEMO := runs/demo
 .PHONY: demo test check format matrix clean help
 
 help:
-	@echo "make demo    prune a real language model, train it in between, and compare (under 10 minutes on two cores)"
+	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"

@@ -1,6 +1,6 @@
 """What pruning costs: its time against plain forward and backward passes, its peak memory against the model's size.
 
-    python benchmarks/prune_cost.py [MODEL] [--method adapt-pruner] [--params 120M] [--samples 64] [--length 128]
+    python benchmarks/prune_cost.py [MODEL] [--method best] [--params 120M] [--samples 64] [--length 128]
 
 Time: what `adapt-pruner prune` spends on scoring, layer distances, choosing, measuring heads, repair and cutting, divided by (iterations × one
 plain forward and backward with transformers' own loss over the same calibration tokens in the same batches and precision). The plain

@@ -17,7 +17,7 @@ def run(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a built-in recipe such as smollm2-demo.")
     ],
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [default: runs/RECIPE-DATE]")] = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [default: runs/RECIPE-DATE-TIME]")] = None,
     overrides: Set = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan with time and memory; a model's config.json is enough.")
