@@ -9,6 +9,7 @@ figures are those of their released code on the same text and ids. What is measu
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ LINES: list[tuple[str, list[str], int, float] | tuple[str, list[str], int, float
 def measured(name: str, options: list[str], params: int, *, sequences: int, data: Path, out: Path) -> dict[str, Any]:
     """Parameters and perplexity of a line, by the command line."""
     few = [] if sequences == SEQUENCES else [str(sequences)]
-    slug = "-".join([name, *(option.split("=")[-1] for option in options[1::2]), str(params), *few])
+    slug = "-".join([name, *(re.sub(r"\W+", "_", option).strip("_") for option in options[1::2]), str(params), *few])
     kept, model = out / f"{slug}.json", out / slug
     if not kept.exists():
         shutil.rmtree(model, ignore_errors=True)  # of a line that was stopped

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapt_pruner.data import overlap
 from adapt_pruner.data.overlap import overlaps, same_kind
+from adapt_pruner.pipeline import prune
+from adapt_pruner.recipe import read
+from conftest import byte_tokenizer
 
 
 @pytest.fixture
@@ -100,3 +104,19 @@ def test_texts_of_different_kinds_give_no_warning(pair: tuple[str, str], tmp_pat
     one, other = (placed(spec, tmp_path) for spec in pair)
     assert same_kind([one], [other]) is None
     assert same_kind([other], [one]) is None
+
+
+def test_a_run_that_measures_its_calibration_ids_is_told(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    ids = byte_tokenizer()(text_file.read_text()[:2000]).input_ids
+    (tmp_path / "ids.json").write_text(json.dumps({"input_ids": [ids[5:105], [*range(3, 43)]]}))
+    heard: list[dict[str, Any]] = []
+    asked = {
+        "model": str(tiny_folder), "budget": "90%", "method": "wanda-sp", "calibration": {"ids": str(tmp_path / "ids.json")},
+        "evaluation": {"source": str(text_file), "window": 64, "max_windows": 4},
+    }  # fmt: skip
+    prune(read(asked), tmp_path / "out", listen=heard.append)
+    said = [event["message"] for event in heard if event["event"] == "warning"]
+    assert [message for message in said if "1 of 2 sequences have text in common with" in message]
+    heard.clear()
+    prune(read(asked | {"method": "magnitude"}), tmp_path / "without text", listen=heard.append)
+    assert not [event for event in heard if event["event"] == "warning" and "in common" in event["message"]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families, parts
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
 from adapt_pruner.core.calibrate import score, score_behind
 from adapt_pruner.core.surgery import gated
@@ -139,19 +140,15 @@ def test_every_metric_is_its_formula(layout: tuple[str, str], batches: list[Tens
             assert found[metric][name].tolist() == pytest.approx(values, rel=1e-3), (metric, name)
     for metric, scores in found.items():
         of_the_stream = {"residual"} if metric == "magnitude" else set()
-        assert scores.keys() == taken.keys() | of_the_stream, (
-            f"{metric} scores what enters one linear layer, not layers or tokens"
-        )
+        assert scores.keys() == taken.keys() | of_the_stream, f"{metric} scores what enters one linear layer"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 def test_channels_of_the_stream_have_the_sum_of_what_norms_give(layout: tuple[str, str], batches: list[Tensor]) -> None:
-    """Of Minitron: over all norms of the stream, those of Gemma 3 behind a block too; not those inside heads."""
+    """Of Minitron: over the norms in the layers, those of Gemma 3 behind a block too; not those inside heads, nor the last."""
     model = tiny_model(layout)
-    norms = [
-        module for name, module in model.named_modules() if name.endswith("norm") and not name.endswith(("q_norm", "k_norm"))
-    ]
-    assert len(norms) == 1 + len(model.model.layers) * (4 if "gemma" in layout[1] else 2)
+    norms = [module for layer in model.model.layers for name, module in layer.named_children() if name.endswith("norm")]
+    assert len(norms) == len(model.model.layers) * (4 if "gemma" in layout[1] else 2)
     given: dict[int, Samples] = {}
     for number, module in enumerate(norms):
 
@@ -172,13 +169,24 @@ def test_channels_of_the_stream_have_the_sum_of_what_norms_give(layout: tuple[st
     found = scores_of(model, batches, activations.magnitude)["residual"]
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx(expected, rel=1e-3)
+    beside, _ = score(model, families.axes(model), batches, metrics=[weights.taylor, activations.magnitude], dtype="float32")
+    assert beside["residual"].tolist() == pytest.approx(expected, rel=1e-3), "gradients in the same pass change nothing"
 
 
 def test_minitron_takes_the_width_too(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The channels with the least scores, by another computation of them."""
     axes = ["neurons", "query_heads", "residual"]
-    outcome = prune(recipe_with(tiny_folder, text_file, method="minitron", axes=axes, budget="60%"), tmp_path / "out")
-    assert 0 < outcome.mask["residual"].sum() < 48
+    asked = recipe_with(tiny_folder, text_file, method="minitron", axes=axes, budget="60%", step=1)
+    heard: list[dict[str, Any]] = []
+    outcome = prune(asked, tmp_path / "out", listen=heard.append)
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
+    first = next(event["sizes"]["residual"] for event in heard if event["event"] == "cut")
+    model = load(str(tiny_folder)).model
+    batches = calibration_feed(model, byte_tokenizer(), source=str(text_file), samples=8, length=32, ids=None, seed=0)(1)
+    scores = scores_of(model, batches, activations.magnitude)["residual"]
+    kept = set(outcome.mask["residual"].nonzero().flatten().tolist())
+    assert 0 < len(kept) <= first < 48
+    assert kept <= set(scores.topk(first).indices.tolist()), "what one more iteration takes is ranked anew"
 
 
 def test_standardised_channels_have_mean_0_and_deviation_1_before_heads_are_made_of_them(batches: list[Tensor]) -> None:
@@ -385,6 +393,9 @@ def test_behind_needs_units_inside_layers(tiny_folder: Path, text_file: Path, tm
     whole = {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"}
     with pytest.raises(UsageError, match="behind=true measures units inside layers, and axes has none but layers"):
         prune(recipe_with(tiny_folder, text_file, behind=True, **whole), tmp_path / "out")
+    width = {"axes": ["residual"], "method": "minitron"}
+    with pytest.raises(UsageError, match="behind=true measures units inside layers, and axes has none but residual"):
+        prune(recipe_with(tiny_folder, text_file, behind=True, **width), tmp_path / "out")
 
 
 def test_names_that_two_files_share_have_to_be_whole() -> None:

@@ -176,7 +176,7 @@ def _check_measured(model: Any, recipe: Recipe) -> None:
     evidence_needed(model, scored(model, recipe), metrics_of(recipe, seed=0))
     if not recipe.behind:
         return
-    if not set(recipe.axes) - set(WHOLE):
+    if not set(recipe.axes) - {*WHOLE, "residual"}:
         raise UsageError(
             f"behind=true measures units inside layers, and axes has none but {', '.join(recipe.axes)}; set behind=false"
         )

@@ -25,7 +25,7 @@ from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feeds import MICRO_TOKENS, calibration_feed, held_out_windows, too_long
-from adapt_pruner.data.overlap import overlaps
+from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.rows import Rows, stage_spans, training_rows
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
@@ -172,8 +172,11 @@ def prepare(
         "vocabulary": None if recipe.vocabulary is None else recipe.vocabulary.source,
     }
     if world.is_main() and not begun:
-        for sentence in (*overlaps(sources), *too_long(loaded.model.config, _lengths(loaded.model, recipe))):
-            warn(sentence)
+        ids, measured = recipe.calibration.ids, recipe.evaluation.source
+        shared = same_tokens(ids, calibration(0), str(measured), held_out) if ids and reads_text(loaded.model, recipe) else None
+        for sentence in (*overlaps(sources), shared, *too_long(loaded.model.config, _lengths(loaded.model, recipe))):
+            if sentence:
+                warn(sentence)
     digests = {
         "calibration text": _digest([*calibration(0), *own]),
         "training text": "" if rows is None else rows.digest(),

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -58,32 +58,32 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
     return sentences
 
 
-def same_tokens(ids: str, rows: Iterable[Tensor], text: str, windows: Iterable[Tensor]) -> str | None:
-    """One sentence where sequences of token ids that are calibrated on have a run of 32 tokens, or all, of what is measured; else None.
+def same_tokens(ids: str, batches: Iterable[Tensor], text: str, windows: Iterable[Tensor]) -> str | None:
+    """One sentence where sequences of token ids that are calibrated on have a run of 32 tokens in common with what is measured; else None.
 
     Args:
         ids: the name of the file of ids.
-        rows: its sequences, int64 [1, length].
-        text: the SPEC of the evaluation text.
-        windows: its windows, int64 [1, window].
+        batches: its sequences, int64 [batch, length].
+        text: the name of the evaluation text.
+        windows: its windows, int64 [batch, window].
     """
-    calibrated, measured = [row.flatten().tolist() for row in rows], [window.flatten().tolist() for window in windows]
-
-    @functools.cache
-    def runs(length: int) -> set[tuple[int, ...]]:
-        return {tuple(window[at : at + length]) for window in measured for at in range(len(window) - length + 1)}
-
-    def is_measured(row: list[int]) -> bool:
-        length = min(_RUN, len(row))
-        return any(tuple(row[at : at + length]) in runs(length) for at in range(len(row) - length + 1))
-
-    shared = sum(map(is_measured, calibrated))
+    rows = [row for batch in batches for row in batch.tolist()]
+    runs: dict[tuple[int, ...], set[int]] = {}
+    for number, row in enumerate(rows):
+        for run in _runs(row):
+            runs.setdefault(run, set()).add(number)
+    nothing: set[int] = set()
+    shared = {number for window in windows for row in window.tolist() for run in _runs(row) for number in runs.get(run, nothing)}
     if not shared:
         return None
     return (
-        f"of the calibration ids {ids!r} {shared:,} of {len(calibrated):,} sequences have text of {text!r} in common, "
+        f"of the calibration ids {ids!r} {len(shared):,} of {len(rows):,} sequences have text in common with {text!r}, "
         "so the perplexities are lower than on text of another kind; measure on other text, or calibrate on other ids"
     )
+
+
+def _runs(row: list[int]) -> Iterator[tuple[int, ...]]:
+    return (tuple(row[at : at + _RUN]) for at in range(len(row) - _RUN + 1))
 
 
 def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | None:

@@ -2,7 +2,7 @@
 
 Symbols: x_ntj is feature j of X at token t of sequence n; N sequences; W the weight of that linear layer, [outputs, features].
 Sums over text are kept in float64, a number or two a feature. Axes without such a layer (`layers`, `residual`) are skipped, but that
-`magnitude` scores `residual` by what its norms give.
+`magnitude` scores `residual` by what the norms in the layers give.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -107,12 +107,13 @@ def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
 
     score[u] = √( Σ_{j ∈ u} Σ_n ( mean_t |x_ntj| )² )
 
-    A channel of the stream (`residual`) scores the sum of that over the norms, x being what the norm gives.
+    A channel of the stream (`residual`) scores the sum of that over the norms in the layers, x being what the norm gives.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
-    Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it.
+    Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it, which leaves the last norm out, too. Differs: norms behind a
+    block (Gemma 3) count, and KV heads, which it does not take, are those of their query heads.
     """
     axes = [axis for axis in axes if axis.slices and not axis.gate.output]
     squares = _zeros(model, axes)
@@ -123,8 +124,8 @@ def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     with _looking(model, squares, look):
         yield Evidence.FORWARD
     world.sum_in_place(*squares.values())
-    through = {axis.name: [squares[name].cpu().view(-1, axis.gate.width) for name in _at(axis)] for axis in axes}
-    return {name: torch.stack([each.sum(dim=1).sqrt() for each in found]).sum(dim=0).float() for name, found in through.items()}
+    by_unit = {axis.name: [_by_unit(squares, axis, name).sum(dim=1).sqrt() for name in _at(axis)] for axis in axes}
+    return {name: torch.stack(found).sum(dim=0).float() for name, found in by_unit.items()}
 
 
 def _weighted_norms(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
@@ -197,8 +198,8 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _at(axis: Axis) -> tuple[str, ...]:
-    """What an axis is watched at: the linear layer at its gate, or the norms there."""
-    return (axis.gate.module, *axis.gate.also)
+    """What an axis is watched at: the linear layer at its gate, or the norms there that lie in layers."""
+    return axis.gate.also or (axis.gate.module,)
 
 
 def _zeros(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
@@ -225,6 +226,6 @@ def _looking(model: nn.Module, names: Mapping[str, Any], look: Callable[[str, Te
             handle.remove()
 
 
-def _by_unit(channels: Mapping[str, Tensor], axis: Axis) -> Tensor:
-    """The values of the features of each unit: [units, width] on the CPU."""
-    return channels[axis.gate.module].cpu().view(-1, axis.gate.width)
+def _by_unit(channels: Mapping[str, Tensor], axis: Axis, name: str | None = None) -> Tensor:
+    """The values of the features of each unit, at the gate's linear layer or at `name`: [units, width] on the CPU."""
+    return channels[name or axis.gate.module].cpu().view(-1, axis.gate.width)

@@ -27,7 +27,7 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FALLBACK = 1.0
 """The ridge where the text is too little to choose one on, or to do without one."""
 
-_ROUNDING = 1e-6  # of the greatest eigenvalue: what lies below is rounding of sums in float32
+_ROUNDING = 1e-6  # of features of length 1: what lies below is rounding of sums in float32
 _HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
 
 
@@ -83,7 +83,8 @@ def least_squares(
     if ridge is None and len(batches) < 2:
         ridge = FALLBACK
         warn(
-            f"choosing a ridge takes two batches of calibration text and there is one; it is {ridge:g}, set calibration.samples higher"
+            f"{sum(batch.numel() for batch in batches):,} calibration tokens are one batch, and choosing a ridge takes another to judge by; "
+            f"it is {ridge:g}, set calibration.samples higher"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model)
@@ -131,10 +132,14 @@ def least_squares(
                 short = max(short, fit.apply(ridge, tokens=float(tokens)))
         on_layer(index + 1, work)
     if short > 1:
-        raised = f"its ridge of {ridge or FALLBACK:g}" if ridge is not None else "its ridge"
+        raised = (
+            "its ridge was raised by as much"
+            if ridge != 0
+            else f"those layers have a ridge of {FALLBACK:g} times that instead of 0"
+        )
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
-            f"{raised} was raised by as much, set calibration.samples higher"
+            f"{raised}, set calibration.samples higher"
         )
     if factors:
         entering, pruned = [], []  # lets go of the hidden states of all the text
@@ -198,16 +203,21 @@ class _Fit:
 
 
 def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
-    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known, to float32's rounding, get nothing."""
+    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known get nothing.
+
+    What is known is told with every feature at its own scale: one of a thousand times the others' size leaves them known.
+    """
     shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    scale = shifted.diagonal().sqrt()
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    if not int(failed) and float(factor.diagonal().min()) > _ROUNDING**0.5 * float(factor.diagonal().max()):
+    if not int(failed) and bool((factor.diagonal() > _ROUNDING**0.5 * scale).all()):
         solved: Tensor = torch.cholesky_solve(asked.t(), factor).t()
         return solved
-    values, vectors = torch.linalg.eigh(shifted)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    values, vectors = torch.linalg.eigh(shifted / scale / scale[:, None])
     known = values > _ROUNDING * float(values.max())
     inverse = torch.where(known, 1 / torch.where(known, values, torch.ones_like(values)), torch.zeros_like(values))
-    known_part: Tensor = ((asked @ vectors) * inverse) @ vectors.t()
+    known_part: Tensor = ((asked / scale @ vectors) * inverse) @ vectors.t() / scale
     return known_part
 
 

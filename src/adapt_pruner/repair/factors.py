@@ -84,12 +84,13 @@ def rescale_blocks(
         return []
     if not held_out or pieces < 2:
         warn(
-            "a factor for each block takes two sequences of calibration text or more; they stay 1, set calibration.samples higher"
+            f"factors of blocks take 2 pieces of {PIECE} tokens to fit to and a sequence to judge by, and the calibration text has "
+            f"{pieces} and {sum(map(len, held_out))}; they stay 1, set calibration.samples higher"
         )
         return []
     if pieces < len(blocks):
         warn(
-            f"{pieces} pieces of calibration text are few for {len(blocks)} factors; their steps were damped "
+            f"{pieces} pieces of {PIECE} tokens, of every second sequence, are few for {len(blocks)} factors; their steps were damped "
             f"{len(blocks) / pieces:.1f} times as much, set calibration.samples higher"
         )
     factors = torch.ones(len(blocks), dtype=torch.float64)
