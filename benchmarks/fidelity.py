@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from command import command
 
@@ -22,48 +22,60 @@ ALL_LAYERS = ["--set", "chooser=allocate.uniform"]
 OUR_FOLD = ["--set", "metric=weights.taylor"]
 THEIR_HEADS = ["--set", "metric=weights.taylor(authors_fold=true)", "--set", "head_metric=null"]
 THEIR_MEAN = ["--set", "metric=activations.fluctuation(form=WIFV,standardised=true,authors_mean=true)"]
-SEQUENCES = 64
-LINES: list[tuple[str, list[str], int, float] | tuple[str, list[str], int, float, int]] = [
-    # name, options, parameters, the authors' perplexity; sequences, where they are not all
-    ("llm-pruner", [], 113_613_120, 39.12),
-    ("llm-pruner", [], 91_937_088, 160.19),
-    ("llm-pruner", OUR_FOLD, 91_937_088, 160.19),
-    ("llm-pruner", ALL_LAYERS, 113_208_768, 48.41),
-    ("llm-pruner", ALL_LAYERS, 91_971_648, 338.62),
-    ("llm-pruner", ALL_LAYERS + OUR_FOLD, 91_971_648, 338.62),
-    ("llm-pruner", ALL_LAYERS, 73_101_888, 1526.75),
-    ("flap", [], 113_330_304, 48.63),
-    ("flap", [], 92_100_096, 649.16),
-    ("flap", [], 70_720_128, 2880.78),
-    ("flap", THEIR_MEAN, 113_330_304, 48.63),
-    ("flap", THEIR_MEAN, 92_100_096, 649.16),
-    ("flap", THEIR_MEAN, 70_720_128, 2880.78),
-    ("wanda-sp", [], 113_260_608, 44.71),
-    ("wanda-sp", [], 92_023_488, 1067.90),
-    ("wanda-sp", [], 73_153_728, 2620.15),
-    ("wanda-sp", ["--set", "behind=false"], 92_023_488, 1067.90),
-    ("slicegpt", [], 133_882_560, 209.78),
-    ("slicegpt", [], 107_483_328, 453.63),
-    ("slicegpt", [], 82_171_584, 1117.90),
-    ("adapt-pruner", THEIR_HEADS, 112_197_888, 43.60, 16),
-    ("adapt-pruner", THEIR_HEADS, 90_903_168, 156.73, 16),
-    ("adapt-pruner", THEIR_HEADS, 68_196_672, 760.66, 16),
-    ("adapt-pruner", THEIR_HEADS, 112_197_888, 41.1),
-    ("adapt-pruner", THEIR_HEADS, 90_903_168, 255),
-    ("adapt-pruner", THEIR_HEADS, 68_196_672, 1136),
+
+
+class Line(NamedTuple):
+    """A row with options, pruned to so many parameters on the first of the sequences, and the authors' perplexity."""
+
+    name: str
+    options: list[str]
+    params: int
+    theirs: float
+    sequences: int = 64
+
+
+LINES = [
+    Line("llm-pruner", [], 113_613_120, 39.12),
+    Line("llm-pruner", [], 91_937_088, 160.19),
+    Line("llm-pruner", OUR_FOLD, 91_937_088, 160.19),
+    Line("llm-pruner", ALL_LAYERS, 113_208_768, 48.41),
+    Line("llm-pruner", ALL_LAYERS, 91_971_648, 338.62),
+    Line("llm-pruner", ALL_LAYERS + OUR_FOLD, 91_971_648, 338.62),
+    Line("llm-pruner", ALL_LAYERS, 73_101_888, 1526.75),
+    Line("flap", [], 113_330_304, 48.63),
+    Line("flap", [], 92_100_096, 649.16),
+    Line("flap", [], 70_720_128, 2880.78),
+    Line("flap", THEIR_MEAN, 113_330_304, 48.63),
+    Line("flap", THEIR_MEAN, 92_100_096, 649.16),
+    Line("flap", THEIR_MEAN, 70_720_128, 2880.78),
+    Line("wanda-sp", [], 113_260_608, 44.71),
+    Line("wanda-sp", [], 92_023_488, 1067.90),
+    Line("wanda-sp", [], 73_153_728, 2620.15),
+    Line("wanda-sp", ["--set", "behind=false"], 92_023_488, 1067.90),
+    Line("slicegpt", [], 133_882_560, 209.78),
+    Line("slicegpt", [], 107_483_328, 453.63),
+    Line("slicegpt", [], 82_171_584, 1117.90),
+    Line("adapt-pruner", THEIR_HEADS, 112_197_888, 43.60, 16),
+    Line("adapt-pruner", THEIR_HEADS, 90_903_168, 156.73, 16),
+    Line("adapt-pruner", THEIR_HEADS, 68_196_672, 760.66, 16),
+    Line("adapt-pruner", THEIR_HEADS, 112_197_888, 41.1),
+    Line("adapt-pruner", THEIR_HEADS, 90_903_168, 255),
+    Line("adapt-pruner", THEIR_HEADS, 68_196_672, 1136),
 ]
 
 
-def measured(name: str, options: list[str], params: int, *, sequences: int, data: Path, out: Path) -> dict[str, Any]:
+def measured(line: Line, *, data: Path, out: Path) -> dict[str, Any]:
     """Parameters and perplexity of a line, by the command line."""
-    few = [] if sequences == SEQUENCES else [str(sequences)]
-    slug = "-".join([name, *(re.sub(r"\W+", "_", option).strip("_") for option in options[1::2]), str(params), *few])
+    words = [*line.options[1::2], str(line.params), str(line.sequences)]
+    slug = "-".join([line.name, *(re.sub(r"\W+", "_", word).strip("_") for word in words)])
     kept, model = out / f"{slug}.json", out / slug
     if not kept.exists():
         shutil.rmtree(model, ignore_errors=True)  # of a line that was stopped
-        ids = ["--calibration-ids", str(_first(sequences, data / "calibration_c4_64x128.json", out))]
+        ids = ["--calibration-ids", str(_first(line.sequences, data / "calibration_c4_64x128.json", out))]
         exact = ["--dtype", "float32"]  # as theirs
-        command("prune", MODEL, "-o", str(model), "--params", str(params), "--method", name, *options, *ids, *exact)
+        command(
+            "prune", MODEL, "-o", str(model), "--params", str(line.params), "--method", line.name, *line.options, *ids, *exact
+        )
         said = command("eval", str(model), "--text", str(_text(data)), "--window", "512", "--max-windows", "40", "--json")
         (model / "model.safetensors").unlink()
         kept.write_text(said)
@@ -93,13 +105,15 @@ def main() -> None:
         sys.exit(f"{_text(asked.data)} is not there; name the folder that holds it with --data")
     asked.output.mkdir(parents=True, exist_ok=True)
     print("| row | options | parameters | authors' code | ours | ours / authors' |\n|---|---|---|---|---|---|")
-    for name, options, params, theirs, *few in LINES:
-        if asked.only is not None and name not in asked.only.split(","):
+    for line in LINES:
+        if asked.only is not None and line.name not in asked.only.split(","):
             continue
-        sequences = few[0] if few else SEQUENCES
-        found = measured(name, options, params, sequences=sequences, data=asked.data, out=asked.output)
-        ours, said = found["perplexity"], " ".join([*(option for option in options if option != "--set"), f"{sequences} × 128"])
-        print(f"| {name} | {said} | {found['params']:,} | {theirs:,.2f} | {ours:,.2f} | {ours / theirs:.3f} |", flush=True)
+        found = measured(line, data=asked.data, out=asked.output)
+        ours, said = found["perplexity"], " ".join([*line.options[1::2], f"{line.sequences} × 128"])
+        print(
+            f"| {line.name} | {said} | {found['params']:,} | {line.theirs:,.2f} | {ours:,.2f} | {ours / line.theirs:.3f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

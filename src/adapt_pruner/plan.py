@@ -158,9 +158,8 @@ def sizes_alike(model: Any, recipe: Recipe, *, keep: int) -> dict[str, int]:
         if all(sizes[axis.name] == axis.size for axis in left):
             break
         found |= sizes
-        total = num_left(
-            model, axes, mask_to(whole, found)
-        )  # not what the axes cost: a channel and a neuron own a weight together
+        # Not what the axes cost: a channel and a neuron own a weight together.
+        total = num_left(model, axes, mask_to(whole, found))
         num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
         gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]

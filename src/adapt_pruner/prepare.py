@@ -165,6 +165,7 @@ def prepare(
     rows = _rows(loaded, recipe, warn)
     spans = [] if rows is None else [span.stop for span in stage_spans(rows, [stage.tokens for stage in planned])]
     held_out = _held_out(loaded, recipe)
+    begins_with = calibration(0)
     sources = {
         "calibration": recipe.calibration.source if recipe.calibration.ids is None and reads_text(loaded.model, recipe) else None,
         "training": recipe.training.source,
@@ -173,12 +174,12 @@ def prepare(
     }
     if world.is_main() and not begun:
         ids, measured = recipe.calibration.ids, recipe.evaluation.source
-        shared = same_tokens(ids, calibration(0), str(measured), held_out) if ids and reads_text(loaded.model, recipe) else None
+        shared = same_tokens(ids, begins_with, str(measured), held_out) if ids and reads_text(loaded.model, recipe) else None
         for sentence in (*overlaps(sources), shared, *too_long(loaded.model.config, _lengths(loaded.model, recipe))):
             if sentence:
                 warn(sentence)
     digests = {
-        "calibration text": _digest([*calibration(0), *own]),
+        "calibration text": _digest([*begins_with, *own]),
         "training text": "" if rows is None else rows.digest(),
         "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
     }

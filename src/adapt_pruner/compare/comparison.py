@@ -130,9 +130,14 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
     }  # fmt: skip
     digests = {spec: _text_digest(spec) for spec in specs}
     warnings = overlaps({"calibration": specs or None, "evaluation": dict.fromkeys(asked.texts, 1.0)})
-    read_ids = itertools.product(rows.items() if readers else (), windows.items())
-    warnings += [said for (ids, its), (text, seen) in read_ids if (said := same_tokens(ids, its, text, seen))]
-    for sentence in (*warnings, same_kind(specs, asked.texts), *too_long(loaded.model.config, {"--window": asked.window})):
+    pairs = itertools.product(rows.items() if readers else (), windows.items())
+    shared = [same_tokens(ids, its, text, seen) for (ids, its), (text, seen) in pairs]
+    for sentence in (
+        *warnings,
+        *shared,
+        same_kind(specs, asked.texts),
+        *too_long(loaded.model.config, {"--window": asked.window}),
+    ):
         if sentence:
             listen({"event": "warning", "message": sentence})
 

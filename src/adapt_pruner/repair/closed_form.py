@@ -208,12 +208,11 @@ def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
     What is known is told with every feature at its own scale: one of a thousand times the others' size leaves them known.
     """
     shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
-    scale = shifted.diagonal().sqrt()
+    scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if not int(failed) and bool((factor.diagonal() > _ROUNDING**0.5 * scale).all()):
         solved: Tensor = torch.cholesky_solve(asked.t(), factor).t()
         return solved
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     values, vectors = torch.linalg.eigh(shifted / scale / scale[:, None])
     known = values > _ROUNDING * float(values.max())
     inverse = torch.where(known, 1 / torch.where(known, values, torch.ones_like(values)), torch.zeros_like(values))
