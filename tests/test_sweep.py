@@ -1,6 +1,7 @@
 """Gradients of a few layers at a time are those of whole backward passes, and no more of them exist at once."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.core import layerwise
+from adapt_pruner.core import loss as core_loss
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.layerwise import Sweep, layers_at_once
@@ -46,6 +48,24 @@ def swept(model: Any, dtype: str, batches: Sequence[Tensor] = BATCHES) -> tuple[
         assert {name for name in with_gradients if ".layers." in name} <= set(names)
     assert all(weight.grad is None for weight in model.parameters())
     return found, total, groups
+
+
+def test_on_a_cpu_the_logits_of_few_tokens_exist_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring's peak is in its loss; see `LOGITS_OF`."""
+    model, rows = tiny_model(vocab_size=VOCAB).eval(), []
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits of all tokens at once"))
+    expected, loss = whole(model, "float32")
+
+    def linear(entering: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows.append(len(entering))
+        return torch.nn.functional.linear(entering, weight, bias)
+
+    monkeypatch.setattr(layerwise, "LOGITS_OF", 8)
+    monkeypatch.setattr(core_loss, "F", SimpleNamespace(linear=linear))
+    found, total, _ = swept(model, "float32")
+    assert rows == 3 * [8, 8, 8, 6], "2 × 15 tokens are predicted in each of three batches"
+    torch.testing.assert_close(total, loss)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -12,7 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.calibrate import Evidence
-from adapt_pruner.core.layerwise import decoder_layers, layers_at_once
+from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, layers_at_once
 from adapt_pruner.data import feeds
 from adapt_pruner.train import loop
 
@@ -220,7 +220,8 @@ def pruning_memory(
         scoring["loss"] = all_loss
     else:
         scoring["on their way"] = max(0, copies - activations)
-        scoring["loss"] = max(0, all_loss - sum(scoring.values()))
+        swept_loss = _loss(of, replace(rows, teacher=None), learns=False, chunk=LOGITS_OF if how.device == "cpu" else None)
+        scoring["loss"] = max(0, swept_loss - sum(scoring.values()))
         scoring["hidden states"] = stream * (-(-of.layers // k) + 1)
     reading = {
         "copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
@@ -257,13 +258,13 @@ def _layers(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
     return each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
 
 
-def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False) -> int:
+def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk: int | None = None) -> int:
     """What the head needs: the logits of a chunk of tokens, the gradient of what enters it, and its own with a copy of it.
 
     The last two are among what FSDP gathers.
     """
     element = 2 if how.narrow else 4
-    chunk = min(how.tokens, max(loss.CACHED_ROWS, loss.MAX_LOGITS // of.vocabulary))
+    chunk = min(how.tokens, chunk or max(loss.CACHED_ROWS, loss.MAX_LOGITS // of.vocabulary))
     at_once = loss.CACHED_ROWS if how.device == "cpu" else chunk
     logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
     if how.teacher is not None:

@@ -14,7 +14,12 @@ from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import first
 
-__all__ = ["Stream", "Sweep", "decoder_layers", "layers_at_once", "streams"]
+__all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "layers_at_once", "streams"]
+
+
+LOGITS_OF = (
+    128  # tokens whose logits `Sweep` holds at one time on a CPU: more make its head no faster, and its peak is reached there
+)
 
 
 def decoder_layers(model: Any) -> Any:
@@ -123,7 +128,8 @@ class Sweep:
 
     Forwards the text goes through one layer after the other, and what enters the first layer of each group of k is kept.
     Backwards each group runs again, batch by batch, from what entered it, with what autograd needs of these layers only. The
-    gradients are those of whole backward passes to the last bit, as sums are taken in the same order; instead of the gradients of all
+    gradients are those of whole backward passes to the last bit, as sums are taken in the same order (to rounding where a batch on a
+    CPU has logits in several pieces of `LOGITS_OF` tokens); instead of the gradients of all
     L layers there are those of k and the hidden states between L / k groups (see `layers_at_once`), for one more forward pass.
 
     `forward`, then `loss`, then `backward`. Parameters that want a gradient get one. Hooks on a decoder layer and in it are
@@ -170,10 +176,11 @@ class Sweep:
     def loss(self, *, over: int) -> Tensor:
         """The sum of -log p over all predicted tokens, float64 in nats; gradients are those of 1 / `over` of it."""
         total = torch.zeros((), dtype=torch.float64)
+        chunk = LOGITS_OF if self._device.type == "cpu" else None
         for flow, batch in zip(self._flows, self._batches, strict=True):
             leaving = flow.hidden.detach().requires_grad_()
             with _standing_in(self._model, leaving), precision(self._device, self._dtype):
-                loss = next_token_nll(self._model, batch.to(self._device))
+                loss = next_token_nll(self._model, batch.to(self._device), chunk=chunk)
             (loss / over).backward()
             total += loss.detach().double().cpu()
             assert leaving.grad is not None
