@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import families
-from adapt_pruner.core import loss
+from adapt_pruner import estimate, families
+from adapt_pruner.core import layerwise, loss
 from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.precision import native_bfloat16
 from adapt_pruner.data import feeds
@@ -275,6 +275,23 @@ def test_what_changes_with_the_setup() -> None:
     assert training_memory(of, replace(alone, checkpointing=True))["activations"] < one["activations"] / 3
     carried = pruning_memory(of, replace(alone, processes=8, parallel="fsdp"), samples=64, length=64, moments=True)
     assert (carried["weights"], carried["moments"]) == (4 * of.params, 8 * of.params), "whole on each process"
+
+
+def test_groups_are_planned_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sizes decide how many layers have gradients at one time, in the formula and in the work."""
+    model = tiny_model()
+    batches, told = list(torch.ones(6, 64, dtype=torch.long).split(4)), []
+
+    def noted(depth: int, **sizes: float) -> int:
+        told.append({"depth": depth, **sizes})
+        return 1
+
+    monkeypatch.setattr(layerwise, "layers_at_once", noted)
+    monkeypatch.setattr(estimate, "layers_at_once", noted)
+    layerwise.Sweep(model, batches, dtype="float32")
+    pruning_memory(shapes(model), Setup("cpu", False, 64, None, 2**20), samples=6, length=64, moments=False)
+    made, planned = told
+    assert planned == pytest.approx(made)
 
 
 def test_passes_without_gradients_may_hold_the_most() -> None:

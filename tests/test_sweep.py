@@ -178,13 +178,13 @@ def test_a_loss_that_is_no_number_is_seen_before_the_way_back(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("depth", "hidden", "gradients"), [(30, 18.9, 14.2), (32, 134, 800), (2, 1, 1), (1, 5, 1), (28, 1, 0), (12, 900, 1)]
+    ("depth", "hidden", "layer"), [(30, 18.9, 14.2), (32, 134, 800), (2, 1, 1), (1, 5, 1), (28, 1, 0), (12, 900, 1)]
 )
-def test_a_group_is_as_large_as_makes_both_least(depth: int, hidden: float, gradients: float) -> None:
+def test_a_group_is_as_large_as_makes_both_least(depth: int, hidden: float, layer: float) -> None:
     def cost(k: int) -> float:
-        return depth / k * hidden + k * gradients
+        return depth / k * hidden + k * layer
 
-    k = layers_at_once(depth, hidden=hidden, gradients=gradients)
+    k = layers_at_once(depth, hidden=hidden, layer=layer)
     assert 1 <= k <= depth
     assert cost(k) <= 1.07 * min(cost(one) for one in range(1, depth + 1))
 

@@ -12,7 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.calibrate import Evidence
-from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, layers_at_once
+from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, kept, layers_at_once
 from adapt_pruner.data import feeds
 from adapt_pruner.train import loop
 
@@ -66,6 +66,11 @@ class Shapes:
     def head(self) -> int:
         """Parameters of the output embedding."""
         return self.vocabulary * self.width
+
+    @property
+    def in_and_out(self) -> int:
+        """Rows and columns of all weight matrices of the decoder layers."""
+        return 7 * self.layers * self.width + 2 * self.queries + 2 * self.keys + 3 * self.neurons
 
     @property
     def tied(self) -> bool:
@@ -130,8 +135,7 @@ class Setup:
 
     def trained(self, of: Shapes) -> int:
         """Parameters that have a gradient and moments."""
-        in_and_out = 7 * of.layers * of.width + 2 * of.queries + 2 * of.keys + 3 * of.neurons
-        return self.lora * in_and_out if self.lora else of.params
+        return self.lora * of.in_and_out if self.lora else of.params
 
 
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
@@ -207,7 +211,8 @@ def pruning_memory(
         own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
-    k = of.layers if whole else layers_at_once(of.layers, hidden=stream, gradients=4 * of.decoder / of.layers)
+    layer = (4 * of.decoder + kept(rows.tokens, of.in_and_out)) / of.layers
+    k = of.layers if whole else layers_at_once(of.layers, hidden=stream, layer=layer)
     group = of.decoder * k // of.layers
     copies = 2 * group if how.narrow else 0
     all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, replace(rows, teacher=None), learns=False)

@@ -14,7 +14,7 @@ from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import first
 
-__all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "layers_at_once", "streams"]
+__all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "streams"]
 
 
 LOGITS_OF = (
@@ -112,15 +112,25 @@ def _standing_in(model: nn.Module, leaving: Tensor | None = None) -> Iterator[tu
             layers[index] = layer
 
 
-def layers_at_once(depth: int, *, hidden: float, gradients: float) -> int:
-    """k, the layers of a group in `Sweep`: where depth / k · hidden + k · gradients is least.
+def layers_at_once(depth: int, *, hidden: float, layer: float) -> int:
+    """k, the layers of a group in `Sweep`: where depth / k · hidden + k · layer is least.
 
     Args:
         depth: number of layers.
         hidden: bytes of the hidden states of the whole text between two layers.
-        gradients: bytes of the gradients of a layer's weights.
+        layer: bytes that a layer of the group takes: gradients of its weights, and `kept` by autograd of a batch.
     """
-    return max(1, min(depth, round(math.sqrt(depth * hidden / gradients)))) if gradients else depth
+    return max(1, min(depth, round(math.sqrt(depth * hidden / layer)))) if layer else depth
+
+
+def kept(tokens: int, in_and_out: float) -> float:
+    """Bytes that autograd keeps of a layer, roughly: in float32, what enters and what leaves each of its weight matrices.
+
+    Args:
+        tokens: of a batch.
+        in_and_out: rows and columns of all its weight matrices.
+    """
+    return 4 * tokens * in_and_out
 
 
 class Sweep:
@@ -150,11 +160,14 @@ class Sweep:
         self._device = next(model.parameters()).device
         self._flows = streams(model, batches, dtype=dtype)
         self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        gradients = sum(weight.nbytes for layer in self._layers for weight in layer.parameters() if weight.requires_grad)
+        weights = [weight for layer in self._layers for weight in layer.parameters()]
+        gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)
+        in_and_out = sum(sum(weight.shape) for weight in weights if weight.ndim == 2)
+        activations = kept(max((batch.numel() for batch in batches), default=0), in_and_out)
         hidden = sum(flow.hidden.nbytes for flow in self._flows)
         depth = len(self._layers)
         # Shares of the text may differ, and gradients are summed over all processes group by group.
-        self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, gradients=gradients / depth))
+        self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, layer=(gradients + activations) / depth))
         self._entered: dict[int, list[Tensor]] = {}
         self._gradients: list[Tensor] = []
         self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer backwards takes three times what it takes forwards
