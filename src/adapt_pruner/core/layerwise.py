@@ -16,10 +16,7 @@ from adapt_pruner.core.surgery import first
 
 __all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "streams"]
 
-
-LOGITS_OF = (
-    128  # tokens whose logits `Sweep` holds at one time on a CPU: more make its head no faster, and its peak is reached there
-)
+LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, whose peak may be in its loss
 
 
 def decoder_layers(model: Any) -> Any:
