@@ -198,7 +198,11 @@ def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.Mo
     of, how = shapes(tiny_model()), Setup("cpu", True, 64, None, 2**20)
 
     def told() -> dict[str, int]:
-        training, pruning = training_memory(of, how), pruning_memory(of, how, samples=64, length=64, moments=False)
+        whole = Evidence.SAMPLE_GRADIENTS  # how many layers make a group depends on the tokens, too
+        training, pruning = (
+            training_memory(of, how),
+            pruning_memory(of, how, samples=64, length=64, moments=False, evidence=whole),
+        )
         return {"tokens": how.tokens, "loss": training["loss"], "scored": pruning["activations"]}
 
     before = told()
