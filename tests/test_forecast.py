@@ -199,10 +199,8 @@ def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.Mo
 
     def told() -> dict[str, int]:
         whole = Evidence.SAMPLE_GRADIENTS  # how many layers make a group depends on the tokens, too
-        training, pruning = (
-            training_memory(of, how),
-            pruning_memory(of, how, samples=64, length=64, moments=False, evidence=whole),
-        )
+        training = training_memory(of, how)
+        pruning = pruning_memory(of, how, samples=64, length=64, moments=False, evidence=whole)
         return {"tokens": how.tokens, "loss": training["loss"], "scored": pruning["activations"]}
 
     before = told()

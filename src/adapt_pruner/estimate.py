@@ -205,7 +205,8 @@ def pruning_memory(
         reads: whether there are passes without gradients too (KV heads shut one by one, perplexity), which may hold more.
         halved: whether a pass reads half a batch, if that has two rows or more.
     """
-    rows = replace(how, length=length, micro_tokens=feeds.MICRO_TOKENS // (1 + halved), batch_tokens=0, checkpointing=False)
+    micro = feeds.MICRO_TOKENS // (1 + halved)
+    rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
     own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
     if how.teacher is not None:
         own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
@@ -215,7 +216,7 @@ def pruning_memory(
     k = of.layers if whole else layers_at_once(of.layers, hidden=stream, layer=layer)
     group = of.decoder * k // of.layers
     copies = 2 * group if how.narrow else 0
-    all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, replace(rows, teacher=None), learns=False)
+    all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, rows, learns=False)
     activations = all_activations * k // of.layers
     scoring = {
         "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
@@ -225,7 +226,7 @@ def pruning_memory(
         scoring["loss"] = all_loss
     else:
         scoring["on their way"] = max(0, copies - activations)
-        swept_loss = _loss(of, replace(rows, teacher=None), learns=False, chunk=LOGITS_OF if how.device == "cpu" else None)
+        swept_loss = _loss(of, rows, learns=False, chunk=LOGITS_OF if how.device == "cpu" else None)
         scoring["loss"] = max(0, swept_loss - sum(scoring.values()))
         scoring["hidden states"] = stream * (-(-of.layers // k) + 1)
     reading = {
