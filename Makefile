@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 
-.PHONY: demo test check format matrix clean help
+.PHONY: demo test check format golden matrix clean help
 
 help:
 	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
+	@echo "make golden  compare what this code computes with another commit's, to the last bit: make golden BASE=6fb363c"
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
 
@@ -46,6 +47,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+golden: $(READY)
+	$(BIN)/python tests/golden.py --base $(or $(BASE),HEAD)
 
 matrix: $(READY)
 	$(BIN)/python .ci/matrix
