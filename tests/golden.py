@@ -66,7 +66,8 @@ def main() -> int:
         for place in (work / "after", work / "page" / "after"):
             shutil.rmtree(place, ignore_errors=True)
         children = [_start("run", work, tree, side) for side, tree in sides]
-        if any([child.wait() for child in children]):
+        statuses = [child.wait() for child in children]
+        if any(statuses):
             raise SystemExit("a version of the package could not be run")
         (work / "commit").write_bytes(commit)
         _child("resume", work, ROOT, "after")
