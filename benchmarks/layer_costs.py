@@ -13,15 +13,15 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.choose.allocate import Debt
-from adapt_pruner.choose.rank import per_parameter
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import mean_loss, score
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.feeds import calibration_feed
-from adapt_pruner.metrics.curvature import kfac
-from adapt_pruner.repair.closed_form import least_squares
+from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.closed_form import least_squares
+from adapt_pruner.reduce.rank import per_parameter
+from adapt_pruner.score.calibrate import mean_loss, score
+from adapt_pruner.score.curvature import kfac
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.forecast import dry_run
 from adapt_pruner.recipe import read
+from adapt_pruner.run.forecast import dry_run
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
 RUN: dict[str, Any] = {

@@ -224,6 +224,8 @@ def _differences(work: Path, one: Path, other: Path) -> Iterator[tuple[str, list
         texts = [(path / "refused").read_text() if (path / "refused").exists() else "not refused" for path in (one, other)]
         yield "refusal", _diff(*texts)
         return
+    listed = ["\n".join(sorted(file.name for file in (path / "model").iterdir())) for path in (one, other)]
+    yield "files", _diff(*listed)
     for what in ("mask.json", "config.json", "model.safetensors"):
         digests = [hashlib.sha256((path / "model" / what).read_bytes()).hexdigest() for path in (one, other)]
         yield what, [] if digests[0] == digests[1] else ["other bytes"]

@@ -13,17 +13,17 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.cli import app
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.calibrate import mean_loss, score
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
-from adapt_pruner.estimate import shapes
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.metrics import blocks
-from adapt_pruner.metrics.weights import magnitude, taylor
-from adapt_pruner.pipeline import prune, run
 from adapt_pruner.recipe import read
-from adapt_pruner.repair.closed_form import least_squares, mean_bias
-from adapt_pruner.slicing import width_for
+from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.slicing import width_for
+from adapt_pruner.report.documented import prune, run
+from adapt_pruner.run.estimate import shapes
+from adapt_pruner.score import blocks
+from adapt_pruner.score.calibrate import mean_loss, score
+from adapt_pruner.score.weights import magnitude, taylor
 from adapt_pruner.train.kernels import kernels
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from adapt_pruner import pipeline, recipe
-from adapt_pruner.card import _command, _entries, card, card_of, write_card
+from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import gguf as gguf_form
 from adapt_pruner.export.loading import FORM_WORDS, no_gguf
+from adapt_pruner.report import documented
+from adapt_pruner.report.card import _command, _entries, card, card_of, write_card
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -31,7 +32,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def pruned(folder: Path, base: Path, *overrides: str, **values: Any) -> Path:
     """A checkpoint as `prune` writes it."""
     given = {"model": str(base), "budget": "80%", "method": "magnitude", "calibration.length": 16, "calibration.samples": 2}
-    pipeline.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
+    documented.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
     return folder
 
 
@@ -103,10 +104,10 @@ def test_a_text_asked_for_on_the_way_says_nothing_of_the_start(tiny_folder: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=stop)
+        documented.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=stop)
     values |= {"evaluation.source": str(text_file), "evaluation.window": 32, "evaluation.max_windows": 4}
     asked = recipe.read({"model": str(tiny_folder)}, values=values)
-    outcome = pipeline.run(asked, tmp_path / "run", force_recipe=True)
+    outcome = documented.run(asked, tmp_path / "run", force_recipe=True)
     assert outcome is not None
     assert outcome.figures["perplexities"][:-1] == [None, None]
     text, _ = body_and_data(tmp_path / "run" / "model")
@@ -222,7 +223,7 @@ def test_the_command_makes_the_same_recipe(overrides: list[str], monkeypatch: py
         seen.append(found)
         raise UsageError("enough")
 
-    monkeypatch.setattr(pipeline, "prune", heard)
+    monkeypatch.setattr(documented, "prune", heard)
     ask(*shlex.split(command)[1:])
     assert seen == [asked]
 
@@ -365,10 +366,10 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(trained: Path, tiny_fold
 
 
 def test_a_card_that_fails_costs_no_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapt_pruner.card.card", lambda *others: 1 / 0)
+    monkeypatch.setattr("adapt_pruner.report.card.card", lambda *others: 1 / 0)
     heard: list[dict[str, Any]] = []
     asked = recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"})
-    pipeline.prune(asked, tmp_path / "small", listen=heard.append)
+    documented.prune(asked, tmp_path / "small", listen=heard.append)
     assert load(str(tmp_path / "small")).mask is not None
     (said,) = [event["message"] for event in heard if event["event"] == "warning"]
     assert said.endswith(f"division by zero; `adapt-pruner card {tmp_path / 'small'}` tries again")

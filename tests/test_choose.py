@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.choose.allocate import Debt, adaptive, layer_importance, uniform
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.budget import Budget, count_parameters, parse_count
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.reduce.allocate import Debt, adaptive, layer_importance, uniform
 from conftest import tiny_model
 
 NEURON, HEAD = 10, 1000

@@ -9,17 +9,18 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.choose.allocate import Debt
-from adapt_pruner.choose.depth import drop_layers
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import Evidence
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.forecast import dry_run
-from adapt_pruner.pipeline import prune, run
-from adapt_pruner.plan import metrics_of
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.depth import drop_layers
+from adapt_pruner.report.documented import prune, run
+from adapt_pruner.run import plan
+from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.run.plan import metrics_of
+from adapt_pruner.score.calibrate import Evidence
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
 from test_choose import NEURON, toy_axes
 
@@ -306,6 +307,6 @@ def test_a_chooser_that_has_nothing_left_to_give_ends_the_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which layer stays is known only once it is measured; where layers are unequal the plan may have hoped for a smaller one."""
-    monkeypatch.setattr("adapt_pruner.plan.params_of", lambda model, axes, sizes: 0)
+    monkeypatch.setattr(plan, "params_of", lambda model, axes, sizes: 0)
     with pytest.raises(RunError, match=r"depth.drop_layers finds nothing more to take at .* parameters, above the target"):
         prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")

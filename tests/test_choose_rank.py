@@ -10,16 +10,16 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.choose.allocate import Debt, uniform
-from adapt_pruner.choose.rank import per_parameter, standardised
 from adapt_pruner.core.axes import Axis, Gate, Scores
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.calibrate import score
 from adapt_pruner.errors import UsageError
-from adapt_pruner.metrics.weights import taylor
-from adapt_pruner.pipeline import prune
-from adapt_pruner.plan import prunable
 from adapt_pruner.recipe import read
+from adapt_pruner.reduce.allocate import Debt, uniform
+from adapt_pruner.reduce.rank import per_parameter, standardised
+from adapt_pruner.report.documented import prune
+from adapt_pruner.run.plan import prunable
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.weights import taylor
 from conftest import tiny_model
 from test_choose import HEAD, NEURON, after, size_of, toy_axes
 

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import pipeline, recipe
+from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.choose.widths import fitting
 from adapt_pruner.core.axes import Axis, Gate
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
-from adapt_pruner.plan import params_of, prunable, sizes_alike
+from adapt_pruner.reduce.widths import fitting
+from adapt_pruner.report import documented
+from adapt_pruner.run.plan import params_of, prunable, sizes_alike
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 METHODS = ("adapt-pruner", "uniform", "magnitude", "flap", "shortgpt")
@@ -37,7 +38,7 @@ def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "
         "model": str(folder), "budget": budget, "method": method, "calibration.source": str(text), "calibration.samples": 4,
         "calibration.length": 24, "repair": None, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    pipeline.prune(recipe.read({}, values=values, overrides=overrides), out)
+    documented.prune(recipe.read({}, values=values, overrides=overrides), out)
     return load(str(out)).model
 
 

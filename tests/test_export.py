@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapt_pruner import families, pipeline, recipe
+from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
@@ -25,6 +25,7 @@ from adapt_pruner.export import decilm, engines, export
 from adapt_pruner.export.engines import opened
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, tolerance_for, verify
+from adapt_pruner.report import documented
 from conftest import LAYOUTS, read_json, tiny_model
 from test_cli import call
 
@@ -97,7 +98,7 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         "model": str(place / "dense"), "budget": "75%", "method": "flap", "calibration.source": str(place / "text.txt"),
         "calibration.samples": 4, "calibration.length": 16, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    pipeline.prune(recipe.read({}, values=values), place / "pruned")
+    documented.prune(recipe.read({}, values=values), place / "pruned")
     loaded = load(str(place / "pruned"))
     assert loaded.model.config.output_bias
     return loaded

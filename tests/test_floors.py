@@ -9,46 +9,27 @@ from pathlib import Path
 import pytest
 
 import adapt_pruner
-from adapt_pruner import parts, recipe
+from adapt_pruner import recipe
+from adapt_pruner.recipe import parts
 
 ROOT = Path(adapt_pruner.__file__).parent
 
-FLOORS = {
-    "errors": -1,
-    "core": 0,
-    "families": 1,
-    "metrics": 2,
-    "data": 2,
-    "repair": 2,
-    "train": 2,
-    "choose": 3,
-    "evaluate": 3,
-    "checkpoint": 3,
-    "parts": 4,
-    "slicing": 4,
-    "export": 4,
-    "recipe": 5,
-    "estimate": 6,
-    "plan": 6,
-    "position": 6,
-    "card": 6,
-    "report": 4,
-    "runs": 6,
-    "hub": 7,
-    "prepare": 7,
-    "bench": 7,
-    "latency": 8,
-    "stage": 8,
-    "measure": 8,
-    "trackers": 8,
-    "outcome": 9,
-    "pipeline": 10,
-    "forecast": 10,
-    "compare": 10,
-    "cli": 11,
-    "__main__": 12,
-    "__init__": 12,
-}
+DESIGN = Path(__file__).parent.parent / "docs" / "design.md"
+
+
+def floors() -> dict[str, int]:
+    """Room -> floor, as the table in docs/design.md has them; the only place where they stand."""
+    rows = re.findall(r"^\| (\d+) \| (`[^|]*) \|", DESIGN.read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        room.removesuffix("/").removesuffix(".py"): int(floor)
+        for floor, named in rows
+        for room in re.findall(r"`([^`]*)`", named)
+    }
+
+
+FLOORS = floors()
+WAY_IN = ("__init__", "__main__")
+"""They lie above all floors."""
 
 
 def imports_of(path: Path) -> list[str]:
@@ -81,7 +62,7 @@ def test_imports_run_downwards(path: Path) -> None:
     inside = path.relative_to(ROOT).parts
     room = inside[0].removesuffix(".py")
     for imported in imports_of(path):
-        assert imported == room or FLOORS[imported] < FLOORS[room], (
+        assert imported == room or room in WAY_IN or FLOORS[imported] < FLOORS[room], (
             f"{room} (floor {FLOORS[room]}) imports {imported} (floor {FLOORS[imported]})"
         )
     assert len(inside) <= 2, "at most two levels deep"
@@ -90,15 +71,15 @@ def test_imports_run_downwards(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_say_what_they_answer(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 450
+    assert text.count("\n") <= 600
     assert ast.get_docstring(ast.parse(text)), "the first docstring line of a file is the question it answers"
 
 
 def test_the_walk_sees_an_upward_import(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(
-        "def f():\n    from adapt_pruner.pipeline import run\n    import adapt_pruner.cli.run\n    from adapt_pruner import recipe\n"
+        "def f():\n    from adapt_pruner.run.loop import run\n    import adapt_pruner.cli.run\n    from adapt_pruner import recipe\n"
     )
-    assert imports_of(tmp_path / "x.py") == ["pipeline", "cli", "recipe"]
+    assert imports_of(tmp_path / "x.py") == ["run", "cli", "recipe"]
 
 
 @pytest.mark.parametrize("statement", ["import adapt_pruner", "import adapt_pruner.cli", "import adapt_pruner.recipe"])
@@ -131,18 +112,17 @@ def test_every_recipe_that_comes_along_is_valid(name: str) -> None:
     assert recipe.read(name, overrides=["seed=3"]).seed == 3
 
 
-@pytest.mark.parametrize("room", [room for room in FLOORS if (ROOT / room).is_dir()])
-def test_a_folder_says_on_which_floor_it_is(room: str) -> None:
-    said = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8"))) or ""
-    assert said.startswith(f"Floor {FLOORS[room]}: ")
+def test_the_design_names_every_room_and_no_other() -> None:
+    there = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"} - {"__pycache__", *WAY_IN}
+    assert FLOORS.keys() == there
+    assert len(set(FLOORS.values())) <= 9
+    assert sum((ROOT / room).is_dir() for room in FLOORS) <= 14
 
 
-def test_the_design_names_every_room_on_its_floor() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| (`[^|]*) \|", text, re.MULTILINE)
-    named = {
-        room.removesuffix("/").removesuffix(".py"): int(floor)
-        for floor, rooms in rows
-        for room in re.findall(r"`([^`]*)`", rooms)
-    }
-    assert named == {room: floor for room, floor in FLOORS.items() if room != "errors"}
+def test_public_functions_win_over_folders_of_their_name() -> None:
+    code = (
+        "import adapt_pruner; from adapt_pruner.run import folder; from adapt_pruner.score import weights; "
+        "print(callable(adapt_pruner.run), callable(adapt_pruner.score), folder.RunFolder.__name__)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True", "True", "RunFolder"]

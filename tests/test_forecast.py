@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import estimate, families
+from adapt_pruner import families
 from adapt_pruner.core import layerwise, loss
-from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.precision import native_bfloat16
 from adapt_pruner.data import feeds
-from adapt_pruner.estimate import PAPER, Setup, held, pruning_memory, seconds, shapes, training_memory, work
-from adapt_pruner.forecast import dry_run
-from adapt_pruner.metrics.weights import taylor
 from adapt_pruner.recipe import read
+from adapt_pruner.run import estimate
+from adapt_pruner.run.estimate import PAPER, Setup, held, pruning_memory, seconds, shapes, training_memory, work
+from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.score.calibrate import Evidence, score
+from adapt_pruner.score.weights import taylor
 from adapt_pruner.train import loop
 from adapt_pruner.train.objectives import lm
 from conftest import LAYOUTS, tiny_model
@@ -33,8 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapt_pruner import families
 from adapt_pruner.core import world
 from functools import partial
-from adapt_pruner.core.calibrate import mean_loss, score
-from adapt_pruner.metrics.weights import taylor
+from adapt_pruner.score.calibrate import mean_loss, score
+from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Progress, make_optimizer, train
 from adapt_pruner.train.objectives import lm

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import families, forecast, latency, pipeline
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.errors import UsageError
-from adapt_pruner.plan import prunable
 from adapt_pruner.recipe import Recipe, parse_latency, read
+from adapt_pruner.report import documented
+from adapt_pruner.run import forecast, latency
+from adapt_pruner.run.plan import prunable
 from conftest import read_json, tiny_model
 from test_cli import call
 
@@ -52,7 +54,7 @@ def test_the_model_takes_what_was_asked(
     of: str, method: str, machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(tiny_folder, text_file, latency_of=of, method=method)
-    outcome = pipeline.prune(recipe, tmp_path / "out")
+    outcome = documented.prune(recipe, tmp_path / "out")
     found = outcome.figures["latency"]
     dense = load(str(tiny_folder)).model
     assert 0.6 < seconds(outcome.loaded.model) / seconds(dense) <= 0.72
@@ -108,10 +110,10 @@ def seconds_at(model: Any, kind: str, share: float) -> float:
 
 def test_out_of_reach_names_what_can_be_reached(machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"latency 0\.05x is out of reach: prefill takes 0\.\d\dx") as refused:
-        pipeline.prune(recipe_for(tiny_folder, text_file, latency="0.05x"), tmp_path / "out")
+        documented.prune(recipe_for(tiny_folder, text_file, latency="0.05x"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     reachable = str(refused.value).partition("ask for ")[2].partition(" ")[0]
-    outcome = pipeline.prune(recipe_for(tiny_folder, text_file, latency=reachable), tmp_path / "out")
+    outcome = documented.prune(recipe_for(tiny_folder, text_file, latency=reachable), tmp_path / "out")
     assert outcome.figures["latency"]["predicted"] <= parse_latency(reachable)
 
 
@@ -188,14 +190,14 @@ def test_a_run_that_goes_on_does_not_measure_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, tmp_path / "run", listen=stopping)
+        documented.run(recipe, tmp_path / "run", listen=stopping)
     broken: Callable[..., Any] = lambda *_, **__: pytest.fail("the dense model is gone")  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(latency, "table_of", broken)
         other = recipe_for(tiny_folder, text_file, stages=2, training=training, latency="0.6x")
         with pytest.raises(UsageError, match="leave it as it was"):
-            pipeline.run(other, tmp_path / "run", force_recipe=True)
-        outcome = pipeline.run(recipe, tmp_path / "run")
+            documented.run(other, tmp_path / "run", force_recipe=True)
+        outcome = documented.run(recipe, tmp_path / "run")
     assert outcome is not None
     found = outcome.figures["latency"]
     assert outcome.figures["params_after"] <= found["params"]
@@ -245,9 +247,9 @@ def test_a_result_is_not_lost_with_its_last_figure(
     recipe = recipe_for(tiny_folder, text_file)
     if isinstance(failure, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            pipeline.prune(recipe, tmp_path / "out", listen=heard.append)
+            documented.prune(recipe, tmp_path / "out", listen=heard.append)
     else:
-        pipeline.prune(recipe, tmp_path / "out", listen=heard.append)
+        documented.prune(recipe, tmp_path / "out", listen=heard.append)
         (said,) = [event["message"] for event in heard if event["event"] == "warning"]
         assert said == "the latency that was reached could not be measured: no memory for a second model"
     assert load(str(tmp_path / "out")).mask is not None
@@ -263,7 +265,8 @@ def test_a_run_interrupted_at_its_last_figure_says_that_its_result_is_there(
     monkeypatch.setattr(latency, "reach", stop)
     heard: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)
-    assert heard[-1] == {"event": "interrupted", "message": f"the result is complete in {tmp_path / 'run' / 'model'}"}
+        documented.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)
+    result = tmp_path / "run" / "model"
+    assert heard[-1] == {"event": "interrupted", "message": f"the result is complete in {result}", "path": str(result)}
     assert (tmp_path / "run" / "report.html").is_file()
-    assert pipeline.run(recipe_for(tiny_folder, text_file), tmp_path / "run") is None, "it is finished"
+    assert documented.run(recipe_for(tiny_folder, text_file), tmp_path / "run") is None, "it is finished"

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from adapt_pruner import families
-from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.metrics import blocks, weights
+from adapt_pruner.score import blocks, weights
+from adapt_pruner.score.calibrate import Evidence, score
 from conftest import LAYOUTS, tiny_model
 
 

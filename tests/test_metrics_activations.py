@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapt_pruner import families, parts
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
-from adapt_pruner.core.calibrate import score, score_behind
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.errors import UsageError
-from adapt_pruner.metrics import activations, blocks, weights
-from adapt_pruner.pipeline import prune
-from adapt_pruner.plan import reads_text
-from adapt_pruner.recipe import read
+from adapt_pruner.recipe import parts, read
+from adapt_pruner.report.documented import prune
+from adapt_pruner.run.plan import reads_text
+from adapt_pruner.score import activations, blocks, weights
+from adapt_pruner.score.calibrate import score, score_behind
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, in_two_processes, tiny_model
 
 Samples = list[list[list[float]]]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.core.calibrate import Evidence, evidence_needed, score
 from adapt_pruner.core.loss import next_token_nll
-from adapt_pruner.metrics import curvature
+from adapt_pruner.score import curvature
+from adapt_pruner.score.calibrate import Evidence, evidence_needed, score
 from conftest import LAYOUTS, tiny_model
 
 RIDGE = 0.3

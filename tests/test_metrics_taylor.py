@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from adapt_pruner import families
-from adapt_pruner.core.calibrate import Evidence, evidence_needed, score
 from adapt_pruner.errors import UsageError
-from adapt_pruner.metrics import weights
+from adapt_pruner.score import weights
+from adapt_pruner.score.calibrate import Evidence, evidence_needed, score
 from conftest import LAYOUTS, in_two_processes, tiny_model
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {

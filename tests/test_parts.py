@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner import parts, pipeline
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.recipe import read
+from adapt_pruner.recipe import parts, read
+from adapt_pruner.report import documented
 from conftest import byte_tokenizer, tiny_model
 from test_report import small_recipe
 
@@ -73,7 +73,7 @@ def test_what_a_part_refuses_is_refused_before_anything_is_measured(
     """Nothing ties the folder to a recipe that cannot be."""
     heard: list[dict[str, Any]] = []
     with pytest.raises(UsageError):
-        pipeline.run(small_recipe(tiny_folder, text_file, **changes), tmp_path / "run", listen=heard.append)
+        documented.run(small_recipe(tiny_folder, text_file, **changes), tmp_path / "run", listen=heard.append)
     assert not {"start", "evaluation"} & {event["event"] for event in heard}
     assert not [path for path in (tmp_path / "run").glob("*") if path.name != ".lock"]
 
@@ -85,4 +85,4 @@ def test_damaged_weights_are_said_to_be_by_a_method_that_reads_no_text(text_file
     byte_tokenizer().save_pretrained(tmp_path / "damaged")
     asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude"})
     with pytest.raises(RunError, match=r"scores of layers\.1\.neurons are not finite"):
-        pipeline.prune(asked, tmp_path / "out")
+        documented.prune(asked, tmp_path / "out")

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapt_pruner import families, prepare
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
 from adapt_pruner.cli import screen
@@ -24,12 +24,13 @@ from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.forecast import dry_run
-from adapt_pruner.metrics.blocks import loss_drop
-from adapt_pruner.pipeline import prune, run
-from adapt_pruner.plan import scored, stage_targets
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.repair import closed_form
+from adapt_pruner.reduce import closed_form
+from adapt_pruner.report.documented import prune, run
+from adapt_pruner.run import loop, prepare
+from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.run.plan import scored, stage_targets
+from adapt_pruner.score.blocks import loss_drop
 from conftest import read_json
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
@@ -394,7 +395,7 @@ def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, mo
             gc.collect()
             still_there.append(sum(tensor() is not None for tensor in read_again))
 
-    monkeypatch.setattr("adapt_pruner.pipeline.load_state", loading)
+    monkeypatch.setattr(loop, "load_state", loading)
     run(recipe, tmp_path / "run", listen=look)
     assert len(read_again) == 6, "of three layers, which all lose neurons"
     assert still_there[-1] == 0, "by the last cut all layers have lost neurons, and with them these moments"

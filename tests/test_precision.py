@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.calibrate import mean_loss, score, score_behind
 from adapt_pruner.core.loss import next_token_nll, through_head
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
-from adapt_pruner.metrics import activations
-from adapt_pruner.repair.closed_form import least_squares, mean_bias
-from adapt_pruner.repair.rotate import directions
+from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.rotate import directions
+from adapt_pruner.score import activations
+from adapt_pruner.score.calibrate import mean_loss, score, score_behind
 from conftest import byte_tokenizer, tiny_model
 
 BATCHES = [torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(3)]

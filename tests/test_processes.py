@@ -24,8 +24,8 @@ from torch import Tensor
 
 from adapt_pruner.core import surgery, world
 from adapt_pruner.errors import UsageError
-from adapt_pruner.pipeline import run
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.report.documented import run
 from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 import adapt_pruner
-from adapt_pruner import pipeline, recipe
+from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.hub import parcel
+from adapt_pruner.report import documented
+from adapt_pruner.report.hub import parcel
 from conftest import byte_tokenizer
 
 
@@ -98,7 +99,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     out = tmp_path_factory.mktemp("push") / "small"
-    pipeline.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"}), out)
+    documented.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"}), out)
     (out / ".hidden").write_text("not for others")
     (out / "__pycache__").mkdir()
     (out / "__pycache__" / "x.pyc").write_text("not for others")
@@ -236,7 +237,7 @@ def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folde
     asked = recipe.read(
         {"model": str(tmp_path / "base"), "budget": "80%", "method": "magnitude", "stages": 2, "training": training}
     )
-    pipeline.run(asked, tmp_path / "run")
+    documented.run(asked, tmp_path / "run")
     checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
     (other,) = [name for name in read_state(checkpoint)["files"] if "/" in name]
     assert (checkpoint / other).is_file()

@@ -13,8 +13,8 @@ from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
-from adapt_pruner.forecast import dry_run
 from adapt_pruner.recipe import builtin, read
+from adapt_pruner.run.forecast import dry_run
 from conftest import byte_tokenizer
 from test_checkpoint import pruned
 

@@ -15,9 +15,9 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import UsageError
-from adapt_pruner.pipeline import prune
 from adapt_pruner.recipe import read
-from adapt_pruner.repair.closed_form import RIDGES, least_squares, mean_bias
+from adapt_pruner.reduce.closed_form import RIDGES, least_squares, mean_bias
+from adapt_pruner.report.documented import prune
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
 from strangers import ask_a_stranger
 

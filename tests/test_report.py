@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import pipeline, recipe
+from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.report import charts, page, png
+from adapt_pruner.report import charts, documented, page, png
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.figures import figures_of, fit_slope
 from adapt_pruner.report.record import read_record
@@ -47,7 +47,7 @@ def small_recipe(model: Path, text: Path, **changes: Any) -> recipe.Recipe:
 def finished(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two stages that has come to its end."""
     folder = tmp_path_factory.mktemp("runs") / "tiny & <small>"  # a name that HTML must not take as its own
-    pipeline.run(small_recipe(tiny_folder, text_file), folder)
+    documented.run(small_recipe(tiny_folder, text_file), folder)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_layers_that_went_keep_their_numbers(tiny_folder: Path, text_file: Path,
     asked = small_recipe(
         tiny_folder, text_file, method="shortgpt", budget="50%", stages=2, training={}, axes=["layers"], step=1.0
     )  # fmt: skip
-    pipeline.run(asked, tmp_path / "run")
+    documented.run(asked, tmp_path / "run")
     mask = Mask.from_json(read_json(tmp_path / "run" / "model" / "mask.json"))
     left = mask["layers"].nonzero().flatten().tolist()
     assert len(left) == 1
@@ -172,7 +172,7 @@ def test_what_goes_with_a_whole_block_is_gone(
         tiny_folder, text_file, chooser="depth.drop_layers", axes=axes, metric="weights.magnitude", budget=budget, training={},
         distance="blocks.block_influence", head_metric=None,
     )  # fmt: skip
-    pipeline.run(asked, tmp_path / "run")
+    documented.run(asked, tmp_path / "run")
     loaded = load(str(tmp_path / "run" / "model"))
     left = {layer["layer"]: layer for layer in anatomy(loaded.model)["layers"]}
     record = read_record(tmp_path / "run")
@@ -194,7 +194,7 @@ def test_what_goes_with_a_whole_block_is_gone(
 
     # a second run begins with a model whose first layer may lack a block
     asked = small_recipe(tmp_path / "run" / "model", text_file, budget="90%", training={}, axes=["neurons"], stages=1)
-    pipeline.run(asked, tmp_path / "again")
+    documented.run(asked, tmp_path / "again")
     again = figures_of(read_record(tmp_path / "again"))
     assert "neurons" in again.kinds
     assert again.begun == "at the start"
@@ -206,7 +206,7 @@ def test_importance_is_drawn_at_the_layers_there_were(text_file: Path, tmp_path:
     tiny_model(vocab_size=VOCAB, num_hidden_layers=8).save_pretrained(tmp_path / "deep")
     byte_tokenizer().save_pretrained(tmp_path / "deep")
     asked = small_recipe(tmp_path / "deep", text_file, method="shortgpt", budget="40%", stages=2, training={}, step=0.05)
-    pipeline.run(asked, tmp_path / "run")
+    documented.run(asked, tmp_path / "run")
     record = read_record(tmp_path / "run")
     picture = charts.importance(figures_of(record))
     assert picture is not None
@@ -220,7 +220,7 @@ def test_importance_is_drawn_at_the_layers_there_were(text_file: Path, tmp_path:
 def test_the_bill_counts_the_calibration_text_that_was_read(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps({"input_ids": [[5] * 20] * 3}))
     asked = small_recipe(tiny_folder, text_file, calibration={"ids": str(tmp_path / "ids.json")}, training={}, stages=1)
-    pipeline.run(asked, tmp_path / "run")
+    documented.run(asked, tmp_path / "run")
     record = read_record(tmp_path / "run")
     assert figures_of(record).tokens["score"] == record.figures["calibration_tokens"] == 60 * len(record.of("cut"))
     shutil.rmtree(tmp_path / "run" / "model")
@@ -269,7 +269,7 @@ def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path) -> None:
 def test_a_glance_at_the_lock_does_not_stop_a_run_from_beginning(tmp_path: Path) -> None:
     from threading import Timer
 
-    from adapt_pruner.runs import locked
+    from adapt_pruner.run.folder import locked
 
     glance = (tmp_path / ".lock").open("a+")
     fcntl.flock(glance, fcntl.LOCK_SH)
@@ -456,7 +456,7 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
         raise RuntimeError("no page today")
 
     monkeypatch.setattr(page, "write_report", broken)
-    pipeline.run(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=listen)
+    documented.run(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=listen)
     assert (tmp_path / "run" / "model").is_dir()
     assert "no page today" in heard[-1]["message"]
 

@@ -27,15 +27,24 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from adapt_pruner import cli, measure, pipeline, prepare, runs
+from adapt_pruner import cli
 from adapt_pruner.checkpoint import save, state
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core import layerwise, surgery
 from adapt_pruner.recipe import read
-from adapt_pruner.stage import Trainer
+from adapt_pruner.report import documented
+from adapt_pruner.run import folder as runs
+from adapt_pruner.run import measure, prepare
+from adapt_pruner.run.stage import Trainer
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 
-MODULES = ["test_resume", "adapt_pruner.trackers", "adapt_pruner.forecast", "peft", "transformers.models.llama.modeling_llama"]
+MODULES = [
+    "test_resume",
+    "adapt_pruner.run.trackers",
+    "adapt_pruner.run.forecast",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 # Lives, and how they end.
@@ -596,7 +605,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(keep: int, place: Path, tmp_
         elif saved:
             assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 
-    pipeline.run(asked, tmp_path / "run", listen=watch)
+    documented.run(asked, tmp_path / "run", listen=watch)
     assert len(saved) > 8
     assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 

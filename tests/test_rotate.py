@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapt_pruner import families, parts, pipeline
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load, load_shapes
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy, decoder_parameters
-from adapt_pruner.forecast import dry_run
-from adapt_pruner.pipeline import prune, run
-from adapt_pruner.plan import reads_text
-from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.repair.rotate import directions, principal_directions, rotate, sliced_parameters
-from adapt_pruner.slicing import slice_to, width_for
+from adapt_pruner.recipe import Recipe, parts, read
+from adapt_pruner.reduce.rotate import directions, principal_directions, rotate, sliced_parameters
+from adapt_pruner.reduce.slicing import slice_to, width_for
+from adapt_pruner.report.documented import prune, run
+from adapt_pruner.run import loop, stage
+from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.run.plan import reads_text
 from conftest import LAYOUTS as ALL
 from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, tiny_config, tiny_model
 from test_checkpoint import loaded_by_a_stranger, pruned
@@ -337,11 +338,11 @@ def test_it_trains_afterwards_and_goes_on_after_an_interruption(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("adapt_pruner.stage.train", cut_short)
+        patch.setattr(stage, "train", cut_short)
         with pytest.raises(KeyboardInterrupt):
             run(training, tmp_path / "halved")
     assert [path.name for path in (tmp_path / "halved" / "checkpoints").iterdir()] == ["stage-1-pruned"]
-    monkeypatch.setattr(pipeline, "slice_to", cut_short)  # it is sliced already
+    monkeypatch.setattr(loop, "slice_to", cut_short)  # it is sliced already
     assert run(training, tmp_path / "halved") is not None
     weights = [load(str(tmp_path / name / "model")).model.state_dict() for name in ("whole", "halved")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

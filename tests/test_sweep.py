@@ -12,13 +12,13 @@ from adapt_pruner import families
 from adapt_pruner.core import layerwise
 from adapt_pruner.core import loss as core_loss
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.calibrate import Evidence, score
 from adapt_pruner.core.layerwise import Sweep, layers_at_once
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import precision
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError
-from adapt_pruner.metrics import blocks, curvature, weights
+from adapt_pruner.score import blocks, curvature, weights
+from adapt_pruner.score.calibrate import Evidence, score
 from conftest import LAYOUTS, VOCAB, in_two_processes, tiny_model
 
 BATCHES = [torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(3)]

@@ -15,7 +15,7 @@ from adapt_pruner.evaluate import likelihood
 from adapt_pruner.evaluate.likelihood import loglikelihoods
 from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
-from adapt_pruner.slicing import slice_to
+from adapt_pruner.reduce.slicing import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_tasks import ask, close, folder, needs_lm_eval, uneven
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapt_pruner import cli, trackers
+from adapt_pruner import cli
 from adapt_pruner.errors import UsageError
-from adapt_pruner.pipeline import run
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.report.documented import run
+from adapt_pruner.run import trackers
 from test_resume import log_of
 
 Told = list[tuple[dict[str, Any], int]]

@@ -21,7 +21,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.export import export
-from adapt_pruner.slicing import slice_to
+from adapt_pruner.reduce.slicing import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 
 PYTHON = os.environ.get("VLLM_PYTHON")

@@ -15,14 +15,14 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.calibrate import score
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.data.sources import documents
 from adapt_pruner.data.tokens import text_bytes
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.metrics.weights import taylor
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.weights import taylor
 from conftest import LAYOUTS, tiny_model
 from test_law import random_mask
 

@@ -9,20 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapt_pruner import families, outcome
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
-from adapt_pruner.forecast import dry_run
-from adapt_pruner.pipeline import prune, run
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report import charts
+from adapt_pruner.report.documented import prune, run
 from adapt_pruner.report.figures import figures_of
 from adapt_pruner.report.page import page
 from adapt_pruner.report.record import read_record
-from adapt_pruner.stage import Trainer
+from adapt_pruner.run import outcome
+from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.run.stage import Trainer
 from conftest import read_json, tiny_model
 from strangers import ask_a_stranger
 from test_pipeline import Heard

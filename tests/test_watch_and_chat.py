@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from adapt_pruner import pipeline
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.cli.screen import Screen
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
+from adapt_pruner.report import documented
 from conftest import byte_tokenizer, tiny_model
 from test_cli import call
 from test_report import small_recipe
@@ -32,7 +32,7 @@ def heard(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     """A finished run and what it told its listener."""
     events: list[dict[str, Any]] = []
     folder = tmp_path_factory.mktemp("runs") / "run"
-    pipeline.run(small_recipe(tiny_folder, text_file), folder, listen=events.append)
+    documented.run(small_recipe(tiny_folder, text_file), folder, listen=events.append)
     return folder, events
 
 

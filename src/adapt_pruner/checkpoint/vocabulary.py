@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
 __all__ = ["kept_tokens", "smaller_tokenizer"]

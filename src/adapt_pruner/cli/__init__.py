@@ -1,4 +1,4 @@
-"""Floor 11: the command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
+"""The command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
 
 import errno
 import os

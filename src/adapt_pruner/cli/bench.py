@@ -40,9 +40,9 @@ def bench(
     batches = [int(number) if number.strip().isdecimal() else 0 for number in batch.split(",")]
     if min(batches) < 1:
         raise UsageError(f"--batch {batch!r} is not a list of row counts; write it like 1,8")
-    from adapt_pruner.bench.turns import bench as measure
     from adapt_pruner.cli.screen import quiet_libraries, screen
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.compare.turns import bench as measure
+    from adapt_pruner.core.strict_json import to_json
 
     quiet_libraries()
     with screen() as listen:

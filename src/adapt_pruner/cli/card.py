@@ -18,7 +18,7 @@ def card(
 
         adapt-pruner card small
     """
-    from adapt_pruner.card import card_of, write_card
+    from adapt_pruner.report.card import card_of, write_card
 
     if show:
         print(card_of(folder), end="")

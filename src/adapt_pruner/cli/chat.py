@@ -41,7 +41,7 @@ def chat(
     from adapt_pruner.checkpoint.load import load, locate, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
 

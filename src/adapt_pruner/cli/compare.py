@@ -59,7 +59,7 @@ def compare(
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.compare.comparison import compare as run
     from adapt_pruner.compare.table import table
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
 
     quiet_libraries()
     with screen() as listen:

@@ -77,7 +77,7 @@ def evaluate(
     from adapt_pruner.checkpoint.load import load, locate, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.data.sources import SELF, documents
     from adapt_pruner.data.tokens import opening
     from adapt_pruner.evaluate.anatomy import decoder_parameters

@@ -36,10 +36,10 @@ def export(
     from adapt_pruner.export import export as write
 
     check_form(to, quant=quant)
-    from adapt_pruner.card import write_card_of_export
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report.card import write_card_of_export
 
     quiet_libraries()
     with screen() as listen:

@@ -27,7 +27,7 @@ def inspect(
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.evaluate.anatomy import anatomy
 
     quiet_libraries()

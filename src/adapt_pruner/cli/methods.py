@@ -14,9 +14,10 @@ def methods(as_json: Json = False) -> None:
     """
     import yaml
 
-    from adapt_pruner import parts, recipe
+    from adapt_pruner import recipe
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.recipe import parts
 
     rows = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in recipe.methods().items()}
     kinds = {key: parts.summaries(key) for key in parts.FOLDERS}

@@ -81,14 +81,14 @@ def prune(
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
-    from adapt_pruner import pipeline
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report import documented
 
     quiet_libraries()
     with screen() as listen:
-        figures = pipeline.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code).figures
+        figures = documented.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code).figures
     if as_json:
         print(to_json(figures | {"path": str(out)}))
         return

@@ -28,9 +28,9 @@ def push(
     """
     import sys
 
-    from adapt_pruner import hub
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report import hub
 
     packed = hub.parcel(folder, repo)
     for note in packed.notes:

@@ -41,15 +41,16 @@ def run(
     from adapt_pruner import recipe as recipes
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
-    from adapt_pruner import forecast, pipeline, runs, trackers
     from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
     from adapt_pruner.core import world
-    from adapt_pruner.core.plain import to_json
+    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report import documented
+    from adapt_pruner.run import folder, forecast, trackers
 
     quiet_libraries()
     if dry_run:
         if out is not None:
-            runs.check_folder(out, resolved, force=force_recipe)
+            folder.check_folder(out, resolved, force=force_recipe)
         with screen() as listen:
             planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
         print(to_json(planned)) if as_json else _print_plan(planned)
@@ -59,10 +60,12 @@ def run(
         page = run_dir / "report.html"
         before = _stamp(page)
         with screen(quiet=not world.is_main()) as listen, trackers.reporting(resolved, run_dir, listen) as tell:
-            outcome = pipeline.run(resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
+            outcome = documented.run(
+                resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe
+            )
     if not world.is_main():
         return
-    figures = outcome.figures if outcome is not None else runs.figures_of(run_dir)
+    figures = outcome.figures if outcome is not None else folder.figures_of(run_dir)
     if as_json:
         print(to_json(figures | {"path": str(run_dir / "model")}))
         return

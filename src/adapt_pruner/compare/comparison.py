@@ -32,19 +32,19 @@ from adapt_pruner.compare.picture import draw
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.data.feeds import held_out_windows, too_long
 from adapt_pruner.data.overlap import overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids
 from adapt_pruner.errors import RunError, UsageError, first_line
-from adapt_pruner.plan import reads_text
-from adapt_pruner.prepare import Listener
 from adapt_pruner.report.comparison import comparison_page
 from adapt_pruner.report.page import write_page
-from adapt_pruner.runs import locked
+from adapt_pruner.run.folder import locked
+from adapt_pruner.run.plan import reads_text
+from adapt_pruner.run.prepare import Listener
 
 __all__ = ["compare"]
 

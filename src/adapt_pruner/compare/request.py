@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 

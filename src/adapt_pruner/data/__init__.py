@@ -1,1 +1,1 @@
-"""Floor 2: from a description of text (SPEC) to batches of token ids."""
+"""From a description of text (SPEC) to batches of token ids."""

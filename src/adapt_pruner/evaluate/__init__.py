@@ -1,1 +1,1 @@
-"""Floor 3: how good and how fast a model is."""
+"""How good and how fast a model is."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.loss import next_token_nll
-from adapt_pruner.core.plain import perplexity_of
 from adapt_pruner.core.precision import casting_once, precision, spoiled
+from adapt_pruner.core.strict_json import perplexity_of
 
 __all__ = ["Perplexity", "perplexity"]
 

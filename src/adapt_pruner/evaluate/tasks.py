@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.core.plain import to_json
 from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.likelihood import harness_model

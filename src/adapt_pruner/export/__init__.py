@@ -1,4 +1,4 @@
-"""Floor 4: a checkpoint in the form that another tool loads, one file a form, and the proof that it computes the same.
+"""A checkpoint in the form that another tool loads, one file a form, and the proof that it computes the same.
 
 A form has a file `NAME.py` with
 

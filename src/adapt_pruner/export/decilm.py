@@ -21,7 +21,7 @@ from typing import Any
 from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
-from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 

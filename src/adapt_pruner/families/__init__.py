@@ -1,4 +1,4 @@
-"""Floor 1: one file a family of models; it says where the axes are and touches no weight.
+"""One file a family of models; it says where the axes are and touches no weight.
 
 A family file has
 
@@ -68,7 +68,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
 
 
 def is_sliced(config: Any) -> bool:
-    """Whether a model of that config is sliced (`repair.rotate`): its stream changes its basis at every block."""
+    """Whether a model of that config is sliced (`reduce.slice`): its stream changes its basis at every block."""
     return getattr(config, "sliced_hidden_size", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""Floor 4: what a run or a comparison came to, as one HTML page.
+"""What a run or a comparison came to, as one HTML page.
 
 record.py      what a run's folder holds, whole, running, stopped or broken off
 figures.py     what of it is worth showing, as plain figures

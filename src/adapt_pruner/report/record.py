@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from adapt_pruner.errors import UsageError, first_line
-from adapt_pruner.report.events import event_of, is_count, is_number
+from adapt_pruner.run.events import event_of, is_count, is_number
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 
@@ -102,7 +102,7 @@ def read_record(run_dir: str | Path) -> Record:
 
 
 def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The events in lines of a log, and the numbers, from 1, of lines that are none (see `events`)."""
+    """The events in lines of a log, and the numbers, from 1, of lines that are none (see `run.events`)."""
     events, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -201,7 +201,7 @@ def _events(path: Path, trouble: list[str]) -> list[dict[str, Any]]:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint by its name that holds pruning.json (see `runs`)."""
+    """The newest checkpoint by its name that holds pruning.json (see `run.folder`)."""
     order = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+))?", path.name)
@@ -230,7 +230,7 @@ def _mask(data: Mapping[str, Any]) -> dict[str, tuple[int, list[int]]]:
 
 
 def is_worked_in(run_dir: Path) -> bool:
-    """Whether a process holds the lock of a run's folder; asked by sharing it for a moment, which a run waits out (see `runs.locked`)."""
+    """Whether a process holds the lock of a run's folder; asked by sharing it for a moment, which a run waits out (see `run.folder.locked`)."""
     try:
         with (run_dir / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -8,7 +8,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from adapt_pruner.core.plain import to_json
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.report.charts import TONES, Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
 from adapt_pruner.report.words import score, shown, tick, ticks
 

@@ -1,0 +1,93 @@
+"""How much faster one model than another could be: by multiply-adds for a prompt, by bytes moved for a token that is written.
+
+The formulas are those of `run.estimate`; of a prompt logits are worked out at its last token alone, as engines do that go on writing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.run.estimate import Shapes, bytes_moved, multiply_adds
+
+__all__ = ["PHASES", "Phase", "Weights", "ideal_speed_up", "of_gguf"]
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an engine holds of a model.
+
+    Attributes:
+        shapes: of the matrices as the engine has them, padding included.
+        weight: bytes of a weight, on average.
+        cached: bytes of a number in the cache of keys and values.
+    """
+
+    shapes: Shapes
+    weight: float
+    cached: float
+
+
+def ideal_speed_up(slow: Weights, fast: Weights, *, phase: Phase, batch: int, prompt: int, generate: int) -> float:
+    """How many times as fast `fast` could be as `slow`.
+
+    prefill: multiply-adds of slow / those of fast, of a row of `prompt` tokens; decode: bytes moved a step of slow / those of
+    fast, at the mean context prompt + generate / 2.
+
+    Args:
+        slow: the dense model.
+        fast: the pruned one.
+        phase: reading the prompt, or writing what follows it.
+        batch: rows at one time.
+        prompt: tokens of a prompt.
+        generate: tokens written after it.
+    """
+    if phase == "prefill":
+        ours, theirs = (multiply_adds(of.shapes, length=prompt, logits=1) for of in (fast, slow))
+        return theirs / ours
+    context = prompt + generate / 2
+    read = [bytes_moved(of.shapes, context=context, batch=batch, weight=of.weight, cached=of.cached) for of in (fast, slow)]
+    return read[1] / read[0]
+
+
+def of_gguf(path: Path) -> Weights:
+    """What llama.cpp holds of a GGUF file: all of its tensors, and a cache in 16 bits.
+
+    Raises:
+        UsageError: the gguf library is not installed.
+        RunError: the file is damaged.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(f"the sizes in {path} are read with the gguf library; pip install 'adapt-pruner[verify]'") from error
+    try:
+        tensors = list(gguf.GGUFReader(path).tensors)
+        by_name = {tensor.name: [int(length) for length in tensor.shape] for tensor in tensors}  # inputs first
+        width, vocabulary = by_name["token_embd.weight"]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise RunError(f"{path} cannot be read ({first_line(error)}); export it again") from error
+
+    def outputs(name: str) -> int:
+        return sum(shape[1] for key, shape in by_name.items() if key.endswith(f".{name}.weight"))
+
+    layers: dict[str, int] = {}
+    for tensor in tensors:
+        head, _, rest = tensor.name.partition(".")
+        if head == "blk":
+            number = rest.partition(".")[0]
+            layers[number] = layers.get(number, 0) + int(tensor.n_elements)
+    params = sum(int(tensor.n_elements) for tensor in tensors)
+    found = Shapes(
+        params=params, decoder=sum(layers.values()), largest=max(layers.values(), default=0), layers=len(layers),
+        vocabulary=vocabulary, width=width, queries=outputs("attn_q"), keys=outputs("attn_k"), neurons=outputs("ffn_up"),
+    )  # fmt: skip
+    return Weights(found, sum(int(tensor.n_bytes) for tensor in tensors) / params, 2)
+
+
+def of_torch(facts: dict[str, Any]) -> Weights:
+    """What the worker says that torch holds."""
+    return Weights(Shapes(**facts["shapes"]), facts["weight"], facts["weight"])

@@ -1,0 +1,215 @@
+"""Two models measured in turn, A B A B …, each in a process of its own, so that a busy machine favours neither.
+
+A figure is the median with its quartiles. A speed-up is the median of the rounds' own speed-ups: what slows the machine slows both
+models of a round, which lie seconds apart.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adapt_pruner.compare.ideal import PHASES, Weights, ideal_speed_up, of_gguf, of_torch
+from adapt_pruner.errors import RunError, UsageError, nearest
+
+__all__ = ["ENGINES", "LOADS", "Spread", "bench"]
+
+ENGINES = ("torch", "llama.cpp")
+LOADS = 3  # times that each model is loaded, each in a new process
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure that was measured several times: median, and the quartiles below and above it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of any number of values; of one all three are that."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def bench(
+    pruned: str,
+    dense: str,
+    *,
+    engine: str = "torch",
+    batches: Sequence[int] = (1, 8),
+    prompt: int = 512,
+    generate: int = 64,
+    rounds: int = 5,
+    device: str = "auto",
+    dtype: str = "auto",
+    quant: str | None = None,
+    trust_remote_code: bool = False,
+    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """How fast `pruned` runs beside `dense`, in tokens a second, and how much of the ideal speed-up that is.
+
+    Args:
+        pruned: folder, .gguf file, hub id or packaged name.
+        dense: what it is held against, likewise.
+        engine: one of `ENGINES`.
+        batches: rows at one time; each is a measurement of its own.
+        prompt: tokens of a prompt.
+        generate: tokens written after it, each the one of highest logit.
+        rounds: times that each is measured, after one that is not counted.
+        device: of torch.
+        dtype: of torch: precision of the weights, `auto` bfloat16 where native.
+        quant: of llama.cpp: the type that what is no GGUF file is exported in; None for what it is stored in.
+        trust_remote_code: run Python code that comes with a folder.
+        listen: told of every round.
+
+    Returns:
+        `engine`, `device`, `threads` and what was asked; `models`, of each its figures, the pruned one first; `speeds`, of each
+        phase and batch `pruned` and `dense` in tokens a second, `speed_up`, `ideal` and `share` = speed_up / ideal.
+
+    Raises:
+        UsageError: the request cannot be met.
+        RunError: an engine fails on a model.
+    """
+    _check(engine, device, dtype, quant)
+    if quant is not None and Path(pruned).is_file() and Path(dense).is_file():
+        raise UsageError(f"--quant {quant} is for models that are yet to be exported, and both are .gguf files; leave it out")
+    import torch  # after what can be refused without it
+
+    asked = {
+        "engine": engine, "threads": torch.get_num_threads(), "rows": max(batches), "tokens": prompt + generate, "device": device,
+        "dtype": dtype, "trust": trust_remote_code,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        paths = [pruned, dense]
+        if engine == "llama.cpp":
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="adapt-pruner-bench-")))
+            files = [folder / "pruned.gguf", folder / "dense.gguf"]
+            paths = [_as_gguf(*pair, quant, trust_remote_code, listen) for pair in zip(paths, files, strict=True)]
+        loads: list[list[float]] = [[], []]
+        workers: list[_Worker] = []
+        for round_idx in range(LOADS):
+            listen({"event": "progress", "phase": "time", "what": "loading", "done": round_idx + 1, "of": LOADS})
+            for path, seconds in zip(paths, loads, strict=True):
+                with ExitStack() as once:
+                    worker = once.enter_context(_opened(asked | {"model": path}))
+                    seconds.append(worker.facts["load_seconds"])
+                    if round_idx == LOADS - 1:
+                        stack.push(once.pop_all())
+                        workers.append(worker)
+        weights = [_weights(worker, path, engine) for worker, path in zip(workers, paths, strict=True)]
+        vocabulary = min(of.shapes.vocabulary for of in weights)
+        speeds = []
+        for batch in batches:
+            question = {"batch": batch, "prompt": prompt, "generate": generate, "vocabulary": vocabulary}
+            taken: list[list[dict[str, float]]] = [[], []]
+            for round_idx in range(rounds + 1):
+                listen({"event": "progress", "phase": "time", "what": f"batch {batch}", "done": round_idx, "of": rounds})
+                for worker, answers in zip(workers, taken, strict=True):
+                    answer = worker.ask(question)
+                    if round_idx:
+                        answers.append(answer)
+            for phase in PHASES:
+                tokens = batch * (prompt if phase == "prefill" else generate)
+                rates = [[tokens / answer[phase] for answer in answers] for answers in taken]
+                gained = Spread.of([ours / theirs for ours, theirs in zip(*rates, strict=True)])
+                ideal = ideal_speed_up(weights[1], weights[0], phase=phase, batch=batch, prompt=prompt, generate=generate)
+                speeds.append({
+                    "phase": phase, "batch": batch, "pruned": asdict(Spread.of(rates[0])), "dense": asdict(Spread.of(rates[1])),
+                    "speed_up": asdict(gained), "ideal": ideal, "share": gained.median / ideal,
+                })  # fmt: skip
+        facts = [worker.facts for worker in workers]
+    if facts[0]["stored"] != facts[1]["stored"]:
+        message = f"{pruned} is held in {facts[0]['stored']} and {dense} in {facts[1]['stored']}, so that speed-ups are not of pruning alone"
+        listen({"event": "warning", "message": message})
+    models = [
+        {
+            "model": name, "params": of.shapes.params, "stored": fact["stored"], "disk_bytes": fact["disk_bytes"],
+            "load_seconds": asdict(Spread.of(seconds)), "peak_bytes": fact["peak_bytes"],
+        }
+        for name, of, fact, seconds in zip((pruned, dense), weights, facts, loads, strict=True)
+    ]  # fmt: skip
+    return {
+        "engine": facts[0]["engine"], "device": facts[0]["device"], "threads": asked["threads"], "prompt": prompt, "generate": generate,
+        "rounds": rounds, "models": models, "speeds": speeds,
+    }  # fmt: skip
+
+
+def _check(engine: str, device: str, dtype: str, quant: str | None) -> None:
+    if engine not in ENGINES:
+        raise UsageError(f"engine {engine!r} is not known; {nearest(engine, ENGINES)}")
+    if engine == "torch" and quant is not None:
+        raise UsageError(f"--quant {quant} is of --engine llama.cpp; torch has no such weights, so leave it out")
+    if engine == "llama.cpp" and device not in ("auto", "cpu"):
+        raise UsageError(f"llama.cpp is measured on the CPU, not on {device!r}; leave --device out")
+    if engine == "llama.cpp" and dtype != "auto":
+        raise UsageError(f"--dtype {dtype} is of --engine torch; for llama.cpp say --quant f32, f16, bf16, …")
+
+
+def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Callable[[dict[str, Any]], None]) -> str:
+    """A model as a GGUF file: itself where it is one, else exported to `path`."""
+    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.export import export, llama_cpp
+
+    llama_cpp.library()  # before any work is done
+    if Path(model).is_file():
+        return model
+    listen({"event": "load", "model": model})
+    for note in export(load(model, trust_remote_code=trust), path, to="gguf", quant=quant):
+        listen({"event": "warning", "message": f"{model}: {note}"})
+    return str(path)
+
+
+def _weights(worker: "_Worker", path: str, engine: str) -> Weights:
+    return of_torch(worker.facts) if engine == "torch" else of_gguf(Path(path))
+
+
+class _Worker:
+    """A process with a model in an engine."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", model: str) -> None:
+        self._process, self._model = process, model
+        self.facts: dict[str, Any] = self._hear()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, float]:
+        """Seconds of a prompt and of what is written after it; the memory held is kept among the facts."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # what it said before is heard below
+            pass
+        answer: dict[str, float] = self._hear()
+        self.facts["peak_bytes"] = answer.pop("peak_bytes")
+        return answer
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise RunError(
+                f"the process with {self._model} ended with status {self._process.wait()} and without a word; there may be too "
+                "little memory for two models, or for so large a --batch"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise (UsageError if answer["usage"] else RunError)(answer["error"])
+        return answer
+
+
+@contextmanager
+def _opened(asked: dict[str, Any]) -> Iterator[_Worker]:
+    command = [sys.executable, "-m", "adapt_pruner.compare.worker", json.dumps(asked)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield _Worker(process, asked["model"])
+        finally:
+            process.kill()

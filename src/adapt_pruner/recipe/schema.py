@@ -1,0 +1,451 @@
+"""What a run is: every choice in one validated, frozen description, as YAML in and out.
+
+A recipe file holds any of the keys below; what it leaves out is as its method has it, else the default. `--set KEY=VALUE` on the command line
+overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe that names its parts
+(`methods/*.yaml`); `method: NAME` in a recipe takes from it what the recipe itself leaves out.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from adapt_pruner.core.budget import check_written, parse_count
+from adapt_pruner.core.strict_yaml import read_keys
+from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.errors import UsageError, nearest
+from adapt_pruner.recipe import parts
+
+__all__ = [
+    "PAPERS",
+    "WHOLE",
+    "Calibration",
+    "Evaluation",
+    "Lora",
+    "Recipe",
+    "Source",
+    "Training",
+    "Vocabulary",
+    "builtin",
+    "differing",
+    "methods",
+    "parse_latency",
+    "read",
+]
+
+_METHOD = "best"  # of a recipe that names none
+_OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
+PAPERS = Path(__file__).parent / "methods" / "papers.bib"
+"""BibTeX of the papers that rows come from."""
+WHOLE = ("layers", "attentions", "mlps")
+"""Axes whose units are whole layers or blocks of layers: a distance says what they are worth, and `depth.…` how many go."""
+_TABLES = ("vocabulary", "calibration", "training", "evaluation")
+
+
+def _checked_source(source: Any) -> Any:
+    if not isinstance(source, str | Mapping):
+        raise ValueError(
+            f"text {source!r} is neither a SPEC nor SPEC: weight; write it like wiki.jsonl.gz or {{wiki.jsonl.gz: 3, books/: 1}}"
+        )
+    domains(source)
+    return source
+
+
+Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
+"""A SPEC of text, or several with the weight of each."""
+
+Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
+
+Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if value not in (None, "") else "")]
+"""A budget as people write it; none is empty."""
+
+
+def _part(key: str) -> Any:
+    return Annotated[str, AfterValidator(lambda written: parts.check(key, written))]
+
+
+def _optional_part(key: str) -> Any:
+    return Annotated[str | None, AfterValidator(lambda written: None if written is None else parts.check(key, written))]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_latency(written: str) -> float:
+    """A share of the dense model's time as people write it: `0.7x`.
+
+    Raises:
+        UsageError: it is none, or not between 0 and 1.
+    """
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*x\s*", written)
+    if match is None or not 0 < float(match[1]) < 1:
+        raise UsageError(
+            f"latency {written!r} is not a share of the dense model's time; write it like 0.7x, above 0x and below 1x"
+        )
+    return float(match[1])
+
+
+class Vocabulary(_Frozen):
+    """The tokens that stay, by their use in a text; the others go before anything else is pruned, and from the tokenizer too."""
+
+    source: Source | None = Field(None, description="SPEC of text, or SPEC: weight, whose tokens are counted")
+    keep: Count | None = Field(None, ge=1, description="tokens that stay, the most used")
+    min_uses: int | None = Field(None, ge=1, description="instead of keep: uses from which on a token stays")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Vocabulary":
+        if self.source is None:
+            raise ValueError("vocabulary names no text; set vocabulary.source to one whose tokens are counted")
+        if (self.keep is None) == (self.min_uses is None):
+            raise ValueError("vocabulary takes one of keep and min_uses; say how many tokens stay, or how often they are used")
+        return self
+
+
+class Calibration(_Frozen):
+    """The text that importance is measured on."""
+
+    source: Source = Field(
+        "python-docs:train",
+        description="SPEC of text, or SPEC: weight; drawn anew each iteration; `self` is written once by the model",
+    )
+    samples: int = Field(64, ge=1, description="sequences an iteration")
+    length: int = Field(128, ge=2, description="tokens a sequence")
+    ids: str | None = Field(
+        None, description="JSON file with input_ids: exactly these tokens, every iteration, instead of source"
+    )
+    own: int = Field(0, ge=0, description="further sequences for the repair alone, written by the model as it is at the start")
+
+
+class Lora(_Frozen):
+    """Train a low-rank addition to the linear layers instead of the weights, merged before the next cut."""
+
+    rank: int = Field(128, ge=1, description="columns of the addition")
+    alpha: float = Field(16.0, gt=0, description="the addition counts alpha / rank times")
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of its inputs that the addition does not see")
+
+
+class Training(_Frozen):
+    """The training between cuts; none when `tokens` is 0."""
+
+    source: Source | None = Field(None, description="SPEC of text, or SPEC: weight for a mixture")
+    repeat: bool = Field(True, description="go through a text that is too short again; false refuses it")
+    tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
+        0, ge=0, description="of all stages together"
+    )
+    batch_tokens: Count = Field(8192, ge=2, description="tokens an optimiser step")
+    length: Count = Field(512, ge=2, description="tokens a sequence")
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
+    objective: _part("objective") = Field("objectives.lm", description="what is minimised")  # type: ignore[valid-type]
+    shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how tokens are spread over the stages")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run spent warming up")
+    decay: float = Field(0.10, gt=0, lt=1, description="share of the run spent decaying (wsd)")
+    floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on matrices")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    max_rise: float = Field(2.0, gt=0, description="nats that the smoothed loss may rise above its lowest in a stage")
+    teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
+    lora: Lora | None = Field(None, description="train a low-rank addition instead of the weights: {rank, alpha, dropout}")
+    micro_batch_tokens: Count | None = Field(
+        None, ge=1, description="tokens in one forward and backward of a process; null: 2048 on a CPU, 16384 on a GPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="work activations out again instead of keeping them")
+    compile: bool = Field(False, description="compile the decoder with torch.compile, anew after each stage's cuts")
+    liger: bool = Field(False, description="fused kernels of liger-kernel, on CUDA")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Training":
+        if self.tokens and self.source is None:
+            raise ValueError("training.tokens is set but training.source is not; name a text to train on")
+        if self.source is not None and not self.tokens:
+            raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
+        if self.teacher is not None and not self.objective.startswith("objectives.distil"):
+            raise ValueError(
+                f"training.teacher is set but training.objective {self.objective!r} has no teacher; set it to objectives.distil"
+            )
+        if self.batch_tokens < self.length:
+            raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
+        if self.schedule.startswith("schedules.wsd") and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"training.warmup {self.warmup} and training.decay {self.decay} are more than the whole run; lower one"
+            )
+        return self
+
+
+class Evaluation(_Frozen):
+    """What the model is measured on: held-out text after every stage, tasks at the start and the end; nothing where neither is set."""
+
+    source: Source | None = Field(None, description="SPEC of text")
+    window: int = Field(512, ge=2, description="tokens a window")
+    max_windows: int | None = Field(40, ge=1, description="windows at most; null for the whole text")
+    tasks: str | None = Field(None, description="scored before anything and at the end: commonsense, mmlu, lm-eval's names")
+    limit: int | None = Field(None, ge=1, description="items of each task at most; null for all")
+    task_dir: str | None = Field(None, description="folder of lm-eval YAML files: own tasks, or other data")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Evaluation":
+        for key in ("limit", "task_dir"):
+            if self.tasks is None and getattr(self, key) is not None:
+                raise ValueError(f"evaluation.{key} is about tasks, and evaluation.tasks names none; set it to commonsense, say")
+        return self
+
+
+class Recipe(_Frozen):
+    """A whole run: what is pruned, how far, in which steps, by which parts, and what it is trained on between cuts."""
+
+    about: str = Field("", description="one line for people")
+    paper: str = Field("", description="where the method comes from")
+    method: str = Field(_METHOD, description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
+    model: str = Field("", description="folder, .gguf file, packaged name or hub id")
+    budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
+    latency: str = Field(
+        "", description="instead of budget: share of the dense model's seconds on this machine, like 0.7x, by a measured table"
+    )
+    latency_of: Literal["prefill", "decode"] = Field("prefill", description="of reading a prompt, or of writing after it")
+    stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
+    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
+        ("neurons", "kv_heads"),
+        min_length=1,
+        description="what may go: neurons, kv_heads, query_heads, residual, layers, attentions, mlps",
+    )
+    vocabulary: Vocabulary | None = Field(
+        None, description="tokens that stay: {source: SPEC, keep: 16384}, or min_uses for keep; null for all"
+    )
+    # fmt: off
+    metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
+    behind: bool = Field(False, description="which units of a layer go is measured behind layers that have lost theirs already")
+    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null where the chooser does not ask")  # type: ignore[valid-type]
+    head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is to lose one; null: what metric says")  # type: ignore[valid-type]
+    chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
+    repair: _optional_part("repair") = Field(None, description="what the weights that stay make up for before a cut; null for nothing")  # type: ignore[valid-type]
+    # fmt: on
+    rotate: Literal["pca"] | None = Field(
+        None, description="pca: slice the residual stream instead, in one go; axes, metrics and chooser are not asked"
+    )
+    step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
+    amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
+    equal_widths: bool = Field(
+        False, description="all layers keep the same number of neurons and of heads, as a plain folder wants"
+    )
+    multiple_of: int = Field(1, ge=1, description="neurons of a layer stay a multiple of it: 64 runs fast, 256 quantises well")
+    debt: Literal["carry", "reset"] = Field(
+        "carry", description="fractions of a unit still owed: carried on, or forgotten each stage"
+    )
+    moments: Literal["carry", "reset"] = Field("carry", description="AdamW moments after a cut: sliced along, or forgotten")
+    calibration: Calibration = Field(default_factory=Calibration)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    seed: int = Field(0, ge=0, lt=2**31, description="of every draw; the same seed gives the same model on one machine")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: whole model on each while training, or shares of it"
+    )
+    checkpoint_minutes: float = Field(30.0, ge=0, description="between checkpoints within a stage; 0 after every step")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints of a run that stay on disk")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="trackers beside log.jsonl"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, …")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of matrix products; auto is bfloat16 where native"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_its_row(cls, data: Any) -> Any:
+        """The method's row below what was given."""
+        if not isinstance(data, dict):
+            return data
+        name = data.get("method", _METHOD)
+        if name not in list(methods()):
+            raise ValueError(f"method {name!r} is not known; {nearest(str(name), methods())}")
+        below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
+        for key, value in data.items():
+            inner = below.get(key)
+            below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+        return below
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Recipe":
+        if self.latency:
+            self._check_latency()
+        chooser, drops = self.chooser.partition("(")[0], self.chooser.startswith("depth.")
+        if self.distance is None and (drops or chooser == "allocate.adaptive"):
+            raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
+        whole = [kind for kind in self.axes if kind in WHOLE]
+        if drops and not whole:
+            raise ValueError(
+                f"chooser {chooser!r} drops whole layers, attentions or mlps, and axes names none; add one of them to axes"
+            )
+        if whole and not drops:
+            raise ValueError(
+                f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers"
+            )
+        if "residual" in self.axes and self.chooser.startswith("allocate.adaptive"):
+            raise ValueError(
+                "chooser 'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"
+            )
+        if self.multiple_of > 1 and "neurons" not in self.axes:
+            raise ValueError(f"multiple_of {self.multiple_of} is of neurons, and axes does not name them; add neurons to axes")
+        if self.rotate is not None and (self.equal_widths or self.multiple_of > 1):
+            raise ValueError(
+                f"rotate {self.rotate!r} takes no neurons or heads, so equal_widths and multiple_of would be ignored; leave them out"
+            )
+        if self.rotate is not None and self.repair is not None:
+            raise ValueError(
+                f"repair {self.repair!r} makes up for units that go, and rotate {self.rotate!r} takes none; set repair to null"
+            )
+        if self.rotate is not None and self.stages > 1:
+            raise ValueError(
+                f"rotate {self.rotate!r} slices the model once, which cannot be cut after it, and stages is {self.stages}; set stages to 1"
+            )
+        if self.vocabulary is not None:
+            self._check_tokens()
+        return self
+
+    def _check_latency(self) -> None:
+        """Refuse a latency that is none, or of what its table does not hold."""
+        parse_latency(self.latency)
+        if self.budget:
+            raise ValueError(
+                f"budget {self.budget!r} and latency {self.latency!r} both say how far to prune; leave one of them out"
+            )
+        others = sorted(set(self.axes) - {"neurons", "kv_heads"})
+        has = "rotate" if self.rotate is not None else "vocabulary" if self.vocabulary is not None else ""
+        if has or others:
+            raise ValueError(
+                f"latency {self.latency!r} goes by the times of neurons and kv_heads alone, and the recipe has "
+                f"{has or 'axes ' + ', '.join(others)}; set budget instead"
+            )
+
+    def _check_tokens(self) -> None:
+        """Refuse what goes by the tokens that there were before some went."""
+        remedy = "prune the vocabulary first, in a run of its own"
+        if self.calibration.ids is not None:
+            raise ValueError(f"calibration.ids are tokens of the vocabulary before it is pruned; name a text, or {remedy}")
+        if SELF in domains(self.calibration.source):
+            raise ValueError(
+                f"calibration.source 'self' is text of the model before its vocabulary is pruned; name a text, or {remedy}"
+            )
+        if self.training.objective.startswith("objectives.distil") and self.training.teacher is None:
+            raise ValueError(
+                "training.objective 'objectives.distil' compares with the dense model token by token, and vocabulary takes tokens "
+                f"away; name a training.teacher with the tokens that stay, or {remedy}"
+            )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `read` takes back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def ready(self) -> "Recipe":
+        """This recipe, if it names a model and how far to prune it.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if not self.model:
+            raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
+        if not (self.budget or self.latency):
+            raise UsageError("the recipe names no budget; add it, for example --set budget=80%, or a latency like 0.7x")
+        return self
+
+
+def methods() -> dict[str, Path]:
+    """The method rows that come with the package: name -> recipe file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "methods").glob("*.yaml"))}
+
+
+def builtin() -> dict[str, Path]:
+    """The whole-run recipes that come with the package: name -> recipe file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def read(
+    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A validated recipe from a YAML file, the name of a built-in one, or plain data.
+
+    Args:
+        source: file, name or mapping.
+        overrides: `KEY=VALUE` texts with dotted keys, values as YAML; applied last.
+        values: dotted key -> value, applied before `overrides`.
+
+    Raises:
+        UsageError: no such file, not YAML, an unknown key or a value out of range; with the nearest key or the limit.
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read_yaml(str(source))
+    for key, value in (values or {}).items():
+        _put(data, key, value)
+    seen: set[str] = set()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UsageError(f"--set {text!r} has no value; write it like --set step=0.05")
+        if key in seen:
+            raise UsageError(f"--set {key} is given twice; leave one of them out")
+        seen.add(key)
+        try:
+            _put(data, key, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise UsageError(f"the value of --set {text!r} is not YAML; quote it") from error
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_sentence(error)) from error
+
+
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, as far as they decide what a run computes."""
+    left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
+    found = []
+    for key, value in left.items():
+        if key in _OF_THE_MACHINE or value == right[key]:
+            continue
+        inner = isinstance(value, dict) and isinstance(right[key], dict) and key in _TABLES
+        found += [f"{key}.{leaf}" for leaf in value if value[leaf] != right[key][leaf]] if inner else [key]
+    return found
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    try:
+        return read_keys(builtin().get(name) or methods().get(name) or Path(name), name)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"
+        ) from error
+
+
+def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set, in place, a dotted key; the tables on the way are copied, since they may be shared."""
+    *path, leaf = dotted.split(".")
+    for key in path:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        data = data[key]
+    data[leaf] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        model = _model_at(first["loc"][:-1])
+        return f"recipe key {key!r} is not known; {nearest(str(first['loc'][-1]), model.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key or first["type"] == "value_error":
+        return message if key.rpartition(".")[2] in message else f"recipe key {key!r}: {message}"
+    return f"recipe key {key!r} is {first['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _model_at(path: Sequence[Any]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for key in path:
+        annotation = model.model_fields[str(key)].annotation
+        for kind in get_args(annotation) or (annotation,):  # a table may be optional
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
+    return model

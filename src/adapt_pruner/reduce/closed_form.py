@@ -1,0 +1,305 @@
+"""What the layers behind the gates can do, without any training, about inputs that are about to go.
+
+Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its input, X the inputs at all N calibration tokens,
+[features, N]; k the features that stay, r those that go, as column indices.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.precision import casting_once
+from adapt_pruner.core.surgery import gated
+from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.factors import rescale_blocks
+
+__all__ = ["FALLBACK", "RIDGES", "least_squares", "mean_bias", "without_bias"]
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""What a ridge is chosen from."""
+
+FALLBACK = 1.0
+"""The ridge where the text is too little to choose one on, or to do without one."""
+
+_ROUNDING = 1e-6  # of features of length 1: what lies below is rounding of sums in float32
+_HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
+
+
+@torch.no_grad()
+def least_squares(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    batches: Sequence[Tensor],
+    *,
+    ridge: Annotated[float | None, "0 or more"] = 0.3,
+    sequential: bool = False,
+    factors: Annotated[int, "0 or more"] = 0,
+    dtype: str = "auto",
+    warn: Callable[[str], None] = lambda message: None,
+    on_layer: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Change, in place, the columns that stay so that they give what all columns gave, as nearly as least squares can.
+
+    W'_k minimises  ‖W' Z_k - W X‖² + λ ‖W' - W_k‖²,  which is
+
+        W'_k = W_k + (W X Z_kᵀ - W_k Z_k Z_kᵀ) (Z_k Z_kᵀ + λI)⁻¹        λ = ridge · mean diagonal of Z_k Z_kᵀ
+
+    Z is X, or with `sequential` the inputs that come out of the layers below when these are pruned and repaired already; X always
+    comes from the model as it is. The ridge pulls towards the weights that stay, not towards zero: with λ → ∞ nothing changes. With
+    Z = X this is W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are taken one after the other, so one of these matrices is held at a time.
+
+    Args:
+        model: causal LM; weights of layers at gates that `mask` shuts change.
+        axes: its axes.
+        mask: what is about to be cut.
+        batches: token ids, int64 [batch, length].
+        ridge: in mean diagonals; None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does not
+            see, and with a single batch takes `FALLBACK`. With fewer tokens than features it is raised by features / tokens, 0 to that
+            times `FALLBACK`; `warn` is told of both.
+        sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
+        factors: Gauss-Newton steps after that, on a factor for each attention and MLP (`reduce.factors.rescale_blocks`).
+        dtype: precision of the matrix products of the model; the systems are solved in float64.
+        warn: told when there are too few tokens for a ridge, or for factors.
+        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as all layers do together.
+
+    Raises:
+        UsageError: a negative ridge or number of steps; no batches.
+
+    Source: ours, from ordinary ridge regression. Layer-wise reconstruction of what a cut removed is that of SparseGPT (arXiv:2301.00774) and ZipLM
+    (arXiv:2302.04089); inputs of the pruned model on one side only are FISTAPruner's (arXiv:2408.03728).
+    """
+    if ridge is not None and ridge < 0:
+        raise UsageError(f"repair ridge {ridge} is negative; give 0 or more, or null to choose one for each layer")
+    if factors < 0:
+        raise UsageError(f"repair factors {factors} is negative; give the number of Gauss-Newton steps, 0 for none")
+    _need_text(batches)
+    if ridge is None and len(batches) < 2:
+        ridge = FALLBACK
+        warn(
+            f"{sum(batch.numel() for batch in batches):,} calibration tokens are one batch, and choosing a ridge takes another to judge by; "
+            f"it is {ridge:g}, set calibration.samples higher"
+        )
+    mine, numbers = world.share(batches), world.share(range(len(batches)))
+    layers = decoder_layers(model)
+    entering = streams(model, mine, dtype=dtype)
+    without = Mask(
+        {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and not axis.gate.output}
+    )
+    with gated(model, axes, without):
+        pruned = streams(model, mine, dtype=dtype) if sequential else entering
+    tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
+    world.sum_in_place(tokens)
+    short, work = 1.0, len(layers) * (1 + factors)
+    for index, layer in enumerate(layers):
+        kept = _kept(axes, mask, layer=index)
+        fits = {
+            name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None, sequential=sequential)
+            for name, keep in kept.items()
+        }
+        whole: list[dict[str, Tensor]] = []
+        with casting_once(layer):
+            for number, stream in zip(numbers, entering, strict=True):
+                with _watching(model, kept) as seen:
+                    left = stream.through(layer, index)
+                if sequential:
+                    whole.append(seen)
+                else:
+                    for name, fit in fits.items():
+                        fit.add(seen[name], None, number)
+                stream.hidden = left
+        if sequential:
+            own = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
+            inside = Mask({**without.kept, **own})
+            for name, fit in fits.items():
+                with gated(model, axes, inside), casting_once(layer):
+                    for number, stream, before in zip(numbers, pruned, whole, strict=True):
+                        with _watching(model, [name]) as seen:
+                            stream.through(layer, index)
+                        fit.add(before[name], seen[name], number)
+                short = max(short, fit.apply(ridge, tokens=float(tokens)))
+            with gated(model, axes, inside), casting_once(layer):
+                for stream in pruned:
+                    stream.hidden = stream.through(layer, index)
+        else:
+            for fit in fits.values():
+                short = max(short, fit.apply(ridge, tokens=float(tokens)))
+        on_layer(index + 1, work)
+    if short > 1:
+        raised = (
+            "its ridge was raised by as much"
+            if ridge != 0
+            else f"those layers have a ridge of {FALLBACK:g} times that instead of 0"
+        )
+        warn(
+            f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
+            f"{raised}, set calibration.samples higher"
+        )
+    if factors:
+        entering, pruned = [], []  # lets go of the hidden states of all the text
+        rescale_blocks(
+            model, axes, mask, batches, steps=factors, dtype=dtype, warn=warn,
+            tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
+        )  # fmt: skip
+
+
+class _Fit:
+    """The normal equations of one gate's layer, and their solution."""
+
+    def __init__(self, module: nn.Module, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
+        self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        self.keep = keep.to(self.weight.device)
+        self.hold_out = hold_out
+        stays, features = int(keep.sum()), keep.numel()
+        sides = (features, stays) if sequential else (features,)
+        # fitted and held out: X Z_kᵀ and Z_k Z_kᵀ; where Z is X the second lies within the first
+        self.parts = [[self.weight.new_zeros(side, stays, dtype=torch.float32) for side in sides] for _ in range(1 + hold_out)]
+
+    def add(self, whole: Tensor, pruned: Tensor | None, number: int) -> None:
+        """Look at the input of batch `number` to the layer, before and after pruning: [tokens, features]; None where that is the same."""
+        cross, *square = self.parts[self.hold_out and number % _HELD_OUT == 1]
+        stays = (whole if pruned is None else pruned)[:, self.keep]
+        cross.addmm_(whole.t(), stays)
+        for sums in square:
+            sums.addmm_(stays.t(), stays)
+
+    def _sums(self, part: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Z_k Z_kᵀ and X Z_kᵀ of one part, in float64."""
+        cross, *square = (sums.double() for sums in part)
+        return (square[0] if square else cross[self.keep]), cross
+
+    def apply(self, ridge: float | None, *, tokens: float) -> float:
+        """Change the layer's weight, in place; returns how many features there are to a token, 1 where tokens are enough."""
+        for part in self.parts:
+            world.sum_in_place(*part)
+        weight = self.weight.double()
+        staying = weight[:, self.keep]
+        square, cross = (sum(sums[1:], sums[0]) for sums in zip(*map(self._sums, self.parts), strict=True))
+        short = max(1.0, self.keep.numel() / tokens)
+        if ridge is None:
+            ridge = self._chosen(weight, staying)
+        elif ridge == 0 and short > 1:
+            ridge = FALLBACK
+        solved = _solve(square, weight @ cross - staying @ square, ridge * short)
+        self.weight[:, self.keep] = (staying + solved).to(self.weight.dtype)
+        return short
+
+    def _chosen(self, weight: Tensor, staying: Tensor) -> float:
+        """The ridge whose fit errs least on what was held out."""
+        (square, cross), (held_square, held_cross) = map(self._sums, self.parts)
+        asked = weight @ cross - staying @ square
+
+        def error(ridge: float) -> float:
+            tried = staying + _solve(square, asked, ridge)
+            return float(((tried @ held_square) * tried).sum() - 2 * (tried * (weight @ held_cross)).sum())
+
+        return min(RIDGES, key=error)
+
+
+def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
+    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known get nothing.
+
+    What is known is told with every feature at its own scale: one of a thousand times the others' size leaves them known.
+    """
+    shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if not int(failed) and bool((factor.diagonal() > _ROUNDING**0.5 * scale).all()):
+        solved: Tensor = torch.cholesky_solve(asked.t(), factor).t()
+        return solved
+    values, vectors = torch.linalg.eigh(shifted / scale / scale[:, None])
+    known = values > _ROUNDING * float(values.max())
+    inverse = torch.where(known, 1 / torch.where(known, values, torch.ones_like(values)), torch.zeros_like(values))
+    known_part: Tensor = ((asked / scale @ vectors) * inverse) @ vectors.t() / scale
+    return known_part
+
+
+@torch.no_grad()
+def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Sequence[Tensor], *, dtype: str = "auto") -> None:
+    """Add, in place, what the features that go give on average to the bias of the layer they enter: b ← b + W_r · mean(x_r).
+
+    A layer without a bias gets one, in all decoder layers alike, and `config.output_bias` says so; they count as parameters.
+
+    Args:
+        model: causal LM.
+        axes: its axes.
+        mask: what is about to be cut.
+        batches: token ids, int64 [batch, length].
+        dtype: precision of the matrix products of the model.
+
+    Raises:
+        UsageError: no batches.
+
+    Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
+    """
+    _need_text(batches)
+    layers = decoder_layers(model)
+    entering = streams(model, world.share(batches), dtype=dtype)
+    count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
+    world.sum_in_place(count)
+    module: Any
+    for module in without_bias(model, axes):
+        module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+        model.config.output_bias = True  # type: ignore[union-attr]
+    for index, layer in enumerate(layers):
+        kept = _kept(axes, mask, layer=index)
+        sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
+        with casting_once(layer):
+            for stream in entering:
+                with _watching(model, kept) as seen:
+                    stream.hidden = stream.through(layer, index)
+                for name in kept:
+                    sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
+        world.sum_in_place(*sums.values())
+        for name, total in sums.items():
+            module = model.get_submodule(name)
+            goes = ~kept[name].to(total.device)
+            module.bias += (module.weight[:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
+
+
+def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
+    """The linear layers at gates that have no bias, to which `mean_bias` gives one."""
+    modules: list[Any] = [
+        model.get_submodule(name) for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear)
+    ]
+    return [module for module in modules if module.bias is None]
+
+
+def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:
+    """For the linear layer at every gate of a decoder layer that the mask shuts in part, the features that stay: bool [features]."""
+    kept: dict[str, Tensor] = {}
+    for axis in axes:
+        if axis.layer == layer and axis.gate.is_linear and axis.name in mask and not bool(mask[axis.name].all()):
+            features = mask[axis.name].repeat_interleave(axis.gate.width)
+            kept[axis.gate.module] = kept[axis.gate.module] & features if axis.gate.module in kept else features
+    return kept
+
+
+def _need_text(batches: Sequence[Tensor]) -> None:
+    if not batches:
+        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
+
+
+@contextmanager
+def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, the input of each named linear layer is kept: float32 [tokens, features]."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0].detach().float().flatten(0, -2)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

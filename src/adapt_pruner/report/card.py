@@ -1,0 +1,425 @@
+"""The README.md of a checkpoint: what the hub calls a model card, made of the folder's own JSON and the rows of methods.
+
+`card` is a function of config.json and pruning.json, so that the same folder gives the same text, with one version
+of this package, wherever and whenever it is made. It states what the run recorded; what was not measured is not there.
+"""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.export.loading import FORM_WORDS, layers_of, loading, loading_export
+from adapt_pruner.recipe import PAPERS, differing, methods, read
+from adapt_pruner.report.words import NARROW, score, shots, shown
+
+__all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
+
+_OWN_PAPER = "2502.03460"
+_ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+_FLAGS = {
+    "calibration.source": "--calibration",
+    "calibration.samples": "--calibration-samples",
+    "calibration.length": "--calibration-length",
+    "calibration.ids": "--calibration-ids",
+}  # keys that `prune` has options for
+
+
+def write_card(folder: Path) -> None:
+    """Write the README.md of a checkpoint, over what is there.
+
+    Raises:
+        UsageError: `folder` is not a checkpoint of ours.
+        RunError: it could not be written.
+    """
+    text = card_of(folder)
+    try:
+        write_whole(folder / "README.md", text)
+    except OSError as error:
+        raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
+
+
+def write_card_of_export(source: Path, out: Path, form: str) -> None:
+    """Write the README.md of an exported folder: the card of its checkpoint, and how the form is loaded.
+
+    Args:
+        source: the checkpoint; one that has no card, since it is not ours, gives none here.
+        out: the folder.
+        form: one of those that `export` writes as a folder.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    try:
+        config, pruning = _told(source)
+    except UsageError:
+        return
+    try:
+        exported = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        write_whole(out / "README.md", card(config, pruning, exported=(form, exported)))
+    except OSError as error:
+        raise RunError(f"{out / 'README.md'} could not be written: {why(error)}") from error
+
+
+def try_card(folder: Path, *, path: Path, listen: Callable[[dict[str, Any]], None]) -> None:
+    """Write the card of a result that lies in `folder` and is to be called `path`; a warning where that fails.
+
+    The model is worth more than its card.
+    """
+    try:
+        write_card(folder)
+    except Exception as error:
+        message = f"there is no README.md, since it failed: {first_line(error)}; `adapt-pruner card {path}` tries again"
+        listen({"event": "warning", "message": message})
+
+
+def card_of(folder: Path) -> str:
+    """The card of a checkpoint, read from its config.json and pruning.json.
+
+    Raises:
+        UsageError: `folder` is not a checkpoint of ours.
+    """
+    return card(*_told(folder))
+
+
+def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and pruning.json of a checkpoint; refused where `card_of` says so."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; name a checkpoint, such as prune or run writes")
+    if (folder / "model" / "pruning.json").is_file():
+        raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
+    found: list[dict[str, Any]] = []
+    for name in ("config.json", "pruning.json"):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} is not a checkpoint of ours: it has no {name}; name a folder that prune or run wrote")
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / name} cannot be read ({type(error).__name__}); get the folder again") from error
+        found.append(data if isinstance(data, dict) else {})
+    if not {"recipe", "figures"} <= found[1].keys():
+        raise UsageError(f"{folder / 'pruning.json'} does not say how the model was made; get the folder again")
+    return found[0], found[1]
+
+
+def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:
+    """The text of README.md.
+
+    Args:
+        config: config.json.
+        pruning: pruning.json: `recipe`, `figures`, `history`, `made_by`, `dense_params` and, where known, `base`, see
+            `checkpoint.origin`.
+        exported: the form that the checkpoint was exported in and the config.json there, where the text is that folder's.
+    """
+    from huggingface_hub import ModelCard
+
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    base = pruning.get("base") or {"name": Path(recipe["model"]).name, "hub": None, "license_from": None}
+    title = f"{base['name'].rpartition('/')[2]} pruned to {_count(figures['params_after'])}"
+    parts = [
+        f"# {title}",
+        _summary(config, pruning, base, form=exported and exported[0]),
+        "## Results",
+        *_results(pruning, base),
+        "## How to load it",
+        *(loading(config) if exported is None else loading_export(*exported)),
+        "## How it was made",
+        *_making(pruning),
+        "## Citation",
+        "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
+    ]
+    front = _front_matter(recipe, figures, base, title).to_yaml()
+    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n").content)
+
+
+def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
+    results = None
+    if perplexities and _is_number(perplexities[-1]):
+        result = EvalResult(
+            task_type="text-generation",
+            task_name="Next-token prediction",
+            dataset_type=_one_hub_id(text) or "text",
+            dataset_name=_words(text),
+            metric_type="perplexity",
+            metric_value=round(perplexities[-1], 4),
+            metric_name=_measured_on(recipe),
+        )
+        results = [result]
+    tags = ["adapt-pruner", "pruned", recipe["method"]]
+    read_texts = [recipe["training"]["source"]] + ([recipe["calibration"]["source"]] if _calibrated(recipe, figures) else [])
+    hub_ids = sorted({hub_id for source in read_texts for hub_id in _hub_ids(source)})
+    facts: dict[str, Any] = {
+        "base_model": base["hub"],
+        "base_model_relation": base["hub"] and "finetune",  # of the hub's four, that of a model with other weights
+        "license": base.get("license"),
+        "license_name": base.get("license_name"),
+        "license_link": base.get("license_link"),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        "datasets": hub_ids or None,
+    }
+    known = {key: value for key, value in facts.items() if value is not None}
+    return ModelCardData(**known, model_name=title if results else None, eval_results=results)
+
+
+def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any], *, form: str | None) -> str:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    dense = pruning.get("dense_params") or figures["params_before"]
+    row = _row(recipe["method"])
+    named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else f"`{base['name']}`"
+    trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
+    lines = [
+        f"{named}, pruned by adapt-pruner and {trained}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {named}, {dense:,} parameters |",
+        f"| method | `{recipe['method']}`: {row.get('about', 'a row of parts that this version does not have')} |",
+        f"| its source | {_linked(row.get('paper', 'not known'))} |",
+        f"| budget | {_asked(recipe)}, that is at most {figures['budget']:,} parameters |",
+        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of the base model's |",
+        *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
+        f"| weights | {config.get('dtype') or config.get('torch_dtype')} |",
+        f"| licence | {_license(base)} |",
+        *([f"| form | {FORM_WORDS[form]} |"] if form else []),
+    ]
+    if figures["params_before"] != dense:
+        lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
+    elif base.get("file"):
+        lines.insert(5, f"| began from | the weights in `{base['file']}`, dequantised |")
+    return "\n".join(lines)
+
+
+def _license(base: Mapping[str, Any]) -> str:
+    if base.get("license") is None:
+        return "not known; look up that of the base model before you share or use this one"
+    named = f"{base['license']} ({base['license_name']})" if base.get("license_name") else base["license"]
+    link = f", {base['license_link']}" if base.get("license_link") else ""
+    return f"{named}{link}, that of the base model (found in: {base['license_from']})"
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the layers are made of now, as the config has it."""
+    layers = list(layers_of(config))
+    yield "layers", f"{len(layers)}, over a stream of {config.get('sliced_hidden_size', config['hidden_size']):,} dimensions"
+    for key, what, block in (
+        ("num_attention_heads", "query heads", "attention"),
+        ("num_key_value_heads", "KV heads", "attention"),
+        ("intermediate_size", "MLP neurons", "mlp"),
+    ):
+        sizes = [layer[key] for layer in layers if block not in layer.get("skip", ()) and key in layer]
+        if sizes:
+            low, high = min(sizes), max(sizes)
+            yield f"{what} a layer", f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    for block, what in (("attention", "attention"), ("mlp", "MLP")):
+        if lacking := [str(index) for index, layer in enumerate(layers) if block in layer.get("skip", ())]:
+            yield f"layers without {what}", ", ".join(lacking)
+    yield "vocabulary", f"{config['vocab_size']:,} tokens"
+
+
+def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
+    tasks = figures.get("tasks") or []
+    if not perplexities and not tasks:
+        yield (
+            "The run measured no perplexity: its recipe names no text to evaluate on. To measure it, and the base model beside it:\n\n"
+            f"```sh\nadapt-pruner eval {shlex.quote(recipe['model'])} . --text python-docs:heldout\n```"
+        )
+        return
+    begun = (
+        "pruned before, as the run began"
+        if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
+        else "dense"
+    )
+    begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
+    after = "pruned and trained" if figures.get("trained_tokens") else "pruned"
+    if perplexities:
+        yield from _perplexities(pruning, perplexities, bits, begun, after)
+    if tasks:
+        yield from _tasks(tasks, recipe["evaluation"].get("limit"), begun, after)
+    lacking = "for bias or safety" if tasks else "on tasks, nor for bias or safety"
+    yield f"It was not evaluated {lacking}; what is known of the base model in this respect need not hold for it."
+
+
+def _perplexities(
+    pruning: Mapping[str, Any], perplexities: Sequence[Any], bits: Sequence[Any], begun: str, after: str
+) -> Iterator[str]:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    stages = {note["stage"]: note["params"] for note in pruning.get("history") or []}
+    params = [figures.get("params_after_vocabulary", figures["params_before"])]
+    for stage in range(1, len(perplexities)):
+        params.append(stages.get(stage, params[-1]))
+    params[-1] = figures["params_after"]
+    names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
+    lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
+    for index, (name, size, measured) in enumerate(zip(names, params, perplexities, strict=True)):
+        per_byte = bits[index] if index < len(bits) else None
+        lines.append(f"| {name} | {size:,} | {_figure(measured, 2)} | {_figure(per_byte, 4)} |")
+    yield "\n".join(lines)
+    yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
+
+
+def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:
+    last = tasks[-1]["scores"]
+    first: Sequence[Any] = tasks[0]["scores"] if tasks[0] is not None else [None] * len(last)  # asked for on the way
+    lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
+    for before, now in zip(first, last, strict=True):
+        both = ["–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
+        lines.append(f"| {now['task']} | {now['metric']} | {now['items']:,} | {both[0]} | {both[1]} |")
+    if tasks[-1]["average"] is not None:
+        both = ["–" if one is None else score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
+        lines.append(f"| average | | | {both[0]} | {both[1]} |")
+    yield "\n".join(lines)
+    part = f"; the first {limit:,} items of each task" if limit is not None else ""
+    data = ", ".join(dict.fromkeys(Path(one["data"]).name for one in last))
+    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots(one['shots'] for one in last)}{part}; data: {data}."
+
+
+def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
+    recipe, figures = pruning["recipe"], pruning["figures"]
+    calibration, training = recipe["calibration"], recipe["training"]
+    lines = []
+    if not _calibrated(recipe, figures):
+        lines.append("* Calibration: none; the method reads no text.")
+    else:
+        text = f"the tokens in `{calibration['ids']}`" if calibration["ids"] else _words(calibration["source"])
+        drawn = f"{calibration['samples']} sequences of {calibration['length']} tokens an iteration, {figures['iterations']} iterations"
+        total = f"; {figures['calibration_tokens']:,} tokens read in all" if figures.get("calibration_tokens") else ""
+        lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
+        if calibration.get("own") and recipe.get("repair"):
+            lines.append(f"* The repair also read {calibration['own']:,} sequences that the model as it was at the start wrote.")
+    if figures.get("trained_tokens"):
+        lines.append(
+            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']} "
+            f"{'stage' if recipe['stages'] == 1 else 'stages'} with `{training['objective']}`, peak learning rate {training['lr']:g}."
+        )
+        if training["objective"].startswith("objectives.distil"):
+            lines.append(f"* Teacher: {training['teacher'] or 'the base model'}.")
+    else:
+        lines.append("* Training: none.")
+    if "vocabulary_after" in figures:
+        lines.append(
+            f"* Vocabulary: {figures['vocabulary_before']:,} tokens before, {figures['vocabulary_after']:,} after, by their use in "
+            f"{_words(recipe['vocabulary']['source'])}."
+        )
+    lines.append(f"* Made by {pruning['made_by']}.")
+    yield "\n".join(lines)
+    if (command := _command(recipe)) is not None:
+        yield f"The command:\n\n```sh\n{command}\n```"
+        opening = "The same as a recipe, with every default"
+    else:
+        opening = "The recipe; save it as recipe.yaml, then: `adapt-pruner run recipe.yaml -o runs/again`"
+    dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    yield f"<details>\n<summary>{opening}</summary>\n\n```yaml\n{dumped}```\n\n</details>"
+
+
+def _command(recipe: Mapping[str, Any]) -> str | None:
+    """The `prune` command that makes the same model; None where it trains, or the recipe is not one of this version."""
+    try:
+        asked = read(dict(recipe))
+        common = {key: getattr(asked, key) for key in ("method", "model", "budget", "latency", "latency_of", "seed")}
+        changed = differing(read(common), asked)
+    except UsageError:
+        return None
+    if asked.training.tokens or asked.stages > 1 or asked.evaluation.source is not None:
+        return None
+    target = ["--params", asked.budget] if asked.budget else ["--latency", asked.latency, "--latency-of", asked.latency_of]
+    words = ["adapt-pruner", "prune", asked.model, "-o", "small", *target, "--method", asked.method]
+    words += ["--seed", str(asked.seed)] if asked.seed else []
+    for key in changed:
+        value = asked.model_dump(mode="json")
+        for part in key.split("."):
+            value = value[part]
+        if key in _FLAGS and isinstance(value, str | int):
+            words += [_FLAGS[key], str(value)]
+        else:
+            words += ["--set", f"{key}={json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _asked(recipe: Mapping[str, Any]) -> str:
+    """How small the model was to be, in the words of the recipe."""
+    if recipe["budget"]:
+        return str(recipe["budget"])
+    work = {"prefill": "reading a prompt", "decode": "writing"}[recipe["latency_of"]]
+    return f"{recipe['latency']} the base model's time of {work} on the machine it was made on"
+
+
+def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
+    """Whether calibration text was read; a run that did not count its tokens tells by what it was asked."""
+    if "calibration_tokens" in figures:
+        return bool(figures["calibration_tokens"])
+    reads_none = recipe["metric"].startswith(("weights.magnitude", "weights.random")) and recipe["rotate"] is None
+    return not (reads_none and recipe["distance"] is None and recipe["head_metric"] is None and recipe["repair"] is None)
+
+
+def _measured_on(recipe: Mapping[str, Any]) -> str:
+    asked = recipe["evaluation"]
+    most = "" if asked["max_windows"] is None else f"at most {asked['max_windows']} "
+    return f"{most}windows of {asked['window']} tokens that do not overlap"
+
+
+def _words(source: str | Mapping[str, float] | None) -> str:
+    """A text or a mixture in words, with links to the data sets of the hub."""
+    if source is None:
+        return "no text"
+    shares = domains(source)
+    said = []
+    for spec, share in shares.items():
+        name = "text that the model wrote itself" if spec == SELF else f"`{spec}`"
+        said.append(name if len(shares) == 1 else f"{name} ({share:.0%})")
+    return ", ".join(said)
+
+
+def _hub_ids(source: str | Mapping[str, float] | None) -> list[str]:
+    """The data sets of the hub that a text or mixture names."""
+    specs = [] if source is None else list(domains(source))
+    return [spec.partition("#")[0].split(":")[1] for spec in specs if spec.startswith("hub:")]
+
+
+def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
+    hub_ids = _hub_ids(source)
+    return hub_ids[0] if len(hub_ids) == 1 else None
+
+
+def _row(method: str) -> dict[str, Any]:
+    path = methods().get(method)
+    row: dict[str, Any] = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+    return row
+
+
+def _entries(method: str) -> list[str]:
+    """BibTeX of our paper and of those that the method's row names."""
+    text = PAPERS.read_text(encoding="utf-8").strip()
+    by_number = {match[1]: entry for entry in text.split("\n\n") if (match := re.search(r"eprint = \{([\d.]+)\}", entry))}
+    numbers = [_OWN_PAPER, *_ARXIV.findall(_row(method).get("paper", ""))]
+    return [by_number[number] for number in dict.fromkeys(numbers) if number in by_number]
+
+
+def _linked(paper: str) -> str:
+    return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+def _count(params: int) -> str:
+    return shown(params, "params").replace(NARROW, " ")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _figure(value: Any, digits: int) -> str:
+    return f"{value:,.{digits}f}" if _is_number(value) else "no number"

@@ -1,0 +1,120 @@
+"""A checkpoint on the Hugging Face hub: what would be sent, and sending it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.core.files import files_in
+from adapt_pruner.core.provenance import installed
+from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.report.card import card_of, write_card
+
+__all__ = ["Parcel", "parcel", "push"]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What goes to the hub.
+
+    Attributes:
+        folder: the checkpoint.
+        repo: ORG/NAME, or NAME for one's own.
+        files: name -> bytes.
+        new_card: whether README.md is not there yet and is written first.
+        notes: sentences to read before it is sent.
+    """
+
+    folder: Path
+    repo: str
+    files: dict[str, int]
+    new_card: bool
+    notes: tuple[str, ...]
+
+
+def parcel(folder: Path, repo: str) -> Parcel:
+    """What `push` would send; nothing is written, and neither network nor token is needed.
+
+    Raises:
+        UsageError: `folder` is not a finished checkpoint of ours, or `repo` is no name of a repository.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo!r} is no name of a repository on the hub; name it ORG/NAME, of letters, digits, -, _ and ., at most 96 of them"
+        ) from error
+    if (folder / "state.json").is_file():
+        raise UsageError(f"{folder} is a checkpoint in the middle of a run; let the run end and name its folder model")
+    text = card_of(folder)
+    readme = folder / "README.md"
+    new_card = not readme.is_file()
+    files = {
+        name: file.stat().st_size
+        for name, file in files_in(folder).items()
+        if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+    }
+    if new_card:
+        files["README.md"] = len(text.encode())
+    else:
+        text = readme.read_text(encoding="utf-8", errors="replace")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise UsageError(f"{folder} holds no weights (*.safetensors); get the folder again")
+    notes = []
+    if "\nlicense:" not in text.partition("\n---")[0]:
+        notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
+    return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
+
+
+def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) -> str:
+    """Make the repository where there is none, and send every file of the parcel in one commit.
+
+    Args:
+        parcel: what `parcel` found.
+        private: the repository must be private; one that is there already and public is refused.
+        branch: instead of main; made where there is none.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UsageError: nobody is logged in, or may not write there.
+        RunError: the hub cannot be reached, or it failed.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second of what it builds on
+
+    if get_token() is None:
+        raise UsageError("nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write")
+    if parcel.new_card:
+        write_card(parcel.folder)
+    api = HfApi(library_name="adapt-pruner", library_version=installed("adapt-pruner"))
+    try:
+        repo = api.create_repo(parcel.repo, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo).private:
+            raise UsageError(f"{repo} is there already and public; make it private in its settings, or name another")
+        if branch is not None:
+            api.create_branch(repo, branch=branch, exist_ok=True)
+        sent: Any = api.upload_folder(
+            repo_id=repo,
+            folder_path=parcel.folder,
+            allow_patterns=list(parcel.files),
+            revision=branch,
+            commit_message=f"{parcel.folder.resolve().name}, made with adapt-pruner",
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise UsageError(
+                f"the hub does not let you write to {parcel.repo} (status {status}); name a repository of yours, "
+                "or log in with a token that may write: `hf auth login`"
+            ) from error
+        raise RunError(f"the hub refused {parcel.repo} (status {status}): {first_line(error)}; try again later") from error
+    except (HTTPError, ConnectionError) as error:
+        raise RunError(
+            f"the hub cannot be reached from here ({first_line(error)}); try again where there is a network, "
+            "and without HF_HUB_OFFLINE"
+        ) from error
+    return str(sent.commit_url)

@@ -1,0 +1,1 @@
+"""A run: the loop, what it needs, its folder, its events, what it would take."""

@@ -1,0 +1,365 @@
+"""What a model costs to prune and to train, in bytes and in operations: formulas over its shapes, nothing is run.
+
+Units: bytes of one process, FLOPs (a multiply-add is two), seconds. Symbols: N parameters, n processes, V vocabulary, H width
+of the residual stream, A, K, I query features, key features and neurons, summed over the layers, m tokens of a pass.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from adapt_pruner import families
+from adapt_pruner.core import loss
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, kept, layers_at_once
+from adapt_pruner.data import feeds
+from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.train import loop
+
+__all__ = [
+    "PAPER",
+    "Setup",
+    "Shapes",
+    "Speed",
+    "bytes_moved",
+    "held",
+    "multiply_adds",
+    "pruning_memory",
+    "seconds",
+    "shapes",
+    "training_memory",
+    "work",
+]
+
+_SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
+_HOLES = 0.5  # on a CPU, of activations: what glibc keeps where they lay, between gradients and moments that stay
+_PROCESS = 400 * 2**20  # Python with torch and transformers, before there is a model
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a model decides memory and time.
+
+    Attributes:
+        params: N, tied weights once.
+        decoder: parameters in decoder layers.
+        largest: parameters of the largest layer.
+        layers: decoder layers.
+        vocabulary: V.
+        width: H.
+        queries: A, query features, summed over layers.
+        keys: K, key features, summed over layers.
+        neurons: I, summed over layers.
+    """
+
+    params: int
+    decoder: int
+    largest: int
+    layers: int
+    vocabulary: int
+    width: int
+    queries: int
+    keys: int
+    neurons: int
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output embedding."""
+        return self.vocabulary * self.width
+
+    @property
+    def in_and_out(self) -> int:
+        """Rows and columns of all weight matrices of the decoder layers."""
+        return 7 * self.layers * self.width + 2 * self.queries + 2 * self.keys + 3 * self.neurons
+
+    @property
+    def tied(self) -> bool:
+        """Whether input and output embedding are one."""
+        return self.params - self.decoder < 2 * self.head
+
+    def cut_to(self, params: int) -> "Shapes":
+        """These shapes with every layer pruned alike until `params` parameters are left."""
+        share = (self.decoder - (self.params - params)) / self.decoder
+        shrunk = {key: round(getattr(self, key) * share) for key in ("decoder", "largest", "queries", "keys", "neurons")}
+        return replace(self, params=params, **shrunk)
+
+
+def shapes(model: Any) -> Shapes:
+    """The shapes of a causal LM of a known family; it may lie on the meta device."""
+    sums = {"queries": 0, "keys": 0, "neurons": 0}
+    for axis in families.axes(model):
+        if axis.kind == "kv_heads":
+            sums["queries"] += axis.size * axis.gate.width
+            sums["keys"] += axis.size * min(piece.width for piece in axis.slices)
+        elif axis.kind == "neurons":
+            sums["neurons"] += axis.size
+    stack = [count_parameters(layer) for layer in decoder_layers(model)]
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    return Shapes(count_parameters(model), sum(stack), max(stack), len(stack), vocabulary, width, **sums)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained, and where.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        narrow: whether matrices are multiplied in bfloat16.
+        length: tokens of a row.
+        micro_tokens: tokens of a pass, of one process; None for what the device gets by default.
+        batch_tokens: tokens of an optimiser step, of all processes.
+        checkpointing: whether layers' activations are worked out again in the backward pass.
+        lora: rank of the additions that are trained instead of the weights; 0 for none.
+        teacher: shapes of the model to distil from.
+        processes: n.
+        parallel: whole model on each process while training, or a share of it.
+    """
+
+    device: str
+    narrow: bool
+    length: int
+    micro_tokens: int | None = None
+    batch_tokens: int = 0
+    checkpointing: bool = False
+    lora: int = 0
+    teacher: Shapes | None = None
+    processes: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+    @property
+    def tokens(self) -> int:
+        """m: whole rows, as many as fit `micro_tokens` or a process's part of a step."""
+        most = self.micro_tokens or loop.MICRO_TOKENS[self.device]
+        most = min(most, self.batch_tokens // self.processes) if self.batch_tokens else most
+        return max(1, most // self.length) * self.length
+
+    def trained(self, of: Shapes) -> int:
+        """Parameters that have a gradient and moments."""
+        return self.lora * of.in_and_out if self.lora else of.params
+
+
+def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
+    """Bytes of one process at the peak of an optimiser step, by what they hold.
+
+    weights 4 N, gradients 4 N, moments 8 N; with FSDP each is divided by n, and the layer at work, the next one and what lies
+    outside the layers are gathered. Without it autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
+
+    The peak is in the last pass of a step: at the loss, when activations and logits are there (with checkpointing, logits or the
+    activations of a layer that is worked out again, whichever is more), or at the end of the backward pass, when the gradients still on
+    their way are. Those are of the embedding, 4 V·H, of the head tied to it as much again, and in bfloat16 of all copies, 2 N_dec, since
+    they go through the casts of the step's first pass, which come last.
+
+    Returns:
+        what -> bytes; see `held` for what a process then occupies.
+    """
+    element = 2 if how.narrow else 4
+    sharded = how.parallel == "fsdp" and how.processes > 1
+    shares = how.processes if sharded else 1
+    trained, whole = how.trained(of), of.params + (how.trained(of) if how.lora else 0)
+    parts = {"weights": 4 * whole // shares, "gradients": 4 * trained // shares, "moments": 8 * trained // shares}
+    on_their_way = 0
+    if sharded:
+        outside = of.params - of.decoder
+        parts["gathered"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
+    else:
+        parts["copies"] = 2 * of.decoder if how.narrow else 0
+        if not how.lora:
+            again = how.batch_tokens // how.processes > how.tokens
+            on_their_way = 4 * of.head * (2 if of.tied else 1) + (parts["copies"] if again else 0)
+    norms = (16, 12)
+    parts["activations"] = _activations(of, how, norms=norms)
+    parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
+    if how.checkpointing:
+        parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norms=norms) // of.layers)
+    parts["on their way"] = max(0, on_their_way - parts["activations"] - parts["loss"])
+    if how.teacher is not None:
+        parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)
+    return parts
+
+
+def pruning_memory(
+    of: Shapes,
+    how: Setup,
+    *,
+    samples: int,
+    length: int,
+    moments: bool,
+    evidence: Evidence = Evidence.GRADIENTS,
+    reads: bool = False,
+    halved: bool = False,
+) -> dict[str, int]:
+    """Bytes of one process at the peak of scoring, by what they hold; the model is whole on each, with FSDP too.
+
+    weights 4 N, moments 8 N where they are carried from stage to stage, and, of k layers (`core.layerwise.layers_at_once`), gradients, bfloat16
+    copies and activations; hidden states between groups of k layers, and their gradients, of all calibration tokens of a process. What the
+    loss needs is there before those of the layers are. Several processes share the batches, not the weights.
+
+    Metrics that want each sequence's gradients, or those of what flows, take whole passes: then k is L, and the hidden states are the activations.
+    The former hold squares of the gradients as well. Passes without gradients hold a bfloat16 copy of the whole model.
+
+    Args:
+        samples: rows of the calibration text.
+        length: tokens of a row.
+        moments: whether the optimiser's are carried.
+        evidence: what the metrics need to see.
+        reads: whether there are passes without gradients too (KV heads shut one by one, perplexity), which may hold more.
+        halved: whether a pass reads half a batch, if that has two rows or more.
+    """
+    micro = feeds.MICRO_TOKENS // (1 + halved)
+    rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
+    own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
+    if how.teacher is not None:
+        own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+    whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
+    stream = 4 * of.width * length * -(-samples // how.processes)
+    layer = (4 * of.decoder + kept(rows.tokens, of.in_and_out)) / of.layers
+    k = of.layers if whole else layers_at_once(of.layers, hidden=stream, layer=layer)
+    group = of.decoder * k // of.layers
+    copies = 2 * group if how.narrow else 0
+    all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, rows, learns=False)
+    activations = all_activations * k // of.layers
+    scoring = {
+        "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
+        "squares": 4 * group if evidence is Evidence.SAMPLE_GRADIENTS else 0, "copies": copies, "activations": activations,
+    }  # fmt: skip
+    if whole:
+        scoring["loss"] = all_loss
+    else:
+        scoring["on their way"] = max(0, copies - activations)
+        swept_loss = _loss(of, rows, learns=False, chunk=LOGITS_OF if how.device == "cpu" else None)
+        scoring["loss"] = max(0, swept_loss - sum(scoring.values()))
+        scoring["hidden states"] = stream * (-(-of.layers // k) + 1)
+    reading = {
+        "copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
+        "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),
+    }  # fmt: skip
+    if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):
+        return {**own, **reading}
+    return {**own, **scoring}
+
+
+def held(parts: Mapping[str, int], device: str) -> int:
+    """Bytes that a process occupies whose model asks for `parts`: with what allocators keep, and on a CPU Python itself."""
+    asked = _SLACK[device] * sum(parts.values())
+    return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)
+
+
+def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
+    """What autograd keeps of m tokens.
+
+    Of each layer: inputs and outputs of its two norms (`norms` bytes a channel in float32, and in bfloat16), queries, keys,
+    values and what attention gives, gate, its activation, up and their product. With checkpointing the input of each layer,
+    and all of one layer.
+    """
+    layers, last_norm = _layers(of, how, norms=norms), (4 + (2 if how.narrow else 4)) * of.width
+    if how.checkpointing:
+        return how.tokens * (4 * of.layers * of.width + layers // of.layers + last_norm)
+    return how.tokens * (layers + last_norm)
+
+
+def _layers(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
+    """Bytes that autograd keeps of one token in all layers."""
+    wide, narrow = norms
+    each, element = (narrow, 2) if how.narrow else (wide, 4)
+    return each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
+
+
+def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk: int | None = None) -> int:
+    """What the head needs: the logits of a chunk of tokens, the gradient of what enters it, and its own with a copy of it.
+
+    The last two are among what FSDP gathers.
+    """
+    element = 2 if how.narrow else 4
+    chunk = min(how.tokens, chunk or max(loss.CACHED_ROWS, loss.MAX_LOGITS // of.vocabulary))
+    at_once = loss.CACHED_ROWS if how.device == "cpu" else chunk
+    logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
+    if how.teacher is not None:
+        logits += 20 * of.vocabulary * at_once
+    own = ((4 + element) * learns + element * how.narrow) * of.head
+    return logits + 4 * how.tokens * of.width + (0 if gathered else own)
+
+
+def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
+    """Multiply-adds of reading a row of `length` tokens that gives logits at `logits` of them.
+
+    length · (N_dec + A · length) + logits · V·H, attention being causal: a token meets half of the keys on average, each of
+    which is multiplied once for its weight and once for its value. An embedding is looked up, not multiplied.
+    """
+    return length * (of.decoder + of.queries * length) + logits * of.head
+
+
+def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached: float) -> float:
+    """Bytes read from memory to write one token in each of `batch` rows that have `context` tokens before it.
+
+    weight · (N - V·H where the input embedding is another matrix) + cached · 2 K · context · batch: every weight that is
+    multiplied once for all rows, and the keys and values of each row.
+
+    Args:
+        of: the shapes.
+        context: tokens in the cache.
+        batch: rows.
+        weight: bytes of a weight, on average.
+        cached: bytes of a number in the cache.
+    """
+    return weight * (of.params - (0 if of.tied else of.head)) + cached * 2 * of.keys * context * batch
+
+
+def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:
+    """FLOPs a token.
+
+    Forward 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training: three times that, twice for frozen
+    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring, by first-order Taylor, is training with checkpointing, without a
+    gradient of the head. Reading is forward only.
+    """
+    layers = 2 * multiply_adds(of, length=how.length, logits=0) / how.length
+    head = 2 * of.head
+    if kind == "read":
+        return layers + head
+    if kind == "score":
+        return 4 * layers + 2 * head
+    taught = work(how.teacher, how, kind="read") if how.teacher is not None else 0
+    return (2 if how.lora else 3) * (layers + head) + (layers if how.checkpointing else 0) + taught
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a process achieves.
+
+    Attributes:
+        flops: FLOPs a second.
+        words: how that is known, for people.
+        near: bytes a second to another process of the same machine, of 8.
+        far: bytes a second to one of another machine.
+    """
+
+    flops: float
+    words: str
+    near: float = 300e9
+    far: float = 40e9
+
+
+PAPER = {
+    "cuda": Speed(0.4 * 989e12, "an H100 at 40 % of its 989 TFLOP/s in bfloat16"),
+    "cpu": Speed(1e11, "a CPU at 0.1 TFLOP/s"),
+}
+"""Speeds assumed where nothing can be measured, by device."""
+
+
+def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
+    """Seconds of one stage that scores, trains on and evaluates so many tokens.
+
+    The processes share the operations evenly. Of each, (n - 1) / n of so many bytes go to others: with DDP 8 N a training
+    step, the gradients there and back; with FSDP the weights twice, in the precision of products, and the gradients once, 4 N,
+    a pass. Sending is not taken to overlap with computing; what scoring sends is left out.
+    """
+    n = how.processes
+    total = scored * work(of, how, kind="score") + trained * work(of, how, kind="train") + read * work(of, how, kind="read")
+    wire = speed.near if n <= 8 else speed.far
+    share = (n - 1) / n
+    steps = trained / how.batch_tokens if how.batch_tokens else 0
+    if how.parallel == "fsdp":
+        passes = steps * max(1, how.batch_tokens / n / how.tokens)
+        sent = passes * (2 * (2 if how.narrow else 4) + 4) * of.params
+    else:
+        sent = steps * 8 * how.trained(of)
+    return total / speed.flops / n + sent * share / wire

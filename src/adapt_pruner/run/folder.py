@@ -1,0 +1,259 @@
+"""A run's folder: who works in it, what it was asked to do, how far it has come.
+
+recipe.yaml              the resolved recipe, with the versions of what ran it
+log.jsonl                one JSON object an event
+checkpoints/stage-K/     after stage K; stage-K-pruned after its cuts, stage-K-step-N within its training; the newest few
+checkpoints/*.damaged/   what could not be gone on from; log.damaged.jsonl is the log where nothing could
+calibration_self.json    the text that the model wrote, where it is calibrated on that; repair_self.json what a repair reads beside it
+model/                   the result; a folder that has it is finished
+trackers/                of trackers that write files
+report.html              what it came to, as a page (see `report`)
+.lock                    held by the process that works here
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from adapt_pruner.checkpoint.save import check_target, why, write_whole
+from adapt_pruner.checkpoint.state import read_state
+from adapt_pruner.core import world
+from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import Recipe, differing, read
+
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "locked", "opened"]
+
+OWN_TEXT = "calibration_self.json"
+REPAIR_TEXT = "repair_self.json"
+_GLANCE = 0.1  # seconds to wait out a report that looks whether the lock is held
+_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+
+
+class RunFolder:
+    """A run's folder that this process has to itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.result = path / "model"
+        self._begun = False
+        self._early: list[str] = []  # lines of the log that wait for the run to begin
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no run has begun here."""
+        return not (self.path / "recipe.yaml").exists() and not self._found()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run here has come to its end."""
+        return self.result.is_dir()
+
+    def begin(self, recipe: Recipe, provenance: str) -> None:
+        """Write down what the run is asked to do; what is logged from now on is kept."""
+        try:
+            write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
+        except OSError as error:
+            raise RunError(f"{self.path / 'recipe.yaml'} could not be written: {why(error)}") from error
+        self._begun = True
+
+    def check(self, recipe: Recipe, *, force: bool) -> list[str]:
+        """The keys in which a recipe differs from the one the run began with, as far as they decide the result; none before it began.
+
+        Raises:
+            UsageError: there are any, or that recipe cannot be read, and `force` is not set.
+        """
+        if self.is_new:
+            return []
+        try:
+            keys = differing(read(self.path / "recipe.yaml"), recipe)
+        except UsageError as error:
+            if force:
+                return ["what cannot be read of the old one"]
+            raise UsageError(
+                f"what {self.path / 'recipe.yaml'} says the run was begun with cannot be read ({error}); "
+                "name another folder, or pass --force-recipe to go on with the recipe given"
+            ) from error
+        if keys and not force:
+            raise UsageError(
+                f"{self.path} was begun with another recipe, which differs in {', '.join(keys)}; "
+                "name another folder, or pass --force-recipe to go on with the new one"
+            )
+        return keys
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Add an event to log.jsonl. Until the run begins or goes on it may still be refused: warnings wait for that, other events are left out.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        line = to_json({"time": time.time()} | event) + "\n"
+        if not self._begun:
+            if event["event"] == "warning":
+                self._early.append(line)
+            return
+        try:
+            self._append("".join([*self._early, line]))
+            self._early = []
+        except OSError as error:
+            raise RunError(f"{self.path / 'log.jsonl'} could not be written: {why(error)}") from error
+
+    @property
+    def log_size(self) -> int:
+        """Bytes of log.jsonl so far."""
+        log = self.path / "log.jsonl"
+        return log.stat().st_size if log.exists() else 0
+
+    def newest(self, *, thorough: bool = True) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
+        """The newest checkpoint that is whole, its state, and what is wrong with any newer ones (see `read_state`)."""
+        damaged: dict[Path, str] = {}
+        for path in self._found():
+            try:
+                return path, read_state(path, thorough=thorough), damaged
+            except RunError as error:
+                damaged[path] = str(error)
+        return None, {}, damaged
+
+    def rewind(self, *, log_size: int, damaged: Mapping[Path, str]) -> None:
+        """Take away, in place, what is newer than the checkpoint that the run goes on from.
+
+        Log lines of work that is to be done again go. Damaged checkpoints are set aside, since they would count as the
+        newest; and with them the log, where none was whole and all work is lost.
+
+        Args:
+            log_size: of the log when that checkpoint was written; 0 where there is none.
+            damaged: what `newest` found.
+        """
+        log = self.path / "log.jsonl"
+        if damaged and not log_size and log.exists():
+            log.replace(self.path / "log.damaged.jsonl")
+        elif self.log_size > log_size:
+            os.truncate(log, log_size)
+        for path in damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            self._remove(aside)
+            path.rename(aside)
+
+    def tidy(self, *, keep: int | None = None) -> None:
+        """Remove, in place, all checkpoints but the newest `keep`, and what was left half-written or half-removed."""
+        for path in self._found()[keep:] if keep is not None else ():
+            self._remove(path)
+        for folder in (self.path, self.checkpoints):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if _PARTIAL.fullmatch(path.name):
+                    self._remove(path)
+
+    def _append(self, line: str) -> None:
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(line)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        """Remove, in place, a file or folder; what is half removed does not bear its name."""
+        if not _PARTIAL.fullmatch(path.name):
+            with suppress(OSError):  # then there is none, or it cannot be removed
+                path = path.rename(path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}"))
+        if path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        """Checkpoints by their names, the newest first."""
+        order = []
+        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+))?", path.name)
+            if match:
+                within = 0 if match[2] else int(match[3]) if match[3] else 10**18
+                order.append((int(match[1]), within, path))
+        return [path for _, _, path in sorted(order, reverse=True)]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[RunFolder]:
+    """A run's folder, made where there is none, locked while the context lasts; an empty one is removed at the end.
+
+    Raises:
+        UsageError: another process works in it, or it is a folder of something else.
+    """
+    folder = RunFolder(path)
+    with ExitStack() as stack:
+        world.on_main(lambda: _take(folder, stack))
+        yield folder
+
+
+def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
+    """Raise what a run of `recipe` into a folder would be refused with, before it is started; nothing is written.
+
+    Raises:
+        UsageError: it is a folder of something else, or of a run of another recipe and `force` is not set.
+    """
+    _check_kind(path)
+    RunFolder(path).check(recipe, force=force)
+
+
+def _check_kind(path: Path) -> None:
+    beginning = (path / ".lock").exists() and not (path / "cells").is_dir()  # a comparison has a lock, too
+    if not (path / "recipe.yaml").exists() and not beginning:
+        check_target(path)
+
+
+def _take(folder: RunFolder, until: ExitStack) -> None:
+    """Make and lock a run's folder, until `until` is closed; what is empty then goes."""
+    path = folder.path
+    _check_kind(path)
+    existed = path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    until.enter_context(locked(path / ".lock"))
+
+    def leave() -> None:
+        if folder.is_new:
+            for name in (OWN_TEXT, REPAIR_TEXT, "report.html", ".lock"):  # a page may have been asked for meanwhile
+                (path / name).unlink(missing_ok=True)
+            if not existed and not any(path.iterdir()):
+                path.rmdir()
+
+    until.callback(leave)
+
+
+def figures_of(run_dir: str | Path) -> dict[str, Any]:
+    """The figures of a finished run."""
+    figures: dict[str, Any] = json.loads((Path(run_dir) / "model" / "pruning.json").read_text(encoding="utf-8"))["figures"]
+    return figures
+
+
+def locked(path: Path) -> IO[str]:
+    """A lock file that this process has locked, until it is closed or the process ends, however it ends.
+
+    Raises:
+        UsageError: another process has locked it, or it cannot be locked there.
+    """
+    while True:
+        lock = path.open("a+")
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_GLANCE)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+                return lock
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UsageError(f"{path.parent} is in use by process {owner}; wait for it, or name another folder") from error
+        except OSError as error:
+            raise UsageError(f"{path} cannot be locked ({why(error)}); name a folder on another file system") from error
+        lock.close()  # its last holder has just taken it away

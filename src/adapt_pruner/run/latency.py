@@ -1,0 +1,194 @@
+"""A budget in time: how many parameters a model may keep to take such a share of the dense model's seconds on this machine.
+
+Of every kind of axis the whole model is timed at several widths, all layers cut alike, in turn with the dense one. Between them the
+time is taken to be linear in the width; what two kinds save adds up; a layer's share of what its kind saves is its share of
+the kind's parameters. Embedding, head and norms are in every measurement, so that they stay as they are.
+
+    time(sizes) / time(dense) = 1 - sum over kinds of sum over axes a of weight_a · (1 - table[kind](size_a / size of a when dense))
+
+The times are those of whole models, not of layers that are run again and again, whose weights would stay in the processor's cache.
+"""
+
+import copy
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.errors import UsageError
+from adapt_pruner.evaluate.speed import reading_and_writing
+from adapt_pruner.recipe import Recipe, parse_latency
+from adapt_pruner.run.plan import mask_to, params_of, prunable, sizes_alike
+from adapt_pruner.run.prepare import Listener
+
+__all__ = ["Table", "find", "kept", "predicted", "reach", "table_of"]
+
+PROMPT = 512
+"""Tokens of the prompt whose reading is timed, or after which writing is."""
+WRITTEN = 16
+ROUNDS = 5
+SHARES = (0.75, 0.5, 0.25)
+"""Widths that are timed, of the dense one, beside it and the least there may be."""
+
+Table = dict[str, list[tuple[float, float]]]
+"""kind of axis -> (share of the units kept, seconds as a share of the dense model's), shares rising to 1."""
+
+
+def find(model: Any, recipe: Recipe, *, listen: Listener = lambda event: None) -> dict[str, Any]:
+    """The parameters that the recipe's latency comes to, by a table measured here and now.
+
+    Args:
+        model: as it is before anything is pruned; left as found.
+        recipe: the run; one without a latency asks for nothing.
+        listen: told of progress.
+
+    Returns:
+        `latency`, or nothing without one: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`.
+
+    Raises:
+        UsageError: it is out of reach; the message names what could be reached.
+    """
+    if not recipe.latency:
+        return {}
+    asked, axes = parse_latency(recipe.latency), prunable(model, recipe)
+    table = table_of(model, recipe, listen=listen)
+    least = sizes_alike(model, recipe, keep=0)
+    nearest = predicted(table, axes, least)
+    if nearest > asked:
+        raise UsageError(
+            f"latency {recipe.latency} is out of reach: {recipe.latency_of} takes {nearest:.2f}x of the dense model's time once "
+            f"{recipe.chooser} has taken all that it may; ask for {np.ceil(nearest * 100 + 1e-9) / 100:.2f}x or more"
+        )
+    low, high = params_of(model, axes, least), count_parameters(model)
+    while high - low > max(1, high // 10_000):
+        middle = (low + high) // 2
+        within = predicted(table, axes, sizes_alike(model, recipe, keep=middle)) <= asked
+        low, high = (middle, high) if within else (low, middle)
+    foretold = predicted(table, axes, sizes_alike(model, recipe, keep=low))
+    return {"latency": {"asked": asked, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}}
+
+
+def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
+    """The parameters that `find` found when the run began; None where the recipe has a budget.
+
+    Raises:
+        UsageError: the run began with another latency, or none.
+    """
+    if not recipe.latency:
+        return None
+    found = figures.get("latency", {"asked": None, "of": None})
+    if (found["asked"], found["of"]) != (parse_latency(recipe.latency), recipe.latency_of):
+        raise UsageError(
+            f"latency {recipe.latency} of {recipe.latency_of} is told by the dense model, and the run has begun without it; leave "
+            "it as it was, set a budget, or name another folder"
+        )
+    params: int = found["params"]
+    return params
+
+
+def reach(
+    loaded: Loaded, recipe: Recipe, figures: Mapping[str, Any], *, trust_remote_code: bool, listen: Listener
+) -> dict[str, Any]:
+    """The latency that the pruned model has reached, dense and pruned timed in turn; nothing where the recipe names none.
+
+    Returns:
+        `latency`: what `find` found, with `reached`, the median share of the dense model's seconds, its quartiles `reached_low`
+        and `reached_high`, and `dense_seconds`.
+    """
+    if not recipe.latency:
+        return {}
+    device = next(loaded.model.parameters()).device
+    dense = _as_it_runs(load(recipe.model, device=device, trust_remote_code=trust_remote_code).model, recipe)
+    shares, seconds = _in_turn(dense, _as_it_runs(copy.deepcopy(loaded.model), recipe), recipe, rounds=2 * ROUNDS, listen=listen)
+    low, median, high = statistics.quantiles(shares, n=4, method="inclusive")
+    now = {"reached": median, "reached_low": low, "reached_high": high, "dense_seconds": seconds}
+    return {"latency": {**figures["latency"], **now}}
+
+
+def table_of(model: Any, recipe: Recipe, *, listen: Listener = lambda event: None) -> Table:
+    """The seconds of `model` at several widths of every kind of axis that may shrink, as shares of its own; left as found."""
+    dense = _as_it_runs(copy.deepcopy(model), recipe)
+    axes = prunable(model, recipe)
+    table: Table = {}
+    for kind in sorted({axis.kind for axis in axes}):
+        of_kind = [axis for axis in axes if axis.kind == kind]
+        points = {1.0: 1.0}
+        for share in (*SHARES, 0.0):
+            sizes = {axis.name: _width(axis, share, recipe.multiple_of) for axis in of_kind}
+            found = sum(sizes.values()) / sum(axis.size for axis in of_kind)
+            if found in points:
+                continue
+            listen(
+                {
+                    "event": "progress",
+                    "phase": "time",
+                    "what": f"{found:.0%} of {kind}",
+                    "done": len(points),
+                    "of": len(SHARES) + 1,
+                }
+            )
+            smaller = copy.deepcopy(dense)
+            cut(smaller, families.axes(smaller), mask_to(of_kind, sizes))
+            points[found] = statistics.median(_in_turn(dense, smaller, recipe, rounds=ROUNDS)[0])
+        table[kind] = sorted(points.items())
+    return table
+
+
+def predicted(table: Table, axes: Sequence[Axis], sizes: Mapping[str, int]) -> float:
+    """The share of the dense model's seconds that a model of such sizes takes, by the table.
+
+    Args:
+        table: of `table_of`.
+        axes: of the dense model.
+        sizes: axis name -> units kept.
+    """
+    saved = 0.0
+    for kind, points in table.items():
+        of_kind = [axis for axis in axes if axis.kind == kind]
+        whole = sum(axis.size * axis.cost for axis in of_kind)
+        shares, times = zip(*points, strict=True)
+        for axis in of_kind:
+            time = float(np.interp(sizes[axis.name] / axis.size, shares, times))
+            saved += axis.size * axis.cost / whole * (1 - time)
+    return 1 - saved
+
+
+def _width(axis: Axis, share: float, multiple: int) -> int:
+    """A width near a share of an axis such as a chooser leaves: a multiple of what is asked for, of neurons else an odd number."""
+    if axis.kind != "neurons":
+        return max(1, round(share * axis.size))
+    if multiple > 1:
+        return max(min(multiple, axis.size), round(share * axis.size / multiple) * multiple)
+    return min(axis.size, int(share * axis.size) | 1)
+
+
+def _as_it_runs(model: Any, recipe: Recipe) -> Any:
+    """The model, in place, in eval mode with its weights in the precision of matrix products."""
+    narrow = uses_bfloat16(next(model.parameters()).device, recipe.dtype)
+    return model.to(torch.bfloat16 if narrow else torch.float32).eval().requires_grad_(False)
+
+
+def _in_turn(
+    dense: Any, pruned: Any, recipe: Recipe, *, rounds: int, listen: Listener = lambda event: None
+) -> tuple[list[float], float]:
+    """Of each round the pruned model's seconds as a share of the dense one's, and the dense one's median seconds."""
+    decode = recipe.latency_of == "decode"
+    size = min(model.get_input_embeddings().weight.shape[0] for model in (dense, pruned))
+    ids: Tensor = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    shares, seconds = [], []
+    for round_idx in range(rounds + 1):
+        listen({"event": "progress", "phase": "time", "what": "the result", "done": round_idx, "of": rounds})
+        theirs, ours = (reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned))
+        if round_idx:  # the first is slow
+            shares.append(ours / theirs)
+            seconds.append(theirs)
+    return shares, statistics.median(seconds)

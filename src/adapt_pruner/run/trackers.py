@@ -1,0 +1,94 @@
+"""Telling a tracker (TensorBoard, Weights & Biases, trackio, MLflow) what the log says, by accelerate's own trackers."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.core import world
+from adapt_pruner.errors import UsageError, first_line
+from adapt_pruner.recipe import Recipe
+from adapt_pruner.run.prepare import Listener
+
+__all__ = ["reporting"]
+
+_FIGURES = {
+    "step": ("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes"),
+    "evaluation": ("perplexity", "params"),
+    "tasks": ("average", "params"),
+    "cut": ("params", "loss"),
+}
+"""Event -> what of it is told, as `event/figure`."""
+
+
+@contextmanager
+def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Listener]:
+    """`listen`, and beside it the trackers that the recipe reports to; TensorBoard's files lie in `run_dir`/trackers/run.
+
+    Figures are told at the optimiser step they belong to; a run that goes on adds to them, steps that it takes again
+    included. Only the main process reports. A tracker that fails on the way is dropped with a warning.
+
+    Raises:
+        UsageError: a tracker's package is not installed, or it cannot be started; that shows before any work.
+    """
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"report_to {name} needs a package; pip install 'adapt-pruner[{name}]'")
+    if not recipe.report_to or not world.is_main():
+        yield listen
+        return
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers ask it which process they are in
+    running: dict[str, Any] = {}
+    step = 0
+
+    def start(name: str) -> None:
+        tracker_class = LOGGER_TYPE_TO_CLASS[name]
+        where = {"logging_dir": str(run_dir / "trackers")} if tracker_class.requires_logging_directory else {}
+        try:
+            tracker = tracker_class("run" if where else run_dir.absolute().name, **where)
+            if hasattr(tracker, "start"):
+                tracker.start()
+            tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+        except Exception as error:  # each tracker has its own kinds
+            raise UsageError(f"report_to {name} cannot be started ({first_line(error)}); set it up, or leave it out") from error
+        running[name] = tracker
+
+    def attempt(name: str, do: Callable[[Any], None]) -> None:
+        try:
+            do(running[name])
+        except Exception as error:  # a run is worth more than its curves
+            del running[name]
+            listen({"event": "warning", "message": f"{name} is told no more of this run, since it failed: {first_line(error)}"})
+
+    def tell(event: dict[str, Any]) -> None:
+        nonlocal step
+        listen(event)
+        kind = event["event"]
+        if kind == "start":  # not before: a run that is refused leaves nothing behind
+            for name in recipe.report_to:
+                start(name)
+        step = event["step"] if kind in ("step", "resumed") else step
+        told = {f"{kind}/{figure}": event[figure] for figure in _FIGURES.get(kind, ()) if event.get(figure) is not None}
+        for tracked in list(running) if told else ():
+            attempt(tracked, lambda tracker: tracker.log(told, step=step))
+
+    try:
+        yield tell
+    finally:
+        for tracked in list(running):
+            attempt(tracked, lambda tracker: tracker.finish())
+
+
+def _flat(data: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """One level of plain values, which is what every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[above + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

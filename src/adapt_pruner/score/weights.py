@@ -1,0 +1,181 @@
+"""What each unit is worth by its weights, alone or with their gradients."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis, Scores, Slice
+from adapt_pruner.errors import UsageError
+from adapt_pruner.score.calibrate import Evidence
+
+__all__ = ["magnitude", "random", "taylor"]
+
+Rows = dict[tuple[str, int], Tensor]
+"""(axis name, number of one of its slices) -> what each row (or column) of that matrix is worth, float32 [rows]."""
+
+
+def taylor(
+    model: nn.Module, axes: Sequence[Axis], *, form: str = "element", authors_fold: bool = False
+) -> Generator[Evidence, str | None, Scores]:
+    """Taylor importance: how much the loss moves if a unit's weights go to zero, from its first or second derivative.
+
+    L is the mean next-token cross-entropy over the calibration text (nats per token), g = dL/dw, summed over all batches before
+    anything is made of it. In every coupled matrix a unit owns `width` rows (or columns) r; score[u] is the sum over them of
+
+        element   Σ_{w ∈ r} |w · g|
+        vector    | Σ_{w ∈ r} w · g |                  one absolute value a row or column, none across matrices
+        second    Σ_{w ∈ r} w² · F
+        mixed     Σ_{w ∈ r} |w · g - w² · F / 2|       the expansion of L at w = 0 to second order, with its signs
+
+    F, the diagonal of the Fisher information, stands for the second derivative: F = N · Σ_n g_n² over the N sequences, with g_n
+    what sequence n adds to g. For sequences of one length that is the mean over them of the square of the gradient of each
+    one's own mean loss. A KV head is credited with the query heads that read it (head h belongs to KV head h // group).
+
+    Args:
+        model: causal LM. For `second` and `mixed` its weights, their gradients and as much again must fit in memory together, and the
+            text runs one sequence at a time; else gradients of a few layers exist at once.
+        axes: axes to score; those without slices (`layers`) are skipped.
+        form: `element`, `vector`, `second` or `mixed`.
+        authors_fold: for reproduction. Query head h is credited to KV head h mod num_kv_heads, as the released code does
+            although other heads go with it.
+
+    Returns:
+        axis name -> float32 [axis.entries] on the CPU, non-negative. Comparable within an axis only.
+
+    Raises:
+        UsageError: another form.
+        RuntimeError: a scored parameter got no gradient (named in the message).
+
+    Source: LLM-Pruner, arXiv:2305.11627, the authors' `param_first`, `vectorize`, `param_second` and `param_mix`;
+    Adapt-Pruner uses the first. Biases do not count. Differs: the fold, unless `authors_fold`.
+    """
+    if form not in ("element", "vector", "second", "mixed"):
+        raise UsageError(f"taylor form {form!r} is not known; known: element, vector, second, mixed")
+    squares: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+
+    def worth(parameter: nn.Parameter, piece: Slice) -> Tensor:
+        if parameter.grad is None:
+            raise RuntimeError(f"{piece.parameter} got no gradient from the calibration text, so it cannot be scored")
+        weight = parameter.detach().float()
+        if form == "second":
+            return _across(weight.square() * squares[piece.parameter], piece)
+        terms = weight * parameter.grad.float()
+        if form == "mixed":
+            terms -= weight.square() * squares[piece.parameter] / 2
+        return _across(terms, piece).abs() if form == "vector" else _across(terms.abs(), piece)
+
+    rows: Rows = {}
+    of_samples = form in ("second", "mixed")
+    with _squaring(model, axes, squares, seen) if of_samples else nullcontext():
+        while (name := (yield Evidence.SAMPLE_GRADIENTS if of_samples else Evidence.GRADIENTS)) is not None:
+            if name in squares:
+                world.sum_in_place(squares[name], seen[name])
+                squares[name].mul_(float(seen[name]))
+            rows |= _rows(model, axes, worth, only=name)
+            squares.pop(name, None)
+    return _summed(axes, rows, authors_fold=authors_fold)
+
+
+@contextmanager
+def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
+    """While it lasts, Σ_n g_n² of every matrix on an axis is summed up in `squares`, float32 like the matrix, and N in `seen`."""
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            squares[name].addcmul_(gradient.float(), gradient.float())
+            seen[name] += 1
+
+        return hook
+
+    handles = []
+    try:
+        for name in dict.fromkeys(piece.parameter for axis in axes for piece in axis.slices):
+            parameter = model.get_parameter(name)
+            if parameter.dim() > 1:
+                squares[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                seen[name] = torch.zeros(())
+                handles.append(parameter.register_hook(watch(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Generator[Evidence, None, Scores]:
+    """Size of a unit's weights: the sum of |w| (norm=l1) or of w² (norm=l2) over its coupled matrices; no text needed.
+
+    Args:
+        norm: `l1` or `l2`.
+
+    Returns:
+        axis name -> float32 [axis.entries] on the CPU, non-negative.
+
+    Raises:
+        UsageError: another norm.
+
+    Source: the magnitude baselines of LLM-Pruner (arXiv:2305.11627), its options `l1` and `l2`.
+    """
+    if norm not in ("l1", "l2"):
+        raise UsageError(f"magnitude norm {norm!r} is not known; known: l1, l2")
+    yield Evidence.WEIGHTS
+
+    def worth(parameter: nn.Parameter, piece: Slice) -> Tensor:
+        weight = parameter.detach().float()
+        return _across(weight.abs() if norm == "l1" else weight.square(), piece)
+
+    return _summed(axes, _rows(model, axes, worth))
+
+
+def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generator[Evidence, None, Scores]:
+    """Chance: uniform numbers in [0, 1) from a seed; the control that every metric has to beat.
+
+    Args:
+        seed: of the generator; the same seed gives the same scores.
+
+    Returns:
+        axis name -> float32 [axis.entries] on the CPU.
+    """
+    yield Evidence.WEIGHTS
+    generator = torch.Generator().manual_seed(seed)
+    return {axis.name: torch.rand(axis.entries, generator=generator) for axis in axes if axis.slices}
+
+
+def _rows(
+    model: nn.Module, axes: Sequence[Axis], worth: Callable[[nn.Parameter, Slice], Tensor], *, only: str | None = None
+) -> Rows:
+    """What `worth` says of every row of a matrix that units own some of, [rows], on the CPU; biases do not count.
+
+    Args:
+        only: the name of one parameter; None for all.
+    """
+    return {
+        (axis.name, number): worth(parameter, piece).cpu()
+        for axis in axes
+        for number, piece in enumerate(axis.slices)
+        if only in (None, piece.parameter) and (parameter := model.get_parameter(piece.parameter)).dim() > 1
+    }
+
+
+def _summed(axes: Sequence[Axis], rows: Rows, *, authors_fold: bool = False) -> Scores:
+    """What each unit's rows (or columns) are worth, summed over them and over the matrices that it owns some of."""
+    scores: Scores = {}
+    for axis in axes:
+        narrowest = min((piece.width for piece in axis.slices), default=0)
+        for number, piece in enumerate(axis.slices):
+            if (axis.name, number) in rows:
+                its = rows[axis.name, number]
+                if authors_fold:
+                    units = its.view(-1, len(its) // piece.width, narrowest).sum(dim=(0, 2))
+                else:
+                    units = its.view(-1, piece.width).sum(dim=1)
+                scores[axis.name] = scores[axis.name] + units if axis.name in scores else units
+    return scores
+
+
+def _across(terms: Tensor, piece: Slice) -> Tensor:
+    """The sum of each row of a matrix, or of each column where the units of a slice own columns."""
+    return terms.sum(dim=[dim for dim in range(terms.dim()) if dim != piece.dim])
