@@ -16,7 +16,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.surgery import gated
-from adapt_pruner.data.feeds import calibration_feed
+from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.closed_form import least_squares
 from adapt_pruner.reduce.rank import per_parameter

@@ -22,7 +22,7 @@ LENGTH, ROWS, BATCH_ROWS, LR = 256, 8, 16, 1e-4  # tokens a row, rows a pass, ro
 
 def data(steps: int, folder: str) -> Any:
     from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.data.rows import training_rows
+    from adapt_pruner.data.fixed import training_rows
 
     loaded = load(folder)
     wanted = (steps + 1) * BATCH_ROWS * LENGTH
@@ -42,23 +42,24 @@ def distilled(folder: str, steps: int, options: dict[str, Any]) -> dict[str, Any
 
 
 def ours(folder: str, steps: int, options: dict[str, Any], objective: Any = None) -> dict[str, Any]:
+    from adapt_pruner.data.fixed import Fixed
     from adapt_pruner.train.kernels import kernels
-    from adapt_pruner.train.loop import Progress, make_optimizer, train
+    from adapt_pruner.train.loop import How, Progress, make_optimizer
+    from adapt_pruner.train.loop import steps as training_steps
     from adapt_pruner.train.objectives import lm
 
     model, rows, ids = data(steps, folder)
     losses, times = [], []
 
-    def on_step(step: Any) -> None:
-        losses.append(step.loss)
-        times.append(time.perf_counter())
-
+    how = How(
+        objective=objective or lm, schedule=lambda share: 1.0, lr=LR, batch_rows=BATCH_ROWS, micro_tokens=ROWS * LENGTH
+    )  # fmt: skip
+    optimizer = make_optimizer(model, lr=LR, weight_decay=0.0)
     with kernels(model, liger=False, **options):
-        train(
-            model, rows, until=ids.shape[0], optimizer=make_optimizer(model, lr=LR, weight_decay=0.0), objective=objective or lm,
-            schedule=lambda share: 1.0, lr=LR, total_tokens=ids.numel(), batch_rows=BATCH_ROWS, progress=Progress(),
-            micro_tokens=ROWS * LENGTH, on_step=on_step,
-        )  # fmt: skip
+        for step in training_steps(model, Fixed(rows), optimizer, Progress(), how, until=ids.shape[0]):
+            step.take()
+            losses.append(step.loss)
+            times.append(time.perf_counter())
     return {"losses": losses, "seconds": times[-1] - times[0]}
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.train.loop import How, Progress, steps
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
@@ -53,6 +55,54 @@ def tiny_model(layout: tuple[str, str] = ("llama", "llama"), *, seed: int = 0, *
         else:
             parameter.data.mul_(4)  # the usual initialisation is so small that layers hardly matter
     return model
+
+
+@dataclass
+class InOrder:
+    """A feed of rows that lie in order, of which `rows` has `batch` and `num_tokens` of a span."""
+
+    rows: Any
+    next: int
+    num_tokens: int
+    wants_losses: bool = False
+
+    def take(self, num_rows: int) -> Any:
+        self.first, self.next = self.next, self.next + num_rows
+        return Span(self.rows, self.first, self.next)
+
+    def tell(self, losses: Any) -> None:
+        raise AssertionError("it does not want them")
+
+
+@dataclass
+class Span:
+    rows: Any
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.rows.num_tokens(self.first, self.last))
+
+    def batch(self, start: int, stop: int) -> Any:
+        return self.rows.batch(self.first + start, self.first + stop)
+
+    def domains(self, start: int, stop: int) -> list[str]:
+        return [""] * (stop - start)
+
+
+def train(
+    model: Any, rows: Any, *, until: int, optimizer: Any, progress: Progress, total_tokens: int, on_step: Any = None, **how: Any
+) -> None:
+    """Train, in place, on rows that lie in order; every step is taken, then `on_step` is told of it."""
+    feed = InOrder(rows, progress.rows, total_tokens)
+    for step in steps(model, feed, optimizer, progress, How(**how), until=until):
+        step.take()
+        if on_step is not None:
+            on_step(step)
 
 
 def half(axes: Any, kinds: tuple[str, ...] = ("neurons",)) -> Mask:

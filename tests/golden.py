@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"llama": ("llama", "llama"), "qwen2": ("llama", "qwen2"), "gemma3": ("gemma3", "gemma3-grouped")}
 VOLATILE = re.compile(r"^(time|seconds(_.*)?|tokens_per_second|peak_bytes|peak_rss_bytes|path|made_by|spent|identity)$")
-RENAMED = {"rotate": None, "reduce": None}  # recipe keys that a version may spell otherwise
+RENAMED = ("rotate", "reduce", "feed")  # recipe keys that a version may spell otherwise, or not have
 SHARED = {
     "budget": "70%", "device": "cpu", "dtype": "float32", "stages": 2, "keep_checkpoints": 9,
     "calibration": {"samples": 8, "length": 16},
@@ -177,7 +177,7 @@ def _page(run_dir: Path, copy: Path) -> None:
     pruning = copy / "model" / "pruning.json"
     pruning.write_text(json.dumps(_steady(json.loads(pruning.read_text()), fixed=1.0)), encoding="utf-8")
     recipe = copy / "recipe.yaml"
-    kept = [line for line in recipe.read_text().splitlines()[1:] if line.partition(":")[0] not in RENAMED]
+    kept = [line for line in recipe.read_text().splitlines()[1:] if line.strip().partition(":")[0] not in RENAMED]
     recipe.write_text("\n".join(kept) + "\n", encoding="utf-8")
     _command("report", str(copy), "-o", str(copy / "page.html"))
     page = re.sub(r"Written by adapt-pruner on [^<]*", "", (copy / "page.html").read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.train.adapters import adapted, base_name
-from adapt_pruner.train.loop import Progress, make_optimizer, train
+from adapt_pruner.train.loop import Progress, make_optimizer
 from adapt_pruner.train.objectives import lm
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, tiny_model, train
 
 pytest.importorskip("peft", reason="peft, which makes the additions, is not installed: pip install 'adapt-pruner[lora]'")
 

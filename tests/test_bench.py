@@ -161,8 +161,7 @@ def test_a_process_has_its_own_memory_and_not_that_of_its_parent() -> None:
 
 HEAP = """
 import torch
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.run.position import Position
+from adapt_pruner.reduce.work import RunState
 
 def held():
     with open("/proc/self/status") as file:
@@ -170,7 +169,7 @@ def held():
 
 del (first := [torch.ones(2**22)])[:]  # from now on glibc keeps smaller ones in its heap
 before = held()
-with Position(Debt({}, {})).clock("score"):
+with RunState().clock("score"):
     kept, gone = zip(*[(torch.ones(2**14), torch.ones(2**18)) for _ in range(200)])
     full = held()
     del gone

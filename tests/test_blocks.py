@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapt_pruner.reduce.slicing import width_for
 from typer.testing import CliRunner
 
 from adapt_pruner import families
@@ -18,7 +19,6 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
-from adapt_pruner.reduce.slicing import width_for
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.score import blocks
@@ -117,7 +117,7 @@ def test_everything_that_walks_layers_copes(layout: tuple[str, str], batches: li
 
 
 def test_a_model_that_lacks_blocks_is_not_sliced() -> None:
-    with pytest.raises(UsageError, match="layer 0 lacks its attention or MLP, and slicing changes the basis at both; set rotate"):
+    with pytest.raises(UsageError, match="layer 0 lacks its attention or MLP, and slicing changes the basis at both; set reduce"):
         width_for(lacking(), 10**4)
 
 

@@ -14,12 +14,12 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce import units
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.depth import drop_layers
+from adapt_pruner.reduce.units import metrics_of
 from adapt_pruner.report.documented import prune, run
-from adapt_pruner.run import plan
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.plan import metrics_of
 from adapt_pruner.score.calibrate import Evidence
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
 from test_choose import NEURON, toy_axes
@@ -268,7 +268,7 @@ def test_a_run_in_stages_that_is_stopped_goes_on_to_the_same_model(recipe: Recip
     assert went_on is not None
     assert whole.mask == went_on.mask
     assert int(whole.mask["layers"].sum()) < 6
-    debt = read_json(tmp_path / "whole" / "checkpoints" / "stage-2" / "state.json")["debt"]
+    debt = read_json(tmp_path / "whole" / "checkpoints" / "stage-2" / "state.json")["reduction"]["debt"]
     left = families.axes(load(str(tmp_path / "whole" / "checkpoints" / "stage-2")).model)
     assert set(debt["start"]) == {axis.name for axis in left if axis.kind in asked.axes}, "what layers owed went with them"
     one, other = whole.loaded.model.state_dict(), went_on.loaded.model.state_dict()
@@ -307,6 +307,6 @@ def test_a_chooser_that_has_nothing_left_to_give_ends_the_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which layer stays is known only once it is measured; where layers are unequal the plan may have hoped for a smaller one."""
-    monkeypatch.setattr(plan, "params_of", lambda model, axes, sizes: 0)
+    monkeypatch.setattr(units, "params_of", lambda work, axes, sizes: 0)
     with pytest.raises(RunError, match=r"depth.drop_layers finds nothing more to take at .* parameters, above the target"):
         prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")

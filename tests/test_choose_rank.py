@@ -16,8 +16,9 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.allocate import Debt, uniform
 from adapt_pruner.reduce.rank import per_parameter, standardised
+from adapt_pruner.reduce.units import prunable
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune
-from adapt_pruner.run.plan import prunable
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from conftest import tiny_model
@@ -320,7 +321,7 @@ def test_whole_runs_end_within_one_neuron(written: str, step: float, tiny_folder
     })  # fmt: skip
     figures = prune(asked, tmp_path / "out").figures
     left = load(str(tmp_path / "out")).model
-    neuron = min(axis.cost for axis in prunable(left, asked))
+    neuron = min(axis.cost for axis in prunable(Work.of(left, asked)))
     assert figures["budget"] - neuron < count_parameters(left) == figures["params_after"] <= figures["budget"]
     assert (figures["iterations"] == 1) == (step == 1)
 

@@ -13,9 +13,10 @@ from adapt_pruner.core.axes import Axis, Gate
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
+from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.widths import fitting
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import documented
-from adapt_pruner.run.plan import params_of, prunable, sizes_alike
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 METHODS = ("adapt-pruner", "uniform", "magnitude", "flap", "shortgpt")
@@ -101,7 +102,7 @@ def test_neurons_pay_for_heads_that_stay_for_the_sake_of_equality() -> None:
         (["multiple_of=256"], "multiple_of 256 is above the 128 neurons that a layer has"),
         (["multiple_of=0"], "recipe key 'multiple_of' is 0"),
         (["multiple_of=8", "axes=[kv_heads]"], "multiple_of 8 is of neurons, and axes does not name them"),
-        (["equal_widths=true", "rotate=pca"], "equal_widths and multiple_of would be ignored"),
+        (["equal_widths=true", "reduce=slice"], "equal_widths would be ignored"),
     ],
 )
 def test_what_cannot_be_is_refused(override: list[str], said: str, wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -155,6 +156,6 @@ def test_the_least_count_is_that_of_a_unit_of_every_axis(chooser: str, wide_fold
     model = load(str(wide_folder)).model
     values = {"model": "m", "budget": "50%", "method": "uniform", "axes": ["residual", "neurons", "kv_heads"], "chooser": chooser}
     asked = recipe.read({}, values=values | {"head_metric": None})
-    axes = prunable(model, asked)
-    one_of_each = params_of(model, axes, {axis.name: 1 for axis in axes})
-    assert params_of(model, axes, sizes_alike(model, asked, keep=0)) == one_of_each < 1000
+    axes = prunable(Work.of(model, asked))
+    one_of_each = params_of(Work.of(model, asked), axes, {axis.name: 1 for axis in axes})
+    assert params_of(Work.of(model, asked), axes, sizes_alike(Work.of(model, asked), keep=0)) == one_of_each < 1000

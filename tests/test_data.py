@@ -12,10 +12,10 @@ import pytest
 import torch
 import zstandard
 
-from adapt_pruner.data.feeds import calibration_feed, held_out_windows
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import documents, read
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, opening
+from adapt_pruner.data.windows import calibration_feed, held_out_windows
 from adapt_pruner.errors import UsageError
 from conftest import VOCAB, byte_tokenizer, tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapt_pruner.data.chat import encode_chats
-from adapt_pruner.data.rows import Rows, training_rows
+from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.data.sources import Document, documents, read
 from adapt_pruner.errors import UsageError
 from conftest import byte_tokenizer

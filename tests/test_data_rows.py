@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adapt_pruner.data import packing, store
-from adapt_pruner.data.rows import Rows, stage_spans, training_rows
+from adapt_pruner.data.fixed import Rows, stage_spans, training_rows
 from adapt_pruner.errors import RunError, UsageError
 from conftest import byte_tokenizer
 

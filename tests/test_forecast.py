@@ -14,10 +14,10 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.core import layerwise, loss
 from adapt_pruner.core.precision import native_bfloat16
-from adapt_pruner.data import feeds
+from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
 from adapt_pruner.run import estimate
-from adapt_pruner.run.estimate import PAPER, Setup, held, pruning_memory, seconds, shapes, training_memory, work
+from adapt_pruner.run.estimate import PAPER, Setup, held, operations, pruning_memory, seconds, shapes, training_memory
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
@@ -37,7 +37,8 @@ from functools import partial
 from adapt_pruner.score.calibrate import mean_loss, score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
-from adapt_pruner.train.loop import Progress, make_optimizer, train
+from adapt_pruner.data.fixed import Fixed
+from adapt_pruner.train.loop import How, Progress, make_optimizer, steps
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
 
@@ -47,6 +48,8 @@ asked = json.loads(sys.argv[1])
 class Rows:
     def __init__(self, ids):
         self.ids = ids
+    def __len__(self):
+        return len(self.ids)
     def batch(self, start, stop):
         return self.ids[start:stop], None
     def num_tokens(self, start, stop):
@@ -67,10 +70,9 @@ def go(config, rows, length, micro):
     with spread(model, optimizer, dtype=asked["dtype"]) as (working, its_optimizer), kernels(working, **how):
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak is counted from here on
-        train(
-            working, Rows(ids), until=2 * rows, optimizer=its_optimizer, objective=lm, schedule=lambda share: 1.0, lr=1e-4,
-            total_tokens=ids.numel(), batch_rows=rows, progress=Progress(), micro_tokens=micro, dtype=asked["dtype"],
-        )
+        how = How(lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=micro, dtype=asked["dtype"])
+        for step in steps(working, Fixed(Rows(ids)), its_optimizer, Progress(), how, until=2 * rows):
+            step.take()
         return occupied("VmHWM")
 
 def occupied(what):
@@ -207,7 +209,7 @@ def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.Mo
     before = told()
     monkeypatch.setattr(loop, "MICRO_TOKENS", {"cpu": 1024, "cuda": 1024})
     assert told()["tokens"] == before["tokens"] // 2 == 1024
-    monkeypatch.setattr(feeds, "MICRO_TOKENS", 2 * feeds.MICRO_TOKENS)
+    monkeypatch.setattr(windows, "MICRO_TOKENS", 2 * windows.MICRO_TOKENS)
     assert told()["scored"] == 2 * before["scored"]
     fewer = told()["loss"]
     monkeypatch.setattr(loss, "MAX_LOGITS", of.vocabulary)
@@ -256,7 +258,7 @@ def test_operations_are_those_that_torch_counts(kind: Any) -> None:
     vectors = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 1)
     entering = 2 * of.width * (of.queries + 2 * of.keys) // of.layers if kind == "score" else 0
     last = 2 * of.head * {"read": 1, "score": 2, "train": 3}[kind]
-    a_token = work(of, how, kind=kind) + passes * (2 * of.queries * 96 - 2 * vectors) - entering
+    a_token = operations(of, how, kind=kind) + passes * (2 * of.queries * 96 - 2 * vectors) - entering
     assert counted.get_total_flops() == pytest.approx(a_token * ids.numel() - last * len(ids), rel=1e-6)
 
 
@@ -316,7 +318,7 @@ def test_time_is_operations_and_what_is_sent() -> None:
     alone = Setup("cuda", True, 1024, 4096, 65_536)
     tokens = {"scored": 0, "trained": 655_360, "read": 0}
     one = seconds(of, alone, speed, **tokens)
-    assert one == pytest.approx(655_360 * work(of, alone, kind="train") / speed.flops)
+    assert one == pytest.approx(655_360 * operations(of, alone, kind="train") / speed.flops)
     eight = replace(alone, processes=8)
     assert seconds(of, eight, speed, **tokens) == pytest.approx(one / 8 + 10 * 8 * of.params * 7 / 8 / speed.near)
     sharded = replace(eight, parallel="fsdp")  # 10 steps of 2 passes

@@ -13,9 +13,10 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parse_latency, read
+from adapt_pruner.reduce.units import prunable
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import documented
 from adapt_pruner.run import forecast, latency
-from adapt_pruner.run.plan import prunable
 from conftest import read_json, tiny_model
 from test_cli import call
 
@@ -70,7 +71,7 @@ def test_the_model_takes_what_was_asked(
 def test_a_prediction_is_what_each_kind_saves_by_its_share() -> None:
     model = tiny_model()
     recipe = read({"model": "x", "latency": "0.7x"})
-    axes = prunable(model, recipe)
+    axes = prunable(Work.of(model, recipe))
     table = {"neurons": [(0.0, 0.4), (0.5, 0.8), (1.0, 1.0)], "kv_heads": [(0.5, 0.9), (1.0, 1.0)]}
     whole = {axis.name: axis.size for axis in axes}
     assert latency.predicted(table, axes, whole) == pytest.approx(1.0)
@@ -89,7 +90,7 @@ def test_a_prediction_is_what_each_kind_saves_by_its_share() -> None:
 def test_widths_that_are_timed_are_those_that_a_chooser_leaves(machine: list[Any], multiple: int) -> None:
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    table = latency.table_of(model, read({"model": "x", "latency": "0.7x", "multiple_of": multiple}))
+    table = latency.table_of(Work.of(model, read({"model": "x", "latency": "0.7x", "multiple_of": multiple})))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is left as it was"
     sizes = {(axis.kind, axis.size) for one in machine for axis in families.axes(one) if axis.layer is not None}
     dense = {axis.size for axis in families.axes(model) if axis.kind == "neurons"}
@@ -129,7 +130,7 @@ def test_what_is_no_latency_is_refused(written: str) -> None:
         ({"budget": "80%"}, "both say how far to prune; leave one of them out"),
         ({"axes": ["neurons", "query_heads"]}, "the recipe has axes query_heads; set budget instead"),
         ({"axes": ["layers"], "chooser": "depth.drop_layers"}, "the recipe has axes layers"),
-        ({"rotate": "pca"}, "the recipe has rotate"),
+        ({"reduce": "slice"}, "the recipe has reduce slice"),
         ({"vocabulary": {"source": "python-docs:train", "keep": 100}}, "the recipe has vocabulary"),
         ({"latency_of": "training"}, "'prefill' or 'decode'"),
     ],
@@ -223,7 +224,7 @@ def test_a_noisy_round_does_not_decide(machine: list[Any], monkeypatch: pytest.M
 
     monkeypatch.setattr(latency, "reading_and_writing", noisy)
     model = tiny_model()
-    table = latency.table_of(model, read({"model": "x", "latency": "0.7x"}))
+    table = latency.table_of(Work.of(model, read({"model": "x", "latency": "0.7x"})))
     for share, time in table["neurons"]:
         assert time == pytest.approx(seconds_at(model, "neurons", share) / seconds(model), rel=0.001)
 

@@ -14,11 +14,11 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
 from adapt_pruner.core.surgery import gated
-from adapt_pruner.data.feeds import calibration_feed
+from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
+from adapt_pruner.reduce.work import Work, reads_text
 from adapt_pruner.report.documented import prune
-from adapt_pruner.run.plan import reads_text
 from adapt_pruner.score import activations, blocks, weights
 from adapt_pruner.score.calibrate import score, score_behind
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, in_two_processes, tiny_model
@@ -321,7 +321,7 @@ def test_a_recipe_may_rank_layers_by_the_loss_without_them(tiny_folder: Path, te
     """The distances of the first iteration are the losses on its batches, and the chooser goes by them."""
     recipe = recipe_with(tiny_folder, text_file, distance="blocks.loss_drop", metric="weights.magnitude")
     dense = tiny_model(vocab_size=VOCAB)
-    assert reads_text(dense, recipe), "the metric reads none, the distance does"
+    assert reads_text(Work.of(dense, recipe)), "the metric reads none, the distance does"
     heard: list[dict[str, Any]] = []
     prune(recipe, tmp_path / "out", listen=heard.append)
     first = next(event for event in heard if event["event"] == "cut")

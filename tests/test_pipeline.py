@@ -20,16 +20,18 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
 from adapt_pruner.cli import screen
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.data.feeds import calibration_feed
 from adapt_pruner.data.selfwritten import selfwritten_windows
+from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import closed_form
+from adapt_pruner.reduce.units import scored
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune, run
-from adapt_pruner.run import loop, prepare
+from adapt_pruner.run import loop, start
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.plan import scored, stage_targets
+from adapt_pruner.run.plan import stage_targets
 from adapt_pruner.score.blocks import loss_drop
 from conftest import read_json
 
@@ -227,7 +229,7 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
         return selfwritten_windows(*model_and_tokenizer, **asked)
 
     monkeypatch.setattr(closed_form, "least_squares", watched)
-    monkeypatch.setattr(prepare, "selfwritten_windows", slowly)
+    monkeypatch.setattr(start, "selfwritten_windows", slowly)
     common = {"model": recipe.model, "budget": "85%", "method": "best", "step": 1, "dtype": "float32"}
     text = recipe.calibration.model_dump()
     asked, more = (read({**common, "calibration": text | {"own": own}}) for own in (0, 6))
@@ -368,9 +370,9 @@ def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe:
 def test_only_what_may_shrink_gets_gradients(recipe: Recipe) -> None:
     """The embeddings lie on the stream's axis: their gradients are not to be paid for where it may not shrink."""
     model = load(recipe.model).model
-    asked = {piece.parameter for axis in scored(model, recipe) for piece in axis.slices}
+    asked = {piece.parameter for axis in scored(Work.of(model, recipe)) for piece in axis.slices}
     assert not any("embed" in name or "norm" in name for name in asked)
-    assert {axis.kind for axis in scored(model, recipe)} == {"neurons", "kv_heads", "layers"}
+    assert {axis.kind for axis in scored(Work.of(model, recipe))} == {"neurons", "kv_heads", "layers"}
 
 
 def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

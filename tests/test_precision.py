@@ -19,7 +19,7 @@ from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
-from adapt_pruner.reduce.rotate import directions
+from adapt_pruner.reduce.slice import directions
 from adapt_pruner.score import activations
 from adapt_pruner.score.calibrate import mean_loss, score, score_behind
 from conftest import byte_tokenizer, tiny_model

@@ -26,10 +26,10 @@ from adapt_pruner.core import surgery, world
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
-from adapt_pruner.train.loop import Progress, Step, make_optimizer, train
+from adapt_pruner.train.loop import Progress, Step, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
-from conftest import read_json, tiny_model
+from conftest import read_json, tiny_model, train
 
 NUM = 2
 EVERY_STEP = {"checkpoint_minutes": 0, "keep_checkpoints": 99}

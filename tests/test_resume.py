@@ -34,8 +34,8 @@ from adapt_pruner.core import layerwise, surgery
 from adapt_pruner.recipe import read
 from adapt_pruner.report import documented
 from adapt_pruner.run import folder as runs
-from adapt_pruner.run import measure, prepare
-from adapt_pruner.run.stage import Trainer
+from adapt_pruner.run import results, start
+from adapt_pruner.run.training import Trainer
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 
 MODULES = [
@@ -104,6 +104,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "before the recipe is written": lambda n: _last(os, "rename", n, of=_named(r"recipe\.yaml")),
     "while scoring": lambda n: _last(layerwise, "next_token_nll", n),
     "within a cut": lambda n: _last(surgery, "_shortened", n),
+    "between two cuts": lambda n: _last(Trainer, "save_if_due", n, of=lambda _, name: "-cut-" in name, done=True),
     "between the cuts and their checkpoint": lambda n: _last(Trainer, "begin_stage", n),
     "with half of the weights written": lambda n: _last(
         save, "_save_weights", n, done=True, then=lambda model, folder, *_: _half(folder / "model.safetensors")
@@ -120,14 +121,14 @@ POINTS: dict[str, Callable[[int], None]] = {
         shutil, "rmtree", n, of=lambda path, *_: Path(path).is_dir(), then=_half_removed
     ),
     "within a step": lambda n: _last(torch.optim.AdamW, "step", n, done=True),
-    "before an evaluation": lambda n: _last(measure, "perplexity", n),
+    "before an evaluation": lambda n: _last(results, "perplexity", n),
     "before a checkpoint": lambda n: _last(Trainer, "save", n),
     "with half of the result written": lambda n: _last(
         save, "_save_weights", n, of=lambda model, folder, *_: ".model." in folder.name, done=True,
         then=lambda model, folder, *_: _half(folder / "model.safetensors"),
     ),
     "when the result has its name": lambda n: _last(os, "rename", n, of=_named("model"), done=True),
-    "while the model writes its own text": lambda n: _last(prepare, "selfwritten_windows", n),
+    "while the model writes its own text": lambda n: _last(start, "selfwritten_windows", n),
     "disk full at the weights": lambda n: _last(save, "_save_weights", n, done=True, then=_full),
     "disk full at the moments": lambda n: _last(state, "save_file", n, done=True, then=_full_after_half),
     "disk full at the log": lambda n: _last(runs.RunFolder, "_append", n, then=_full),
@@ -237,7 +238,7 @@ def whole(context: Any, place: Path) -> tuple[Path, float]:
         status, said = Lives(context, place)("run", place / "main.yaml", "-o", place / "whole")
         assert status == 0, said
         took.append(time.perf_counter() - began)
-    debts = [read_json(path / "state.json")["debt"] for path in (place / "whole" / "checkpoints").iterdir()]
+    debts = [read_json(path / "state.json")["reduction"]["debt"] for path in (place / "whole" / "checkpoints").iterdir()]
     assert any(debt["start"][name] * share % 1 > 0.01 for debt in debts for name, share in debt["sparsity"].items())
     kept = read_json(place / "whole" / "model" / "mask.json")["axes"]
     for kind in ("kv_heads", "neurons"):
@@ -305,7 +306,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert notes(run) == notes(other)
     for name in set(checkpoints(run)) & set(checkpoints(other)):
         found, wanted = (read_json(folder / "checkpoints" / name / "state.json") for folder in (run, other))
-        for key in ("stage", "pruned", "progress", "mask", "debt", "history", "start"):
+        for key in ("stage", "pruned", "progress", "mask", "reduction", "feed", "history", "start"):
             assert found[key] == wanted[key], f"{key} of {name}"
         for file in ("model.safetensors", "optimizer.safetensors"):
             assert found["files"].get(file) == wanted["files"].get(file), f"{file} of {name}"

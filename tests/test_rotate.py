@@ -20,12 +20,12 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy, decoder_parameters
 from adapt_pruner.recipe import Recipe, parts, read
-from adapt_pruner.reduce.rotate import directions, principal_directions, rotate, sliced_parameters
-from adapt_pruner.reduce.slicing import slice_to, width_for
+from adapt_pruner.reduce import slice as slicing
+from adapt_pruner.reduce.slice import directions, principal_directions, rotate, slice_to, sliced_parameters, width_for
+from adapt_pruner.reduce.work import Work, reads_text
 from adapt_pruner.report.documented import prune, run
-from adapt_pruner.run import loop, stage
+from adapt_pruner.run import training as run_training
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.plan import reads_text
 from conftest import LAYOUTS as ALL
 from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, tiny_config, tiny_model
 from test_checkpoint import loaded_by_a_stranger, pruned
@@ -300,15 +300,17 @@ def test_a_recipe_slices_to_its_budget(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_sliced_model_is_not_cut_further(recipe: Recipe, tmp_path: Path) -> None:
     prune(recipe, tmp_path / "sliced")
     for method in ("adapt-pruner", "slicegpt"):
-        again = read(recipe.model_dump() | {"model": str(tmp_path / "sliced"), "method": method, "rotate": None, "budget": "90%"})
+        again = read(
+            recipe.model_dump() | {"model": str(tmp_path / "sliced"), "method": method, "reduce": "units", "budget": "90%"}
+        )
         with pytest.raises(UsageError, match="a sliced model cannot be cut further; prune the dense model it came from"):
             prune(again, tmp_path / "again")
 
 
 def test_rotating_in_stages_or_with_a_repair_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"repair 'closed_form.*' makes up for units that go, .* set repair to null"):
+    with pytest.raises(UsageError, match=r"reduce 'slice' chooses no units, so repair would be ignored; leave it out"):
         read({"method": "slicegpt", "repair": next(iter(parts.names("repair")))})
-    with pytest.raises(UsageError, match="rotate 'pca' slices the model once, .* stages is 3; set stages to 1"):
+    with pytest.raises(UsageError, match="reduce 'slice' cannot go on from its own result, and stages is 3; set stages to 1"):
         read({"method": "slicegpt", "stages": 3})
 
 
@@ -322,7 +324,7 @@ def test_too_little_text_is_said(recipe: Recipe, tmp_path: Path, text_file: Path
 def test_it_is_planned_as_one_iteration(recipe: Recipe) -> None:
     planned = dry_run(recipe)
     assert [(stage["iterations"], stage["calibration_tokens"]) for stage in planned["stages"]] == [(1, 256)]
-    with pytest.raises(UsageError, match="slicing leaves with 8 of 48 dimensions"):
+    with pytest.raises(UsageError, match="stay when 8 of 48 dimensions are left"):
         dry_run(read(recipe.model_dump() | {"budget": "1000"}))
 
 
@@ -338,11 +340,11 @@ def test_it_trains_afterwards_and_goes_on_after_an_interruption(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "train", cut_short)
+        patch.setattr(run_training, "steps", cut_short)
         with pytest.raises(KeyboardInterrupt):
             run(training, tmp_path / "halved")
     assert [path.name for path in (tmp_path / "halved" / "checkpoints").iterdir()] == ["stage-1-pruned"]
-    monkeypatch.setattr(loop, "slice_to", cut_short)  # it is sliced already
+    monkeypatch.setattr(slicing, "slice_to", cut_short)  # it is sliced already
     assert run(training, tmp_path / "halved") is not None
     weights = [load(str(tmp_path / name / "model")).model.state_dict() for name in ("whole", "halved")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -350,7 +352,7 @@ def test_it_trains_afterwards_and_goes_on_after_an_interruption(
     more = training.model_dump() | {
         "model": str(tmp_path / "whole" / "model"),
         "method": "uniform",
-        "rotate": None,
+        "reduce": "units",
         "budget": "100%",
     }
     assert run(read(more), tmp_path / "more") is not None, "a sliced model trains on as it is"
@@ -364,7 +366,7 @@ def test_the_log_of_a_sliced_run_is_strict_json(recipe: Recipe, tmp_path: Path) 
 
 def test_text_is_read_whatever_parts_the_recipe_names(recipe: Recipe) -> None:
     blind = {"metric": "weights.magnitude", "distance": None, "head_metric": None, "chooser": "allocate.uniform"}
-    assert reads_text(tiny_model(), read(recipe.model_dump() | blind))
+    assert reads_text(Work.of(tiny_model(), read(recipe.model_dump() | blind)))
 
 
 def test_liger_has_no_kernel_for_it(recipe: Recipe, text_file: Path, tmp_path: Path) -> None:
@@ -391,3 +393,12 @@ def test_axes_of_a_sliced_model_say_what_it_is_made_of() -> None:
     assert sizes[0].pop("residual") == 48
     whole = {name: size for name, size in sizes[0].items() if not name.endswith(("attentions", "mlps"))}
     assert whole == sizes[1], "but its stream is no axis, nor are its blocks, since it is in another basis at every block"
+
+
+def test_recipes_of_before_still_read(recipe: Recipe) -> None:
+    """`rotate: pca` was the key of an older version, in recipes, run folders and pruning.json."""
+    old = {key: value for key, value in recipe.model_dump().items() if key != "reduce"}
+    assert read(old | {"rotate": "pca"}) == recipe
+    assert read({"method": "adapt-pruner", "rotate": "pca"}).reduce == "slice"
+    assert read({"rotate": None}).reduce == "units"
+    assert read({"method": "slicegpt"}).reduce == "slice"

@@ -20,7 +20,7 @@ from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
 from adapt_pruner.report import documented
 from adapt_pruner.report.words import score as shown_score
-from adapt_pruner.run import measure
+from adapt_pruner.run import results
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -298,7 +298,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
     }  # fmt: skip
     at = tmp_path / "run"
     calls: list[Any] = []
-    real = measure.evaluate_tasks
+    real = results.evaluate_tasks
 
     def broken_the_second_time(*args: Any, **options: Any) -> Any:
         calls.append(args[0])
@@ -306,7 +306,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(measure, "evaluate_tasks", broken_the_second_time)
+    monkeypatch.setattr(results, "evaluate_tasks", broken_the_second_time)
     with pytest.raises(KeyboardInterrupt):
         documented.run(recipe.read(asked), at)
     assert read_json(at / "checkpoints" / "stage-2" / "state.json")["progress"]["tokens"] == 512, "the training was kept"

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from adapt_pruner.core import world
 from adapt_pruner.errors import RunError
-from adapt_pruner.train.loop import Progress, Step, _Batch, make_optimizer, stage_tokens, train
+from adapt_pruner.train.loop import How, Progress, Step, _Batch, make_optimizer, stage_tokens, steps
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
-from conftest import tiny_model
+from conftest import InOrder, Span, tiny_model, train
 
 
 @dataclass
@@ -173,9 +173,9 @@ def test_every_row_is_learnt_from_once_in_as_many_passes_by_all(size: int, maske
         passes, learnt = [], []
         for rank in range(size):
             monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
-            parts = _Batch(text, 2, 2 + num_rows, device=torch.device("cpu"), micro_tokens=micro_tokens).parts
+            parts = _Batch(Span(text, 2, 2 + num_rows), device=torch.device("cpu"), micro_tokens=micro_tokens).parts
             passes.append(len(parts))
-            for rows, counts in parts:
+            for rows, counts, _ in parts:
                 assert 0 < rows.numel() <= max(4, micro_tokens)
                 learnt += rows[:, 1:].flatten().tolist() if counts is None else rows[:, 1:][counts[:, 1:]].tolist()
         assert len(set(passes)) == 1, (num_rows, micro_tokens)
@@ -437,3 +437,71 @@ def test_training_leaves_mode_and_random_state_as_found(blocks: Tensor) -> None:
         assert model.training is mode
         assert torch.equal(torch.get_rng_state(), state)
     assert modes == [True, True]
+
+
+HOW = {"schedule": lambda progress: 1.0, "lr": 1e-2, "batch_rows": 4, "dtype": "float32"}
+
+
+def test_the_caller_has_the_word_between_backward_and_step(blocks: Tensor) -> None:
+    """Gradients are in place and may be changed, weights are those of before; a step is taken once, by whoever comes first."""
+    model, twin, progress = tiny_model(), tiny_model(), Progress()
+    optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.0)
+    names = []
+    for step in steps(model, InOrder(Text(blocks), 0, 640), optimizer, progress, How(lm, **HOW), until=8):
+        names += [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert progress.steps == step.step - 1
+        if step.step == 1:
+            assert same_weights(model, twin)
+            for parameter in model.parameters():
+                parameter.grad = None  # then nothing is learnt
+            step.take()
+            assert same_weights(model, twin)
+            step.take()
+            assert (progress.steps, progress.rows) == (1, 4)
+    assert not names
+    assert (progress.steps, progress.rows) == (2, 8)
+    assert not same_weights(model, twin)
+
+
+def test_other_parameters_learn_along_and_may_ascend(blocks: Tensor) -> None:
+    """A multiplier whose loss is its square: it falls, or climbs where its group says maximize, at its own rate."""
+    for maximize in (False, True):
+        model, multiplier = tiny_model(), torch.nn.Parameter(torch.ones(()))
+        optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.0)
+        optimizer.add_param_group({"params": [multiplier], "maximize": maximize, "scale": 3.0, "weight_decay": 0.0})
+
+        def objective(model: Any, ids: Tensor, predicted: Tensor | None, of: Tensor = multiplier) -> Tensor:
+            return lm(model, ids, predicted) + of.square()
+
+        for step in steps(model, InOrder(Text(blocks), 0, 640), optimizer, Progress(), How(objective, **HOW), until=4):
+            assert multiplier.grad is not None
+            step.take()
+        assert float(multiplier.detach()) == pytest.approx(1 + (0.03 if maximize else -0.03), abs=1e-4)
+
+
+class Split(InOrder):
+    """Rows of two texts in turn, whose losses the feed wants to hear."""
+
+    def take(self, num_rows: int) -> Any:
+        span = super().take(num_rows)
+        span.domains = lambda start, stop: ["odd" if row % 2 else "even" for row in range(span.first + start, span.first + stop)]
+        return span
+
+    def tell(self, losses: Any) -> None:
+        self.heard = [*getattr(self, "heard", []), losses]
+
+
+def test_a_feed_hears_the_loss_of_each_text(blocks: Tensor, chats: Text) -> None:
+    """The step is the same as if nobody asked, but for the order of its sums."""
+    for text in (Text(blocks), chats):
+        model, twin = tiny_model(), tiny_model()
+        feed, plain = Split(text, 0, 640, wants_losses=True), InOrder(text, 0, 640)
+        found = []
+        for one, other in ((model, feed), (twin, plain)):
+            optimizer = make_optimizer(one, lr=1e-2, weight_decay=0.0)
+            found.append([step.loss for step in steps(one, other, optimizer, Progress(), How(lm, **HOW), until=8)])
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+        assert [set(losses) for losses in feed.heard] == [{"odd", "even"}] * 2
+        for losses, loss in zip(feed.heard, found[0], strict=True):
+            nats, tokens = map(sum, zip(*losses.values(), strict=True))
+            assert nats / tokens == pytest.approx(loss, rel=1e-6)

@@ -21,9 +21,9 @@ from adapt_pruner.report.documented import prune, run
 from adapt_pruner.report.figures import figures_of
 from adapt_pruner.report.page import page
 from adapt_pruner.report.record import read_record
-from adapt_pruner.run import outcome
+from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.stage import Trainer
+from adapt_pruner.run.training import Trainer
 from conftest import read_json, tiny_model
 from strangers import ask_a_stranger
 from test_pipeline import Heard
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_its_tokens(
     kept = Trainer.begin_stage
 
     def stop(self: Trainer) -> None:
-        if self._at.stage == 2:
+        if self._work.state.stage == 2:
             raise KeyboardInterrupt
         kept(self)
 
@@ -158,7 +158,7 @@ def test_a_run_keeps_to_the_tokens_it_began_with(
     folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"source": str(text_file), "tokens": 500, "batch_tokens": 256, "length": 64}
-    monkeypatch.setattr(outcome, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(results, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(recipe_of(folder, text_file, training=training), tmp_path / "run")
     other = recipe_of(folder, text_file, training=training, vocabulary={"source": str(text_file), "keep": 450})

@@ -156,8 +156,8 @@ def _perplexity(
     loaded: Any, text: str, window: int, max_windows: int | None, dtype: str, listen: Any
 ) -> tuple[dict[str, Any], Any]:
     """The figures of a model on a text, and the ids of the first window."""
-    from adapt_pruner.data.feeds import held_out_windows, too_long
     from adapt_pruner.data.tokens import text_bytes
+    from adapt_pruner.data.windows import held_out_windows, too_long
     from adapt_pruner.evaluate.perplexity import perplexity
 
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)

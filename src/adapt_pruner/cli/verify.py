@@ -35,8 +35,8 @@ def verify(
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.data.feeds import held_out_windows
     from adapt_pruner.data.sources import SELF, documents
+    from adapt_pruner.data.windows import held_out_windows
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.export.verify import verify as compare
 

@@ -22,7 +22,7 @@ from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
-from adapt_pruner.run.prepare import Listener
+from adapt_pruner.reduce.work import Listener
 
 __all__ = ["measure", "measure_beside", "prune_apart", "release"]
 

@@ -35,16 +35,15 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import to_json
-from adapt_pruner.data.feeds import held_out_windows, too_long
 from adapt_pruner.data.overlap import overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids
+from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.reduce.work import Listener, Work, reads_text
 from adapt_pruner.report.comparison import comparison_page
 from adapt_pruner.report.page import write_page
 from adapt_pruner.run.folder import locked
-from adapt_pruner.run.plan import reads_text
-from adapt_pruner.run.prepare import Listener
 
 __all__ = ["compare"]
 
@@ -123,7 +122,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         for text in asked.texts
     }
     rows = {ids: calibration_ids(ids, vocab_size=loaded.model.config.vocab_size) for ids in asked.calibration_ids}
-    readers = {name for name, recipe in asked.recipes.items() if reads_text(loaded.model, recipe)}
+    readers = {name for name, recipe in asked.recipes.items() if reads_text(Work.of(loaded.model, recipe))}
     specs = {
         spec: 1.0 for name in sorted(readers) if not asked.calibration_ids
         for spec in domains(asked.recipes[name].calibration.source) if spec != SELF

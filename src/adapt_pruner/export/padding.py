@@ -56,7 +56,7 @@ def check_layers(config: Any, form: str) -> None:
     """
     if families.is_sliced(config):
         raise UsageError(
-            f"the model is sliced (rotate: pca), and {form} has no place for the maps beside its layers; "
+            f"the model is sliced (reduce: slice), and {form} has no place for the maps beside its layers; "
             "export it --to onnx, or prune heads and neurons instead"
         )
     lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]

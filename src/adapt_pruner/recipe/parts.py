@@ -1,17 +1,18 @@
 """Finding a part by its name: the import path below its folder, `weights.taylor` for `score/weights.py`, `taylor`.
 
-There is no registry: a function in one of the files of FOLDERS that returns what such parts return is one. Options go in brackets,
+There is no registry: a function in a file of the folder that says `@part("metric")` is a metric. A reduction or a feed is a class, one
+a file, and bears the name of its file: `units` for `reduce/units.py`. Files are read and not imported. Options go in brackets,
 `weights.magnitude(norm=l2)`; where one part alone bears a name the file may be left out, `taylor`.
 """
 
 import ast
 import functools
 import importlib
-import inspect
 import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ import yaml
 
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["FOLDERS", "bind", "check", "names", "summaries"]
+__all__ = ["FOLDERS", "bind", "check", "names", "needs", "summaries", "takes"]
 
 FOLDERS = {
-    "metric": ("score", ("weights", "activations", "curvature")),
-    "distance": ("score", ("blocks",)),
-    "head_metric": ("score", ("blocks",)),
-    "chooser": ("reduce", ("allocate", "rank", "depth")),
-    "repair": ("reduce", ("closed_form",)),
-    "objective": ("train", ("objectives",)),
-    "schedule": ("train", ("schedules",)),
+    "metric": "score",
+    "distance": "score",
+    "head_metric": "score",
+    "chooser": "reduce",
+    "repair": "reduce",
+    "reduce": "reduce",
+    "objective": "train",
+    "schedule": "train",
+    "feed": "data",
 }
-"""What a recipe key may name: its folder and the files in it that hold such parts."""
+"""Recipe key -> the folder whose files hold such parts."""
 
 
 _SUPPLIED = (
@@ -48,34 +51,60 @@ _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and wh
 }
 
 
-def summaries(key: str) -> dict[str, str]:
-    """Every part that the recipe key may name, with the first line of its docstring; imports nothing."""
-    return {name: (ast.get_docstring(node) or "").partition("\n")[0] for name, node in _functions(key).items()}
+@dataclass(frozen=True)
+class _Part:
+    """A part as its source has it: `module` is the import path below the package, `takes` its options with their annotations."""
+
+    module: str
+    leaf: str
+    about: str
+    needs: frozenset[str]
+    takes: dict[str, ast.expr | None]
 
 
-def _functions(key: str) -> dict[str, ast.FunctionDef]:
-    folder, files = FOLDERS[key]
-    found = {}
-    for file in files:
-        tree = ast.parse((Path(__file__).parent.parent / folder / f"{file}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and _is_part(key, node):
-                found[f"{file}.{node.name}"] = node
+@functools.cache
+def _found(key: str) -> dict[str, _Part]:
+    """Every part of a key by its full name."""
+    folder, found = FOLDERS[key], {}
+    for path in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body if "@part(" in text else ():
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (needs := _declared(key, node)) is not None:
+                name = f"{path.stem}.{node.name}" if isinstance(node, ast.FunctionDef) else path.stem
+                about = (ast.get_docstring(node) or "").partition("\n")[0]
+                found[name] = _Part(f"adapt_pruner.{folder}.{path.stem}", node.name, about, needs, _options(node))
     return found
 
 
-def _is_part(key: str, node: ast.FunctionDef) -> bool:
-    """Whether a function is a part: it returns what parts of that key return."""
-    returns: dict[str, str | tuple[str, ...]] = {
-        "metric": "Generator",
-        "distance": ("Generator", "Scores"),
-        "head_metric": "Scores",
-        "chooser": "tuple[dict[str, int], Debt]",
-        "repair": "None",
-        "objective": "Tensor",
-        "schedule": "float",
-    }
-    return node.returns is not None and ast.unparse(node.returns).startswith(returns[key])
+def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] | None:
+    """What a part of that key needs, as its decorator says; None where it is no such part."""
+    for call in node.decorator_list:
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "part" and key in map(ast.literal_eval, call.args):
+            return frozenset(*(ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "needs"))
+    return None
+
+
+def _options(node: ast.FunctionDef | ast.ClassDef) -> dict[str, ast.expr | None]:
+    """The keyword-only arguments, of a class those of its `__init__`."""
+    if isinstance(node, ast.ClassDef):
+        made = [inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
+        return _options(made[0]) if made else {}
+    return {argument.arg: argument.annotation for argument in node.args.kwonlyargs}
+
+
+def summaries(key: str) -> dict[str, str]:
+    """Every part that the recipe key may name, with the first line of its docstring; imports nothing."""
+    return {name: found.about for name, found in _found(key).items()}
+
+
+def needs(key: str, written: str) -> frozenset[str]:
+    """What a part named in a recipe says that it needs (see `core.parts.part`)."""
+    return _found(key)[_split(key, written)[0]].needs
+
+
+def takes(key: str, written: str, argument: str) -> bool:
+    """Whether a part named in a recipe takes a keyword argument."""
+    return argument in _found(key)[_split(key, written)[0]].takes
 
 
 def names(key: str) -> list[str]:
@@ -96,7 +125,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
             options[option.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"the value of option {option.strip()!r} of {key} {name!r} is not YAML; quote it") from error
-    functions = _functions(key)
+    functions = _found(key)
     known = sorted(functions)
     if name not in known:
         same = [full for full in known if full.rpartition(".")[2] == name]
@@ -105,8 +134,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
         if not same:
             raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
         name = same[0]
-    arguments = functions[name].args
-    takes = {argument.arg: argument.annotation for argument in arguments.kwonlyargs}
+    takes = functions[name].takes
     elsewhere = {option: place for option, place in _OF_THE_RECIPE.get(key, {}).items() if option in takes}
     takes = {option: form for option, form in takes.items() if option not in _SUPPLIED and option not in elsewhere}
     for option, value in options.items():
@@ -190,9 +218,6 @@ def bind(key: str, written: str, **context: Any) -> functools.partial[Any]:
         UsageError: there is no such part, or it has no such option.
     """
     name, options = _split(key, written)
-    folder, _ = FOLDERS[key]
-    file, _, leaf = name.partition(".")
-    function: Callable[..., Any] = getattr(importlib.import_module(f"adapt_pruner.{folder}.{file}"), leaf)
-    takes = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    bound = {option: value for option, value in context.items() if option in takes} | options
-    return functools.partial(function, **bound)
+    found = _found(key)[name]
+    made: Callable[..., Any] = getattr(importlib.import_module(found.module), found.leaf)
+    return functools.partial(made, **{option: value for option, value in context.items() if option in found.takes} | options)

@@ -31,6 +31,7 @@ __all__ = [
     "Vocabulary",
     "builtin",
     "differing",
+    "in_todays_keys",
     "methods",
     "parse_latency",
     "read",
@@ -141,6 +142,7 @@ class Training(_Frozen):
     lr: float = Field(2e-5, gt=0, description="peak learning rate")
     schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
     objective: _part("objective") = Field("objectives.lm", description="what is minimised")  # type: ignore[valid-type]
+    feed: _part("feed") = Field("fixed", description="which rows of the text come next")  # type: ignore[valid-type]
     shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how tokens are spread over the stages")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run spent warming up")
     decay: float = Field(0.10, gt=0, lt=1, description="share of the run spent decaying (wsd)")
@@ -163,13 +165,13 @@ class Training(_Frozen):
             raise ValueError("training.tokens is set but training.source is not; name a text to train on")
         if self.source is not None and not self.tokens:
             raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
-        if self.teacher is not None and not self.objective.startswith("objectives.distil"):
+        if self.teacher is not None and "teacher" not in parts.needs("objective", self.objective):
             raise ValueError(
                 f"training.teacher is set but training.objective {self.objective!r} has no teacher; set it to objectives.distil"
             )
         if self.batch_tokens < self.length:
             raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
-        if self.schedule.startswith("schedules.wsd") and self.warmup + self.decay > 1:
+        if parts.takes("schedule", self.schedule, "decay") and self.warmup + self.decay > 1:
             raise ValueError(
                 f"training.warmup {self.warmup} and training.decay {self.decay} are more than the whole run; lower one"
             )
@@ -223,9 +225,7 @@ class Recipe(_Frozen):
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     repair: _optional_part("repair") = Field(None, description="what the weights that stay make up for before a cut; null for nothing")  # type: ignore[valid-type]
     # fmt: on
-    rotate: Literal["pca"] | None = Field(
-        None, description="pca: slice the residual stream instead, in one go; axes, metrics and chooser are not asked"
-    )
+    reduce: _part("reduce") = Field("units", description="the way from the model to a stage's budget: units or slice")  # type: ignore[valid-type]
     step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
     amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
     equal_widths: bool = Field(
@@ -259,6 +259,7 @@ class Recipe(_Frozen):
         """The method's row below what was given."""
         if not isinstance(data, dict):
             return data
+        data = in_todays_keys(data)
         name = data.get("method", _METHOD)
         if name not in list(methods()):
             raise ValueError(f"method {name!r} is not known; {nearest(str(name), methods())}")
@@ -272,8 +273,23 @@ class Recipe(_Frozen):
     def _fitting(self) -> "Recipe":
         if self.latency:
             self._check_latency()
-        chooser, drops = self.chooser.partition("(")[0], self.chooser.startswith("depth.")
-        if self.distance is None and (drops or chooser == "allocate.adaptive"):
+        if "chosen" in parts.needs("reduce", self.reduce):
+            self._check_chosen()
+        else:
+            self._check_ignored()
+        if "one stage" in parts.needs("reduce", self.reduce) and self.stages > 1:
+            raise ValueError(
+                f"reduce {self.reduce!r} cannot go on from its own result, and stages is {self.stages}; set stages to 1"
+            )
+        if self.vocabulary is not None:
+            self._check_tokens()
+        return self
+
+    def _check_chosen(self) -> None:
+        """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
+        chooser, needs = self.chooser.partition("(")[0], parts.needs("chooser", self.chooser)
+        drops = "whole" in needs
+        if self.distance is None and "distance" in needs:
             raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
         whole = [kind for kind in self.axes if kind in WHOLE]
         if drops and not whole:
@@ -284,27 +300,20 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers"
             )
-        if "residual" in self.axes and self.chooser.startswith("allocate.adaptive"):
+        if "residual" in self.axes and "layers" in needs:
             raise ValueError(
-                "chooser 'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"
+                f"chooser {chooser!r} goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"
             )
         if self.multiple_of > 1 and "neurons" not in self.axes:
             raise ValueError(f"multiple_of {self.multiple_of} is of neurons, and axes does not name them; add neurons to axes")
-        if self.rotate is not None and (self.equal_widths or self.multiple_of > 1):
+
+    def _check_ignored(self) -> None:
+        """Refuse what was asked for and a reduction that chooses no units would ignore."""
+        asked = {"equal_widths": self.equal_widths, "multiple_of": self.multiple_of > 1, "repair": self.repair is not None}
+        if ignored := [key for key, given in asked.items() if given]:
             raise ValueError(
-                f"rotate {self.rotate!r} takes no neurons or heads, so equal_widths and multiple_of would be ignored; leave them out"
+                f"reduce {self.reduce!r} chooses no units, so {' and '.join(ignored)} would be ignored; leave {'it' if len(ignored) == 1 else 'them'} out"
             )
-        if self.rotate is not None and self.repair is not None:
-            raise ValueError(
-                f"repair {self.repair!r} makes up for units that go, and rotate {self.rotate!r} takes none; set repair to null"
-            )
-        if self.rotate is not None and self.stages > 1:
-            raise ValueError(
-                f"rotate {self.rotate!r} slices the model once, which cannot be cut after it, and stages is {self.stages}; set stages to 1"
-            )
-        if self.vocabulary is not None:
-            self._check_tokens()
-        return self
 
     def _check_latency(self) -> None:
         """Refuse a latency that is none, or of what its table does not hold."""
@@ -314,7 +323,8 @@ class Recipe(_Frozen):
                 f"budget {self.budget!r} and latency {self.latency!r} both say how far to prune; leave one of them out"
             )
         others = sorted(set(self.axes) - {"neurons", "kv_heads"})
-        has = "rotate" if self.rotate is not None else "vocabulary" if self.vocabulary is not None else ""
+        whole = "chosen" not in parts.needs("reduce", self.reduce)
+        has = f"reduce {self.reduce}" if whole else "vocabulary" if self.vocabulary is not None else ""
         if has or others:
             raise ValueError(
                 f"latency {self.latency!r} goes by the times of neurons and kv_heads alone, and the recipe has "
@@ -330,9 +340,9 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"calibration.source 'self' is text of the model before its vocabulary is pruned; name a text, or {remedy}"
             )
-        if self.training.objective.startswith("objectives.distil") and self.training.teacher is None:
+        if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
             raise ValueError(
-                "training.objective 'objectives.distil' compares with the dense model token by token, and vocabulary takes tokens "
+                f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary takes tokens "
                 f"away; name a training.teacher with the tokens that stay, or {remedy}"
             )
 
@@ -351,6 +361,14 @@ class Recipe(_Frozen):
         if not (self.budget or self.latency):
             raise UsageError("the recipe names no budget; add it, for example --set budget=80%, or a latency like 0.7x")
         return self
+
+
+def in_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe data as an older version wrote it, in the keys of this one: `rotate: pca` is `reduce: slice`."""
+    found = dict(data)
+    if "rotate" in found and found.pop("rotate") is not None:
+        found["reduce"] = "slice"
+    return found
 
 
 def methods() -> dict[str, Path]:

@@ -20,6 +20,7 @@ import torch
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.parts import part
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["GOLDEN", "Debt", "adaptive", "layer_importance", "uniform"]
@@ -72,6 +73,7 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
     return [float(value) for value in centred / greatest]
 
 
+@part("chooser", needs={"distance", "layers"})
 def adaptive(
     scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, amplitude: float, heads_after: float = 0.0
 ) -> tuple[dict[str, int], Debt]:
@@ -108,6 +110,7 @@ def adaptive(
     return _advance(axes, budget, debt, increments, heads_after=heads_after)
 
 
+@part("chooser")
 def uniform(
     scores: Scores,
     axes: Sequence[Axis],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
@@ -31,6 +32,7 @@ _ROUNDING = 1e-6  # of features of length 1: what lies below is rounding of sums
 _HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
 
 
+@part("repair")
 @torch.no_grad()
 def least_squares(
     model: nn.Module,
@@ -176,8 +178,8 @@ class _Fit:
 
     def apply(self, ridge: float | None, *, tokens: float) -> float:
         """Change the layer's weight, in place; returns how many features there are to a token, 1 where tokens are enough."""
-        for part in self.parts:
-            world.sum_in_place(*part)
+        for sums in self.parts:
+            world.sum_in_place(*sums)
         weight = self.weight.double()
         staying = weight[:, self.keep]
         square, cross = (sum(sums[1:], sums[0]) for sums in zip(*map(self._sums, self.parts), strict=True))
@@ -220,6 +222,7 @@ def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
     return known_part
 
 
+@part("repair", needs={"biases"})
 @torch.no_grad()
 def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Sequence[Tensor], *, dtype: str = "auto") -> None:
     """Add, in place, what the features that go give on average to the bias of the layer they enter: b ← b + W_r · mean(x_r).

@@ -9,11 +9,13 @@ from collections.abc import Set as AbstractSet
 
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.parts import part
 from adapt_pruner.reduce.allocate import Debt, uniform
 
 __all__ = ["drop_layers"]
 
 
+@part("chooser", needs={"distance", "whole"})
 def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
     """The layers, attentions and MLPs with the lowest score go, whole, until the budget is met.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.allocate import GOLDEN, Debt
 
@@ -25,6 +26,7 @@ _FRONT = 1e6  # beyond any standardised score
 _STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 
 
+@part("chooser")
 def per_parameter(
     scores: Scores,
     axes: Sequence[Axis],
@@ -92,6 +94,7 @@ def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, 
     return {axis.name: math.exp(level * (sum(of_kind[axis.kind]) / len(of_kind[axis.kind]) - logs[axis.name])) for axis in axes}
 
 
+@part("chooser")
 def standardised(
     scores: Scores,
     axes: Sequence[Axis],

@@ -18,7 +18,7 @@ from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.loading import FORM_WORDS, layers_of, loading, loading_export
-from adapt_pruner.recipe import PAPERS, differing, methods, read
+from adapt_pruner.recipe import PAPERS, differing, in_todays_keys, methods, parts, read
 from adapt_pruner.report.words import NARROW, score, shots, shown
 
 __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
@@ -107,7 +107,7 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found.append(data if isinstance(data, dict) else {})
     if not {"recipe", "figures"} <= found[1].keys():
         raise UsageError(f"{folder / 'pruning.json'} does not say how the model was made; get the folder again")
-    return found[0], found[1]
+    return found[0], found[1] | {"recipe": in_todays_keys(found[1]["recipe"])}
 
 
 def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:
@@ -306,7 +306,7 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
             f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']} "
             f"{'stage' if recipe['stages'] == 1 else 'stages'} with `{training['objective']}`, peak learning rate {training['lr']:g}."
         )
-        if training["objective"].startswith("objectives.distil"):
+        if "teacher" in _needs("objective", training["objective"]):
             lines.append(f"* Teacher: {training['teacher'] or 'the base model'}.")
     else:
         lines.append("* Training: none.")
@@ -362,8 +362,17 @@ def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
     """Whether calibration text was read; a run that did not count its tokens tells by what it was asked."""
     if "calibration_tokens" in figures:
         return bool(figures["calibration_tokens"])
-    reads_none = recipe["metric"].startswith(("weights.magnitude", "weights.random")) and recipe["rotate"] is None
-    return not (reads_none and recipe["distance"] is None and recipe["head_metric"] is None and recipe["repair"] is None)
+    if any("text" in _needs(key, recipe[key]) for key in ("reduce", "metric")):
+        return True
+    return any(recipe[key] is not None for key in ("distance", "head_metric", "repair"))
+
+
+def _needs(key: str, written: str) -> frozenset[str]:
+    """What a part says that it needs; nothing where this version does not have it."""
+    try:
+        return parts.needs(key, written)
+    except UsageError:
+        return frozenset()
 
 
 def _measured_on(recipe: Mapping[str, Any]) -> str:

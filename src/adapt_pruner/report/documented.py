@@ -1,19 +1,17 @@
 """`prune` and `run` as users call them: `run.loop` does the work, and the card and the page are written of what it saves."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.reduce.work import Listener
 from adapt_pruner.report.card import try_card
 from adapt_pruner.report.page import try_report
 from adapt_pruner.run import loop
-from adapt_pruner.run.outcome import Outcome
+from adapt_pruner.run.results import Outcome
 
 __all__ = ["prune", "run"]
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:

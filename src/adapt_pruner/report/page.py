@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
 from adapt_pruner.report.advice import Advice, advice
 from adapt_pruner.report.figures import PHASES, Figures, Row, figures_of
@@ -218,8 +219,11 @@ def _pair(drawings: dict[str, str], *keys: str, tag: str = "pair") -> str:
 
 def _why(record: Record) -> str:
     recipe = record.recipe
-    if not recipe or recipe.get("rotate"):
-        return "The stream was sliced along its principal directions." if recipe else ""
+    if not recipe:
+        return ""
+    way = str(recipe.get("reduce", "units"))
+    if way != "units" and (about := parts.summaries("reduce").get(way.partition("(")[0])):
+        return escaped(about)
     said = f"Units were scored by <code>{escaped(recipe.get('metric'))}</code>, and <code>{escaped(recipe.get('chooser'))}</code> said how many of each layer go"
     if recipe.get("distance"):
         said += f", from what <code>{escaped(recipe['distance'])}</code> says a layer is worth"

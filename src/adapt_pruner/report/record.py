@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from adapt_pruner.errors import UsageError, first_line
+from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.events import event_of, is_count, is_number
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
@@ -155,7 +156,7 @@ def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     wrong = [key for key in data if not _makes_sense(key, data[key])]
     if wrong:
         trouble.append(f"recipe.yaml has no sensible {', '.join(wrong)}, which was left out")
-    return text, {key: value for key, value in data.items() if key not in wrong}
+    return text, in_todays_keys({key: value for key, value in data.items() if key not in wrong})
 
 
 def _makes_sense(key: str, value: Any) -> bool:
@@ -204,9 +205,15 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint by its name that holds pruning.json (see `run.folder`)."""
     order = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+))?", path.name)
+        match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+)|-cut-(\d+))?", path.name)
         if match and (path / "pruning.json").is_file():
-            order.append((int(match[1]), 0 if match[2] else int(match[3]) if match[3] else 10**18, path))
+            order.append(
+                (
+                    int(match[1]),
+                    0 if match[2] else int(match[3]) if match[3] else int(match[4]) - 10**9 if match[4] else 10**18,
+                    path,
+                )
+            )
     return max(order)[2] if order else None
 
 

@@ -12,7 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, kept, layers_at_once
-from adapt_pruner.data import feeds
+from adapt_pruner.data import windows
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
@@ -24,11 +24,11 @@ __all__ = [
     "bytes_moved",
     "held",
     "multiply_adds",
+    "operations",
     "pruning_memory",
     "seconds",
     "shapes",
     "training_memory",
-    "work",
 ]
 
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
@@ -205,7 +205,7 @@ def pruning_memory(
         reads: whether there are passes without gradients too (KV heads shut one by one, perplexity), which may hold more.
         halved: whether a pass reads half a batch, if that has two rows or more.
     """
-    micro = feeds.MICRO_TOKENS // (1 + halved)
+    micro = windows.MICRO_TOKENS // (1 + halved)
     rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
     own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
     if how.teacher is not None:
@@ -304,7 +304,7 @@ def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached
     return weight * (of.params - (0 if of.tied else of.head)) + cached * 2 * of.keys * context * batch
 
 
-def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:
+def operations(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:
     """FLOPs a token.
 
     Forward 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training: three times that, twice for frozen
@@ -317,7 +317,7 @@ def work(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> 
         return layers + head
     if kind == "score":
         return 4 * layers + 2 * head
-    taught = work(how.teacher, how, kind="read") if how.teacher is not None else 0
+    taught = operations(how.teacher, how, kind="read") if how.teacher is not None else 0
     return (2 if how.lora else 3) * (layers + head) + (layers if how.checkpointing else 0) + taught
 
 
@@ -353,7 +353,11 @@ def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, 
     a pass. Sending is not taken to overlap with computing; what scoring sends is left out.
     """
     n = how.processes
-    total = scored * work(of, how, kind="score") + trained * work(of, how, kind="train") + read * work(of, how, kind="read")
+    total = (
+        scored * operations(of, how, kind="score")
+        + trained * operations(of, how, kind="train")
+        + read * operations(of, how, kind="read")
+    )
     wire = speed.near if n <= 8 else speed.far
     share = (n - 1) / n
     steps = trained / how.batch_tokens if how.batch_tokens else 0

@@ -2,7 +2,7 @@
 
 recipe.yaml              the resolved recipe, with the versions of what ran it
 log.jsonl                one JSON object an event
-checkpoints/stage-K/     after stage K; stage-K-pruned after its cuts, stage-K-step-N within its training; the newest few
+checkpoints/stage-K/     after stage K; stage-K-cut-N within its cuts, stage-K-pruned after them, stage-K-step-N within its training; the newest few
 checkpoints/*.damaged/   what could not be gone on from; log.damaged.jsonl is the log where nothing could
 calibration_self.json    the text that the model wrote, where it is calibrated on that; repair_self.json what a repair reads beside it
 model/                   the result; a folder that has it is finished
@@ -171,9 +171,9 @@ class RunFolder:
         """Checkpoints by their names, the newest first."""
         order = []
         for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
-            match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+))?", path.name)
+            match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+)|-cut-(\d+))?", path.name)
             if match:
-                within = 0 if match[2] else int(match[3]) if match[3] else 10**18
+                within = 0 if match[2] else int(match[3]) if match[3] else int(match[4]) - 10**9 if match[4] else 10**18
                 order.append((int(match[1]), within, path))
         return [path for _, _, path in sorted(order, reverse=True)]
 

@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 
-from adapt_pruner import families
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe
-from adapt_pruner.run import latency
-from adapt_pruner.run.estimate import PAPER, Setup, Shapes, Speed, held, pruning_memory, seconds, shapes, training_memory, work
-from adapt_pruner.run.plan import Stage, evidence_of, layer_measure_of, plan, reads_text, rescales, shuts_heads, writes_text
-from adapt_pruner.run.prepare import Listener, cut_vocabulary, load_model, prepare
+from adapt_pruner.recipe import Recipe, parts
+from adapt_pruner.reduce.work import Listener, Looks, Work
+from adapt_pruner.run.estimate import (
+    PAPER,
+    Setup,
+    Shapes,
+    Speed,
+    held,
+    operations,
+    pruning_memory,
+    seconds,
+    shapes,
+    training_memory,
+)
+from adapt_pruner.run.plan import plan
+from adapt_pruner.run.start import begin, read, writes_text
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 
@@ -48,41 +56,34 @@ def dry_run(
     recipe = recipe.ready()
     on_paper = not has_weights(recipe.model)
     if not on_paper:
-        loaded = load_model(recipe, listen, trust_remote_code)
-        dense = count_parameters(loaded.model)
-        loaded, _ = cut_vocabulary(loaded, recipe, listen)
-        start = count_parameters(loaded.model)
-        keep = latency.kept(recipe, latency.find(loaded.model, recipe, listen=listen))
-        ready = prepare(
-            loaded, recipe, listen=listen, trust_remote_code=trust_remote_code, dense=dense, start=start, keep=keep, write=False
-        )
-        model, planned, budget = loaded.model, ready.stages, ready.budget
-        teacher = None if ready.teacher is None else shapes(ready.teacher)
-        device = next(model.parameters()).device
+        work = begin(recipe, listen, trust_remote_code=trust_remote_code)
+        read(work, write=False)
+        teacher = None if work.reads.teacher is None else shapes(work.reads.teacher)
+        device = next(work.model.parameters()).device
         narrow = uses_bfloat16(device, recipe.dtype)
-        speed = _probe(model, recipe, narrow=narrow)
+        speed = _probe(work, narrow=narrow)
         kind = "cpu" if device.type == "cpu" else "cuda"
     elif recipe.latency:
         raise UsageError(f"latency {recipe.latency} is measured, and the weights of {recipe.model} are not here; set a budget")
     else:
-        model = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
-        dense = count_parameters(model)
-        _cut_on_paper(model, recipe)
-        planned, budget = plan(model, recipe, dense=dense, start=count_parameters(model))
-        teacher = _teacher(model, recipe, trust_remote_code)
+        work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
+        _cut_on_paper(work)
+        work.stages, work.budget = plan(work)
+        teacher = _teacher(work, trust_remote_code)
         kind = "cpu" if recipe.device == "cpu" else "cuda"
         narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
         speed = PAPER[kind]
     how = _setup(recipe, kind, narrow, teacher, processes)
-    reads, evidence = reads_text(model, recipe), evidence_of(model, recipe)
-    return _told(recipe, shapes(model), planned, budget, how, speed, reads=reads, evidence=evidence, on_paper=on_paper)
+    return _told(work, how, speed, on_paper=on_paper)
 
 
-def _cut_on_paper(model: Any, recipe: Recipe) -> None:
+def _cut_on_paper(work: Work) -> None:
     """Shrink, in place, the vocabulary of a model without weights to its size after the run's start, where the recipe tells it."""
-    asked, axes = recipe.vocabulary, families.axes(model)
+    asked = work.recipe.vocabulary
     if asked is not None and asked.keep is not None:
-        cut(model, axes, Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in axes if axis.kind == "vocabulary"}))
+        tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
+        work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
+        work.state.figures["params_after_vocabulary"] = work.num_params
 
 
 def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
@@ -95,22 +96,12 @@ def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, pr
     )  # fmt: skip
 
 
-def _told(
-    recipe: Recipe,
-    dense: Shapes,
-    planned: list[Stage],
-    budget: Budget,
-    how: Setup,
-    speed: Speed,
-    *,
-    reads: bool,
-    evidence: Evidence,
-    on_paper: bool,
-) -> dict[str, Any]:
+def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, Any]:
+    recipe, budget, dense, looks = work.recipe, work.budget, shapes(work.model), work.reduction.looks(work)
     spans, evaluation = [], recipe.evaluation
     read = 0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0)
-    for stage in planned:
-        scored = stage.calibration_tokens if reads else 0
+    for stage in work.stages:
+        scored = stage.calibration_tokens if looks.text else 0
         spans.append(seconds(dense.cut_to(stage.params), how, speed, scored=scored, trained=stage.tokens, read=read))
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
@@ -122,14 +113,14 @@ def _told(
         samples=asked.samples,
         length=asked.length,
         moments=carried,
-        reads=shuts_heads(recipe) or evaluation.source is not None,
+        reads=looks.forward or evaluation.source is not None,
     )
-    passes = [scoring(evidence=evidence)]
-    if rescales(recipe):  # fits to every second row of a batch
+    passes = [scoring(evidence=looks.evidence)]
+    if looks.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
     memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if trains:
-        memory["training"] = training_memory(dense.cut_to(planned[0].params), how)
+        memory["training"] = training_memory(dense.cut_to(work.stages[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}
     return {
         "model": recipe.model,
@@ -137,11 +128,11 @@ def _told(
         "seed": recipe.seed,
         "params_before": budget.total,
         "params_after": budget.keep,
-        "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(planned, spans, strict=True)],
+        "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(work.stages, spans, strict=True)],
         "seconds": sum(spans),
         "time_by": "time on paper" if on_paper else "time by a probe",
         "speed": speed.words,
-        "time_without": _left_out(recipe, reads=reads),
+        "time_without": _left_out(work, looks),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
@@ -150,38 +141,35 @@ def _told(
     }
 
 
-def _left_out(recipe: Recipe, *, reads: bool) -> list[str]:
-    """What takes time that is not foretold, in words; `reads` says whether scoring looks at the calibration text."""
-    asked = recipe.calibration
-    own = asked.own > 0 and recipe.repair is not None
-    taken = {
-        "text that the model writes itself": own or (reads and writes_text(recipe)),
-        "layers or blocks shut one by one": layer_measure_of(recipe) is not None,
-        "KV heads shut one by one": shuts_heads(recipe),
-        "measuring behind pruned layers": recipe.behind,
-        "repair": recipe.repair is not None,
-        "tasks": recipe.evaluation.tasks is not None,
-    }
-    return [what for what, is_taken in taken.items() if is_taken]
+def _left_out(work: Work, looks: Looks) -> list[str]:
+    """What takes time that is not foretold, in words."""
+    recipe = work.recipe
+    writes = (recipe.calibration.own > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
+    return [
+        *(["text that the model writes itself"] if writes else []),
+        *looks.beside,
+        *(["tasks"] if recipe.evaluation.tasks is not None else []),
+    ]
 
 
-def _probe(model: Any, recipe: Recipe, *, narrow: bool) -> Speed:
+def _probe(work: Work, *, narrow: bool) -> Speed:
     """What this machine makes of the model, by one batch of random tokens."""
+    recipe, model = work.recipe, work.model
     length = recipe.calibration.length
     shape = (max(1, _PROBED_TOKENS // length), length)
     batch = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    axes = [axis for axis in families.axes(model) if axis.layer is not None or axis.kind in recipe.axes]
+    axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in recipe.axes]
     for _ in range(2):  # the first pass of a process is slow
         began = time.perf_counter()
         score(model, axes, [batch], metrics=[taylor], dtype=recipe.dtype)
     span = time.perf_counter() - began
     device = next(model.parameters()).device
-    flops = batch.numel() * work(shapes(model), Setup(device.type, narrow, length), kind="score") / span
+    flops = batch.numel() * operations(shapes(model), Setup(device.type, narrow, length), kind="score") / span
     return Speed(flops, f"this machine makes {flops / 1e12:.3g} TFLOP/s of this model")
 
 
-def _teacher(model: Any, recipe: Recipe, trust_remote_code: bool) -> Shapes | None:
-    if not recipe.training.objective.startswith("objectives.distil"):
+def _teacher(work: Work, trust_remote_code: bool) -> Shapes | None:
+    asked = work.recipe.training
+    if "teacher" not in parts.needs("objective", asked.objective):
         return None
-    named = recipe.training.teacher
-    return shapes(model if named is None else load_shapes(named, trust_remote_code=trust_remote_code))
+    return shapes(work.model if asked.teacher is None else load_shapes(asked.teacher, trust_remote_code=trust_remote_code))

@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis
-from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.speed import reading_and_writing
 from adapt_pruner.recipe import Recipe, parse_latency
-from adapt_pruner.run.plan import mask_to, params_of, prunable, sizes_alike
-from adapt_pruner.run.prepare import Listener
+from adapt_pruner.reduce.units import mask_to, params_of, prunable, sizes_alike
+from adapt_pruner.reduce.work import Listener, Work
 
 __all__ = ["Table", "find", "kept", "predicted", "reach", "table_of"]
 
@@ -43,13 +42,11 @@ Table = dict[str, list[tuple[float, float]]]
 """kind of axis -> (share of the units kept, seconds as a share of the dense model's), shares rising to 1."""
 
 
-def find(model: Any, recipe: Recipe, *, listen: Listener = lambda event: None) -> dict[str, Any]:
+def find(work: Work) -> dict[str, Any]:
     """The parameters that the recipe's latency comes to, by a table measured here and now.
 
     Args:
-        model: as it is before anything is pruned; left as found.
-        recipe: the run; one without a latency asks for nothing.
-        listen: told of progress.
+        work: the run, its model as it is before anything is pruned; one without a latency asks for nothing.
 
     Returns:
         `latency`, or nothing without one: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`.
@@ -57,23 +54,24 @@ def find(model: Any, recipe: Recipe, *, listen: Listener = lambda event: None) -
     Raises:
         UsageError: it is out of reach; the message names what could be reached.
     """
+    recipe = work.recipe
     if not recipe.latency:
         return {}
-    asked, axes = parse_latency(recipe.latency), prunable(model, recipe)
-    table = table_of(model, recipe, listen=listen)
-    least = sizes_alike(model, recipe, keep=0)
+    asked, axes = parse_latency(recipe.latency), prunable(work)
+    table = table_of(work)
+    least = sizes_alike(work, keep=0)
     nearest = predicted(table, axes, least)
     if nearest > asked:
         raise UsageError(
             f"latency {recipe.latency} is out of reach: {recipe.latency_of} takes {nearest:.2f}x of the dense model's time once "
             f"{recipe.chooser} has taken all that it may; ask for {np.ceil(nearest * 100 + 1e-9) / 100:.2f}x or more"
         )
-    low, high = params_of(model, axes, least), count_parameters(model)
+    low, high = params_of(work, axes, least), work.num_params
     while high - low > max(1, high // 10_000):
         middle = (low + high) // 2
-        within = predicted(table, axes, sizes_alike(model, recipe, keep=middle)) <= asked
+        within = predicted(table, axes, sizes_alike(work, keep=middle)) <= asked
         low, high = (middle, high) if within else (low, middle)
-    foretold = predicted(table, axes, sizes_alike(model, recipe, keep=low))
+    foretold = predicted(table, axes, sizes_alike(work, keep=low))
     return {"latency": {"asked": asked, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}}
 
 
@@ -95,29 +93,30 @@ def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
     return params
 
 
-def reach(
-    loaded: Loaded, recipe: Recipe, figures: Mapping[str, Any], *, trust_remote_code: bool, listen: Listener
-) -> dict[str, Any]:
+def reach(work: Work) -> dict[str, Any]:
     """The latency that the pruned model has reached, dense and pruned timed in turn; nothing where the recipe names none.
 
     Returns:
         `latency`: what `find` found, with `reached`, the median share of the dense model's seconds, its quartiles `reached_low`
         and `reached_high`, and `dense_seconds`.
     """
+    recipe = work.recipe
     if not recipe.latency:
         return {}
-    device = next(loaded.model.parameters()).device
-    dense = _as_it_runs(load(recipe.model, device=device, trust_remote_code=trust_remote_code).model, recipe)
-    shares, seconds = _in_turn(dense, _as_it_runs(copy.deepcopy(loaded.model), recipe), recipe, rounds=2 * ROUNDS, listen=listen)
+    device = next(work.model.parameters()).device
+    dense = _as_it_runs(load(recipe.model, device=device, trust_remote_code=work.trust_remote_code).model, recipe)
+    pruned = _as_it_runs(copy.deepcopy(work.model), recipe)
+    shares, seconds = _in_turn(dense, pruned, recipe, rounds=2 * ROUNDS, listen=work.listen)
     low, median, high = statistics.quantiles(shares, n=4, method="inclusive")
     now = {"reached": median, "reached_low": low, "reached_high": high, "dense_seconds": seconds}
-    return {"latency": {**figures["latency"], **now}}
+    return {"latency": {**work.state.figures["latency"], **now}}
 
 
-def table_of(model: Any, recipe: Recipe, *, listen: Listener = lambda event: None) -> Table:
-    """The seconds of `model` at several widths of every kind of axis that may shrink, as shares of its own; left as found."""
-    dense = _as_it_runs(copy.deepcopy(model), recipe)
-    axes = prunable(model, recipe)
+def table_of(work: Work) -> Table:
+    """The seconds of the model at several widths of every kind of axis that may shrink, as shares of its own; left as found."""
+    recipe = work.recipe
+    dense = _as_it_runs(copy.deepcopy(work.model), recipe)
+    axes = prunable(work)
     table: Table = {}
     for kind in sorted({axis.kind for axis in axes}):
         of_kind = [axis for axis in axes if axis.kind == kind]
@@ -127,15 +126,7 @@ def table_of(model: Any, recipe: Recipe, *, listen: Listener = lambda event: Non
             found = sum(sizes.values()) / sum(axis.size for axis in of_kind)
             if found in points:
                 continue
-            listen(
-                {
-                    "event": "progress",
-                    "phase": "time",
-                    "what": f"{found:.0%} of {kind}",
-                    "done": len(points),
-                    "of": len(SHARES) + 1,
-                }
-            )
+            work.tell("progress", phase="time", what=f"{found:.0%} of {kind}", done=len(points), of=len(SHARES) + 1)
             smaller = copy.deepcopy(dense)
             cut(smaller, families.axes(smaller), mask_to(of_kind, sizes))
             points[found] = statistics.median(_in_turn(dense, smaller, recipe, rounds=ROUNDS)[0])

@@ -9,7 +9,7 @@ from typing import Any
 from adapt_pruner.core import world
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.run.prepare import Listener
+from adapt_pruner.reduce.work import Listener
 
 __all__ = ["reporting"]
 

@@ -15,12 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["fluctuation", "magnitude", "wanda"]
 
 
+@part("metric", needs={"text"})
 def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Weights times activations: the mean of |W_ij| · ‖X_j‖₂ over the outputs i, summed over the features j of a unit (Wanda-sp).
 
@@ -38,6 +40,7 @@ def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, S
     return {axis.name: _by_unit(channels, axis).sum(dim=1).float() for axis in axes}
 
 
+@part("metric", needs={"text"})
 def fluctuation(
     model: nn.Module,
     axes: Sequence[Axis],
@@ -102,6 +105,7 @@ def fluctuation(
     return scores
 
 
+@part("metric", needs={"text"})
 def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Size of what flows through a unit: |x|, its mean over a sequence, then the L2 norm over sequences and features (Minitron).
 

@@ -15,12 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.parts import part
 from adapt_pruner.core.surgery import first, gated
 from adapt_pruner.score.calibrate import Evidence, mean_loss
 
 __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
 
 
+@part("distance")
 def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Layer importance by angle: -mean over tokens of cos(X, Y), X entering and Y leaving the whole layer.
 
@@ -33,6 +35,7 @@ def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, 
     return (yield from _mean_over_tokens(model, axes, lambda x, y: -F.cosine_similarity(x, y, dim=-1)))
 
 
+@part("distance")
 def block_influence(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Block influence: 1 - mean over tokens of cos(X, Y), X entering and Y leaving the whole layer; ranks as `cosine` does.
 
@@ -46,6 +49,7 @@ def block_influence(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidenc
     return (yield from _mean_over_tokens(model, axes, lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1)))
 
 
+@part("distance")
 def euclidean(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Layer importance by Euclidean distance: mean over tokens of ‖Y - X‖₂.
 
@@ -58,6 +62,7 @@ def euclidean(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=2, dim=-1)))
 
 
+@part("distance")
 def manhattan(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Layer importance by Manhattan distance: mean over tokens of ‖Y - X‖₁.
 
@@ -69,6 +74,7 @@ def manhattan(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=1, dim=-1)))
 
 
+@part("distance", "head_metric")
 def loss_drop(
     model: nn.Module,
     axes: Sequence[Axis],

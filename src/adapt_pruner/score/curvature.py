@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.parts import part
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["kfac"]
@@ -25,6 +26,7 @@ __all__ = ["kfac"]
 _ROUNDS = 48  # in which the narrow units of an axis are ordered; one by one would say little more and take far longer
 
 
+@part("metric", needs={"text"})
 def kfac(
     model: nn.Module, axes: Sequence[Axis], *, ridge: Annotated[float, "0 or more"] = 0.3
 ) -> Generator[Evidence, None, Scores]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores, Slice
+from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 
@@ -17,6 +18,7 @@ Rows = dict[tuple[str, int], Tensor]
 """(axis name, number of one of its slices) -> what each row (or column) of that matrix is worth, float32 [rows]."""
 
 
+@part("metric", needs={"text"})
 def taylor(
     model: nn.Module, axes: Sequence[Axis], *, form: str = "element", authors_fold: bool = False
 ) -> Generator[Evidence, str | None, Scores]:
@@ -105,6 +107,7 @@ def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor]
             handle.remove()
 
 
+@part("metric")
 def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Generator[Evidence, None, Scores]:
     """Size of a unit's weights: the sum of |w| (norm=l1) or of w² (norm=l2) over its coupled matrices; no text needed.
 
@@ -130,6 +133,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
     return _summed(axes, _rows(model, axes, worth))
 
 
+@part("metric")
 def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generator[Evidence, None, Scores]:
     """Chance: uniform numbers in [0, 1) from a seed; the control that every metric has to beat.
 

@@ -1,19 +1,27 @@
-"""The training loop between two cuts: one stage of a learning-rate curve that spans all stages."""
+"""The training loop between two cuts: one stage of a learning-rate curve that spans all stages.
+
+`steps` is a generator. It gives its caller the word after each backward pass, with the gradients in place, and before the
+optimiser's step:
+
+    for step in steps(model, feed, optimizer, progress, how, until=stop):
+        ...            # look at gradients, change them, take units away
+        step.take()    # the optimiser's step; progress moves on
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from adapt_pruner.core import world
 from adapt_pruner.core.precision import precision
 from adapt_pruner.errors import RunError
 
-__all__ = ["MICRO_TOKENS", "Objective", "Progress", "Reads", "Step", "make_optimizer", "stage_tokens", "train"]
+__all__ = ["MICRO_TOKENS", "Feeds", "How", "Objective", "Progress", "Rows", "Step", "make_optimizer", "stage_tokens", "steps"]
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward and backward; a larger batch is accumulated
 _SMOOTHING = 0.9  # of the loss that the divergence guard watches
@@ -22,14 +30,34 @@ Objective = Callable[..., Tensor]
 """(model, ids, predicted) -> the sum of a loss over the predicted tokens, differentiable."""
 
 
-class Reads(Protocol):
-    """Training text: rows in a fixed order (see `data.rows`)."""
+class Rows(Protocol):
+    """Rows that a feed has given (see `data.feed.Taken`)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows together, padding left out."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Ids int64 [n, width] of some rows, and which tokens count."""
 
-    def num_tokens(self, start: int, stop: int) -> int:
-        """Tokens in those rows, padding left out."""
+    def domains(self, start: int, stop: int) -> Sequence[str]:
+        """The text that each of these rows comes from."""
+
+
+class Feeds(Protocol):
+    """Training text on its way (see `data.feed.Feed`)."""
+
+    num_tokens: int
+    wants_losses: bool
+
+    def take(self, num_rows: int) -> Rows:
+        """The next rows."""
+
+    def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
+        """Hear the losses of a step by text."""
 
 
 @dataclass
@@ -51,14 +79,57 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class How:
+    """How a run trains, the same in all its stages.
+
+    Attributes:
+        objective: a function of `train.objectives`.
+        schedule: share of the run done → share of `lr`.
+        lr: peak learning rate.
+        batch_rows: rows of one optimiser step, of all processes together; the last of a stage may have fewer.
+        micro_tokens: tokens in one forward and backward of a process; by default 2,048 on a CPU, 16,384 on a GPU.
+        clip: largest global norm of the gradient of the model's parameters.
+        max_rise: nats by which the smoothed loss may exceed its lowest in this stage.
+        dtype: precision of matrix products (see `core.precision.precision`); weights and moments stay float32.
+        seed: of dropout, where there is any.
+    """
+
+    objective: Objective
+    schedule: Callable[[float], float]
+    lr: float
+    batch_rows: int
+    micro_tokens: int | None = None
+    clip: float = 1.0
+    max_rise: float = math.inf
+    dtype: str = "auto"
+    seed: int = 0
+
+
+@dataclass
 class Step:
-    """One optimiser step, as it is told to listeners."""
+    """One optimiser step, after its backward pass: gradients are clipped and in place until `take` is called.
+
+    Attributes:
+        step: its number, over all stages, from 1.
+        tokens: tokens read, over all stages, this step's among them.
+        loss: mean of the objective over the predicted tokens of all processes, in nats.
+        lr: the rate it is taken at.
+        gradient_norm: before clipping.
+    """
 
     step: int
     tokens: int
     loss: float
     lr: float
     gradient_norm: float
+    _take: Callable[[], None] = field(repr=False, compare=False)
+    _taken: bool = field(default=False, repr=False, compare=False)
+
+    def take(self) -> None:
+        """Take the step, in place, and let go of the gradients; the loop does it where its caller has not."""
+        if not self._taken:
+            self._taken = True
+            self._take()
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> AdamW:
@@ -87,44 +158,25 @@ def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
     return tokens[:-1] + [total - sum(tokens[:-1])]
 
 
-def train(
-    model: nn.Module,
-    rows: Reads,
-    *,
-    until: int,
-    optimizer: AdamW,
-    objective: Objective,
-    schedule: Callable[[float], float],
-    lr: float,
-    total_tokens: int,
-    batch_rows: int,
-    progress: Progress,
-    micro_tokens: int | None = None,
-    clip: float = 1.0,
-    max_rise: float = math.inf,
-    dtype: str = "auto",
-    seed: int = 0,
-    on_step: Callable[[Step], None] | None = None,
-) -> None:
-    """Train, in place, on the rows from `progress.rows` to `until`, moving `progress` along.
+def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:
+    """Train, in place, on the next rows of `feed` until `until` of them have been read, moving `progress` along.
 
-    A step takes `batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
-    predicted tokens. Its rate is lr · schedule(tokens at its middle / total_tokens). Weights and moments stay float32;
-    matrix products run in `dtype` (see `core.precision.precision`). Gradients are clipped to a global norm of `clip`.
+    A step takes `how.batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
+    predicted tokens. Its rate is lr · schedule(tokens at its middle / tokens of the run). It is yielded after its backward pass.
+
+    The optimiser may hold groups of other parameters beside the model's (masks, multipliers), which the objective depends on. A
+    group with `maximize` ascends; one with `scale` has its rate multiplied by that. Only the model's gradients are clipped.
 
     Args:
         model: causal LM, float32 weights; plain on every process, or as `train.spread` shards it.
-        rows: the training text.
-        until: number of the row to stop before; nothing happens where it has been reached.
-        optimizer: over the model's parameters that train.
-        objective: a function of `train.objectives`.
-        schedule: share of the run done → share of `lr`.
-        total_tokens: of all stages.
-        batch_rows: rows of one optimiser step, of all processes together; the last of a stage may have fewer.
-        micro_tokens: tokens in one forward and backward of a process; by default 2,048 on a CPU, 16,384 on a GPU.
-        max_rise: nats by which the smoothed loss may exceed its lowest in this stage.
-        seed: of dropout, where there is any.
-        on_step: told of every step when it is done.
+        feed: the training text; nothing is taken where `until` has been reached.
+        optimizer: over the model's parameters that train, and any others.
+        progress: where training stands.
+        how: everything else.
+        until: number of the row to stop before.
+
+    Yields:
+        Each step, before it is taken.
 
     Raises:
         RunError: the loss or the gradient is not finite, or the loss has exploded; the weights are those of the last step.
@@ -134,79 +186,118 @@ def train(
     model.train()
     try:
         while progress.rows < until:
-            stop = min(until, progress.rows + batch_rows)
-            torch.manual_seed((seed * 1_000_003 + progress.steps) * 4099 + world.rank())
+            rows = feed.take(min(how.batch_rows, until - progress.rows))
+            torch.manual_seed((how.seed * 1_000_003 + progress.steps) * 4099 + world.rank())
             optimizer.zero_grad(set_to_none=True)
-            batch = _Batch(rows, progress.rows, stop, device=device, micro_tokens=micro_tokens)
-            loss = _accumulate(model, batch, objective, device=device, dtype=dtype)
-            norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-            _guard(float(loss), float(norm), progress, max_rise=max_rise, lr=lr)
-            tokens = rows.num_tokens(progress.rows, stop)
+            batch = _Batch(rows, device=device, micro_tokens=how.micro_tokens, by_domain=feed.wants_losses)
+            loss = _accumulate(model, batch, how.objective, _others(model, optimizer), device=device, dtype=how.dtype)
+            norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
+            _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
             # The rate in the middle of the step: neither the first nor the last step of a run is at an end of the curve.
-            rate = lr * schedule(min(1.0, (progress.tokens + tokens / 2) / total_tokens))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            progress.tokens, progress.steps, progress.rows = progress.tokens + tokens, progress.steps + 1, stop
-            if on_step is not None:
+            rate = how.lr * how.schedule(min(1.0, (progress.tokens + rows.num_tokens / 2) / feed.num_tokens))
+
+            def take(rows: Rows = rows, batch: _Batch = batch, rate: float = rate) -> None:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group.get("scale", 1.0)
+                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                on_step(Step(progress.steps, progress.tokens, float(loss), rate, float(norm)))
+                progress.tokens += rows.num_tokens
+                progress.steps, progress.rows = progress.steps + 1, progress.rows + len(rows)
+                if feed.wants_losses:
+                    feed.tell(batch.losses)
+
+            tokens = progress.tokens + rows.num_tokens
+            step = Step(progress.steps + 1, tokens, float(loss), rate, float(norm), take)
+            yield step
+            step.take()
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.train(was_training)
         torch.set_rng_state(random_state)
 
 
+def _others(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of the optimiser that are not the model's."""
+    its = {id(parameter) for parameter in model.parameters()}
+    return [one for group in optimizer.param_groups for one in group["params"] if id(one) not in its]
+
+
 class _Batch:
     """This process's part of the rows of a step, in parts of at most `micro_tokens`.
 
     Every process makes the same number of passes, since sharded models meet in each: one that has fewer rows looks at
-    one again and predicts nothing of it.
+    one again and predicts nothing of it. With `by_domain` the rows of a part are of one text.
+
+    Attributes:
+        parts: ids, which tokens are predicted, and the text that they come from.
+        num_predicted: tokens predicted by all processes.
+        losses: by text, the sum of its losses over all processes, and the tokens predicted; filled while gradients are worked out.
     """
 
-    def __init__(self, rows: Reads, start: int, stop: int, *, device: torch.device, micro_tokens: int | None) -> None:
-        each = -(-(stop - start) // world.size())
-        first = start + world.rank() * each
-        looked_at = min(stop - 1, first)
-        ids, predicted = rows.batch(looked_at, min(stop, looked_at + each))
-        if first >= stop:
+    def __init__(self, rows: Rows, *, device: torch.device, micro_tokens: int | None, by_domain: bool = False) -> None:
+        each = -(-len(rows) // world.size())
+        first = world.rank() * each
+        looked_at = min(len(rows) - 1, first)
+        ids, predicted = rows.batch(looked_at, min(len(rows), looked_at + each))
+        if first >= len(rows):
             predicted = torch.zeros_like(ids, dtype=torch.bool)
-        self.parts: list[tuple[Tensor, Tensor | None]] = []
         micro = max(1, (micro_tokens or MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"]) // ids.shape[1])
         if world.size() > 1:  # chat rows differ in width from process to process
             widest = torch.tensor([-micro])
             torch.distributed.all_reduce(widest, op=torch.distributed.ReduceOp.MAX)
             micro = -int(widest)
-        for part in range(-(-each // micro)):
-            chosen = slice(part * micro, (part + 1) * micro)
-            if chosen.start < ids.shape[0]:
+        domains = list(rows.domains(looked_at, looked_at + ids.shape[0])) if by_domain else [""] * ids.shape[0]
+        self.losses: dict[str, tuple[float, float]] = {}
+        self.domains = sorted(set(rows.domains(0, len(rows)))) if by_domain else [""]
+        self.parts: list[tuple[Tensor, Tensor | None, str]] = []
+        for domain in self.domains:
+            own = [row for row, its in enumerate(domains) if its == domain]
+            for start in range(0, len(own), micro):
+                chosen = own[start : start + micro]
                 counts = None if predicted is None else predicted[chosen].to(device)
-                self.parts.append((ids[chosen].to(device), counts))
-            else:
-                self.parts.append((ids[:1].to(device), torch.zeros_like(ids[:1], dtype=torch.bool, device=device)))
-        count = torch.tensor(sum(_num_predicted(*part) for part in self.parts), dtype=torch.float64)
+                self.parts.append((ids[chosen].to(device), counts, domain))
+        nothing = (ids[:1].to(device), torch.zeros_like(ids[:1], dtype=torch.bool, device=device), self.domains[0])
+        self.parts += [nothing] * (self._most(-(-each // micro), by_domain=by_domain) - len(self.parts))
+        count = torch.tensor(sum(_num_predicted(*part[:2]) for part in self.parts), dtype=torch.float64)
         world.sum_in_place(count)
         self.num_predicted = max(1.0, float(count))
+
+    def _most(self, at_least: int, *, by_domain: bool) -> int:
+        """The passes that every process makes."""
+        if not by_domain or world.size() == 1:
+            return at_least if not by_domain else len(self.parts)
+        most = torch.tensor([len(self.parts)])
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        return int(most)
 
 
 def _num_predicted(ids: Tensor, predicted: Tensor | None) -> int:
     return ids.shape[0] * (ids.shape[1] - 1) if predicted is None else int(predicted[:, 1:].sum())
 
 
-def _accumulate(model: Any, batch: _Batch, objective: Objective, *, device: torch.device, dtype: str) -> Tensor:
+def _accumulate(
+    model: Any, batch: _Batch, objective: Objective, others: Sequence[Tensor], *, device: torch.device, dtype: str
+) -> Tensor:
     """Add, in place, the gradient of the batch's mean loss over all processes; returns that loss."""
     loss = torch.zeros((), dtype=torch.float64)
+    of_domain = torch.zeros(len(batch.domains), 2, dtype=torch.float64)
     sharded = hasattr(model, "as_forward")  # then reduce-scatter takes the mean over the processes
     scale = (world.size() if sharded else 1) / batch.num_predicted
     with precision(device, dtype):  # around all parts, so that weights are brought to bfloat16 once a step
-        for ids, predicted in batch.parts:
+        for ids, predicted, domain in batch.parts:
             part = model.as_forward(objective, ids, predicted) if sharded else objective(model, ids, predicted)
             loss += part.detach().double().cpu()
+            where = of_domain[batch.domains.index(domain)]
+            where += torch.tensor([float(part.detach()), _num_predicted(ids, predicted)], dtype=torch.float64)
             with torch.autocast(device.type, enabled=False):
                 (part * scale).backward()
-    if not sharded:
-        world.sum_in_place(*(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
-    world.sum_in_place(loss)
+    for other in others if sharded else ():
+        if other.grad is not None:
+            other.grad /= world.size()
+    summed = others if sharded else [*model.parameters(), *others]
+    world.sum_in_place(*(parameter.grad for parameter in summed if parameter.grad is not None))
+    world.sum_in_place(loss, of_domain)
+    batch.losses = {domain: (float(nats), float(count)) for domain, (nats, count) in zip(batch.domains, of_domain, strict=True)}
     return loss / batch.num_predicted
 
 

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapt_pruner.core.loss import LogitLoss, capped, logit_cap, next_token_nll, nll_of_logits, predicting, through_head
+from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
 
 __all__ = ["distil", "lm"]
 
 
+@part("objective")
 def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> Tensor:
     """Next-token cross-entropy: -log p(token | what precedes it), nats, summed over the predicted tokens.
 
@@ -26,6 +28,7 @@ def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> 
     return next_token_nll(model, input_ids, predicted=predicted)
 
 
+@part("objective", needs={"teacher"})
 def distil(
     model: Any,
     input_ids: Tensor,

@@ -2,9 +2,12 @@
 
 import math
 
+from adapt_pruner.core.parts import part
+
 __all__ = ["cosine", "wsd"]
 
 
+@part("schedule")
 def wsd(progress: float, *, warmup: float, decay: float, floor: float) -> float:
     """Warm-up, stable, decay: linear up over the first `warmup`, constant, linear down to `floor` over the last `decay`.
 
@@ -23,6 +26,7 @@ def wsd(progress: float, *, warmup: float, decay: float, floor: float) -> float:
     return 1.0
 
 
+@part("schedule")
 def cosine(progress: float, *, warmup: float, floor: float) -> float:
     """Linear warm-up, then half a cosine down to `floor` at the end of the run.
 

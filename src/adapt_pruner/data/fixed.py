@@ -1,9 +1,10 @@
-"""What training reads: rows of token ids in an order that is the same for any number of processes, and exact on resume."""
+"""`feed: fixed`: rows of token ids in an order that is settled before training, the same for any number of processes."""
 
 import bisect
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adapt_pruner.core.parts import part
 from adapt_pruner.data.packing import tokenised
 from adapt_pruner.data.sources import SELF, Source, domains
 from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Rows", "stage_spans", "training_rows"]
+__all__ = ["Fixed", "Rows", "stage_spans", "training_rows"]
 
 
 class Rows:
@@ -29,9 +31,9 @@ class Rows:
         length: tokens of the widest row.
     """
 
-    def __init__(self, stores: Sequence[Store], order: NDArray[np.int64]) -> None:
-        """`order` counts through the rows of all stores, one store after another."""
-        self._stores = stores
+    def __init__(self, stores: Sequence[Store], order: NDArray[np.int64], *, names: Sequence[str] = ("",)) -> None:
+        """`order` counts through the rows of all stores, one store after another; `names` are the SPECs of the stores."""
+        self._stores, self._names = stores, names
         self._first = np.cumsum([0, *(len(store.offsets) - 1 for store in stores)])
         self._order = order
         lengths = np.concatenate([np.diff(store.offsets) for store in stores])[order]
@@ -60,17 +62,83 @@ class Rows:
         """Tokens of rows `start` to `stop`, padding not counted."""
         return int(self._ends[stop] - self._ends[start])
 
+    def domains(self, start: int, stop: int) -> list[str]:
+        """The SPEC of the text that each of rows `start` to `stop` comes from."""
+        return [self._names[self._store_of(number)] for number in self._order[start:stop]]
+
     def digest(self) -> str:
         """A fingerprint of all rows and their order."""
         digest = hashlib.sha256("".join(store.digest for store in self._stores).encode())
         digest.update(self._order.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def _store_of(self, number: int) -> int:
+        return int(np.searchsorted(self._first, number, side="right")) - 1
+
     def _row(self, number: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        which = self._store_of(number)
         store, row = self._stores[which], number - self._first[which]
         span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
         return store.ids[span], None if store.mask is None else store.mask[span]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows `first` to `last` of all, in their order."""
+
+    rows: Rows
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.num_tokens(self.first, self.last)
+
+    def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self.rows.batch(self.first + start, self.first + stop)
+
+    def domains(self, start: int, stop: int) -> list[str]:
+        return self.rows.domains(self.first + start, self.first + stop)
+
+
+@part("feed")
+class Fixed:
+    """All rows in the order in which they lie, whatever the model makes of them; a mixture keeps its weights throughout."""
+
+    wants_losses = False
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self._next = rows, 0
+        self.num_tokens = rows.num_tokens(0, len(rows))
+
+    def ends(self, stage_tokens: Sequence[int]) -> list[int]:
+        """See `stage_spans`."""
+        return [span.stop for span in stage_spans(self._rows, stage_tokens)]
+
+    def take(self, num_rows: int) -> _Span:
+        """The next rows of the order."""
+        first, self._next = self._next, min(len(self._rows), self._next + num_rows)
+        return _Span(self._rows, first, self._next)
+
+    def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
+        """Nothing depends on them."""
+
+    def state(self) -> dict[str, Any]:
+        """The number of the next row."""
+        return {"rows": self._next}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on at that row."""
+        self._next = int(state.get("rows", 0))
+
+    def skip_to(self, num_tokens: int) -> int:
+        """Go on after the row that reaches so many tokens, or at the end."""
+        done = min(num_tokens, self.num_tokens)
+        self._next = stage_spans(self._rows, [done, self.num_tokens - done])[0].stop
+        return self._next
 
 
 def training_rows(
@@ -121,7 +189,8 @@ def training_rows(
         orders.append(first + order)
         places.append((np.arange(len(order)) + random.random(len(order))) / len(order))
         first += len(store.offsets) - 1
-    return Rows(stores, np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")])
+    order = np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
+    return Rows(stores, order, names=list(domains(source)))
 
 
 def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:

@@ -1,4 +1,4 @@
-"""SliceGPT: the residual stream turned into its principal directions, so that the last of them can be left out.
+"""`reduce: slice`, SliceGPT: the residual stream turned into its principal directions, so that the last of them can be left out.
 
 With n(x) = x / √(mean(x²) + eps), an RMSNorm is diag(scale) n(x), and n(x Q) = n(x) Q for every orthogonal Q. So a scale can
 move into the linear layers that read the norm (`fold_scale`), a layer that reads the stream takes W Q (`rotate_input`), one
@@ -8,6 +8,7 @@ Q', by Qᵀ Q'. With all d columns of Q nothing changes; with the first k the st
 Shapes: linear weights [out, in] as torch has them, bases float64 [d, k] with orthonormal columns, signals [batch, length, d].
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,23 +16,139 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.checkpoint import modeling_sliced
 from adapt_pruner.core import world
 from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once, precision
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
 
 __all__ = [
+    "Slice",
     "directions",
     "fold_scale",
     "principal_directions",
     "rotate",
     "rotate_input",
     "rotate_output",
+    "slice_to",
     "sliced_parameters",
+    "width_for",
 ]
+
+_MULTIPLE = 8  # of a width
 
 _READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the stream, through a norm
 _WRITERS = ("o_proj", "down_proj")
+
+
+@part("reduce", needs={"one stage", "text"})
+class Slice(Reduction):
+    """The residual stream in its principal directions, the last of them cut off, with shortcut matrices (SliceGPT)."""
+
+    def check(self, work: Work) -> None:
+        """Refuse kernels that the norms of a sliced model have none of."""
+        if work.recipe.training.liger and work.recipe.training.source is not None:
+            raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
+
+    def floor(self, work: Work) -> tuple[int, str]:
+        """What is left with the narrowest stream."""
+        _check_model(work.model)
+        least, dense = sliced_parameters(work.model, _MULTIPLE), work.model.get_output_embeddings().weight.shape[1]
+        return least, f"{_MULTIPLE} of {dense} dimensions are left, whole head and shortcuts counted"
+
+    def looks(self, work: Work) -> Looks:
+        """The text, once."""
+        return Looks(text=True)
+
+    def steps(self, work: Work, target: int) -> Iterator[Change]:
+        """Slice the stream, in one step, to the widest at which the model has at most `target` parameters."""
+        if work.num_params <= target:
+            return
+        width = width_for(work.model, target)
+        batches = work.batches()
+        num_tokens = sum(batch.numel() for batch in batches)
+        if num_tokens < width:
+            work.warn(
+                f"the calibration text has {num_tokens:,} tokens, which span fewer directions than the {width:,} to keep; give it more"
+            )
+        with work.state.clock("score"):
+            tell = work.progress("score", stage=work.state.stage, iteration=work.iteration)
+            slice_to(work.model, width, batches, dtype=work.recipe.dtype, on_basis=tell)
+        yield Change(None, told={"sizes": {"width": width}, "distances": None})
+
+
+def width_for(model: Any, keep: int) -> int:
+    """The widest residual stream, a multiple of 8, at which the sliced model has at most `keep` parameters.
+
+    Raises:
+        UsageError: none does, there is no sliced class for this kind of model, or a layer lacks its attention or MLP.
+    """
+    _check_model(model)
+    dense = model.get_output_embeddings().weight.shape[1]
+    fitting = [width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep]
+    if not fitting:
+        least = sliced_parameters(model, _MULTIPLE)
+        raise UsageError(
+            f"budget {keep:,} is below the {least:,} parameters that slicing leaves with {_MULTIPLE} of {dense} dimensions, "
+            f"whole head and shortcuts counted; the nearest that can be had is {least:,}"
+        )
+    return fitting[-1]
+
+
+def _check_model(model: Any) -> None:
+    """Refuse a model that cannot be sliced.
+
+    Raises:
+        UsageError: there is no sliced class for this kind of model, or a layer lacks its attention or MLP.
+    """
+    _sliced_class(model)
+    if lacking := [i for i, layer in enumerate(model.config.per_layer_config) if getattr(layer, "skip", ())]:
+        raise UsageError(
+            f"layer {lacking[0]} lacks its attention or MLP, and slicing changes the basis at both; set reduce to units, or slice the "
+            "model that it came from"
+        )
+
+
+def slice_to(
+    model: Any, width: int, batches: Sequence[Tensor], *, dtype: str, on_basis: Callable[[int, int], None] = lambda done, of: None
+) -> None:
+    """Turn `model`, in place, into the sliced model of that width: other class, config and parameters, the same object.
+
+    Args:
+        model: causal LM of the Llama layout, in eval mode; its layers may differ in heads and neurons.
+        width: dimensions of the residual stream that stay.
+        batches: calibration text, int64 [batch, length].
+        dtype: precision of matrix products while signals are collected.
+        on_basis: told (done, of) after each of two bases a layer.
+
+    Raises:
+        RunError: a signal is not finite; the model is as it was.
+    """
+    config = copy.deepcopy(model.config)
+    config.sliced_hidden_size = width
+    config.tie_word_embeddings = False
+    config.head_dim = decoder_layers(model)[0].self_attn.head_dim  # stock code would derive it from the width
+    weight = model.get_output_embeddings().weight
+    sliced = _sliced_class(model)(config).to(weight.device, weight.dtype)
+    rotate(model, sliced, directions(model, batches, width, dtype=dtype, on_basis=on_basis))
+    sliced.generation_config = model.generation_config
+    sliced.train(model.training)
+    model.__class__, model.__dict__ = sliced.__class__, sliced.__dict__
+
+
+def _sliced_class(model: Any) -> Any:
+    stock = type(model).__name__.removeprefix("Pruned")
+    found = getattr(modeling_sliced, f"Sliced{stock}", None)
+    if found is None:
+        known = ", ".join(
+            name.removeprefix("Sliced")
+            for name in vars(modeling_sliced)
+            if name.endswith("ForCausalLM") and name.startswith("Sliced")
+        )
+        raise UsageError(f"{stock} cannot be sliced, since there is no sliced class for it; known: {known}")
+    return found
 
 
 def principal_directions(moment: Tensor, width: int) -> Tensor:

@@ -1,0 +1,30 @@
+"""How a function says that it is a part which recipes may name, and what it needs; `recipe.parts` finds parts by it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["part"]
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable[[T], T]:
+    """Declare a function or class to be a part for these keys of a recipe; it is returned as it is.
+
+    There is no registry. `recipe.parts` reads the decorator in the source of the files of a folder, without importing them, so
+    `keys` and `needs` are written as plain literals.
+
+    Args:
+        keys: of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`, `feed`.
+        needs: what the part cannot do without. A recipe that lacks it is refused or given it before any work is done:
+
+            distance   scores of whole layers, so the recipe names a distance (choosers)
+            layers     every axis that may shrink lies in a layer (choosers)
+            whole      an axis of whole layers, attentions or MLPs (choosers that drop these)
+            biases     a bias on each linear layer at a gate; those added count as parameters (repairs)
+            teacher    a second model, handed in as `teacher` (objectives)
+            text       calibration text (metrics, reductions)
+            chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without it goes by none of them
+            one stage  a run of one stage, since it cannot go on from its own result (reductions)
+    """
+    return lambda function: function

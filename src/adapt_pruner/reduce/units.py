@@ -1,0 +1,279 @@
+"""`reduce: units`: score, choose, repair, cut, again and again, until the stage's budget is met; the loop of Adapt-Pruner.
+
+    metric, distance ──► scores ──► chooser ──► sizes ──► head_metric, scores ──► mask ──► repair ──► cut
+           ▲                                                                                          │
+           └──────────────────────────── the next iteration, on the model as it is now ◄──────────────┘
+
+What is scored and how is the recipe's to say: `metric`, `distance`, `head_metric`, `chooser`, `repair` are parts of `score/` and `reduce/`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.cutline import cut_line
+from adapt_pruner.core.parts import part
+from adapt_pruner.core.surgery import num_left
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import WHOLE, Recipe, parts
+from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.closed_form import without_bias
+from adapt_pruner.reduce.widths import check_multiple, fitting
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
+
+__all__ = ["Units", "mask_to", "metrics_of", "params_of", "prunable", "scored", "sizes_alike"]
+
+_HEAD_TOKENS = 1024  # tokens on which a KV head is measured
+
+
+@part("reduce", needs={"chosen"})
+class Units(Reduction):
+    """Units that are worth little go in small steps, each followed by a repair of what stays (Adapt-Pruner's loop)."""
+
+    def __init__(self) -> None:
+        self._debt: Debt | None = None
+        self._stage = 0
+
+    def check(self, work: Work) -> None:
+        """Refuse what a metric refuses by itself, widths that no layer has, and `behind` where it would measure nothing."""
+        recipe = work.recipe
+        check_multiple(prunable(work), recipe.multiple_of)
+        _evidence(work)
+        if not recipe.behind:
+            return
+        if not set(recipe.axes) - {*WHOLE, "residual"}:
+            raise UsageError(
+                f"behind=true measures units inside layers, and axes has none but {', '.join(recipe.axes)}; set behind=false"
+            )
+        if _evidence(work, metrics_of(recipe, seed=0)[:1]) is not Evidence.FORWARD:
+            raise UsageError(
+                "behind=true measures layers one by one by what flows through them, and "
+                f"{recipe.metric} looks at something else; take a metric of activations"
+            )
+
+    def floor(self, work: Work) -> tuple[int, str]:
+        """What the chooser leaves once it has taken all that it may, biases that the repair is yet to add counted."""
+        kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
+        least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + _repair_parameters(work)
+        return least, f"{work.recipe.chooser} has taken all that it may ({kinds})"
+
+    def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
+        """Iterations of `step` each, or of one whole layer or block where that is more."""
+        if reached <= target:
+            return 0
+        recipe, axes = work.recipe, prunable(work)
+        depth = next((axis for axis in axes if axis.kind == "layers"), None)
+        names = {axis.name for axis in axes if axis.modules}
+        outer = [depth] if depth else [axis for axis in axes if not names & set(axis.enclosing)]  # what lies inside goes along
+        may_go = sum(axis.size * axis.cost for axis in outer)
+        whole = [axis.cost for axis in outer if axis.gate.is_whole]
+        least = sum(whole) / len(whole) if whole else 1  # one of them goes in any case
+        counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
+        return max(1, round((reached - target) / max(recipe.step * counted_from, least)))
+
+    def looks(self, work: Work) -> Looks:
+        """What the metrics, the measure of layers, that of heads and the repair look at."""
+        recipe, evidence = work.recipe, _evidence(work)
+        layers = _layer_measure(recipe) is not None
+        heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
+        repairs = recipe.repair is not None
+        taken = {
+            "layers or blocks shut one by one": layers,
+            "KV heads shut one by one": heads,
+            "measuring behind pruned layers": recipe.behind,
+            "repair": repairs,
+        }
+        return Looks(
+            text=repairs or layers or heads or evidence is not Evidence.WEIGHTS,
+            evidence=evidence,
+            forward=heads,
+            streams=repairs and bool(parts.bind("repair", recipe.repair or "").keywords.get("factors")),
+            beside=tuple(what for what, is_taken in taken.items() if is_taken),
+        )
+
+    def steps(self, work: Work, target: int) -> Iterator[Change]:
+        """Score, choose and repair, and yield the mask, until the model has at most `target` parameters."""
+        recipe, model = work.recipe, work.model
+        if self._debt is None or (recipe.debt == "reset" and self._stage != work.state.stage):
+            self._debt = Debt.none(prunable(work))
+        self._stage = work.state.stage
+        choose = _chooser(recipe, step=recipe.step, amplitude=recipe.amplitude)
+        while (now := work.num_params) > target:
+            where = {"stage": work.state.stage, "iteration": work.iteration}
+            may_shrink = prunable(work)
+            with work.state.clock("score"):
+                batches = work.batches()
+                scores, loss = _scores(work, batches, **where)
+                budget = Budget(keep=target, total=now + _repair_parameters(work))
+                sizes, debt = choose(scores, may_shrink, budget, debt=self._debt)
+                if recipe.behind:
+                    metric = metrics_of(recipe, seed=recipe.seed + work.iteration)[0]
+                    scores |= score_behind(model, work.axes, sizes, batches, metric=metric, known=scores, dtype=recipe.dtype)
+                scores |= _head_scores(work, sizes, batches, **where)
+                mask = Mask.of_sizes(may_shrink, scores, sizes)
+            if mask.num_removed() == 0:
+                raise RunError(f"{recipe.chooser} finds nothing more to take at {now:,} parameters, above the target {target:,}")
+            if recipe.repair is not None:
+                with work.state.clock("repair"):
+                    tell = work.progress("repair", **where)
+                    repair = parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell)
+                    repair(model, work.axes, mask, [*batches, *work.reads.own])
+            self._debt = debt.after(mask)
+            told = {
+                "sizes": sizes,
+                "distances": scores["layers"].tolist() if "layers" in scores else None,
+                "blocks": {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules},
+                "scores": cut_line(may_shrink, scores, mask),
+            }
+            yield Change(mask, loss, told)
+
+    def state(self) -> dict[str, Any]:
+        """The stage, and what the chooser carries from one iteration to the next."""
+        if self._debt is None:
+            return {}
+        return {"stage": self._stage, "debt": {"start": dict(self._debt.start), "sparsity": dict(self._debt.sparsity)}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the debt that was carried."""
+        if state:
+            self._stage, self._debt = state["stage"], Debt(**state["debt"])
+
+    def fit(self, work: Work) -> None:
+        """Axes that are new to the recipe owe nothing."""
+        if self._debt is not None:
+            none = Debt.none(prunable(work))
+            self._debt = Debt({**none.start, **self._debt.start}, {**none.sparsity, **self._debt.sparsity})
+
+
+def _scores(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores, float]:
+    """What every unit that may shrink, and every layer, is worth on these batches; the mean loss on them.
+
+    Raises:
+        UsageError: the metric says nothing of a kind of axis that may shrink.
+    """
+    recipe = work.recipe
+    metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
+    tell = work.progress("score", **where)
+    scores, loss = score(work.model, scored(work), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
+    if (measure_layers := _layer_measure(recipe)) is not None:
+        scores |= measure_layers(work.model, _measured_whole(work), batches)
+    if unscored := sorted({axis.kind for axis in prunable(work) if axis.name not in scores}):
+        raise UsageError(
+            f"metric {recipe.metric!r} says nothing of {', '.join(unscored)}; take another, such as weights.taylor, "
+            "or leave them out of axes"
+        )
+    return scores, loss
+
+
+def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:
+    """What `head_metric` says of the KV heads in every layer that is to lose one; nothing of the others."""
+    recipe = work.recipe
+    losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
+    if recipe.head_metric is None or not losing:
+        return {}
+    measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype, on_axis=work.progress("heads", **where))
+    before = accumulate((batch.numel() for batch in batches), initial=0)
+    enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _HEAD_TOKENS]
+    measured: Scores = measure(work.model, losing, enough)
+    return measured
+
+
+def prunable(work: Work) -> list[Axis]:
+    """The axes that the recipe lets shrink."""
+    return [axis for axis in work.axes if axis.kind in work.recipe.axes]
+
+
+def scored(work: Work) -> list[Axis]:
+    """The axes that metrics look at: those that may shrink, whose parameters alone get gradients, and `layers`."""
+    return [axis for axis in work.axes if axis.kind in work.recipe.axes or axis.name == "layers"]
+
+
+def _measured_whole(work: Work) -> list[Axis]:
+    """The axes that a distance with passes of its own shuts the units of: what may go whole, else `layers`, which choosers go by."""
+    return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.name == "layers"]
+
+
+def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
+    """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
+    metrics: list[Metric] = [parts.bind("metric", recipe.metric, seed=seed)] if set(recipe.axes) - set(WHOLE) else []
+    if recipe.distance is not None and _layer_measure(recipe) is None:
+        metrics.append(parts.bind("distance", recipe.distance))
+    return metrics
+
+
+def _layer_measure(recipe: Recipe) -> Callable[..., Scores] | None:
+    """The recipe's distance where it takes passes of its own, as `blocks.loss_drop` does; None where it shares the metric's."""
+    if recipe.distance is None:
+        return None
+    distance = parts.bind("distance", recipe.distance, dtype=recipe.dtype)
+    return None if inspect.isgeneratorfunction(distance) else distance
+
+
+def _evidence(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
+    """The most that metrics, or those which share the recipe's calibration pass, need to see."""
+    return evidence_needed(work.model, scored(work), metrics_of(work.recipe, seed=0) if metrics is None else metrics)
+
+
+def _repair_parameters(work: Work) -> int:
+    """The parameters that the repair is yet to add to the model: those of biases."""
+    repair = work.recipe.repair
+    if repair is None or "biases" not in parts.needs("repair", repair):
+        return 0
+    return sum(int(module.weight.shape[0]) for module in without_bias(work.model, work.axes))
+
+
+def _chooser(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:
+    """The recipe's chooser, its sizes brought to the widths that the recipe allows; called as any chooser is."""
+    choose = parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude)
+
+    def within_widths(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
+        sizes = {axis.name: axis.size for axis in axes}
+        # What it wanted of neurons at their least would be given back, and it would never get to the heads.
+        if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > recipe.multiple_of]:
+            wanted, debt = choose(scores, free, budget, debt=debt)
+            sizes |= wanted
+        if recipe.multiple_of > 1 or recipe.equal_widths:
+            sizes = fitting(sizes, axes, scores=scores, multiple_of=recipe.multiple_of, equal_widths=recipe.equal_widths)
+        return sizes, debt
+
+    return within_widths
+
+
+def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
+    """The parameters that the model would have left with such sizes of `axes`, whichever units stay."""
+    return num_left(work.model, work.axes, mask_to(axes, sizes))
+
+
+def mask_to(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
+    """A mask that leaves such sizes, whichever units stay."""
+    return Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, sizes)
+
+
+def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
+    """The sizes that the recipe's chooser comes to on its way to `keep` parameters, or as near as it may, if all scores are alike."""
+    whole = left = prunable(work)
+    choose = _chooser(work.recipe, step=1.0, amplitude=0.0)
+    total = work.num_params
+    found, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
+    while not keep or total > keep:
+        alike = {axis.name: torch.zeros(axis.entries) for axis in (*work.axes, *left)}
+        sizes, debt = choose(alike, left, Budget(keep=keep, total=total), debt=debt)
+        if all(sizes[axis.name] == axis.size for axis in left):
+            break
+        found |= sizes
+        # Not what the axes cost: a channel and a neuron own a weight together.
+        total = num_left(work.model, work.axes, mask_to(whole, found))
+        num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
+        gone = {name for name, size in sizes.items() if size == 0}
+        staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
+        staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
+        left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
+    return found

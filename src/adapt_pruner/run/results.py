@@ -1,0 +1,120 @@
+"""What is measured of a run's model on the way, and the checkpoint that is made of it at the end.
+
+`figures["perplexities"]` and `figures["bits_per_byte"]` have the model at the start first and then each stage, `figures["tasks"]` the start
+and the end. None stands where nothing was measured since the recipe was changed on the way, and in JSON for infinity.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.origin import origin
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.provenance import made_by
+from adapt_pruner.errors import first_line
+from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.evaluate.tasks import average, evaluate_tasks
+from adapt_pruner.reduce.work import Work
+from adapt_pruner.run import latency
+
+__all__ = ["Outcome", "facts", "measure_tasks", "measure_text", "whole_mask", "write"]
+
+
+@dataclass
+class Outcome:
+    """What came of a run: the pruned model, its mask against the model at the start, and the figures."""
+
+    loaded: Loaded
+    mask: Mask
+    figures: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure_text(work: Work, *, stage: int) -> None:
+    """Measure the perplexity of held-out text, where the recipe names one; `stage` 0 is the model at the start."""
+    reads, figures = work.reads, work.state.figures
+    if not reads.held_out:
+        return
+    with work.state.clock("evaluate"):
+        measured = perplexity(
+            work.model, reads.held_out, dtype=work.recipe.dtype, num_bytes=reads.held_out_bytes,
+            on_window=work.progress("evaluate", stage=stage),
+        )  # fmt: skip
+    for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
+        known = figures.setdefault(name, [])
+        known += [None] * (stage - len(known))  # of stages that went before somebody asked for it
+        known.append(figure)
+    work.tell("evaluation", stage=stage, params=work.num_params, **asdict(measured))
+
+
+def measure_tasks(work: Work, *, stage: int) -> None:
+    """Score the recipe's tasks, on the main process alone; what the cache has of the same model is not scored again."""
+    asked, figures = work.recipe.evaluation, work.state.figures
+    if asked.tasks is None:
+        return
+
+    def told(task: str, done: int, of: int) -> None:
+        work.tell("progress", phase="task", task=task, done=done, of=of)
+
+    with work.state.clock("evaluate"):
+        settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
+        scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.reads.tasks, **settings))
+    mean, stderr = average(scores) or (None, None)
+    found = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
+    figures["tasks"] = [*figures.get("tasks", [None] if stage else []), found]  # of the start and of the end
+    work.tell("tasks", stage=stage, params=work.num_params, **found)
+
+
+def whole_mask(work: Work) -> Mask:
+    """The mask so far against the dense model, also where the run began with one already pruned."""
+    before = work.loaded.mask
+    return work.state.mask if before is None else before.then(work.state.mask)
+
+
+def facts(work: Work) -> dict[str, Any]:
+    """What pruning.json tells of how the model was made."""
+    loaded, figures = work.loaded, work.state.figures
+    return {
+        "dense_params": figures["params_before"] if loaded.mask is None else loaded.dense_params,
+        "made_by": made_by(),
+        "recipe": work.recipe.model_dump(mode="json"),
+        "figures": figures,
+        "history": work.state.history,
+    }
+
+
+def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
+    """Measure the latency that was reached, where one was asked for, and write the checkpoint with all that is known of it.
+
+    Where it cannot be measured, or somebody interrupts that, the checkpoint is written all the same.
+
+    Args:
+        work: the run at its end.
+        path: a folder that does not exist or is empty.
+        beside: writes more files into the folder before it has its name.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    interrupted = False
+    try:
+        work.state.figures |= latency.reach(work)
+    except Exception as error:  # out of memory, too
+        work.warn(f"the latency that was reached could not be measured: {first_line(error)}")
+    except KeyboardInterrupt:
+        interrupted = True  # not the error itself, which would hold the models that were timed
+    save(
+        work.model,
+        work.tokenizer,
+        path,
+        mask=whole_mask(work),
+        pruning=facts(work) | {"base": origin(work.recipe.model)},
+        dtype=work.loaded.dtype,
+        beside=beside,
+    )
+    if interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,328 @@
+"""What a run needs before its first step: the model, its stages, and the text that each of them reads."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.save import why, write_whole
+from adapt_pruner.checkpoint.state import identity
+from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.data.feed import Feed
+from adapt_pruner.data.fixed import Rows, training_rows
+from adapt_pruner.data.overlap import overlaps, same_tokens
+from adapt_pruner.data.selfwritten import selfwritten_windows
+from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
+from adapt_pruner.data.uses import token_uses
+from adapt_pruner.data.windows import MICRO_TOKENS, calibration_feed, held_out_windows, too_long
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
+from adapt_pruner.evaluate.tasks import set_shots
+from adapt_pruner.recipe import Recipe, parts
+from adapt_pruner.reduce.work import Listener, Reads, RunState, Work, reads_text
+from adapt_pruner.run import latency
+from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
+from adapt_pruner.run.plan import plan
+
+__all__ = ["begin", "read", "writes_text"]
+
+
+def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
+    """The run at its start: the model loaded, tokens gone that are to go, the parameters known that a latency comes to.
+
+    Raises:
+        UsageError: the model cannot be loaded, the vocabulary not be cut, or the latency not be reached.
+    """
+    listen({"event": "load", "model": recipe.model})
+    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
+    dense = count_parameters(loaded.model)
+    listen({"event": "loaded", "model": recipe.model, "params": dense})
+    loaded, mask = _cut_vocabulary(loaded, recipe, listen)
+    state = RunState(mask=mask, began=families.sizes(loaded.model))
+    if "vocabulary" in mask:
+        state.figures |= {
+            "vocabulary_before": mask["vocabulary"].numel(),
+            "vocabulary_after": int(mask["vocabulary"].sum()),
+            "params_after_vocabulary": count_parameters(loaded.model),
+        }
+    work = Work(loaded, recipe, listen, trust_remote_code, state, dense=dense)
+    state.figures |= world.on_main(lambda: latency.find(work))
+    return work
+
+
+def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[Loaded, Mask]:
+    """Take the tokens away, in place, that the recipe does not keep, with their rows; the tokenizer is a new one.
+
+    Returns:
+        The model with its tokenizer, and the mask against what it was.
+
+    Raises:
+        UsageError: there is no such text, or the tokenizer cannot be rewritten.
+    """
+    asked = recipe.vocabulary
+    if asked is None or asked.source is None:
+        return loaded, Mask()
+    axes, tokenizer, source = families.axes(loaded.model), loaded.tokenizer, asked.source
+    axis = next((axis for axis in axes if axis.kind == "vocabulary"), None)
+    if axis is None:
+        raise UsageError(f"models of type {loaded.model.config.model_type!r} have no axis of tokens; leave vocabulary out")
+    configs = (loaded.model.config, loaded.model.generation_config)
+    named = [getattr(config, field, None) for config in configs for field in axis.indices]
+    numbers = [number for field in named for number in (field if isinstance(field, list) else [field]) if number is not None]
+    keep = world.on_main(
+        lambda: kept_tokens(
+            tokenizer,
+            token_uses(tokenizer, source, size=axis.size),
+            keep=asked.keep,
+            min_uses=asked.min_uses,
+            named=numbers,
+        )
+    )
+    smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
+    cut(loaded.model, axes, mask)
+    listen({
+        "event": "vocabulary", "tokens_before": axis.size, "tokens": int(keep.sum()), "params": count_parameters(loaded.model),
+    })  # fmt: skip
+    return replace(loaded, tokenizer=smaller), mask
+
+
+def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: bool = True) -> None:
+    """Check that the recipe fits model, machine and processes, plan the stages and find the texts, in place, before any work is done.
+
+    Args:
+        work: the run; its `stages`, `budget` and `reads` are filled.
+        begun: whether the run has begun, and the model is not what it was then.
+        folder: of the run; text that the model writes itself is kept there.
+        write: whether the model writes the text that it is to be calibrated on; a plan does without.
+
+    Raises:
+        UsageError: something does not fit, or is not there.
+    """
+    recipe = work.recipe
+    work.stages, work.budget = plan(work)
+    _check_machine(work)
+    tasks: list[Wanted] = []
+    world.on_main(lambda: tasks.extend(_tasks(work)))
+    looks_at_text = reads_text(work)
+    with work.state.clock("score") if writes_text(recipe) else nullcontext():
+        calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
+    with work.state.clock("repair"):
+        own = _own_text(work, folder, begun=begun) if write else []
+    rows = _rows(work)
+    feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed)(rows)
+    begins_with, held_out = calibration(0), _held_out(work)
+    if world.is_main() and not begun:
+        _warn_of_texts(work, begins_with if looks_at_text else None, held_out)
+    work.reads = Reads(
+        calibration=calibration,
+        own=own,
+        feed=feed,
+        ends=[] if feed is None else feed.ends([stage.tokens for stage in work.stages]),
+        digests={
+            "calibration text": _digest([*begins_with, *own]),
+            "training text": "" if rows is None else rows.digest(),
+            "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
+        },
+        held_out=held_out,
+        held_out_bytes=text_bytes(work.tokenizer, held_out),
+        teacher=_teacher(work, begun=begun),
+        tasks=tasks,
+    )
+
+
+def writes_text(recipe: Recipe) -> bool:
+    """Whether the calibration text is one that the model writes itself."""
+    return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
+
+
+def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[Tensor]) -> None:
+    """Say which texts overlap, and which sequences are longer than the model reads; `begins_with` is None where no text is read."""
+    recipe, ids = work.recipe, work.recipe.calibration.ids
+    reads = begins_with is not None
+    sources = {
+        "calibration": recipe.calibration.source if ids is None and reads else None,
+        "training": recipe.training.source,
+        "evaluation": recipe.evaluation.source,
+        "vocabulary": None if recipe.vocabulary is None else recipe.vocabulary.source,
+    }
+    lengths = {
+        "calibration.length": recipe.calibration.length if ids is None and reads else None,
+        "training.length": recipe.training.length if recipe.training.source is not None else None,
+        "evaluation.window": recipe.evaluation.window if recipe.evaluation.source is not None else None,
+    }
+    asked = {setting: length for setting, length in lengths.items() if length is not None}
+    shared = same_tokens(ids, begins_with, str(recipe.evaluation.source), held_out) if ids and begins_with is not None else None
+    for sentence in (*overlaps(sources), shared, *too_long(work.model.config, asked)):
+        if sentence:
+            work.warn(sentence)
+
+
+def _tasks(work: Work) -> list[Wanted]:
+    asked = work.recipe.evaluation
+    if asked.tasks is None:
+        return []
+    work.tell("find", tasks=asked.tasks)
+    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir)
+    set_shots(wanted, None)
+    return wanted
+
+
+def _check_machine(work: Work) -> None:
+    """Refuse what this machine or these processes cannot do.
+
+    Raises:
+        UsageError: a batch does not fit the processes, or a package or GPU is missing.
+    """
+    asked, model = work.recipe.training, work.model
+    if asked.source is None:
+        return
+    rows = asked.batch_tokens // asked.length
+    if rows % world.size():
+        raise UsageError(
+            f"a batch of {asked.batch_tokens:,} tokens is {rows} rows of {asked.length}, which {world.size()} processes cannot "
+            f"share evenly; set training.batch_tokens to a multiple of {asked.length * world.size():,}"
+        )
+    if asked.liger and families.is_sliced(model.config):
+        raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
+    lacking = [layer for layer in model.config.per_layer_config if getattr(layer, "skip", ())]
+    if asked.liger and (lacking or {"attentions", "mlps"} & set(work.recipe.axes)):
+        raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
+    if asked.liger and next(model.parameters()).device.type != "cuda":
+        raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
+    for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"training.{extra} needs a package; pip install 'adapt-pruner[{extra}]'")
+
+
+def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
+    """A function from the number of the iteration to its batches; to none where the text is yet to be written."""
+    recipe = work.recipe
+    if writes_text(recipe) and not write:
+        return lambda iteration: []
+    asked = recipe.calibration.model_dump(exclude={"own"})
+    if writes_text(recipe) and folder is not None:
+        path = folder / OWN_TEXT
+        asked["ids"] = str(path)
+        world.on_main(lambda: _kept_text(path, work, samples=asked["samples"], seed=recipe.seed, begun=begun))
+    return calibration_feed(
+        work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_batch=work.progress("write")
+    )
+
+
+def _own_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
+    """What the model writes for a repair; kept in the run's folder, where there is one, since later it is another model."""
+    recipe = work.recipe
+    samples, seed = recipe.calibration.own, recipe.seed + 1  # not what `source: self` gives
+    if not samples or recipe.repair is None:
+        return []
+    if folder is None:
+        rows: Sequence[Tensor] = _written(work, work.model, samples=samples, seed=seed).split(1)
+    else:
+        path = folder / REPAIR_TEXT
+        world.on_main(lambda: _kept_text(path, work, samples=samples, seed=seed, begun=begun))
+        rows = calibration_ids(str(path), vocab_size=work.model.config.vocab_size)
+    return batches_of(rows, max_tokens=MICRO_TOKENS)
+
+
+def _written(work: Work, writer: Any, *, samples: int, seed: int) -> Tensor:
+    """Text that a model writes, int64 [samples, calibration.length]."""
+    return selfwritten_windows(
+        writer, work.tokenizer, samples=samples, length=work.recipe.calibration.length, seed=seed,
+        dtype=work.recipe.dtype, on_batch=work.progress("write"),
+    )  # fmt: skip
+
+
+def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) -> None:
+    """Keep the text that the model as it was at the start writes, unless a run that has begun already has."""
+    recipe = work.recipe
+    asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
+    if begun:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(path.read_text(encoding="utf-8"))["asked"] == asked:
+                return
+    writer = work.model
+    if begun and recipe.vocabulary is not None:
+        raise UsageError(
+            f"{path} is not there, and the model that wrote it cannot be made again, since its vocabulary was cut; begin anew in another folder"
+        )
+    if begun:  # it has been cut since
+        writer = load(recipe.model, device=next(work.model.parameters()).device).model
+    written = _written(work, writer, samples=samples, seed=seed)
+    try:
+        write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {why(error)}") from error
+
+
+def _digest(batches: list[Tensor]) -> str:
+    return hashlib.sha256(to_json([batch.tolist() for batch in batches]).encode()).hexdigest()
+
+
+def _rows(work: Work) -> Rows | None:
+    asked, source = work.recipe.training, work.recipe.training.source
+    if source is None:
+        return None
+
+    def read_rows() -> Rows:
+        return training_rows(
+            work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
+            warn=work.warn,
+        )  # fmt: skip
+
+    rows: list[Rows] = []
+    world.on_main(lambda: rows.append(read_rows()))  # one process tokenises, the others read what it stored
+    return rows[0] if rows else read_rows()
+
+
+def _held_out(work: Work) -> list[Tensor]:
+    asked = work.recipe.evaluation
+    if asked.source is None:
+        return []
+    return held_out_windows(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
+
+
+def _teacher(work: Work, *, begun: bool) -> Any:
+    """The model to distil from, frozen, in the precision of matrix products; None where the objective needs none.
+
+    Raises:
+        UsageError: it has another vocabulary.
+    """
+    loaded, recipe = work.loaded, work.recipe
+    if recipe.training.source is None or "teacher" not in parts.needs("objective", recipe.training.objective):
+        return None
+    device = next(loaded.model.parameters()).device
+    name = recipe.training.teacher or recipe.model
+    if recipe.training.teacher is None and not begun:
+        teacher = copy.deepcopy(loaded.model)
+    else:
+        other = load(name, device=device, trust_remote_code=work.trust_remote_code)
+        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise UsageError(
+                f"teacher {name} has another tokenizer ({len(other.tokenizer):,} tokens) than {recipe.model} "
+                f"({len(loaded.tokenizer):,}); distillation compares token by token, so name a teacher of the same vocabulary"
+            )
+        teacher = other.model
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, loaded.model)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"teacher {name} has {sizes[0]:,} logits, {recipe.model} {sizes[1]:,}; name a teacher of the same vocabulary"
+        )
+    narrow = torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32
+    return teacher.to(narrow).eval().requires_grad_(False)

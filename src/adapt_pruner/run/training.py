@@ -1,0 +1,156 @@
+"""The training of a stage, and what surrounds it: optimiser, adapters, shards, kernels, checkpoints."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from adapt_pruner.core import world
+from adapt_pruner.core.memory import peak_bytes
+from adapt_pruner.recipe import parts
+from adapt_pruner.reduce.work import Work
+from adapt_pruner.train.adapters import adapted
+from adapt_pruner.train.kernels import kernels
+from adapt_pruner.train.loop import How, Step, make_optimizer, steps
+from adapt_pruner.train.spread import full_state, load_moments, spread
+
+__all__ = ["Save", "Trainer"]
+
+Save = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
+"""(name of the checkpoint, weights, moments), both by name and whole, on the main process."""
+
+
+class Trainer:
+    """Trains the model of a run between its cuts and saves it on the way; does nothing where the recipe does not train."""
+
+    def __init__(self, work: Work, *, save: Save | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Take up where the run stands.
+
+        Args:
+            work: the run; moved along.
+            save: writes a checkpoint; None where nothing is saved on the way.
+            tensors: moments, and low-rank additions, from the checkpoint that the run goes on from.
+        """
+        self._work, self._save, self._tensors = work, save, dict(tensors or {})
+        self._saved = time.monotonic()
+        if work.reads.feed is not None and work.recipe.training.lora is None:
+            work.optimizer = self._new_optimizer()
+            self._tensors = {}  # which would take as much memory again
+        self._working: tuple[Any, Any] = (work.model, work.optimizer)
+
+    def before_cuts(self) -> None:
+        """Forget the moments that the recipe does not carry through cuts, so that they take no memory while the model is scored."""
+        if self._work.optimizer is not None and self._work.recipe.moments == "reset":
+            self._work.optimizer.state.clear()
+
+    def begin_stage(self) -> None:
+        """Start a stage's training after its cuts, and save."""
+        work = self._work
+        work.state.progress.begin_stage()
+        if work.optimizer is not None:
+            self._join(work)
+        if work.reads.feed is not None:
+            self.save(f"stage-{work.state.stage}-pruned")
+
+    def train(self, *, until: int) -> None:
+        """Train, in place, up to a row of the text."""
+        work, progress = self._work, self._work.state.progress
+        unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the last step of the stage
+        if work.reads.feed is None or (progress.rows >= until and not unmerged):
+            return
+        with work.state.clock("train"):
+            began, tokens = time.perf_counter(), progress.tokens
+            for step in self.steps(until=until):
+                step.take()
+                speed = (step.tokens - tokens) / (time.perf_counter() - began)
+                work.tell(
+                    "step", stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
+                    gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
+                )  # fmt: skip
+                self.save_if_due(f"stage-{work.state.stage}-step-{step.step}")
+
+    def steps(self, *, until: int) -> Iterator[Step]:
+        """The steps of the stage, each yielded after its backward pass and before it is taken (see `train.loop.steps`)."""
+        work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
+        assert feed is not None
+        how = How(
+            objective=parts.bind("objective", asked.objective, teacher=work.reads.teacher),
+            schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
+            lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
+            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed,
+        )  # fmt: skip
+        with self._at_work() as (model, optimizer):
+            yield from steps(model, feed, optimizer, work.state.progress, how, until=until)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of that name."""
+        if self._save is None:
+            return
+        work = self._work
+        with work.state.clock("save"):
+            work.state.reduction = work.reduction.state()
+            if work.reads.feed is not None:
+                work.state.feed = work.reads.feed.state()
+            weights, moments = full_state(*self._working)
+            write = self._save
+            world.on_main(lambda: write(name, weights, moments))
+        self._saved = time.monotonic()
+
+    def save_if_due(self, name: str) -> None:
+        """Write a checkpoint of that name where the last one is older than the recipe allows."""
+        due = time.monotonic() - self._saved >= self._work.recipe.checkpoint_minutes * 60
+        if self._save is not None and world.agreed(due):
+            self.save(name)
+
+    def _new_optimizer(self) -> AdamW:
+        asked = self._work.recipe.training
+        optimizer = make_optimizer(self._work.model, lr=asked.lr, weight_decay=asked.weight_decay)
+        load_moments(self._work.model, optimizer, self._tensors)
+        return optimizer
+
+    def _join(self, work: Work) -> None:
+        """Bring the optimiser, in place, to the parameters that there are: new biases join it, where nothing decays."""
+        assert work.optimizer is not None
+        its = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
+        there = list(work.model.parameters())
+        if not its & {id(parameter) for parameter in there}:  # a reduction has put others in the place of all
+            work.optimizer = self._new_optimizer()
+            self._working = (work.model, work.optimizer)
+            return
+        work.optimizer.param_groups[-1]["params"] += [one for one in there if id(one) not in its]
+
+    @contextmanager
+    def _at_work(self) -> Iterator[tuple[Any, Any]]:
+        """The model as it trains: adapted, sharded, with the kernels asked for; plain again afterwards."""
+        work, asked = self._work, self._work.recipe.training
+        with ExitStack() as stack:
+            optimizer: Any = work.optimizer
+            if asked.lora is not None:
+                seed = work.recipe.seed * 1009 + work.state.stage
+                stack.enter_context(adapted(work.model, **asked.lora.model_dump(), seed=seed))
+                _fill(work.model, self._tensors)
+                optimizer = self._new_optimizer()
+            self._tensors = {}  # of the checkpoint; later stages begin anew
+            assert optimizer is not None
+            model: Any = work.model
+            if work.recipe.parallel == "fsdp":
+                model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
+            how = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile, "liger": asked.liger}
+            stack.enter_context(kernels(model, **how))
+            self._working = (model, optimizer)
+            try:
+                yield model, optimizer
+            finally:
+                self._working = (work.model, work.optimizer)
+
+
+def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters, in place, the values that `tensors` has for them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name])
