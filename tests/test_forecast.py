@@ -1,19 +1,18 @@
-"""Memory and time by formula: held against a process that really trains, and against counts by hand."""
+"""Memory and time by formula: held against the tensors of real training and scoring, and against counts by hand."""
 
-import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
 from adapt_pruner.core import layerwise, loss
-from adapt_pruner.core.precision import native_bfloat16
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
 from adapt_pruner.run import estimate
@@ -25,175 +24,91 @@ from adapt_pruner.train import loop
 from adapt_pruner.train.objectives import lm
 from conftest import LAYOUTS, tiny_model
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from memory_foreseen import WIDE, Case, Tensors, apart, foreseen, most_bytes
+
 CONFIGS = Path(__file__).parent / "configs"
 
-MEASURE = """
-import gc, json, sys
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from adapt_pruner import families
-from adapt_pruner.core import world
-from functools import partial
-from adapt_pruner.score.calibrate import mean_loss, score
-from adapt_pruner.score.weights import taylor
-from adapt_pruner.train.kernels import kernels
-from adapt_pruner.data.fixed import Fixed
-from adapt_pruner.train.loop import How, Progress, make_optimizer, steps
-from adapt_pruner.train.objectives import lm
-from adapt_pruner.train.spread import spread
-
-torch.set_num_threads(1)
-asked = json.loads(sys.argv[1])
-
-class Rows:
-    def __init__(self, ids):
-        self.ids = ids
-    def __len__(self):
-        return len(self.ids)
-    def batch(self, start, stop):
-        return self.ids[start:stop], None
-    def num_tokens(self, start, stop):
-        return (stop - start) * self.ids.shape[1]
-
-def go(config, rows, length, micro):
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    ids = torch.randint(3, config["vocab_size"], (2 * rows, length))
-    if asked["phase"] == "reading":
-        mean_loss(model, list(ids[:4].split(1)), dtype=asked["dtype"])
-        return occupied("VmHWM")
-    if asked["phase"] in ("pruning", "samples"):
-        axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]  # what a recipe scores by default
-        score(model, axes, list(ids[:4].split(1)), metrics=[taylor if asked["phase"] == "pruning" else partial(taylor, form="second")], dtype=asked["dtype"])
-        return occupied("VmHWM")
-    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.0)
-    how = {"gradient_checkpointing": asked["checkpointing"], "compiled": False, "liger": False}
-    with spread(model, optimizer, dtype=asked["dtype"]) as (working, its_optimizer), kernels(working, **how):
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak is counted from here on
-        how = How(lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=micro, dtype=asked["dtype"])
-        for step in steps(working, Fixed(Rows(ids)), its_optimizer, Progress(), how, until=2 * rows):
-            step.take()
-        return occupied("VmHWM")
-
-def occupied(what):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
-
-with world.joined():
-    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    go(asked["config"] | small | {"vocab_size": 128}, 4, 16, 16)  # what libraries load on first use
-    gc.collect()
-    before = occupied("VmRSS")
-    peak = go(asked["config"], asked["rows"], asked["length"], asked["micro"])
-    if world.is_main():
-        print(peak - before)
-"""
-
-WIDE = {  # 60 M parameters: the states are most of it
-    "vocab_size": 16_384, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 10, "num_attention_heads": 10,
-    "num_key_value_heads": 5, "tie_word_embeddings": True,
-}  # fmt: skip
-DEEP = WIDE | {"vocab_size": 2048, "tie_word_embeddings": False}  # so are the layers
-LONG = WIDE | {  # for more tokens: the activations are
-    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4,
+SMALL = WIDE | {
+    "vocab_size": 4096,
+    "hidden_size": 160,
+    "intermediate_size": 512,
+}  # a quarter of the tokens with it: the same shares
+UNTIED = SMALL | {"vocab_size": 512, "tie_word_embeddings": False}
+LONG = SMALL | {
+    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-EVIDENCE = {"pruning": Evidence.GRADIENTS, "samples": Evidence.SAMPLE_GRADIENTS, "reading": Evidence.FORWARD}
-"""What is seen in the phases of pruning that are measured."""
-
-FEW = 32
-"""Tokens that a processor without bfloat16 still reads in half a minute: torch multiplies one element after another there."""
-
-
-def skip_if_slow(how: Setup) -> None:
-    if how.narrow and (how.micro_tokens > FEW or how.processes > 1) and not native_bfloat16(torch.device("cpu")):
-        pytest.skip(
-            "this processor has no bfloat16: minutes; the same formulas are measured in float32 and, on few tokens, in bfloat16"
-        )
-
-
-def measured(asked: dict[str, Any], environment: dict[str, str], script: Path, processes: int) -> int:
-    """Bytes by which a fresh process grows at its peak."""
-    script.write_text(MEASURE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), json.dumps(asked)],
-        capture_output=True, text=True, check=False, env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return int(done.stdout.splitlines()[-1])
+BROAD = UNTIED | {"hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 4}
+MANY_TOKENS = SMALL | {"vocab_size": 16_384, "hidden_size": 80, "intermediate_size": 256, "num_hidden_layers": 4}
+CASES = {
+    "states": Case("training", SMALL, Setup("cpu", False, 64, 128, 256)),
+    "copies": Case("training", UNTIED, Setup("cpu", True, 8, 8, 16)),
+    "checkpointing": Case("training", LONG, Setup("cpu", False, 64, 512, 1024, checkpointing=True)),
+    "checkpointing-bfloat16": Case("training", SMALL, Setup("cpu", True, 8, 8, 16, checkpointing=True)),
+    "fsdp": Case("training", SMALL, Setup("cpu", True, 32, 32, 128, processes=2, parallel="fsdp")),
+    "activations": Case("training", LONG, Setup("cpu", False, 64, 512, 1024)),
+    "activations-bfloat16": Case("training", LONG, Setup("cpu", True, 64, 512, 1024)),
+    "pruning": Case("pruning", UNTIED, Setup("cpu", True, 64, 64, 128)),
+    "pruning-float32": Case("pruning", UNTIED, Setup("cpu", False, 64, 64, 128)),
+    "pruning-wide-layers": Case("pruning", BROAD, Setup("cpu", True, 64, 64, 128)),
+    "pruning-many-tokens": Case("pruning", MANY_TOKENS, Setup("cpu", True, 64, 64, 128)),
+    "samples": Case("samples", SMALL, Setup("cpu", False, 64, 64, 128)),
+    "reading": Case("reading", SMALL, Setup("cpu", True, 64, 64, 128)),
+}
+CLOSE = 0.05
+"""What the formulas leave out: norms, sums on their way, a layer's values at the moment of its peak."""
 
 
 def of_config(config: dict[str, Any]) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     with torch.device("meta"):
         return shapes(LlamaForCausalLM(LlamaConfig(**config)))
 
 
-def grown_and_foreseen(
-    phase: str, config: dict[str, Any], how: Setup, script: Path, **environment: str
-) -> tuple[int, dict[str, int]]:
-    of, dtype = of_config(config), "bfloat16" if how.narrow else "float32"
-    asked = {
-        "phase": phase, "config": config, "dtype": dtype, "micro": how.micro_tokens, "length": how.length,
-        "rows": how.batch_tokens // how.length, "checkpointing": how.checkpointing,
-    }  # fmt: skip
-    grown = measured(asked, environment, script, how.processes)
-    if phase in EVIDENCE:
-        return grown, pruning_memory(of, how, samples=4, length=how.length, moments=False, evidence=EVIDENCE[phase])
-    return grown, training_memory(of, how)
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration text is read 64 tokens at a time, as many as the models are small."""
+    monkeypatch.setattr(windows, "MICRO_TOKENS", 64)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("phase", "config", "how"),
-    [
-        ("training", WIDE, Setup("cpu", False, 64, 128, 256)),
-        ("training", DEEP, Setup("cpu", True, 32, 32, 64)),
-        ("training", LONG, Setup("cpu", False, 64, 2048, 4096, checkpointing=True)),
-        ("training", WIDE, Setup("cpu", True, 32, 32, 64, checkpointing=True)),
-        ("training", WIDE, Setup("cpu", True, 64, 128, 512, processes=2, parallel="fsdp")),
-        ("training", LONG, Setup("cpu", False, 64, 2048, 4096)),
-        ("training", LONG, Setup("cpu", True, 64, 2048, 4096)),
-        ("pruning", WIDE, Setup("cpu", True, 256, 256, 512)),
-        ("samples", WIDE, Setup("cpu", False, 256, 256, 512)),
-        ("reading", WIDE, Setup("cpu", True, 256, 256, 512)),
-    ],
-    ids=[
-        "states",
-        "copies",
-        "checkpointing",
-        "checkpointing-bfloat16",
-        "fsdp",
-        "activations",
-        "activations-bfloat16",
-        "pruning",
-        "samples",
-        "reading",
-    ],
-)
-def test_a_process_asks_for_what_the_formulas_say(phase: str, config: dict[str, Any], how: Setup, tmp_path: Path) -> None:
-    """With an allocator that gives back what is freed, within 6 %."""
-    skip_if_slow(how)
-    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    grown, parts = grown_and_foreseen(phase, config, how, tmp_path / "measure.py", **gives_back)
-    assert sum(parts.values()) == pytest.approx(grown, rel=0.06), parts
+@cache
+def counted(name: str) -> int:
+    """Bytes of the tensors of a case that live at one time, at the most; processes are asked for the first one's."""
+    if CASES[name].how.processes > 1:
+        return apart(CASES[name], tensors=True)
+    with Tensors() as tensors:
+        return most_bytes(CASES[name], tensors)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("config", "how"),
-    [(WIDE, Setup("cpu", True, 32, 32, 64)), (LONG, Setup("cpu", True, 64, 2048, 4096))],
-    ids=["states", "activations"],
-)
-def test_a_process_holds_what_is_foretold(config: dict[str, Any], how: Setup, tmp_path: Path) -> None:
-    """As it comes, with what glibc keeps, within 15 %."""
-    skip_if_slow(how)
-    grown, parts = grown_and_foreseen("training", config, how, tmp_path / "measure.py")
-    assert held(parts, "cpu") - held({}, "cpu") == pytest.approx(grown, rel=0.15), parts
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_take_what_the_formulas_say(name: str) -> None:
+    """The code decides it, whatever the processor packs and the allocator keeps; benchmarks/memory_foreseen.py measures those."""
+    parts = foreseen(CASES[name])
+    assert sum(parts.values()) == pytest.approx(counted(name), rel=CLOSE), parts
+
+
+@pytest.mark.usefixtures("short")
+def test_a_term_that_a_formula_forgot_would_show() -> None:
+    """Each is large enough in one of the cases."""
+    terms, shown = set(), set()
+    for name, case in CASES.items():
+        parts, formula = foreseen(case), "training" if case.phase == "training" else "pruning"
+        for term, size in parts.items():
+            terms |= {(formula, term)} if size else set()
+            if sum(parts.values()) - size != pytest.approx(counted(name), rel=CLOSE):
+                shown.add((formula, term))
+    assert terms == shown
+    assert len(terms) >= 8 + 7, "none is zero in all cases but the moments of a pruning"
+
+
+def test_a_process_holds_more_than_its_tensors() -> None:
+    """How much more was measured; on a CPU there is Python, and what glibc keeps where activations lay."""
+    weights, activations = {"weights": 10**9}, {"activations": 10**9}
+    assert held({}, "cuda") == 0 < 10**8 < held({}, "cpu")
+    for device in ("cpu", "cuda"):
+        assert held(weights | activations, device) >= held(weights, device) + 10**9 > held({}, device) + 2 * 10**9
+    assert held(activations, "cpu") > held(weights, "cpu")
 
 
 def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.MonkeyPatch) -> None:
