@@ -188,16 +188,6 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
         for step in steps(working, feed, its_optimizer, Progress(), training, until=2 * rows):
             step.take()
         return gauge.most()
-    ids = torch.randint(3, case.config["vocab_size"], (2 * rows, how.length))
-    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.0)
-    kernel = {"gradient_checkpointing": how.checkpointing, "compiled": False, "liger": False}
-    with spread(model, optimizer, dtype=dtype) as (working, its_optimizer), kernels(working, **kernel):
-        gauge.begin()
-        train(
-            working, Rows(ids), until=2 * rows, optimizer=its_optimizer, objective=lm, schedule=lambda share: 1.0, lr=1e-4,
-            total_tokens=ids.numel(), batch_rows=rows, progress=Progress(), micro_tokens=how.micro_tokens, dtype=dtype,
-        )  # fmt: skip
-        return gauge.most()
 
 
 def _child(asked: dict[str, Any]) -> None:
