@@ -12,13 +12,15 @@ from adapt_pruner.core.memory import take_into_memory
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 MB = 2**20
-needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what a process has mapped")
+needs_maps = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="the system does not tell what a process has mapped"
+)
 
 
-def resident() -> int:
-    """Bytes of files that this process has in memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
+def resident(path: Path) -> int:
+    """Bytes of a file that this process has in memory, on whatever file system the file lies."""
+    _, *its = Path("/proc/self/smaps").read_text().split(f" {path}\n")
+    return sum(int(rest.partition("\nRss:")[2].split()[0]) * 1024 for rest in its)
 
 
 @needs_maps
@@ -28,10 +30,11 @@ def test_a_files_pages_go_and_come_back(tmp_path: Path) -> None:
     size = (tmp_path / "weights").stat().st_size
     mapped = torch.from_file(str(tmp_path / "weights"), size=size // 4, dtype=torch.float32)
     mapped.sum()
-    before = resident()
+    before = resident(tmp_path / "weights")
     owner, again = mapped.view(-1), mapped.view(-1)
     take_into_memory([owner])
-    assert before - resident() > 60 * MB
+    after = resident(tmp_path / "weights")
+    assert after < MB < before, "the system may have taken pages before; of those that were left none is but the ends"
     assert owner.data_ptr() != mapped.data_ptr()
     assert torch.equal(owner[-16 * MB :], there)
     assert torch.equal(again[-16 * MB :], there), "whoever reads the file's own pages has them back"
@@ -46,7 +49,10 @@ def test_memory_that_is_no_files_is_left_alone() -> None:
 
 @needs_maps
 def test_a_model_is_held_once_while_it_is_loaded(tmp_path: Path) -> None:
-    """Twelve layers of 12 MB each: both a file's pages and their copies would come to 288 MB."""
+    """Twelve layers of 12 MB each: both a file's pages and their copies would come to 288 MB, twice the weights.
+
+    Half a model on either side is for the allocator and for the peak that the process has had before.
+    """
     tiny, large = tmp_path / "tiny", tmp_path / "large"
     tiny_model(vocab_size=VOCAB).save_pretrained(tiny)
     tiny_model(vocab_size=VOCAB, hidden_size=252, intermediate_size=4096, num_hidden_layers=12).save_pretrained(large)
@@ -62,4 +68,4 @@ def test_a_model_is_held_once_while_it_is_loaded(tmp_path: Path) -> None:
         "print(peak_rss_bytes() - before)\n"
     )
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert 0.8 * weights < grown < 1.3 * weights
+    assert 0.5 * weights < grown < 1.5 * weights
