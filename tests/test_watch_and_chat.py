@@ -3,11 +3,12 @@
 import fcntl
 import io
 import json
+import operator
 import shutil
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,26 +183,27 @@ def test_a_run_is_finished_whatever_its_log_says_last(heard: tuple[Path, list[di
     assert ask("watch", run)[0] == 1, "work that begins again does"
 
 
+def works_while_watched(run: Path, logs: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody works in `run` whose log is the next of `logs` whenever the watcher has looked and waits; after the last he is gone."""
+    lock = (run / ".lock").open("a+")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    coming = iter(logs)
+
+    def wait(seconds: float) -> None:
+        if log := next(coming, b""):
+            (run / "log.jsonl").write_bytes(log)
+        if operator.length_hint(coming) == 0:
+            lock.close()
+
+    monkeypatch.setattr(sys.modules["adapt_pruner.cli.watch"], "time", SimpleNamespace(sleep=wait, time=time.time))
+
+
 def test_a_run_that_prepares_is_waited_for(
     heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["adapt_pruner.cli.watch"], "_POLL", 0.02)
-
-    def work(log: bytes) -> None:
-        with (tmp_path / ".lock").open("a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            begun.set()
-            time.sleep(0.3)
-            if log:
-                (tmp_path / "log.jsonl").write_bytes(log)
-
     for log, wanted in (b"", (1, "ended before it began")), ((heard[0] / "log.jsonl").read_bytes(), (0, "stage 2: perplexity")):
-        begun = threading.Event()
-        other = threading.Thread(target=work, args=[log])
-        other.start()
-        begun.wait()
+        works_while_watched(tmp_path, [b"", b"", log], monkeypatch)
         status, _, err = ask("watch", tmp_path)
-        other.join()
         assert (status, wanted[1] in err) == (wanted[0], True), err
         assert err.count("is preparing") == 1
         assert "recipe.yaml" not in err, "there is none to go on with"
@@ -224,28 +226,13 @@ def test_watching_follows_a_run_to_its_end(
     heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lines come in pieces, and the log is cut back once, as by a run that goes on from a checkpoint."""
-    monkeypatch.setattr(sys.modules["adapt_pruner.cli.watch"], "_POLL", 0.02)
     run = tmp_path / "run"
     run.mkdir()
     whole = (heard[0] / "log.jsonl").read_bytes()
     half = len(whole) // 2
     (run / "log.jsonl").write_bytes(whole[:half])
-
-    def work() -> None:
-        with (run / ".lock").open("a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            begun.set()
-            for piece in (whole[: half // 2], whole[: half // 2 + 7], whole):
-                time.sleep(0.4)
-                (run / "log.jsonl").write_bytes(piece)
-            time.sleep(0.4)
-
-    begun = threading.Event()
-    other = threading.Thread(target=work)
-    other.start()
-    begun.wait()
+    works_while_watched(run, [whole[: half // 2], whole[: half // 2 + 7], whole], monkeypatch)
     status, out, err = ask("watch", run)
-    other.join()
     assert status == 0, err
     assert "the run is finished" in out
     assert "stage 2: perplexity" in err, "what came while watching is said line by line"
