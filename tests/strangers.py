@@ -28,7 +28,7 @@ for line in sys.stdin:
     if not child:
         status = 1
         try:
-            signal.alarm(300)
+            signal.alarm(900)
             os.chdir(asked["folder"])
             for stream, path in ((1, asked["said"]), (2, asked["wrong"])):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -54,7 +54,7 @@ def _server() -> "subprocess.Popen[str]":
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    atexit.register(server.communicate, timeout=10)
+    atexit.register(server.communicate, timeout=60)
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     return server
 

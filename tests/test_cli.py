@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adapt_pruner import cli
-from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
 
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
 
@@ -396,7 +396,7 @@ def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=60)
+    out, rest = process.communicate(timeout=HANGS)
     assert process.returncode == 1, seen + rest
     assert "interrupted" in one_sentence(seen + rest)
     assert out == ""

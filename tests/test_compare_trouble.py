@@ -13,7 +13,7 @@ import pytest
 
 from adapt_pruner.compare import comparison
 from adapt_pruner.compare.cells import prune_apart
-from conftest import byte_tokenizer, read_json
+from conftest import HANGS, byte_tokenizer, read_json
 from test_cli import one_sentence
 from test_compare import COMMAND, Ask, ask, pruned_here, words
 
@@ -66,7 +66,7 @@ def test_ctrl_c_ends_the_process_of_the_cell(tiny_folder: Path, text_file: Path,
         time.sleep(0.01)  # until the cell's process works in earnest
     assert len(children) == 1, seen
     process.send_signal(signal.SIGINT)
-    said, rest = process.communicate(timeout=60)
+    said, rest = process.communicate(timeout=HANGS)
     assert process.returncode == 1, seen + rest
     assert "interrupted" in one_sentence(seen + rest)
     assert said == ""
@@ -216,11 +216,11 @@ def test_bad_places_and_no_text(
     monkeypatch.delenv("WORLD_SIZE")
     command = [*COMMAND, *map(str, words(tiny_folder, text_file, tmp_path / "out", "--draws", 1))]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ)
-    while not (tmp_path / "out" / ".lock").exists() and process.poll() is None:
+    lock = tmp_path / "out" / ".lock"
+    while not (lock.exists() and lock.read_text() == str(process.pid)) and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(0.2)
     status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1))
     assert (status, f"in use by process {process.pid}" in one_sentence(err)) == (2, True)
     process.terminate()
-    process.wait(timeout=60)
+    process.wait(timeout=HANGS)
     assert pruned_here == []

@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import Packaged, has_weights, load
 from adapt_pruner.errors import RunError, UsageError
-from conftest import VOCAB, tiny_model
+from conftest import HANGS, VOCAB, tiny_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -112,7 +112,7 @@ def test_who_comes_while_it_is_being_made_waits_for_it(package: ModuleType) -> N
 
     package.assemble = crowded
     load("tiny")
-    others[0].join(timeout=60)
+    others[0].join(timeout=HANGS)
     assert not others[0].is_alive()
     assert len(package.calls) == 1
 

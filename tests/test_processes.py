@@ -29,7 +29,7 @@ from adapt_pruner.report.documented import run
 from adapt_pruner.train.loop import Progress, Step, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
-from conftest import read_json, tiny_model, train
+from conftest import HANGS, read_json, tiny_model, train
 
 NUM = 2
 EVERY_STEP = {"checkpoint_minutes": 0, "keep_checkpoints": 99}
@@ -192,7 +192,7 @@ class Launch:
 
     def said(self) -> list[Said]:
         """What each process said in the end; with torchrun what the launcher said is the last."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + HANGS
         for process in self.running:
             try:
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))

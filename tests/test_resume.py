@@ -36,7 +36,7 @@ from adapt_pruner.report import documented
 from adapt_pruner.run import folder as runs
 from adapt_pruner.run import results, start
 from adapt_pruner.run.training import Trainer
-from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
 
 MODULES = [
     "test_resume",
@@ -166,10 +166,10 @@ class Lives:
         process = self.begin(*words, point=point, nth=nth)
         while sent != signal.SIGKILL and process.is_alive() and not (self.said.exists() and self.said.stat().st_size):
             time.sleep(0.005)  # before the command line is there, signals are Python's to handle
-        process.join(120 if seconds is None else seconds)
+        process.join(HANGS if seconds is None else seconds)
         if process.exitcode is None and seconds is not None:
             os.kill(process.pid, sent)
-            process.join(60)
+            process.join(HANGS)
         if process.exitcode is None:
             process.kill()
             pytest.fail(f"a life hangs: {self.said.read_text()}")
@@ -450,13 +450,13 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
     command = [sys.executable, "-m", "adapt_pruner", "run", str(place / "main.yaml"), "-o", str(tmp_path / "run")]
     how: dict[str, Any] = {"text": True, "env": os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "run" / "checkpoints" / "stage-3-step-7").exists():
+    deadline = time.monotonic() + HANGS
+    while not list(tmp_path.glob("run/checkpoints/stage-[23]-*")):  # one that is named may come and go while nobody looks
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=HANGS)
     assert process.returncode == 1, said
     assert out == ""
     assert "interrupted" in one_sentence(said)
@@ -466,7 +466,7 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
     assert Path(last) == tmp_path / "run" / "checkpoints" / newest_first(tmp_path / "run")[0]
     done = subprocess.run(command, capture_output=True, check=False, **how)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {last} (stage 3, step" in done.stderr
+    assert f"going on from {last} (stage " in done.stderr
     assert_same(tmp_path / "run", whole[0])
     again = subprocess.run(command, capture_output=True, check=False, **how)
     assert again.returncode == 0
