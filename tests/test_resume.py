@@ -345,7 +345,8 @@ def test_killed_at_random_moments(whole: tuple[Path, float], live: Lives, place:
 
 
 IN_ORDER = [  # where the run stands when it is killed: nowhere,
-    ("before the recipe is written", 1), ("while scoring", 3), ("within a cut", 9), ("between the cuts and their checkpoint", 1),
+    ("before the recipe is written", 1), ("while scoring", 3), ("between two cuts", 2), ("within a cut", 2),
+    ("between the cuts and their checkpoint", 1),
     ("with half of the weights written", 1), ("when a checkpoint has its name", 1),
     # in its first stage, its second,
     ("before an evaluation", 1), ("with half of the moments written", 2), ("within a line of the log", 5),
