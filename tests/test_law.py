@@ -112,7 +112,8 @@ def parameters_left(dense: Any, axes: Any, mask: Mask, stayed: list[int]) -> int
     for axis in axes:
         for unit in (~mask[axis.name]).nonzero().flatten().tolist() if axis.name in mask else ():
             for piece in axis.slices:
-                alive[piece.parameter].transpose(0, piece.dim)[unit * piece.width : (unit + 1) * piece.width] = False
+                at = piece.start + unit * piece.width
+                alive[piece.parameter].transpose(0, piece.dim)[at : at + piece.width] = False
     dropped = set(range(len(dense.model.layers))) - set(stayed)
     return sum(int(a.sum()) for name, a in alive.items() if not any(f".layers.{i}." in name for i in dropped))
 

@@ -82,7 +82,7 @@ def test_the_law_catches(fault: str, ids: torch.Tensor) -> None:
     axes = [spoil(axis) for axis in families.axes(model) if axis.kind == kind]  # no other axis mends it
     try:
         found = gap(model, axes, random_mask(axes, (kind,), seed=1), ids)
-    except RuntimeError:  # the gate itself no longer fits
+    except (RuntimeError, ValueError):  # a gate or a slice does not fit
         return
     assert found > 1e-9
 

@@ -33,11 +33,16 @@ _BLOCKS = ("attentions", "mlps")  # kinds whose one unit may go
 
 @dataclass(frozen=True)
 class Slice:
-    """A parameter that shrinks with an axis: each entry of the axis owns `width` consecutive ones of dimension `dim`."""
+    """A run of a parameter that shrinks with an axis: entry e owns `width` indices of dimension `dim`, from `start` + e · `width` on.
+
+    One axis may have several slices of a parameter, and several axes may slice it: of a fused matrix of queries, keys and values a
+    KV head owns rows in three places. Together the slices of all axes cover a dimension whole, or not at all; `cut` refuses others.
+    """
 
     parameter: str
     dim: int
     width: int = 1
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,62 @@ def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
     return {name: by_name[name] for name in mask if not bool(mask[name].all())}
 
 
+def _check_slices(model: nn.Module, axes: Sequence[Axis]) -> None:
+    """Refuse axes whose slices do not cover whole each dimension that they cut.
+
+    Raises:
+        ValueError: a slice goes beyond its dimension, or the slices of all axes together leave out a part of it.
+    """
+    runs: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for axis in axes:
+        for piece in axis.slices:
+            length, end = model.get_parameter(piece.parameter).shape[piece.dim], piece.start + axis.entries * piece.width
+            if piece.start < 0 or end > length:
+                raise ValueError(
+                    f"{axis.name} owns {piece.start:,} to {end:,} along dimension {piece.dim} of {piece.parameter}, which has {length:,}; "
+                    "the family's slice has a wrong start or width"
+                )
+            runs.setdefault((piece.parameter, piece.dim), []).append((piece.start, end))
+    for (name, dim), owned in runs.items():
+        length, covered, reached = model.get_parameter(name).shape[dim], 0, 0
+        for start, end in sorted(owned):
+            covered += max(0, end - max(start, reached))
+            reached = max(reached, end)
+        if covered != length:
+            raise ValueError(
+                f"the slices of all axes together own {covered:,} of {length:,} along dimension {dim} of {name}; the family must "
+                "declare the others, and all axes of a model must be given"
+            )
+
+
+def _check_gate(model: nn.Module, axis: Axis) -> None:
+    """Refuse a gate that has another number of features than the entries of its axis own.
+
+    Raises:
+        ValueError: it has.
+    """
+    if axis.gate.is_whole:
+        return
+    for name in (axis.gate.module, *axis.gate.also):
+        weight: Any = getattr(model.get_submodule(name), "weight", None)
+        if weight is None:
+            continue
+        features, owned = weight.shape[1 if axis.gate.is_linear else 0], axis.entries * axis.gate.width
+        if features != owned:
+            raise ValueError(f"the gate of {axis.name} has {features:,} features at {name}, of which its entries own {owned:,}")
+
+
 @contextmanager
 def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     """While it lasts, the units that `mask` removes are shut: a dry run of `cut` that touches no weight.
 
     Raises:
-        ValueError: the mask names an axis the model does not have, or has another size along it.
+        ValueError: the mask names an axis the model does not have, or has another size along it, or a gate does not fit its axis.
     """
     handles = []
     try:
         for name, axis in _checked(axes, mask).items():
+            _check_gate(model, axis)
             if axis.gate.output:
                 handles.append(model.register_forward_hook(_Unsaid(mask[name])))  # once logits are capped, where they are
             elif axis.gate.is_whole:
@@ -142,9 +188,10 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
 
     Raises:
         ValueError: the mask names an axis the model does not have, has another size along it, or keeps more in one of its
-            blocks than in another; nothing is changed.
+            blocks than in another; the slices of the axes do not fit a parameter, or leave a part of it out. Nothing is changed.
     """
     shrinking = _checked(axes, mask)
+    _check_slices(model, axes)
     sizes = {axis.name: _size(axis, mask) for axis in axes}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -183,7 +230,12 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
 
 
 def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
-    """Parameters that a model will have after `cut` by a mask."""
+    """Parameters that a model will have after `cut` by a mask.
+
+    Raises:
+        ValueError: the slices of the axes do not fit a parameter, or leave a part of it out.
+    """
+    _check_slices(model, axes)
     gone = _gone(model, axes, mask)
     left = count_parameters(model) - sum(parameter.numel() for parameter in gone)
     for parameter, index in _kept(model, axes, mask):
@@ -229,8 +281,8 @@ def _kept(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[tuple[
             for piece in axis.slices:
                 parameter = model.get_parameter(piece.parameter)
                 _, dims = found.setdefault(id(parameter), (parameter, {}))
-                entries = keep.repeat_interleave(piece.width)
-                dims[piece.dim] = dims[piece.dim] & entries if piece.dim in dims else entries
+                stays = dims.setdefault(piece.dim, torch.ones(parameter.shape[piece.dim], dtype=torch.bool))
+                stays[piece.start : piece.start + axis.entries * piece.width] &= keep.repeat_interleave(piece.width)
     for key in list(found):
         parameter, dims = found.pop(key)  # so that what was cut is not held while the rest is
         yield parameter, {dim: entries.nonzero().flatten() for dim, entries in dims.items()}

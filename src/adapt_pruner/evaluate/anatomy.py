@@ -64,13 +64,13 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
 
 def _dense_parameters(layer: nn.Module, prefix: str, axes: Sequence[Axis], mask: Mask, dense_layer: int) -> int:
     """Parameters a layer had before `mask`: along each dimension as many as the mask of an axis that owns slices of it says."""
-    before: dict[str, dict[int, int]] = {}
+    more: dict[tuple[str, int], dict[int, int]] = {}  # by start, how much longer that run was; one run is what the widest says
     for axis in axes:
         name = axis.name if axis.layer is None else f"layers.{dense_layer}.{axis.kind}"
         for piece in axis.slices if name in mask else ():
-            dims = before.setdefault(piece.parameter, {})
-            dims[piece.dim] = max(dims.get(piece.dim, 0), mask[name].numel() * piece.width)
+            runs = more.setdefault((piece.parameter, piece.dim), {})
+            runs[piece.start] = max(runs.get(piece.start, 0), (mask[name].numel() - axis.entries) * piece.width)
     return sum(
-        math.prod(before.get(prefix + name, {}).get(dim, length) for dim, length in enumerate(parameter.shape))
+        math.prod(length + sum(more.get((prefix + name, dim), {}).values()) for dim, length in enumerate(parameter.shape))
         for name, parameter in layer.named_parameters()
     )

@@ -151,13 +151,13 @@ def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generato
 def _rows(
     model: nn.Module, axes: Sequence[Axis], worth: Callable[[nn.Parameter, Slice], Tensor], *, only: str | None = None
 ) -> Rows:
-    """What `worth` says of every row of a matrix that units own some of, [rows], on the CPU; biases do not count.
+    """What `worth` says of the rows that a slice's units own, [entries · width], on the CPU; biases do not count.
 
     Args:
         only: the name of one parameter; None for all.
     """
     return {
-        (axis.name, number): worth(parameter, piece).cpu()
+        (axis.name, number): worth(parameter, piece)[piece.start : piece.start + axis.entries * piece.width].cpu()
         for axis in axes
         for number, piece in enumerate(axis.slices)
         if only in (None, piece.parameter) and (parameter := model.get_parameter(piece.parameter)).dim() > 1
