@@ -109,11 +109,11 @@ def test_everything_that_walks_layers_copes(layout: tuple[str, str], batches: li
     mean_bias(model, axes, mask, batches, dtype="float32")
     axes = families.axes(model)  # with the biases
     cut(model, axes, mask)
-    save(model, byte_tokenizer(), tmp_path / "model", mask=GONE.then(mask), dtype=torch.float32)
+    save(model, byte_tokenizer(), tmp_path / "model", mask=GONE.then(mask, families.axes(model)), dtype=torch.float32)
     loaded = load(str(tmp_path / "model"))
     with torch.no_grad():
         assert torch.equal(loaded.model(batches[0]).logits, model(batches[0]).logits)
-    assert loaded.mask == GONE.then(mask)
+    assert loaded.mask == GONE.then(mask, families.axes(model))
 
 
 def test_a_model_that_lacks_blocks_is_not_sliced() -> None:

@@ -67,7 +67,7 @@ def pruned(
         if axis.kind == "neurons":
             kept[axis.name] = torch.arange(axis.size) % 7 > (axis.layer or 0)  # another width in each layer
     cut(model, axes, Mask(kept))
-    return model, Mask().then(Mask(kept))
+    return model, Mask().then(Mask(kept), families.axes(model))
 
 
 def loaded_by_a_stranger(folder: Path, again: Path, *, trust: bool) -> dict[str, Any]:
@@ -403,6 +403,10 @@ def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
     other = Mask({"layers.0.neurons": torch.arange(40) < 5})
     save(model, byte_tokenizer(), tmp_path / "model", mask=other, dtype=torch.float32)
     with pytest.raises(RunError, match="of another model: layers.0.neurons keeps 5 units"):
+        load(str(tmp_path / "model"))
+    heads = {"layers.0.kv_heads": torch.tensor([True] * 2), "layers.0.query_heads": torch.tensor([True] * 5)}
+    (tmp_path / "model" / "mask.json").write_text(json.dumps(Mask(heads).to_json()))
+    with pytest.raises(RunError, match=r"of another model: mask of 'layers.0.query_heads' has 5 units, not as many in each of 2"):
         load(str(tmp_path / "model"))
     (tmp_path / "model" / "mask.json").write_text("{")
     with pytest.raises(RunError, match=r"mask.json is damaged"):

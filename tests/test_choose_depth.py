@@ -55,11 +55,14 @@ def blocks(costs: dict[str, tuple[int, ...]], *, kinds: str) -> list[Axis]:
     """The axes of made-up layers: whole blocks of these costs, neurons of NEURON each inside the MLPs, and `layers`."""
     num_layers = len(costs["attentions"])
     whole = [
-        Axis(f"layers.{i}.{kind}", 1, of_kind[i], Gate("", 0), modules=("norm", kind))
+        Axis(f"layers.{i}.{kind}", 1, of_kind[i], Gate("", 0), modules=("norm", kind), may_be_empty=True)
         for i in range(num_layers)
         for kind, of_kind in costs.items()
     ]
-    inner = [Axis(f"layers.{i}.neurons", costs["mlps"][i] // NEURON, NEURON, Gate("")) for i in range(num_layers)]
+    inner = [
+        Axis(f"layers.{i}.neurons", costs["mlps"][i] // NEURON, NEURON, Gate(""), enclosing=(f"layers.{i}.mlps",))
+        for i in range(num_layers)
+    ]
     each = tuple(sum(of_kind[i] for of_kind in costs.values()) for i in range(num_layers))
     depth = Axis("layers", num_layers, sum(each) // num_layers, Gate("", 0), costs=each)
     return [axis for axis in (*inner, *whole, depth) if axis.kind in kinds.split()]

@@ -119,8 +119,8 @@ def test_a_budget_that_multiples_cannot_reach_names_the_nearest(wide_folder: Pat
 @pytest.mark.parametrize("equal", [False, True])
 def test_what_lies_in_a_block_that_goes_pays_for_nothing_else(equal: bool) -> None:
     """Neurons of an MLP that goes go with it; that they keep their number there is no parameter that is left."""
-    neurons = [axis(layer, "neurons", 40, 3) for layer in range(3)]
-    mlps = [replace(axis(layer, "mlps", 1, 120), modules=("m",)) for layer in range(3)]
+    neurons = [replace(axis(layer, "neurons", 40, 3), enclosing=(f"layers.{layer}.mlps",)) for layer in range(3)]
+    mlps = [replace(axis(layer, "mlps", 1, 120), modules=("m",), may_be_empty=True) for layer in range(3)]
     sizes = {"layers.0.neurons": 40, "layers.1.neurons": 29, "layers.2.neurons": 31} | {
         f"layers.{i}.mlps": int(i > 0) for i in range(3)
     }

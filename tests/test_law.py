@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import suppress
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut, gated, num_left
 from conftest import LAYOUTS, tiny_model
@@ -271,7 +272,7 @@ def test_masks_compose(layout: tuple[str, str], ids: torch.Tensor) -> None:
         axes = families.axes(twice)
         mask = random_mask(axes, kinds, seed=seed)
         cut(twice, axes, mask)
-        total = total.then(mask)
+        total = total.then(mask, families.axes(twice))
     cut(once, dense_axes, total)
     assert torch.equal(once(ids).logits, twice(ids).logits)
     assert Mask.from_json(total.to_json()) == total
@@ -285,7 +286,7 @@ def test_masks_of_the_stream_compose(layout: tuple[str, str], ids: torch.Tensor)
         axes = families.axes(twice)
         mask = random_mask(axes, kinds, seed=seed)
         cut(twice, axes, mask)
-        total = total.then(mask)
+        total = total.then(mask, families.axes(twice))
     cut(once, dense_axes, total)
     assert torch.allclose(once(ids).logits, twice(ids).logits, atol=1e-12)
     assert once.config.hidden_size == 12
@@ -313,7 +314,7 @@ def test_masks_of_kv_heads_and_query_heads_compose_in_any_order(order: tuple[str
         axes = families.axes(twice)
         mask = random_mask(axes, tuple(letters[kind] for kind in kinds), seed=seed)
         cut(twice, axes, mask)
-        total = total.then(mask)
+        total = total.then(mask, families.axes(twice))
     with gated(once, dense_axes, total), torch.no_grad():
         assert (once(ids).logits - twice(ids).logits).abs().max() <= 1e-9
     cut(once, dense_axes, total)
@@ -340,8 +341,8 @@ def test_masks_of_blocks_compose_in_any_order(layout: tuple[str, str], order: st
         axes = families.axes(twice)
         mask = random_mask(axes, tuple(letters[kind] for kind in kinds), seed=seed)
         cut(twice, axes, mask)
-        total = total.then(mask)
-    assert Mask.from_json(total.to_json()) == total == Mask().then(total)
+        total = total.then(mask, families.axes(twice))
+    assert Mask.from_json(total.to_json()) == total == Mask().then(total, families.axes(twice))
     assert {name for name in total if total[name].any()} <= {axis.name for axis in dense_axes}
     with gated(once, dense_axes, total), torch.no_grad():
         assert (once(ids).logits - twice(ids).logits).abs().max() <= 1e-9
@@ -353,18 +354,53 @@ def test_masks_of_blocks_compose_in_any_order(layout: tuple[str, str], order: st
     assert differing <= {"head_dim", "rms_norm_eps"}, "spelled out while there was attention; a product of two roundings"
 
 
+def left_by(*masks: Mask) -> Any:
+    """The axes of a tiny model that has lost what these masks say, one after the other."""
+    model = tiny_model()
+    for mask in masks:
+        cut(model, families.axes(model), mask)
+    return families.axes(model)
+
+
 def test_a_mask_says_nothing_of_what_lies_in_a_block_that_is_gone() -> None:
+    def then(first: Mask, later: Mask) -> Mask:
+        return first.then(later, left_by(first, later))
+
     gone = Mask({"layers.1.attentions": torch.tensor([False]), "layers.1.mlps": torch.tensor([True])})
     heads = Mask({"layers.1.kv_heads": torch.arange(3) > 0, "layers.1.query_heads": torch.arange(6) % 2 > 0})
-    assert set(heads.then(Mask({"layers.1.attentions": torch.tensor([False])}))) == {"layers.1.attentions"}
+    assert set(then(heads, Mask({"layers.1.attentions": torch.tensor([False])}))) == {"layers.1.attentions"}
     for name, size in (("layers.1.kv_heads", 3), ("layers.1.query_heads", 6), ("layers.1.attentions", 1)):
         with pytest.raises(ValueError, match=f"later mask of '{name}' has {size} units, but 0 are left"):
-            gone.then(Mask({name: torch.arange(size) >= 0}))
-    assert gone.then(Mask({"layers.1.neurons": torch.arange(40) > 3}))["layers.1.neurons"].sum() == 36
+            gone.then(Mask({name: torch.arange(size) >= 0}), left_by(gone))
+    assert then(gone, Mask({"layers.1.neurons": torch.arange(40) > 3}))["layers.1.neurons"].sum() == 36
+    neurons = {"layers.1.neurons": torch.arange(40) > 3, "layers.1.mlps": torch.tensor([False])}
+    assert not then(gone, Mask(neurons))["layers.1.mlps"].any()
+    assert set(then(gone, Mask(neurons))) == {"layers.1.attentions", "layers.1.mlps"}, "neurons of an MLP that goes with them"
     dropped = Mask({"layers": torch.tensor([False, True, True])})
-    assert set(dropped.then(Mask({"layers.0.attentions": torch.tensor([False])}))) == {"layers", "layers.1.attentions"}
-    assert set(gone.then(dropped)) == {"layers", "layers.1.attentions", "layers.1.mlps"}
-    assert set(gone.then(Mask({"layers": torch.tensor([True, False, True])}))) == {"layers"}
+    assert set(then(dropped, Mask({"layers.0.attentions": torch.tensor([False])}))) == {"layers", "layers.1.attentions"}
+    assert set(then(gone, dropped)) == {"layers", "layers.1.attentions", "layers.1.mlps"}
+    assert set(then(gone, Mask({"layers": torch.tensor([True, False, True])}))) == {"layers"}
+    with pytest.raises(ValueError, match="the axes name 'layers.2.kv_heads', but the masks leave 2 layers"):
+        Mask().then(dropped, left_by())
+
+
+def test_an_axis_says_itself_what_it_lies_inside_and_whether_it_may_be_empty() -> None:
+    """Names carry no meaning of their own: kinds that nobody has heard of nest as they say."""
+    rooms = Axis("layers.0.rooms", 1, 1, Gate("x"), may_be_empty=True)
+    desks = Axis("layers.0.desks", 2, 1, Gate("x"), enclosing=(rooms.name,))
+    pens = Axis("layers.0.pens", 2, 1, Gate("x"), blocks=2, enclosing=(desks.name, rooms.name))
+    one_desk = Mask({desks.name: torch.tensor([True, False]), pens.name: torch.tensor([True, False, True, True])})
+    assert one_desk.of(pens).tolist() == [True, False, False, False]
+    assert Mask({rooms.name: torch.tensor([False])}).of(pens).tolist() == [False] * 4
+    assert (rooms.least, desks.least, pens.layer, Axis("a.b.c", 1, 1, Gate("x")).layer) == (0, 1, 0, None)
+    later = Mask({pens.name: torch.tensor([False, True])})
+    whole = Mask({desks.name: torch.tensor([False, True])}).then(later, [rooms, desks, pens])
+    assert whole[pens.name].tolist() == [False, False, False, True]
+    Mask({rooms.name: torch.tensor([False])}).check([rooms, desks])
+    with pytest.raises(ValueError, match="mask of 'layers.0.desks' keeps nothing; at least one of its 2 units must stay"):
+        Mask({desks.name: torch.tensor([False, False])}).check([rooms, desks])
+    with pytest.raises(ValueError, match="'layers.0.pens' has 3 units, not as many in each of 2 layers.0.desks"):
+        Mask({desks.name: torch.tensor([True, False])}).of(replace(pens, size=3, blocks=1))
 
 
 def test_every_group_must_lose_as_many_query_heads() -> None:
@@ -396,12 +432,17 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         cut(model, axes, Mask({"layers.9.neurons": torch.tensor([True, False])}))
     with pytest.raises(ValueError, match="has 2 units, the model has 40"):
         cut(model, axes, Mask({"layers.0.neurons": torch.tensor([True, False])}))
+    nothing = torch.zeros(40, dtype=torch.bool)
     with pytest.raises(ValueError, match="keeps nothing"):
-        Mask({"layers.0.neurons": torch.zeros(40, dtype=torch.bool)})
+        cut(model, axes, Mask({"layers.0.neurons": nothing}))
+    with pytest.raises(ValueError, match="keeps nothing"), gated(model, axes, Mask({"layers.0.neurons": nothing})):
+        pass
+    with pytest.raises(ValueError, match="keeps nothing"):
+        Mask.of_sizes([axes[0]], {axes[0].name: torch.ones(axes[0].entries)}, {axes[0].name: 0})
     with pytest.raises(ValueError, match="2 units, but 3 are left"):
-        Mask({"layers": torch.tensor([True] * 3)}).then(Mask({"layers": torch.tensor([True, False])}))
-    with pytest.raises(ValueError, match=r"query_heads' has 5 units, not as many in each of 2 layers.0.kv_heads"):
-        Mask({"layers.0.query_heads": torch.tensor([True] * 5), "layers.0.kv_heads": torch.tensor([True, False])})
+        Mask({"layers": torch.tensor([True] * 3)}).then(Mask({"layers": torch.tensor([True, False])}), axes)
+    with pytest.raises(ValueError, match="must be a 1-D bool tensor, not torch.float32"):
+        Mask({"layers": torch.ones(3)})
     with pytest.raises(ValueError, match="not a mask"):
         Mask.from_json({"format": 1, "axes": {"layers": {"size": 2, "kept": [5]}}})
     with pytest.raises(ValueError, match="format 2"):

@@ -289,7 +289,7 @@ def test_masks_compose_with_other_axes(layout: tuple[str, str]) -> None:
         axes = families.axes(twice)
         mask = Mask({**random_mask(axes, kinds, seed=seed).kept, **vocabulary_mask(twice, seed).kept})
         cut(twice, axes, mask)
-        total = total.then(mask)
+        total = total.then(mask, families.axes(twice))
     cut(once, dense_axes, total)
     ids = torch.arange(once.config.vocab_size)[None]
     assert torch.equal(once(ids).logits, twice(ids).logits)

@@ -416,11 +416,15 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
 
 
 def _check_mask(model: Any, mask: Mask, name: str) -> None:
-    axes, mask = families.axes(model), Mask().then(mask)  # of query heads those in KV heads that stay
+    axes = families.axes(model)
     stayed = mask["layers"].nonzero().flatten().tolist() if "layers" in mask else None
     num_layers = next(axis.size for axis in axes if axis.name == "layers")
     if stayed is not None and len(stayed) != num_layers:
         raise RunError(f"mask.json of {name} is of another model: it keeps {len(stayed)} layers, the weights have {num_layers}")
+    try:
+        mask = Mask().then(mask, axes)  # of query heads those in KV heads that stay
+    except ValueError as error:
+        raise RunError(f"mask.json of {name} is of another model: {error}") from error
     for axis in axes:
         dense = (
             axis.name if stayed is None or axis.layer is None else axis.name.replace(f".{axis.layer}.", f".{stayed[axis.layer]}.")

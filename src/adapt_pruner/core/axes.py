@@ -1,15 +1,16 @@
 """What of a model can shrink, and what of it stays: Axis, Scores and Mask.
 
 An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
-Names are `layers` (whole decoder layers), `layers.I.KIND` (`layers.3.neurons`, `layers.3.kv_heads`) and, where there is one
-for the whole model, KIND (`residual`, `vocabulary`). `layers.I.attentions` and `layers.I.mlps` have one unit, the whole block of
-that layer, and it may go: then the axis is gone, and so are those inside the block.
+Names are a format, which mask.json and log.jsonl have too: `layers` (whole decoder layers), `layers.I.KIND` for what lies in layer I
+(`layers.3.neurons`, `layers.3.kv_heads`), and KIND for what the whole model has once (`residual`, `vocabulary`). All else an axis
+declares: which axes it lies inside, and whether it may lose every unit. `layers.I.attentions` and `layers.I.mlps` have one unit, the
+whole block of that layer, and it may go: then the axis is gone, and so are those inside the block.
 
 Units may stand in blocks: of `query_heads`, which lie inside KV heads, the same number leaves every group, so a unit is one
 head of each. Scores and masks have an entry for every head, block by block; sizes and costs count units.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +23,6 @@ __all__ = ["Axis", "Gate", "Mask", "Scores", "Slice"]
 
 Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a block of an axis only."""
-
-_WITHIN = {  # kinds whose entries lie inside the units of another, an equal run in each
-    "query_heads": "kv_heads",
-    "kv_heads": "attentions",
-    "neurons": "mlps",
-}
-_BLOCKS = ("attentions", "mlps")  # kinds whose one unit may go
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,9 @@ class Axis:
         blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
         indices: config fields that hold the number of a unit, or several, and follow its renumbering.
         costs: the parameters of each unit where units differ (`layers`); else empty.
+        enclosing: the names of the axes inside whose units the entries lie, an equal run in each, from the inside out: of query heads
+            KV heads and attention.
+        may_be_empty: whether all units may go, as the one unit of a block may.
         modules: of a block, what goes with it, in the order in which the stream runs through: the norm that reads the stream, the
             attention or MLP, and what norm may follow. What the last gives is added to the stream.
     """
@@ -110,6 +107,8 @@ class Axis:
     indices: tuple[str, ...] = ()
     costs: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
+    enclosing: tuple[str, ...] = ()
+    may_be_empty: bool = False
 
     @property
     def entries(self) -> int:
@@ -119,48 +118,52 @@ class Axis:
     @property
     def kind(self) -> str:
         """The last part of the name: `neurons`, `kv_heads`, `attentions`, `residual`, `vocabulary`, `layers`."""
-        return _kind(self.name)
+        return self.name.rpartition(".")[2]
 
     @property
     def least(self) -> int:
-        """Units that must stay: 1, or 0 of a block."""
-        return 0 if self.kind in _BLOCKS else 1
+        """Units that must stay: 1, or 0 where the axis may be empty."""
+        return 0 if self.may_be_empty else 1
 
     @property
     def layer(self) -> int | None:
         """The index of the decoder layer the axis lies in; None for one of the whole model."""
         return _layer(self.name)
 
-    @property
-    def enclosing(self) -> tuple[str, ...]:
-        """The names of the axes inside whose units the entries lie, from the inside out: of query heads KV heads and attention."""
-        names, outer = [], _within(self.name)
-        while outer is not None:
-            names.append(outer)
-            outer = _within(outer)
-        return tuple(names)
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
-
 
 def _layer(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[1]) if len(parts) == 3 else None
+    """I of a name `layers.I.KIND`; None of others."""
+    head, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if head == "layers" and rest else None
 
 
-def _within(name: str) -> str | None:
-    outer = _WITHIN.get(_kind(name)) if "." in name else None
-    return f"{name.rpartition('.')[0]}.{outer}" if outer else None
+def _in_layer(name: str, numbers: Sequence[int] | None) -> str:
+    """A name with `numbers[I]` for its layer I; as it is where it has none, or where there are no numbers."""
+    layer = _layer(name)
+    return name if layer is None or numbers is None else f"layers.{numbers[layer]}.{name.rpartition('.')[2]}"
+
+
+def _inside(kept: Mapping[str, Tensor], name: str, enclosing: Sequence[str], entries: int) -> Tensor:
+    """Which of so many entries of axis `name` lie inside units of the enclosing axes that stay, bool [entries].
+
+    Raises:
+        ValueError: they are not as many in each of those units.
+    """
+    stays = torch.ones(entries, dtype=torch.bool)
+    for outer in (around for around in enclosing if around in kept):
+        units = kept[outer].numel()
+        if entries % units:
+            raise ValueError(f"mask of {name!r} has {entries} units, not as many in each of {units} {outer}")
+        stays &= kept[outer].repeat_interleave(entries // units)
+    return stays
 
 
 @dataclass(frozen=True)
 class Mask:
     """Which entries stay: axis name -> bool tensor [entries]. True stays; an axis that is not named stays whole.
 
-    A mask is never empty along an axis but that of a block, and says nothing of axes inside layers that are gone. What lies inside
-    a unit that goes, goes with it, whatever its own axis says: query heads with their KV head, neurons with their MLP.
+    A mask knows names alone; the axes of a model say what lies inside what, and which of them may be empty (`check`). What lies
+    inside a unit that goes, goes with it, whatever its own mask says: query heads with their KV head, neurons with their MLP.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -169,13 +172,6 @@ class Mask:
         for name, keep in self.kept.items():
             if keep.dtype != torch.bool or keep.dim() != 1:
                 raise ValueError(f"mask of {name!r} must be a 1-D bool tensor, not {keep.dtype} with {keep.dim()} dimensions")
-            if not keep.any() and _kind(name) not in _BLOCKS:
-                raise ValueError(f"mask of {name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
-            outer = self.kept.get(_within(name) or "")
-            if outer is not None and keep.numel() % outer.numel():
-                raise ValueError(
-                    f"mask of {name!r} has {keep.numel()} units, not as many in each of {outer.numel()} {_within(name)}"
-                )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.kept[name]
@@ -195,64 +191,98 @@ class Mask:
         """Entries removed, of all kinds together."""
         return sum(int((~keep).sum()) for keep in self.kept.values())
 
+    def check(self, axes: Iterable[Axis]) -> None:
+        """Refuse a mask that does not fit a model.
+
+        Raises:
+            ValueError: it names an axis that is not among `axes`, has another size along one, or keeps nothing of one that may not
+                be empty.
+        """
+        by_name = {axis.name: axis for axis in axes}
+        for name, keep in self.kept.items():
+            if name not in by_name:
+                raise ValueError(f"mask names {name!r}, which is not an axis of this model")
+            if keep.numel() != by_name[name].entries:
+                raise ValueError(f"mask of {name!r} has {keep.numel()} units, the model has {by_name[name].entries}")
+            _check_something_stays(by_name[name], keep)
+
     def of(self, axis: Axis) -> Tensor:
         """What stays of an axis, bool [axis.entries]: what its own mask keeps inside units that stay."""
         keep = self.kept.get(axis.name)
         keep = torch.ones(axis.entries, dtype=torch.bool) if keep is None else keep
-        return keep & self._outer(axis.name, axis.entries)
-
-    def _outer(self, name: str, entries: int) -> Tensor:
-        """Which of so many entries lie inside units that stay."""
-        around = _within(name)
-        if around is None:
-            return torch.ones(entries, dtype=torch.bool)
-        outer = self.kept.get(around)
-        if outer is None:
-            return self._outer(around, entries)
-        return (outer & self._outer(around, outer.numel())).repeat_interleave(entries // outer.numel())
+        return keep & _inside(self.kept, axis.name, axis.enclosing, axis.entries)
 
     def renamed(self, name: str) -> str | None:
         """What an axis is called after a cut by this mask: layers above one that goes move down; None where its own layer goes."""
         stays, layer = self.kept.get("layers"), _layer(name)
         if stays is None or layer is None:
             return name
-        return f"layers.{int(stays[:layer].sum())}.{name.split('.')[2]}" if stays[layer] else None
+        return f"layers.{int(stays[:layer].sum())}.{name.rpartition('.')[2]}" if stays[layer] else None
 
-    def then(self, later: "Mask") -> "Mask":
+    def then(self, later: "Mask", axes: Iterable[Axis]) -> "Mask":
         """This mask followed by `later`, which was chosen on the model this one left behind.
 
+        Args:
+            later: against the model that is left once this mask has been cut.
+            axes: of the model that is left once both have been cut. They say what lies inside what; what they no longer name in a
+                layer that lost a block lay inside that block.
+
         Returns:
-            One mask against the model before both: cut(a) then cut(b) equals cut(a.then(b)).
+            One mask against the model before both: cut(a) then cut(b) equals cut(a.then(b, axes)).
 
         Raises:
-            ValueError: `later` has another size along an axis than this mask leaves.
+            ValueError: `later` has another size along an axis than this mask leaves, or `axes` are of a model with more layers.
         """
-        stayed = self.kept["layers"].nonzero().flatten().tolist() if "layers" in self.kept else None
+        stayed = self._layers_left()
         result = dict(self.kept)
+        if "layers" in later:
+            result["layers"] = self._followed("layers", later["layers"], ())
+        now = Mask(result)._layers_left()
+        enclosing = {}
+        for axis in axes:
+            if now is not None and (axis.layer or 0) >= len(now):
+                raise ValueError(f"the axes name {axis.name!r}, but the masks leave {len(now)} layers")
+            enclosing[_in_layer(axis.name, now)] = [_in_layer(name, now) for name in axis.enclosing]
         for name, keep in later.kept.items():
-            if stayed is not None and (layer := _layer(name)) is not None:
-                if layer >= len(stayed):
-                    raise ValueError(f"later mask names {name!r}, but only {len(stayed)} layers are left")
-                name = f"layers.{stayed[layer]}.{name.split('.')[2]}"
-            after = self._left(name, keep.numel()).clone()
-            if int(after.sum()) != keep.numel():
-                raise ValueError(f"later mask of {name!r} has {keep.numel()} units, but {int(after.sum())} are left")
-            after[after.clone()] = keep
-            result[name] = after
-        if "layers" in result:
-            gone = {i for i, stays in enumerate(result["layers"].tolist()) if not stays}
-            result = {name: keep for name, keep in result.items() if _layer(name) not in gone}
-        both = Mask(result)
-        outer = {name: both._outer(name, keep.numel()) for name, keep in result.items()}
-        return Mask({name: keep & outer[name] for name, keep in result.items() if outer[name].any()})
+            if name == "layers":
+                continue
+            layer = _layer(name)
+            if stayed is not None and layer is not None and layer >= len(stayed):
+                raise ValueError(f"later mask names {name!r}, but only {len(stayed)} layers are left")
+            dense = _in_layer(name, stayed)
+            if keep.any() and dense not in enclosing and layer is not None:
+                if layer in _without_block(later.kept) or (now is not None and _layer(dense) not in now):
+                    continue
+                if _layer(dense) in _without_block(self.kept):
+                    raise ValueError(f"later mask of {dense!r} has {keep.numel()} units, but 0 are left")
+            result[dense] = self._followed(dense, keep, enclosing.get(dense, ()))
+        lost, both = _without_block(result), {}
+        for name, keep in result.items():
+            layer = _layer(name)
+            if layer is not None and now is not None and layer not in now:
+                continue
+            if layer in lost and keep.any() and name not in enclosing:
+                continue
+            stays = _inside(result, name, enclosing.get(name, ()), keep.numel())
+            if stays.any():
+                both[name] = keep & stays
+        return Mask(both)
 
-    def _left(self, name: str, entries: int) -> Tensor:
-        """Which entries of an axis stay, where `entries` do; their number before is that of the mask, or follows from it."""
-        outer = self.kept.get(_within(name) or "")
-        if name not in self.kept and outer is not None and outer.any():
+    def _layers_left(self) -> list[int] | None:
+        """The numbers of the layers that stay; None where the mask does not say."""
+        return self.kept["layers"].nonzero().flatten().tolist() if "layers" in self.kept else None
+
+    def _followed(self, name: str, keep: Tensor, enclosing: Sequence[str]) -> Tensor:
+        """What stays of an axis of which this mask leaves some entries, and of those `keep`; all entries before both."""
+        entries, outer = keep.numel(), self.kept.get(enclosing[0]) if enclosing else None
+        if outer is not None and outer.any():
             entries = entries // int(outer.sum()) * outer.numel()
-        before = self.kept.get(name, torch.ones(entries, dtype=torch.bool))
-        return before & self._outer(name, before.numel())
+        after = self.kept.get(name, torch.ones(entries, dtype=torch.bool))
+        after = after & _inside(self.kept, name, enclosing, after.numel())
+        if int(after.sum()) != keep.numel():
+            raise ValueError(f"later mask of {name!r} has {keep.numel()} units, but {int(after.sum())} are left")
+        after[after.clone()] = keep
+        return after
 
     def to_json(self) -> dict[str, Any]:
         """As plain data: for each axis its size and the indices of the units that stay."""
@@ -283,7 +313,7 @@ class Mask:
         """The mask that keeps the `sizes[name]` best-scored units of each axis, in each of its blocks; of equals the first stays.
 
         Raises:
-            ValueError: scores of an axis are missing or of another length.
+            ValueError: scores of an axis are missing or of another length, or a size is 0 of an axis that may not be empty.
             RunError: they are not finite.
         """
         kept = {}
@@ -300,4 +330,15 @@ class Mask:
             keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
             best = score.view(axis.blocks, axis.size).argsort(dim=1, descending=True, stable=True)
             kept[axis.name] = keep.scatter_(1, best[:, : sizes[axis.name]], True).flatten()
+            _check_something_stays(axis, kept[axis.name])
         return cls(kept)
+
+
+def _check_something_stays(axis: Axis, keep: Tensor) -> None:
+    if not keep.any() and not axis.may_be_empty:
+        raise ValueError(f"mask of {axis.name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
+
+
+def _without_block(kept: Mapping[str, Tensor]) -> set[int | None]:
+    """The layers in which an axis keeps nothing: a block of theirs is gone."""
+    return {_layer(name) for name, keep in kept.items() if not keep.any()}

@@ -25,12 +25,8 @@ _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq"
 
 def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
     """The axes that `mask` shrinks, by name."""
+    mask.check(axes)
     by_name = {axis.name: axis for axis in axes}
-    for name in mask:
-        if name not in by_name:
-            raise ValueError(f"mask names {name!r}, which is not an axis of this model")
-        if mask[name].numel() != by_name[name].entries:
-            raise ValueError(f"mask of {name!r} has {mask[name].numel()} units, the model has {by_name[name].entries}")
     return {name: by_name[name] for name in mask if not bool(mask[name].all())}
 
 
@@ -84,7 +80,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     """While it lasts, the units that `mask` removes are shut: a dry run of `cut` that touches no weight.
 
     Raises:
-        ValueError: the mask names an axis the model does not have, or has another size along it, or a gate does not fit its axis.
+        ValueError: the mask does not fit the axes (`Mask.check`), or a gate does not fit its axis.
     """
     handles = []
     try:
@@ -187,8 +183,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
         optimizer: any torch optimiser over the model's parameters.
 
     Raises:
-        ValueError: the mask names an axis the model does not have, has another size along it, or keeps more in one of its
-            blocks than in another; the slices of the axes do not fit a parameter, or leave a part of it out. Nothing is changed.
+        ValueError: the mask does not fit the axes (`Mask.check`), or keeps more in one block of an axis than in another; the slices
+            of the axes do not fit a parameter, or leave a part of it out. Nothing is changed.
     """
     shrinking = _checked(axes, mask)
     _check_slices(model, axes)

@@ -51,6 +51,7 @@ def within_layers(model: Any) -> list[Axis]:
                     rows=((f"{at}.gate_proj", 1), (f"{at}.up_proj", 1)),
                     fields=(("intermediate_size", 1),),
                     attributes=(f"{at}.intermediate_size",),
+                    enclosing=(f"layers.{i}.mlps",),
                 )
             )
     return found
@@ -70,6 +71,7 @@ def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
             rows=((f"{at}.q_proj", group * head_dim), (f"{at}.k_proj", head_dim), (f"{at}.v_proj", head_dim)),
             fields=(("num_key_value_heads", 1),),
             pins=(("head_dim", head_dim),),
+            enclosing=(f"layers.{layer}.attentions",),
         ),
         _axis(
             f"layers.{layer}.query_heads",
@@ -81,6 +83,7 @@ def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
             attributes=(f"{at}.num_key_value_groups",),
             pins=(("head_dim", head_dim),),
             blocks=num_kv_heads,
+            enclosing=(f"layers.{layer}.kv_heads", f"layers.{layer}.attentions"),
         ),
     ]
 
@@ -98,7 +101,7 @@ def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS)
             cost = sum(count_parameters(getattr(layer, module)) for module in modules)
             if cost:
                 names = tuple(f"model.layers.{i}.{module}" for module in modules)
-                found.append(Axis(f"layers.{i}.{kind}", size=1, cost=cost, gate=Gate(names[-1], width=0), modules=names))
+                found.append(Axis(f"layers.{i}.{kind}", 1, cost, Gate(names[-1], width=0), modules=names, may_be_empty=True))
     return found
 
 

@@ -336,7 +336,7 @@ class Work:
         """Cut the model, in place; the optimiser, the mask of the run and the axes follow."""
         cut(self.model, self.axes, mask, optimizer=self.optimizer)
         self._axes = None
-        self.state.mask = self.state.mask.then(mask)
+        self.state.mask = self.state.mask.then(mask, self.axes)
 
     def tell(self, event: str, **what: Any) -> None:
         """Tell the listener of an event."""

@@ -72,7 +72,7 @@ def measure_tasks(work: Work, *, stage: int) -> None:
 def whole_mask(work: Work) -> Mask:
     """The mask so far against the dense model, also where the run began with one already pruned."""
     before = work.loaded.mask
-    return work.state.mask if before is None else before.then(work.state.mask)
+    return work.state.mask if before is None else before.then(work.state.mask, work.axes)
 
 
 def facts(work: Work) -> dict[str, Any]:
