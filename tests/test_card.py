@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from adapt_pruner import export as export_package
 from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.errors import UsageError
+from adapt_pruner.export import form_of
 from adapt_pruner.export import gguf as gguf_form
-from adapt_pruner.export.loading import FORM_WORDS, no_gguf
+from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.report import documented
 from adapt_pruner.report.card import _command, _entries, card, card_of, write_card
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
@@ -176,11 +178,58 @@ def test_an_exported_folder_has_a_card_whose_python_loads_it(
     status, _, err = ask("export", source, "--to", form, "-o", tmp_path / "out")
     assert status == 0, err
     text, data = body_and_data(tmp_path / "out")
-    assert f"| form | {FORM_WORDS[form]} |" in text
+    assert f"| form | {form_of(form).ABOUT} |" in text
     assert ("trust_remote_code=True" in text) == (form == "decilm")
     assert ("vllm serve" in text) == (form != "onnx")
     assert data == body_and_data(source)[1], "licence, base model and figures are those of the checkpoint"
     run_snippet(tmp_path / "out", monkeypatch)
+
+
+def test_a_new_form_is_its_file(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:
+    """Nothing else is touched: the file is found, written by, read by its card, proved by its engine and listed."""
+    (tmp_path / "forms").mkdir()
+    (tmp_path / "forms" / "twice.py").write_text(NEW_FORM)
+    monkeypatch.setattr(export_package, "__path__", [*export_package.__path__, str(tmp_path / "forms")])
+    source = pruned(tmp_path / "small", tiny_folder, "axes=[neurons]", "equal_widths=true")
+    status, _, err = ask("export", source, "--to", "twice", "-o", tmp_path / "out")
+    assert status == 0, err
+    text, _ = body_and_data(tmp_path / "out")
+    assert "| form | a plain folder, said twice |" in text
+    assert "load it twice" in text
+    status, _, err = ask("verify", source, tmp_path / "out", "--max-windows", 1, "--window", 16)
+    assert status == 1, err
+    assert "no engine reads it twice" in err
+    status, _, err = ask("export", source, "--to", "twise", "-o", tmp_path / "other")
+    assert "did you mean 'twice'?" in err
+
+
+def test_a_form_that_is_not_whole_is_refused_before_it_writes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any
+) -> None:
+    (tmp_path / "forms").mkdir()
+    (tmp_path / "forms" / "half.py").write_text(NEW_FORM.replace("def loading", "def unloading"))
+    monkeypatch.setattr(export_package, "__path__", [*export_package.__path__, str(tmp_path / "forms")])
+    status, _, err = ask("export", tiny_folder, "--to", "half", "-o", tmp_path / "out")
+    assert status == 1
+    assert "the form 'half' has no loading" in err
+    assert not (tmp_path / "out").exists()
+
+
+NEW_FORM = """
+from adapt_pruner.errors import RunError
+from adapt_pruner.export import uniform
+ABOUT = "a plain folder, said twice"
+def write(loaded, path, *, quant=None):
+    uniform.write(loaded, path)
+    (path / "twice").touch()
+    return []
+def loading(config):
+    yield "load it twice"
+def holds(artefact):
+    return (artefact / "twice").exists()
+def opened(artefact, *, context, trust_remote_code):
+    raise RunError("no engine reads it twice")
+"""
 
 
 def test_an_export_of_what_is_not_ours_has_no_card(tiny_folder: Path, tmp_path: Path, ask: Any) -> None:

@@ -21,10 +21,10 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import decilm, engines, export
-from adapt_pruner.export.engines import opened
+from adapt_pruner.export import decilm, export
+from adapt_pruner.export import onnx as onnx_form
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
-from adapt_pruner.export.verify import TOLERANCES, _failures, tolerance_for, verify
+from adapt_pruner.export.verify import TOLERANCES, _failures, opened, tolerance_for, verify
 from adapt_pruner.report import documented
 from conftest import LAYOUTS, read_json, tiny_model
 from test_cli import call
@@ -393,7 +393,7 @@ def test_code_of_a_tokenizer_beside_a_graph_is_not_run_unasked(tmp_path: Path, m
     (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Theirs: pass\n")
     (tmp_path / "model.onnx").touch()
     monkeypatch.setattr(
-        engines, "session", lambda path: SimpleNamespace(get_outputs=lambda: [SimpleNamespace(shape=[1, 1, VOCAB])])
+        onnx_form, "_session", lambda path: SimpleNamespace(get_outputs=lambda: [SimpleNamespace(shape=[1, 1, VOCAB])])
     )
     monkeypatch.setattr("builtins.input", lambda *asked: "y")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))

@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from adapt_pruner.cli.options import Json, TrustRemoteCode
+from adapt_pruner.export import forms
 
 __all__ = ["export"]
 
 
 def export(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The checkpoint: a folder, or any other MODEL.")],
-    to: Annotated[str, typer.Option("--to", help="gguf, uniform, padded, decilm or onnx.")],
+    to: Annotated[str, typer.Option("--to", help=f"{', '.join(forms()[:-1])} or {forms()[-1]}.")],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="A new folder; of gguf a new FILE.gguf.")],
     quant: Annotated[
         str | None,

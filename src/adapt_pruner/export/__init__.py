@@ -1,27 +1,55 @@
 """A checkpoint in the form that another tool loads, one file a form, and the proof that it computes the same.
 
-A form has a file `NAME.py` with
+A form is a file `NAME.py` of this folder, found by being there, with the names
 
-    write(loaded, path, *, quant) -> list[str]    the sentences that a user should read about what came out
+    ABOUT                                          what it is, in half a sentence; its card says so
+    write(loaded, path, *, quant) -> list[str]     writes it; the sentences that a user should read about what came out
+    loading(config) -> Iterator[str]               commands that load it, for the card of a folder whose config.json is `config`
+    holds(artefact) -> bool                        whether a path is of this form
+    opened(artefact, *, context, trust_remote_code)    it in the engine that proves it: a context with an `engines.Engine`
 
-It is found by being in this folder under a name of `FORMS`.
+and, where its `write` can store weights in several types, `QUANTS`. A form that is a folder which transformers loads takes the
+last three from `plain.py`.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from adapt_pruner.errors import UsageError, nearest
 
 if TYPE_CHECKING:  # a form that is not known is said before torch is loaded
     from adapt_pruner.checkpoint.load import Loaded
+    from adapt_pruner.export.engines import Engine
 
-__all__ = ["FORMS", "check_form", "export"]
+__all__ = ["Form", "check_form", "export", "form_of", "forms"]
 
-FORMS = ("gguf", "uniform", "padded", "decilm", "onnx")
+
+class Form(Protocol):
+    """What the file of a form has; the head of this file says of each name what it is."""
+
+    ABOUT: str
+
+    def write(self, loaded: Loaded, path: Path, *, quant: str | None) -> list[str]: ...  # noqa: D102
+    def loading(self, config: Mapping[str, Any]) -> Iterator[str]: ...  # noqa: D102
+    def holds(self, artefact: Path) -> bool: ...  # noqa: D102
+    def opened(self, artefact: Path, *, context: int, trust_remote_code: bool) -> AbstractContextManager[Engine]: ...  # noqa: D102
+
+
+def forms() -> list[str]:
+    """The names of all forms, in their order; imports none."""
+    return sorted(path.stem for path in _files() if re.search(r"^ABOUT = ", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def form_of(name: str) -> Form:
+    """A form by its name, one of `forms()`."""
+    return cast(Form, importlib.import_module(f"{__name__}.{name}"))
 
 
 def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> list[str]:
@@ -30,7 +58,7 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> 
     Args:
         loaded: the model in float32; left as found.
         path: a folder that does not exist or is empty; of `gguf` a file that does not exist.
-        to: a name of `FORMS`.
+        to: a name of `forms()`.
         quant: of `gguf`, the type its matrices are stored in; None keeps the checkpoint's.
 
     Returns:
@@ -41,8 +69,7 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> 
         RunError: it could not be written.
     """
     check_form(to, quant=quant)
-    write: Callable[..., list[str]] = importlib.import_module(f"{__name__}.{to}").write
-    return write(loaded, path, quant=quant)
+    return form_of(to).write(loaded, path, quant=quant)
 
 
 def check_form(to: str, *, quant: str | None) -> None:
@@ -51,7 +78,29 @@ def check_form(to: str, *, quant: str | None) -> None:
     Raises:
         UsageError: it is.
     """
-    if to not in FORMS:
-        raise UsageError(f"form {to!r} is not known; {nearest(to, FORMS)}")
-    if quant is not None and to != "gguf":
-        raise UsageError(f"--quant {quant} is of --to gguf; a {to} export keeps the precision of the checkpoint, so leave it out")
+    known = forms()
+    if to not in known:
+        raise UsageError(f"form {to!r} is not known; {nearest(to, known)}")
+    lacking = sorted({"write", "loading", "holds", "opened"} - _names(to))
+    assert not lacking, f"the form {to!r} has no {', '.join(lacking)}; export/__init__.py says what a form has"
+    if quant is not None and "QUANTS" not in _names(to):
+        able = " and ".join(f"--to {form}" for form in known if "QUANTS" in _names(form))
+        raise UsageError(f"--quant {quant} is of {able}; a {to} export keeps the precision of the checkpoint, so leave it out")
+
+
+def _files() -> Iterator[Path]:
+    for folder in __path__:
+        yield from sorted(Path(folder).glob("[!_]*.py"))
+
+
+def _names(form: str) -> set[str]:
+    """The names that the file of a form has, its imports among them."""
+    found: set[str] = set()
+    for node in ast.parse(next(path for path in _files() if path.stem == form).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found

@@ -24,8 +24,11 @@ from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
+from adapt_pruner.export.plain import holds, loading, opened
 
-__all__ = ["width_of", "write"]
+__all__ = ["ABOUT", "holds", "loading", "opened", "width_of", "write"]
+
+ABOUT = "NVIDIA's DeciLM, every MLP zero-padded to a multiple of 256"
 
 _MULTIPLE = 256
 

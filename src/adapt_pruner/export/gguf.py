@@ -16,7 +16,8 @@ neighbours where Hugging Face pairs the halves of a head, so their rows change p
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_parent, why
-from adapt_pruner.errors import RunError, UsageError, nearest
+from adapt_pruner.errors import RunError, UsageError, first_line, nearest
+from adapt_pruner.export import llama_cpp
+from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
-__all__ = ["QUANTS", "write"]
+__all__ = ["ABOUT", "QUANTS", "holds", "loading", "opened", "write"]
+
+ABOUT = "one file for llama.cpp and what is built on it"
 
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 QUANTS = (
@@ -88,8 +93,6 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_parent(path)
     quantised = quant is not None and quant not in _PLAIN
     if quantised:
-        from adapt_pruner.export import llama_cpp
-
         llama_cpp.library()  # before any work is done
     plan, notes = _planned(loaded.model, quantised=quantised)
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
@@ -111,6 +114,63 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     finally:
         partial.unlink(missing_ok=True)
     return notes
+
+
+def holds(artefact: Path) -> bool:
+    """Whether it is a GGUF file, as its name tells."""
+    return artefact.is_file() and artefact.suffix == ".gguf"
+
+
+def loading(config: Mapping[str, Any]) -> Iterator[str]:
+    """Nothing: a file has no card."""
+    yield from ()
+
+
+@contextmanager
+def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator[Engine]:
+    """The file in llama.cpp, with a float32 cache so that only the weights differ.
+
+    Raises:
+        UsageError: llama-cpp-python is not installed.
+        RunError: llama.cpp cannot load it.
+    """
+    module, said = llama_cpp.library()
+    try:
+        with llama_cpp.plain_kernels(module):
+            llama = module.Llama(
+                str(artefact), n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, type_k=module.GGML_TYPE_F32,
+                type_v=module.GGML_TYPE_F32, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
+                n_gpu_layers=0, verbose=False,
+            )  # fmt: skip
+    except (ValueError, RuntimeError, AssertionError) as error:
+        why = "; ".join(said[-2:]) or first_line(error)
+        raise RunError(f"llama.cpp cannot load {artefact}: {why}; export it again") from error
+
+    def logits(ids: list[int]) -> Tensor:
+        llama.reset()
+        llama.eval(ids)
+        return torch.from_numpy(llama.scores[: len(ids)].copy())
+
+    def greedy(ids: list[int], count: int) -> list[int]:
+        llama.reset()
+        llama.eval(ids)
+        found: list[int] = []
+        while True:
+            found.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+            if len(found) == count:
+                return found
+            llama.eval(found[-1:])
+
+    def encode(text: str) -> list[int]:
+        found: list[int] = llama.tokenize(text.encode(), add_bos=True, special=True)
+        return found
+
+    kind = int(llama.metadata.get("general.file_type", 0))
+    stored = next((quant for quant, value in llama_cpp.file_types(module).items() if value == kind), "f32")
+    try:
+        yield Engine(f"llama.cpp ({llama.metadata['general.architecture']})", stored, llama.n_vocab(), logits, greedy, encode)
+    finally:
+        llama.close()
 
 
 def _library() -> Any:

@@ -1,16 +1,9 @@
-"""How a folder is loaded elsewhere, in words and commands for its model card."""
+"""How a checkpoint is loaded elsewhere, in words and commands for its model card."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["FORM_WORDS", "layers_of", "loading", "loading_export", "no_gguf"]
-
-FORM_WORDS = {
-    "uniform": "a plain folder of the stock class",
-    "padded": "a plain folder of the stock class: every layer zero-padded to the widest, which costs its memory and time again",
-    "decilm": "NVIDIA's DeciLM, every MLP zero-padded to a multiple of 256",
-    "onnx": "an ONNX graph in float32, without a cache",
-}
+__all__ = ["in_transformers", "layers_of", "loading", "no_gguf"]
 
 
 def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -23,7 +16,7 @@ def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
     """Commands for this very folder, and in a sentence what cannot load it."""
     own_code = bool(config.get("auto_map"))
-    yield _in_transformers(own_code)
+    yield in_transformers(own_code)
     if any("attention" in layer.get("skip", ()) for layer in layers_of(config)):
         yield "**vLLM** refuses a model with a layer that has no attention."
     elif own_code:
@@ -42,7 +35,8 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _in_transformers(own_code: bool) -> str:
+def in_transformers(own_code: bool) -> str:
+    """Commands for a folder in transformers; `own_code` says that Python code in it builds the model."""
     kind = (
         "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
     )
@@ -55,22 +49,6 @@ def _in_transformers(own_code: bool) -> str:
         'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
     )
-
-
-def loading_export(form: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for an exported folder, config.json of which is `config`."""
-    if form == "onnx":
-        yield (
-            "**ONNX Runtime**:\n\n```python\nimport numpy, onnxruntime\nfrom transformers import AutoTokenizer\n\n"
-            'tokenizer = AutoTokenizer.from_pretrained(".")  # where this file lies\n'
-            'session = onnxruntime.InferenceSession("model.onnx")\n'
-            'ids = tokenizer("The capital of France is", return_tensors="np").input_ids.astype(numpy.int64)\n'
-            '(logits,) = session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})\n'
-            "print(tokenizer.decode(logits[0, -1].argmax()))\n```"
-        )
-        return
-    yield _in_transformers(bool(config.get("auto_map")))
-    yield f"**vLLM**:\n\n```sh\nvllm serve .{' --trust-remote-code' if config.get('auto_map') else ''}\n```"
 
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:

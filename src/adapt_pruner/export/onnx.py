@@ -8,19 +8,23 @@ config.json, tokenizer*, …
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
 from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.export.engines import Engine
 
-__all__ = ["session", "write"]
+__all__ = ["ABOUT", "holds", "loading", "opened", "write"]
+
+ABOUT = "an ONNX graph in float32, without a cache"
 
 _TOLERANCE = 1e-3  # of the standard deviation of the logits
 _LENGTHS = ((1, 3), (2, 17))  # that the graph is tried at: other than those it was traced with
@@ -72,7 +76,66 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     return [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
 
 
-def session(path: Path) -> Any:
+def holds(artefact: Path) -> bool:
+    """Whether it is an ONNX file, or a folder with model.onnx."""
+    return artefact.suffix == ".onnx" or (artefact / "model.onnx").is_file()
+
+
+def loading(config: Mapping[str, Any]) -> Iterator[str]:
+    """Commands for its card, in ONNX Runtime."""
+    yield (
+        "**ONNX Runtime**:\n\n```python\nimport numpy, onnxruntime\nfrom transformers import AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")  # where this file lies\n'
+        'session = onnxruntime.InferenceSession("model.onnx")\n'
+        'ids = tokenizer("The capital of France is", return_tensors="np").input_ids.astype(numpy.int64)\n'
+        '(logits,) = session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})\n'
+        "print(tokenizer.decode(logits[0, -1].argmax()))\n```"
+    )
+
+
+@contextmanager
+def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator[Engine]:
+    """The graph in onnxruntime; the tokenizer beside it, if there is one, is read by transformers.
+
+    Raises:
+        UsageError: onnxruntime is not installed, or the tokenizer brings Python code, and `trust_remote_code` is not set.
+        RunError: the file is damaged.
+    """
+    path = artefact if artefact.is_file() else artefact / "model.onnx"
+    graph = _session(path)
+    import onnxruntime
+
+    def logits(ids: list[int]) -> Tensor:
+        asked = np.array([ids], dtype=np.int64)
+        (found,) = graph.run(None, {"input_ids": asked, "attention_mask": np.ones_like(asked)})
+        return torch.from_numpy(found[0])
+
+    def greedy(ids: list[int], count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            found.append(int(logits(ids + found)[-1].argmax()))
+        return found
+
+    encode = None
+    if (path.parent / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError) as error:
+            raise UsageError(
+                f"the tokenizer beside {path} cannot be read ({first_line(error)}); where it brings Python code of its own, "
+                "--trust-remote-code runs it"
+            ) from error
+
+        def encode(text: str) -> list[int]:
+            found: list[int] = tokenizer(text, verbose=False)["input_ids"]
+            return found
+
+    yield Engine(f"onnxruntime {onnxruntime.__version__}", "f32", graph.get_outputs()[0].shape[-1], logits, greedy, encode)
+
+
+def _session(path: Path) -> Any:
     """An ONNX file, open in onnxruntime on the CPU.
 
     Raises:
@@ -132,7 +195,7 @@ def _quiet() -> Iterator[None]:
 @torch.no_grad()
 def _check(model: Any, path: Path) -> None:
     """Refuse a graph whose logits are not the model's, at sizes that it was not traced with."""
-    opened = session(path)
+    opened = _session(path)
     generator = torch.Generator().manual_seed(0)
     for batch, length in _LENGTHS:
         ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)

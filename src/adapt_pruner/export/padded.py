@@ -6,8 +6,11 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, stock_model, widest
+from adapt_pruner.export.plain import holds, loading, opened
 
-__all__ = ["write"]
+__all__ = ["ABOUT", "holds", "loading", "opened", "write"]
+
+ABOUT = "a plain folder of the stock class: every layer zero-padded to the widest, which costs its memory and time again"
 
 
 def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:

@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.errors import RunError
-from adapt_pruner.export.engines import Engine, opened, torch_engine
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.export import form_of, forms, plain
+from adapt_pruner.export.engines import Engine, torch_engine
 
-__all__ = ["TOLERANCES", "Tolerance", "verify"]
+__all__ = ["TOLERANCES", "Tolerance", "opened", "verify"]
 
 _PROMPT, _WRITTEN = 16, 32  # tokens of the prompts and of what follows them
 _PROMPTS = 4
@@ -107,6 +109,26 @@ def verify(
             "model": loaded.source, "artefact": str(artefact), "engine": other.name, "stored": other.stored, **figures,
             "tolerance": asdict(tolerance), "passed": not failures, "failures": failures,
         }  # fmt: skip
+
+
+def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> AbstractContextManager[Engine]:
+    """An artefact in the engine that its form names; what no other form holds is a Hugging Face folder or nothing.
+
+    Args:
+        artefact: what `export` wrote.
+        context: tokens that an engine has to hold at one time.
+        trust_remote_code: run Python code that comes with a folder.
+
+    Raises:
+        UsageError: it is nothing of that kind, or its engine is not installed.
+        RunError: its engine cannot open it.
+    """
+    if not artefact.exists():
+        raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
+    for form in sorted(map(form_of, forms()), key=lambda form: form.holds is plain.holds):
+        if form.holds(artefact):
+            return form.opened(artefact, context=context, trust_remote_code=trust_remote_code)
+    raise UsageError(f"{artefact} is no artefact: neither a .gguf file, nor a folder with model.onnx or config.json")
 
 
 def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import yaml
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
-from adapt_pruner.export.loading import FORM_WORDS, layers_of, loading, loading_export
+from adapt_pruner.export import form_of
+from adapt_pruner.export.loading import layers_of, loading
 from adapt_pruner.recipe import PAPERS, differing, in_todays_keys, methods, parts, read
 from adapt_pruner.report.words import NARROW, score, shots, shown
 
@@ -130,7 +131,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         "## Results",
         *_results(pruning, base),
         "## How to load it",
-        *(loading(config) if exported is None else loading_export(*exported)),
+        *(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
         "## How it was made",
         *_making(pruning),
         "## Citation",
@@ -193,7 +194,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
         f"| weights | {config.get('dtype') or config.get('torch_dtype')} |",
         f"| licence | {_license(base)} |",
-        *([f"| form | {FORM_WORDS[form]} |"] if form else []),
+        *([f"| form | {form_of(form).ABOUT} |"] if form else []),
     ]
     if figures["params_before"] != dense:
         lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
