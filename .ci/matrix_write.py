@@ -14,7 +14,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
-from adapt_pruner.reduce.slicing import slice_to
+from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_checkpoint import pruned
 

@@ -22,13 +22,13 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
+from adapt_pruner.core.words import compact, duration, shown, tick, ticks
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, documented, page, png
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.figures import figures_of, fit_slope
 from adapt_pruner.report.record import read_record
-from adapt_pruner.report.words import compact, duration, shown, tick, ticks
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 

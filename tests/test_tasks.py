@@ -14,12 +14,12 @@ from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.words import score as shown_score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate import likelihood, task_sources, tasks
 from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
 from adapt_pruner.report import documented
-from adapt_pruner.report.words import score as shown_score
 from adapt_pruner.run import results
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call

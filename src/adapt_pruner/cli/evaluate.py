@@ -206,7 +206,7 @@ def _print_tasks(
 ) -> None:
     """Tasks by models, in per cent with standard errors; `against`: the first model is what the others are compared with."""
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.report import words
+    from adapt_pruner.core import words
 
     header, names = ["task", "metric", "items"], [row["model"] for row in rows]
     for name in names:

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from adapt_pruner.cli.bars import Bars
+from adapt_pruner.core import words
 from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.report import words
-from adapt_pruner.report.words import NARROW, shown
+from adapt_pruner.core.words import NARROW, shown
 
 __all__ = ["Screen", "duration", "millions", "quiet_libraries", "screen"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.report.words import num_draws, shown
+from adapt_pruner.core.words import num_draws, shown
 
 __all__ = ["label", "markdown", "rows_of", "table"]
 

@@ -2,9 +2,28 @@
 
 import json
 import math
-from typing import Any
+import sys
+from typing import Any, TypeGuard
 
-__all__ = ["perplexity_of", "to_json"]
+__all__ = ["MOST", "is_count", "is_number", "number_of", "perplexity_of", "to_json"]
+
+MOST = 10**15
+"""Above whatever is counted, and above seconds since 1970."""
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that a float can hold; NaN, infinity and truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def number_of(value: object) -> float | None:
+    """A number; None for what is none, NaN and infinity among it."""
+    return float(value) if is_number(value) else None
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a number from 0 on, and small enough to count something."""
+    return is_number(value) and 0 <= value < MOST
 
 
 def perplexity_of(nll: float) -> float:

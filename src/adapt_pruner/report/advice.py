@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from adapt_pruner.core.words import compact, shown
 from adapt_pruner.report.figures import Figures, fit_slope
-from adapt_pruner.report.words import compact, shown
 
 __all__ = ["Advice", "advice"]
 

@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.words import NARROW, score, shots, shown
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
 from adapt_pruner.recipe import PAPERS, differing, in_todays_keys, methods, parts, read
-from adapt_pruner.report.words import NARROW, score, shots, shown
 
 __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from adapt_pruner.core.words import score, shots, shown
 from adapt_pruner.report.figures import Cut, Figures, State
-from adapt_pruner.report.words import score, shots, shown
 
 __all__ = [
     "TONES", "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",

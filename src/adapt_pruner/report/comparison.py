@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.strict_json import number_of
+from adapt_pruner.core.words import num_draws, shown
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Lines, Series
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
-from adapt_pruner.report.words import num_draws, shown
-from adapt_pruner.run.events import number_of
 
 __all__ = ["comparison_page", "comparison_pictures", "left_out", "read_comparison", "within"]
 

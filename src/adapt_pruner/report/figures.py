@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from adapt_pruner.core.strict_json import number_of
+from adapt_pruner.core.words import begun, shots
 from adapt_pruner.report.record import Record
-from adapt_pruner.report.words import begun, shots
-from adapt_pruner.run.events import number_of
 
 __all__ = ["Cut", "Figures", "Row", "State", "after", "figures_of", "fit_slope", "sizes_of"]
 

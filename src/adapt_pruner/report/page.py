@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.words import compact, duration, shown
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
@@ -14,7 +15,6 @@ from adapt_pruner.report.advice import Advice, advice
 from adapt_pruner.report.figures import PHASES, Figures, Row, figures_of
 from adapt_pruner.report.record import Record, read_record
 from adapt_pruner.report.svg import drawn, escaped, table
-from adapt_pruner.report.words import compact, duration, shown
 
 __all__ = ["check_page", "framed", "page", "pictures", "try_report", "write_page", "write_report"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.files import why
+from adapt_pruner.core.words import shown, tick, ticks
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Scores
-from adapt_pruner.report.words import shown, tick, ticks
 
 __all__ = ["check_matplotlib", "write_pictures"]
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
+from adapt_pruner.core.strict_json import is_count, is_number
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
-from adapt_pruner.run.events import event_of, is_count, is_number
+from adapt_pruner.run.events import event_of
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.words import score, shown, tick, ticks
 from adapt_pruner.report.charts import TONES, Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
-from adapt_pruner.report.words import score, shown, tick, ticks
 
 __all__ = ["drawn", "escaped", "table"]
 

@@ -1,94 +1,586 @@
-"""Which lines of a log are events: JSON objects of a kind, with what the page needs of that kind, in the form that it needs."""
+"""The events of a run, one class each: what an event carries, the line that people read of it, the figures that trackers are told.
+
+A listener is told plain dicts (`Event.told`), and `parse` makes the event again; `parse_line` does so with a line of log.jsonl. What a log
+of an older version lacks has a default. A new event is a new class here, and nothing else: whoever shows or keeps events asks the class.
+"""
 
 import json
-import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-__all__ = ["event_of", "is_count", "is_number", "number_of"]
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
+from typing_extensions import TypedDict
 
-_MOST = 10**15  # of whatever is counted, and of seconds since 1970
+from adapt_pruner.core import words
+from adapt_pruner.core.strict_json import MOST, perplexity_of
+from adapt_pruner.core.words import millions, shown
+
+__all__ = [
+    "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
+    "Reused", "Said", "Saved", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "event_of", "parse", "parse_line",
+]  # fmt: skip
+
+
+class _Counted:
+    """A count is a whole number from 0 on, which JSON may also have written as 7.0."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        whole = core_schema.int_schema(strict=True, ge=0, lt=MOST)
+        written = core_schema.chain_schema(
+            [core_schema.float_schema(strict=True, ge=0, lt=MOST), core_schema.int_schema(strict=False)]
+        )
+        return core_schema.union_schema([whole, written], mode="left_to_right")
+
+
+Count = Annotated[int, _Counted]
+Size = Annotated[int, Field(ge=0, lt=MOST)]
+Seconds = Annotated[float, Field(ge=0, lt=MOST)]
+
+
+class Split(TypedDict, total=False):
+    """Entries of a kind of axis, counted by score over the cut line (see `core.cutline`)."""
+
+    kept: list[Count] | None
+    removed: list[Count] | None
+
+
+class _Score(TypedDict):
+    task: str
+    metric: str
+    value: float
+    accuracy: bool
+    items: Count
+    shots: Count
+
+
+class Score(_Score, total=False):
+    """A task's figure (see `evaluate.tasks`)."""
+
+    stderr: float | None
+    chance: float | None
+    data: Any
+
+
+class Event(BaseModel):
+    """What all events have.
+
+    Attributes:
+        event: its kind.
+        time: Unix seconds, in a log.
+        logged: whether log.jsonl keeps it.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    event: str
+    time: Seconds | None = None
+    logged: ClassVar[bool] = True
+
+    @property
+    def often(self) -> bool:
+        """Whether it is one of many, of which people see one now and then."""
+        return False
+
+    def told(self) -> dict[str, Any]:
+        """What a listener is told: `event` first, then the keys that were set."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return {"event": self.event} | given | (self.model_extra or {})
+
+    def line(self, begun: str = "dense") -> str:
+        """The line for people; empty where there is nothing to say. `begun` is what the model at the start is called (see `Start.begun`)."""
+        return ""
+
+    def figures(self) -> dict[str, float]:
+        """The figures that a tracker is told."""
+        return {}
+
+    def _those(self, *names: str) -> dict[str, float]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class Other(Event):
+    """An event of a kind that is not known here."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+# Before the run begins.
+
+
+class Load(Event):
+    """A model is loaded."""
+
+    event: Literal["load"] = "load"
+    logged = False
+    model: str
+
+    def line(self, begun: str = "dense") -> str:
+        return f"loading {self.model}"
+
+
+class Loaded(Event):
+    """A model was loaded."""
+
+    event: Literal["loaded"] = "loaded"
+    logged = False
+    model: str
+    params: Count
+
+    def line(self, begun: str = "dense") -> str:
+        return f"loaded {self.model}: {millions(self.params)} parameters"
+
+
+class Find(Event):
+    """The data of tasks is read, or fetched."""
+
+    event: Literal["find"] = "find"
+    logged = False
+    tasks: str
+
+    def line(self, begun: str = "dense") -> str:
+        return f"getting the tasks {self.tasks}"
+
+
+class VocabularyCut(Event):
+    """Tokens were taken from the vocabulary; `params` are those left of the whole model."""
+
+    event: Literal["vocabulary"] = "vocabulary"
+    logged = False
+    tokens_before: Count
+    tokens: Count
+    params: Count
+
+    def line(self, begun: str = "dense") -> str:
+        return f"{self.tokens:,} of {self.tokens_before:,} tokens stay, which leaves {millions(self.params)} parameters"
+
+
+# Of a run.
+
+
+class Start(Event):
+    """A run begins, or goes on.
+
+    Attributes:
+        method: of the recipe.
+        stages: of the whole run.
+        params: of the model that the run was given, without tokens that had to go.
+        target: parameters to reach.
+        now: parameters at this moment.
+        dense: whether nothing had gone before the run.
+        calibration_tokens: still to be read for scoring.
+        training_tokens: of the whole run.
+        trained_tokens: those of them that are done.
+        processes: that work on it.
+        parallel: how they share the work.
+        began: axis name -> units when the run began.
+        sizes: the same, now.
+        layers_left: the numbers, in the model at the start, of the layers that are left; None where none has gone.
+        device: kind of device.
+        precision: of the products.
+    """
+
+    event: Literal["start"] = "start"
+    method: str = ""
+    stages: Count = 1
+    params: Count | None = None
+    target: Count | None = None
+    now: Count | None = None
+    dense: bool | None = None
+    calibration_tokens: Count = 0
+    training_tokens: Count = 0
+    trained_tokens: Count = 0
+    processes: Count = 1
+    parallel: str | None = None
+    began: dict[str, Size] | None = None
+    sizes: dict[str, Size] | None = None
+    layers_left: list[Count] | None = None
+    device: str | None = None
+    precision: str | None = None
+
+    @property
+    def given(self) -> str:
+        """What the model is called that the run was given: it may have been pruned before."""
+        return "at the start" if self.dense is False else "dense"
+
+    @property
+    def begun(self) -> str:
+        """What the model is called that the run measures first, which may have lost tokens besides, or more where a run goes on."""
+        whole = "now" not in self.model_fields_set or self.now == self.params
+        return self.given if whole else "at the start"
+
+    def line(self, begun: str = "dense") -> str:
+        if self.target is None:
+            return ""
+        text = f"pruning to {millions(self.target)} parameters by {self.method}"
+        if self.stages > 1:
+            text += f" in {self.stages} stages"
+        if self.training_tokens:
+            text += f", training on {self.training_tokens:,} tokens between them"
+        if self.processes > 1:
+            text += f", on {self.processes} processes ({self.parallel})"
+        return text
+
+
+class Resumed(Event):
+    """A run goes on from a checkpoint; `pruned` says whether the cuts of its stage are done."""
+
+    event: Literal["resumed"] = "resumed"
+    path: str = ""
+    stage: Count
+    step: Count
+    pruned: bool
+
+    def line(self, begun: str = "dense") -> str:
+        where = f"stage {self.stage}, " + (f"step {self.step}" if self.pruned else "before its cuts")
+        return f"going on from {self.path} ({where})"
+
+
+class Progress(Event):
+    """How far something is that takes long: `done` of `of`.
+
+    `phase` is one of `_DOING`, or `task` with its name in `task`; `what` is timed in `time`.
+    """
+
+    event: Literal["progress"] = "progress"
+    logged = False
+    phase: str
+    done: Count
+    of: Count
+    stage: Count | None = None
+    iteration: Count | None = None
+    task: str | None = None
+    what: str | None = None
+
+    _DOING: ClassVar[dict[str, tuple[str, str]]] = {  # phase -> what is being done, in figures of the event, and what is counted
+        "write": ("writing text of its own", "batch"),
+        "score": ("scoring, iteration {iteration}", "batch"),
+        "heads": ("shutting heads one by one, iteration {iteration}", "layer"),
+        "repair": ("repairing, iteration {iteration}", "step"),
+        "evaluate": ("evaluating", "batch"),
+        "time": ("timing, {what}", "round"),
+    }
+
+    @property
+    def often(self) -> bool:
+        return True
+
+    @property
+    def doing(self) -> str:
+        """What is being done, and in which stage."""
+        if self.phase == "task":
+            return f"scoring {self.task}"
+        where = f"stage {self.stage}: " if self.stage else ""
+        return where + self._DOING.get(self.phase, (self.phase, ""))[0].format(iteration=self.iteration, what=self.what)
+
+    def line(self, begun: str = "dense") -> str:
+        if self.phase == "task":
+            return f"{self.task}, request {self.done:,} of {self.of:,}"
+        unit = self._DOING.get(self.phase, ("", "part"))[1]
+        return f"{self.doing}, {unit} {self.done} of {self.of}"
+
+
+class Cut(Event):
+    """An iteration of pruning is done.
+
+    Attributes:
+        stage: counted from 1.
+        iteration: of the run, counted from 1.
+        params: left after it.
+        target: of the stage.
+        loss: on the calibration text, before the cut; None where no text was run.
+        sizes: axis name -> units kept, axes named as before the cut; of a sliced model `width`.
+        distances: raw, by layer; None without a distance.
+        blocks: raw, axis name -> distance, of blocks that may go whole.
+        layers_left: as in `Start`, after the cut.
+        scores: kind of axis -> counts of entries by score over the cut line.
+        read: calibration tokens so far.
+    """
+
+    event: Literal["cut"] = "cut"
+    stage: Count | None = None
+    iteration: Count | None = None
+    params: Count
+    target: Count | None = None
+    loss: float | None = None
+    sizes: dict[str, Size] | None = None
+    distances: list[float | None] | None = None
+    blocks: dict[str, float | None] | None = None
+    layers_left: list[Count] | None = None
+    scores: dict[str, Split] | None = None
+    read: Count | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        if self.target is None:
+            return ""
+        loss = "" if self.loss is None or not math.isfinite(self.loss) else f", calibration loss {self.loss:.3f}"
+        return f"stage {self.stage}, iteration {self.iteration}: {self.params:,} parameters (target {self.target:,}){loss}"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("params", "loss")
+
+
+class Step(Event):
+    """An optimiser step is done: number `step` of the run, its loss, its norm of gradients before clipping; `tokens` and `peak_bytes` so far."""
+
+    event: Literal["step"] = "step"
+    stage: Count | None = None
+    step: Count | None = None
+    tokens: Count
+    loss: float | None = None
+    lr: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: Count | None = None
+
+    @property
+    def often(self) -> bool:
+        return True
+
+    @property
+    def said_loss(self) -> str:
+        """The loss for people."""
+        return "not a number" if self.loss is None else f"{self.loss:.3f}"
+
+    @property
+    def speed(self) -> str:
+        """The tokens per second for people."""
+        return "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
+
+    def line(self, begun: str = "dense") -> str:
+        if self.lr is None or self.tokens_per_second is None:
+            return ""
+        return f"stage {self.stage}: training, {self.tokens:,} tokens, loss {self.said_loss}, lr {self.lr:.2e}, {self.speed}"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes")
+
+
+class Evaluation(Event):
+    """The perplexity of held-out text was measured after a stage, 0 for the model at the start; what else is as `evaluate.perplexity` has it.
+
+    In JSON a perplexity of infinity is None.
+    """
+
+    event: Literal["evaluation"] = "evaluation"
+    stage: Count
+    params: Count | None = None
+    perplexity: float | None = None
+    nll: float | None = None
+    tokens: Count | None = None
+    windows: Count | None = None
+    seconds: Seconds | None = None
+    tokens_per_second: float | None = None
+    bits_per_byte: float | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        if self.params is None:
+            return ""
+        value = math.inf if self.perplexity is None else self.perplexity
+        return f"{_whose(self.stage, begun)}: perplexity {value:.2f} on held-out text, {millions(self.params)} parameters"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("perplexity", "params")
+
+
+class Tasks(Event):
+    """Tasks were scored; `average` and its `stderr` are of those that have an accuracy."""
+
+    event: Literal["tasks"] = "tasks"
+    stage: Count
+    params: Count | None = None
+    average: float | None = None
+    stderr: float | None = None
+    scores: list[Score]
+
+    def line(self, begun: str = "dense") -> str:
+        told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in self.scores)
+        mean = "" if self.average is None else f", average {words.score(self.average, self.stderr, share=True)}"
+        return f"{_whose(self.stage, begun)}: {told}{mean}"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("average", "params")
+
+
+class Saved(Event):
+    """A checkpoint was written; with the figures of the whole run it is the result."""
+
+    model_config = ConfigDict(extra="allow")
+
+    event: Literal["saved"] = "saved"
+    path: str = ""
+    stage: Count | None = None
+
+    @property
+    def is_result(self) -> bool:
+        """Whether it is the result of the run."""
+        return "params_after" in (self.model_extra or {})
+
+    @property
+    def often(self) -> bool:
+        return "-step-" in self.path
+
+    def line(self, begun: str = "dense") -> str:
+        return "" if self.is_result or not self.path else f"saved {self.path}"
+
+
+class Warned(Event):
+    """Something that a user should know."""
+
+    event: Literal["warning"] = "warning"
+    message: str
+
+    def line(self, begun: str = "dense") -> str:
+        return f"warning: {self.message}"
+
+
+class Finished(Event):
+    """The run asked for had been finished before."""
+
+    event: Literal["finished"] = "finished"
+    logged = False
+    path: str
+
+    def line(self, begun: str = "dense") -> str:
+        return f"this run is finished: {self.path}"
+
+
+class Interrupted(Event):
+    """Somebody stopped the work; `path` is the result where that was written already."""
+
+    event: Literal["interrupted"] = "interrupted"
+    logged = False
+    message: str
+    path: str | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        return self.message
+
+
+# Of a comparison, which has no log.
+
+
+class Reused(Event):
+    """Cells of a comparison that are finished are used again."""
+
+    event: Literal["reused"] = "reused"
+    logged = False
+    done: Count
+    of: Count
+
+    def line(self, begun: str = "dense") -> str:
+        return f"{self.done} of {self.of} cells are finished and used again"
+
+
+class Cell(Event):
+    """A cell begins: number `cell` of `of`, a method, to `size` parameters, draw number `draw` of `draws` of its calibration text.
+
+    `seconds_left` are those until all cells are done; None while nobody knows.
+    """
+
+    event: Literal["cell"] = "cell"
+    logged = False
+    cell: Count
+    of: Count
+    method: str
+    size: Count
+    draw: Count
+    draws: Count
+    seconds_left: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The cell for people."""
+        return _cell(self)
+
+    @property
+    def left(self) -> str:
+        """What is left of the time, for people."""
+        return "" if self.seconds_left is None else f"about {words.span(self.seconds_left)} left"
+
+    def line(self, begun: str = "dense") -> str:
+        return self.name + (f", {self.left}" if self.left else "")
+
+
+class CellDone(Event):
+    """A cell has ended: with its mean loss on the first text, `nll`, or an `error`."""
+
+    event: Literal["cell_done"] = "cell_done"
+    logged = False
+    cell: Count
+    of: Count
+    method: str
+    size: Count
+    draw: Count
+    draws: Count
+    nll: float | None = None
+    error: str | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        perplexity = None if self.nll is None else perplexity_of(self.nll)
+        came = f"perplexity {shown(perplexity, 'perplexity')}" if self.error is None else f"failed: {self.error}"
+        return f"{_cell(self)}: {came}"
+
+
+class Said(Event):
+    """A line that the process of a cell wrote."""
+
+    event: Literal["said"] = "said"
+    logged = False
+    text: str
+
+    @property
+    def often(self) -> bool:
+        return True
+
+    def line(self, begun: str = "dense") -> str:
+        return f"  {self.text}"
+
+
+_KINDS: dict[str, type[Event]] = {
+    kind.model_fields["event"].default: kind for kind in Event.__subclasses__() if kind is not Other
+}
+
+
+def parse(data: Mapping[str, Any]) -> Event | None:
+    """The event that a listener was told; None where it is none, lacks what its kind has, or has it in another form."""
+    kind = data.get("event")
+    try:
+        return _KINDS.get(kind, Other).model_validate(data) if isinstance(kind, str) else None
+    except ValidationError:
+        return None
+
+
+def parse_line(line: str | bytes) -> Event | None:
+    """The event in a line of a log; None as of `parse`, and where a number in it is none: JSON has no NaN and no infinity."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return parse(data) if isinstance(data, dict) and _is_finite(data) else None
 
 
 def event_of(line: str | bytes) -> dict[str, Any] | None:
-    """The event in a line of a log; None where it is none, lacks what its kind has, or has it in another form."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or not _OPTIONAL(event.get("time")):
-        return None
-    forms = _KINDS.get(event["event"], {})
-    return event if all(fits(event.get(key)) for key, fits in forms.items()) else None
+    """The event in a line of a log, as it was told."""
+    event = parse_line(line)
+    return None if event is None else event.told()
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number that a float can hold; NaN, infinity and truth values are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, list) else True
 
 
-def number_of(value: object) -> float | None:
-    """A number; None for what is none, NaN and infinity among it."""
-    return float(value) if is_number(value) else None
+def _whose(stage: int, begun: str) -> str:
+    """Which model was measured."""
+    return f"stage {stage}" if stage else "dense model" if begun == "dense" else begun
 
 
-def is_count(value: object) -> bool:
-    """Whether it is a number from 0 on, and small enough to count something."""
-    return is_number(value) and 0 <= value < _MOST
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and is_count(value)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_truth(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _maybe(form: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or form(value)
-
-
-def _list_of(form: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(map(form, value))
-
-
-def _dict_of(form: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(form, value.values()))
-
-
-def _with(**forms: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, Mapping) and all(fits(value.get(key)) for key, fits in forms.items())
-
-
-_OPTIONAL = _maybe(is_count)
-_FIGURE = _maybe(is_number)
-_SIZES = _maybe(_dict_of(_is_size))
-_LAYERS = _maybe(_list_of(is_count))
-_SCORE = _with(
-    task=_is_text, metric=_is_text, value=is_number, stderr=_FIGURE, accuracy=_is_truth, items=is_count, chance=_FIGURE, shots=is_count,
-)  # fmt: skip
-
-_KINDS: dict[str, dict[str, Callable[[object], bool]]] = {
-    "start": {
-        "params": _OPTIONAL, "now": _OPTIONAL, "target": _OPTIONAL, "dense": _maybe(_is_truth), "began": _SIZES, "sizes": _SIZES,
-        "layers_left": _LAYERS,
-    },
-    "cut": {
-        "params": is_count, "read": _OPTIONAL, "stage": _OPTIONAL, "iteration": _OPTIONAL, "target": _OPTIONAL, "loss": _FIGURE, "sizes": _SIZES,
-        "layers_left": _LAYERS, "distances": _maybe(_list_of(_FIGURE)),
-        "scores": _maybe(_dict_of(_with(kept=_LAYERS, removed=_LAYERS))),
-    },
-    "step": {
-        "tokens": is_count, "stage": _OPTIONAL, "loss": _FIGURE, "lr": _FIGURE, "tokens_per_second": _FIGURE, "peak_bytes": _OPTIONAL,
-    },
-    "evaluation": {
-        "stage": is_count, "perplexity": _FIGURE, "bits_per_byte": _FIGURE, "tokens": _OPTIONAL, "seconds": _OPTIONAL,
-        "tokens_per_second": _FIGURE, "params": _OPTIONAL,
-    },
-    "tasks": {"stage": is_count, "scores": _list_of(_SCORE), "average": _FIGURE, "stderr": _FIGURE},
-}  # fmt: skip
+def _cell(its: Cell | CellDone) -> str:
+    which = f", draw {its.draw} of {its.draws}" if its.draws > 1 else ""
+    return f"cell {its.cell} of {its.of}: {its.method} to {millions(its.size)}{which}"

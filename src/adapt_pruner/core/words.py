@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NARROW", "begun", "compact", "duration", "num_draws", "score", "shots", "shown", "tick", "ticks"]
+__all__ = ["NARROW", "begun", "compact", "duration", "millions", "num_draws", "score", "shots", "shown", "span", "tick", "ticks"]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -57,6 +57,16 @@ def shown(value: float | None, form: str) -> str:
         "ratio": "{:.3g}×",
         "times": "{:,.2f}×" if value < 100 else "{:,.0f}×",
     }.get(form, "{:,.4g}").format(value)
+
+
+def millions(count: int) -> str:
+    """A parameter count in a line of text: 113.3 M."""
+    return shown(count, "params").replace(NARROW, " ")
+
+
+def span(seconds: float) -> str:
+    """A span of time in a line of text, as `duration` has it."""
+    return duration(seconds).replace(NARROW, " ")
 
 
 def score(value: float, error: float | None, *, share: bool) -> str:

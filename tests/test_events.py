@@ -1,0 +1,101 @@
+"""An event is told as a plain dict with what was set, and comes back from it; what is none of ours is refused."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from adapt_pruner.run import events
+from adapt_pruner.run.events import Cut, Evaluation, Event, Other, Start, Step, Tasks, Warned, parse, parse_line
+
+KINDS = {kind.model_fields["event"].default: kind for kind in Event.__subclasses__() if kind is not Other}
+STEP = {
+    "event": "step", "time": 1.5, "stage": 1, "step": 3, "tokens": 96, "loss": 2.5, "lr": 1e-3, "gradient_norm": 0.5,
+    "tokens_per_second": 10.0, "peak_bytes": 7,
+}  # fmt: skip
+
+
+def test_what_is_told_has_what_was_set_and_nothing_else() -> None:
+    cut = Cut(stage=1, iteration=2, params=90, target=80, loss=None, sizes={"layers.0.neurons": 4})
+    told = cut.told()
+    assert told == {
+        "event": "cut", "stage": 1, "iteration": 2, "params": 90, "target": 80, "loss": None, "sizes": {"layers.0.neurons": 4},
+    }  # fmt: skip
+    assert next(iter(told)) == "event"
+    assert parse(told) == cut
+    assert parse(json.loads(json.dumps(told))) == cut
+    assert cut.figures() == {"params": 90}
+
+
+def test_a_line_of_a_log_is_the_event() -> None:
+    step = parse_line(json.dumps(STEP))
+    assert isinstance(step, Step)
+    assert step.told() == STEP
+    assert step.line() == "stage 1: training, 96 tokens, loss 2.500, lr 1.00e-03, 10 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "good"),
+    [
+        ("tokens", 96.0, True), ("tokens", 96.5, False), ("tokens", True, False), ("tokens", -1, False), ("tokens", 10**15, False),
+        ("tokens", "96", False), ("tokens", None, False), ("loss", None, True), ("loss", 3, True), ("loss", "2.5", False),
+        ("loss", True, False), ("loss", float("nan"), False), ("loss", float("inf"), False), ("loss", 10**400, False),
+        ("time", "noon", False), ("time", None, True), ("stage", [], False), ("more", "of it", True),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_form_makes_a_line_none(key: str, value: Any, good: bool) -> None:
+    assert (parse_line(json.dumps(STEP | {key: value})) is not None) == good
+
+
+def test_a_live_figure_may_be_no_number_though_a_line_may_not() -> None:
+    """A run tells what it finds, and its log says null."""
+    step = parse(STEP | {"loss": float("nan")})
+    assert isinstance(step, Step)
+    assert "loss nan" in step.line()
+    evaluation = Evaluation(stage=0, params=10, perplexity=float("inf"))
+    assert evaluation.line("at the start") == "at the start: perplexity inf on held-out text, 10 parameters"
+
+
+def test_a_kind_that_is_not_known_is_kept_as_it_is() -> None:
+    told = {"event": "moon", "phase": 3, "time": 2.0}
+    moon = parse(told)
+    assert isinstance(moon, Other)
+    assert moon.told() == told
+    assert moon.line() == ""
+    assert all(parse(none) is None for none in ({}, {"event": ["a"]}, {"event": None}))
+
+
+def test_a_log_of_an_older_version_lacks_keys() -> None:
+    start = parse({"event": "start", "params": 10, "target": 5})
+    assert isinstance(start, Start)
+    assert start.line() == "pruning to 5 parameters by "
+    assert start.begun == "dense"
+    assert [Start(params=10, now=9).begun, Start(dense=False).begun, Start(params=9, now=9).begun] == [
+        "at the start", "at the start", "dense",
+    ]  # fmt: skip
+    assert Start(params=10, now=9).given == "dense"
+    assert Cut(params=3).line() == "", "nothing is said where what it would say is not there"
+
+
+def test_a_writer_that_forgets_a_key_is_stopped() -> None:
+    with pytest.raises(ValidationError):
+        Tasks(stage=1)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        Warned(message=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_design_names_every_event(kind: str) -> None:
+    design = (Path(__file__).parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = design[design.index("| event | carries |") : design.index("## The checkpoint")]
+    assert f"`{kind}`" in " ".join(re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE))
+
+
+def test_events_are_read_without_torch() -> None:
+    code = f"import sys, {events.__name__}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
