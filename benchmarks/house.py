@@ -1,0 +1,181 @@
+"""The house in numbers: rooms, floors, what a small run walks through; of the code here, or of another commit beside it.
+
+    python benchmarks/house.py --base 6fb363c
+
+A room is a folder or module right below `adapt_pruner`; its floor stands in docs/design.md. The run that is traced has two stages with
+training between the cuts, on a tiny random model, through the command line.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+MANY = 7
+"""Arguments of a function, beyond which it is counted."""
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--base", help="commit to show beside the code here")
+    parser.add_argument("--walk", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.walk:
+        print(json.dumps(walk(Path(asked.walk[0]), Path(asked.walk[1]))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        make_model(place)
+        columns = {"here": measured(ROOT, place / "here", place)}
+        if asked.base:
+            tree = place / "base"
+            tree.mkdir()
+            packed = subprocess.run(
+                ["git", "-C", ROOT, "archive", asked.base, "src", "docs"], check=True, stdout=subprocess.PIPE
+            ).stdout
+            subprocess.run(["tar", "-x", "-C", tree], input=packed, check=True)
+            columns = {asked.base: measured(tree, place / "before", place), **columns}
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for what in columns["here"]:
+        print(f"| {what} | {' | '.join(f'{column[what]:,}' for column in columns.values())} |")
+
+
+def measured(tree: Path, out: Path, place: Path) -> dict[str, int]:
+    """All numbers of one tree."""
+    package, floors = tree / "src/adapt_pruner", floors_of(tree)
+    files = list(package.rglob("*.py"))
+    rooms = {room_of(path, package) for path in files}
+    arrows = {(room_of(path, package), other) for path in files for other in imports(path)}
+    environment = os.environ | {
+        "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ADAPT_PRUNER_CACHE": str(out / "cache")
+    }  # fmt: skip
+    command = [sys.executable, str(Path(__file__)), "--walk", str(place), str(out)]
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    walked = json.loads(done.stdout.splitlines()[-1])
+    executed = {Path(file) for file in walked["files"]}
+    handed = [(one, other) for one, other in walked["handed"] if one in floors and other in floors]
+    return {
+        "rooms at the root": len(rooms - {"__init__", "__main__"}),
+        "floors": len(set(floors.values())),
+        "arrows between rooms (imports)": len({(one, other) for one, other in arrows if one != other}),
+        "files that a two-stage run executes": len(executed),
+        "rooms that they lie in": len({room_of(path, package) for path in executed}),
+        "rooms that the recipe enters": len({room for pair in handed for room in pair}),
+        "pairs of rooms between which it is handed": len({pair for pair in handed if pair[0] != pair[1]}),
+        "of these up, to a higher floor": len({(one, other) for one, other in handed if floors[other] > floors[one]}),
+        "functions that it is handed to": len(set(walked["functions"])),
+        f"functions of more than {MANY} arguments outside cli": sum(
+            many for path in files if room_of(path, package) != "cli" for many in [num_many(path)]
+        ),
+        "lines of src": sum(path.read_text(encoding="utf-8").count("\n") for path in files),
+    }
+
+
+def room_of(path: Path, package: Path) -> str:
+    """The room that a file lies in."""
+    return path.relative_to(package).parts[0].removesuffix(".py")
+
+
+def floors_of(tree: Path) -> dict[str, int]:
+    """Room -> floor, by the table in docs/design.md."""
+    rows = re.findall(r"^\| (\d+) \| (`[^|]*) \|", (tree / "docs/design.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        room.removesuffix("/").removesuffix(".py"): int(floor)
+        for floor, named in rows
+        for room in re.findall(r"`([^`]*)`", named)
+    }
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms that a file imports, type checking left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    checked = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    skipped = {id(inner) for node in checked for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped or not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("adapt_pruner"):
+            continue
+        parts = (node.module or "").split(".")
+        yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+
+
+def num_many(path: Path) -> int:
+    """Functions of more than `MANY` arguments."""
+    functions = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]  # fmt: skip
+    sizes = [len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs) for node in functions]
+    own = [any(argument.arg in ("self", "cls") for argument in node.args.args) for node in functions]
+    return sum(size - is_own > MANY for size, is_own in zip(sizes, own, strict=True))
+
+
+def make_model(place: Path) -> None:
+    """A tiny random model with a byte tokenizer, and a text."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    conftest = importlib.import_module("conftest")
+
+    conftest.tiny_model(vocab_size=conftest.VOCAB).save_pretrained(place / "model")
+    conftest.byte_tokenizer().save_pretrained(place / "model")
+    lines = (f"Line {number}: the quick brown fox jumps over {number**2} lazy dogs.\n\n" for number in range(400))
+    (place / "text.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def walk(place: Path, out: Path) -> dict[str, Any]:
+    """Run in this process; the files of the package that were executed, and who handed the recipe to whom."""
+    from adapt_pruner import cli
+
+    package = str(Path(cli.__file__).parents[1])
+    files: set[str] = set()
+    handed: list[tuple[str, str]] = []
+    functions: list[str] = []
+
+    def room(file: str) -> str:
+        return Path(file).relative_to(package).parts[0].removesuffix(".py")
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(package) or code.co_name == "<module>":
+            return
+        files.add(code.co_filename)
+        values = (frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        if any(type(value).__name__ in ("Recipe", "Work") for value in values):
+            caller = frame.f_back
+            while caller is not None and not caller.f_code.co_filename.startswith(package):
+                caller = caller.f_back
+            if caller is not None:
+                handed.append((room(caller.f_code.co_filename), room(code.co_filename)))
+                functions.append(f"{code.co_filename}:{code.co_qualname}")
+
+    text = str(place / "text.txt")
+    recipe = {
+        "method": "adapt-pruner", "model": str(place / "model"), "budget": "70%", "stages": 2, "device": "cpu", "dtype": "float32",
+        "calibration": {"source": text, "samples": 8, "length": 16},
+        "training": {"source": text, "tokens": 1024, "batch_tokens": 128, "length": 32},
+        "evaluation": {"source": text, "window": 32, "max_windows": 4},
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    sys.argv = ["adapt-pruner", "run", str(out / "recipe.yaml"), "-o", str(out / "run")]
+    sys.setprofile(watch)
+    try:
+        cli.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    finally:
+        sys.setprofile(None)
+    return {"files": sorted(files), "handed": sorted(set(handed)), "functions": sorted(set(functions))}
+
+
+if __name__ == "__main__":
+    main()
