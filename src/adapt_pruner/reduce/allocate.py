@@ -23,7 +23,7 @@ from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["GOLDEN", "Debt", "adaptive", "layer_importance", "uniform"]
+__all__ = ["GOLDEN", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
 _HEADS = ("kv_heads", "query_heads")
@@ -107,7 +107,7 @@ def adaptive(
         raise UsageError(f"option heads_after={heads_after} of allocate.adaptive is no share; write 0 or more, and less than 1")
     importance = layer_importance(scores["layers"])
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
-    return _advance(axes, budget, debt, increments, heads_after=heads_after)
+    return advance(axes, budget, debt, increments, heads_after=heads_after)
 
 
 @part("chooser")
@@ -150,7 +150,7 @@ def uniform(
     sizes = {axis.name: axis.size for axis in axes}
     if not paying:
         return sizes, debt
-    paid, debt = _advance(paying, budget, debt, {axis.name: step for axis in paying})
+    paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying})
     return sizes | paid, debt
 
 
@@ -160,7 +160,7 @@ def _layer(axis: Axis) -> int:
     return axis.layer
 
 
-def _advance(
+def advance(
     axes: Sequence[Axis], budget: Budget, debt: Debt, increments: Mapping[str, float], *, heads_after: float = 0.0
 ) -> tuple[dict[str, int], Debt]:
     """Raise the sparsities by `increments`, but not past the budget.
