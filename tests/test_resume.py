@@ -387,7 +387,7 @@ def test_killed_while_the_model_writes_its_calibration_text(live: Lives, place: 
     path = recipe(place, "self", calibration={"source": "self"}, stages=2, training={"tokens": 1_500})
     assert live("run", path, "-o", tmp_path / "whole")[0] == 0
     run = tmp_path / "run"
-    for point, nth in (("while the model writes its own text", 1), ("while scoring", 2), ("before an evaluation", 2)):
+    for point, nth in (("while the model writes its own text", 1), ("while scoring", 2), ("before an evaluation", 1)):
         assert live("run", path, "-o", run, point=point, nth=nth)[0] == -9
     (run / "calibration_self.json").unlink()
     status, said = live("run", path, "-o", run, point="within a cut")
@@ -479,11 +479,12 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
 
 
 def newest_first(run: Path) -> list[str]:
-    """Checkpoints in the order of their stages and steps, `stage-K-pruned` before the steps and `stage-K` after them."""
+    """Checkpoints in the order of their stages and steps: after cuts, `stage-K-pruned`, after steps, `stage-K`."""
 
     def place(name: str) -> tuple[int, int]:
         _, stage, *rest = name.split("-")
-        return int(stage), 10**9 if not rest else 0 if rest == ["pruned"] else int(rest[1])
+        within = 10**9 if not rest else 0 if rest == ["pruned"] else int(rest[1]) - 10**9 * (rest[0] == "cut")
+        return int(stage), within
 
     return sorted(checkpoints(run), key=place, reverse=True)
 

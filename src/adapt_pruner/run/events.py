@@ -225,17 +225,18 @@ class Start(Event):
 
 
 class Resumed(Event):
-    """A run goes on from a checkpoint; `pruned` says whether the cuts of its stage are done."""
+    """A run goes on from a checkpoint; `pruned` says whether the cuts of its stage are done, `cuts` how many there are yet."""
 
     event: Literal["resumed"] = "resumed"
     path: str = ""
     stage: Count
     step: Count
     pruned: bool
+    cuts: Count = 0
 
     def line(self, begun: str = "dense") -> str:
-        where = f"stage {self.stage}, " + (f"step {self.step}" if self.pruned else "before its cuts")
-        return f"going on from {self.path} ({where})"
+        cuts = f"after {self.cuts} of its cuts" if self.cuts else "before its cuts"
+        return f"going on from {self.path} (stage {self.stage}, {f'step {self.step}' if self.pruned else cuts})"
 
 
 class Progress(Event):

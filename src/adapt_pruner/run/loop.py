@@ -228,7 +228,8 @@ def _resumed(
     _place(work, anew=bool(changed or replaced))
     if path is not None:
         state = work.state
-        work.tell("resumed", path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned)
+        cuts = sum(note["stage"] == state.stage for note in state.history)
+        work.tell("resumed", path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts)
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         target = folder.checkpoints / name
