@@ -31,7 +31,7 @@ def stacked(neurons: tuple[int, ...], heads: tuple[int, ...] = (), *, kinds: str
     """The axes of made-up layers, of the kinds that may shrink, and `layers` with what each layer really holds."""
     inner = toy_axes(neurons, heads)
     costs = tuple(NORMS + sum(axis.size * axis.cost for axis in inner if axis.layer == i) for i in range(len(neurons)))
-    depth = Axis("layers", len(neurons), sum(costs) // len(costs), Gate("", 0), costs=costs)
+    depth = Axis("layers", len(neurons), sum(costs) // len(costs), Gate("", kind="whole"), costs=costs)
     return [axis for axis in inner if axis.kind in kinds] + [depth]
 
 
@@ -55,7 +55,7 @@ def blocks(costs: dict[str, tuple[int, ...]], *, kinds: str) -> list[Axis]:
     """The axes of made-up layers: whole blocks of these costs, neurons of NEURON each inside the MLPs, and `layers`."""
     num_layers = len(costs["attentions"])
     whole = [
-        Axis(f"layers.{i}.{kind}", 1, of_kind[i], Gate("", 0), modules=("norm", kind), may_be_empty=True)
+        Axis(f"layers.{i}.{kind}", 1, of_kind[i], Gate("", kind="whole"), modules=("norm", kind), may_be_empty=True)
         for i in range(num_layers)
         for kind, of_kind in costs.items()
     ]
@@ -64,7 +64,7 @@ def blocks(costs: dict[str, tuple[int, ...]], *, kinds: str) -> list[Axis]:
         for i in range(num_layers)
     ]
     each = tuple(sum(of_kind[i] for of_kind in costs.values()) for i in range(num_layers))
-    depth = Axis("layers", num_layers, sum(each) // num_layers, Gate("", 0), costs=each)
+    depth = Axis("layers", num_layers, sum(each) // num_layers, Gate("", kind="whole"), costs=each)
     return [axis for axis in (*inner, *whole, depth) if axis.kind in kinds.split()]
 
 
@@ -137,7 +137,7 @@ def test_neurons_of_the_layers_that_stay_pay_what_is_less_than_a_layer(excess: i
 
 def test_debts_and_names_follow_the_layers() -> None:
     axes = toy_axes((40, 41, 42, 43), (3, 3, 3, 3))
-    axes.append(Axis("layers", 4, 1, Gate("", 0)))
+    axes.append(Axis("layers", 4, 1, Gate("", kind="whole")))
     debt = replace(Debt.none(axes), sparsity={axis.name: i / 100 for i, axis in enumerate(axes)})
     mask = Mask({"layers": torch.tensor([True, False, False, True]), "layers.3.neurons": torch.arange(43) > 3})
     moved = debt.after(mask)

@@ -79,7 +79,7 @@ def test_what_is_rounded_up_is_what_lost_most() -> None:
 
 
 def test_layers_that_go_are_not_asked() -> None:
-    axes = [*(axis(i, "neurons", 128, 1) for i in range(3)), Axis("layers", 3, 1, Gate("x", width=0), costs=(1, 1, 1))]
+    axes = [*(axis(i, "neurons", 128, 1) for i in range(3)), Axis("layers", 3, 1, Gate("x", kind="whole"), costs=(1, 1, 1))]
     wanted = {"layers.0.neurons": 128, "layers.1.neurons": 90, "layers.2.neurons": 70, "layers": 2}
     scores = {"layers": torch.tensor([0.0, 1.0, 2.0])}
     found = fitting(wanted, axes, scores=scores, multiple_of=16, equal_widths=True)

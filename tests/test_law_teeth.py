@@ -62,7 +62,7 @@ FAULTS = {
     "a norm after attention that gives its bias": (
         "gemma3-capped",
         "attentions",
-        lambda axis: dataclasses.replace(axis, gate=Gate(axis.modules[0], width=0)),
+        lambda axis: dataclasses.replace(axis, gate=Gate(axis.modules[0], kind="whole")),
     ),
     "query heads cut like KV heads": (
         "llama",

@@ -160,7 +160,7 @@ def test_a_stand_in_has_the_attributes_of_its_layer() -> None:
     model = tiny_model(vocab_size=VOCAB)
     model.model.layers[1].attention_type = "sliding_attention"
     its = list(model.model.layers)
-    with layerwise._standing_in(model):
+    with layerwise._standing_in(model.model.layers):
         assert model.model.layers[1].attention_type == "sliding_attention"
         with pytest.raises(AttributeError):
             _ = model.model.layers[0].attention_type

@@ -12,17 +12,20 @@ head of each. Scores and masks have an entry for every head, block by block; siz
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["Axis", "Gate", "Mask", "Scores", "Slice"]
+__all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice"]
 
 Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a block of an axis only."""
+
+
+GateKind = Literal["inputs", "channels", "logits", "whole"]
 
 
 @dataclass(frozen=True)
@@ -41,28 +44,41 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gate:
-    """Where an entry of an axis can be shut without being cut.
+    """Where an entry of an axis can be shut without being cut. What that means goes by the kind:
 
-    Each entry owns `width` consecutive features of the input of `module`, and of the modules `also`, set to zero when it is
-    shut. With `width` 0 the units are the entries of the module list `module`, and a shut one returns its input; or the one unit is
-    the block whose last module is `module`, and a shut one adds zeros to the stream. With `output` the units are the logits of the model, which the head `module` gives, and a shut one is -inf: a token that is never
-    said. No metric scores such an axis.
+        inputs      each entry owns `width` consecutive input features of the linear layer `module`; a shut one is zeros there
+        channels    each entry is a channel that the norm `module`, and those of `also`, read; a shut one is zeros there
+        logits      each entry is a logit of the model, which `module` gives; a shut one is -inf, a token that is never said
+        whole       each unit is a module of the list `module`, and a shut one returns its input; or, where the axis has `modules`, the
+                    one unit is a block, `module` is the last of these, and a shut one adds zeros to the stream
+
+    Attributes:
+        module: the dotted name; of channels, that of the last norm, before the head.
+        width: features of an entry, of inputs.
+        kind: see above. Metrics see no axis of logits.
+        also: the norms in layers, of channels.
+        dim: of inputs, the dimension of the layer's weight along which they lie: 1 of `nn.Linear`, 0 of GPT-2's `Conv1D`.
     """
 
     module: str
     width: int = 1
+    kind: GateKind = "inputs"
     also: tuple[str, ...] = ()
-    output: bool = False
+    dim: int = 1
 
     @property
     def is_linear(self) -> bool:
-        """Whether the entries are input features of one linear layer: not of `layers`, nor where many read a stream, nor of tokens."""
-        return self.width > 0 and not self.also and not self.output
+        """Whether the entries are input features of one linear layer."""
+        return self.kind == "inputs"
 
     @property
     def is_whole(self) -> bool:
         """Whether a unit is a whole layer, or the whole attention or MLP of one."""
-        return self.width == 0
+        return self.kind == "whole"
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight of the linear layer at a gate of inputs as [outputs, features], a view of it."""
+        return weight if self.dim == 1 else weight.t()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Running a model's decoder layers one after the other, forwards and backwards, so that something can be done between two of them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import first
@@ -19,8 +20,16 @@ __all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_
 LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, whose peak may be in its loss
 
 
-def decoder_layers(model: Any) -> Any:
-    """The decoder layers of a model, an `nn.ModuleList`."""
+def decoder_layers(model: Any, axes: Iterable[Axis] = ()) -> Any:
+    """The decoder layers of a model, an `nn.ModuleList`: the one at the gate of its axis `layers`.
+
+    Args:
+        model: causal LM.
+        axes: its axes; where `layers` is not among them, they are what transformers calls `get_decoder().layers`.
+    """
+    for axis in axes:
+        if axis.name == "layers":
+            return model.get_submodule(axis.gate.module)
     return model.get_decoder().layers
 
 
@@ -51,17 +60,18 @@ class Stream:
 
 
 @torch.no_grad()
-def streams(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto") -> list[Stream]:
+def streams(model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), dtype: str = "auto") -> list[Stream]:
     """Each batch as it enters the first of a model's decoder layers; no layer is run for that.
 
     Args:
         model: causal LM; left as found.
         batches: token ids, int64 [batch, length].
+        axes: see `decoder_layers`.
         dtype: precision of the matrix products.
     """
-    found = []
+    found, layers = [], decoder_layers(model, axes)
     for batch in batches:
-        with _standing_in(model) as (entered, keywords):
+        with _standing_in(layers) as (entered, keywords):
             _read(model, batch, dtype)
         found.append(Stream(entered[0], keywords, dtype))
     return found
@@ -88,11 +98,10 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _standing_in(model: nn.Module, leaving: Tensor | None = None) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+def _standing_in(layers: Any, leaving: Tensor | None = None) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     """While it lasts no layer is run: each notes its input and keywords and returns its input, the last one `leaving`, if given."""
     entered: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
-    layers = decoder_layers(model)
     its = list(layers)
 
     def forward(hidden_states: Tensor, **others: Any) -> Tensor:
@@ -145,17 +154,25 @@ class Sweep:
     Args:
         model: causal LM in which every decoder layer is called once, with weights of its own.
         batches: token ids, int64 [batch, length]; may be none.
+        axes: see `decoder_layers`.
         dtype: precision of the matrix products.
         tell: told the share of the work that is done.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Tensor], *, dtype: str, tell: Callable[[float], None] = lambda share: None
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        *,
+        axes: Iterable[Axis] = (),
+        dtype: str,
+        tell: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._model, self._batches, self._dtype, self._tell = model, batches, dtype, tell
-        self._layers = list(decoder_layers(model))
+        self._stack = decoder_layers(model, axes)
+        self._layers = list(self._stack)
         self._device = next(model.parameters()).device
-        self._flows = streams(model, batches, dtype=dtype)
+        self._flows = streams(model, batches, axes=axes, dtype=dtype)
         self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         weights = [weight for layer in self._layers for weight in layer.parameters()]
         gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)
@@ -189,7 +206,7 @@ class Sweep:
         chunk = LOGITS_OF if self._device.type == "cpu" else None
         for flow, batch in zip(self._flows, self._batches, strict=True):
             leaving = flow.hidden.detach().requires_grad_()
-            with _standing_in(self._model, leaving), precision(self._device, self._dtype):
+            with _standing_in(self._stack, leaving), precision(self._device, self._dtype):
                 loss = next_token_nll(self._model, batch.to(self._device), chunk=chunk)
             (loss / over).backward()
             total += loss.detach().double().cpu()
@@ -216,7 +233,7 @@ class Sweep:
                 self._worked(3 * len(self._group(start)) * len(self._flows))
         if outside:
             for number, batch in enumerate(self._batches):
-                with _standing_in(self._model) as (entered, _):
+                with _standing_in(self._stack) as (entered, _):
                     _read(self._model, batch, self._dtype)
                 if entered[0].requires_grad:
                     entered[0].backward(self._gradients[number])

@@ -64,13 +64,12 @@ def _check_gate(model: nn.Module, axis: Axis) -> None:
     Raises:
         ValueError: it has.
     """
-    if axis.gate.is_whole:
-        return
-    for name in (axis.gate.module, *axis.gate.also):
+    gate = axis.gate
+    for name in () if gate.is_whole else (gate.module, *gate.also):
         weight: Any = getattr(model.get_submodule(name), "weight", None)
         if weight is None:
             continue
-        features, owned = weight.shape[1 if axis.gate.is_linear else 0], axis.entries * axis.gate.width
+        features, owned = weight.shape[gate.dim if gate.is_linear else 0], axis.entries * gate.width
         if features != owned:
             raise ValueError(f"the gate of {axis.name} has {features:,} features at {name}, of which its entries own {owned:,}")
 
@@ -86,7 +85,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     try:
         for name, axis in _checked(axes, mask).items():
             _check_gate(model, axis)
-            if axis.gate.output:
+            if axis.gate.kind == "logits":
                 handles.append(model.register_forward_hook(_Unsaid(mask[name])))  # once logits are capped, where they are
             elif axis.gate.is_whole:
                 whole: Any = model.get_submodule(axis.gate.module)
@@ -189,7 +188,7 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
     shrinking = _checked(axes, mask)
     _check_slices(model, axes)
     sizes = {axis.name: _size(axis, mask) for axis in axes}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners: dict[int, list[tuple[Any, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
@@ -201,6 +200,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
             setattr(module, leaf, new)
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
+            elif type(module).__name__ == "Conv1D":  # of transformers
+                module.nx, module.nf = module.weight.shape
             elif isinstance(module, nn.Embedding):
                 module.num_embeddings, module.embedding_dim = module.weight.shape
         if optimizer is not None:

@@ -101,7 +101,7 @@ def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS)
             cost = sum(count_parameters(getattr(layer, module)) for module in modules)
             if cost:
                 names = tuple(f"model.layers.{i}.{module}" for module in modules)
-                found.append(Axis(f"layers.{i}.{kind}", 1, cost, Gate(names[-1], width=0), modules=names, may_be_empty=True))
+                found.append(Axis(f"layers.{i}.{kind}", 1, cost, Gate(names[-1], kind="whole"), modules=names, may_be_empty=True))
     return found
 
 
@@ -119,7 +119,7 @@ def whole_layers(model: Any) -> Axis:
         size=len(stack),
         cost=sum(costs) // len(stack),
         costs=costs,
-        gate=Gate("model.layers", width=0),
+        gate=Gate("model.layers", kind="whole"),
         fields=(("num_hidden_layers", 1),),
         lists=("layer_types",),
     )
@@ -134,7 +134,7 @@ def vocabulary(model: Any) -> Axis:
         name="vocabulary",
         size=model.lm_head.weight.shape[0],
         cost=unit_cost(model, slices),
-        gate=Gate("lm_head", output=True),
+        gate=Gate("lm_head", kind="logits"),
         slices=tuple(slices),
         fields=(("vocab_size", 1),),
         attributes=("vocab_size", "model.vocab_size"),
@@ -205,7 +205,7 @@ def residual(
         name="residual",
         size=model.model.norm.weight.shape[0],
         cost=unit_cost(model, slices),
-        gate=Gate(norms[0], also=tuple(norms[1:])),  # the stream is read through norms only
+        gate=Gate(norms[0], kind="channels", also=tuple(norms[1:])),  # the stream is read through norms only
         slices=tuple(slices),
         fields=(("hidden_size", 1),),
         attributes=("model.embed_tokens.embedding_dim", *of_layers),

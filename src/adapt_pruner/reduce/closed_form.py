@@ -89,22 +89,19 @@ def least_squares(
             f"it is {ridge:g}, set calibration.samples higher"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
-    layers = decoder_layers(model)
-    entering = streams(model, mine, dtype=dtype)
+    layers = decoder_layers(model, axes)
+    entering = streams(model, mine, axes=axes, dtype=dtype)
     without = Mask(
-        {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and not axis.gate.output}
+        {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and axis.gate.kind != "logits"}
     )
     with gated(model, axes, without):
-        pruned = streams(model, mine, dtype=dtype) if sequential else entering
+        pruned = streams(model, mine, axes=axes, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
-    short, work = 1.0, len(layers) * (1 + factors)
+    short, work, weights = 1.0, len(layers) * (1 + factors), _weights(model, axes)
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
-        fits = {
-            name: _Fit(model.get_submodule(name), keep, hold_out=ridge is None, sequential=sequential)
-            for name, keep in kept.items()
-        }
+        fits = {name: _Fit(weights[name], keep, hold_out=ridge is None, sequential=sequential) for name, keep in kept.items()}
         whole: list[dict[str, Tensor]] = []
         with casting_once(layer):
             for number, stream in zip(numbers, entering, strict=True):
@@ -154,8 +151,8 @@ def least_squares(
 class _Fit:
     """The normal equations of one gate's layer, and their solution."""
 
-    def __init__(self, module: nn.Module, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
-        self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    def __init__(self, weight: Tensor, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
+        self.weight = weight
         self.keep = keep.to(self.weight.device)
         self.hold_out = hold_out
         stays, features = int(keep.sum()), keep.numel()
@@ -242,17 +239,20 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
     """
     _need_text(batches)
-    layers = decoder_layers(model)
-    entering = streams(model, world.share(batches), dtype=dtype)
+    layers = decoder_layers(model, axes)
+    entering = streams(model, world.share(batches), axes=axes, dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
     module: Any
-    for module in without_bias(model, axes):
-        module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
-        model.config.output_bias = True  # type: ignore[union-attr]
+    weights = _weights(model, axes)
+    for name, weight in weights.items():
+        module = model.get_submodule(name)
+        if module.bias is None:
+            module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+            model.config.output_bias = True  # type: ignore[union-attr]
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
-        sums = {name: model.get_parameter(f"{name}.weight").new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
+        sums = {name: weights[name].new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
         with casting_once(layer):
             for stream in entering:
                 with _watching(model, kept) as seen:
@@ -263,7 +263,7 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
         for name, total in sums.items():
             module = model.get_submodule(name)
             goes = ~kept[name].to(total.device)
-            module.bias += (module.weight[:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
+            module.bias += (weights[name][:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
 
 
 def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
@@ -272,6 +272,12 @@ def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
         model.get_submodule(name) for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear)
     ]
     return [module for module in modules if module.bias is None]
+
+
+def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
+    """The weight of the linear layer at each gate, [outputs, features], by the layer's name; a view, to be changed in place."""
+    gates = [axis.gate for axis in axes if axis.gate.is_linear]
+    return {gate.module: gate.oriented(model.get_parameter(f"{gate.module}.weight")) for gate in gates}
 
 
 def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:

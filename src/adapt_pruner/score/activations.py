@@ -92,7 +92,8 @@ def fluctuation(
     else:
         channels = yield from (_authors_variances if authors_mean else _variances)(model, axes)
     if form == "WIFV":
-        channels = {name: channel * _weight(model, name).square().sum(dim=0).cpu() for name, channel in channels.items()}
+        at = _weights(model, axes)
+        channels = {name: channel * at[name].double().square().sum(dim=0).cpu() for name, channel in channels.items()}
     scores: Scores = {}
     for axis in axes:
         values = _by_unit(channels, axis)
@@ -119,7 +120,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it, which leaves the last norm out, too. Differs: norms behind a
     block (Gemma 3) count, and KV heads, which it does not take, are those of their query heads.
     """
-    axes = [axis for axis in axes if axis.slices and not axis.gate.output]
+    axes = [axis for axis in axes if axis.slices and axis.gate.kind != "logits"]
     squares = _zeros(model, axes)
 
     def look(name: str, seen: Tensor) -> None:
@@ -142,7 +143,8 @@ def _weighted_norms(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidenc
     with _looking(model, squares, look):
         yield Evidence.FORWARD
     world.sum_in_place(*squares.values())
-    return {name: square.sqrt().cpu() * _weight(model, name).abs().mean(dim=0).cpu() for name, square in squares.items()}
+    at = _weights(model, axes)
+    return {name: square.sqrt().cpu() * at[name].double().abs().mean(dim=0).cpu() for name, square in squares.items()}
 
 
 def _variances(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
@@ -196,20 +198,24 @@ def _watchable(axes: Sequence[Axis]) -> list[Axis]:
     return [axis for axis in axes if axis.slices and axis.gate.is_linear]
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """The weight of the linear layer `name`, float64 [outputs, features]."""
-    return model.get_parameter(f"{name}.weight").detach().double()
+def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
+    """The weight of what each axis is watched at, by name: of a linear layer [outputs, features], of a norm [features]."""
+    weights = {}
+    for axis in axes:
+        for name in _at(axis):
+            weight = model.get_parameter(f"{name}.weight").detach()
+            weights[name] = axis.gate.oriented(weight) if axis.gate.is_linear else weight
+    return weights
 
 
 def _at(axis: Axis) -> tuple[str, ...]:
     """What an axis is watched at: the linear layer at its gate, or the norms there that lie in layers."""
-    return axis.gate.also or (axis.gate.module,)
+    return axis.gate.also if axis.gate.kind == "channels" else (axis.gate.module,)
 
 
 def _zeros(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
     """For what each axis is watched at (axes may share it) float64 zeros, [features]."""
-    weights = {name: model.get_parameter(f"{name}.weight") for axis in axes for name in _at(axis)}
-    return {name: weight.new_zeros(weight.shape[-1], dtype=torch.float64) for name, weight in weights.items()}
+    return {name: weight.new_zeros(weight.shape[-1], dtype=torch.float64) for name, weight in _weights(model, axes).items()}
 
 
 @contextmanager

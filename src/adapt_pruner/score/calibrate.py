@@ -103,7 +103,7 @@ def _on(axes: Sequence[Axis]) -> set[str]:
 
 def _scored(axes: Sequence[Axis]) -> Sequence[Axis]:
     """Without tokens, whose worth is their use in a text."""
-    return [axis for axis in axes if not axis.gate.output]
+    return [axis for axis in axes if axis.gate.kind != "logits"]
 
 
 @torch.enable_grad()
@@ -154,7 +154,7 @@ def score(
             if need is not Evidence.WEIGHTS:
                 predicted = num_predicted(batches)
                 if need is Evidence.GRADIENTS and Evidence.STREAM_GRADIENTS not in needs:
-                    sweep = Sweep(model, mine, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
+                    sweep = Sweep(model, mine, axes=axes, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
                     sweep.forward()
                     # Backwards each layer runs again, which those that looked at the text have seen already.
                     found = {metric: finish(metric) for metric in running if metric not in of_weights}
@@ -300,7 +300,7 @@ def score_behind(
     Returns:
         axis name -> float32 [entries], as the metric gives them.
     """
-    others = [axis for axis in axes if axis.name in sizes and not axis.gate.is_linear and not axis.gate.output]
+    others = [axis for axis in axes if axis.name in sizes and axis.gate.kind in ("channels", "whole")]
     with gated(model, axes, Mask.of_sizes(others, known, sizes)):
         return _score_behind(model, axes, sizes, batches, metric=metric, dtype=dtype)
 
@@ -308,8 +308,8 @@ def score_behind(
 def _score_behind(
     model: nn.Module, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], *, metric: Metric, dtype: str
 ) -> Scores:
-    layers = decoder_layers(model)
-    flows = streams(model, world.share(batches), dtype=dtype)
+    layers = decoder_layers(model, axes)
+    flows = streams(model, world.share(batches), axes=axes, dtype=dtype)
     scores: Scores = {}
     for index, layer in enumerate(layers):
         inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]

@@ -54,11 +54,11 @@ def kfac(
     its mean diagonal and none on G.
     """
     axes = [axis for axis in axes if axis.slices and axis.gate.is_linear]
-    gates = list(dict.fromkeys(axis.gate.module for axis in axes))
+    weights = {axis.gate.module: axis.gate.oriented(model.get_parameter(f"{axis.gate.module}.weight").detach()) for axis in axes}
+    gates = list(weights)
     inputs, outputs = {}, {}
     counts = torch.zeros(2, dtype=torch.float64)  # tokens, and those that are predicted
-    for name in gates:
-        weight = model.get_parameter(f"{name}.weight")
+    for name, weight in weights.items():
         inputs[name] = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)
         outputs[name] = weight.new_zeros(weight.shape[0], weight.shape[0], dtype=torch.float32)
 
@@ -90,7 +90,7 @@ def kfac(
         name = axis.gate.module
         # The gradients seen are those of the mean loss, 1 / num_predicted of those of the sum.
         scores[axis.name] = _costs(
-            model.get_parameter(f"{name}.weight").detach(),
+            weights[name],
             inputs[name] / num_tokens,
             outputs[name] * num_predicted,
             width=axis.gate.width,

@@ -1,0 +1,114 @@
+"""Gates of every kind: what is declared is what is shut, measured and repaired, also where a weight lies transposed."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from adapt_pruner import families, score
+from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
+from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.surgery import cut
+from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.score import activations, curvature, weights
+from adapt_pruner.score.calibrate import score_behind
+from conftest import half, tiny_model
+from test_law import gap, ids, random_mask, wide_norms
+
+__all__ = ["ids"]  # a fixture
+
+
+def transposed(model: Any) -> Any:
+    """The same model with GPT-2's kind of layer, whose weight is [inputs, outputs], at the end of every MLP; changed in place."""
+    for layer in model.model.layers:
+        linear = layer.mlp.down_proj
+        turned = Conv1D(linear.out_features, linear.in_features)
+        turned.weight.data, turned.bias.data = linear.weight.data.t().contiguous(), linear.bias.data
+        layer.mlp.down_proj = turned.to(linear.weight.dtype)
+    return model
+
+
+def axes_of(model: Any) -> tuple[Axis, ...]:
+    """What a family with such layers would declare."""
+    found = []
+    for axis in families.axes(model):
+        gate = axis.gate
+        if gate.module.endswith("down_proj"):
+            gate = replace(gate, dim=0)
+        pieces = tuple(
+            replace(piece, dim=1 - piece.dim) if piece.parameter.endswith("down_proj.weight") else piece for piece in axis.slices
+        )
+        found.append(replace(axis, gate=gate, slices=pieces))
+    return tuple(found)
+
+
+def both() -> tuple[Any, Any]:
+    plain, turned = (tiny_model(("llama", "llama-mha-biased"), mlp_bias=True) for _ in range(2))
+    return plain, transposed(turned)
+
+
+@pytest.mark.parametrize("kinds", [("neurons",), ("residual",), ("neurons", "residual", "kv_heads", "layers")], ids="+".join)
+def test_the_law_holds_where_a_weight_lies_transposed(kinds: tuple[str, ...], ids: torch.Tensor) -> None:
+    model = wide_norms(both()[1].double())
+    assert gap(model, axes_of(model), random_mask(axes_of(model), kinds, seed=1), ids) <= 1e-9
+
+
+def test_scores_and_repairs_know_which_dimension_is_the_input(batches: list[torch.Tensor]) -> None:
+    plain, turned = both()
+    for metric in (activations.wanda, activations.fluctuation, activations.magnitude, curvature.kfac, weights.taylor):
+        expected, _ = score(plain, families.axes(plain), batches, metrics=[metric], dtype="float32")
+        found, _ = score(turned, axes_of(turned), batches, metrics=[metric], dtype="float32")
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-6), (metric.__name__, name)
+    mask = half(families.axes(plain))
+    for repair in (mean_bias, least_squares):
+        repair(plain, families.axes(plain), mask, batches, dtype="float32")
+        repair(turned, axes_of(turned), mask, batches, dtype="float32")
+    for one, other in zip(plain.model.layers, turned.model.layers, strict=True):
+        assert torch.allclose(one.mlp.down_proj.weight, other.mlp.down_proj.weight.t(), atol=1e-4)
+        assert torch.allclose(one.mlp.down_proj.bias, other.mlp.down_proj.bias, atol=1e-4)
+
+
+def test_a_transposed_layer_knows_its_sizes_after_a_cut() -> None:
+    model = both()[1]
+    cut(model, axes_of(model), random_mask(axes_of(model), ("neurons", "residual"), seed=1))
+    layer = model.model.layers[0].mlp.down_proj
+    assert (layer.nx, layer.nf) == (20, 24) == tuple(layer.weight.shape)
+
+
+def test_the_axis_layers_says_where_the_decoder_layers_are(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, other = tiny_model(), tiny_model()
+    assert decoder_layers(plain) is plain.model.layers is decoder_layers(plain, families.axes(plain))
+
+    def without_layers() -> Any:
+        return lambda **asked: other.model(**asked)
+
+    monkeypatch.setattr(other, "get_decoder", without_layers)
+    with pytest.raises(AttributeError):
+        streams(other, batches)
+    scores = []
+    for model in (plain, other):
+        axes, mask = families.axes(model), half(families.axes(model))
+        found, _ = score(model, axes, batches, metrics=[weights.taylor], dtype="float32")
+        sizes = {name: int(keep.sum()) for name, keep in mask.kept.items()}
+        behind = score_behind(model, axes, sizes, batches, metric=activations.wanda, known={}, dtype="float32")
+        scores.append([*found.values(), *behind.values()])
+        least_squares(model, axes, mask, batches, dtype="float32")
+        mean_bias(model, axes, mask, batches, dtype="float32")
+    assert all(torch.equal(one, two) for one, two in zip(*scores, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+def test_a_gate_of_each_kind() -> None:
+    kinds = {axis.kind: axis.gate.kind for axis in families.axes(tiny_model())}
+    assert kinds == {
+        "neurons": "inputs", "kv_heads": "inputs", "query_heads": "inputs", "residual": "channels", "vocabulary": "logits",
+        "layers": "whole", "attentions": "whole", "mlps": "whole",
+    }  # fmt: skip
+    assert Gate("m").is_linear
+    assert not Gate("m", kind="channels").is_linear
+    assert Gate("m", kind="whole").is_whole
+    assert Mask({"a": torch.ones(2, dtype=torch.bool)}).of(Axis("a", 2, 1, Gate("m"), (Slice("p", 0),))).all()
