@@ -1,17 +1,15 @@
 """An event is told as a plain dict with what was set, and comes back from it; what is none of ours is refused."""
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from adapt_pruner.run import events
-from adapt_pruner.run.events import Cut, Evaluation, Event, Other, Start, Step, Tasks, Warned, parse, parse_line
+from adapt_pruner.core import events
+from adapt_pruner.core.events import Cut, Evaluation, Event, Other, Start, Step, Tasks, Warned, parse, parse_line
 
 KINDS = {kind.model_fields["event"].default: kind for kind in Event.__subclasses__() if kind is not Other}
 STEP = {
@@ -87,13 +85,6 @@ def test_a_writer_that_forgets_a_key_is_stopped() -> None:
         Tasks(stage=1)  # type: ignore[call-arg]
     with pytest.raises(ValidationError):
         Warned(message=3)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_design_names_every_event(kind: str) -> None:
-    design = (Path(__file__).parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
-    table = design[design.index("| event | carries |") : design.index("## The checkpoint")]
-    assert f"`{kind}`" in " ".join(re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE))
 
 
 def test_events_are_read_without_torch() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.run.events import event_of
+from adapt_pruner.core.events import event_of
 
 __all__ = ["watch"]
 

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.core import events
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.data.feed import Feed
@@ -29,7 +31,7 @@ from adapt_pruner.train.loop import Progress
 __all__ = ["Change", "Listener", "Looks", "Reads", "Reduction", "RunState", "Stage", "Work", "reads_text"]
 
 Listener = Callable[[dict[str, Any]], None]
-"""Told of every event of a run, as a plain dict with a key `event` (see `run.events`)."""
+"""Told of every event of a run, as a plain dict with a key `event` (see `core.events`)."""
 
 PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
 """What the seconds of a run are counted to."""
@@ -173,7 +175,7 @@ class Change:
     Attributes:
         mask: what stays, against the model as it is now; None where the reduction has changed the model itself.
         loss: on the calibration text before it, nats per token; NaN where no text was run.
-        told: what the event `cut` says beside this: sizes, distances, scores, … (see `run.events.Cut`).
+        told: what the event `cut` says beside this: sizes, distances, scores, … (see `core.events.Cut`).
     """
 
     mask: Mask | None
@@ -338,17 +340,17 @@ class Work:
         self._axes = None
         self.state.mask = self.state.mask.then(mask, self.axes)
 
-    def tell(self, event: str, **what: Any) -> None:
+    def tell(self, event: Event) -> None:
         """Tell the listener of an event."""
-        self.listen({"event": event, **what})
+        self.listen(event.told())
 
     def progress(self, phase: str, **where: Any) -> Callable[[int, int], None]:
         """What tells the listener how far a phase is, called with (done, of)."""
-        return lambda done, of: self.tell("progress", phase=phase, done=done, of=of, **where)
+        return lambda done, of: self.tell(events.Progress(phase=phase, done=done, of=of, **where))
 
     def warn(self, message: str) -> None:
         """Tell the listener of a warning."""
-        self.tell("warning", message=message)
+        self.tell(Warned(message=message))
 
     def warn_of_stage(self, message: str) -> None:
         """Warn once a stage, however many steps it has and whatever figures they put into the sentence."""

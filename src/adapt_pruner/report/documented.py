@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.events import Warned
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener
 from adapt_pruner.report.card import try_card
@@ -64,7 +65,7 @@ def run(
         trouble = try_report(folder) if finished else None
         listen(event)
         if trouble:
-            listen({"event": "warning", "message": trouble})
+            listen(Warned(message=trouble).told())
 
     beside = partial(try_card, path=folder / "model", listen=listen)
     return loop.run(recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, beside=beside)

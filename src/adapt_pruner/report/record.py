@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
+from adapt_pruner.core.events import event_of
 from adapt_pruner.core.strict_json import is_count, is_number
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
-from adapt_pruner.run.events import event_of
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 
@@ -104,7 +104,7 @@ def read_record(run_dir: str | Path) -> Record:
 
 
 def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The events in lines of a log, and the numbers, from 1, of lines that are none (see `run.events`)."""
+    """The events in lines of a log, and the numbers, from 1, of lines that are none (see `core.events`)."""
     events, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

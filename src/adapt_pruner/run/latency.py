@@ -21,6 +21,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.events import Progress
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
@@ -126,7 +127,7 @@ def table_of(work: Work) -> Table:
             found = sum(sizes.values()) / sum(axis.size for axis in of_kind)
             if found in points:
                 continue
-            work.tell("progress", phase="time", what=f"{found:.0%} of {kind}", done=len(points), of=len(SHARES) + 1)
+            work.tell(Progress(phase="time", what=f"{found:.0%} of {kind}", done=len(points), of=len(SHARES) + 1))
             smaller = copy.deepcopy(dense)
             cut(smaller, families.axes(smaller), mask_to(of_kind, sizes))
             points[found] = statistics.median(_in_turn(dense, smaller, recipe, rounds=ROUNDS)[0])
@@ -177,7 +178,7 @@ def _in_turn(
     ids: Tensor = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     shares, seconds = [], []
     for round_idx in range(rounds + 1):
-        listen({"event": "progress", "phase": "time", "what": "the result", "done": round_idx, "of": rounds})
+        listen(Progress(phase="time", what="the result", done=round_idx, of=rounds).told())
         theirs, ours = (reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned))
         if round_idx:  # the first is slow
             shares.append(ours / theirs)

@@ -19,6 +19,7 @@ from adapt_pruner.checkpoint.load import pick_device
 from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
 from adapt_pruner.core import world
+from adapt_pruner.core.events import Cut, Finished, Interrupted, Resumed, Saved, Start
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
@@ -90,7 +91,8 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         with state.clock("cut"):
             work.apply(change)
         layers = {} if change.mask is None else {"layers_left": state.layers_left}
-        work.tell("cut", **state.history[-1], **change.told, **layers, read=state.figures.get("calibration_tokens", 0))
+        told = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
+        work.tell(Cut(**told))
         trainer.save_if_due(f"stage-{stage.stage}-cut-{work.iteration - 1}")
 
 
@@ -118,7 +120,7 @@ def prune(
     with work.state.clock("other"):
         outcome = shrink(work, Trainer(work))
     results.write(work, out, beside=beside)
-    work.tell("saved", path=str(out), **outcome.figures)
+    work.tell(Saved(path=str(out), **outcome.figures))
     return outcome
 
 
@@ -151,7 +153,7 @@ def run(
     with opened(Path(run_dir)) as folder:
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
-            listen({"event": "finished", "path": str(folder.result)})
+            listen(Finished(path=str(folder.result)).told())
             return None
         tell = _logged(listen, folder)
         try:
@@ -160,7 +162,7 @@ def run(
             with work.state.clock("other"):
                 outcome = shrink(work, trainer)
             world.on_main(lambda: results.write(work, folder.result, beside=beside))
-            work.tell("saved", path=str(folder.result), **outcome.figures)
+            work.tell(Saved(path=str(folder.result), **outcome.figures))
         except UsageError:
             raise
         except (Exception, KeyboardInterrupt) as error:  # out of memory, too
@@ -177,14 +179,14 @@ def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> B
         folder.tidy()
     if folder.is_finished:  # with the model written, while the last was measured or said of it
         message = f"the result is complete in {folder.result}"
-        listen({"event": "interrupted", "message": message, "path": str(folder.result)})
+        listen(Interrupted(message=message, path=str(folder.result)).told())
         return error
     newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
     where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
     if isinstance(error, RunError):
         return RunError(f"{error}; {where}")
     then = "goes on from there" if newest else "begins anew"
-    listen({"event": "interrupted", "message": f"{where}; the same command with -o {folder.path} {then}"})
+    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}").told())
     return error
 
 
@@ -229,7 +231,7 @@ def _resumed(
     if path is not None:
         state = work.state
         cuts = sum(note["stage"] == state.stage for note in state.history)
-        work.tell("resumed", path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts)
+        work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         target = folder.checkpoints / name
@@ -246,7 +248,7 @@ def _resumed(
             pruning=results.facts(work),
             state=facts,
         )
-        work.tell("saved", path=str(target), stage=work.state.stage)
+        work.tell(Saved(path=str(target), stage=work.state.stage))
         folder.tidy(keep=recipe.keep_checkpoints)
 
     return work, Trainer(work, save=keep, tensors=tensors)
@@ -321,10 +323,10 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
 def _tell_start(work: Work) -> None:
     state, recipe, feed = work.state, work.recipe, work.reads.feed
     coming = work.stages[state.stage - 1 + state.pruned :]
-    work.tell(
-        "start", method=recipe.method, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
+    work.tell(Start(
+        method=recipe.method, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
         training_tokens=0 if feed is None else feed.num_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
-    )  # fmt: skip
+    ))  # fmt: skip

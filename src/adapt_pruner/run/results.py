@@ -14,6 +14,7 @@ from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.events import Evaluation, Progress, Tasks
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.errors import first_line
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -48,7 +49,7 @@ def measure_text(work: Work, *, stage: int) -> None:
         known = figures.setdefault(name, [])
         known += [None] * (stage - len(known))  # of stages that went before somebody asked for it
         known.append(figure)
-    work.tell("evaluation", stage=stage, params=work.num_params, **asdict(measured))
+    work.tell(Evaluation(stage=stage, params=work.num_params, **asdict(measured)))
 
 
 def measure_tasks(work: Work, *, stage: int) -> None:
@@ -58,15 +59,15 @@ def measure_tasks(work: Work, *, stage: int) -> None:
         return
 
     def told(task: str, done: int, of: int) -> None:
-        work.tell("progress", phase="task", task=task, done=done, of=of)
+        work.tell(Progress(phase="task", task=task, done=done, of=of))
 
     with work.state.clock("evaluate"):
         settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
         scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.reads.tasks, **settings))
     mean, stderr = average(scores) or (None, None)
-    found = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
+    found: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
     figures["tasks"] = [*figures.get("tasks", [None] if stage else []), found]  # of the start and of the end
-    work.tell("tasks", stage=stage, params=work.num_params, **found)
+    work.tell(Tasks(stage=stage, params=work.num_params, **found))
 
 
 def whole_mask(work: Work) -> Mask:

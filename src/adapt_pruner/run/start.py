@@ -18,9 +18,10 @@ from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import why, write_whole
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
-from adapt_pruner.core import world
+from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.events import Find, Load, VocabularyCut
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import cut
@@ -50,10 +51,10 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
     Raises:
         UsageError: the model cannot be loaded, the vocabulary not be cut, or the latency not be reached.
     """
-    listen({"event": "load", "model": recipe.model})
+    listen(Load(model=recipe.model).told())
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
     dense = count_parameters(loaded.model)
-    listen({"event": "loaded", "model": recipe.model, "params": dense})
+    listen(events.Loaded(model=recipe.model, params=dense).told())
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
     if "vocabulary" in mask:
@@ -97,9 +98,8 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     )
     smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
     cut(loaded.model, axes, mask)
-    listen({
-        "event": "vocabulary", "tokens_before": axis.size, "tokens": int(keep.sum()), "params": count_parameters(loaded.model),
-    })  # fmt: skip
+    left = VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model))
+    listen(left.told())
     return replace(loaded, tokenizer=smaller), mask
 
 
@@ -178,7 +178,7 @@ def _tasks(work: Work) -> list[Wanted]:
     asked = work.recipe.evaluation
     if asked.tasks is None:
         return []
-    work.tell("find", tasks=asked.tasks)
+    work.tell(Find(tasks=asked.tasks))
     wanted = find_tasks(asked.tasks, task_dir=asked.task_dir)
     set_shots(wanted, None)
     return wanted

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from adapt_pruner.core import world
+from adapt_pruner.core import events, world
 from adapt_pruner.core.memory import peak_bytes
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
@@ -67,10 +67,10 @@ class Trainer:
             for step in self.steps(until=until):
                 step.take()
                 speed = (step.tokens - tokens) / (time.perf_counter() - began)
-                work.tell(
-                    "step", stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
+                work.tell(events.Step(
+                    stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
                     gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
-                )  # fmt: skip
+                ))  # fmt: skip
                 self.save_if_due(f"stage-{work.state.stage}-step-{step.step}")
 
     def steps(self, *, until: int) -> Iterator[Step]:

@@ -1,7 +1,7 @@
 """The events of a run, one class each: what an event carries, the line that people read of it, the figures that trackers are told.
 
 A listener is told plain dicts (`Event.told`), and `parse` makes the event again; `parse_line` does so with a line of log.jsonl. What a log
-of an older version lacks has a default. A new event is a new class here, and nothing else: whoever shows or keeps events asks the class.
+of an older version lacks has a default. A new event is a new class, here or in the file of what tells it, and nothing else: whoever shows or keeps events asks the class.
 """
 
 import json
@@ -78,6 +78,12 @@ class Event(BaseModel):
     event: str
     time: Seconds | None = None
     logged: ClassVar[bool] = True
+    _kinds: ClassVar[dict[str, type["Event"]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if isinstance(kind := cls.model_fields["event"].default, str):
+            Event._kinds[kind] = cls
 
     @property
     def often(self) -> bool:
@@ -540,16 +546,11 @@ class Said(Event):
         return f"  {self.text}"
 
 
-_KINDS: dict[str, type[Event]] = {
-    kind.model_fields["event"].default: kind for kind in Event.__subclasses__() if kind is not Other
-}
-
-
 def parse(data: Mapping[str, Any]) -> Event | None:
     """The event that a listener was told; None where it is none, lacks what its kind has, or has it in another form."""
     kind = data.get("event")
     try:
-        return _KINDS.get(kind, Other).model_validate(data) if isinstance(kind, str) else None
+        return Event._kinds.get(kind, Other).model_validate(data) if isinstance(kind, str) else None
     except ValidationError:
         return None
 

@@ -1,0 +1,141 @@
+"""Each example of docs/extending.md works as it stands: one file in a copy of the package, and the command below it."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adapt_pruner
+from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
+
+PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+EXAMPLE = re.compile(r"```(?:python|yaml)\n# (src/\S+)\n(.*?)```\s+```sh\n(.*?)```", re.DOTALL)
+EXAMPLES = {file: (f"# {file}\n{code}", command) for file, code, command in EXAMPLE.findall(PAGE)}
+RECIPE = re.search(r"```yaml\n# recipe.yaml\n(.*?)```", PAGE, re.DOTALL)
+
+
+def recipe_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(run / "model" / "pruning.json")["recipe"]
+    return found
+
+
+def log_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def sizes_of(run: Path) -> dict[str, int]:
+    axes = read_json(run / "model" / "mask.json")["axes"]
+    return {name: len(axis["kept"]) for name, axis in axes.items() if name.endswith("neurons")}
+
+
+def tapers(place: Path, _: str) -> None:
+    first, middle, last = sizes_of(place / "runs/tapered").values()
+    assert first > middle < last
+
+
+def trims(place: Path, _: str) -> None:
+    axes = read_json(place / "runs/trim" / "model" / "mask.json")["axes"]
+    assert {name.rpartition(".")[2] for name in axes} == {"neurons"}
+    for axis in axes.values():
+        assert axis["kept"] == list(range(len(axis["kept"])))
+        assert len(axis["kept"]) < axis["size"]
+    assert all(cut["loss"] > 0 for cut in log_of(place / "runs/trim", "cut"))
+
+
+def tells(place: Path, said: str) -> None:
+    shares = [line["share"] for line in log_of(place / "runs/milestones", "milestone")]
+    assert shares == sorted(shares)
+    assert shares[-1] >= 1
+    assert f"{shares[0]:.0%} of the way" in said
+
+
+def is_half(place: Path, _: str) -> None:
+    from safetensors.torch import load_file
+
+    assert {tensor.dtype for tensor in load_file(place / "exported" / "model.safetensors").values()} == {torch.float16}
+
+
+def named(run: str, key: str, value: str) -> Callable[[Path, str], None]:
+    def check(place: Path, _: str) -> None:
+        found: Any = recipe_of(place / "runs" / run)
+        for part in key.split("."):
+            found = found[part]
+        assert found == value
+
+    return check
+
+
+def differs(run: str) -> Callable[[Path, str], None]:
+    """Training went another way than by the recipe as it stands, which the example of a metric trains by."""
+
+    def check(place: Path, _: str) -> None:
+        losses = [step["loss"] for step in log_of(place / "runs" / run, "step")]
+        assert len(set(losses)) == len(losses) == 8
+
+    return check
+
+
+CHECKS: dict[str, list[Callable[[Path, str], None]]] = {
+    "src/adapt_pruner/score/peak.py": [named("peak", "metric", "peak.peak")],
+    "src/adapt_pruner/reduce/tapered.py": [named("tapered", "chooser", "tapered.tapered(ends=0.25)"), tapers],
+    "src/adapt_pruner/reduce/same_norm.py": [named("same-norm", "repair", "same_norm.same_norm")],
+    "src/adapt_pruner/reduce/trim.py": [named("trim", "reduce", "trim(at_once=3)"), trims],
+    "src/adapt_pruner/train/matching.py": [named("matching", "training.objective", "matching.matching"), differs("matching")],
+    "src/adapt_pruner/data/backwards.py": [named("backwards", "training.feed", "backwards"), differs("backwards")],
+    "src/adapt_pruner/export/half.py": [is_half],
+    "src/adapt_pruner/families/smollm3.py": [named("smollm3", "model", "smollm3")],
+    "src/adapt_pruner/reduce/milestones.py": [tells],
+    "src/adapt_pruner/recipe/methods/norms.yaml": [named("norms", "method", "norms")],
+}
+
+
+def test_the_page_has_an_example_of_each_kind() -> None:
+    assert EXAMPLES.keys() == CHECKS.keys()
+
+
+@pytest.mark.parametrize("file", CHECKS)
+def test_an_example_is_one_file_and_works(file: str, tmp_path: Path) -> None:
+    code, command = EXAMPLES[file]
+    package = tmp_path / "src" / "adapt_pruner"
+    shutil.copytree(Path(adapt_pruner.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert not (tmp_path / file).exists(), "an example is a new file"
+    (tmp_path / file).write_text(code, encoding="utf-8")
+    place = tmp_path / "place"
+    place.mkdir()
+    models = {"model": tiny_model(vocab_size=VOCAB)}
+    if "families" in file:
+        space: dict[str, Any] = {}
+        exec(compile(code, file, "exec"), space)
+        (config,) = space["tiny"]().values()
+        config.vocab_size = VOCAB
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        models[space["MODEL_TYPES"][0]] = AutoModelForCausalLM.from_config(config)
+    for name, model in models.items():
+        model.save_pretrained(place / name)
+        byte_tokenizer().save_pretrained(place / name)
+    lines = (f"Line {number}: the quick brown fox jumps over {number**2} lazy dogs.\n\n" for number in range(400))
+    (place / "text.txt").write_text("".join(lines), encoding="utf-8")
+    assert RECIPE is not None
+    (place / "recipe.yaml").write_text(RECIPE[1], encoding="utf-8")
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[0] == "adapt-pruner"
+    done = subprocess.run(
+        [sys.executable, "-m", "adapt_pruner", *words[1:]],
+        cwd=place, env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "ADAPT_PRUNER_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True, check=False, timeout=HANGS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for check in CHECKS[file]:
+        check(place, done.stderr)
