@@ -1,5 +1,6 @@
 """Gates of every kind: what is declared is what is shut, measured and repaired, also where a weight lies transposed."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from adapt_pruner import families, score
 from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
 from adapt_pruner.score import activations, curvature, weights
+from adapt_pruner.score.blocks import block_influence
 from adapt_pruner.score.calibrate import score_behind
 from conftest import half, tiny_model
 from test_law import gap, ids, random_mask, wide_norms
@@ -112,3 +115,31 @@ def test_a_gate_of_each_kind() -> None:
     assert not Gate("m", kind="channels").is_linear
     assert Gate("m", kind="whole").is_whole
     assert Mask({"a": torch.ones(2, dtype=torch.bool)}).of(Axis("a", 2, 1, Gate("m"), (Slice("p", 0),))).all()
+
+
+def test_hooks_come_off_also_where_a_later_one_cannot_be_attached() -> None:
+    """After an error inside, after one while they are attached, and after a metric that is let go in its middle."""
+    model = tiny_model()
+    layers = [*model.model.layers]
+
+    def hooks(last: Any) -> Iterator[Any]:
+        for layer in (*layers, last):
+            yield layer.register_forward_hook(lambda module, args, output: output)
+
+    def on() -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+    with attached(hooks(model.model.norm)):
+        assert on() == 4
+    with pytest.raises(KeyError), attached(hooks(model.model.norm)):
+        raise KeyError
+    assert on() == 0
+    with pytest.raises(AttributeError), attached(hooks(None)):
+        pass
+    assert on() == 0
+    for metric in (activations.wanda, curvature.kfac, block_influence):
+        looking = metric(model, families.axes(model))
+        next(looking)
+        assert on() > 0
+        looking.close()
+        assert on() == 0

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.hooks import attached
 
 __all__ = ["cut", "first", "gated", "multiply", "num_left", "with_first", "write_sizes"]
 
@@ -81,27 +83,26 @@ def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
     Raises:
         ValueError: the mask does not fit the axes (`Mask.check`), or a gate does not fit its axis.
     """
-    handles = []
-    try:
-        for name, axis in _checked(axes, mask).items():
-            _check_gate(model, axis)
-            if axis.gate.kind == "logits":
-                handles.append(model.register_forward_hook(_Unsaid(mask[name])))  # once logits are capped, where they are
-            elif axis.gate.is_whole:
-                whole: Any = model.get_submodule(axis.gate.module)
-                if axis.modules:
-                    handles.append(whole.register_forward_hook(_silence))
-                    continue
-                for index in (~mask[name]).nonzero().flatten().tolist():
-                    handles.append(whole[index].register_forward_hook(_skip, with_kwargs=True))
-            else:
-                shut = _Shut(mask[name].repeat_interleave(axis.gate.width))
-                for module in (axis.gate.module, *axis.gate.also):
-                    handles.append(model.get_submodule(module).register_forward_pre_hook(shut))
+    with attached(hook for name, axis in _checked(axes, mask).items() for hook in _shut(model, axis, mask[name])):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _shut(model: nn.Module, axis: Axis, keep: Tensor) -> Iterator[RemovableHandle]:
+    """The hooks that shut the entries of an axis which are not kept, attached one by one."""
+    _check_gate(model, axis)
+    if axis.gate.kind == "logits":
+        yield model.register_forward_hook(_Unsaid(keep))  # once logits are capped, where they are
+    elif axis.gate.is_whole:
+        whole: Any = model.get_submodule(axis.gate.module)
+        if axis.modules:
+            yield whole.register_forward_hook(_silence)
+            return
+        for index in (~keep).nonzero().flatten().tolist():
+            yield whole[index].register_forward_hook(_skip, with_kwargs=True)
+    else:
+        shut = _Shut(keep.repeat_interleave(axis.gate.width))
+        for module in (axis.gate.module, *axis.gate.also):
+            yield model.get_submodule(module).register_forward_pre_hook(shut)
 
 
 class _Shut:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once
@@ -306,9 +307,5 @@ def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tens
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
+    with attached(model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

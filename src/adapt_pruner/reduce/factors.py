@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.surgery import first, gated, multiply, with_first
 from adapt_pruner.score.calibrate import Evidence, mean_loss, num_predicted, score
 
@@ -163,14 +164,9 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
 
             return hook
 
-        handles = [
-            model.get_submodule(axis.modules[-1]).register_forward_hook(watch(number)) for number, axis in enumerate(blocks)
-        ]
-        try:
+        ends = [model.get_submodule(axis.modules[-1]) for axis in blocks]
+        with attached(end.register_forward_hook(watch(number)) for number, end in enumerate(ends)):
             yield Evidence.STREAM_GRADIENTS
-        finally:
-            for handle in handles:
-                handle.remove()
         each = torch.stack([torch.cat([torch.zeros(0, dtype=torch.float64), *rows]) for rows in seen])  # [n, P]
         found = {"slopes": each.sum(dim=1), "squares": each @ each.t()}
         world.sum_in_place(*found.values())
@@ -189,14 +185,9 @@ def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> It
 
         return hook
 
-    handles = [
-        model.get_submodule(axis.modules[-1]).register_forward_hook(multiply_by(number)) for number, axis in enumerate(blocks)
-    ]
-    try:
+    ends = [model.get_submodule(axis.modules[-1]) for axis in blocks]
+    with attached(end.register_forward_hook(multiply_by(number)) for number, end in enumerate(ends)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _ending(model: nn.Module, axes: Sequence[Axis], block: Axis) -> list[tuple[str, float]]:

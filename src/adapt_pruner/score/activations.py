@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
@@ -228,12 +229,8 @@ def _looking(model: nn.Module, names: Mapping[str, Any], look: Callable[[str, Te
             return module.register_forward_hook(lambda module, args, given: look(name, given.detach().float()))
         return module.register_forward_pre_hook(lambda module, args: look(name, args[0].detach().float()))
 
-    handles = [watch(name) for name in names]
-    try:
+    with attached(watch(name) for name in names):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _by_unit(channels: Mapping[str, Tensor], axis: Axis, name: str | None = None) -> Tensor:

@@ -5,7 +5,7 @@ scores lowest. Of a block, the attention or MLP of a layer, X is the stream that
 gives {"layers": float32 [num_layers]} and, of each axis of a block that it is asked for, float32 [1].
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.surgery import first, gated
 from adapt_pruner.score.calibrate import Evidence, mean_loss
@@ -152,19 +153,16 @@ def _mean_over_tokens(
 
         return hook
 
-    handles: list[RemovableHandle] = []
-    for axis in whole:
+    def hooks(axis: Axis) -> Iterator[RemovableHandle]:
         if axis.modules:
-            handles.append(model.get_submodule(axis.modules[0]).register_forward_pre_hook(before_block(axis.name)))
-            handles.append(model.get_submodule(axis.modules[-1]).register_forward_hook(after_block(axis.name)))
+            yield model.get_submodule(axis.modules[0]).register_forward_pre_hook(before_block(axis.name))
+            yield model.get_submodule(axis.modules[-1]).register_forward_hook(after_block(axis.name))
         else:
             layers: Any = model.get_submodule(axis.gate.module)
             for index, layer in enumerate(layers):
-                handles.append(layer.register_forward_hook(of_layer(axis.name, index), with_kwargs=True))
-    try:
+                yield layer.register_forward_hook(of_layer(axis.name, index), with_kwargs=True)
+
+    with attached(hook for axis in whole for hook in hooks(axis)):
         yield Evidence.FORWARD
-    finally:
-        for handle in handles:
-            handle.remove()
     world.sum_in_place(*totals.values(), *counts.values())
     return {name: (total / counts[name]).float() for name, total in totals.items()}

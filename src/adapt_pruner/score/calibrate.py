@@ -4,11 +4,8 @@ A metric is a function with a `yield` in it. Before the yield it hooks itself in
 needs (`Evidence`); at the yield the text runs through the model; after it the scores are worked out and returned:
 
     def change(model, axes):
-        hook = model.model.layers[0].register_forward_hook(...)
-        try:
+        with attached(layer.register_forward_hook(...) for layer in decoder_layers(model, axes)):
             yield Evidence.FORWARD
-        finally:
-            hook.remove()
         return {"layers": ...}
 
 One that needs gradients of weights yields again and again, and each time gets the name of a parameter whose gradient is whole and
@@ -38,6 +35,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
 from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision, spoiled
@@ -238,11 +236,8 @@ def _streams_only(model: nn.Module) -> Iterator[None]:
     """While it lasts, gradients are those of what flows from the embeddings on, and no weight gets one; for inside `_as_found`."""
     model.requires_grad_(False)
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(output.is_leaf))
-    try:
+    with attached([embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(output.is_leaf))]):
         yield
-    finally:
-        handle.remove()
 
 
 def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:

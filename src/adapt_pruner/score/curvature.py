@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
 from adapt_pruner.score.calibrate import Evidence
 
@@ -77,12 +78,8 @@ def kfac(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in gates]
-    try:
+    with attached(model.get_submodule(name).register_forward_hook(watch(name)) for name in gates):
         yield Evidence.STREAM_GRADIENTS
-    finally:
-        for handle in handles:
-            handle.remove()
     world.sum_in_place(*inputs.values(), *outputs.values(), counts)
     num_tokens, num_predicted = (max(1.0, float(count)) for count in counts)
     scores: Scores = {}

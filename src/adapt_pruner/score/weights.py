@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores, Slice
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
@@ -93,18 +94,13 @@ def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor]
 
         return hook
 
-    handles = []
-    try:
-        for name in dict.fromkeys(piece.parameter for axis in axes for piece in axis.slices):
-            parameter = model.get_parameter(name)
-            if parameter.dim() > 1:
-                squares[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-                seen[name] = torch.zeros(())
-                handles.append(parameter.register_hook(watch(name)))
+    parameters = {name: model.get_parameter(name) for axis in axes for name in (piece.parameter for piece in axis.slices)}
+    matrices = {name: parameter for name, parameter in parameters.items() if parameter.dim() > 1}
+    for name, parameter in matrices.items():
+        squares[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+        seen[name] = torch.zeros(())
+    with attached(parameter.register_hook(watch(name)) for name, parameter in matrices.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @part("metric")
