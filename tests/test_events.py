@@ -1,17 +1,22 @@
 """An event is told as a plain dict with what was set, and comes back from it; what is none of ours is refused."""
 
+import io
 import json
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
+from adapt_pruner.cli.screen import Screen
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Cut, Evaluation, Event, Other, Start, Step, Tasks, Warned, parse, parse_line
+from adapt_pruner.run.folder import RunFolder
 
-KINDS = {kind.model_fields["event"].default: kind for kind in Event.__subclasses__() if kind is not Other}
+KINDS = dict(Event._kinds)
 STEP = {
     "event": "step", "time": 1.5, "stage": 1, "step": 3, "tokens": 96, "loss": 2.5, "lr": 1e-3, "gradient_norm": 0.5,
     "tokens_per_second": 10.0, "peak_bytes": 7,
@@ -60,11 +65,11 @@ def test_a_live_figure_may_be_no_number_though_a_line_may_not() -> None:
 
 
 def test_a_kind_that_is_not_known_is_kept_as_it_is() -> None:
-    told = {"event": "moon", "phase": 3, "time": 2.0}
-    moon = parse(told)
-    assert isinstance(moon, Other)
-    assert moon.told() == told
-    assert moon.line() == ""
+    told = {"event": "sun", "phase": 3, "time": 2.0}
+    sun = parse(told)
+    assert isinstance(sun, Other)
+    assert sun.told() == told
+    assert sun.line() == ""
     assert all(parse(none) is None for none in ({}, {"event": ["a"]}, {"event": None}))
 
 
@@ -78,6 +83,42 @@ def test_a_log_of_an_older_version_lacks_keys() -> None:
     ]  # fmt: skip
     assert Start(params=10, now=9).given == "dense"
     assert Cut(params=3).line() == "", "nothing is said where what it would say is not there"
+
+
+class Moon(Event):
+    """A kind that nothing but its class knows."""
+
+    event: Literal["moon"] = "moon"
+    phase: float
+
+    def line(self, begun: str = "dense") -> str:
+        return f"the moon is at {self.phase:.1f}"
+
+    def figures(self) -> dict[str, float]:
+        return {"phase": self.phase}
+
+
+class Cloud(Event):
+    """One that no log keeps."""
+
+    event: Literal["cloud"] = "cloud"
+    logged = False
+
+
+def test_a_new_event_is_its_class(tmp_path: Path) -> None:
+    """It is said, logged or not, and told to trackers, by code that does not name it."""
+    shown = Screen(Console(file=io.StringIO(), width=100), None)
+    folder = RunFolder(tmp_path)
+    folder._begun = True
+    for told in (Moon(phase=0.5).told(), Cloud().told()):
+        shown(told)
+        folder.log(told)
+    assert shown._console.file.getvalue() == "the moon is at 0.5\n"  # type: ignore[attr-defined]
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    moon = parse_line(line)
+    assert isinstance(moon, Moon)
+    assert moon.time is not None
+    assert moon.figures() == {"phase": 0.5}
 
 
 def test_a_writer_that_forgets_a_key_is_stopped() -> None:

@@ -22,12 +22,13 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
+from adapt_pruner.core.events import Cut, Warned
 from adapt_pruner.core.words import compact, duration, shown, tick, ticks
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, documented, page, png
 from adapt_pruner.report.advice import advice
-from adapt_pruner.report.figures import figures_of, fit_slope
+from adapt_pruner.report.figures import Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
@@ -210,7 +211,7 @@ def test_importance_is_drawn_at_the_layers_there_were(text_file: Path, tmp_path:
     record = read_record(tmp_path / "run")
     picture = charts.importance(figures_of(record))
     assert picture is not None
-    before = [list(range(8)), *(cut["layers_left"] for cut in record.of("cut")[:-1])]
+    before = [list(range(8)), *(cut.layers_left for cut in record.of(Cut)[:-1])]
     assert len(before) > 2
     assert any(layers != list(range(len(layers))) for layers in before), "not the first ones alone"
     for values, layers in zip(picture.values, before, strict=True):
@@ -222,9 +223,9 @@ def test_the_bill_counts_the_calibration_text_that_was_read(tiny_folder: Path, t
     asked = small_recipe(tiny_folder, text_file, calibration={"ids": str(tmp_path / "ids.json")}, training={}, stages=1)
     documented.run(asked, tmp_path / "run")
     record = read_record(tmp_path / "run")
-    assert figures_of(record).tokens["score"] == record.figures["calibration_tokens"] == 60 * len(record.of("cut"))
+    assert figures_of(record).tokens["score"] == record.figures["calibration_tokens"] == 60 * len(record.of(Cut))
     shutil.rmtree(tmp_path / "run" / "model")
-    assert figures_of(read_record(tmp_path / "run")).tokens["score"] == 60 * len(record.of("cut")), "from the log alone"
+    assert figures_of(read_record(tmp_path / "run")).tokens["score"] == 60 * len(record.of(Cut)), "from the log alone"
 
 
 def test_a_run_that_was_killed_shows_what_there_is(stopped: Path) -> None:
@@ -330,7 +331,7 @@ def test_an_event_without_what_its_kind_has_is_none(copied: Path, line: str) -> 
         log.write(f"{line}\n" + '{"event": "warning", "message": "the last"}\n')
     record = read_record(copied)
     Seen(page.page(record))
-    assert record.events[-1]["message"] == "the last"
+    assert record.events[-1] == Warned(message="the last")
     assert len(record.trouble) == 1
     assert "1 lines of log.jsonl are not events" in record.trouble[0]
 
@@ -509,11 +510,12 @@ def test_scores_about_the_cut_line_are_counted_in_quarter_octaves() -> None:
 
 
 def test_every_cut_says_how_its_scores_lie(finished: Path) -> None:
-    cuts = read_record(finished).of("cut")
-    assert all(sum(cut["scores"]["neurons"]["removed"]) for cut in cuts if "neurons" in cut["scores"])
-    assert any("neurons" in cut["scores"] for cut in cuts)
-    for cut in cuts:
-        counts = cut["scores"].get("neurons", {"kept": [], "removed": []})
+    cuts = read_record(finished).of(Cut)
+    scores: list[dict[str, Any]] = [dict(cut.scores or {}) for cut in cuts]
+    assert all(sum(one["neurons"]["removed"]) for one in scores if "neurons" in one)
+    assert any("neurons" in one for one in scores)
+    for one in scores:
+        counts = one.get("neurons", {"kept": [], "removed": []})
         half = len(counts["kept"]) // 2
         assert not any(counts["kept"][:half]), "nothing that stays scores below the line"
         assert not any(counts["removed"][half + 1 :])
@@ -527,11 +529,11 @@ def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
             object.__setattr__(figures, key, value)
         return " ".join(one.text for one in advice(figures, record.recipe | (recipe or {}), folder="F", checkpoint=None))
 
-    falling = [{"stage": 1, "tokens": 10 * i, "loss": 5 - 0.01 * i + 0.001 * (-1) ** i} for i in range(1, 60)]
-    level = [{"stage": 1, "tokens": 10 * i, "loss": 5 + 0.1 * (-1) ** i} for i in range(1, 60)]
+    falling = [Trained(1, 10 * i, 5 - 0.01 * i + 0.001 * (-1) ** i) for i in range(1, 60)]
+    level = [Trained(1, 10 * i, 5 + 0.1 * (-1) ** i) for i in range(1, 60)]
     assert "still falling" in said(finished, steps=falling)
     assert "still falling" not in said(finished, steps=level)
-    line = [{"stage": 1, "tokens": 16 * i, "loss": 64.0 - i} for i in range(1, 60)]
+    line = [Trained(1, 16 * i, 64.0 - i) for i in range(1, 60)]
     assert "over 1,000 times its standard error" in said(finished, steps=line), "a perfect line has no error at all"
     assert "still falling" not in said(stopped, steps=falling), "it did not come to its end"
     assert "Nothing was trained" not in said(stopped, steps=[])

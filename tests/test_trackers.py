@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapt_pruner import cli
+from adapt_pruner.core.events import parse
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
@@ -118,15 +119,14 @@ def test_tensorboard_is_told_what_the_log_says(recipe: Recipe, tmp_path: Path) -
     tracked(asked, tmp_path / "run")
     assert len(list((tmp_path / "run" / "trackers" / "run").glob("events.out.tfevents.*"))) == 2
     told, log = scalars(tmp_path / "run"), log_of(tmp_path / "run")
-    for kind, figures in trackers._FIGURES.items():
-        for figure in figures:
-            said = {}
-            step = 0
-            for event in log:
-                step = event["step"] if event["event"] in ("step", "resumed") else step
-                if event["event"] == kind:
-                    said[step] = event[figure]
-            assert told.get(f"{kind}/{figure}", {}) == pytest.approx(said, rel=1e-6), (kind, figure)
+    said: dict[str, dict[int, float]] = {}
+    step = 0
+    for event in filter(None, map(parse, log)):
+        step = getattr(event, "step", step)
+        for name, figure in event.figures().items():
+            said.setdefault(f"{event.event}/{name}", {})[step] = figure
+    assert told.keys() == said.keys()
+    assert all(told[name] == pytest.approx(said[name], rel=1e-6) for name in said)
     assert {name.partition("/")[0] for name in told} == {"step", "evaluation", "cut"}
     assert set(told["step/loss"]) == {1, 2, 3, 4, 5}
 

@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.cli.screen import Screen
+from adapt_pruner.core.events import Cut, Start
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.report import documented
@@ -53,23 +54,21 @@ def test_bars_are_as_high_as_what_is_left() -> None:
         "layers": 2,
         "residual": 16,
     }
-    bars.hear({"event": "start", "began": began, "sizes": began, "layers_left": None})
+    bars.hear(Start(began=began, sizes=began, layers_left=None))
     assert bars.lines(80) == ["neurons ██ 100%"]
-    bars.hear(
-        {"event": "cut", "sizes": {"layers.0.neurons": 4, "layers.1.neurons": 8, "layers.1.kv_heads": 1}, "layers_left": None}
-    )
+    bars.hear(Cut(params=9, sizes={"layers.0.neurons": 4, "layers.1.neurons": 8, "layers.1.kv_heads": 1}))
     assert bars.lines(80) == ["neurons ▄█ 75%  KV heads █▄ 75%"]
     assert bars.lines(20) == ["neurons ▄█ 75%", "KV heads █▄ 75%"]
-    bars.hear({"event": "cut", "sizes": {"layers": 1}, "layers_left": [1]})
+    bars.hear(Cut(params=5, sizes={"layers": 1}, layers_left=[1]))
     assert bars.lines(80) == ["neurons  █ 50%  KV heads  ▄ 25%"], "the layer that is gone leaves its place empty"
-    bars.hear({"event": "cut", "sizes": {"layers.0.neurons": 1}, "layers_left": [1]})
+    bars.hear(Cut(params=2, sizes={"layers.0.neurons": 1}, layers_left=[1]))
     assert bars.lines(80)[0].startswith("neurons  ▁ 6%"), "what is layer 0 now was layer 1"
 
 
 def test_a_run_that_goes_on_shows_what_it_had_lost() -> None:
     bars = Bars()
     began = {"layers.0.neurons": 8, "layers.1.neurons": 8}
-    bars.hear({"event": "start", "began": began, "sizes": {"layers.0.neurons": 2}, "layers_left": [1]})
+    bars.hear(Start(began=began, sizes={"layers.0.neurons": 2}, layers_left=[1]))
     assert bars.lines(80) == ["neurons  ▂ 12%"]
 
 

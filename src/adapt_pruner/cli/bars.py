@@ -1,8 +1,8 @@
 """The anatomy of a model in a line: a bar a layer, as high as the share of it that is left."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from adapt_pruner.core.events import Cut, Event, Start
 from adapt_pruner.report.figures import after, sizes_of
 
 __all__ = ["Bars"]
@@ -19,13 +19,13 @@ class Bars:
         self._now: dict[int, dict[str, int]] = {}
         self._left: Sequence[int] | None = None
 
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """Take in a `start` or a `cut`; a log of an older version, which does not say what there was, gives no bars."""
-        if event["event"] == "start" and event.get("began"):
-            self._began, self._left = sizes_of({"sizes": event["began"]}, None)[0], event.get("layers_left")
-            sizes = sizes_of(event, self._left)[0]
+    def hear(self, event: Event) -> None:
+        """Take in a start or a cut; a log of an older version, which does not say what there was, gives no bars."""
+        if isinstance(event, Start) and event.began:
+            self._began, self._left = sizes_of(event.began, None)[0], event.layers_left
+            sizes = sizes_of(event.sizes, self._left)[0]
             self._now = {layer: sizes[layer] for layer in self._began if layer in sizes}
-        elif event["event"] == "cut" and self._began:
+        elif isinstance(event, Cut) and self._began:
             self._now, self._left = after(event, self._now, self._left)
 
     def lines(self, width: int) -> list[str]:

@@ -41,6 +41,7 @@ def chat(
     from adapt_pruner.checkpoint.load import load, locate, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
+    from adapt_pruner.core.events import Load
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
@@ -60,7 +61,7 @@ def chat(
     found: list[dict[str, Any]] = []
     for name in names:
         with screen() as listen:
-            listen({"event": "load", "model": name})
+            listen.hear(Load(model=name))
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
         said = answer(
             loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0,
@@ -94,7 +95,7 @@ def _print(found: list[dict[str, Any]], *, with_text: bool) -> None:
 
 
 def _note(one: dict[str, Any]) -> str:
-    from adapt_pruner.cli.screen import millions
+    from adapt_pruner.core.words import millions
 
     note = f"{millions(one['params'])} parameters, {one['tokens']} tokens at {one['tokens'] / max(one['seconds'], 1e-9):,.1f} a second"
     if not one["ended"]:

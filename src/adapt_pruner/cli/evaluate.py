@@ -77,6 +77,7 @@ def evaluate(
     from adapt_pruner.checkpoint.load import load, locate, pick_device
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
+    from adapt_pruner.core.events import Find, Load, Progress, Warned
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.data.sources import SELF, documents
     from adapt_pruner.data.tokens import opening
@@ -95,22 +96,22 @@ def evaluate(
     with screen() as listen:
 
         def told(task: str, done: int, of: int) -> None:
-            listen({"event": "progress", "phase": "task", "task": task, "done": done, "of": of})
+            listen.hear(Progress(phase="task", task=task, done=done, of=of))
 
         def warn(message: str) -> None:
-            listen({"event": "warning", "message": message})
+            listen.hear(Warned(message=message))
 
         wanted = None
         if tasks is not None:
             from adapt_pruner.evaluate.task_sources import find_tasks
             from adapt_pruner.evaluate.tasks import average, evaluate_tasks, set_shots
 
-            listen({"event": "find", "tasks": tasks})
+            listen.hear(Find(tasks=tasks))
             wanted = find_tasks(tasks, task_dir=task_dir)
             if kept := set_shots(wanted, num_fewshot):
                 warn(f"{', '.join(kept)}: scored without examples, as lm-eval defines it")
         for name in models:
-            listen({"event": "load", "model": name})
+            listen.hear(Load(model=name))
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
             row = {
                 "model": name, "params": count_parameters(loaded.model),
@@ -156,16 +157,17 @@ def _perplexity(
     loaded: Any, text: str, window: int, max_windows: int | None, dtype: str, listen: Any
 ) -> tuple[dict[str, Any], Any]:
     """The figures of a model on a text, and the ids of the first window."""
+    from adapt_pruner.core.events import Progress, Warned
     from adapt_pruner.data.tokens import text_bytes
     from adapt_pruner.data.windows import held_out_windows, too_long
     from adapt_pruner.evaluate.perplexity import perplexity
 
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
     for sentence in too_long(loaded.model.config, {"--window": window}):
-        listen({"event": "warning", "message": f"{loaded.source}: {sentence}"})
+        listen.hear(Warned(message=f"{loaded.source}: {sentence}"))
 
     def told(done: int, of: int) -> None:
-        listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+        listen.hear(Progress(phase="evaluate", done=done, of=of))
 
     num_bytes = text_bytes(loaded.tokenizer, windows)
     return asdict(perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told)), windows[0]

@@ -39,18 +39,19 @@ def export(
     check_form(to, quant=quant)
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.core.events import Load, Warned
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report.card import write_card_of_export
 
     quiet_libraries()
     with screen() as listen:
-        listen({"event": "load", "model": model})
+        listen.hear(Load(model=model))
         loaded = load(model, trust_remote_code=trust_remote_code)
         notes = write(loaded, out, to=to, quant=quant)
         if out.is_dir():
             write_card_of_export(Path(loaded.source), out, to)
         for note in notes:
-            listen({"event": "warning", "message": note})
+            listen.hear(Warned(message=note))
     size = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
     if as_json:
         print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))

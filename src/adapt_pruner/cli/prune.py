@@ -81,9 +81,10 @@ def prune(
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
-    from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
+    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.words import millions, span
     from adapt_pruner.report import documented
 
     quiet_libraries()
@@ -117,7 +118,7 @@ def prune(
             f"quartiles; in turn with it, {found['dense_seconds']:.2f} s); asked {found['asked']:g}x, predicted {found['predicted']:.2f}x"
         )
     peak = figures["peak_rss_bytes"] / 2**30
-    print(f"\n{figures['iterations']} iterations in {duration(figures['seconds'])}, peak memory {peak:.1f} GiB")
+    print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
     print(
         f"saved {out} ({millions(figures['params_after'])} parameters); try: adapt-pruner eval {out} --text python-docs:heldout"
     )

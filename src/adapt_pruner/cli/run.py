@@ -41,9 +41,10 @@ def run(
     from adapt_pruner import recipe as recipes
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
-    from adapt_pruner.cli.screen import duration, millions, quiet_libraries, screen
+    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core import world
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.words import millions, span
     from adapt_pruner.report import documented
     from adapt_pruner.run import folder, forecast, trackers
 
@@ -69,9 +70,7 @@ def run(
     if as_json:
         print(to_json(figures | {"path": str(run_dir / "model")}))
         return
-    print(
-        f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {duration(figures['seconds'])}"
-    )
+    print(f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {span(figures['seconds'])}")
     if figures.get("perplexities"):
         print(
             "perplexity on held-out text: "
@@ -91,8 +90,8 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _print_plan(planned: dict[str, Any]) -> None:
-    from adapt_pruner.cli.screen import duration
     from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.words import span
 
     rows = [
         [
@@ -101,7 +100,7 @@ def _print_plan(planned: dict[str, Any]) -> None:
             str(row["iterations"]),
             f"{row['tokens']:,}",
             str(row["steps"]),
-            duration(row["seconds"]),
+            span(row["seconds"]),
         ]
         for row in planned["stages"]
     ]
@@ -118,7 +117,7 @@ def _print_plan(planned: dict[str, Any]) -> None:
     print_table(["memory while", "at most", "of which"], phases)
     many = f" on {planned['processes']} processes ({planned['parallel']})" if planned["processes"] > 1 else ""
     print(
-        f"\nin all about {duration(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
+        f"\nin all about {span(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
         "nothing was written"
     )
     without = f"; not counted: {', '.join(planned['time_without'])}" if planned["time_without"] else ""

@@ -1,6 +1,5 @@
 """What a user sees while work goes on: on a terminal bars and figures that move, plain lines elsewhere, all on stderr."""
 
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,31 +12,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from adapt_pruner.cli.bars import Bars
-from adapt_pruner.core import words
-from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.core.words import NARROW, shown
+from adapt_pruner.core import events
+from adapt_pruner.core.events import Cell, Cut, Evaluation, Event, Start, Step, Tasks, parse
+from adapt_pruner.core.words import millions, span
 
-__all__ = ["Screen", "duration", "millions", "quiet_libraries", "screen"]
+__all__ = ["Screen", "quiet_libraries", "screen"]
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
-_PHASES = {  # of an event `progress` -> what is being done, in its own figures, and what is counted
-    "write": ("writing text of its own", "batch"),
-    "score": ("scoring, iteration {iteration}", "batch"),
-    "heads": ("shutting heads one by one, iteration {iteration}", "layer"),
-    "repair": ("repairing, iteration {iteration}", "step"),
-    "evaluate": ("evaluating", "batch"),
-    "time": ("timing, {what}", "round"),
-}
-
-
-def millions(count: int) -> str:
-    """A parameter count for people: 113.3 M."""
-    return shown(count, "params").replace(NARROW, " ")
-
-
-def duration(seconds: float) -> str:
-    """A span of time for people: 45 s, 3 min 05 s, 2 h 10 min."""
-    return words.duration(seconds).replace(NARROW, " ")
 
 
 def quiet_libraries() -> None:
@@ -71,7 +52,7 @@ class Screen:
         self._bar = bar
         self._task = None if bar is None else bar.add_task("starting", total=1.0, left="")
         self._last_line = 0.0
-        self._work: dict[str, Any] | None = None
+        self._work: Start | None = None
         self._spent = 0.0  # seconds on the work since it started, asides left out
         self._pruned = 0.0  # share that is done of the pruning that was left at the start
         self._trained = 0  # tokens
@@ -81,15 +62,20 @@ class Screen:
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Show one event of the pipeline, as it happens or, with its `time`, from a log."""
-        before, self._now = self._now, float(event.get("time") or time.time())
+    def __call__(self, data: dict[str, Any]) -> None:
+        """Show what a listener is told, as it happens."""
+        if (event := parse(data)) is not None:
+            self.hear(event)
+
+    def hear(self, event: Event) -> None:
+        """Show one event, as it happens or, with its `time`, from a log."""
+        before, self._now = self._now, event.time or time.time()
         if not _is_aside(event):
             self._spent += self._now - before
         self._bars.hear(event)
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
-            handler(event)
+        left = self._follow(event)
+        if line := event.line(self._work.begun if self._work is not None else "dense"):
+            self.say(line + left, often=event.often)
 
     @contextmanager
     def hushed(self) -> Iterator[None]:
@@ -123,146 +109,71 @@ class Screen:
         """Move the bar; returns the estimate as text, of `at_least` so many seconds where work got on, from where it counts down."""
         if self._work is None:
             return ""
-        weight, before = self._work["calibration_tokens"], self._work["trained_tokens"]
-        total = weight + self._work["training_tokens"] - before
+        weight, before = self._work.calibration_tokens, self._work.trained_tokens
+        total = weight + self._work.training_tokens - before
         share = (weight * self._pruned + self._trained - before) / total if total else 1.0
         if share != self._share and share > 0:
             self._due = max(self._spent / share, self._spent + at_least)
             self._share, self._got_on = share, self._spent
-        left = f"{duration(self._due - self._spent)} left" if 0.02 < share < 1 and self._due - self._spent > 0.5 else ""
+        left = f"{span(self._due - self._spent)} left" if 0.02 < share < 1 and self._due - self._spent > 0.5 else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=description, left=left)
         return f", {left}" if left else ""
 
-    def _on_load(self, event: dict[str, Any]) -> None:
-        self.say(f"loading {event['model']}")
+    def _follow(self, event: Event) -> str:
+        """Move bar and figures along; what is left of the time, to be put behind the event's line."""
+        match event:
+            case Start():
+                self._begin(event)
+            case events.Progress():
+                return self._follow_progress(event)
+            case Cut():
+                return self._follow_cut(event)
+            case Step():
+                self._trained = event.tokens
+                self._figures |= {"tokens": f"{event.tokens:,} tokens", "loss": f"loss {event.said_loss}", "speed": event.speed}
+                return self._advance(f"stage {event.stage}: training")
+            case Evaluation():
+                self._figures["perplexity"] = f"perplexity {event.perplexity:.2f}" if event.perplexity is not None else ""
+            case Cell() if self._bar is not None and self._task is not None:
+                self._bar.update(
+                    self._task, completed=(event.cell - 1) / max(1, event.of), description=event.name, left=event.left
+                )
+        return ""
 
-    def _on_loaded(self, event: dict[str, Any]) -> None:
-        self.say(f"loaded {event['model']}: {millions(event['params'])} parameters")
-
-    def _on_vocabulary(self, event: dict[str, Any]) -> None:
-        self.say(
-            f"{event['tokens']:,} of {event['tokens_before']:,} tokens stay, which leaves {millions(event['params'])} parameters"
-        )
-
-    def _on_start(self, event: dict[str, Any]) -> None:
-        self._work, self._trained, self._pruned = event, event["trained_tokens"], 0.0
+    def _begin(self, start: Start) -> None:
+        self._work, self._trained, self._pruned = start, start.trained_tokens, 0.0
         self._spent = self._share = self._got_on = 0.0
         self._figures = {
-            "stage": f"{event['stages']} stages" if event["stages"] > 1 else "",
-            "params": f"to {millions(event['target'])}",
+            "stage": f"{start.stages} stages" if start.stages > 1 else "",
+            "params": f"to {millions(start.target)}" if start.target is not None else "",
         }
-        text = f"pruning to {millions(event['target'])} parameters by {event['method']}"
-        if event["stages"] > 1:
-            text += f" in {event['stages']} stages"
-        if event["training_tokens"]:
-            text += f", training on {event['training_tokens']:,} tokens between them"
-        if event["processes"] > 1:
-            text += f", on {event['processes']} processes ({event['parallel']})"
-        self.say(text)
 
-    def _on_find(self, event: dict[str, Any]) -> None:
-        self.say(f"getting the tasks {event['tasks']}")
-
-    def _on_progress(self, event: dict[str, Any]) -> None:
-        if event["phase"] == "task":
-            if self._work is not None:
-                self._advance(f"scoring {event['task']}")
-            elif self._bar is not None and self._task is not None:
-                self._bar.update(self._task, completed=event["done"] / event["of"], description=event["task"], left="")
-            self.say(f"{event['task']}, request {event['done']:,} of {event['of']:,}", often=True)
-            return
-        where = f"stage {event['stage']}: " if event.get("stage") else ""
-        doing, unit = _PHASES[event["phase"]]
-        what = doing.format_map(event)
-        left = self._advance(where + what)
-        self.say(f"{where}{what}, {unit} {event['done']} of {event['of']}{left}", often=True)
-
-    def _on_cut(self, event: dict[str, Any]) -> None:
+    def _follow_progress(self, event: events.Progress) -> str:
+        if event.phase != "task":
+            return self._advance(event.doing)
         if self._work is not None:
-            start, target = self._work["params"], self._work["target"]
-            began = self._work.get("now", start)
-            self._pruned = min(1.0, (began - event["params"]) / max(1, began - target))
+            self._advance(event.doing)
+        elif self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=event.done / max(1, event.of), description=event.task, left="")
+        return ""
+
+    def _follow_cut(self, cut: Cut) -> str:
+        work = self._work
+        if work is not None and work.params is not None and work.target is not None:
+            began = work.params if work.now is None else work.now
+            self._pruned = min(1.0, (began - cut.params) / max(1, began - work.target))
             self._figures |= {
-                "stage": f"stage {event['stage']} of {self._work['stages']}",
-                "params": f"{millions(event['params'])} of {millions(start)} parameters, to {millions(target)}",
+                "stage": f"stage {cut.stage} of {work.stages}",
+                "params": f"{millions(cut.params)} of {millions(work.params)} parameters, to {millions(work.target)}",
             }
-        another = self._spent - self._got_on if event["params"] > event["target"] else 0.0
-        left = self._advance(f"stage {event['stage']}: pruning", at_least=another)
-        text = (
-            f"stage {event['stage']}, iteration {event['iteration']}: {event['params']:,} parameters (target {event['target']:,})"
-        )
-        read = event["loss"] is not None and math.isfinite(event["loss"])  # not when no text was
-        loss = f", calibration loss {event['loss']:.3f}" if read else ""
-        self.say(f"{text}{loss}{left}")
-
-    def _on_step(self, event: dict[str, Any]) -> None:
-        self._trained = event["tokens"]
-        loss = "not a number" if event["loss"] is None else f"{event['loss']:.3f}"
-        text = f"stage {event['stage']}: training, {event['tokens']:,} tokens, loss {loss}"
-        left = self._advance(f"stage {event['stage']}: training")
-        speed = f"{event['tokens_per_second']:,.0f} tokens/s"
-        self._figures |= {"tokens": f"{event['tokens']:,} tokens", "loss": f"loss {loss}", "speed": speed}
-        self.say(f"{text}, lr {event['lr']:.2e}, {speed}{left}", often=True)
-
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        self._figures["perplexity"] = f"perplexity {event['perplexity']:.2f}" if event["perplexity"] is not None else ""
-        value = math.inf if event["perplexity"] is None else event["perplexity"]
-        self.say(f"{self._whose(event)}: perplexity {value:.2f} on held-out text, {millions(event['params'])} parameters")
-
-    def _on_tasks(self, event: dict[str, Any]) -> None:
-        told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in event["scores"])
-        mean = "" if event["average"] is None else f", average {words.score(event['average'], event['stderr'], share=True)}"
-        self.say(f"{self._whose(event)}: {told}{mean}")
-
-    def _whose(self, event: dict[str, Any]) -> str:
-        """Which model was measured."""
-        if event["stage"]:
-            return f"stage {event['stage']}"
-        first = words.begun(self._work or {})
-        return "dense model" if first == "dense" else first
-
-    def _on_warning(self, event: dict[str, Any]) -> None:
-        self.say(f"warning: {event['message']}")
-
-    def _on_resumed(self, event: dict[str, Any]) -> None:
-        where = f"stage {event['stage']}, " + (f"step {event['step']}" if event["pruned"] else "before its cuts")
-        self.say(f"going on from {event['path']} ({where})")
-
-    def _on_finished(self, event: dict[str, Any]) -> None:
-        self.say(f"this run is finished: {event['path']}")
-
-    def _on_interrupted(self, event: dict[str, Any]) -> None:
-        self.say(event["message"])
-
-    def _on_saved(self, event: dict[str, Any]) -> None:
-        if "params_after" not in event:
-            self.say(f"saved {event['path']}", often="-step-" in event["path"])
-
-    def _on_reused(self, event: dict[str, Any]) -> None:
-        self.say(f"{event['done']} of {event['of']} cells are finished and used again")
-
-    def _on_cell(self, event: dict[str, Any]) -> None:
-        left = "" if event["seconds_left"] is None else f"about {duration(event['seconds_left'])} left"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=(event["cell"] - 1) / event["of"], description=_cell(event), left=left)
-        self.say(_cell(event) + (f", {left}" if left else ""))
-
-    def _on_cell_done(self, event: dict[str, Any]) -> None:
-        failed = event["error"] is not None
-        came = f"failed: {event['error']}" if failed else f"perplexity {shown(perplexity_of(event['nll']), 'perplexity')}"
-        self.say(f"{_cell(event)}: {came}")
-
-    def _on_said(self, event: dict[str, Any]) -> None:
-        self.say(f"  {event['text']}", often=True)
+        another = self._spent - self._got_on if cut.target is not None and cut.params > cut.target else 0.0
+        return self._advance(f"stage {cut.stage}: pruning", at_least=another)
 
 
-def _is_aside(event: dict[str, Any]) -> bool:
+def _is_aside(event: Event) -> bool:
     """Whether the time before it went into what no estimate is made of: the model measured before anything else, and tasks."""
-    kind = event.get("phase") if event["event"] == "progress" else event["event"]
-    return kind in ("task", "tasks") or (kind in ("evaluate", "evaluation") and event.get("stage") == 0)
-
-
-def _cell(event: dict[str, Any]) -> str:
-    draw = f", draw {event['draw']} of {event['draws']}" if event["draws"] > 1 else ""
-    return f"cell {event['cell']} of {event['of']}: {event['method']} to {millions(event['size'])}{draw}"
+    match event:
+        case Tasks() | events.Progress(phase="task") | events.Progress(phase="evaluate", stage=0) | Evaluation(stage=0):
+            return True
+    return False

@@ -34,6 +34,7 @@ def verify(
     """
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
+    from adapt_pruner.core.events import Load, Progress
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.data.sources import SELF, documents
     from adapt_pruner.data.windows import held_out_windows
@@ -47,12 +48,12 @@ def verify(
         raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
     quiet_libraries()
     with screen() as listen:
-        listen({"event": "load", "model": model})
+        listen.hear(Load(model=model))
         loaded = load(model, trust_remote_code=trust_remote_code)
         windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
 
         def told(done: int, of: int) -> None:
-            listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+            listen.hear(Progress(phase="evaluate", done=done, of=of))
 
         found = compare(
             loaded,

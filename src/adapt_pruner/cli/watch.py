@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapt_pruner.core.events import event_of
+if TYPE_CHECKING:
+    from adapt_pruner.cli.screen import Screen
+    from adapt_pruner.core.events import Event
 
 __all__ = ["watch"]
 
@@ -24,7 +26,8 @@ def watch(
 
         adapt-pruner watch runs/demo
     """
-    from adapt_pruner.cli.screen import duration, screen
+    from adapt_pruner.cli.screen import screen
+    from adapt_pruner.core.words import span
     from adapt_pruner.errors import RunError
     from adapt_pruner.report.record import check_is_run, is_worked_in
 
@@ -49,7 +52,7 @@ def watch(
                     f"nobody works in {run_dir} any more: the run ended before it began; see what it said where it was started"
                 )
             elif not at_work:
-                when = f", {duration(time.time() - last['time'])} ago" if last and last.get("time") else ""
+                when = f", {span(time.time() - last.time)} ago" if last and last.time else ""
                 raise RunError(
                     f"nobody works in {run_dir}: the run was stopped{when}; "
                     f"`adapt-pruner run {run_dir / 'recipe.yaml'} -o {run_dir}` goes on, `adapt-pruner report {run_dir}` shows what there is"
@@ -57,8 +60,8 @@ def watch(
             elif last is None and not wait_said:
                 show.say(f"the run in {run_dir} is preparing: it loads the model and reads its text, and has logged nothing yet")
                 wait_said = True
-            elif not silence_said and last and last.get("time") and time.time() - last["time"] > _SILENT:
-                show.say(f"the last line of the log is {duration(time.time() - last['time'])} old; the run may be in a long step")
+            elif not silence_said and last and last.time and time.time() - last.time > _SILENT:
+                show.say(f"the last line of the log is {span(time.time() - last.time)} old; the run may be in a long step")
                 silence_said = True
             if not fresh:
                 time.sleep(_POLL)
@@ -71,8 +74,10 @@ class _Tail:
     def __init__(self, path: Path) -> None:
         self._path, self._at, self._rest = path, 0, b""
 
-    def read(self) -> Iterator[dict[str, Any]]:
+    def read(self) -> "Iterator[Event]":
         """What is new; a last line without its end waits for it, and a line that is no event is passed over."""
+        from adapt_pruner.core.events import parse_line
+
         try:
             with self._path.open("rb") as log:
                 if log.seek(0, 2) < self._at:
@@ -84,14 +89,14 @@ class _Tail:
             return
         *lines, self._rest = (self._rest + new).split(b"\n")
         for line in lines:
-            if (event := event_of(line)) is not None:
+            if (event := parse_line(line)) is not None:
                 yield event
 
 
 def _told(
-    show: Any, events: Iterable[dict[str, Any]], *, last: dict[str, Any] | None = None, ended: bool = False
-) -> tuple[dict[str, Any] | None, bool]:
-    """Show events; the last of them, and whether the run has ended. One that lacks what its kind has is passed over.
+    show: "Screen", events: "Iterable[Event]", *, last: "Event | None" = None, ended: bool = False
+) -> "tuple[Event | None, bool]":
+    """Show events; the last of them, and whether the run has ended.
 
     Args:
         show: the screen.
@@ -99,15 +104,9 @@ def _told(
         last: the event before them; None where there was none.
         ended: whether the run had ended before them. Warnings, as of a report that failed, do not undo that; work does.
     """
-    for event in events:
-        try:
-            show(event)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-            continue
-        last = event
-        ended = _is_end(event) or (ended and event["event"] not in ("resumed", "start"))
+    from adapt_pruner.core.events import Resumed, Saved, Start
+
+    for last in events:
+        show.hear(last)
+        ended = (isinstance(last, Saved) and last.is_result) or (ended and not isinstance(last, Resumed | Start))
     return last, ended
-
-
-def _is_end(event: dict[str, Any]) -> bool:
-    return event["event"] == "saved" and "params_after" in event

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.events import Progress, Said, Warned
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -83,9 +84,9 @@ def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
         if kind == "error":
             reason = text
         elif kind == "warning":
-            listen({"event": "warning", "message": text})
+            listen(Warned(message=text).told())
         else:
-            listen({"event": "said", "text": line})
+            listen(Said(text=line).told())
     return reason
 
 
@@ -117,7 +118,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
     """
 
     def told(done: int, of: int) -> None:
-        listen({"event": "progress", "phase": "evaluate", "done": done, "of": of})
+        listen(Progress(phase="evaluate", done=done, of=of).told())
 
     losses = {}
     for text, its in windows.items():

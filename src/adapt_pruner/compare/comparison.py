@@ -31,7 +31,9 @@ from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, rel
 from adapt_pruner.compare.picture import draw
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
+from adapt_pruner.core import events
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.events import CellDone, Interrupted, Load, Reused, Warned
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import to_json
@@ -77,12 +79,12 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     for text in asked.texts:
         if text != SELF:
             documents(text)  # a text that is not there is said before a model is loaded
-    listen({"event": "load", "model": asked.model})
+    listen(Load(model=asked.model).told())
     device = pick_device(asked.device)
     again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
     work = _prepared(again(), asked, listen)
     release()
-    listen({"event": "loaded", "model": asked.model, "params": work.params})
+    listen(events.Loaded(model=asked.model, params=work.params).told())
     try:
         (out / "cells").mkdir(parents=True, exist_ok=True)
         (out / "models").mkdir(exist_ok=True)
@@ -92,7 +94,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
             try:
                 return comparison.run()
             except KeyboardInterrupt:
-                listen({"event": "interrupted", "message": f"{comparison.standing}; the same command goes on from there"})
+                listen(Interrupted(message=f"{comparison.standing}; the same command goes on from there").told())
                 raise
     except OSError as error:
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
@@ -138,7 +140,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         *too_long(loaded.model.config, {"--window": asked.window}),
     ):
         if sentence:
-            listen({"event": "warning", "message": sentence})
+            listen(Warned(message=sentence).told())
 
     def calibration(cell: Cell) -> Any:
         if cell.method not in readers:
@@ -203,20 +205,20 @@ class _Comparison:
                 self._done[name] = found
         reused = len(self._done)
         if reused:
-            self._listen({"event": "reused", "done": reused, "of": of})
+            self._listen(Reused(done=reused, of=of).told())
             self._warn_of_other_versions()
         self._own = self._measured_dense()
         self._write(self._result())
         for number, (name, cell) in enumerate(zip(self._names, self._work.cells, strict=True), start=1):
             if name in self._done:
                 continue
-            where = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
+            where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
             where |= {"draws": self._asked.num_draws}
-            self._listen({"event": "cell", **where, "seconds_left": self._seconds_left()})
+            self._listen(events.Cell(**where, seconds_left=self._seconds_left()).told())
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
             nll = self._done[name].get("nll", {}).get(first)
-            self._listen({"event": "cell_done", **where, "nll": nll, "error": self._done[name].get("error")})
+            self._listen(CellDone(**where, nll=nll, error=self._done[name].get("error")).told())
             self._write(self._result())
         result = self._result()
         picture = draw(result, self._out, warn=self._warn)
@@ -306,7 +308,7 @@ class _Comparison:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            self._listen({"event": "warning", "message": message})
+            self._listen(Warned(message=message).told())
 
     def _warn_of_other_versions(self) -> None:
         others = {figures["made_by"] for figures in self._done.values()} - {made_by()}

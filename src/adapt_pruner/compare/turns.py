@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adapt_pruner.compare.ideal import PHASES, Weights, ideal_speed_up, of_gguf, of_torch
+from adapt_pruner.core.events import Load, Progress, Warned
 from adapt_pruner.errors import RunError, UsageError, nearest
 
 __all__ = ["ENGINES", "LOADS", "Spread", "bench"]
@@ -98,7 +99,7 @@ def bench(
         loads: list[list[float]] = [[], []]
         workers: list[_Worker] = []
         for round_idx in range(LOADS):
-            listen({"event": "progress", "phase": "time", "what": "loading", "done": round_idx + 1, "of": LOADS})
+            listen(Progress(phase="time", what="loading", done=round_idx + 1, of=LOADS).told())
             for path, seconds in zip(paths, loads, strict=True):
                 with ExitStack() as once:
                     worker = once.enter_context(_opened(asked | {"model": path}))
@@ -113,7 +114,7 @@ def bench(
             question = {"batch": batch, "prompt": prompt, "generate": generate, "vocabulary": vocabulary}
             taken: list[list[dict[str, float]]] = [[], []]
             for round_idx in range(rounds + 1):
-                listen({"event": "progress", "phase": "time", "what": f"batch {batch}", "done": round_idx, "of": rounds})
+                listen(Progress(phase="time", what=f"batch {batch}", done=round_idx, of=rounds).told())
                 for worker, answers in zip(workers, taken, strict=True):
                     answer = worker.ask(question)
                     if round_idx:
@@ -130,7 +131,7 @@ def bench(
         facts = [worker.facts for worker in workers]
     if facts[0]["stored"] != facts[1]["stored"]:
         message = f"{pruned} is held in {facts[0]['stored']} and {dense} in {facts[1]['stored']}, so that speed-ups are not of pruning alone"
-        listen({"event": "warning", "message": message})
+        listen(Warned(message=message).told())
     models = [
         {
             "model": name, "params": of.shapes.params, "stored": fact["stored"], "disk_bytes": fact["disk_bytes"],
@@ -163,9 +164,9 @@ def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Cal
     llama_cpp.library()  # before any work is done
     if Path(model).is_file():
         return model
-    listen({"event": "load", "model": model})
+    listen(Load(model=model).told())
     for note in export(load(model, trust_remote_code=trust), path, to="gguf", quant=quant):
-        listen({"event": "warning", "message": f"{model}: {note}"})
+        listen(Warned(message=f"{model}: {note}").told())
     return str(path)
 
 

@@ -6,7 +6,7 @@ of an older version lacks has a default. A new event is a new class, here or in 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
@@ -19,7 +19,7 @@ from adapt_pruner.core.words import millions, shown
 
 __all__ = [
     "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
-    "Reused", "Said", "Saved", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "event_of", "parse", "parse_line",
+    "Reused", "Said", "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
@@ -546,6 +546,11 @@ class Said(Event):
         return f"  {self.text}"
 
 
+def is_logged(data: Mapping[str, Any]) -> bool:
+    """Whether log.jsonl keeps what a listener is told."""
+    return Event._kinds.get(data["event"], Other).logged
+
+
 def parse(data: Mapping[str, Any]) -> Event | None:
     """The event that a listener was told; None where it is none, lacks what its kind has, or has it in another form."""
     kind = data.get("event")
@@ -561,21 +566,17 @@ def parse_line(line: str | bytes) -> Event | None:
         data = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return parse(data) if isinstance(data, dict) and _is_finite(data) else None
+    return parse(data) if isinstance(data, dict) and _is_finite(data.values()) else None
 
 
-def event_of(line: str | bytes) -> dict[str, Any] | None:
-    """The event in a line of a log, as it was told."""
-    event = parse_line(line)
-    return None if event is None else event.told()
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    return all(map(_is_finite, value)) if isinstance(value, list) else True
+def _is_finite(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                return False
+        elif isinstance(value, dict | list) and not _is_finite(value.values() if isinstance(value, dict) else value):
+            return False
+    return True
 
 
 def _whose(stage: int, begun: str) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NARROW", "begun", "compact", "duration", "millions", "num_draws", "score", "shots", "shown", "span", "tick", "ticks"]
+__all__ = ["NARROW", "compact", "duration", "millions", "num_draws", "score", "shots", "shown", "span", "tick", "ticks"]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -79,12 +79,6 @@ def score(value: float, error: float | None, *, share: bool) -> str:
 def shots(counts: Iterable[int]) -> str:
     """How many examples stood before the items of tasks, each number once: 0-shot, 5-shot."""
     return ", ".join(f"{count}-shot" for count in sorted(set(counts)))
-
-
-def begun(start: Mapping[str, Any]) -> str:
-    """What the model is called that a run measured first, by its first `start`: it may have been pruned before, or have lost tokens."""
-    whole = start.get("now", start.get("params")) == start.get("params")
-    return "dense" if whole and start.get("dense") is not False else "at the start"
 
 
 def num_draws(asked: Mapping[str, Any]) -> int:

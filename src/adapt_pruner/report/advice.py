@@ -76,8 +76,8 @@ def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]
     """The loss of the last stage's last half, by a line through it; its slope must be clear of the noise."""
     if figures.status != "finished" or not figures.steps:
         return
-    last = [step for step in figures.steps if step.get("stage") == figures.steps[-1].get("stage")]
-    half = [(float(step["tokens"]), float(step["loss"])) for step in last[len(last) // 2 :]]
+    last = [step for step in figures.steps if step.stage == figures.steps[-1].stage]
+    half = [(float(step.tokens), step.loss) for step in last[len(last) // 2 :]]
     slope, error = fit_slope(half)
     if len(half) >= 8 and slope < -_SURE * error:
         fell = -slope * (half[-1][0] - half[0][0])

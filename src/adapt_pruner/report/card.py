@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from adapt_pruner.core.events import Warned
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.words import NARROW, score, shots, shown
 from adapt_pruner.data.sources import SELF, domains
@@ -79,7 +80,7 @@ def try_card(folder: Path, *, path: Path, listen: Callable[[dict[str, Any]], Non
         write_card(folder)
     except Exception as error:
         message = f"there is no README.md, since it failed: {first_line(error)}; `adapt-pruner card {path}` tries again"
-        listen({"event": "warning", "message": message})
+        listen(Warned(message=message).told())
 
 
 def card_of(folder: Path) -> str:

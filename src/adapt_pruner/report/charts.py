@@ -2,13 +2,12 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 from adapt_pruner.core.words import score, shots, shown
-from adapt_pruner.report.figures import Cut, Figures, State
+from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
     "TONES", "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",
@@ -321,7 +320,7 @@ def training(figures: Figures) -> list[Lines]:
         marks.setdefault(cut.tokens, f"{cut.stage}")
     places = [(float(tokens), stage) for tokens, stage in marks.items()]
     about = "Each vertical line is where a stage’s cuts were made, with the stage’s number."
-    loss = [(float(step["tokens"]), float(step["loss"])) for step in steps]
+    loss = [(float(step.tokens), step.loss) for step in steps]
     lines = [_averaged("each step", loss)]
     if not lines[0].low:
         lines = [
@@ -330,9 +329,15 @@ def training(figures: Figures) -> list[Lines]:
         ]
     found = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
     for key, title, y_label, form, points in (
-        ("lr", "Learning rate", "learning rate", "lr", _points_of(steps, "lr")),
+        ("lr", "Learning rate", "learning rate", "lr", [(float(step.tokens), step.lr) for step in steps if step.lr is not None]),
         ("speed", "Training speed", "tokens/s", "count", _speeds(figures)),
-        ("memory", "Peak memory", "GiB", "GiB", [(x, y / 2**30) for x, y in _points_of(steps, "peak_bytes")]),
+        (
+            "memory",
+            "Peak memory",
+            "GiB",
+            "GiB",
+            [(float(step.tokens), step.peak_bytes / 2**30) for step in steps if step.peak_bytes is not None],
+        ),
     ):
         if len(points) > 1:
             line = [_averaged(title, points)]
@@ -342,12 +347,13 @@ def training(figures: Figures) -> list[Lines]:
 
 def perplexities(figures: Figures) -> Lines | None:
     """Perplexity on held-out text after each stage, the model at the start first, over the parameters; None below two."""
-    known = [e for e in figures.evaluations if isinstance(e.get("perplexity"), int | float) and e.get("params")]
-    if len(known) < 2:
-        return None
     points = sorted(
-        (float(e["params"]), float(e["perplexity"]), f"stage {e['stage']}" if e["stage"] else figures.begun) for e in known
+        (float(one.params), one.perplexity, f"stage {one.stage}" if one.stage else figures.begun)
+        for one in figures.evaluations
+        if one.perplexity is not None and one.params
     )
+    if len(points) < 2:
+        return None
     return Lines(
         "perplexity", "Perplexity after each stage", f"On held-out text, after the stage’s {'training' if figures.steps else 'cuts'}; lower is better.",
         [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
@@ -358,13 +364,7 @@ def perplexities(figures: Figures) -> Lines | None:
 def tasks(figures: Figures) -> Scores | None:
     """Accuracies at the start and at the end; None where no task with one was scored."""
     before, now = (
-        {
-            one["task"]: one
-            for event in figures.tasks
-            if bool(event["stage"]) is later
-            for one in event["scores"]
-            if one["accuracy"]
-        }
+        {one["task"]: one for event in figures.tasks if bool(event.stage) is later for one in event.scores if one["accuracy"]}
         for later in (False, True)
     )
     scores = []
@@ -377,19 +377,15 @@ def tasks(figures: Figures) -> Scores | None:
     return Scores("tasks", "Tasks", f"Share of right answers, {given}; a mark shows what guessing gives.", scores, figures.begun)
 
 
-def _points_of(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(float(step["tokens"]), float(step[key])) for step in steps if isinstance(step.get(key), int | float)]
-
-
-def _running_mean(steps: Sequence[Mapping[str, Any]], *, window: int) -> list[tuple[float, float]]:
+def _running_mean(steps: Sequence[Trained], *, window: int) -> list[tuple[float, float]]:
     """(tokens, mean loss of the last `window` steps of the same stage)."""
     found: list[tuple[float, float]] = []
     recent: list[float] = []
     for before, step in zip([None, *steps], steps, strict=False):
-        if before is not None and before.get("stage") != step.get("stage"):
+        if before is not None and before.stage != step.stage:
             recent = []
-        recent = [*recent, float(step["loss"])][-window:]
-        found.append((float(step["tokens"]), sum(recent) / len(recent)))
+        recent = [*recent, step.loss][-window:]
+        found.append((float(step.tokens), sum(recent) / len(recent)))
     return found
 
 
@@ -397,9 +393,9 @@ def _speeds(figures: Figures) -> list[tuple[float, float]]:
     """(tokens, tokens/s from the step before), by the log's clock; pauses between stages and for checkpoints are left out."""
     found = []
     for before, step in pairwise(figures.steps):
-        seconds = float(step.get("time") or 0) - float(before.get("time") or 0)
-        if step.get("follows") and seconds > 0:
-            found.append((float(step["tokens"]), (step["tokens"] - before["tokens"]) / seconds))
+        seconds = (step.time or 0) - (before.time or 0)
+        if step.follows and seconds > 0:
+            found.append((float(step.tokens), (step.tokens - before.tokens) / seconds))
     return found
 
 

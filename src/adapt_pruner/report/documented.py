@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.events import Warned
+from adapt_pruner.core.events import Interrupted, Saved, Warned, parse
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener
 from adapt_pruner.report.card import try_card
@@ -60,10 +60,11 @@ def run(
     """
     folder = Path(run_dir)
 
-    def tell(event: dict[str, Any]) -> None:
-        finished = Path(event.get("path", "")) == folder / "model" and event["event"] in ("saved", "interrupted")
+    def tell(data: dict[str, Any]) -> None:
+        event = parse(data)
+        finished = isinstance(event, Saved | Interrupted) and Path(event.path or "") == folder / "model"
         trouble = try_report(folder) if finished else None
-        listen(event)
+        listen(data)
         if trouble:
             listen(Warned(message=trouble).told())
 

@@ -5,13 +5,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
+from adapt_pruner.core import events
+from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import begun, shots
+from adapt_pruner.core.words import shots
 from adapt_pruner.report.record import Record
 
-__all__ = ["Cut", "Figures", "Row", "State", "after", "figures_of", "fit_slope", "sizes_of"]
+__all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
 
 PHASES = {
     "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
@@ -24,7 +26,7 @@ _INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # w
 class Row:
     """A line of the headline: what is measured, of the model at the start and of the model now; None where it is not known.
 
-    `begun` is what the model at the start is called (see `words.begun`).
+    `begun` is what the model at the start is called (see `events.Start`).
     """
 
     name: str
@@ -46,8 +48,21 @@ class Cut:
     tokens: int
     loss: float | None
     layers: list[int] | None
-    distances: list[float] | None
-    scores: dict[str, dict[str, list[int]]]
+    distances: list[float | None] | None
+    scores: dict[str, Split]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A step of training that has a loss; `follows` says whether nothing but training was done since the step before."""
+
+    stage: int | None
+    tokens: int
+    loss: float
+    lr: float | None = None
+    peak_bytes: int | None = None
+    time: float | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +92,9 @@ class Figures:
     began: State | None
     states: list[State]
     cuts: list[Cut]
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    tasks: list[dict[str, Any]]
+    steps: list[Trained]
+    evaluations: list[Evaluation]
+    tasks: list[Tasks]
     seconds: dict[str, float]
     tokens: dict[str, int]
     wall: float | None
@@ -105,16 +120,16 @@ def figures_of(record: Record) -> Figures:
     """The figures of a run, as far as its folder has them."""
     notes = list(record.trouble)
     cuts = _cuts(record)
-    starts = record.of("start")
-    called = begun(starts[0] if starts else {})
+    starts = record.of(Start)
+    called = starts[0].begun if starts else "dense"
     began, states = _anatomy(record, notes, called)
-    evaluations, tasks = _by_stage(record.of("evaluation")), _by_stage(record.of("tasks"))
+    evaluations, tasks = _by_stage(record.of(Evaluation)), _by_stage(record.of(Tasks))
     figures = record.figures
-    target = figures.get("budget") or (starts[-1].get("target") if starts else None)
+    target = figures.get("budget") or (starts[-1].target if starts else None)
     return Figures(
         name=record.path.resolve().name,
         model=str(record.recipe.get("model") or "the model"),
-        method=str(record.recipe.get("method") or (starts[0].get("method") if starts else "")),
+        method=str(record.recipe.get("method") or (starts[0].method if starts else "")),
         status=record.status,
         target=target,
         begun=called,
@@ -128,25 +143,23 @@ def figures_of(record: Record) -> Figures:
         seconds=_seconds(record, notes),
         tokens=_tokens(record, cuts, evaluations),
         wall=_wall(record.events),
-        peak_bytes=max(
-            (int(e["peak_bytes"]) for e in record.of("step") if e.get("peak_bytes")), default=figures.get("peak_bytes")
-        ),
-        asked={name.rpartition(".")[2] for cut in record.of("cut") for name in cut.get("sizes") or ()},
-        warnings=list(dict.fromkeys(str(event.get("message")) for event in record.of("warning"))),
+        peak_bytes=max((step.peak_bytes for step in record.of(Step) if step.peak_bytes), default=figures.get("peak_bytes")),
+        asked={name.rpartition(".")[2] for cut in record.of(events.Cut) for name in cut.sizes or ()},
+        warnings=list(dict.fromkeys(event.message for event in record.of(Warned))),
         notes=notes,
     )
 
 
-def sizes_of(event: Mapping[str, Any], left: Sequence[int] | None) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+def sizes_of(sizes: Mapping[str, int] | None, left: Sequence[int] | None) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
     """An event's `sizes` by layer, as numbered in the model at the start, and those of the whole model.
 
     Args:
-        event: with `sizes`, in which layers have the numbers they had at the time.
+        sizes: axis name -> units; layers have the numbers they had at the time.
         left: the layers there were at the time, by their numbers at the start; None for all.
     """
     layers: dict[int, dict[str, int]] = {}
     wide = {}
-    for name, size in (event.get("sizes") or {}).items():
+    for name, size in (sizes or {}).items():
         parts = name.split(".")
         if len(parts) == 3 and parts[1].isdecimal():
             layer = int(parts[1])
@@ -158,17 +171,17 @@ def sizes_of(event: Mapping[str, Any], left: Sequence[int] | None) -> tuple[dict
 
 
 def after(
-    event: Mapping[str, Any], layers: Mapping[int, Mapping[str, int]], left: Sequence[int] | None
+    cut: events.Cut, layers: Mapping[int, Mapping[str, int]], left: Sequence[int] | None
 ) -> tuple[dict[int, dict[str, int]], Sequence[int] | None]:
-    """The sizes by layer, and the layers left, after an event with `sizes`.
+    """The sizes by layer, and the layers left, after a cut.
 
     Args:
-        event: a `cut`, whose sizes name layers as they were before it.
+        cut: its sizes name layers as they were before it.
         layers: the sizes before, by the layers' numbers at the start.
         left: the layers there were before; None for all.
     """
-    changed = sizes_of(event, left)[0]
-    left = event["layers_left"] if event.get("layers_left") is not None else left
+    changed = sizes_of(cut.sizes, left)[0]
+    left = cut.layers_left if cut.layers_left is not None else left
     now = {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}
     for sizes in now.values():
         gone = [kind for block, kinds in _INSIDE.items() if sizes.get(block) == 0 for kind in kinds]  # with the whole block
@@ -190,17 +203,21 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (len(points) - 2) / spread)
 
 
-def _steps(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps with a loss; `follows` says whether nothing but training was done since the step before."""
+def _steps(told: Sequence[Event]) -> list[Trained]:
+    """The steps with a loss."""
     return [
-        {**event, "follows": before.get("event") == "step"} for before, event in zip([{}, *events], events, strict=False)
-        if event["event"] == "step" and number_of(event.get("loss")) is not None and event.get("tokens")
-    ]  # fmt: skip
+        Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, follows=isinstance(before, Step))
+        for before, step in zip([None, *told], told, strict=False)
+        if isinstance(step, Step) and step.loss is not None and step.tokens
+    ]
 
 
-def _by_stage(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last evaluation of each stage, in their order."""
-    found = {event["stage"]: event for event in events if isinstance(event.get("stage"), int)}
+_Staged = TypeVar("_Staged", Evaluation, Tasks)
+
+
+def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
+    """The last of each stage, in their order."""
+    found = {event.stage: event for event in told}
     return [found[stage] for stage in sorted(found)]
 
 
@@ -209,33 +226,33 @@ def _cuts(record: Record) -> list[Cut]:
     tokens = 0
     left: list[int] | None = None
     for event in record.events:
-        if event["event"] == "step":
-            tokens = int(event.get("tokens") or tokens)
-        elif event["event"] == "start":
-            left = event.get("layers_left")
-        elif event["event"] == "cut" and event.get("params"):
+        if isinstance(event, Step):
+            tokens = event.tokens or tokens
+        elif isinstance(event, Start):
+            left = event.layers_left
+        elif isinstance(event, events.Cut) and event.params:
             found.append(
                 Cut(
-                    stage=int(event.get("stage") or 1), iteration=int(event.get("iteration") or len(found) + 1), params=int(event["params"]),
-                    target=int(event.get("target") or event["params"]), tokens=tokens, loss=number_of(event.get("loss")),
-                    layers=left, distances=event.get("distances"), scores=event.get("scores") or {},
+                    stage=event.stage or 1, iteration=event.iteration or len(found) + 1, params=event.params,
+                    target=event.target or event.params, tokens=tokens, loss=event.loss,
+                    layers=left, distances=event.distances, scores=event.scores or {},
                 )
             )  # fmt: skip
-            left = event["layers_left"] if event.get("layers_left") is not None else left
+            left = event.layers_left if event.layers_left is not None else left
     return found
 
 
 def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | None, list[State]]:
     """The model at the start, and after each stage; of a single stage after up to eight groups of its iterations."""
-    starts, cuts = record.of("start"), [cut for cut in record.of("cut") if cut.get("sizes")]
-    params = int(starts[0]["params"]) if starts and starts[0].get("params") else 0
+    starts, cuts = record.of(Start), [cut for cut in record.of(events.Cut) if cut.sizes]
+    params = starts[0].params or 0 if starts else 0
     began = None
-    if starts and starts[0].get("began"):
-        began = State(called, params, *sizes_of({"sizes": starts[0]["began"]}, None))
+    if starts and starts[0].began:
+        began = State(called, params, *sizes_of(starts[0].began, None))
     if began is None and record.mask:
-        began = State(called, params, *sizes_of({"sizes": {name: size for name, (size, _) in record.mask.items()}}, None))
+        began = State(called, params, *sizes_of({name: size for name, (size, _) in record.mask.items()}, None))
     if (began is None or not began.layers) and cuts:
-        first, wide = sizes_of(cuts[0], None)
+        first, wide = sizes_of(cuts[0].sizes, None)
         kinds = {kind for layer in first.values() for kind in layer}
         most = {kind: max(layer.get(kind, 0) for layer in first.values()) for kind in kinds}
         began = State(called, params, {layer: dict(most) for layer in first}, wide)
@@ -244,21 +261,21 @@ def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | Non
                 "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
             )
     states: list[State] = []
-    left = starts[0].get("layers_left") if starts else None
+    left: Sequence[int] | None = starts[0].layers_left if starts else None
     whole = dict(began.layers) if began else {}
     for cut in cuts:
-        wide = sizes_of(cut, left)[1]
-        if cut.get("layers_left") is None and wide.get("layers", len(whole)) < len(whole):
+        wide = sizes_of(cut.sizes, left)[1]
+        if cut.layers_left is None and wide.get("layers", len(whole)) < len(whole):
             notes.append("which layers went is not in the log of this older run, so the anatomy stops before that")
             break
         whole, left = after(cut, whole, left)
-        label = f"stage {cut.get('stage', 1)}, iteration {cut.get('iteration', len(states) + 1)}"
-        states.append(State(label, int(cut["params"]), whole, wide))
+        label = f"stage {cut.stage or 1}, iteration {cut.iteration or len(states) + 1}"
+        states.append(State(label, cut.params, whole, wide))
     return began, _grouped(cuts, states)
 
 
-def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most: int = 8) -> list[State]:
-    stages = [cut.get("stage", 1) for cut, _ in zip(cuts, states, strict=False)]
+def _grouped(cuts: Sequence[events.Cut], states: Sequence[State], *, most: int = 8) -> list[State]:
+    stages = [cut.stage or 1 for cut, _ in zip(cuts, states, strict=False)]
     if len(set(stages)) > 1:
         last = dict(zip(stages, states, strict=True))
         return [State(f"stage {stage}", state.params, state.layers, state.wide) for stage, state in last.items()]
@@ -267,20 +284,20 @@ def _grouped(cuts: Sequence[Mapping[str, Any]], states: Sequence[State], *, most
 
 
 def _headline(
-    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]], called: str
+    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation], tasks: Sequence[Tasks], called: str
 ) -> list[Row]:
     """Counts of the model that the run was given, and measures of it once tokens that were to go had gone."""
-    starts = record.of("start")
-    given = begun({"dense": starts[0].get("dense")} if starts else {})
+    starts = record.of(Start)
+    given = starts[0].given if starts else "dense"
     return [
         *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
         *(replace(row, begun=called) for row in [*_measures(cuts, evaluations), *_task_rows(tasks)]),
     ]
 
 
-def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> list[Row]:
     figures = record.figures
-    before = number_of(figures.get("params_before")) or (number_of(starts[0].get("params")) if starts else None)
+    before = number_of(figures.get("params_before")) or (number_of(starts[0].params) if starts else None)
     now = number_of(figures.get("params_after")) or (float(cuts[-1].params) if cuts else None)
     rows = [Row("parameters", before, now, "params")]
     if figures.get("decoder_params_before"):
@@ -303,39 +320,39 @@ def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Mapping[str, A
     return [row for row in rows if row.before is not None or row.now is not None]
 
 
-def _measures(cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> list[Row]:
     rows = []
     if evaluations:
-        first = evaluations[0] if evaluations[0]["stage"] == 0 else {}
-        last = evaluations[-1] if evaluations[-1]["stage"] else {}
-        when = f" (after stage {last['stage']})" if last and cuts and last["stage"] < cuts[-1].stage else ""
+        first = evaluations[0] if evaluations[0].stage == 0 else None
+        last = evaluations[-1] if evaluations[-1].stage else None
+        when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
         for name, key, form, note in (
             ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
             ("bits per byte", "bits_per_byte", "bits", ""),
             ("tokens/s, reading", "tokens_per_second", "speed", "seen once, while evaluating"),
         ):
-            rows.append(Row(name, number_of(first.get(key)), number_of(last.get(key)), form, note))
+            rows.append(Row(name, getattr(first, key, None), getattr(last, key, None), form, note))
     return [row for row in rows if row.before is not None or row.now is not None]
 
 
-def _task_rows(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _task_rows(tasks: Sequence[Tasks]) -> list[Row]:
     """The average over the tasks, or a single task's own figure, at the start and at the end."""
     if not tasks:
         return []
-    first = tasks[0] if tasks[0]["stage"] == 0 else {}
-    last = tasks[-1] if tasks[-1]["stage"] else {}
-    scores = tasks[0]["scores"]
+    first = tasks[0] if tasks[0].stage == 0 else None
+    last = tasks[-1] if tasks[-1].stage else None
+    scores = tasks[0].scores
     given = shots(score["shots"] for score in scores)
     if len(scores) == 1:
-        before, now = (number_of(one["scores"][0]["value"]) if one else None for one in (first, last))
+        before, now = (one.scores[0]["value"] if one else None for one in (first, last))
         return [
             Row(scores[0]["task"], before, now, "right" if scores[0]["accuracy"] else "plain", f"{scores[0]['metric']}, {given}")
         ]
     counted = sum(bool(score["accuracy"]) for score in scores)
     row = Row(
         f"average of {counted} tasks",
-        number_of(first.get("average")),
-        number_of(last.get("average")),
+        first.average if first else None,
+        last.average if last else None,
         "right",
         f"accuracy, {given}",
     )
@@ -357,22 +374,22 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     return {phase: seconds for phase, seconds in found.items() if seconds > 0}
 
 
-def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> dict[str, int]:
     asked = record.recipe.get("calibration") or {}
     each = int(asked.get("samples") or 0) * int(asked.get("length") or 0)
     guessed = each * sum(cut.loss is not None for cut in cuts)  # of an older log, which does not say
-    read = max((int(cut["read"]) for cut in record.of("cut") if cut.get("read") is not None), default=guessed)
-    trained = max((int(step.get("tokens") or 0) for step in record.of("step")), default=0)
-    measured = sum(int(evaluation.get("tokens") or 0) for evaluation in evaluations)
+    read = max((cut.read for cut in record.of(events.Cut) if cut.read is not None), default=guessed)
+    trained = max((step.tokens for step in record.of(Step)), default=0)
+    measured = sum(evaluation.tokens or 0 for evaluation in evaluations)
     return {name: count for name, count in (("score", read), ("train", trained), ("evaluate", measured)) if count}
 
 
-def _wall(events: Sequence[Mapping[str, Any]]) -> float | None:
+def _wall(told: Sequence[Event]) -> float | None:
     """Seconds from the first event to the last; of a run that was stopped, without pauses of more than ten minutes before it went on."""
-    times = [(event["time"], event["event"]) for event in events if number_of(event.get("time"))]
+    times = [(event.time, event) for event in told if event.time]
     pauses = sum(
         later - earlier
-        for (earlier, _), (later, kind) in pairwise(times)
-        if kind in ("start", "resumed", "warning") and later - earlier > 600
+        for (earlier, _), (later, event) in pairwise(times)
+        if isinstance(event, Start | Resumed | Warned) and later - earlier > 600
     )
     return times[-1][0] - times[0][0] - pauses if len(times) > 1 else None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from adapt_pruner.core.events import Start
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.words import compact, duration, shown
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -295,12 +296,12 @@ def _facts(record: Record, figures: Figures) -> str:
 
 
 def _machine(record: Record) -> str | None:
-    start = next((event for event in reversed(record.of("start")) if event.get("device")), None)
-    return None if start is None else f"{start['device']}, {start.get('precision')} products{_processes(start)}"
+    start = next((event for event in reversed(record.of(Start)) if event.device), None)
+    return None if start is None else f"{start.device}, {start.precision} products{_processes(start)}"
 
 
-def _processes(start: dict[str, object]) -> str:
-    return f"; {start['processes']} processes ({start.get('parallel')})" if start.get("processes") not in (None, 1) else ""
+def _processes(start: Start) -> str:
+    return f"; {start.processes} processes ({start.parallel})" if start.processes != 1 else ""
 
 
 def _source(source: object) -> str | None:
@@ -310,7 +311,7 @@ def _source(source: object) -> str | None:
 
 
 def _when(record: Record) -> str | None:
-    first = next((event["time"] for event in record.events if isinstance(event.get("time"), int | float)), None)
+    first = next((event.time for event in record.events if event.time is not None), None)
     return None if first is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(first))
 
 

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from adapt_pruner.core.events import event_of
+from adapt_pruner.core.events import Event, parse_line
 from adapt_pruner.core.strict_json import is_count, is_number
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
@@ -18,6 +18,7 @@ from adapt_pruner.recipe import in_todays_keys
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 
 Status = Literal["finished", "running", "stopped"]
+_Kind = TypeVar("_Kind", bound=Event)
 
 # Of a recipe, what the page reads as a number or as a section, and the numbers in sections.
 _NUMBERS = ("step", "amplitude")
@@ -35,7 +36,7 @@ class Record:
         recipe: what recipe.yaml says; empty where it cannot be read.
         recipe_text: recipe.yaml as it is.
         made_by: versions of what ran it; empty where not known.
-        events: of the log, in their order, each a dict with `event`.
+        events: of the log, in their order.
         pruning: pruning.json of the result, or of the newest checkpoint that has one; empty where there is none.
         state: state.json of that checkpoint; empty where there is none, as beside a result.
         mask: axis name -> (entries in the model at the start, indices that stayed), from beside pruning.json.
@@ -49,7 +50,7 @@ class Record:
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     made_by: str = ""
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     pruning: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     mask: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
@@ -57,9 +58,9 @@ class Record:
     weight_bytes: int | None = None
     trouble: list[str] = field(default_factory=list)
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def of(self, kind: type[_Kind]) -> list[_Kind]:
         """The events of one kind."""
-        return [event for event in self.events if event["event"] == kind]
+        return [event for event in self.events if isinstance(event, kind)]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -103,13 +104,13 @@ def read_record(run_dir: str | Path) -> Record:
     )
 
 
-def parse_lines(lines: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+def parse_lines(lines: list[str]) -> tuple[list[Event], list[int]]:
     """The events in lines of a log, and the numbers, from 1, of lines that are none (see `core.events`)."""
     events, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if (event := event_of(line)) is not None:
+        if (event := parse_line(line)) is not None:
             events.append(event)
         else:
             bad.append(number)
@@ -182,7 +183,7 @@ def _is_source(value: object) -> bool:
     return all(map(is_number, value.values())) if isinstance(value, dict) else value is None or isinstance(value, str)
 
 
-def _events(path: Path, trouble: list[str]) -> list[dict[str, Any]]:
+def _events(path: Path, trouble: list[str]) -> list[Event]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

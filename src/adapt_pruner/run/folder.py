@@ -26,6 +26,7 @@ from typing import IO, Any
 from adapt_pruner.checkpoint.save import check_target, why, write_whole
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
+from adapt_pruner.core.events import is_logged
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
@@ -91,15 +92,16 @@ class RunFolder:
         return keys
 
     def log(self, event: dict[str, Any]) -> None:
-        """Add an event to log.jsonl. Until the run begins or goes on it may still be refused: warnings wait for that, other events are left out.
+        """Add an event to log.jsonl, if it is kept there. Until the run begins or goes on it may still be refused: events wait for that.
 
         Raises:
             RunError: it could not be written.
         """
+        if not is_logged(event):
+            return
         line = to_json({"time": time.time()} | event) + "\n"
         if not self._begun:
-            if event["event"] == "warning":
-                self._early.append(line)
+            self._early.append(line)
             return
         try:
             self._append("".join([*self._early, line]))

@@ -313,8 +313,7 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
 
     def tell(event: dict[str, Any]) -> None:
         if world.is_main():
-            if event["event"] != "progress":
-                folder.log(event)
+            folder.log(event)
             listen(event)
 
     return tell

@@ -7,24 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core import world
+from adapt_pruner.core.events import Resumed, Start, Step, Warned, parse
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener
 
 __all__ = ["reporting"]
 
-_FIGURES = {
-    "step": ("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes"),
-    "evaluation": ("perplexity", "params"),
-    "tasks": ("average", "params"),
-    "cut": ("params", "loss"),
-}
-"""Event -> what of it is told, as `event/figure`."""
-
 
 @contextmanager
 def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Listener]:
-    """`listen`, and beside it the trackers that the recipe reports to; TensorBoard's files lie in `run_dir`/trackers/run.
+    """`listen`, and beside it the trackers that the recipe reports to, which are told `event/figure`; TensorBoard's files lie in `run_dir`/trackers/run.
 
     Figures are told at the optimiser step they belong to; a run that goes on adds to them, steps that it takes again
     included. Only the main process reports. A tracker that fails on the way is dropped with a warning.
@@ -62,17 +55,19 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             do(running[name])
         except Exception as error:  # a run is worth more than its curves
             del running[name]
-            listen({"event": "warning", "message": f"{name} is told no more of this run, since it failed: {first_line(error)}"})
+            listen(Warned(message=f"{name} is told no more of this run, since it failed: {first_line(error)}").told())
 
-    def tell(event: dict[str, Any]) -> None:
+    def tell(data: dict[str, Any]) -> None:
         nonlocal step
-        listen(event)
-        kind = event["event"]
-        if kind == "start":  # not before: a run that is refused leaves nothing behind
+        listen(data)
+        event = parse(data)
+        if event is None:
+            return
+        if isinstance(event, Start):  # not before: a run that is refused leaves nothing behind
             for name in recipe.report_to:
                 start(name)
-        step = event["step"] if kind in ("step", "resumed") else step
-        told = {f"{kind}/{figure}": event[figure] for figure in _FIGURES.get(kind, ()) if event.get(figure) is not None}
+        step = event.step if isinstance(event, Step | Resumed) and event.step is not None else step
+        told = {f"{event.event}/{name}": value for name, value in event.figures().items()}
         for tracked in list(running) if told else ():
             attempt(tracked, lambda tracker: tracker.log(told, step=step))
 
