@@ -142,9 +142,17 @@ def walk(place: Path, out: Path) -> dict[str, Any]:
     def room(file: str) -> str:
         return Path(file).relative_to(package).parts[0].removesuffix(".py")
 
+    def imports_run(frame: Any) -> bool:
+        """Whether a module of the package is being imported, which makes its classes and constants."""
+        while frame is not None:
+            if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(package):
+                return True
+            frame = frame.f_back
+        return False
+
     def watch(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(package) or code.co_name == "<module>":
+        if event != "call" or not code.co_filename.startswith(package) or imports_run(frame):
             return
         files.add(code.co_filename)
         values = (frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
