@@ -14,7 +14,6 @@ README.md               of a result, the model card (see `report.card`)
 import copy
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import sync, why, write_whole
+from adapt_pruner.core.files import folder_beside, sync, why, write_whole
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
@@ -67,22 +66,21 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         RunError: it could not be written (disk full, no permission); nothing is left under `path`.
     """
     path = path.absolute()  # "." cannot be renamed over, its full name can
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(partial.stat().st_mode & 0o666)  # safetensors lets its files be read by their owner alone
-            sync(file)
-        sync(partial)
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        if path.exists():
-            rescued = partial.rename(path.with_name(f"{path.name}-{partial.name[-8:]}"))
-            raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
-        partial.rename(path)
-        sync(path.parent)
+        with folder_beside(path) as partial:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(partial.stat().st_mode & 0o666)  # safetensors lets its files be read by their owner alone
+                sync(file)
+            sync(partial)
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            if path.exists():
+                rescued = partial.rename(path.with_name(f"{path.name}-{partial.name[-8:]}"))
+                raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
+            partial.rename(path)
+            sync(path.parent)
     except OSError as error:
         raise RunError(
             f"{path} could not be written: {why(error)}; nothing was left there, free some space or name another folder"
@@ -93,8 +91,6 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
                 f"{path} could not be written: the disk is full; nothing was left there, free some space and run again"
             ) from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save(

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import time
@@ -25,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
-from adapt_pruner.checkpoint.save import check_target, why, write_whole
+from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
 from adapt_pruner.compare.picture import draw
@@ -34,6 +33,7 @@ from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core import events
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import CellDone, Interrupted, Load, Reused, Warned
+from adapt_pruner.core.files import tidy, why, write_whole
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import to_json
@@ -172,9 +172,8 @@ def _windows_digest(windows: Sequence[Tensor]) -> str:
 
 def _tidy(out: Path) -> None:
     """Remove, in place, what a process that was killed left half-written."""
-    for path in [*out.iterdir(), *(out / "models").iterdir(), *(out / "cells").iterdir()]:
-        if re.fullmatch(r"\..+\.partial-[0-9a-f]{8}", path.name):
-            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    for folder in (out, out / "models", out / "cells"):
+        tidy(folder)
 
 
 class _Comparison:

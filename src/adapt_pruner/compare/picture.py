@@ -3,12 +3,12 @@
 import importlib.util
 import math
 import textwrap
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.compare.table import label
+from adapt_pruner.core.files import whole_file
 from adapt_pruner.report.comparison import left_out, within
 
 __all__ = ["draw"]
@@ -51,12 +51,8 @@ def draw(result: Mapping[str, Any], folder: Path, *, warn: Callable[[str], None]
         figure.suptitle(f"{Path(result['arguments']['model']).name} pruned, not trained", fontsize=11, x=0.01, ha="left")
         figure.supxlabel(_caption(result), fontsize=7, color=_GREY, x=0.01, ha="left")
         for ending in ("svg", "png"):
-            partial = folder / f".compare.{ending}.partial-{uuid.uuid4().hex[:8]}"
-            try:
+            with whole_file(folder / f"compare.{ending}") as partial:
                 figure.savefig(partial, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
-                partial.rename(folder / f"compare.{ending}")
-            finally:
-                partial.unlink(missing_ok=True)
     return True
 
 

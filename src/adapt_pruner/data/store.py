@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapt_pruner.core.files import folder_beside, remove
 from adapt_pruner.errors import RunError
 
 __all__ = ["Chunk", "Store", "cache_folder", "stored"]
@@ -92,16 +91,12 @@ def stored(
         return found
     if damage:
         warn(f"the tokens in {folder} are damaged ({damage}), so they are made anew")
-    beside = folder.with_name(f".{fingerprint}.{uuid.uuid4().hex}")
     try:
-        try:
-            beside.mkdir(parents=True)
+        with folder_beside(folder) as beside:
             _write(beside, make(), inputs, dtype)
             own, _ = _opened(beside)  # stays readable wherever the folder goes
             assert own is not None
             return _settled(beside, folder) or own
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise RunError(
             f"tokens cannot be kept in {root} ({error.strerror or error}); "
@@ -175,14 +170,8 @@ def _settled(beside: Path, folder: Path) -> Store | None:
             winner, damage = _opened(folder)
             if winner is not None:
                 return winner
-            if not damage:
-                continue
-            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-            try:
-                folder.rename(aside)
-            except FileNotFoundError:
-                continue  # another process was quicker
-            shutil.rmtree(aside, ignore_errors=True)
+            if damage:
+                remove(folder)
         else:
             return None
     return None

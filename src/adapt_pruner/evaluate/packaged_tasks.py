@@ -8,13 +8,12 @@ import gzip
 import importlib.util
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.files import folder_beside
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError
 
@@ -139,17 +138,14 @@ def _made(folder: Path, make: Callable[[Path], None]) -> None:
     """Have a folder, made beside its place and renamed; of two processes the first to finish keeps its own."""
     if folder.is_dir():
         return
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        beside.mkdir(parents=True)
-        make(beside)
-        if not folder.is_dir():
-            beside.rename(folder)
+        with folder_beside(folder) as beside:
+            make(beside)
+            if not folder.is_dir():
+                beside.rename(folder)
     except OSError as error:
         if not folder.is_dir():
             raise RunError(
                 f"task data cannot be kept in {folder.parent} ({error.strerror or error}); "
                 "make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
             ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import check_parent, why
+from adapt_pruner.checkpoint.save import check_parent
+from adapt_pruner.core.files import whole_file, why
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
@@ -97,22 +98,15 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     plan, notes = _planned(loaded.model, quantised=quantised)
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.gguf")
     try:
-        notes += _write(gguf, loaded, partial, plan, dtype)
-        if quantised:
-            smaller = path.with_name(f".{path.stem}.quantised.gguf")
-            try:
-                llama_cpp.quantise(partial, smaller, str(quant))
-                smaller.replace(partial)
-            finally:
-                smaller.unlink(missing_ok=True)
-            notes += _left_wide(gguf, partial, str(quant))
-        partial.rename(path)
+        with whole_file(path) as partial:
+            notes += _write(gguf, loaded, partial, plan, dtype)
+            if quantised:
+                with whole_file(partial) as smaller:
+                    llama_cpp.quantise(partial, smaller, str(quant))
+                notes += _left_wide(gguf, partial, str(quant))
     except OSError as error:
         raise RunError(f"{path} could not be written: {why(error)}; nothing was left there") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return notes
 
 

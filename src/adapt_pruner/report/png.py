@@ -2,12 +2,11 @@
 
 import importlib.util
 import textwrap
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.files import why
+from adapt_pruner.core.files import whole_file, why
 from adapt_pruner.core.words import shown, tick, ticks
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Scores
@@ -60,15 +59,12 @@ def write_pictures(pictures: Iterable[Chart], folder: Path, *, dpi: int = 200) -
             figure.suptitle(chart.title, fontsize=10, x=0.01, ha="left")
             _DRAWERS[type(chart)](figure, chart)
             path = folder / f"{chart.key}.png"
-            partial = folder / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(partial, format="png", dpi=dpi)
-                partial.rename(path)
+                with whole_file(path) as partial:
+                    figure.savefig(partial, format="png", dpi=dpi)
             except OSError as error:
                 raise RunError(f"{path} could not be written: {why(error)}; name another folder") from error
-            finally:
-                partial.unlink(missing_ok=True)
             written.append(path)
     return written
 

@@ -15,18 +15,17 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from adapt_pruner.checkpoint.save import check_target, why, write_whole
+from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
 from adapt_pruner.core.events import is_logged
+from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
@@ -36,7 +35,6 @@ __all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of",
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _GLANCE = 0.1  # seconds to wait out a report that looks whether the lock is held
-_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
 
 
 class RunFolder:
@@ -142,32 +140,19 @@ class RunFolder:
             os.truncate(log, log_size)
         for path in damaged:
             aside = path.with_name(f"{path.name}.damaged")
-            self._remove(aside)
+            remove(aside)
             path.rename(aside)
 
     def tidy(self, *, keep: int | None = None) -> None:
         """Remove, in place, all checkpoints but the newest `keep`, and what was left half-written or half-removed."""
         for path in self._found()[keep:] if keep is not None else ():
-            self._remove(path)
+            remove(path)
         for folder in (self.path, self.checkpoints):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if _PARTIAL.fullmatch(path.name):
-                    self._remove(path)
+            tidy(folder)
 
     def _append(self, line: str) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(line)
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        """Remove, in place, a file or folder; what is half removed does not bear its name."""
-        if not _PARTIAL.fullmatch(path.name):
-            with suppress(OSError):  # then there is none, or it cannot be removed
-                path = path.rename(path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}"))
-        if path.is_file():
-            path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
 
     def _found(self) -> list[Path]:
         """Checkpoints by their names, the newest first."""

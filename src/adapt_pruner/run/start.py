@@ -15,13 +15,13 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
-from adapt_pruner.checkpoint.save import why, write_whole
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import Find, Load, VocabularyCut
+from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import cut
