@@ -31,7 +31,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run import loop, start
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.plan import stage_targets
+from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
 from conftest import read_json
 

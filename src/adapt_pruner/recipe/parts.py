@@ -20,7 +20,7 @@ import yaml
 
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["FOLDERS", "bind", "check", "names", "needs", "summaries", "takes"]
+__all__ = ["FOLDERS", "about", "bind", "check", "names", "needs", "needs_if_known", "summaries", "takes"]
 
 FOLDERS = {
     "metric": "score",
@@ -100,6 +100,19 @@ def summaries(key: str) -> dict[str, str]:
 def needs(key: str, written: str) -> frozenset[str]:
     """What a part named in a recipe says that it needs (see `core.parts.part`)."""
     return _found(key)[_split(key, written)[0]].needs
+
+
+def needs_if_known(key: str, written: str) -> frozenset[str]:
+    """The same; nothing where this version does not have the part, as of a run that another version made."""
+    try:
+        return needs(key, written)
+    except UsageError:
+        return frozenset()
+
+
+def about(key: str, written: str) -> str:
+    """The first line of the docstring of a part named in a recipe."""
+    return _found(key)[_split(key, written)[0]].about
 
 
 def takes(key: str, written: str, argument: str) -> bool:

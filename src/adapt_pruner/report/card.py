@@ -126,7 +126,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     recipe, figures = pruning["recipe"], pruning["figures"]
     base = pruning.get("base") or {"name": Path(recipe["model"]).name, "hub": None, "license_from": None}
     title = f"{base['name'].rpartition('/')[2]} pruned to {_count(figures['params_after'])}"
-    parts = [
+    sections = [
         f"# {title}",
         _summary(config, pruning, base, form=exported and exported[0]),
         "## Results",
@@ -139,7 +139,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
     ]
     front = _front_matter(recipe, figures, base, title).to_yaml()
-    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n").content)
+    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n").content)
 
 
 def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
@@ -308,7 +308,7 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
             f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']} "
             f"{'stage' if recipe['stages'] == 1 else 'stages'} with `{training['objective']}`, peak learning rate {training['lr']:g}."
         )
-        if "teacher" in _needs("objective", training["objective"]):
+        if "teacher" in parts.needs_if_known("objective", training["objective"]):
             lines.append(f"* Teacher: {training['teacher'] or 'the base model'}.")
     else:
         lines.append("* Training: none.")
@@ -364,17 +364,9 @@ def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
     """Whether calibration text was read; a run that did not count its tokens tells by what it was asked."""
     if "calibration_tokens" in figures:
         return bool(figures["calibration_tokens"])
-    if any("text" in _needs(key, recipe[key]) for key in ("reduce", "metric")):
+    if any("text" in parts.needs_if_known(key, recipe[key]) for key in ("reduce", "metric")):
         return True
     return any(recipe[key] is not None for key in ("distance", "head_metric", "repair"))
-
-
-def _needs(key: str, written: str) -> frozenset[str]:
-    """What a part says that it needs; nothing where this version does not have it."""
-    try:
-        return parts.needs(key, written)
-    except UsageError:
-        return frozenset()
 
 
 def _measured_on(recipe: Mapping[str, Any]) -> str:

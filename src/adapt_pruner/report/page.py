@@ -4,6 +4,7 @@ import base64
 import shlex
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from adapt_pruner.core.events import Start
@@ -222,9 +223,10 @@ def _why(record: Record) -> str:
     recipe = record.recipe
     if not recipe:
         return ""
-    way = str(recipe.get("reduce", "units"))
-    if way != "units" and (about := parts.summaries("reduce").get(way.partition("(")[0])):
-        return escaped(about)
+    with suppress(UsageError):  # a reduction that this version does not have
+        way = str(recipe.get("reduce", "units"))
+        if "chosen" not in parts.needs("reduce", way):
+            return escaped(parts.about("reduce", way))
     said = f"Units were scored by <code>{escaped(recipe.get('metric'))}</code>, and <code>{escaped(recipe.get('chooser'))}</code> said how many of each layer go"
     if recipe.get("distance"):
         said += f", from what <code>{escaped(recipe['distance'])}</code> says a layer is worth"

@@ -25,8 +25,7 @@ from adapt_pruner.run.estimate import (
     shapes,
     training_memory,
 )
-from adapt_pruner.run.plan import plan
-from adapt_pruner.run.start import begin, read, writes_text
+from adapt_pruner.run.start import begin, plan, read, writes_text
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 

@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Find, Load, VocabularyCut
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.precision import uses_bfloat16
@@ -37,12 +37,12 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.work import Listener, Reads, RunState, Work, reads_text
+from adapt_pruner.reduce.work import Listener, Reads, RunState, Stage, Work, reads_text
 from adapt_pruner.run import latency
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
-from adapt_pruner.run.plan import plan
+from adapt_pruner.train.loop import stage_tokens
 
-__all__ = ["begin", "read", "writes_text"]
+__all__ = ["begin", "plan", "read", "stage_targets", "writes_text"]
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
@@ -101,6 +101,47 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     left = VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model))
     listen(left.told())
     return replace(loaded, tokenizer=smaller), mask
+
+
+def stage_targets(start: int, end: int, stages: int) -> list[int]:
+    """Parameters after each of T stages, linear: N_k = N_0 - (N_0 - N_T) · k / T, in whole numbers."""
+    return [start - (start - end) * k // stages for k in range(1, stages + 1)]
+
+
+def plan(work: Work) -> tuple[list[Stage], Budget]:
+    """The stages and the budget of a run, once it is known that the budget can be met.
+
+    Raises:
+        UsageError: it cannot, or the reduction cannot do what the recipe asks for.
+    """
+    recipe, figures = work.recipe, work.state.figures
+    work.reduction.check(work)
+    keep = latency.kept(recipe, figures)
+    budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense)
+    total = work.num_params
+    if total > budget.keep and families.is_sliced(work.model.config):
+        raise UsageError(
+            f"the model is sliced and has {total:,} parameters, more than the budget {budget.keep:,}, and a sliced model cannot be "
+            "cut further; prune the dense model it came from"
+        )
+    if total > budget.keep:
+        floor, when = work.reduction.floor(work)
+        budget.check_reachable(floor, when=when)
+    start = figures.get("params_after_vocabulary", work.dense)
+    return _stages(work, start=start, end=min(start, budget.keep)), budget
+
+
+def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
+    """The stages from `start` parameters, where the run began, to `end`."""
+    recipe, planned, reached = work.recipe, [], start
+    tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
+    for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
+        iterations = work.reduction.num_steps(work, start=start, reached=reached, target=target)
+        looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
+        trained = tokens[k - 1]
+        planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))
+        reached = target
+    return planned
 
 
 def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: bool = True) -> None:
