@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_pruner.reduce.slicing import width_for
 from typer.testing import CliRunner
 
 from adapt_pruner import families
@@ -19,6 +18,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.slice import width_for
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.score import blocks

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_pruner.reduce.slicing import slice_to
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapt_pruner.data.windows import held_out_windows
@@ -16,6 +15,7 @@ from adapt_pruner.evaluate import likelihood
 from adapt_pruner.evaluate.likelihood import loglikelihoods
 from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
+from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_tasks import ask, close, folder, needs_lm_eval, uneven
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_pruner.reduce.slicing import slice_to
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
@@ -22,6 +21,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.export import export
+from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 
 PYTHON = os.environ.get("VLLM_PYTHON")
