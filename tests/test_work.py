@@ -1,0 +1,149 @@
+"""`Work` and `Reduction`: what a run has done so far, in files of before too; axes once a change; a reduction's own state."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.surgery import gated
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import parts, read
+from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.units import Units
+from adapt_pruner.reduce.work import Change, Reduction, RunState, Stage, Work
+from adapt_pruner.score.calibrate import mean_loss
+from conftest import half, tiny_model
+
+
+def work_of(**keys: Any) -> Work:
+    work = Work.of(tiny_model(), read({"model": "x", "budget": "80%", "method": "uniform", "dtype": "float32", **keys}))
+    work.stages = [Stage(1, 10**9, 1, 0, 0, 0), Stage(2, 10**9, 1, 0, 0, 0)]
+    return work
+
+
+def test_state_comes_back_as_it_was() -> None:
+    state = RunState(stage=2, pruned=True, mask=Mask({"layers.0.neurons": torch.tensor([True, False])}))
+    state.reduction, state.feed, state.figures = {"stage": 2, "debt": {}}, {"rows": 7}, {"params_before": 9}
+    state.progress.rows, state.progress.lowest = 7, 1.5
+    again = RunState.from_json(state.to_json())
+    assert again.to_json() == state.to_json()
+    assert (again.mask, again.progress) == (state.mask, state.progress)
+
+
+def test_state_of_before_had_a_debt_and_no_feed() -> None:
+    """Checkpoints of 0.1.0 before reductions: the debt was the run's own, and rows were the feed's position."""
+    debt = {"start": {"layers.0.neurons": 40}, "sparsity": {"layers.0.neurons": 0.25}}
+    old = {key: value for key, value in RunState(stage=2).to_json().items() if key not in ("reduction", "feed", "began")}
+    old["progress"] |= {"rows": 12, "lowest": None}
+    state = RunState.from_json(old | {"debt": debt})
+    assert state.feed == {"rows": 12}
+    assert (state.progress.lowest, state.began) == (float("inf"), {})
+    units = Units()
+    units.restore(state.reduction)
+    assert units._debt == Debt(**debt)
+    assert units.state() == {"stage": 0, "debt": debt}, "no stage, so that debts are reset where the recipe says so"
+
+
+def test_axes_are_worked_out_once_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapt_pruner import families
+
+    calls, real = [], families.axes
+    monkeypatch.setattr(families, "axes", lambda model: calls.append(model) or real(model))
+    work = work_of()
+    assert work.axes is work.axes
+    assert len(calls) == 1
+    mask = half(work.axes)
+    before = {axis.name: axis.size for axis in work.axes if axis.kind == "neurons"}
+    work.apply(Change(mask, 2.5))
+    assert {axis.name: axis.size for axis in work.axes if axis.kind == "neurons"} == {n: s // 2 for n, s in before.items()}
+    assert len(calls) == 3, "a repair may have added biases before the cut"
+    assert work.state.mask == mask
+    assert work.state.history == [
+        {"stage": 1, "iteration": 1, "params": work.num_params, "target": 10**9, "loss": 2.5}
+    ]  # fmt: skip
+    assert work.iteration == 2
+    work.apply(Change(None))
+    assert work.state.mask == mask, "nothing was cut"
+    assert work.iteration == 3
+
+
+def test_any_search_may_ask_for_the_loss(batches: list[torch.Tensor]) -> None:
+    work = work_of()
+    mask = half(work.axes, kinds=("neurons", "kv_heads"))
+    with gated(work.model, work.axes, mask):
+        shut = mean_loss(work.model, batches, dtype="float32")
+    assert work.loss(mask, batches) == shut != work.loss(Mask(), batches)
+
+
+def test_a_warning_is_said_once_a_stage_whatever_its_figures() -> None:
+    work, heard = work_of(), []
+    work.listen = heard.append
+    work.warn_of_stage("3 tokens are few")
+    work.warn_of_stage("2,000 tokens are few")
+    work.warn_of_stage("another thing")
+    work.state.stage = 2
+    work.begin_stage()
+    work.warn_of_stage("5 tokens are few")
+    said = ["stage 1: 3 tokens are few", "stage 1: another thing", "stage 2: 5 tokens are few"]
+    assert [event["message"] for event in heard] == said
+
+
+class Counting(Reduction):
+    """Takes a neuron of each layer a step, and knows how many it took."""
+
+    taken = 0
+
+    def steps(self, work: Work, target: int) -> Iterator[Change]:
+        while work.num_params > target:
+            self.taken += 1
+            neurons = [axis for axis in work.axes if axis.kind == "neurons"]
+            yield Change(Mask({axis.name: torch.arange(axis.size) > 0 for axis in neurons}))
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.taken = state.get("taken", 0)
+
+
+def test_state_is_that_of_the_change_that_was_yielded() -> None:
+    """What is saved after a change, and given back to a fresh object, goes on with the next one."""
+    work = work_of()
+    target = int(work.num_params * 0.9)
+    one = Counting()
+    for number, change in enumerate(one.steps(work, target), start=1):
+        assert one.state() == {"taken": number}
+        work.apply(change)
+        if number == 2:
+            break
+    other = Counting()
+    other.restore(one.state())
+    for change in other.steps(work, target):
+        work.apply(change)
+    assert other.taken == len(work.state.history)
+    assert work.num_params <= target
+
+
+def test_parts_say_what_they_need() -> None:
+    assert parts.needs("objective", "distil(temperature=1.0)") == {"teacher"}
+    assert parts.needs("chooser", "depth.drop_layers") == {"distance", "whole"}
+    assert parts.needs("repair", "mean_bias") == {"biases"}
+    assert parts.needs_if_known("metric", "of.another_version") == frozenset()
+    assert parts.takes("schedule", "wsd", "decay")
+    assert not parts.takes("schedule", "schedules.cosine", "decay")
+    assert parts.names("reduce") == ["slice", "units"]
+    assert parts.names("feed") == ["fixed"]
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    ({"reduce": "slices"}, "reduce 'slices' is not known; did you mean 'slice'"),
+    ({"reduce": "units(fast=true)"}, "reduce 'units' has no option 'fast'; it has none"),
+    ({"reduce": "slice", "multiple_of": 8}, "reduce 'slice' chooses no units, so multiple_of would be ignored; leave it out"),
+    ({"reduce": "slice", "stages": 2}, "reduce 'slice' cannot go on from its own result, and stages is 2; set stages to 1"),
+    ({"training": {"feed": "fixd"}}, "feed 'fixd' is not known; did you mean 'fixed'"),
+])  # fmt: skip
+def test_what_a_recipe_asks_of_a_reduction_or_a_feed_is_checked(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match="^" + said.replace("(", r"\(").replace(")", r"\)")):
+        read({"method": "uniform", **keys})
