@@ -106,6 +106,19 @@ def train(
             on_step(step)
 
 
+def projections(model: Any, index: int) -> dict[str, tuple[str, slice]]:
+    """Of a dense model's layer, `q`, `k`, `v`, `gate` and `up` -> the parameter that holds its rows, and which they are."""
+    at, layer, config = f"model.layers.{index}", model.model.layers[index], model.config
+    q, k = (heads * layer.self_attn.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    n = config.intermediate_size
+    if hasattr(layer.self_attn, "qkv_proj"):
+        rows = {"q": slice(0, q), "k": slice(q, q + k), "v": slice(q + k, q + 2 * k), "gate": slice(0, n), "up": slice(n, 2 * n)}
+        names = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+        return {role: (f"{at}.{names[role]}.weight", rows[role]) for role in rows}
+    attention = {role: (f"{at}.self_attn.{role}_proj.weight", slice(0, q if role == "q" else k)) for role in "qkv"}
+    return attention | {role: (f"{at}.mlp.{role}_proj.weight", slice(0, n)) for role in ("gate", "up")}
+
+
 def half(axes: Any, kinds: tuple[str, ...] = ("neurons",)) -> Mask:
     """Every other unit of these kinds."""
     return Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind in kinds and axis.size > 1})

@@ -6,6 +6,7 @@ equal, and, where it fails, what to look at. `.ci/matrix` does the like over who
 """
 
 import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,10 @@ BLOCKS = {"self_attn", "mlp"}
 NORMS = {"input_layernorm", "post_attention_layernorm"}
 CHILDREN = {"Gemma3": BLOCKS | NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}}
 """Kind of model -> what a layer consists of, where it is more than blocks and two norms."""
+IDLE = {"Phi3": {"resid_attn_dropout", "resid_mlp_dropout"}}
+"""What a layer has beside these that may stay when a block goes."""
+READ_AS_IT_RUNS = {"Phi3": {"num_attention_heads"}}
+"""Sizes of its own layer that an attention reads from its config in its forward; `attention_config` in modeling_pruned.py states them."""
 KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position", "position_embeddings",
     "kwargs", "position_embeddings_global", "position_embeddings_local", "output_attentions",
@@ -123,7 +128,7 @@ def test_a_layer_is_made_of_what_we_know(ours: Any) -> None:
     stock = model_of(stock_of(ours))
     layer, kind = stock.model.layers[0], type(stock).__name__.removesuffix("ForCausalLM")
     look = f"{VERSION}: look at {type(layer).__name__}.__init__"
-    assert {name for name, _ in layer.named_children()} == CHILDREN.get(kind, BLOCKS | NORMS), (
+    assert {name for name, _ in layer.named_children()} - IDLE.get(kind, set()) == CHILDREN.get(kind, BLOCKS | NORMS), (
         f"{look}, and at `blocks` in modeling_pruned.py: a norm that is not named there stays when its block goes"
     )
     if ours in PRUNED:
@@ -133,6 +138,10 @@ def test_a_layer_is_made_of_what_we_know(ours: Any) -> None:
     assert isinstance(stock.model.layers, nn.ModuleList), f"{look}: _Pruned appends to `layers`"
     assert [block.self_attn.layer_idx for block in stock.model.layers] == list(range(len(stock.model.layers)))
     assert layer.self_attn.config is stock.config, f"{look}: _Pruned hands each attention the config of the whole model"
+    for block in (layer.self_attn, layer.mlp):
+        read = set(re.findall(r"self\.config\.(num_\w+|\w+_size|head_dim)", inspect.getsource(type(block).forward)))
+        allowed = READ_AS_IT_RUNS.get(kind, set()) if block is layer.self_attn else set()
+        assert read == allowed, f"{VERSION}: look at {type(block).__name__}.forward, which reads {sorted(read)} as it runs"
 
 
 @pytest.mark.parametrize("ours", KIND)

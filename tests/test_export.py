@@ -23,6 +23,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import decilm, export
 from adapt_pruner.export import onnx as onnx_form
+from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, opened, tolerance_for, verify
 from adapt_pruner.report import documented
@@ -107,7 +108,7 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 # Plain folders
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize("layout", [one for one in LAYOUTS if one[0] != "phi3"], ids=lambda layout: layout[1])
 def test_a_padded_folder_is_one_of_the_stock_class(layout: tuple[str, str], tmp_path: Path) -> None:
     model = unequal(layout)
     (note,) = export(as_loaded(model), tmp_path / "out", to="padded")
@@ -122,6 +123,20 @@ def test_a_padded_folder_is_one_of_the_stock_class(layout: tuple[str, str], tmp_
     with torch.no_grad():
         expected, found = model(ids).logits, stock(ids).logits
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("form", ["padded", "uniform", "decilm", "gguf"])
+def test_what_cannot_hold_matrices_of_several_parts_says_so(form: str, tmp_path: Path) -> None:
+    model = tiny_model(("phi3", "phi3"))
+    said = {
+        "gguf": "models of type 'phi3' have no GGUF form here",
+        "decilm": "DeciLM is a Llama, and this model is of type 'phi3'",
+    }.get(form, "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not know yet; take")
+    out = tmp_path / ("out.gguf" if form == "gguf" else "out")
+    with pytest.raises(UsageError, match=said):
+        export(as_loaded(model), out, to=form)
+    assert not out.exists()
+    assert no_gguf(model.config.to_dict()) == "the export knows no form for models of type phi3"
 
 
 def test_padding_moves_query_heads_to_the_kv_head_that_they_read() -> None:

@@ -3,6 +3,7 @@
 import copy
 from contextlib import suppress
 from dataclasses import replace
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -138,9 +139,15 @@ def test_sizes_and_config_follow_the_cut(kinds: tuple[str, ...], layout: tuple[s
     assert model.config.num_hidden_layers == len(model.model.layers) == int(mask["layers"].sum())
     for i, layer in enumerate(model.model.layers):
         config = model.config.per_layer_config[i]
-        assert config.intermediate_size == layer.mlp.gate_proj.out_features == layer.mlp.down_proj.in_features
-        assert config.num_key_value_heads * config.head_dim == layer.self_attn.k_proj.out_features
-        assert config.num_attention_heads * config.head_dim == layer.self_attn.q_proj.out_features
+        now = {axis.kind: axis for axis in families.axes(model) if axis.layer == i}
+        for kind, axis in now.items():
+            assert (
+                axis.gate.kind != "inputs" or model.get_submodule(axis.gate.module).in_features == axis.entries * axis.gate.width
+            )
+            assert all(getattr(config, field) == axis.entries * units for field, units in axis.fields), kind
+            assert all(attrgetter(name)(model) == axis.size for name in axis.attributes), kind
+            before = next(other.size for other in axes if other.kind == kind and other.layer is not None)
+            assert axis.size == (before if before == 1 else before - max(1, before // 2)), kind
         assert layer.self_attn.num_key_value_groups == config.num_attention_heads // config.num_key_value_heads
         assert layer.self_attn.layer_idx == i
     prompt = ids[:1, :5]

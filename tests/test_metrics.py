@@ -12,7 +12,7 @@ from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.score import blocks, weights
 from adapt_pruner.score.calibrate import Evidence, score
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, projections, tiny_model
 
 
 def mean_loss(model: Any, batches: list[torch.Tensor]) -> torch.Tensor:
@@ -30,38 +30,35 @@ def test_taylor_is_the_sum_of_weight_times_gradient(layout: tuple[str, str], bat
     expected_loss.backward()
     assert loss == pytest.approx(float(expected_loss.detach()), rel=1e-5)
     for i, layer in enumerate(model.model.layers):
-        mlp, attention = layer.mlp, layer.self_attn
+        attention, held = layer.self_attn, projections(model, i)
+
+        def worth(role: str, rows: Any, held: Any = held) -> float:
+            """The sum of |w · g| over rows of a matrix, or of the part of one that plays this role."""
+            name, part = held[role]
+            parameter = model.get_parameter(name)
+            return float((parameter[part][rows] * parameter.grad[part][rows]).detach().abs().sum())
+
+        def column(linear: Any, columns: Any) -> float:
+            return float((linear.weight[:, columns] * linear.weight.grad[:, columns]).detach().abs().sum())
+
         for u in (0, 7, 39):
-            expected = sum(
-                float((w * g).detach().abs().sum())
-                for w, g in (
-                    (mlp.gate_proj.weight[u], mlp.gate_proj.weight.grad[u]),
-                    (mlp.up_proj.weight[u], mlp.up_proj.weight.grad[u]),
-                    (mlp.down_proj.weight[:, u], mlp.down_proj.weight.grad[:, u]),
-                )
-            )
+            expected = worth("gate", u) + worth("up", u) + column(layer.mlp.down_proj, u)
             assert float(scores[f"layers.{i}.neurons"][u]) == pytest.approx(expected, rel=1e-4)
         dim = attention.head_dim
-        num_kv = attention.k_proj.out_features // dim
-        group = attention.q_proj.out_features // attention.k_proj.out_features
+        num_kv = model.config.num_key_value_heads
+        group = model.config.num_attention_heads // num_kv
         for g in range(num_kv):
-            expected = 0.0
-            for projection in (attention.k_proj, attention.v_proj):
-                rows = slice(g * dim, (g + 1) * dim)
-                expected += float((projection.weight[rows] * projection.weight.grad[rows]).detach().abs().sum())
+            rows = slice(g * dim, (g + 1) * dim)
+            expected = worth("k", rows) + worth("v", rows)
             for head in range(num_kv * group):
                 if head // group == g:  # the query heads that read this KV head
                     rows = slice(head * dim, (head + 1) * dim)
-                    expected += float((attention.q_proj.weight[rows] * attention.q_proj.weight.grad[rows]).detach().abs().sum())
-                    expected += float(
-                        (attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).detach().abs().sum()
-                    )
+                    expected += worth("q", rows) + column(attention.o_proj, rows)
             assert float(scores[f"layers.{i}.kv_heads"][g]) == pytest.approx(expected, rel=1e-4)
         assert scores[f"layers.{i}.query_heads"].shape == (num_kv * group,), "one for every head, group by group"
         for head in range(num_kv * group):
             rows = slice(head * dim, (head + 1) * dim)
-            expected = float((attention.q_proj.weight[rows] * attention.q_proj.weight.grad[rows]).detach().abs().sum())
-            expected += float((attention.o_proj.weight[:, rows] * attention.o_proj.weight.grad[:, rows]).detach().abs().sum())
+            expected = worth("q", rows) + column(attention.o_proj, rows)
             assert float(scores[f"layers.{i}.query_heads"][head]) == pytest.approx(expected, rel=1e-4)
 
 

@@ -103,9 +103,8 @@ def magnitude_of(samples: Samples, features: range) -> float:
 def features_of(model: Any, name: str, samples: Samples) -> list[range]:
     """The features of each unit at the gate: one of a neuron, those of a head; of a KV head those of all query heads that read it."""
     num_features = len(samples[0][0])
-    attention = model.model.layers[int(name.split(".")[1])].self_attn
-    owner = {"kv_heads": attention.k_proj, "query_heads": attention.q_proj}.get(name.split(".")[2])
-    units = num_features if owner is None else owner.out_features // attention.head_dim
+    heads = {"kv_heads": model.config.num_key_value_heads, "query_heads": model.config.num_attention_heads}
+    units = heads.get(name.split(".")[2], num_features)
     width = num_features // units
     return [range(u * width, (u + 1) * width) for u in range(units)]
 

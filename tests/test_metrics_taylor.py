@@ -14,7 +14,7 @@ from adapt_pruner import families
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score import weights
 from adapt_pruner.score.calibrate import Evidence, evidence_needed, score
-from conftest import LAYOUTS, in_two_processes, tiny_model
+from conftest import LAYOUTS, in_two_processes, projections, tiny_model
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
     "element": lambda w, g, f: float((w * g).abs().sum()),
@@ -55,22 +55,25 @@ def slow_scores(
 
     expected = {}
     for i, layer in enumerate(model.model.layers):
-        mlp, attention = f"model.layers.{i}.mlp", f"model.layers.{i}.self_attn"
+        mlp, attention, held = f"model.layers.{i}.mlp", f"model.layers.{i}.self_attn", projections(model, i)
+
+        def part(role: str, index: int, held: Any = held) -> float:
+            return row(held[role][0], held[role][1].start + index)
+
         expected[f"layers.{i}.neurons"] = [
-            row(f"{mlp}.gate_proj.weight", u) + row(f"{mlp}.up_proj.weight", u) + column(f"{mlp}.down_proj.weight", u)
-            for u in range(layer.mlp.gate_proj.out_features)
+            part("gate", u) + part("up", u) + column(f"{mlp}.down_proj.weight", u) for u in range(layer.mlp.down_proj.in_features)
         ]
         dim = layer.self_attn.head_dim
-        num_kv = layer.self_attn.k_proj.out_features // dim
-        group = layer.self_attn.q_proj.out_features // dim // num_kv
+        num_kv = model.config.num_key_value_heads
+        group = model.config.num_attention_heads // num_kv
         heads = [0.0] * num_kv
         queries = [0.0] * (num_kv * group)
         for k in range(num_kv):
             for c in range(k * dim, (k + 1) * dim):
-                heads[k] += row(f"{attention}.k_proj.weight", c) + row(f"{attention}.v_proj.weight", c)
+                heads[k] += part("k", c) + part("v", c)
         for h in range(num_kv * group):
             for c in range(h * dim, (h + 1) * dim):
-                worth = row(f"{attention}.q_proj.weight", c) + column(f"{attention}.o_proj.weight", c)
+                worth = part("q", c) + column(f"{attention}.o_proj.weight", c)
                 heads[kv_head_of(h, group, num_kv)] += worth
                 queries[h] += worth
         expected[f"layers.{i}.kv_heads"], expected[f"layers.{i}.query_heads"] = heads, queries

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
@@ -50,6 +51,18 @@ class _Nothing(nn.Module):
         return nothing, None
 
 
+class _OwnConfig:
+    """The config of a model with some fields of one layer's own, for an attention that reads them there as it runs."""
+
+    def __init__(self, whole, **own):
+        self.__dict__.update(own, whole=whole)
+
+    def __getattr__(self, name):
+        if name == "whole" or name.startswith("__"):  # of one that is being copied
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
 class _Pruned(_WithoutLayers):
     layer_class = None
     blocks = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
@@ -59,7 +72,7 @@ class _Pruned(_WithoutLayers):
         for index in range(config.num_hidden_layers):
             own = config.per_layer_config[index]
             layer = self.layer_class(own, index)
-            layer.self_attn.config = config  # so that a later choice of the attention kernel reaches every layer
+            layer.self_attn.config = self.attention_config(config, own)
             if getattr(config, "output_bias", False):
                 layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
                 layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
@@ -69,6 +82,9 @@ class _Pruned(_WithoutLayers):
                     setattr(layer, norm, nn.Identity())
             self.layers.append(layer)
         self.post_init()
+
+    def attention_config(self, config, own):
+        return config  # so that a later choice of the attention kernel reaches every layer
 
 
 def _with_bias(linear):
@@ -110,6 +126,17 @@ class PrunedMistralModel(_Pruned, MistralModel):
 
 class PrunedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
     base_class = PrunedMistralModel
+
+
+class PrunedPhi3Model(_Pruned, Phi3Model):
+    layer_class = Phi3DecoderLayer
+
+    def attention_config(self, config, own):
+        return _OwnConfig(config, num_attention_heads=own.num_attention_heads)
+
+
+class PrunedPhi3ForCausalLM(_PrunedForCausalLM, Phi3ForCausalLM):
+    base_class = PrunedPhi3Model
 
 
 class PrunedQwen2Model(_Pruned, Qwen2Model):

@@ -93,6 +93,7 @@ class Axis:
         slices: the parameters that are cut along.
         fields: config fields that state the number of entries, each with how many of it one entry stands for.
         attributes: module attributes, by their dotted names, that state the size.
+        readers: modules that read `fields` from their `config` as they run; each gets one that states its own layer's.
         pins: config fields to be spelled out because stock code would derive them from a field that changes.
         lists: config fields that hold one entry per unit and lose entries with it.
         scaled: what is multiplied by (size before / size after) ** power, since something takes a mean over the axis: dotted
@@ -115,6 +116,7 @@ class Axis:
     slices: tuple[Slice, ...] = ()
     fields: tuple[tuple[str, int], ...] = ()
     attributes: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
     scaled: tuple[tuple[str, float], ...] = ()

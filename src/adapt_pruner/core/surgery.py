@@ -167,6 +167,18 @@ class _Nothing(nn.Module):
         return nothing, None
 
 
+class _OwnConfig:
+    """The config of a model with some fields of one layer's own, for a module that reads them there; modeling_pruned.py has its like."""
+
+    def __init__(self, whole: Any, own: Mapping[str, int]) -> None:
+        self.__dict__.update(own, whole=whole)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "whole" or name.startswith("__"):  # of one that is being copied
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
 @torch.no_grad()
 def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> None:
     """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
@@ -217,6 +229,9 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
                 multiply(model, name, (axis.size / sizes[axis.name]) ** power, offset, optimizer)
         if axis.indices and axis.name in shrinking:
             _renumber(model, axis.indices, mask[axis.name])
+        for name in axis.readers:
+            its = {field: int(mask.of(axis).sum()) * units for field, units in axis.fields}
+            setattr(model.get_submodule(name), "config", _OwnConfig(model.config, its))  # noqa: B010 (its type is not a module's)
     if optimizer is not None:
         _forget(optimizer, _gone(model, axes, mask))
     for axis in shrinking.values():
@@ -431,6 +446,7 @@ def _accepts(config: Any, field: str, value: int) -> bool:
     setattr(trial, field, value)
     try:
         trial.validate_architecture()
+        trial.validate_rope()
     except ValueError:
         return False
     return True
@@ -441,6 +457,7 @@ def _reads_global_sizes(config: Any) -> bool:
     config.allow_global_per_layer_attribute_access = False
     try:
         config.validate_architecture()
+        config.validate_rope()
     except RuntimeError:
         return True
     return False

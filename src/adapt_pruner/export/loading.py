@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["in_transformers", "layers_of", "loading", "no_gguf"]
+__all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf"]
+
+GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""The model types that `export --to gguf` has a form for."""
 
 
 def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -57,6 +60,8 @@ def no_gguf(config: Mapping[str, Any]) -> str | None:
         return "it has no place for the maps beside the layers of a sliced model"
     if any(layer.get("skip") for layer in layers_of(config)):
         return "the export knows no layers that lack their attention or MLP"
+    if config.get("model_type") not in GGUF_TYPES:
+        return f"the export knows no form for models of type {config.get('model_type')}"
     if config.get("output_bias") and config.get("model_type") not in ("llama", "mistral", "qwen2"):
         return "it has no place for the biases that a repair added"
     if config.get("model_type") == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):

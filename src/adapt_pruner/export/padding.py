@@ -71,8 +71,14 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
     """The model's state with each layer widened to `sizes`; what is wide enough is the model's own tensor.
 
     Raises:
+        UsageError: several projections of the model are one matrix.
         ValueError: a size is below the layer's own.
     """
+    if not hasattr(model.model.layers[0].self_attn, "q_proj"):
+        raise UsageError(
+            "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not know yet; take the checkpoint "
+            "as it is, or export it --to onnx"
+        )
     state: dict[str, Tensor] = dict(model.state_dict())
     head_dim = model.model.layers[0].self_attn.head_dim
     for index, (now, new) in enumerate(zip(layer_sizes(model), sizes, strict=True)):

@@ -17,11 +17,12 @@ from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
 from adapt_pruner.families import is_sliced
 
-__all__ = ["MODEL_TYPES", "axes", "residual", "tiny", "vocabulary", "whole_blocks", "whole_layers", "within_layers"]
+__all__ = ["MODEL_TYPES", "axes", "is_there", "residual", "tiny", "vocabulary", "whole_blocks", "whole_layers", "within_layers"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _BLOCKS = {"attentions": ("input_layernorm", "self_attn"), "mlps": ("post_attention_layernorm", "mlp")}
+_READ_BY = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
@@ -38,9 +39,9 @@ def within_layers(model: Any) -> list[Axis]:
     found: list[Axis] = []
     stack = model.model.layers
     for i, layer in enumerate(stack):
-        if _is_there(layer.self_attn):
+        if is_there(layer.self_attn):
             found += _heads(model, i, layer.self_attn)
-        if _is_there(layer.mlp):
+        if is_there(layer.mlp):
             at = f"model.layers.{i}.mlp"
             found.append(
                 _axis(
@@ -105,7 +106,7 @@ def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS)
     return found
 
 
-def _is_there(module: Any) -> bool:
+def is_there(module: Any) -> bool:
     """Whether a block or a norm is there; what stands in for one that is gone has no parameters."""
     return next(module.parameters(), None) is not None
 
@@ -168,6 +169,7 @@ def residual(
     model: Any,
     *,
     norms_of_layer: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm"),
+    read_by: Mapping[str, tuple[str, ...]] = _READ_BY,
     eps: str = "variance_epsilon",
 ) -> Axis:
     """The width of the stream: every norm over it, all that reads it by columns and writes it by rows, the embeddings.
@@ -179,6 +181,7 @@ def residual(
     Args:
         model: causal LM of this layout.
         norms_of_layer: the norms over the stream, or over what is added to it, in each layer.
+        read_by: block -> the linear layers in it that read the stream.
         eps: what a norm calls its ε.
     """
     norms, rows, columns, inner, of_layers = ["model.norm"], [], ["model.embed_tokens.weight"], [], []
@@ -186,15 +189,15 @@ def residual(
         columns.append("lm_head.weight")
     for i, layer in enumerate(model.model.layers):
         at = f"model.layers.{i}"
-        norms += [f"{at}.{norm}" for norm in norms_of_layer if _is_there(getattr(layer, norm))]
+        norms += [f"{at}.{norm}" for norm in norms_of_layer if is_there(getattr(layer, norm))]
         of_layers.append(f"{at}.hidden_size")
-        if _is_there(layer.self_attn):
-            columns += [f"{at}.self_attn.{side}_proj.weight" for side in "qkv"]
+        if is_there(layer.self_attn):
+            columns += [f"{at}.self_attn.{linear}.weight" for linear in read_by["self_attn"]]
             rows += _parameters(model, f"{at}.self_attn.o_proj")
-        if _is_there(layer.mlp):
-            columns += [f"{at}.mlp.{side}_proj.weight" for side in ("gate", "up")]
+        if is_there(layer.mlp):
+            columns += [f"{at}.mlp.{linear}.weight" for linear in read_by["mlp"]]
             rows += _parameters(model, f"{at}.mlp.down_proj")
-            of_layers.append(f"{at}.mlp.hidden_size")
+            of_layers += [f"{at}.mlp.hidden_size"] if hasattr(layer.mlp, "hidden_size") else []
         if hasattr(layer.self_attn, "q_norm"):
             inner += [(f"{at}.self_attn.{side}_norm.{eps}", 1.0) for side in "qk"]
             inner += [(name, 0.5) for side in "qk" for name in _parameters(model, f"{at}.self_attn.{side}_proj")]

@@ -1,0 +1,109 @@
+"""Phi-3, Phi-3.5 and Phi-4: a Llama's axes, with queries, keys and values in one matrix, and gate and up in another.
+
+    qkv_proj        rows of all query heads, then of all KV heads their keys, then their values
+    gate_up_proj    rows of gate, then of up
+
+The attention reads the number of its query heads from its config as it runs, so each layer's states its own (`Axis.readers`). A rope
+may turn a part of each head only, which no cut changes. Where it is scaled (`longrope`, of the 128k models), the stock config wants the
+head size to be that of width and heads, which a narrower stream is not, so those models have no `residual`.
+
+Source: arXiv:2404.14219; the stock code of transformers.
+"""
+
+from typing import Any
+
+from transformers import Phi3Config
+
+from adapt_pruner.core.axes import Axis, Gate, Slice
+from adapt_pruner.core.budget import unit_cost
+from adapt_pruner.families.llama import is_there, residual, vocabulary, whole_blocks, whole_layers
+
+__all__ = ["MODEL_TYPES", "axes", "tiny"]
+
+MODEL_TYPES = ("phi3",)
+
+_READ_BY = {"self_attn": ("qkv_proj",), "mlp": ("gate_up_proj",)}
+
+
+def axes(model: Any) -> tuple[Axis, ...]:
+    """Every axis of a Phi-3 causal LM, in the order of its layers; `layers` last."""
+    found: list[Axis] = []
+    for i, layer in enumerate(model.model.layers):
+        if is_there(layer.self_attn):
+            found += _heads(model, i, layer.self_attn)
+        if is_there(layer.mlp):
+            found.append(_neurons(model, i, layer.mlp))
+    found += whole_blocks(model)
+    if model.config.rope_parameters["rope_type"] == "default":
+        found.append(residual(model, read_by=_READ_BY))
+    return (*found, vocabulary(model), whole_layers(model))
+
+
+def _neurons(model: Any, layer: int, mlp: Any) -> Axis:
+    at = f"model.layers.{layer}.mlp"
+    size = mlp.down_proj.weight.shape[1]
+    fused = f"{at}.gate_up_proj.weight"
+    slices = (Slice(fused, 0), Slice(fused, 0, start=size), Slice(f"{at}.down_proj.weight", 1))
+    return Axis(
+        f"layers.{layer}.neurons",
+        size,
+        unit_cost(model, slices),
+        Gate(f"{at}.down_proj"),
+        slices,
+        fields=(("intermediate_size", 1),),
+        enclosing=(f"layers.{layer}.mlps",),
+    )
+
+
+def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
+    at, head_dim = f"model.layers.{layer}.self_attn", attention.head_dim
+    fused, output = f"{at}.qkv_proj.weight", f"{at}.o_proj.weight"
+    queries = attention.o_proj.weight.shape[1]  # rows of all query heads
+    keys = (attention.qkv_proj.weight.shape[0] - queries) // 2
+    num_kv_heads, group = keys // head_dim, queries // keys
+    of_kv_heads = (
+        Slice(fused, 0, group * head_dim),
+        Slice(fused, 0, head_dim, start=queries),
+        Slice(fused, 0, head_dim, start=queries + keys),
+        Slice(output, 1, group * head_dim),
+    )
+    of_query_heads = (Slice(fused, 0, head_dim), Slice(output, 1, head_dim))
+    kv_heads = Axis(
+        f"layers.{layer}.kv_heads",
+        num_kv_heads,
+        unit_cost(model, of_kv_heads),
+        Gate(f"{at}.o_proj", group * head_dim),
+        of_kv_heads,
+        fields=(("num_key_value_heads", 1),),
+        attributes=(f"{at}.num_key_value_heads",),
+        pins=(("head_dim", head_dim),),
+        enclosing=(f"layers.{layer}.attentions",),
+    )
+    query_heads = Axis(
+        f"layers.{layer}.query_heads",
+        group,
+        num_kv_heads * unit_cost(model, of_query_heads),
+        Gate(f"{at}.o_proj", head_dim),
+        of_query_heads,
+        fields=(("num_attention_heads", 1),),
+        attributes=(f"{at}.num_key_value_groups",),
+        readers=(at,),
+        pins=(("head_dim", head_dim),),
+        blocks=num_kv_heads,
+        enclosing=(kv_heads.name, f"layers.{layer}.attentions"),
+    )
+    return [kv_heads, query_heads]
+
+
+def tiny() -> dict[str, Any]:
+    """Configs of tiny random models: grouped and multi-head attention, a window shorter than the text, part of a head turned, tied."""
+    common: dict[str, Any] = dict(
+        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+        max_position_embeddings=128, original_max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    turned = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return {
+        "phi3": Phi3Config(**common, resid_pdrop=0.1),
+        "phi3-mha": Phi3Config(**common | {"num_key_value_heads": 6}, sliding_window=8),
+        "phi3-partial": Phi3Config(**common, rope_parameters=turned, tie_word_embeddings=True),
+    }
