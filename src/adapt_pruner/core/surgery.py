@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -77,14 +78,78 @@ def _check_gate(model: nn.Module, axis: Axis) -> None:
 
 
 @contextmanager
-def gated(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[None]:
-    """While it lasts, the units that `mask` removes are shut: a dry run of `cut` that touches no weight.
+def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, the units that a mask removes are shut: a dry run of `cut` that touches no weight. Gates may be open in part, too.
+
+    With a number g for each entry, 0 for shut and 1 for open, what it shuts is multiplied:
+
+        inputs      g · x for the features x that an entry owns
+        channels    g · x for a channel x as the norms read it, so their mean runs over what is left of it
+        whole       of a block g · y for what it adds to the stream; of a layer x + g · (f(x) - x)
+        logits      z + log g; -inf where g is 0 or less, and then without a gradient by g
+
+    Args:
+        model: left as found.
+        axes: its axes.
+        gates: a mask; or axis name -> float tensor [entries], any real numbers. Outputs can be differentiated by them.
 
     Raises:
-        ValueError: the mask does not fit the axes (`Mask.check`), or a gate does not fit its axis.
+        ValueError: a mask does not fit the axes (`Mask.check`), gates are not a float for each entry of an axis, or a gate does not
+            fit its axis.
     """
-    with attached(hook for name, axis in _checked(axes, mask).items() for hook in _shut(model, axis, mask[name])):
+    if isinstance(gates, Mask):
+        shut = _checked(axes, gates)
+        with attached(hook for name, axis in shut.items() for hook in _shut(model, axis, gates[name])):
+            yield
+        return
+    by_name = {axis.name: axis for axis in axes}
+    for name, gate in gates.items():
+        if name not in by_name:
+            raise ValueError(f"gates name {name!r}, which is not an axis of this model")
+        if gate.shape != (by_name[name].entries,) or not gate.is_floating_point():
+            raise ValueError(
+                f"gates of {name!r} must be {by_name[name].entries} floats, not {gate.dtype} of shape {tuple(gate.shape)}"
+            )
+    with attached(hook for name, gate in gates.items() for hook in _open(model, by_name[name], gate)):
         yield
+
+
+def _open(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[RemovableHandle]:
+    """The hooks that open the entries of an axis as far as `gate` says, [entries], attached one by one."""
+    _check_gate(model, axis)
+    if axis.gate.kind == "logits":
+        yield model.register_forward_hook(partial(_add_log, gate))
+    elif axis.gate.is_whole:
+        whole: Any = model.get_submodule(axis.gate.module)
+        if axis.modules:
+            yield whole.register_forward_hook(partial(_multiply_output, gate[0]))
+            return
+        for index, layer in enumerate(whole):
+            yield layer.register_forward_hook(partial(_multiply_change, gate[index]), with_kwargs=True)
+    else:
+        for module in (axis.gate.module, *axis.gate.also):
+            features = gate.repeat_interleave(axis.gate.width)
+            yield model.get_submodule(module).register_forward_pre_hook(partial(_multiply_input, features))
+
+
+def _multiply_input(features: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * features.to(args[0]), *args[1:])
+
+
+def _multiply_output(gate: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return with_first(output, first(output) * gate.to(first(output)))
+
+
+def _multiply_change(gate: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    entered = args[0] if args else kwargs["hidden_states"]
+    return with_first(output, entered + gate.to(entered) * (first(output) - entered))
+
+
+def _add_log(gate: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    opened = gate > 0
+    log = torch.where(opened, gate, 1.0).log().masked_fill(~opened, -torch.inf)  # no 0 · inf in its gradient
+    output.logits = output.logits + log.to(output.logits)
+    return output
 
 
 def _shut(model: nn.Module, axis: Axis, keep: Tensor) -> Iterator[RemovableHandle]:
