@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -266,32 +266,32 @@ def test_bad_input_gets_a_sentence(ask: Any, words: list[str], said: str) -> Non
     assert said in errors[0]
 
 
-@pytest.mark.parametrize("code", ["pass", "import os, signal; input(); os.kill(os.getpid(), signal.SIGKILL)"])
-def test_a_process_that_dies_is_an_error_and_no_wait(code: str) -> None:
-    def ask() -> None:
-        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdin is not None
-            if "input" in code:
-                process.stdin.write(b"\n")
-                process.stdin.flush()
-            turns._Worker(process, "small")
-
-    with pytest.raises(RunError, match=r"process with small ended with status (0|-9)"):
-        ask()
+@contextmanager
+def pretending(code: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A worker whose process runs some other code."""
+    monkeypatch.setattr(turns, "module", lambda *words: [sys.executable, "-c", code])
+    with turns._opened({"model": "small"}) as worker:
+        yield worker
 
 
-def test_what_a_worker_cannot_do_is_said_as_it_says_it() -> None:
+@pytest.mark.parametrize(
+    "code", ["pass", "import os, signal; print({}, flush=True); input(); os.kill(os.getpid(), signal.SIGKILL)"]
+)
+def test_a_process_that_dies_is_an_error_and_no_wait(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = r"process with small ended with status (0|-9) and without a word; there may be too little memory"
+    with pytest.raises(RunError, match=wanted), pretending(code, monkeypatch) as worker:
+        worker.ask({"batch": 1})
+
+
+def test_what_a_worker_cannot_do_is_said_as_it_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[tuple[dict[str, Any], type[Exception]]] = [
         ({"error": "no such thing", "usage": True}, UsageError),
         ({"error": "it broke", "usage": False}, RunError),
     ]
     for answer, kind in answers:
         code = f"print({json.dumps(json.dumps(answer))})"
-        start: Callable[[], Any] = lambda code=code: turns._Worker(  # noqa: E731
-            subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE), "small"
-        )
-        with pytest.raises(kind, match=str(answer["error"])):
-            start()
+        with pytest.raises(kind, match=str(answer["error"])), pretending(code, monkeypatch):
+            pass
 
 
 def test_a_type_of_what_needs_no_export_is_refused(ask: Any, tmp_path: Path) -> None:

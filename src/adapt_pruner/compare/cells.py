@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import Progress, Said, Warned
+from adapt_pruner.core.children import module
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -41,7 +41,7 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
     Raises:
         RunError: it failed, with its own sentence.
     """
-    command = [sys.executable, "-m", "adapt_pruner", *words, "-o", str(path), "--json"]
+    command = module("adapt_pruner", *words, "-o", str(path), "--json")
     with contextlib.ExitStack() as after:
         with _held_back():
             # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.

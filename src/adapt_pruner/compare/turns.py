@@ -6,8 +6,6 @@ models of a round, which lie seconds apart.
 
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from typing import Any
 
 from adapt_pruner.compare.ideal import PHASES, Weights, ideal_speed_up, of_gguf, of_torch
 from adapt_pruner.core.events import Load, Progress, Warned
+from adapt_pruner.core.children import Child, module, talking
 from adapt_pruner.errors import RunError, UsageError, nearest
 
 __all__ = ["ENGINES", "LOADS", "Spread", "bench"]
@@ -177,40 +176,29 @@ def _weights(worker: "_Worker", path: str, engine: str) -> Weights:
 class _Worker:
     """A process with a model in an engine."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", model: str) -> None:
-        self._process, self._model = process, model
-        self.facts: dict[str, Any] = self._hear()
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self.facts: dict[str, Any] = _heard(child.hear())
 
     def ask(self, question: dict[str, Any]) -> dict[str, float]:
         """Seconds of a prompt and of what is written after it; the memory held is kept among the facts."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # what it said before is heard below
-            pass
-        answer: dict[str, float] = self._hear()
+        answer: dict[str, float] = _heard(self._child.ask(question))
         self.facts["peak_bytes"] = answer.pop("peak_bytes")
         return answer
 
-    def _hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
-            raise RunError(
-                f"the process with {self._model} ended with status {self._process.wait()} and without a word; there may be too "
-                "little memory for two models, or for so large a --batch"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise (UsageError if answer["usage"] else RunError)(answer["error"])
-        return answer
+
+def _heard(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer that is none of an error."""
+    if "error" in answer:
+        raise (UsageError if answer["usage"] else RunError)(answer["error"])
+    return answer
 
 
 @contextmanager
 def _opened(asked: dict[str, Any]) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "adapt_pruner.compare.worker", json.dumps(asked)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield _Worker(process, asked["model"])
-        finally:
-            process.kill()
+    silent = (
+        f"the process with {asked['model']} ended with status {{status}} and without a word; there may be too "
+        "little memory for two models, or for so large a --batch"
+    )
+    with talking(module("adapt_pruner.compare.worker", json.dumps(asked)), silent=silent) as child:
+        yield _Worker(child)

@@ -1,6 +1,6 @@
 """Run in a process of its own: one model in one engine, which reads prompts and writes tokens when it is asked to.
 
-    python -m adapt_pruner.compare.worker '{"engine": "torch", "model": …, "threads": …, "rows": …, "tokens": …, …}'
+    python -P -m adapt_pruner.compare.worker '{"engine": "torch", "model": …, "threads": …, "rows": …, "tokens": …, …}'
 
 Says first, as a line of JSON, how long the model took to load and what it is, or what went wrong. Then each line on stdin is a
 question, {"batch": b, "prompt": p, "generate": n, "vocabulary": v}, answered with a line of seconds and the memory held so far.

@@ -1,7 +1,6 @@
 """A plain Hugging Face folder: how a form that is one is known, loaded, and proved in stock transformers."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner.core.children import talking
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import in_transformers
@@ -43,45 +43,24 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     if config.get("auto_map") and not trust_remote_code:
         raise UsageError(f"{artefact} brings Python code to load it; pass --trust-remote-code to run it")
     command = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py")), str(artefact), str(torch.get_num_threads())]
-    with subprocess.Popen(
-        [*command, *(["trust"] if trust_remote_code else [])],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
-        into, out = process.stdin, process.stdout
-
-        def ask(question: dict[str, Any]) -> None:
-            into.write(json.dumps(question).encode() + b"\n")
-            into.flush()
-
-        def line() -> Any:
-            if not (said := out.readline()):
-                raise RunError(
-                    f"stock transformers ended on {artefact} without a word; there may be too little memory for two models"
-                )
-            return json.loads(said)
+    silent = f"stock transformers ended on {artefact} without a word; there may be too little memory for two models"
+    with talking([*command, *(["trust"] if trust_remote_code else [])], silent=silent) as child:
 
         def logits(ids: list[int]) -> Tensor:
-            ask({"logits": ids})
-            length, vocab_size = line()
-            return torch.frombuffer(bytearray(out.read(4 * length * vocab_size)), dtype=torch.float32).view(length, vocab_size)
+            length, vocab_size = child.ask({"logits": ids})
+            found = bytearray(child.read(4 * length * vocab_size))
+            return torch.frombuffer(found, dtype=torch.float32).view(length, vocab_size)
 
         def greedy(ids: list[int], count: int) -> list[int]:
-            ask({"greedy": ids, "tokens": count})
-            found: list[int] = line()
+            found: list[int] = child.ask({"greedy": ids, "tokens": count})
             return found
 
         def encode(text: str) -> list[int]:
-            ask({"encode": text})
-            found: list[int] = line()
+            found: list[int] = child.ask({"encode": text})
             return found
 
-        try:
-            hello = line()
-            if "error" in hello:
-                raise RunError(f"stock transformers cannot load {artefact}: {hello['error']}")
-            name = f"transformers {transformers.__version__}, {hello['class']}"
-            yield Engine(name, "f32", hello["vocab_size"], logits, greedy, encode)
-        finally:
-            into.close()
-            process.kill()
+        hello = child.hear()
+        if "error" in hello:
+            raise RunError(f"stock transformers cannot load {artefact}: {hello['error']}")
+        name = f"transformers {transformers.__version__}, {hello['class']}"
+        yield Engine(name, "f32", hello["vocab_size"], logits, greedy, encode)

@@ -1,0 +1,101 @@
+"""Processes of our own: no Python file of the current folder is imported in them, they speak lines of JSON, and they end with their parent.
+
+    python -P -m adapt_pruner.core.children PARENT MODULE [WORDS …]
+
+runs a module as `python -m` does, and has the system end the process with SIGTERM when the process PARENT ends (on Linux).
+"""
+
+import ctypes
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from adapt_pruner.errors import RunError
+
+__all__ = ["Child", "module", "talking"]
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def module(name: str, *words: str) -> list[str]:
+    """The command that runs a module in a process which ends with this one."""
+    return [sys.executable, "-P", "-m", __name__, str(os.getpid()), name, *words]
+
+
+class Child:
+    """A process that answers each line of JSON with a line of JSON."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", silent: str) -> None:
+        self._process, self._silent = process, silent
+
+    def ask(self, question: Any) -> Any:
+        """Its answer.
+
+        Raises:
+            RunError: it ended without one.
+        """
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # what it said before is heard below
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+        return self.hear()
+
+    def hear(self) -> Any:
+        """What it says next.
+
+        Raises:
+            RunError: it ended without a word.
+        """
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise RunError(self._silent.replace("{status}", str(self._process.wait())))
+        return json.loads(line)
+
+    def read(self, count: int) -> bytes:
+        """So many bytes that follow an answer.
+
+        Raises:
+            RunError: it ended before.
+        """
+        assert self._process.stdout is not None
+        if len(found := self._process.stdout.read(count)) < count:
+            raise RunError(self._silent.replace("{status}", str(self._process.wait())))
+        return found
+
+
+@contextmanager
+def talking(command: Sequence[str], *, silent: str) -> Iterator[Child]:
+    """A process that reads questions on stdin and answers on stdout; what it prints on stderr is dropped. It is killed at the end.
+
+    Args:
+        command: `module(…)`, or Python with -P and the path of a file, whose stdin ends with this process.
+        silent: what is said if it ends without an answer; `{status}` is its exit status.
+    """
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        try:
+            yield Child(process, silent)
+        finally:
+            with suppress(BrokenPipeError):  # what it was asked last it may never have read
+                process.stdin.close()
+            process.kill()
+
+
+def _end_with(parent: int) -> None:
+    """Have the system send this process SIGTERM when its parent ends; it may have ended already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,63 @@
+"""A process of ours takes no code from the current folder, answers in lines, and ends with its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adapt_pruner.core.children import module, talking
+from adapt_pruner.errors import RunError
+
+ECHO = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked == "end":
+        sys.exit(3)
+    print(json.dumps(asked), flush=True)
+"""
+
+
+def test_it_answers_in_lines_and_an_end_without_a_word_is_said(tmp_path: Path) -> None:
+    (tmp_path / "echo.py").write_text(ECHO)
+    with talking([sys.executable, "-P", str(tmp_path / "echo.py")], silent="it ended with {status}") as child:
+        assert child.ask({"a": [1, 2]}) == {"a": [1, 2]}
+        with pytest.raises(RunError, match="it ended with 3"):
+            child.ask("end")
+        with pytest.raises(RunError, match="it ended with 3"):
+            child.ask("again")
+        with pytest.raises(RunError, match="it ended with 3"):
+            child.read(4)
+
+
+def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "timeit", "adapt_pruner"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(module("timeit", "-n1", "-r1", "import json"), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_it_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; from adapt_pruner.core.children import module; "
+        "child = subprocess.Popen(module('timeit', '-n1', '-r1', 'import time; time.sleep(60)')); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        time.sleep(1.0)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child went on")
