@@ -270,7 +270,7 @@ def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path) -> None:
 def test_a_glance_at_the_lock_does_not_stop_a_run_from_beginning(tmp_path: Path) -> None:
     from threading import Timer
 
-    from adapt_pruner.run.folder import locked
+    from adapt_pruner.core.locks import locked
 
     glance = (tmp_path / ".lock").open("a+")
     fcntl.flock(glance, fcntl.LOCK_SH)

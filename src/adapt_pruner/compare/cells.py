@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.events import Progress, Said, Warned
 from adapt_pruner.core.children import module
+from adapt_pruner.core.events import Progress, Said, Warned
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity

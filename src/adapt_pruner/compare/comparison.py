@@ -34,6 +34,7 @@ from adapt_pruner.core import events
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import CellDone, Interrupted, Load, Reused, Warned
 from adapt_pruner.core.files import tidy, why, write_whole
+from adapt_pruner.core.locks import locked
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import to_json
@@ -45,7 +46,6 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.reduce.work import Listener, Work, reads_text
 from adapt_pruner.report.comparison import comparison_page
 from adapt_pruner.report.page import write_page
-from adapt_pruner.run.folder import locked
 
 __all__ = ["compare"]
 

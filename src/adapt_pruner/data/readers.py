@@ -164,7 +164,10 @@ def _open(path: Path) -> IO[str]:
 
 
 class _Zstandard(io.RawIOBase):
-    """A .zst file's content; where the file is damaged or ends too early OSError or EOFError, as of gzip."""
+    """A .zst file's content; where the file is damaged or ends too early OSError or EOFError, as of gzip.
+
+    Not zstandard's own `stream_reader`, which ends without an error where a file is cut off.
+    """
 
     def __init__(self, file: IO[bytes], zstandard: Any) -> None:
         self._file, self._library = file, zstandard

@@ -1,8 +1,6 @@
 """What a run's folder holds: recipe, log, newest figures, and whether somebody works there; as it is, also where it is broken."""
 
-import fcntl
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +9,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from adapt_pruner.core.events import Event, parse_line
+from adapt_pruner.core.locks import is_held
 from adapt_pruner.core.strict_json import is_count, is_number
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
+from adapt_pruner.run.checkpoints import newest_first
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
 
@@ -204,19 +204,8 @@ def _events(path: Path, trouble: list[str]) -> list[Event]:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint by its name that holds pruning.json (see `run.folder`)."""
-    order = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+)|-cut-(\d+))?", path.name)
-        if match and (path / "pruning.json").is_file():
-            order.append(
-                (
-                    int(match[1]),
-                    0 if match[2] else int(match[3]) if match[3] else int(match[4]) - 10**9 if match[4] else 10**18,
-                    path,
-                )
-            )
-    return max(order)[2] if order else None
+    """The newest checkpoint that holds pruning.json."""
+    return next((path for path in newest_first(folder) if (path / "pruning.json").is_file()), None)
 
 
 def _json(path: Path, trouble: list[str]) -> dict[str, Any]:
@@ -239,12 +228,5 @@ def _mask(data: Mapping[str, Any]) -> dict[str, tuple[int, list[int]]]:
 
 
 def is_worked_in(run_dir: Path) -> bool:
-    """Whether a process holds the lock of a run's folder; asked by sharing it for a moment, which a run waits out (see `run.folder.locked`)."""
-    try:
-        with (run_dir / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    """Whether a process works in a run's folder."""
+    return is_held(run_dir / ".lock")

@@ -11,30 +11,29 @@ report.html              what it came to, as a page (see `report`)
 .lock                    held by the process that works here
 """
 
-import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
 from adapt_pruner.core.events import is_logged
 from adapt_pruner.core.files import remove, tidy, why, write_whole
+from adapt_pruner.core.locks import locked
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
+from adapt_pruner.run.checkpoints import newest_first
 
-__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "locked", "opened"]
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "opened"]
 
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
-_GLANCE = 0.1  # seconds to wait out a report that looks whether the lock is held
 
 
 class RunFolder:
@@ -50,7 +49,7 @@ class RunFolder:
     @property
     def is_new(self) -> bool:
         """Whether no run has begun here."""
-        return not (self.path / "recipe.yaml").exists() and not self._found()
+        return not (self.path / "recipe.yaml").exists() and not newest_first(self.checkpoints)
 
     @property
     def is_finished(self) -> bool:
@@ -116,7 +115,7 @@ class RunFolder:
     def newest(self, *, thorough: bool = True) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
         """The newest checkpoint that is whole, its state, and what is wrong with any newer ones (see `read_state`)."""
         damaged: dict[Path, str] = {}
-        for path in self._found():
+        for path in newest_first(self.checkpoints):
             try:
                 return path, read_state(path, thorough=thorough), damaged
             except RunError as error:
@@ -145,7 +144,7 @@ class RunFolder:
 
     def tidy(self, *, keep: int | None = None) -> None:
         """Remove, in place, all checkpoints but the newest `keep`, and what was left half-written or half-removed."""
-        for path in self._found()[keep:] if keep is not None else ():
+        for path in newest_first(self.checkpoints)[keep:] if keep is not None else ():
             remove(path)
         for folder in (self.path, self.checkpoints):
             tidy(folder)
@@ -153,16 +152,6 @@ class RunFolder:
     def _append(self, line: str) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(line)
-
-    def _found(self) -> list[Path]:
-        """Checkpoints by their names, the newest first."""
-        order = []
-        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
-            match = re.fullmatch(r"stage-(\d+)(?:-(pruned)|-step-(\d+)|-cut-(\d+))?", path.name)
-            if match:
-                within = 0 if match[2] else int(match[3]) if match[3] else int(match[4]) - 10**9 if match[4] else 10**18
-                order.append((int(match[1]), within, path))
-        return [path for _, _, path in sorted(order, reverse=True)]
 
 
 @contextmanager
@@ -216,31 +205,3 @@ def figures_of(run_dir: str | Path) -> dict[str, Any]:
     """The figures of a finished run."""
     figures: dict[str, Any] = json.loads((Path(run_dir) / "model" / "pruning.json").read_text(encoding="utf-8"))["figures"]
     return figures
-
-
-def locked(path: Path) -> IO[str]:
-    """A lock file that this process has locked, until it is closed or the process ends, however it ends.
-
-    Raises:
-        UsageError: another process has locked it, or it cannot be locked there.
-    """
-    while True:
-        lock = path.open("a+")
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_GLANCE)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                lock.truncate(0)
-                lock.write(str(os.getpid()))
-                lock.flush()
-                return lock
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UsageError(f"{path.parent} is in use by process {owner}; wait for it, or name another folder") from error
-        except OSError as error:
-            raise UsageError(f"{path} cannot be locked ({why(error)}); name a folder on another file system") from error
-        lock.close()  # its last holder has just taken it away

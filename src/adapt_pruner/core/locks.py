@@ -1,0 +1,58 @@
+"""A lock file that says who holds it, ends with its process, however that ends, and can be looked at without disturbing the holder.
+
+Not the package filelock: whoever asks with it whether a lock is held takes it, and makes the file where there is none, while report and
+watch may only read; and it does not say who holds it. Locks are those of flock, as they were in run folders from the first version on.
+"""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+from adapt_pruner.core.files import why
+from adapt_pruner.errors import UsageError
+
+__all__ = ["is_held", "locked"]
+
+_GLANCE = 0.1  # seconds to wait out somebody who looks whether the lock is held
+
+
+def locked(path: Path) -> IO[str]:
+    """A lock file that this process has locked, until it is closed or the process ends.
+
+    Raises:
+        UsageError: another process has locked it, or it cannot be locked there.
+    """
+    while True:
+        lock = path.open("a+")
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_GLANCE)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+                return lock
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UsageError(f"{path.parent} is in use by process {owner}; wait for it, or name another folder") from error
+        except OSError as error:
+            raise UsageError(f"{path} cannot be locked ({why(error)}); name a folder on another file system") from error
+        lock.close()  # its last holder has just taken it away
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock file; asked by sharing it for a moment, which `locked` waits out."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
