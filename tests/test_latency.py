@@ -158,8 +158,11 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["--latency", "1.2x"], "'1.2x' is not a share"),
         (["--latency", "0.7x", "--params", "80%"], "--params 80% and --latency 0.7x both say"),
-        ([], "not told how far; add --params 80%, or --latency 0.7x"),
-        (["--params", "80%", "--latency-of", "decode"], "--latency-of decode is about --latency, and there is none"),
+        ([], "prune needs a size or a speed to reach; add --params 80% or --latency 0.7x"),
+        (
+            ["--params", "80%", "--latency-of", "decode"],
+            "--latency-of decode has no effect without --latency; add --latency 0.7x",
+        ),
         (["--latency", "0.7x", "--latency-of", "chat"], "'prefill' or 'decode'"),
     ],
 )

@@ -276,7 +276,7 @@ def test_the_command_line(ask: Any, folder: Path, tiny_folder: Path, tmp_path: P
     assert "%" in rows["tiny_choices"]
     assert "%" in rows["average"]
     assert "%" not in rows["tiny_texts"]
-    assert "3 of 6 scores were there from before" in out
+    assert "3 of 6 scores were kept from earlier calls" in out
     assert f"texts of {other} start with <s>" in out
     assert "bits/byte" in out
     both = json.loads(ask("eval", other, *words, "--against", tiny_folder, "--json")[1])["models"]

@@ -59,10 +59,10 @@ TWICE = {
     "two of --set": (["--set", "step=0.1", "--set", "step=0.2"], "--set step is given twice"),
     "an option and --set": (
         ["--method", "flap", "--set", "method=random"],
-        "method is said by an option of its own and by --set",
+        "method is set by its own option and by --set",
     ),
-    "--params and --set": (["--set", "budget=70%"], "budget is said by an option of its own and by --set"),
-    "samples": (["--calibration-samples", "4", "--set", "calibration.samples=8"], "calibration.samples is said by"),
+    "--params and --set": (["--set", "budget=70%"], "budget is set by its own option and by --set"),
+    "samples": (["--calibration-samples", "4", "--set", "calibration.samples=8"], "calibration.samples is set by its own option"),
 }
 
 

@@ -316,4 +316,4 @@ def test_chat_refuses_in_a_sentence(tiny_folder: Path, ask: Any, words: list[str
 def test_a_seed_without_a_draw_is_refused(ask: Any, tiny_folder: Path) -> None:
     status, _, err = ask("chat", tiny_folder, "hello", "--seed", 5)
     assert status == 2
-    assert "nothing is drawn at temperature 0; add --temperature" in err
+    assert "--seed 5 has no effect at temperature 0, which draws nothing; add --temperature" in err

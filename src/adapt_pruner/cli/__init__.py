@@ -1,4 +1,7 @@
-"""The command line; thin: parse, call, print. Results go to stdout, everything else to stderr."""
+"""The command line: each command parses its options, calls the library and prints.
+
+Results go to stdout, everything else goes to stderr.
+"""
 
 import errno
 import os
@@ -31,7 +34,7 @@ __all__ = ["app", "main"]
 
 
 class _Once(TyperCommand):
-    """Refuses an option of one value that is given twice, of which the parser would take the last without a word."""
+    """Refuse an option that takes one value and is given twice; the parser would silently take the last one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -49,8 +52,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    help="Make small language models out of larger ones: adaptive structured pruning, interleaved with training.\n\n"
-    "Try `adapt-pruner prune smollm2-135m-instruct -o small --params 110M`, or `adapt-pruner COMMAND --help`.",
+    help="Make small language models from larger ones: adaptive structured pruning, with training between the cuts.\n\n"
+    "Start with `adapt-pruner prune smollm2-135m-instruct -o small --params 110M`. "
+    "`adapt-pruner COMMAND --help` explains a command.",
 )
 for command, name in (
     (prune, "prune"),
@@ -89,7 +93,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; every error becomes one sentence and an exit status: 2 for usage, 1 for failure."""
+    """Run the command line. Every error becomes one sentence and an exit status: 2 for wrong usage, 1 for failed work."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; progress is ours to show
     _interrupts.clear()  # of an earlier call in the same process
     for sent in (signal.SIGINT, signal.SIGTERM):  # the second is what a cluster sends before it takes the machine away
@@ -126,11 +130,11 @@ _OUT_OF_MEMORY = "out of memory; use fewer calibration or batch tokens, --device
 
 
 def _stop_on_other(error: Exception) -> NoReturn:
-    """End on an error that is not one of ours: the parser's, the system's, or a fault of the program."""
+    """Exit on an error that is not one of ours: the parser's, the system's, or a bug."""
     if _interrupts:  # compiled code may have made another error of it
         _stop(_INTERRUPTED, 1)
     if hasattr(error, "format_message"):  # the parser's own; typer carries its own copy of click, so no class to name
-        _stop(f"{error.format_message().rstrip('.')} (--help shows what there is)", 2)
+        _stop(f"{error.format_message().rstrip('.')} (--help lists what is known)", 2)
     if type(error).__name__ == "Abort":
         _stop(_INTERRUPTED, 1)
     if type(error).__name__ == "OutOfMemoryError":
@@ -142,7 +146,7 @@ def _stop_on_other(error: Exception) -> NoReturn:
 
 
 def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoReturn:
-    """End with a sentence; of several processes the main one says what befell all, another what befell it alone."""
+    """Print one sentence and exit. The main process prints every error, another process only an error of its own."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     process = os.environ.get("RANK", "0") if several else "0"
     if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):

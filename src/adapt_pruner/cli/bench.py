@@ -1,4 +1,4 @@
-"""`adapt-pruner bench`: how fast a pruned model runs beside the dense one, in the engine it is for."""
+"""`adapt-pruner bench`: how fast a pruned model runs, compared with the dense one in the same engine."""
 
 from typing import Annotated, Any
 
@@ -11,24 +11,29 @@ __all__ = ["bench"]
 
 
 def bench(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The pruned model: folder, .gguf file, hub id or packaged name.")],
-    against: Annotated[str, typer.Option(metavar="MODEL", help="The dense model, likewise.")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The pruned model: folder, .gguf file, hub id or packaged model.")],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The dense model, in any of the same forms.")],
     engine: Annotated[
-        str, typer.Option(help="torch or llama.cpp; the latter runs GGUF files, to which folders are exported.")
-    ] = ("torch"),
-    batch: Annotated[str, typer.Option(metavar="N,N", help="Rows at one time; each number is a measurement.")] = "1,8",
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
-    generate: Annotated[int, typer.Option(help="Tokens written after it.", min=1)] = 64,
-    rounds: Annotated[int, typer.Option(help="Times that each is measured, in turn, after one that is not counted.", min=1)] = 5,
+        str, typer.Option(help="torch or llama.cpp. llama.cpp runs GGUF files; a folder is exported to one first.")
+    ] = "torch",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Batch sizes to measure, with commas.")] = "1,8",
+    prompt: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens to write after the prompt.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="Measurements of each model, in turn, after one warm-up.", min=1)] = 5,
     quant: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Of llama.cpp: the type folders are exported in. [default: as stored]")
+        str | None, typer.Option(metavar="TYPE", help="For llama.cpp: number format to export folders in. [default: as stored]")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of weights in torch: auto (bfloat16 where native), float32, bfloat16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number format of weights in torch: float32, bfloat16, or `auto`, which takes bfloat16 where the processor has it."
+        ),
+    ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure speed, load time, size and memory of DIR beside MODEL, in turn, and how much of the ideal speed-up is reached.
+    """Measure speed, load time, size and memory of DIR and MODEL in turn, and how much of the ideal speed-up DIR reaches.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`adapt-pruner card`: the README.md of a checkpoint, written anew."""
+"""`adapt-pruner card`: the model card of a checkpoint, written again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +9,12 @@ __all__ = ["card"]
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune or run wrote.")],
-    show: Annotated[bool, typer.Option("--show", help="Print it and write nothing.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `prune` or `run` wrote.")],
+    show: Annotated[bool, typer.Option("--show", help="Print the card and write nothing.")] = False,
 ) -> None:
-    """Write the model card, README.md, of DIR anew from its own JSON; prune and run write one by themselves.
+    """Write the model card of DIR (its README.md) again, from the JSON files in DIR.
+
+    `prune` and `run` write a first card by themselves.
 
     Example:
 

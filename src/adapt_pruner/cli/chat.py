@@ -1,4 +1,4 @@
-"""`adapt-pruner chat`: what a model answers, beside what another one does."""
+"""`adapt-pruner chat`: a model's answer to a prompt, and a second model's beside it."""
 
 from typing import Annotated, Any
 
@@ -13,22 +13,24 @@ _NARROW = 100  # columns of a terminal below which answers stand below each othe
 
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What you say to it, in quotes.")],
-    against: Annotated[str | None, typer.Option(metavar="DENSE", help="Another model, asked the same.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 200,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What you ask the model, in quotes.")],
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="Second model, which answers the same prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message before the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 200,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token each time; more draws them.", min=0.0, max=100.0)
+        float, typer.Option(help="0 always takes the likeliest token; a higher value draws tokens at random.", min=0.0, max=100.0)
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the draw, with --temperature. [default: 0]", min=0, max=2**63 - 1)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the random draws of --temperature. [default: 0]", min=0, max=2**63 - 1)
+    ] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Ask MODEL something, in its own chat template; with --against DENSE both answer, side by side.
+    """Ask MODEL something in its own chat template. With --against DENSE, both models answer side by side.
 
     Examples:
 
@@ -52,7 +54,7 @@ def chat(
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
     if seed is not None and not temperature:
         raise UsageError(
-            f"--seed {seed} is of a draw, and nothing is drawn at temperature 0; add --temperature 0.7, or leave it out"
+            f"--seed {seed} has no effect at temperature 0, which draws nothing; add --temperature 0.7, or leave --seed out"
         )
     names = [model] if against is None else [model, against]
     for name in names:
@@ -100,4 +102,4 @@ def _note(one: dict[str, Any]) -> str:
     note = f"{millions(one['params'])} parameters, {one['tokens']} tokens at {one['tokens'] / max(one['seconds'], 1e-9):,.1f} a second"
     if not one["ended"]:
         note += ", cut off"
-    return note if one["templated"] else note + "; no chat template, so it goes on with the prompt"
+    return note if one["templated"] else note + "; no chat template, so the model continues the prompt"

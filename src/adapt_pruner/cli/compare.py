@@ -1,4 +1,4 @@
-"""`adapt-pruner compare`: which method, and how far; several of them at equal parameters."""
+"""`adapt-pruner compare`: several pruning methods at equal parameters, measured alike."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,31 +12,37 @@ __all__ = ["compare"]
 
 def compare(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures, table and picture; or of one to go on with.")],
-    methods: Annotated[str, typer.Option(help="Rows of `adapt-pruner methods`, with commas: magnitude,random.")],
-    params: Annotated[str, typer.Option(help="Sizes, with commas: 113.3M,92M or 80%,60%.")],
-    text: Annotated[list[str], typer.Option(metavar="SPEC", help="Text to measure on: file, folder, glob, …; may be repeated.")],
+    out: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for figures, table and picture. Name it again to continue a comparison."),
+    ],
+    methods: Annotated[str, typer.Option(help="Names from `adapt-pruner methods`, with commas: magnitude,random.")],
+    params: Annotated[str, typer.Option(help="Parameters to keep, with commas: 113.3M,92M or 80%,60%.")],
+    text: Annotated[list[str], typer.Option(metavar="SPEC", help="Text to measure on: file, folder, glob, …; can be repeated.")],
     calibration: Annotated[
-        str | None, typer.Option(help="Text to measure importance on, for every method. [default: what its recipe says]")
+        str | None, typer.Option(help="Text to measure importance on, for every method. [default: each method's own]")
     ] = None,
     calibration_ids: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="JSON file with input_ids, instead; each that is given is a draw.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="JSON file with input_ids, instead of --calibration. Can be repeated: each file is one draw."
+        ),
     ] = None,
-    draws: Annotated[int | None, typer.Option(help="Seeds of every cell, from 0. [default: 3]", min=1)] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.", min=2)] = 512,
-    max_windows: Annotated[int, typer.Option(help="Windows at most, of each text.", min=1)] = 40,
+    draws: Annotated[int | None, typer.Option(help="Seeds per method and size, counted from 0. [default: 3]", min=1)] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.", min=2)] = 512,
+    max_windows: Annotated[int, typer.Option(help="Most windows to read of each text.", min=1)] = 40,
     overrides: Set = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints, in the folder's models/.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, in models/ of the folder.")] = False,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Prune MODEL by several methods to the same sizes, measure all of them alike, and write a table and a picture.
+    """Prune MODEL by several methods to the same sizes, measure the results alike, and write a table and a picture.
 
-    The same command again goes on where it was stopped; more methods, sizes or draws may be added.
+    Give the same command again to continue a comparison that was stopped. It may have more methods, sizes or draws.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`adapt-pruner eval`: perplexity and reading speed, and scores on tasks, of one model or of several side by side."""
+"""`adapt-pruner eval`: perplexity, reading speed and task scores, of one model or of several side by side."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,34 +17,48 @@ __all__ = ["evaluate"]
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folder, .gguf file, hub id or packaged name; one or more.")
+        list[str], typer.Argument(metavar="MODEL...", help="Folder, .gguf file, hub id or packaged model; one or more.")
     ],
     text: Annotated[
-        str | None, typer.Option(help="Perplexity on this text: file, folder, glob, hub:NAME, python-docs:heldout.")
+        str | None, typer.Option(help="Text to measure perplexity on: file, folder, glob, hub:NAME, python-docs:heldout.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window; windows do not overlap. [default: 512]")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Windows at most; the whole text by default.", min=1)] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window; windows do not overlap. [default: 512]")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Most windows to read. [default: the whole text]", min=1)] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Scores on tasks: commonsense, mmlu, or lm-eval's names with commas.")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Tasks to score, separated by commas: commonsense, mmlu, or names that lm-eval knows."
+        ),
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each item; each task's own by default.", min=0)] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task at most; all by default.", min=1)] = None,
-    task_dir: Annotated[Path | None, typer.Option(help="Folder of lm-eval YAML files: own tasks, or other data.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples shown before each item. [default: as the task says]", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most items to score in each task. [default: all]", min=1)] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Folder of lm-eval YAML files with your own tasks, or with other data for known tasks.")
+    ] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where scores on tasks are kept.", show_default="~/.cache/adapt-pruner/tasks")
+        Path | None,
+        typer.Option(
+            help="Folder that keeps task scores, so that no task is scored twice.", show_default="~/.cache/adapt-pruner/tasks"
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="A model to compare with: what share of its accuracies the others keep.")
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="Dense model to compare with. The table then shows the share of its accuracy that the others keep.",
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Precision = "float32",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL: perplexity on a text, scores on tasks, or both; several models make a table.
+    """Measure the perplexity of one or more MODELs on a text, their scores on tasks, or both.
 
-    Reading speeds are measured in turn, with --text. Tasks need `pip install 'adapt-pruner[eval]'`; a task that was scored before
-    is not scored again.
+    With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install 'adapt-pruner[eval]'`. A task that
+    was scored before is not scored again.
 
     Examples:
 
@@ -174,7 +188,7 @@ def _perplexity(
 
 
 def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]") -> None:
-    """Put what each model keeps of the first one's accuracies beside its scores, in place."""
+    """Add to each model's scores, in place, the share of the first model's accuracy that it keeps."""
     from adapt_pruner.evaluate.tasks import retention
 
     for row, scored in zip(rows, scores, strict=True):
@@ -206,7 +220,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _print_tasks(
     rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]", *, limit: int | None, against: bool
 ) -> None:
-    """Tasks by models, in per cent with standard errors; `against`: the first model is what the others are compared with."""
+    """Tasks by models, in per cent with standard errors; with `against` the others are compared with the first model."""
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core import words
 
@@ -238,11 +252,11 @@ def _print_tasks(
     )
     if against:
         print(
-            f"kept: share of the accuracy of {names[0]}; above chance: of what lies above guessing, where that is known well enough"
+            f"kept: share of the accuracy of {names[0]} that is left; above chance: the same share without what guessing gets, where that is known well enough"
         )
     again = sum(score.again for scored in scores for score in scored)
     if again:
-        print(f"{again} of {len(scores) * len(scores[0])} scores were there from before")
+        print(f"{again} of {len(scores) * len(scores[0])} scores were kept from earlier calls")
 
 
 def _share(value: float | None) -> str:
@@ -250,7 +264,7 @@ def _share(value: float | None) -> str:
 
 
 def _print_starts(rows: list[dict[str, Any]], *, what: str) -> None:
-    """Say which models read what they read with a token put first."""
+    """Print which models read their windows or texts after a start token."""
     starts: dict[str, list[str]] = {}
     for row in rows:
         if row["windows_start_with"] is not None:

@@ -1,4 +1,4 @@
-"""`adapt-pruner export`: a checkpoint in the form that another tool loads."""
+"""`adapt-pruner export`: a checkpoint in a form that another tool loads."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,20 +12,24 @@ __all__ = ["export"]
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The checkpoint: a folder, or any other MODEL.")],
-    to: Annotated[str, typer.Option("--to", help=f"{', '.join(forms()[:-1])} or {forms()[-1]}.")],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="A new folder; of gguf a new FILE.gguf.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="The checkpoint to export: folder, .gguf file, hub id or packaged model.")
+    ],
+    to: Annotated[str, typer.Option("--to", help=f"Form to export to: {', '.join(forms()[:-1])} or {forms()[-1]}.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="New folder for the result; for gguf a new file FILE.gguf.")
+    ],
     quant: Annotated[
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Of gguf: f32, f16, bf16, or, with llama-cpp-python, q8_0, q6_k, q5_k_m, q4_k_m, … [default: as stored]",
+            help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … [default: as stored]",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in the form that another tool loads: llama.cpp, stock transformers, vLLM, ONNX Runtime.
+    """Export a checkpoint for another tool: llama.cpp, stock transformers, vLLM or ONNX Runtime.
 
     Examples:
 

@@ -11,7 +11,7 @@ __all__ = ["inspect"]
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

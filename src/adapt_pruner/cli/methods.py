@@ -1,4 +1,4 @@
-"""`adapt-pruner methods`: what there is to choose from."""
+"""`adapt-pruner methods`: the pruning methods, and the parts that recipes combine."""
 
 from adapt_pruner.cli.options import Json
 
@@ -6,7 +6,7 @@ __all__ = ["methods"]
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods (rows of parts) and the parts a recipe may name.
+    """List the pruning methods, and the parts that a recipe can combine.
 
     Example:
 

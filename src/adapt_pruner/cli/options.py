@@ -8,18 +8,23 @@ from adapt_pruner.errors import UsageError, nearest
 
 __all__ = ["Device", "Json", "Precision", "Set", "TrustRemoteCode", "check_precision"]
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Precision = Annotated[str, typer.Option(help="Of matrix products: auto (bfloat16 where native), float32, bfloat16.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a foreign checkpoint brings.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one recipe key; can be repeated.")]
+Device = Annotated[str, typer.Option(help="Device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Number format of matrix products: float32, bfloat16, or `auto`, which takes bfloat16 where the processor has it."
+    ),
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def check_precision(name: str) -> None:
-    """Refuse what is no precision, before torch is loaded.
+    """Refuse an unknown number format before torch is loaded.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the name is not known.
     """
     known = ("auto", "float32", "bfloat16")
     if name not in known:

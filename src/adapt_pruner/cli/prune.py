@@ -12,32 +12,36 @@ __all__ = ["prune"]
 
 def prune(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged name such as smollm2-135m-instruct.")
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint; must not exist or be empty.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint, new or empty.")],
     params: Annotated[str | None, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")] = None,
     latency: Annotated[
         str | None,
-        typer.Option(metavar="0.7x", help="Instead of --params: share of the dense model's seconds on this machine, measured."),
+        typer.Option(
+            metavar="0.7x",
+            help="Instead of --params: time that the pruned model may take, as a share of the dense model's. Measured on this machine.",
+        ),
     ] = None,
     latency_of: Annotated[
         str | None,
-        typer.Option(help="What --latency is of: prefill (reading a prompt) or decode (writing after it). [default: prefill]"),
+        typer.Option(help="What --latency times: prefill (reading a prompt) or decode (writing the answer). [default: prefill]"),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="A row of `adapt-pruner methods`. [default: best]")] = None,
+    method: Annotated[str | None, typer.Option(help="Pruning method; `adapt-pruner methods` lists them. [default: best]")] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or self. [default: python-docs:train]"
+            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self`, which the model writes. "
+            "[default: python-docs:train]"
         ),
     ] = None,
-    calibration_samples: Annotated[int | None, typer.Option(help="Sequences an iteration. [default: 64]")] = None,
-    calibration_length: Annotated[int | None, typer.Option(help="Tokens a sequence. [default: 128]")] = None,
+    calibration_samples: Annotated[int | None, typer.Option(help="Calibration sequences per iteration. [default: 64]")] = None,
+    calibration_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [default: 128]")] = None,
     calibration_ids: Annotated[
-        Path | None, typer.Option(help="JSON file with input_ids: exactly these tokens instead of a text.")
+        Path | None, typer.Option(help="JSON file with input_ids: calibrate on exactly these tokens instead of a text.")
     ] = None,
     overrides: Set = None,
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -71,13 +75,13 @@ def prune(
     further = {"method": method, "budget": params, "latency": latency, "latency_of": latency_of}
     given |= {key: value for key, value in further.items() if value is not None}
     if twice := sorted(given.keys() & {text.partition("=")[0].strip() for text in overrides or []}):
-        raise UsageError(f"{', '.join(twice)} is said by an option of its own and by --set; leave one of them out")
+        raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
     common = {"model": model, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
     if not (recipe.budget or recipe.latency):
-        raise UsageError("prune is not told how far; add --params 80%, or --latency 0.7x for a speed")
+        raise UsageError("prune needs a size or a speed to reach; add --params 80% or --latency 0.7x")
     if latency_of is not None and not recipe.latency:
-        raise UsageError(f"--latency-of {latency_of} is about --latency, and there is none; leave it out")
+        raise UsageError(f"--latency-of {latency_of} has no effect without --latency; add --latency 0.7x, or leave it out")
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
@@ -114,8 +118,8 @@ def prune(
     )
     if "reached" in (found := figures.get("latency") or {}):
         print(
-            f"\n{found['of']} takes {found['reached']:.2f}x of the dense model's time ({found['reached_low']:.2f}–{found['reached_high']:.2f}, "
-            f"quartiles; in turn with it, {found['dense_seconds']:.2f} s); asked {found['asked']:g}x, predicted {found['predicted']:.2f}x"
+            f"\n{found['of']} takes {found['reached']:.2f}x of the dense model's time, which is {found['dense_seconds']:.2f} s "
+            f"(timed in turn; quartiles {found['reached_low']:.2f}–{found['reached_high']:.2f}x); asked {found['asked']:g}x, predicted {found['predicted']:.2f}x"
         )
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")

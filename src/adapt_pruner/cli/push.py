@@ -11,11 +11,15 @@ __all__ = ["push"]
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune or run wrote.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; made where there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="Only you and your organisation may see it.")] = False,
-    branch: Annotated[str | None, typer.Option(help="A branch instead of main; made where there is none.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; needs neither network nor login.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `prune` or `run` wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; created if it does not exist.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository visible to you and your organisation only.")
+    ] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to send to; created if it does not exist. [default: main]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent and send nothing; needs neither network nor login.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Send DIR with its model card to the Hugging Face hub, in one commit.

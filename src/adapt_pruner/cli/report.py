@@ -1,4 +1,4 @@
-"""`adapt-pruner report`: what a run or a comparison came to, as one HTML page."""
+"""`adapt-pruner report`: the results of a run or a comparison, as one HTML page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,16 +11,20 @@ __all__ = ["report"]
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, in any state, or of a comparison.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, finished or not, or of a comparison.")],
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page. [default: report.html in the folder, or compare.html]")
+        Path | None,
+        typer.Option("--output", "-o", help="File for the page. [default: report.html or compare.html in the folder]"),
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="The pictures as PNG files too, in PAGE-png/; needs matplotlib.")] = False,
+    png: Annotated[
+        bool, typer.Option("--png", help="Write the pictures as PNG files too, to PAGE-png/; needs matplotlib.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show RUN_DIR as one HTML page that needs no network: before and after, anatomy, why, recovery, cost, what to try next.
+    """Write the results of RUN_DIR as one HTML page: before and after, anatomy, why, recovery, cost, what to try next.
 
-    A run that is at work, was stopped or is broken gives a page of what there is. `run` and `compare` write it at their end.
+    The page needs no network. For a run that is at work, was stopped or is broken, it shows what there is so far. `run` and
+    `compare` write the page by themselves when they end.
 
     Examples:
 

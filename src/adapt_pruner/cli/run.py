@@ -17,18 +17,31 @@ def run(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a built-in recipe such as smollm2-demo.")
     ],
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. [default: runs/RECIPE-DATE-TIME]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the run. Name the folder of a stopped run to continue it. [default: runs/RECIPE-DATE-TIME]",
+        ),
+    ] = None,
     overrides: Set = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with time and memory; a model's config.json is enough.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan with its time and memory and write nothing. The model's config.json is enough for it.",
+        ),
     ] = False,
     force_recipe: Annotated[
-        bool, typer.Option("--force-recipe", help="Go on with a run although it was begun with another recipe.")
+        bool, typer.Option("--force-recipe", help="Continue a run with this recipe although it began with another one.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Run a RECIPE: prune, train, prune, train, … and save. In the folder of a run that was stopped, go on where it was.
+    """Run RECIPE: prune, train, prune, train, … and save the model.
+
+    A run that was stopped continues from its newest checkpoint when you give its folder again.
 
     Examples:
 
@@ -82,7 +95,7 @@ def run(
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells a file from one that is written in its place; None where there is no file."""
+    """Inode and time of a file, which change when it is written again; None where there is no file."""
     if not path.is_file():
         return None
     found = path.stat()

@@ -9,7 +9,7 @@ __all__ = ["print_table"]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1) -> None:
-    """A table; the first `left` columns are words, the others numbers."""
+    """Print a table. The first `left` columns are words, the others are numbers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < left else "right", overflow="fold")

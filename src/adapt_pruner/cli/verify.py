@@ -11,20 +11,22 @@ __all__ = ["verify"]
 
 
 def verify(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The checkpoint: a folder, or any other MODEL.")],
-    artefact: Annotated[Path, typer.Argument(metavar="ARTEFACT", help="What export wrote: a .gguf file or a folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="The checkpoint that was exported: folder, .gguf file, hub id or packaged model.")
+    ],
+    artefact: Annotated[Path, typer.Argument(metavar="ARTEFACT", help="What `export` wrote: a .gguf file or a folder.")],
     text: Annotated[str, typer.Option(metavar="SPEC", help="Text to compare on: file, folder, glob, hub:NAME, …")] = (
         "python-docs:heldout"
     ),
-    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.", min=2)] = 256,
-    max_windows: Annotated[int, typer.Option(help="Windows at most.", min=1)] = 8,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.", min=2)] = 256,
+    max_windows: Annotated[int, typer.Option(help="Most windows to read.", min=1)] = 8,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Run ARTEFACT in its own engine and compare it with DIR in torch; exit status 1 when it is beyond the tolerance.
+    """Check that ARTEFACT, in its own engine, computes what DIR computes in torch.
 
-    A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX Runtime, another folder in stock transformers in a process
-    that does not have adapt-pruner.
+    The exit status is 1 if a difference exceeds its tolerance. A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX
+    Runtime. Any other folder runs in stock transformers, in a process without adapt-pruner.
 
     Examples:
 
@@ -72,7 +74,7 @@ def verify(
 
 
 def _chat(tokenizer: Any) -> list[str]:
-    """A conversation as the chat template writes it, so that special tokens are among what is compared."""
+    """A conversation as the chat template writes it, so that special tokens are compared too."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""`adapt-pruner watch`: a run that was started elsewhere, live, from its log alone."""
+"""`adapt-pruner watch`: a run that was started elsewhere, shown live from its log."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -18,9 +18,11 @@ _SILENT = 600.0  # seconds without a line after which that is said
 
 
 def watch(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run that works or has worked.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, at work or ended.")],
 ) -> None:
-    """Show how far the run in RUN_DIR is, until it ends; reads its log and changes nothing. Ctrl-C stops watching, not the run.
+    """Show the progress of the run in RUN_DIR until it ends. Ctrl-C stops watching, not the run.
+
+    `watch` reads the log of the run and changes nothing.
 
     Examples:
 
