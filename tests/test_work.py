@@ -75,6 +75,8 @@ def test_any_search_may_ask_for_the_loss(batches: list[torch.Tensor]) -> None:
     with gated(work.model, work.axes, mask):
         shut = mean_loss(work.model, batches, dtype="float32")
     assert work.loss(mask, batches) == shut != work.loss(Mask(), batches)
+    gates = {name: keep.float() for name, keep in mask.kept.items()}
+    assert work.loss(gates, batches) == pytest.approx(shut, abs=1e-6)
 
 
 def test_a_warning_is_said_once_a_stage_whatever_its_figures() -> None:

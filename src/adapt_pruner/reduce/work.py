@@ -319,8 +319,8 @@ class Work:
         figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in found)
         return found
 
-    def loss(self, gates: Mask, batches: Sequence[Tensor]) -> float:
-        """Mean loss of the model over `batches` with its units shut as `gates` says, nats per token; the model is left as found."""
+    def loss(self, gates: Mask | Mapping[str, Tensor], batches: Sequence[Tensor]) -> float:
+        """Mean loss of the model over `batches` with its units shut as a mask or gates say, nats per token; the model is left as found."""
         with gated(self.model, self.axes, gates):
             return mean_loss(self.model, batches, dtype=self.recipe.dtype)
 
