@@ -126,3 +126,11 @@ def test_public_functions_win_over_folders_of_their_name() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["True", "True", "RunFolder"]
+
+
+@pytest.mark.parametrize(
+    "page", sorted(DESIGN.parents[1].glob("*.md")) + sorted(DESIGN.parent.glob("*.md")), ids=lambda path: path.name
+)
+def test_no_line_of_a_page_is_too_long_to_read(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")] == []
