@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from adapt_pruner import families
-from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.score import blocks, weights
 from adapt_pruner.score.calibrate import Evidence, score
@@ -179,7 +179,7 @@ def test_the_chunked_loss_is_the_loss(layout: tuple[str, str], chunk: int, batch
     model, twin = tiny_model(layout), tiny_model(layout)
     ids = batches[0]
     num_predicted = ids.shape[0] * (ids.shape[1] - 1)
-    total = next_token_nll(model, ids, chunk=chunk)
+    total = CAUSAL_LM.loss(model, ids, chunk=chunk)
     (total / num_predicted).backward()
     expected = twin(ids, labels=ids).loss
     expected.backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.core.loss import next_token_nll
+from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.score import curvature
 from adapt_pruner.score.calibrate import Evidence, evidence_needed, score
 from conftest import LAYOUTS, tiny_model
@@ -139,7 +139,7 @@ def test_no_weight_gets_a_gradient(batches: list[Tensor]) -> None:
     _, loss = score(model, axes, batches, metrics=[curvature.kfac, nosy], dtype="float32")
     assert seen == [False] * len(batches)
     assert loss == pytest.approx(
-        float(sum(next_token_nll(model, ids).detach() for ids in batches)) / sum(ids.numel() - len(ids) for ids in batches)
+        float(sum(CAUSAL_LM.loss(model, ids).detach() for ids in batches)) / sum(ids.numel() - len(ids) for ids in batches)
     )
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == asked
     assert not any(module._forward_hooks for module in model.modules())

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.loss import next_token_nll, through_head
+from adapt_pruner.core.loss import through_head
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
@@ -136,7 +137,7 @@ def test_nothing_is_left_of_it(around: AbstractContextManager[Any]) -> None:
 
     def nll() -> Tensor:
         with precision(ids.device, "bfloat16"):
-            return next_token_nll(model, ids)
+            return CAUSAL_LM.loss(model, ids)
 
     with torch.no_grad():
         alone = nll()

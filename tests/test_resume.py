@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from adapt_pruner import cli
 from adapt_pruner.checkpoint import save, state
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core import layerwise, surgery
+from adapt_pruner.core import surgery
+from adapt_pruner.core.task import CausalLM
 from adapt_pruner.recipe import read
 from adapt_pruner.report import documented
 from adapt_pruner.run import folder as runs
@@ -102,7 +103,7 @@ def _named(pattern: str) -> Callable[..., bool]:
 
 POINTS: dict[str, Callable[[int], None]] = {
     "before the recipe is written": lambda n: _last(os, "rename", n, of=_named(r"recipe\.yaml")),
-    "while scoring": lambda n: _last(layerwise, "next_token_nll", n),
+    "while scoring": lambda n: _last(CausalLM, "loss", n),
     "within a cut": lambda n: _last(surgery, "_shortened", n),
     "between two cuts": lambda n: _last(Trainer, "save_if_due", n, of=lambda _, name: "-cut-" in name, done=True),
     "between the cuts and their checkpoint": lambda n: _last(Trainer, "begin_stage", n),

@@ -13,9 +13,9 @@ from adapt_pruner.core import layerwise
 from adapt_pruner.core import loss as core_loss
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.layerwise import Sweep, layers_at_once
-from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import precision
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.errors import RunError
 from adapt_pruner.score import blocks, curvature, weights
 from adapt_pruner.score.calibrate import Evidence, score
@@ -29,7 +29,7 @@ def whole(model: Any, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
     total = torch.zeros((), dtype=torch.float64)
     for batch in BATCHES:
         with precision(batch.device, dtype):
-            loss = next_token_nll(model, batch)
+            loss = CAUSAL_LM.loss(model, batch)
         (loss / 90).backward()
         total += loss.detach().double()
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}

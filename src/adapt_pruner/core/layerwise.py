@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis
-from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import first
+from adapt_pruner.core.task import CAUSAL_LM, Task
 
 __all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "streams"]
 
@@ -60,27 +60,30 @@ class Stream:
 
 
 @torch.no_grad()
-def streams(model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), dtype: str = "auto") -> list[Stream]:
+def streams(
+    model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str = "auto"
+) -> list[Stream]:
     """Each batch as it enters the first of a model's decoder layers; no layer is run for that.
 
     Args:
         model: causal LM; left as found.
         batches: token ids, int64 [batch, length].
         axes: see `decoder_layers`.
+        task: what the model learns.
         dtype: precision of the matrix products.
     """
     found, layers = [], decoder_layers(model, axes)
     for batch in batches:
         with _standing_in(layers) as (entered, keywords):
-            _read(model, batch, dtype)
+            _read(model, batch, task, dtype)
         found.append(Stream(entered[0], keywords, dtype))
     return found
 
 
-def _read(model: nn.Module, batch: Tensor, dtype: str) -> None:
+def _read(model: nn.Module, batch: Tensor, task: Task, dtype: str) -> None:
     device = next(model.parameters()).device
     with precision(device, dtype):
-        model.get_decoder()(input_ids=batch.to(device), use_cache=False)  # type: ignore[operator]
+        task.read(model, batch.to(device))
 
 
 class _StandIn(nn.Module):
@@ -155,6 +158,7 @@ class Sweep:
         model: causal LM in which every decoder layer is called once, with weights of its own.
         batches: token ids, int64 [batch, length]; may be none.
         axes: see `decoder_layers`.
+        task: what the model learns.
         dtype: precision of the matrix products.
         tell: told the share of the work that is done.
     """
@@ -165,14 +169,15 @@ class Sweep:
         batches: Sequence[Tensor],
         *,
         axes: Iterable[Axis] = (),
+        task: Task = CAUSAL_LM,
         dtype: str,
         tell: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self._model, self._batches, self._dtype, self._tell = model, batches, dtype, tell
+        self._model, self._batches, self._task, self._dtype, self._tell = model, batches, task, dtype, tell
         self._stack = decoder_layers(model, axes)
         self._layers = list(self._stack)
         self._device = next(model.parameters()).device
-        self._flows = streams(model, batches, axes=axes, dtype=dtype)
+        self._flows = streams(model, batches, axes=axes, task=task, dtype=dtype)
         self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         weights = [weight for layer in self._layers for weight in layer.parameters()]
         gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)
@@ -201,13 +206,13 @@ class Sweep:
                     self._worked(1)
 
     def loss(self, *, over: int) -> Tensor:
-        """The sum of -log p over all predicted tokens, float64 in nats; gradients are those of 1 / `over` of it."""
+        """The sum of the loss over all that is predicted, float64; gradients are those of 1 / `over` of it."""
         total = torch.zeros((), dtype=torch.float64)
         chunk = LOGITS_OF if self._device.type == "cpu" else None
         for flow, batch in zip(self._flows, self._batches, strict=True):
             leaving = flow.hidden.detach().requires_grad_()
             with _standing_in(self._stack, leaving), precision(self._device, self._dtype):
-                loss = next_token_nll(self._model, batch.to(self._device), chunk=chunk)
+                loss = self._task.loss(self._model, batch.to(self._device), chunk=chunk)
             (loss / over).backward()
             total += loss.detach().double().cpu()
             assert leaving.grad is not None
@@ -234,7 +239,7 @@ class Sweep:
         if outside:
             for number, batch in enumerate(self._batches):
                 with _standing_in(self._stack) as (entered, _):
-                    _read(self._model, batch, self._dtype)
+                    _read(self._model, batch, self._task, self._dtype)
                 if entered[0].requires_grad:
                     entered[0].backward(self._gradients[number])
             yield from self._whole(outside)

@@ -1,4 +1,4 @@
-"""Losses of a causal LM's logits, worked out a few tokens at a time so that the full logits are never held."""
+"""Losses of logits, worked out a few tokens at a time so that the full logits are never held."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,7 @@ __all__ = [
     "LogitLoss",
     "capped",
     "logit_cap",
-    "next_token_nll",
     "nll_of_logits",
-    "predicting",
     "through_head",
 ]
 
@@ -27,24 +25,6 @@ LogitLoss = Callable[[Tensor, slice, bool], Tensor]
 
 Where a gradient is wanted, it leaves d loss / d logits in the place of the logits.
 """
-
-
-def predicting(hidden: Tensor, input_ids: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict something, and what they predict: position t predicts token t + 1.
-
-    Args:
-        hidden: [batch, length, width].
-        input_ids: int64 [batch, length].
-        predicted: bool [batch, length], the tokens that count; None for all. No position predicts token 0.
-
-    Returns:
-        [n, width] and int64 [n].
-    """
-    before, targets = hidden[:, :-1], input_ids[:, 1:]
-    if predicted is None:
-        return before.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chosen = predicted[:, 1:]
-    return before[chosen], targets[chosen]
 
 
 def through_head(hidden: Tensor, head: nn.Module, loss: LogitLoss, *, chunk: int | None = None) -> Tensor:
@@ -161,21 +141,3 @@ def capped(loss: LogitLoss, cap: float | None) -> LogitLoss:
         return total
 
     return of_what_the_head_gives
-
-
-def next_token_nll(model: nn.Module, input_ids: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
-    """Sum over the predicted tokens of -log p(token | what precedes it), in nats.
-
-    Args:
-        model: causal LM whose logits are `get_output_embeddings()` of `get_decoder()`'s last hidden state, capped or not.
-        input_ids: int64 [batch, length], length at least 2; padding, if any, on the right.
-        predicted: bool [batch, length], the tokens that count; None for all. Token 0 of a sequence never does.
-        chunk: see `through_head`.
-
-    Returns:
-        float32 scalar, differentiable once.
-    """
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
-    entering, targets = predicting(hidden, input_ids, predicted)
-    loss = capped(nll_of_logits(targets), logit_cap(model))
-    return through_head(entering, model.get_output_embeddings(), loss, chunk=chunk)  # type: ignore[operator]

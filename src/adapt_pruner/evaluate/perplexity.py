@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from adapt_pruner import families
 from adapt_pruner.core import world
-from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision, spoiled
 from adapt_pruner.core.strict_json import perplexity_of
+from adapt_pruner.core.task import CAUSAL_LM
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -65,7 +65,7 @@ def perplexity(
     warm = began
     total, count = torch.zeros((), dtype=torch.float64), _predicted(windows)
     mine = world.share(windows)
-    losses = next_token_nll if families.is_known(model.config) else _nll_of_its_logits
+    losses = CAUSAL_LM.loss if families.is_known(model.config) else _nll_of_its_logits
     try:
         model.eval()
         with casting_once(model):
@@ -94,6 +94,6 @@ def _predicted(windows: Sequence[Tensor]) -> int:
 
 
 def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """`core.loss.next_token_nll` by the logits that the model itself gives, whatever it makes them of; all of them are held."""
+    """`core.task.CAUSAL_LM.loss` by the logits that the model itself gives, whatever it makes them of; all of them are held."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")

@@ -42,6 +42,7 @@ _SUPPLIED = (
     "on_axis",
     "on_layer",
     "seed",
+    "task",
     "teacher",
     "warn",
 )  # arguments that are not options: the run hands them in

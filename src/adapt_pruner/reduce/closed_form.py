@@ -18,6 +18,7 @@ from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.factors import rescale_blocks
 
@@ -44,6 +45,7 @@ def least_squares(
     ridge: Annotated[float | None, "0 or more"] = 0.3,
     sequential: bool = False,
     factors: Annotated[int, "0 or more"] = 0,
+    task: Task = CAUSAL_LM,
     dtype: str = "auto",
     warn: Callable[[str], None] = lambda message: None,
     on_layer: Callable[[int, int], None] = lambda done, of: None,
@@ -68,6 +70,7 @@ def least_squares(
             times `FALLBACK`; `warn` is told of both.
         sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
         factors: Gauss-Newton steps after that, on a factor for each attention and MLP (`reduce.factors.rescale_blocks`).
+        task: what the model learns.
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens for a ridge, or for factors.
         on_layer: told (done, of) after each layer; a Gauss-Newton step counts as all layers do together.
@@ -91,12 +94,12 @@ def least_squares(
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model, axes)
-    entering = streams(model, mine, axes=axes, dtype=dtype)
+    entering = streams(model, mine, axes=axes, task=task, dtype=dtype)
     without = Mask(
         {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and axis.gate.kind != "logits"}
     )
     with gated(model, axes, without):
-        pruned = streams(model, mine, axes=axes, dtype=dtype) if sequential else entering
+        pruned = streams(model, mine, axes=axes, task=task, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
     short, work, weights = 1.0, len(layers) * (1 + factors), _weights(model, axes)
@@ -144,7 +147,7 @@ def least_squares(
     if factors:
         entering, pruned = [], []  # lets go of the hidden states of all the text
         rescale_blocks(
-            model, axes, mask, batches, steps=factors, dtype=dtype, warn=warn,
+            model, axes, mask, batches, steps=factors, task=task, dtype=dtype, warn=warn,
             tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
         )  # fmt: skip
 
@@ -222,7 +225,15 @@ def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
 
 @part("repair", needs={"biases"})
 @torch.no_grad()
-def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Sequence[Tensor], *, dtype: str = "auto") -> None:
+def mean_bias(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    batches: Sequence[Tensor],
+    *,
+    task: Task = CAUSAL_LM,
+    dtype: str = "auto",
+) -> None:
     """Add, in place, what the features that go give on average to the bias of the layer they enter: b ← b + W_r · mean(x_r).
 
     A layer without a bias gets one, in all decoder layers alike, and `config.output_bias` says so; they count as parameters.
@@ -232,6 +243,7 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
         axes: its axes.
         mask: what is about to be cut.
         batches: token ids, int64 [batch, length].
+        task: what the model learns.
         dtype: precision of the matrix products of the model.
 
     Raises:
@@ -241,7 +253,7 @@ def mean_bias(model: nn.Module, axes: Sequence[Axis], mask: Mask, batches: Seque
     """
     _need_text(batches)
     layers = decoder_layers(model, axes)
-    entering = streams(model, world.share(batches), axes=axes, dtype=dtype)
+    entering = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
     module: Any

@@ -16,7 +16,8 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.surgery import first, gated, multiply, with_first
-from adapt_pruner.score.calibrate import Evidence, mean_loss, num_predicted, score
+from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 
 __all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks"]
 
@@ -41,6 +42,7 @@ def rescale_blocks(
     batches: Sequence[Tensor],
     *,
     steps: int = 1,
+    task: Task = CAUSAL_LM,
     dtype: str = "auto",
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[float], None] = lambda share: None,
@@ -49,8 +51,8 @@ def rescale_blocks(
 
         f ← f (1 - δ),   δ = (F + λ diag F)⁻¹ ∂L/∂log f,   F = (Σ s sᵀ - (Σ s)(Σ s)ᵀ / P) / T,   λ = 0.1 · max(1, n / P)
 
-    n factors, T predicted tokens in P pieces of 16, L the mean next-token cross-entropy in nats per token, s [n] the derivative of the summed
-    cross-entropy by log f where it multiplies one piece: F is the Fisher information, estimated by the spread of s, without its mean, which is
+    n factors, T predicted tokens in P pieces of 16, L the mean loss (of a causal LM in nats per token), s [n] the derivative of the summed
+    loss by log f where it multiplies one piece: F is the Fisher information, estimated by the spread of s, without its mean, which is
     no curvature. There are many pieces to a factor; sequences would be few, and the steps of two halves of a text have little in common
     then. No factor changes by more than half of itself in a step.
 
@@ -65,6 +67,7 @@ def rescale_blocks(
         mask: what is about to be cut; blocks that go get no factor.
         batches: token ids, int64 [batch, length]; with fewer than two sequences nothing is done.
         steps: of which each takes a pass forwards and back over half of the text, and one or more forwards over a quarter.
+        task: what the model learns.
         dtype: precision of the matrix products.
         warn: told when there is too little text.
         tell: told the share of the work that is done.
@@ -80,7 +83,7 @@ def rescale_blocks(
     """
     blocks = [axis for axis in axes if axis.modules and mask.renamed(axis.name) and bool(mask.of(axis).all())]
     fitted, held_out = _every(batches, *_FITTED), _every(batches, *_HELD_OUT)
-    pieces, predicted = sum(len(batch) * -(-batch.shape[1] // PIECE) for batch in fitted), num_predicted(fitted)
+    pieces, predicted = sum(len(batch) * -(-batch.shape[1] // PIECE) for batch in fitted), task.num_predicted(fitted)
     if not blocks:
         return []
     if not held_out or pieces < 2:
@@ -96,17 +99,17 @@ def rescale_blocks(
         )
     factors = torch.ones(len(blocks), dtype=torch.float64)
     with gated(model, axes, mask), _multiplied(model, blocks, factors):
-        losses = [mean_loss(model, held_out, dtype=dtype)]
+        losses = [mean_loss(model, held_out, task=task, dtype=dtype)]
         for step in range(steps):
 
             def on_batch(done: int, of: int, step: int = step) -> None:
                 tell((step + 0.75 * done / of) / steps)
 
-            found, _ = score(model, [], fitted, metrics=[_slopes(blocks)], dtype=dtype, on_batch=on_batch)
+            found, _ = score(model, [], fitted, metrics=[_slopes(blocks)], task=task, dtype=dtype, on_batch=on_batch)
             change, now = _solved(found["slopes"], found["squares"], pieces=pieces, predicted=predicted), factors.clone()
             for share in _SHARES:
                 factors.copy_(now * (1 - share * change))
-                after = mean_loss(model, held_out, dtype=dtype)
+                after = mean_loss(model, held_out, task=task, dtype=dtype)
                 if after < losses[-1]:
                     losses.append(after)
                     break

@@ -18,6 +18,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.surgery import first, gated
+from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.score.calibrate import Evidence, mean_loss
 
 __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
@@ -81,12 +82,13 @@ def loss_drop(
     axes: Sequence[Axis],
     batches: Sequence[Tensor],
     *,
+    task: Task = CAUSAL_LM,
     dtype: str = "auto",
     on_axis: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
     """What the loss would drop by if a shut unit were opened again: each unit is shut alone and the loss measured.
 
-    score[u] = L(u shut), the mean next-token cross-entropy in nats per token; within an axis that ranks like
+    score[u] = L(u shut), the mean loss (of a causal LM in nats per token); within an axis that ranks like
     L(u shut) - L. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers and blocks,
     where a shut one adds nothing to its input. First-order scores can miss heads by far: in SmolLM2-135M the KV head of layer 1 that Taylor
     ranks last costs 2.5 nats.
@@ -96,6 +98,7 @@ def loss_drop(
         axes: the axes whose units to shut, one after the other; of an axis with blocks one entry, since each block
             ranks its own. An axis of one unit that must stay scores 0.
         batches: token ids, int64 [batch, length].
+        task: what the model learns.
         dtype: precision of the matrix products.
         on_axis: told (done, of) after each axis.
 
@@ -114,7 +117,7 @@ def loss_drop(
         for entry in range(axis.entries):
             keep = torch.arange(axis.entries) != entry
             with gated(model, axes, Mask({axis.name: keep})):
-                losses.append(mean_loss(model, batches, dtype=dtype))
+                losses.append(mean_loss(model, batches, task=task, dtype=dtype))
         scores[axis.name] = torch.tensor(losses)
         on_axis(done, len(axes))
     return scores

@@ -37,11 +37,11 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
-from adapt_pruner.core.loss import next_token_nll
 from adapt_pruner.core.precision import casting_once, precision, spoiled
 from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.task import CAUSAL_LM, Task
 
-__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "num_predicted", "score", "score_behind"]
+__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
 
 
 class Evidence(Enum):
@@ -111,13 +111,14 @@ def score(
     batches: Sequence[Tensor],
     *,
     metrics: Sequence[Metric],
+    task: Task = CAUSAL_LM,
     dtype: str = "auto",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[Scores, float]:
     """Run `batches` through the model once and return what all `metrics` make of it.
 
-    The gradients that metrics see are those of L, the mean next-token cross-entropy over all predicted tokens of all
-    batches (nats per token), summed over the batches before any metric reads them. Only parameters that lie on an
+    The gradients that metrics see are those of L, the mean loss over all that is predicted of all batches (next-token
+    cross-entropy, nats per token, unless `task` is another), summed over the batches before any metric reads them. Only parameters that lie on an
     axis get gradients. Where no metric needs more than these and forward passes, memory beyond the model is that of a few layers'
     gradients and of the hidden states between groups of them (see `layerwise.Sweep`).
 
@@ -126,6 +127,7 @@ def score(
         axes: the axes to score, and `layers` for the metrics that look at whole layers.
         batches: token ids, int64 [batch, length].
         metrics: functions as described at the top of this file; their results are merged.
+        task: what the model learns.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         on_batch: told (done, of), in batches, as the work goes on.
 
@@ -150,15 +152,15 @@ def score(
             if need is Evidence.SAMPLE_GRADIENTS:
                 mine = [sequence for batch in mine for sequence in batch.split(1)]
             if need is not Evidence.WEIGHTS:
-                predicted = num_predicted(batches)
+                predicted = task.num_predicted(batches)
                 if need is Evidence.GRADIENTS and Evidence.STREAM_GRADIENTS not in needs:
-                    sweep = Sweep(model, mine, axes=axes, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
+                    sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
                     sweep.forward()
                     # Backwards each layer runs again, which those that looked at the text have seen already.
                     found = {metric: finish(metric) for metric in running if metric not in of_weights}
                     nll, gradients = sweep.loss(over=predicted), sweep.backward()
                 else:
-                    nll = _passes(model, mine, need, over=predicted, dtype=dtype, on_batch=on_batch)
+                    nll = _passes(model, mine, need, over=predicted, task=task, dtype=dtype, on_batch=on_batch)
                     gradients = [[name for name, weight in model.named_parameters() if weight.requires_grad]]
                 world.sum_in_place(nll)
                 total = float(nll) / predicted
@@ -192,23 +194,24 @@ def _passes(
     need: Evidence,
     *,
     over: int,
+    task: Task,
     dtype: str,
     on_batch: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """Run each batch through the whole model and, if gradients are needed, back; the sum of -log p, float64 in nats.
+    """Run each batch through the whole model and, if gradients are needed, back; the sum of the loss, float64.
 
     The gradients are those of 1 / `over` of that sum.
     """
     device = next(model.parameters()).device
     wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
-    only = _streams_only(model) if need is Evidence.STREAM_GRADIENTS else nullcontext()
+    only = _streams_only(model, task.entrance(model)) if need is Evidence.STREAM_GRADIENTS else nullcontext()
     # With gradients, casts that all passes share would hold the narrow gradients of all weights at the end of each.
     once = nullcontext() if wants_gradient else casting_once(model)
     total = torch.zeros((), dtype=torch.float64)
     with only, once:
         for done, batch in enumerate(batches, start=1):
             with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
-                loss = next_token_nll(model, batch.to(device))
+                loss = task.loss(model, batch.to(device))
             if wants_gradient:
                 (loss / over).backward()
             total += loss.detach().double().cpu()
@@ -232,11 +235,10 @@ def _in_batches(on_batch: Callable[[int, int], None] | None, number: int) -> Cal
 
 
 @contextmanager
-def _streams_only(model: nn.Module) -> Iterator[None]:
-    """While it lasts, gradients are those of what flows from the embeddings on, and no weight gets one; for inside `_as_found`."""
+def _streams_only(model: nn.Module, entrance: nn.Module) -> Iterator[None]:
+    """While it lasts, gradients are those of what flows from `entrance` on, and no weight gets one; for inside `_as_found`."""
     model.requires_grad_(False)
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    with attached([embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(output.is_leaf))]):
+    with attached([entrance.register_forward_hook(lambda module, args, output: output.requires_grad_(output.is_leaf))]):
         yield
 
 
@@ -249,20 +251,15 @@ def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:
         world.sum_in_place(*(parameter.grad for parameter in parameters if parameter.grad is not None))
 
 
-def num_predicted(batches: Sequence[Tensor]) -> int:
-    """The tokens of all batches that are predicted: all of a sequence but its first."""
-    return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-
-
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, dtype: str = "auto") -> float:
-    """Mean next-token cross-entropy over all predicted tokens of `batches`, nats per token; the model is left as found."""
+def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str = "auto") -> float:
+    """The mean loss over all that is predicted of `batches`, of a causal LM in nats per token; the model is left as found."""
     device = next(model.parameters()).device
-    predicted = num_predicted(batches)
+    predicted = task.num_predicted(batches)
     total = torch.zeros((), dtype=torch.float64)
     with _as_found(model, set()), casting_once(model), precision(device, dtype):
         for batch in world.share(batches):
-            total += next_token_nll(model, batch.to(device)).double().cpu()
+            total += task.loss(model, batch.to(device)).double().cpu()
     world.sum_in_place(total)
     return float(total) / predicted
 
@@ -276,6 +273,7 @@ def score_behind(
     *,
     metric: Metric,
     known: Scores,
+    task: Task = CAUSAL_LM,
     dtype: str = "auto",
 ) -> Scores:
     """Score units layer by layer, each layer on what comes out of those below it once these have lost what they are to lose.
@@ -290,6 +288,7 @@ def score_behind(
         metric: what a unit is worth by what flows through the model, without gradients; it is called once a layer.
         known: axis name -> scores of whole layers, attentions, MLPs and of the stream, where `sizes` has those lose units, which are
             shut while layers above are measured.
+        task: what the model learns.
         dtype: precision of the matrix products.
 
     Returns:
@@ -297,14 +296,21 @@ def score_behind(
     """
     others = [axis for axis in axes if axis.name in sizes and axis.gate.kind in ("channels", "whole")]
     with gated(model, axes, Mask.of_sizes(others, known, sizes)):
-        return _score_behind(model, axes, sizes, batches, metric=metric, dtype=dtype)
+        return _score_behind(model, axes, sizes, batches, metric=metric, task=task, dtype=dtype)
 
 
 def _score_behind(
-    model: nn.Module, axes: Sequence[Axis], sizes: Mapping[str, int], batches: Sequence[Tensor], *, metric: Metric, dtype: str
+    model: nn.Module,
+    axes: Sequence[Axis],
+    sizes: Mapping[str, int],
+    batches: Sequence[Tensor],
+    *,
+    metric: Metric,
+    task: Task,
+    dtype: str,
 ) -> Scores:
     layers = decoder_layers(model, axes)
-    flows = streams(model, world.share(batches), axes=axes, dtype=dtype)
+    flows = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
     scores: Scores = {}
     for index, layer in enumerate(layers):
         inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]

@@ -20,6 +20,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
+from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["kfac"]
@@ -29,7 +30,7 @@ _ROUNDS = 48  # in which the narrow units of an axis are ordered; one by one wou
 
 @part("metric", needs={"text"})
 def kfac(
-    model: nn.Module, axes: Sequence[Axis], *, ridge: Annotated[float, "0 or more"] = 0.3
+    model: nn.Module, axes: Sequence[Axis], *, ridge: Annotated[float, "0 or more"] = 0.3, task: Task = CAUSAL_LM
 ) -> Generator[Evidence, None, Scores]:
     """What a unit's removal adds to the loss after the others have made up for it, in the order in which units would go.
 
@@ -46,12 +47,13 @@ def kfac(
         model: causal LM. One matrix [features, features] a gate is held, float32.
         axes: axes to score; those without a linear layer at their gate (`layers`, `residual`) are skipped.
         ridge: λ, in mean diagonals of A.
+        task: what the model learns.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative, in nats per token: comparable between axes.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993) over whole columns with K-FAC (Martens & Grosse 2015), as LLM Surgeon
-    (arXiv:2312.17244) has it. Differs: a greedy order instead of a threshold on single costs, G from the true next token, a ridge on A in
+    (arXiv:2312.17244) has it. Differs: a greedy order instead of a threshold on single costs, G from the true labels, a ridge on A in
     its mean diagonal and none on G.
     """
     axes = [axis for axis in axes if axis.slices and axis.gate.is_linear]
@@ -68,7 +70,7 @@ def kfac(
             entering = args[0].detach().float().flatten(0, -2)
             inputs[name].addmm_(entering.t(), entering)
             if name == gates[0]:
-                counts.add_(torch.tensor([entering.shape[0], entering.shape[0] - args[0].shape[0]]))
+                counts.add_(torch.tensor([entering.shape[0], task.num_predicted([args[0]])]))
             if output.requires_grad:
                 output.register_hook(backward)
 

@@ -25,7 +25,7 @@ def taylor(
 ) -> Generator[Evidence, str | None, Scores]:
     """Taylor importance: how much the loss moves if a unit's weights go to zero, from its first or second derivative.
 
-    L is the mean next-token cross-entropy over the calibration text (nats per token), g = dL/dw, summed over all batches before
+    L is the mean loss over the calibration text (of a causal LM in nats per token), g = dL/dw, summed over all batches before
     anything is made of it. In every coupled matrix a unit owns `width` rows (or columns) r; score[u] is the sum over them of
 
         element   Σ_{w ∈ r} |w · g|

@@ -7,25 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.loss import LogitLoss, capped, logit_cap, next_token_nll, nll_of_logits, predicting, through_head
+from adapt_pruner.core.loss import LogitLoss, logit_cap, nll_of_logits
 from adapt_pruner.core.parts import part
+from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.errors import UsageError
 
 __all__ = ["distil", "lm"]
 
 
 @part("objective")
-def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> Tensor:
+def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None, *, task: Task = CAUSAL_LM) -> Tensor:
     """Next-token cross-entropy: -log p(token | what precedes it), nats, summed over the predicted tokens.
 
     Args:
         input_ids: int64 [batch, length].
         predicted: bool [batch, length]; None for every token but the first.
+        task: what the model learns, where it is another than the next token.
 
     Returns:
         float32 scalar, differentiable.
     """
-    return next_token_nll(model, input_ids, predicted=predicted)
+    return task.loss(model, input_ids, predicted=predicted)
 
 
 @part("objective", needs={"teacher"})
@@ -62,14 +64,14 @@ def distil(
     Source: arXiv:1503.02531; T = 2 and α = 1 are the defaults of Adapt-Pruner's `use_distill`. Differs: there position t is
     masked by its own label. The hidden-state term is SquareHead's (arXiv:2310.06927), taken per token.
     """
-    asked = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": hidden > 0}
-    student = model.get_decoder()(**asked)
+    lm = CAUSAL_LM
+    student = lm.read(model, input_ids, output_hidden_states=hidden > 0)
     with torch.no_grad():
-        taught = teacher.get_decoder()(**asked)
-    entering, targets = predicting(student.last_hidden_state, input_ids, predicted)
-    goal, _ = predicting(taught.last_hidden_state, input_ids, predicted)
+        taught = lm.read(teacher, input_ids, output_hidden_states=hidden > 0)
+    entering, targets = lm.predicting(student.last_hidden_state, input_ids, predicted)
+    goal, _ = lm.predicting(taught.last_hidden_state, input_ids, predicted)
     loss = _kl_of_logits(targets, goal, teacher, temperature=temperature, alpha=alpha)
-    total = through_head(entering, model.get_output_embeddings(), capped(loss, logit_cap(model)))
+    total = lm.of_logits(model, entering, loss)
     if hidden > 0:
         total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, input_ids, predicted)
     return total
@@ -77,7 +79,7 @@ def distil(
 
 def _kl_of_logits(targets: Tensor, goal: Tensor, teacher: Any, *, temperature: float, alpha: float) -> LogitLoss:
     nll, t = nll_of_logits(targets), temperature
-    head, cap = teacher.get_output_embeddings(), logit_cap(teacher)
+    head, cap = CAUSAL_LM.head(teacher), logit_cap(teacher)
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)
@@ -107,6 +109,6 @@ def _hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], input_ids
         )
     total = torch.zeros((), device=input_ids.device)
     for one, other in zip(ours[1:], theirs[1:], strict=True):
-        state, goal = (predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
+        state, goal = (CAUSAL_LM.predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
         total = total + ((state - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
     return total / (len(ours) - 1)
