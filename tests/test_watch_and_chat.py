@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.cli.screen import Screen
-from adapt_pruner.core.events import Cut, Start
+from adapt_pruner.core.events import Cut, Start, parse, parse_line
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.report import documented
@@ -41,6 +41,18 @@ def heard(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     return lambda *words: call(monkeypatch, capsys, *words)
+
+
+def test_all_that_a_run_tells_is_an_event_with_no_key_beside(heard: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert {"load", "start", "progress", "cut", "step", "evaluation", "saved"} <= {told["event"] for told in heard[1]}
+    for told in heard[1]:
+        event = parse(told)
+        assert event is not None, told
+        assert event.told() == told
+    for line in (heard[0] / "log.jsonl").read_text().splitlines():
+        event = parse_line(line)
+        assert event is not None
+        assert event.told() == json.loads(line)
 
 
 def test_bars_are_as_high_as_what_is_left() -> None:

@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         sync(partial)
-        partial.replace(path)
+        partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
 
