@@ -101,7 +101,7 @@ def test_neurons_pay_for_heads_that_stay_for_the_sake_of_equality() -> None:
     [
         (["multiple_of=256"], "multiple_of 256 is above the 128 neurons that a layer has"),
         (["multiple_of=0"], "recipe key 'multiple_of' is 0"),
-        (["multiple_of=8", "axes=[kv_heads]"], "multiple_of 8 is of neurons, and axes does not name them"),
+        (["multiple_of=8", "axes=[kv_heads]"], "multiple_of 8 counts neurons, and axes does not name neurons"),
         (["equal_widths=true", "reduce=slice"], "equal_widths would be ignored"),
     ],
 )

@@ -400,7 +400,7 @@ def test_behind_needs_units_inside_layers(tiny_folder: Path, text_file: Path, tm
 def test_names_that_two_files_share_have_to_be_whole() -> None:
     assert parts.check("metric", "fluctuation(form=IFV)") == 'activations.fluctuation(form="IFV")'
     with pytest.raises(
-        UsageError, match=r"'magnitude' is the name of several; write one of activations\.magnitude, weights\.magn"
+        UsageError, match=r"'magnitude' is the name of several parts; write one of activations\.magnitude, weights\.magn"
     ):
         parts.check("metric", "magnitude")
 

@@ -363,7 +363,9 @@ def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe:
         assert layer["share_of_dense"] == pytest.approx(layer["params"] / dense["params"])
     with pytest.raises(UsageError, match=r"metric 'activations.wanda' says nothing of residual; take another"):
         prune(without_training(recipe, **changes | {"metric": "activations.wanda"}), tmp_path / "unscored")
-    with pytest.raises(UsageError, match="'allocate.adaptive' goes by layers, and the axis residual lies in none; set chooser"):
+    with pytest.raises(
+        UsageError, match="'allocate.adaptive' prunes layer by layer, and the axis residual is in no layer; set chooser"
+    ):
         without_training(recipe, axes=axes)
 
 

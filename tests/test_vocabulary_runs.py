@@ -184,7 +184,7 @@ def test_a_dry_run_on_paper_counts_them(folder: Path, text_file: Path, tmp_path:
 
 def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
     training = {"source": str(text_file), "tokens": 500, "batch_tokens": 256, "length": 64, "objective": "objectives.distil"}
-    with pytest.raises(UsageError, match="compares with the dense model token by token, and vocabulary takes tokens away"):
+    with pytest.raises(UsageError, match="compares with the dense model token by token, and vocabulary removes tokens; name"):
         recipe_of(folder, text_file, training=training)
     with pytest.raises(UsageError, match=r"has another tokenizer \(702 tokens\) than .* \(400\)"):
         prune(recipe_of(folder, text_file, training=training | {"teacher": str(folder)}), tmp_path / "out")
@@ -194,10 +194,10 @@ def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp
     ("changes", "said"),
     [
         ({"vocabulary": {"keep": 400}}, r"vocabulary names no text; set vocabulary\.source"),
-        ({"vocabulary": {"source": "x.txt"}}, "takes one of keep and min_uses"),
-        ({"vocabulary": {"source": "x.txt", "keep": 400, "min_uses": 3}}, "takes one of keep and min_uses"),
+        ({"vocabulary": {"source": "x.txt"}}, "takes either keep or min_uses; set one of them"),
+        ({"vocabulary": {"source": "x.txt", "keep": 400, "min_uses": 3}}, "takes either keep or min_uses; set one of them"),
         ({"vocabulary": {"source": "x.txt", "kep": 400}}, "did you mean 'keep'"),
-        ({"calibration": {"ids": "ids.json"}}, r"calibration\.ids are tokens of the vocabulary before"),
+        ({"calibration": {"ids": "ids.json"}}, r"calibration\.ids are numbers of tokens before the vocabulary"),
         ({"calibration": {"source": "self"}}, "is text of the model before its vocabulary is pruned"),
         ({"vocabulary": {"source": "missing.txt", "keep": 400}}, "missing.txt"),
         ({"vocabulary": {"source": "python-docs", "keep": 4000}}, r"keep 4,000 is not below the 713 tokens"),

@@ -110,7 +110,7 @@ class _Span:
 
 @part("feed")
 class Fixed:
-    """All rows in the order in which they lie, whatever the model makes of them; a mixture keeps its weights throughout."""
+    """All rows in a fixed order that does not depend on the model's losses; a mixture keeps its weights throughout."""
 
     wants_losses = False
 

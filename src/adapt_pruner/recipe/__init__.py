@@ -1,4 +1,7 @@
-"""What a run is: `schema.py` the validated description, `parts.py` the parts that it names, rows in `methods/`, whole runs in `recipes/`."""
+"""Recipes: `schema.py` describes a run, `parts.py` finds the parts that a recipe names.
+
+The methods of papers lie in `methods/`, whole runs in `recipes/`.
+"""
 
 from adapt_pruner.recipe.schema import (
     PAPERS,

@@ -1,8 +1,8 @@
-"""Finding a part by its name: the import path below its folder, `weights.taylor` for `score/weights.py`, `taylor`.
+"""Find a part by its name: `weights.taylor` is the function `taylor` in `score/weights.py`.
 
-There is no registry: a function in a file of the folder that says `@part("metric")` is a metric. A reduction or a feed is a class, one
-a file, and bears the name of its file: `units` for `reduce/units.py`. Files are read and not imported. Options go in brackets,
-`weights.magnitude(norm=l2)`; where one part alone bears a name the file may be left out, `taylor`.
+There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction or a feed is a class, one per
+file, and has the name of its file: `units` for `reduce/units.py`. The files are read as text, not imported. Options stand in
+brackets, `weights.magnitude(norm=l2)`. The file may be left out where only one part has that name: `taylor`.
 """
 
 import ast
@@ -54,7 +54,7 @@ _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and wh
 
 @dataclass(frozen=True)
 class _Part:
-    """A part as its source has it: `module` is the import path below the package, `takes` its options with their annotations."""
+    """A part as its source describes it: `module` is its import path, `takes` its keyword arguments with their annotations."""
 
     module: str
     leaf: str
@@ -78,7 +78,7 @@ def _found(key: str) -> dict[str, _Part]:
 
 
 def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] | None:
-    """What a part of that key needs, as its decorator says; None where it is no such part."""
+    """What the decorator says that a part needs; None where the function is no part of this key."""
     for call in node.decorator_list:
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "part" and key in map(ast.literal_eval, call.args):
             return frozenset(*(ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "needs"))
@@ -86,7 +86,7 @@ def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] 
 
 
 def _options(node: ast.FunctionDef | ast.ClassDef) -> dict[str, ast.expr | None]:
-    """The keyword-only arguments, of a class those of its `__init__`."""
+    """The keyword-only arguments of a function, or of a class's `__init__`."""
     if isinstance(node, ast.ClassDef):
         made = [inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
         return _options(made[0]) if made else {}
@@ -104,7 +104,7 @@ def needs(key: str, written: str) -> frozenset[str]:
 
 
 def needs_if_known(key: str, written: str) -> frozenset[str]:
-    """The same; nothing where this version does not have the part, as of a run that another version made."""
+    """What a part needs; nothing where this version lacks the part, which a run of another version may name."""
     try:
         return needs(key, written)
     except UsageError:
@@ -144,7 +144,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
     if name not in known:
         same = [full for full in known if full.rpartition(".")[2] == name]
         if len(same) > 1:
-            raise UsageError(f"{key} {name!r} is the name of several; write one of {', '.join(same)}")
+            raise UsageError(f"{key} {name!r} is the name of several parts; write one of {', '.join(same)}")
         if not same:
             raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
         name = same[0]
@@ -154,7 +154,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
     for option, value in options.items():
         if option in elsewhere:
             raise UsageError(
-                f"{option!r} is no option of {key} {name!r} but a key of the recipe; set {elsewhere[option]} instead"
+                f"{option!r} is a key of the recipe and no option of {key} {name!r}; set {elsewhere[option]} instead"
             )
         if option not in takes:
             raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
@@ -163,7 +163,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
-    """A value as its annotation has it: of bool, int, float, str or None, numbers within what `Annotated` says of them."""
+    """A value checked against its annotation: bool, int, float, str or None; numbers within the limits that `Annotated` states."""
     if annotation is None:
         return value
     within = ""
@@ -194,7 +194,7 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; YAML reads 1e-3, which has no point, as text."""
+    """A finite number, else None. YAML reads 1e-3 as text, since it has no point."""
     try:
         number = None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -226,7 +226,7 @@ def check(key: str, written: str) -> str:
 
 
 def bind(key: str, written: str, **context: Any) -> functools.partial[Any]:
-    """The function a recipe names, with its own options and whatever of `context` it takes bound by keyword.
+    """The part that a recipe names, with its options bound, and those values of `context` that it takes.
 
     Raises:
         UsageError: there is no such part, or it has no such option.

@@ -1,8 +1,8 @@
-"""What a run is: every choice in one validated, frozen description, as YAML in and out.
+"""`Recipe`: every choice of a run in one validated, frozen description, read from YAML and written as YAML.
 
-A recipe file holds any of the keys below; what it leaves out is as its method has it, else the default. `--set KEY=VALUE` on the command line
-overrides one key (`--set training.lr=1e-4`). A method of a paper is a recipe that names its parts
-(`methods/*.yaml`); `method: NAME` in a recipe takes from it what the recipe itself leaves out.
+A recipe file may hold any of the keys below. A key that it leaves out comes from its method, or else from the defaults. On the
+command line `--set KEY=VALUE` overrides one key (`--set training.lr=1e-4`). A paper's method is itself a recipe that names its
+parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is silent.
 """
 
 import re
@@ -42,7 +42,7 @@ _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that rows come from."""
 WHOLE = ("layers", "attentions", "mlps")
-"""Axes whose units are whole layers or blocks of layers: a distance says what they are worth, and `depth.…` how many go."""
+"""Axes whose units are whole layers or blocks of layers. A distance scores these units, and a `depth.…` chooser says how many go."""
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
 
@@ -56,12 +56,12 @@ def _checked_source(source: Any) -> Any:
 
 
 Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
-"""A SPEC of text, or several with the weight of each."""
+"""A SPEC of text, or a mixture: several SPECs with a weight each."""
 
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
 
 Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if value not in (None, "") else "")]
-"""A budget as people write it; none is empty."""
+"""A budget as people write it; empty stands for no budget."""
 
 
 def _part(key: str) -> Any:
@@ -80,7 +80,7 @@ def parse_latency(written: str) -> float:
     """A share of the dense model's time as people write it: `0.7x`.
 
     Raises:
-        UsageError: it is none, or not between 0 and 1.
+        UsageError: it is not written so, or the share is not between 0 and 1.
     """
     match = re.fullmatch(r"\s*(\d*\.?\d+)\s*x\s*", written)
     if match is None or not 0 < float(match[1]) < 1:
@@ -91,73 +91,79 @@ def parse_latency(written: str) -> float:
 
 
 class Vocabulary(_Frozen):
-    """The tokens that stay, by their use in a text; the others go before anything else is pruned, and from the tokenizer too."""
+    """Which tokens stay, by how often a text uses them. The others are removed from model and tokenizer before all other pruning."""
 
-    source: Source | None = Field(None, description="SPEC of text, or SPEC: weight, whose tokens are counted")
-    keep: Count | None = Field(None, ge=1, description="tokens that stay, the most used")
-    min_uses: int | None = Field(None, ge=1, description="instead of keep: uses from which on a token stays")
+    source: Source | None = Field(None, description="text whose tokens are counted: SPEC, or {SPEC: weight, …}")
+    keep: Count | None = Field(None, ge=1, description="number of tokens to keep; the most used stay")
+    min_uses: int | None = Field(None, ge=1, description="instead of keep: keep each token that is used at least this often")
 
     @model_validator(mode="after")
     def _together(self) -> "Vocabulary":
         if self.source is None:
             raise ValueError("vocabulary names no text; set vocabulary.source to one whose tokens are counted")
         if (self.keep is None) == (self.min_uses is None):
-            raise ValueError("vocabulary takes one of keep and min_uses; say how many tokens stay, or how often they are used")
+            raise ValueError(
+                "vocabulary takes either keep or min_uses; set one of them: how many tokens stay, or how often they are used at least"
+            )
         return self
 
 
 class Calibration(_Frozen):
-    """The text that importance is measured on."""
+    """The text on which importance is measured."""
 
     source: Source = Field(
         "python-docs:train",
-        description="SPEC of text, or SPEC: weight; drawn anew each iteration; `self` is written once by the model",
+        description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model writes once",
     )
-    samples: int = Field(64, ge=1, description="sequences an iteration")
-    length: int = Field(128, ge=2, description="tokens a sequence")
+    samples: int = Field(64, ge=1, description="sequences per iteration")
+    length: int = Field(128, ge=2, description="tokens per sequence")
     ids: str | None = Field(
-        None, description="JSON file with input_ids: exactly these tokens, every iteration, instead of source"
+        None, description="JSON file with input_ids, instead of source: exactly these tokens in every iteration"
     )
-    own: int = Field(0, ge=0, description="further sequences for the repair alone, written by the model as it is at the start")
+    own: int = Field(
+        0, ge=0, description="further sequences, which only the repair reads; the model writes them before the first cut"
+    )
 
 
 class Lora(_Frozen):
-    """Train a low-rank addition to the linear layers instead of the weights, merged before the next cut."""
+    """Train low-rank additions to the linear layers instead of the weights. The additions are merged before the next cut."""
 
-    rank: int = Field(128, ge=1, description="columns of the addition")
-    alpha: float = Field(16.0, gt=0, description="the addition counts alpha / rank times")
-    dropout: float = Field(0.05, ge=0, lt=1, description="share of its inputs that the addition does not see")
+    rank: int = Field(128, ge=1, description="rank of the addition")
+    alpha: float = Field(16.0, gt=0, description="the addition is multiplied by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of the addition's inputs that are dropped in training")
 
 
 class Training(_Frozen):
-    """The training between cuts; none when `tokens` is 0."""
+    """The training between cuts. There is none if `tokens` is 0."""
 
-    source: Source | None = Field(None, description="SPEC of text, or SPEC: weight for a mixture")
-    repeat: bool = Field(True, description="go through a text that is too short again; false refuses it")
+    source: Source | None = Field(None, description="text to train on: SPEC, or {SPEC: weight, …} for a mixture")
+    repeat: bool = Field(True, description="repeat a text that is too short; false refuses it")
     tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
-        0, ge=0, description="of all stages together"
+        0, ge=0, description="tokens to train on, all stages together; 0 trains nothing"
     )
-    batch_tokens: Count = Field(8192, ge=2, description="tokens an optimiser step")
-    length: Count = Field(512, ge=2, description="tokens a sequence")
+    batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step")
+    length: Count = Field(512, ge=2, description="tokens per sequence")
     lr: float = Field(2e-5, gt=0, description="peak learning rate")
     schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
-    objective: _part("objective") = Field("objectives.lm", description="what is minimised")  # type: ignore[valid-type]
-    feed: _part("feed") = Field("fixed", description="which rows of the text come next")  # type: ignore[valid-type]
-    shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how tokens are spread over the stages")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run spent warming up")
-    decay: float = Field(0.10, gt=0, lt=1, description="share of the run spent decaying (wsd)")
+    objective: _part("objective") = Field("objectives.lm", description="loss to minimise")  # type: ignore[valid-type]
+    feed: _part("feed") = Field("fixed", description="what decides which rows of the text come next")  # type: ignore[valid-type]
+    shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how the tokens are divided among the stages")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run in which the learning rate rises")
+    decay: float = Field(0.10, gt=0, lt=1, description="share of the run in which the learning rate falls (wsd)")
     floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on matrices")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-    max_rise: float = Field(2.0, gt=0, description="nats that the smoothed loss may rise above its lowest in a stage")
-    teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
-    lora: Lora | None = Field(None, description="train a low-rank addition instead of the weights: {rank, alpha, dropout}")
-    micro_batch_tokens: Count | None = Field(
-        None, ge=1, description="tokens in one forward and backward of a process; null: 2048 on a CPU, 16384 on a GPU"
+    max_rise: float = Field(
+        2.0, gt=0, description="the run stops if the smoothed loss rises this many nats above its lowest in a stage"
     )
-    gradient_checkpointing: bool = Field(False, description="work activations out again instead of keeping them")
-    compile: bool = Field(False, description="compile the decoder with torch.compile, anew after each stage's cuts")
-    liger: bool = Field(False, description="fused kernels of liger-kernel, on CUDA")
+    teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
+    lora: Lora | None = Field(None, description="train low-rank additions instead of the weights: {rank, alpha, dropout}")
+    micro_batch_tokens: Count | None = Field(
+        None, ge=1, description="tokens per forward and backward pass of a process; null: 2048 on a CPU, 16384 on a GPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="save memory: compute activations twice instead of keeping them")
+    compile: bool = Field(False, description="compile the decoder with torch.compile, again after each stage's cuts")
+    liger: bool = Field(False, description="use the fused kernels of liger-kernel (CUDA only)")
 
     @model_validator(mode="after")
     def _together(self) -> "Training":
@@ -173,90 +179,114 @@ class Training(_Frozen):
             raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
         if parts.takes("schedule", self.schedule, "decay") and self.warmup + self.decay > 1:
             raise ValueError(
-                f"training.warmup {self.warmup} and training.decay {self.decay} are more than the whole run; lower one"
+                f"training.warmup {self.warmup} and training.decay {self.decay} add up to more than the whole run, 1; lower one"
             )
         return self
 
 
 class Evaluation(_Frozen):
-    """What the model is measured on: held-out text after every stage, tasks at the start and the end; nothing where neither is set."""
+    """What the model is measured on.
 
-    source: Source | None = Field(None, description="SPEC of text")
-    window: int = Field(512, ge=2, description="tokens a window")
-    max_windows: int | None = Field(40, ge=1, description="windows at most; null for the whole text")
-    tasks: str | None = Field(None, description="scored before anything and at the end: commonsense, mmlu, lm-eval's names")
-    limit: int | None = Field(None, ge=1, description="items of each task at most; null for all")
-    task_dir: str | None = Field(None, description="folder of lm-eval YAML files: own tasks, or other data")
+    Held-out text is measured at the start and after every stage, tasks at the start and the end; either only where it is set.
+    """
+
+    source: Source | None = Field(None, description="held-out text: SPEC, or {SPEC: weight, …}")
+    window: int = Field(512, ge=2, description="tokens per window")
+    max_windows: int | None = Field(40, ge=1, description="most windows to read; null reads the whole text")
+    tasks: str | None = Field(
+        None, description="tasks to score at the start and the end: commonsense, mmlu, or names that lm-eval knows"
+    )
+    limit: int | None = Field(None, ge=1, description="most items to score in each task; null scores all")
+    task_dir: str | None = Field(
+        None, description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks"
+    )
 
     @model_validator(mode="after")
     def _together(self) -> "Evaluation":
         for key in ("limit", "task_dir"):
             if self.tasks is None and getattr(self, key) is not None:
-                raise ValueError(f"evaluation.{key} is about tasks, and evaluation.tasks names none; set it to commonsense, say")
+                raise ValueError(
+                    f"evaluation.{key} needs tasks and evaluation.tasks names none; set evaluation.tasks, for example to commonsense"
+                )
         return self
 
 
 class Recipe(_Frozen):
-    """A whole run: what is pruned, how far, in which steps, by which parts, and what it is trained on between cuts."""
+    """A whole run: which model is pruned, how far, in which steps, by which parts, and how it is trained between cuts."""
 
     about: str = Field("", description="one line for people")
     paper: str = Field("", description="where the method comes from")
-    method: str = Field(_METHOD, description="a row of parts (`adapt-pruner methods`): where the keys not given come from")
-    model: str = Field("", description="folder, .gguf file, packaged name or hub id")
+    method: str = Field(_METHOD, description="name in `adapt-pruner methods`; gives the keys that the recipe leaves out")
+    model: str = Field("", description="folder, .gguf file, packaged model or hub id")
     budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     latency: str = Field(
-        "", description="instead of budget: share of the dense model's seconds on this machine, like 0.7x, by a measured table"
+        "",
+        description="instead of budget: time that the pruned model may take, as a share of the dense model's, like 0.7x; measured here",
     )
-    latency_of: Literal["prefill", "decode"] = Field("prefill", description="of reading a prompt, or of writing after it")
-    stages: int = Field(1, ge=1, description="rounds of pruning and training; parameter targets are linear over them")
+    latency_of: Literal["prefill", "decode"] = Field(
+        "prefill", description="what latency times: reading a prompt, or writing the answer"
+    )
+    stages: int = Field(
+        1, ge=1, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
+    )
     axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
         ("neurons", "kv_heads"),
         min_length=1,
-        description="what may go: neurons, kv_heads, query_heads, residual, layers, attentions, mlps",
+        description="kinds of units that may be removed: neurons, kv_heads, query_heads, residual, layers, attentions, mlps",
     )
     vocabulary: Vocabulary | None = Field(
-        None, description="tokens that stay: {source: SPEC, keep: 16384}, or min_uses for keep; null for all"
+        None, description="tokens to keep: {source: SPEC, keep: 16384}, or min_uses instead of keep; null keeps all"
     )
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
-    behind: bool = Field(False, description="which units of a layer go is measured behind layers that have lost theirs already")
-    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null where the chooser does not ask")  # type: ignore[valid-type]
-    head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is to lose one; null: what metric says")  # type: ignore[valid-type]
+    behind: bool = Field(False, description="score each layer on the output of the already pruned layers below it")
+    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
+    head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
-    repair: _optional_part("repair") = Field(None, description="what the weights that stay make up for before a cut; null for nothing")  # type: ignore[valid-type]
+    repair: _optional_part("repair") = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
     # fmt: on
-    reduce: _part("reduce") = Field("units", description="the way from the model to a stage's budget: units or slice")  # type: ignore[valid-type]
-    step: float = Field(0.02, gt=0, le=1, description="share removed an iteration; 1 prunes in one shot")
-    amplitude: float = Field(0.02, ge=0, le=1, description="how much layer importance shifts that share; 0 makes it uniform")
+    reduce: _part("reduce") = Field("units", description="how the model is brought down to a stage's budget: units or slice")  # type: ignore[valid-type]
+    step: float = Field(0.02, gt=0, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot")
+    amplitude: float = Field(
+        0.02, ge=0, le=1, description="how much a layer's importance changes its step; 0 makes all layers equal"
+    )
     equal_widths: bool = Field(
-        False, description="all layers keep the same number of neurons and of heads, as a plain folder wants"
+        False, description="give all layers the same number of neurons and of heads, so that the result is a plain folder"
     )
-    multiple_of: int = Field(1, ge=1, description="neurons of a layer stay a multiple of it: 64 runs fast, 256 quantises well")
+    multiple_of: int = Field(
+        1, ge=1, description="keep a multiple of this many neurons in each layer: 64 runs fast, 256 quantises well"
+    )
     debt: Literal["carry", "reset"] = Field(
-        "carry", description="fractions of a unit still owed: carried on, or forgotten each stage"
+        "carry", description="fractions of a unit that are still owed: carried through the run, or forgotten after each stage"
     )
-    moments: Literal["carry", "reset"] = Field("carry", description="AdamW moments after a cut: sliced along, or forgotten")
+    moments: Literal["carry", "reset"] = Field(
+        "carry", description="AdamW moments at a cut: cut along with their weights, or forgotten"
+    )
     calibration: Calibration = Field(default_factory=Calibration)
     training: Training = Field(default_factory=Training)
     evaluation: Evaluation = Field(default_factory=Evaluation)
-    seed: int = Field(0, ge=0, lt=2**31, description="of every draw; the same seed gives the same model on one machine")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="seed of all random draws; the same seed gives the same model on the same machine"
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="several processes: whole model on each while training, or shares of it"
+        "ddp", description="what each of several processes holds while training: the whole model, or a share of it"
     )
-    checkpoint_minutes: float = Field(30.0, ge=0, description="between checkpoints within a stage; 0 after every step")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints of a run that stay on disk")
+    checkpoint_minutes: float = Field(
+        30.0, ge=0, description="minutes between checkpoints within a stage; 0 saves after every step"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints that stay on disk, the newest ones")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        (), description="trackers beside log.jsonl"
+        (), description="trackers that get the figures too, beside log.jsonl"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, …")
+    device: str = Field("auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="precision of matrix products; auto is bfloat16 where native"
+        "auto", description="number format of matrix products; auto takes bfloat16 where the processor has it"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _on_its_row(cls, data: Any) -> Any:
-        """The method's row below what was given."""
+        """Fill in the keys that were not given from the method's row."""
         if not isinstance(data, dict):
             return data
         data = in_todays_keys(data)
@@ -278,9 +308,7 @@ class Recipe(_Frozen):
         else:
             self._check_ignored()
         if "one stage" in parts.needs("reduce", self.reduce) and self.stages > 1:
-            raise ValueError(
-                f"reduce {self.reduce!r} cannot go on from its own result, and stages is {self.stages}; set stages to 1"
-            )
+            raise ValueError(f"reduce {self.reduce!r} can run only once, and stages is {self.stages}; set stages to 1")
         if self.vocabulary is not None:
             self._check_tokens()
         return self
@@ -302,13 +330,15 @@ class Recipe(_Frozen):
             )
         if "residual" in self.axes and "layers" in needs:
             raise ValueError(
-                f"chooser {chooser!r} goes by layers, and the axis residual lies in none; set chooser to allocate.uniform"
+                f"chooser {chooser!r} prunes layer by layer, and the axis residual is in no layer; set chooser to allocate.uniform"
             )
         if self.multiple_of > 1 and "neurons" not in self.axes:
-            raise ValueError(f"multiple_of {self.multiple_of} is of neurons, and axes does not name them; add neurons to axes")
+            raise ValueError(
+                f"multiple_of {self.multiple_of} counts neurons, and axes does not name neurons; add neurons to axes"
+            )
 
     def _check_ignored(self) -> None:
-        """Refuse what was asked for and a reduction that chooses no units would ignore."""
+        """Refuse keys that a reduction without a choice of units would ignore."""
         asked = {"equal_widths": self.equal_widths, "multiple_of": self.multiple_of > 1, "repair": self.repair is not None}
         if ignored := [key for key, given in asked.items() if given]:
             raise ValueError(
@@ -316,7 +346,7 @@ class Recipe(_Frozen):
             )
 
     def _check_latency(self) -> None:
-        """Refuse a latency that is none, or of what its table does not hold."""
+        """Refuse a latency that is badly written, or that a table of neurons and KV heads cannot predict."""
         parse_latency(self.latency)
         if self.budget:
             raise ValueError(
@@ -327,23 +357,23 @@ class Recipe(_Frozen):
         has = f"reduce {self.reduce}" if whole else "vocabulary" if self.vocabulary is not None else ""
         if has or others:
             raise ValueError(
-                f"latency {self.latency!r} goes by the times of neurons and kv_heads alone, and the recipe has "
+                f"latency {self.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has "
                 f"{has or 'axes ' + ', '.join(others)}; set budget instead"
             )
 
     def _check_tokens(self) -> None:
-        """Refuse what goes by the tokens that there were before some went."""
+        """Refuse settings that need the vocabulary as it was before it is pruned."""
         remedy = "prune the vocabulary first, in a run of its own"
         if self.calibration.ids is not None:
-            raise ValueError(f"calibration.ids are tokens of the vocabulary before it is pruned; name a text, or {remedy}")
+            raise ValueError(f"calibration.ids are numbers of tokens before the vocabulary is pruned; name a text, or {remedy}")
         if SELF in domains(self.calibration.source):
             raise ValueError(
                 f"calibration.source 'self' is text of the model before its vocabulary is pruned; name a text, or {remedy}"
             )
         if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
             raise ValueError(
-                f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary takes tokens "
-                f"away; name a training.teacher with the tokens that stay, or {remedy}"
+                f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary removes "
+                f"tokens; name a training.teacher that has just the remaining tokens, or {remedy}"
             )
 
     def to_yaml(self) -> str:
@@ -351,10 +381,10 @@ class Recipe(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def ready(self) -> "Recipe":
-        """This recipe, if it names a model and how far to prune it.
+        """This recipe, once it is known to name a model and a budget or a latency.
 
         Raises:
-            UsageError: it does not.
+            UsageError: it names no model, or neither budget nor latency.
         """
         if not self.model:
             raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
@@ -417,7 +447,7 @@ def read(
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
-    """The dotted keys in which two recipes differ, as far as they decide what a run computes."""
+    """The dotted keys in which two recipes differ; keys that do not change what a run computes are left out."""
     left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
     found = []
     for key, value in left.items():

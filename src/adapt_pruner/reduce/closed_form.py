@@ -50,7 +50,7 @@ def least_squares(
     warn: Callable[[str], None] = lambda message: None,
     on_layer: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Change, in place, the columns that stay so that they give what all columns gave, as nearly as least squares can.
+    """Change the remaining columns, in place, so that their output comes as near to that of all columns as least squares can.
 
     W'_k minimises  ‖W' Z_k - W X‖² + λ ‖W' - W_k‖²,  which is
 
@@ -234,7 +234,7 @@ def mean_bias(
     task: Task = CAUSAL_LM,
     dtype: str = "auto",
 ) -> None:
-    """Add, in place, what the features that go give on average to the bias of the layer they enter: b ← b + W_r · mean(x_r).
+    """Add the mean contribution of the removed features, in place, to the bias of the layer that reads them: b ← b + W_r · mean(x_r).
 
     A layer without a bias gets one, in all decoder layers alike, and `config.output_bias` says so; they count as parameters.
 

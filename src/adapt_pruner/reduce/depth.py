@@ -17,7 +17,7 @@ __all__ = ["drop_layers"]
 
 @part("chooser", needs={"distance", "whole"})
 def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
-    """The layers, attentions and MLPs with the lowest score go, whole, until the budget is met.
+    """Remove whole layers, attentions and MLPs, the lowest scores first, until the budget is met.
 
     Those of the kinds that `axes` names stand in one line by their score. The lowest goes while it fits into what must still
     go, but the last of a kind stays; a layer takes its blocks along. Then, with such axes alone, one more goes; with other

@@ -37,7 +37,7 @@ def per_parameter(
     floor: float = 0.0,
     level: float = 0.0,
 ) -> tuple[dict[str, int], Debt]:
-    """The units of all axes in one line by score per parameter; the lowest go.
+    """Rank the units of all axes together by score per parameter and remove the lowest.
 
     worth[u] = score[u] / cost(axis of u) · (g(kind) / g(axis))^level
 
@@ -106,7 +106,7 @@ def standardised(
     heads: float | None = None,
     by: str = "unit",
 ) -> tuple[dict[str, int], Debt]:
-    """Scores brought to mean 0 and deviation 1 within each axis, then one threshold for all (FLAP).
+    """Bring the scores of each axis to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
 
     z[u] = (score[u] - mean of its axis) / (standard deviation of its axis, over n - 1); 0 where an axis's scores are alike.
 

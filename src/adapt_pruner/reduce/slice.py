@@ -45,7 +45,7 @@ _WRITERS = ("o_proj", "down_proj")
 
 @part("reduce", needs={"one stage", "text"})
 class Slice(Reduction):
-    """The residual stream in its principal directions, the last of them cut off, with shortcut matrices (SliceGPT)."""
+    """Turn the residual stream to its principal directions and cut off the last of them; adds shortcut matrices (SliceGPT)."""
 
     def check(self, work: Work) -> None:
         """Refuse kernels that the norms of a sliced model have none of."""

@@ -36,7 +36,7 @@ _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 
 @part("reduce", needs={"chosen"})
 class Units(Reduction):
-    """Units that are worth little go in small steps, each followed by a repair of what stays (Adapt-Pruner's loop)."""
+    """Remove the units that are worth least in small steps, each with a repair of the remaining weights (Adapt-Pruner's loop)."""
 
     def __init__(self) -> None:
         self._debt: Debt | None = None

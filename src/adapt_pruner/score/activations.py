@@ -50,7 +50,7 @@ def fluctuation(
     authors_mean: bool = False,
     standardised: bool = False,
 ) -> Generator[Evidence, None, Scores]:
-    """How much the inputs of the gate vary over the text, times the weights that read them; no gradient (FLAP).
+    """How much a unit's features vary over the text, times the weights that read them; needs no gradient (FLAP).
 
     Of feature j, with x̄_j the mean over all tokens:
 

@@ -86,7 +86,7 @@ def loss_drop(
     dtype: str = "auto",
     on_axis: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
-    """What the loss would drop by if a shut unit were opened again: each unit is shut alone and the loss measured.
+    """The loss with only this unit switched off: each unit is shut alone and the loss is measured.
 
     score[u] = L(u shut), the mean loss (of a causal LM in nats per token); within an axis that ranks like
     L(u shut) - L. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers and blocks,

@@ -32,7 +32,7 @@ _ROUNDS = 48  # in which the narrow units of an axis are ordered; one by one wou
 def kfac(
     model: nn.Module, axes: Sequence[Axis], *, ridge: Annotated[float, "0 or more"] = 0.3, task: Task = CAUSAL_LM
 ) -> Generator[Evidence, None, Scores]:
-    """What a unit's removal adds to the loss after the others have made up for it, in the order in which units would go.
+    """What removing a unit adds to the loss once the remaining units make up for it, computed in the order of removal (K-FAC).
 
     With P = (A + λI)⁻¹, λ = ridge · mean diagonal of A, and u the columns of a unit, the cost of removing it is
 

@@ -131,7 +131,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
 
 @part("metric")
 def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generator[Evidence, None, Scores]:
-    """Chance: uniform numbers in [0, 1) from a seed; the control that every metric has to beat.
+    """Random numbers, uniform in [0, 1), from a seed; the control that every metric has to beat.
 
     Args:
         seed: of the generator; the same seed gives the same scores.

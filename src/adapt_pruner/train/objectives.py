@@ -1,4 +1,4 @@
-"""What training minimises: (model, ids, which tokens are predicted) → the sum of a loss over those tokens."""
+"""Losses that training minimises: (model, ids, predicted tokens) → the sum of a loss over the predicted tokens."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
