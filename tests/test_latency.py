@@ -255,7 +255,7 @@ def test_a_result_is_not_lost_with_its_last_figure(
     else:
         documented.prune(recipe, tmp_path / "out", listen=heard.append)
         (said,) = [event["message"] for event in heard if event["event"] == "warning"]
-        assert said == "the latency that was reached could not be measured: no memory for a second model"
+        assert said == "the latency of the pruned model could not be measured: no memory for a second model"
     assert load(str(tmp_path / "out")).mask is not None
     assert "reached" not in read_json(tmp_path / "out" / "pruning.json")["figures"]["latency"]
 

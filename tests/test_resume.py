@@ -696,9 +696,9 @@ def test_forced_to_more_tokens_of_another_text(halfway: Path, live: Lives, place
 
 def test_forced_to_what_cannot_be(halfway: Path, live: Lives, place: Path) -> None:
     sentence = refused(live, halfway, place / "main.yaml", "--set", "stages=2", "--force-recipe")
-    assert re.search(r"is in stage 3 and the recipe has 2; set stages to 3 or more", sentence)
+    assert re.search(r"is in stage 3 and the recipe has only 2 stages; set stages to 3 or more", sentence)
     sentence = refused(live, halfway, place / "main.yaml", "--set", f"model={place / 'other'}", "--force-recipe")
-    assert "is a checkpoint of another model" in sentence
+    assert f"as it was when the run began, not of {place / 'other'} as it is now" in sentence
 
 
 def test_forced_to_prune_more_kinds_and_less(live: Lives, place: Path, tmp_path: Path) -> None:
@@ -756,8 +756,11 @@ def test_the_model_changed_underneath(change: str, own_model: Path, live: Lives,
         tiny_model(vocab_size=VOCAB, attention_dropout=0.1, seed=1, **changes).save_pretrained(own_model)
         byte_tokenizer().save_pretrained(own_model)
     sentence = refused(live, run, path)
-    assert f"{run / 'checkpoints' / 'stage-1-step-1'} is a checkpoint of another model ({own_model}, as it was then)" in sentence
-    assert "name another folder, or bring that model back" in sentence
+    assert (
+        f"{run / 'checkpoints' / 'stage-1-step-1'} is a checkpoint of the model {own_model} as it was when the run began"
+        in sentence
+    )
+    assert "name another folder, or restore that model" in sentence
 
 
 @pytest.mark.parametrize("text", ["training", "calibration"])

@@ -163,7 +163,7 @@ def test_a_tracker_that_fails_on_the_way_does_not_stop_the_run(
     tracked(reporting_to(recipe, "wandb"), tmp_path / "run", heard.append)
     assert (tmp_path / "run" / "model").is_dir()
     warnings = [event["message"] for event in heard if event["event"] == "warning" and "wandb" in event["message"]]
-    assert warnings == ["wandb is told no more of this run, since it failed: the tracker's server is away"]
+    assert warnings == ["wandb failed and gets no more figures of this run: the tracker's server is away"]
 
 
 def test_a_tracker_that_cannot_be_started(
@@ -202,7 +202,7 @@ def test_a_tracker_that_is_not_installed(
         cli.main()
     said = capsys.readouterr().err
     assert left.value.code == 2
-    assert said == f"error: report_to {name} needs a package; pip install 'adapt-pruner[{name}]'\n"
+    assert said == f"error: report_to {name} needs the package {name}; pip install 'adapt-pruner[{name}]'\n"
     assert not (tmp_path / "run").exists()
 
 

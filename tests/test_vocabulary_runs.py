@@ -164,7 +164,7 @@ def test_a_run_keeps_to_the_tokens_it_began_with(
     other = recipe_of(folder, text_file, training=training, vocabulary={"source": str(text_file), "keep": 450})
     with pytest.raises(UsageError, match=r"differs in vocabulary\.keep"):
         run(other, tmp_path / "run")
-    with pytest.raises(UsageError, match="went before anything else, and the recipe now asks for others"):
+    with pytest.raises(UsageError, match="has been cut already, and the recipe now asks for another one"):
         run(other, tmp_path / "run", force_recipe=True)
 
 

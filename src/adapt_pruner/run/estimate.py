@@ -1,4 +1,4 @@
-"""What a model costs to prune and to train, in bytes and in operations: formulas over its shapes, nothing is run.
+"""Formulas for the memory, operations and time that pruning and training a model take; nothing is run.
 
 Units: bytes of one process, FLOPs (a multiply-add is two), seconds. Symbols: N parameters, n processes, V vocabulary, H width
 of the residual stream, A, K, I query features, key features and neurons, summed over the layers, m tokens of a pass.
@@ -38,7 +38,7 @@ _PROCESS = 400 * 2**20  # Python with torch and transformers, before there is a 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model decides memory and time.
+    """The sizes of a model that decide its memory and time.
 
     Attributes:
         params: N, tied weights once.
@@ -85,7 +85,7 @@ class Shapes:
 
 
 def shapes(model: Any) -> Shapes:
-    """The shapes of a causal LM of a known family; it may lie on the meta device."""
+    """The shapes of a causal LM of a known family; the model may lie on the meta device."""
     sums = {"queries": 0, "keys": 0, "neurons": 0}
     for axis in families.axes(model):
         if axis.kind == "kv_heads":
@@ -108,11 +108,11 @@ class Setup:
         length: tokens of a row.
         micro_tokens: tokens of a pass, of one process; None for what the device gets by default.
         batch_tokens: tokens of an optimiser step, of all processes.
-        checkpointing: whether layers' activations are worked out again in the backward pass.
+        checkpointing: whether the backward pass computes the layers' activations again.
         lora: rank of the additions that are trained instead of the weights; 0 for none.
         teacher: shapes of the model to distil from.
         processes: n.
-        parallel: whole model on each process while training, or a share of it.
+        parallel: `ddp`, the whole model on each process while training, or `fsdp`, a share of it.
     """
 
     device: str
@@ -139,7 +139,7 @@ class Setup:
 
 
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
-    """Bytes of one process at the peak of an optimiser step, by what they hold.
+    """Bytes of one process at the peak of an optimiser step, by what holds them.
 
     weights 4 N, gradients 4 N, moments 8 N; with FSDP each is divided by n, and the layer at work, the next one and what lies
     outside the layers are gathered. Without it autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
@@ -188,7 +188,7 @@ def pruning_memory(
     reads: bool = False,
     halved: bool = False,
 ) -> dict[str, int]:
-    """Bytes of one process at the peak of scoring, by what they hold; the model is whole on each, with FSDP too.
+    """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
 
     weights 4 N, moments 8 N where they are carried from stage to stage, and, of k layers (`core.layerwise.layers_at_once`), gradients, bfloat16
     copies and activations; hidden states between groups of k layers, and their gradients, of all calibration tokens of a process. What the
@@ -239,7 +239,7 @@ def pruning_memory(
 
 
 def held(parts: Mapping[str, int], device: str) -> int:
-    """Bytes that a process occupies whose model asks for `parts`: with what allocators keep, and on a CPU Python itself."""
+    """Bytes that a process occupies in all: `parts`, what allocators keep beside them, and on a CPU Python itself."""
     asked = _SLACK[device] * sum(parts.values())
     return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)
 
@@ -280,7 +280,7 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
 
 
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
-    """Multiply-adds of reading a row of `length` tokens that gives logits at `logits` of them.
+    """Multiply-adds of reading a row of `length` tokens, with logits at `logits` of the tokens.
 
     length · (N_dec + A · length) + logits · V·H, attention being causal: a token meets half of the keys on average, each of
     which is multiplied once for its weight and once for its value. An embedding is looked up, not multiplied.
@@ -289,7 +289,7 @@ def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
 
 
 def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached: float) -> float:
-    """Bytes read from memory to write one token in each of `batch` rows that have `context` tokens before it.
+    """Bytes read from memory to write one more token in each of `batch` rows, after `context` tokens.
 
     weight · (N - V·H where the input embedding is another matrix) + cached · 2 K · context · batch: every weight that is
     multiplied once for all rows, and the keys and values of each row.
@@ -323,11 +323,11 @@ def operations(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"
 
 @dataclass(frozen=True)
 class Speed:
-    """What a process achieves.
+    """The speed of a process.
 
     Attributes:
         flops: FLOPs a second.
-        words: how that is known, for people.
+        words: where the figure comes from, for people.
         near: bytes a second to another process of the same machine, of 8.
         far: bytes a second to one of another machine.
     """
@@ -346,7 +346,7 @@ PAPER = {
 
 
 def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
-    """Seconds of one stage that scores, trains on and evaluates so many tokens.
+    """Seconds of one stage that scores `scored` tokens, trains on `trained` and evaluates `read`.
 
     The processes share the operations evenly. Of each, (n - 1) / n of so many bytes go to others: with DDP 8 N a training
     step, the gradients there and back; with FSDP the weights twice, in the precision of products, and the gradients once, 4 N,

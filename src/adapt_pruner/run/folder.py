@@ -1,13 +1,16 @@
-"""A run's folder: who works in it, what it was asked to do, how far it has come.
+"""A run's folder and what lies in it: recipe, log, checkpoints, result, lock.
 
 recipe.yaml              the resolved recipe, with the versions of what ran it
-log.jsonl                one JSON object an event
-checkpoints/stage-K/     after stage K; stage-K-cut-N within its cuts, stage-K-pruned after them, stage-K-step-N within its training; the newest few
-checkpoints/*.damaged/   what could not be gone on from; log.damaged.jsonl is the log where nothing could
-calibration_self.json    the text that the model wrote, where it is calibrated on that; repair_self.json what a repair reads beside it
-model/                   the result; a folder that has it is finished
-trackers/                of trackers that write files
-report.html              what it came to, as a page (see `report`)
+log.jsonl                one JSON object per event
+checkpoints/             the newest few: stage-K-cut-N within the cuts of stage K, stage-K-pruned after them, stage-K-step-N within the
+                         training of stage K, stage-K after it
+checkpoints/*.damaged/   checkpoints that could not be read
+log.damaged.jsonl        the log of work that was lost because no checkpoint could be read
+calibration_self.json    the calibration text, if the model wrote it
+repair_self.json         the text that the model wrote for the repair
+model/                   the result; it is there once the run is finished
+trackers/                files of trackers
+report.html              the results as a page (see `report`)
 .lock                    held by the process that works here
 """
 
@@ -37,7 +40,7 @@ REPAIR_TEXT = "repair_self.json"
 
 
 class RunFolder:
-    """A run's folder that this process has to itself."""
+    """A run's folder that only this process works in."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,11 +56,11 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run here has come to its end."""
+        """Whether the run here is finished."""
         return self.result.is_dir()
 
     def begin(self, recipe: Recipe, provenance: str) -> None:
-        """Write down what the run is asked to do; what is logged from now on is kept."""
+        """Write recipe.yaml; from now on events go to the log."""
         try:
             write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
         except OSError as error:
@@ -65,10 +68,10 @@ class RunFolder:
         self._begun = True
 
     def check(self, recipe: Recipe, *, force: bool) -> list[str]:
-        """The keys in which a recipe differs from the one the run began with, as far as they decide the result; none before it began.
+        """The keys in which a recipe differs from the one that the run began with, if they matter to the result; none for a new run.
 
         Raises:
-            UsageError: there are any, or that recipe cannot be read, and `force` is not set.
+            UsageError: `force` is not set, and a key differs or the old recipe cannot be read.
         """
         if self.is_new:
             return []
@@ -76,9 +79,9 @@ class RunFolder:
             keys = differing(read(self.path / "recipe.yaml"), recipe)
         except UsageError as error:
             if force:
-                return ["what cannot be read of the old one"]
+                return ["keys that are unknown, since the old recipe cannot be read"]
             raise UsageError(
-                f"what {self.path / 'recipe.yaml'} says the run was begun with cannot be read ({error}); "
+                f"{self.path / 'recipe.yaml'}, the recipe that the run began with, cannot be read ({error}); "
                 "name another folder, or pass --force-recipe to go on with the recipe given"
             ) from error
         if keys and not force:
@@ -89,10 +92,12 @@ class RunFolder:
         return keys
 
     def log(self, event: dict[str, Any]) -> None:
-        """Add an event to log.jsonl, if it is kept there. Until the run begins or goes on it may still be refused: events wait for that.
+        """Add an event to log.jsonl, unless events of its kind are not kept.
+
+        A run may still be refused before it begins or goes on, so its first events wait until then.
 
         Raises:
-            RunError: it could not be written.
+            RunError: the log could not be written.
         """
         if not is_logged(event):
             return
@@ -108,12 +113,12 @@ class RunFolder:
 
     @property
     def log_size(self) -> int:
-        """Bytes of log.jsonl so far."""
+        """Size of log.jsonl in bytes."""
         log = self.path / "log.jsonl"
         return log.stat().st_size if log.exists() else 0
 
     def newest(self, *, thorough: bool = True) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
-        """The newest checkpoint that is whole, its state, and what is wrong with any newer ones (see `read_state`)."""
+        """The newest whole checkpoint, its state, and what is wrong with each newer checkpoint (see `read_state`)."""
         damaged: dict[Path, str] = {}
         for path in newest_first(self.checkpoints):
             try:
@@ -123,14 +128,14 @@ class RunFolder:
         return None, {}, damaged
 
     def rewind(self, *, log_size: int, damaged: Mapping[Path, str]) -> None:
-        """Take away, in place, what is newer than the checkpoint that the run goes on from.
+        """Remove, in place, what is newer than the checkpoint from which the run continues.
 
-        Log lines of work that is to be done again go. Damaged checkpoints are set aside, since they would count as the
-        newest; and with them the log, where none was whole and all work is lost.
+        Log lines of work that has to be done again are removed. Damaged checkpoints are renamed, since they would count as the
+        newest. If no checkpoint is whole, all work is lost and the log is renamed too.
 
         Args:
-            log_size: of the log when that checkpoint was written; 0 where there is none.
-            damaged: what `newest` found.
+            log_size: size of the log, in bytes, when that checkpoint was written; 0 without a checkpoint.
+            damaged: the damaged checkpoints that `newest` found.
         """
         log = self.path / "log.jsonl"
         if damaged and not log_size and log.exists():
@@ -156,10 +161,10 @@ class RunFolder:
 
 @contextmanager
 def opened(path: Path) -> Iterator[RunFolder]:
-    """A run's folder, made where there is none, locked while the context lasts; an empty one is removed at the end.
+    """A run's folder, locked while the context lasts; it is created if missing, and removed at the end if no run began in it.
 
     Raises:
-        UsageError: another process works in it, or it is a folder of something else.
+        UsageError: another process works in the folder, or it holds something other than a run.
     """
     folder = RunFolder(path)
     with ExitStack() as stack:
@@ -168,10 +173,10 @@ def opened(path: Path) -> Iterator[RunFolder]:
 
 
 def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
-    """Raise what a run of `recipe` into a folder would be refused with, before it is started; nothing is written.
+    """Check, without writing anything, that `recipe` may run in a folder.
 
     Raises:
-        UsageError: it is a folder of something else, or of a run of another recipe and `force` is not set.
+        UsageError: the folder holds something other than a run, or a run of another recipe and `force` is not set.
     """
     _check_kind(path)
     RunFolder(path).check(recipe, force=force)
@@ -184,7 +189,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _take(folder: RunFolder, until: ExitStack) -> None:
-    """Make and lock a run's folder, until `until` is closed; what is empty then goes."""
+    """Make and lock a run's folder until `until` is closed; then remove the folder if no run began in it."""
     path = folder.path
     _check_kind(path)
     existed = path.exists()

@@ -1,4 +1,4 @@
-"""What a run would take, before it is started: time and memory, by formulas and a quick probe, or on paper without weights."""
+"""Foretell a run's time and memory before it is started, by formulas and a quick probe; without weights, by formulas alone."""
 
 import time
 from dataclasses import asdict
@@ -37,20 +37,20 @@ _PROBED_TOKENS = 512
 def dry_run(
     recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
 ) -> dict[str, Any]:
-    """What a run would do, with time and memory; nothing is written.
+    """The plan of a run, with its time and memory; nothing is written.
 
-    Where the weights are on this machine the model is loaded, the texts are looked for, and its speed is probed: a batch of
-    random tokens, forward and backward. Otherwise its config.json is all that is read, and the time is on paper. Memory and
-    operations are those of `estimate`; what beside passes over the texts is not in the time is named under `time_without`.
+    If the weights are on this machine, the model is loaded, the texts are found, and the speed is probed with a batch of random
+    tokens, forward and backward. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those of
+    `estimate`. The time covers passes over the texts; work that it leaves out is named under `time_without`.
 
     Args:
         recipe: the run.
         listen: told of events.
         trust_remote_code: whether code that comes with the model may run.
-        processes: how many would share the work.
+        processes: number of processes that would share the work.
 
     Raises:
-        UsageError: the recipe does not fit the model, or something is not there.
+        UsageError: the recipe does not fit the model, or a text, task or package is missing.
     """
     recipe = recipe.ready()
     on_paper = not has_weights(recipe.model)
@@ -63,7 +63,9 @@ def dry_run(
         speed = _probe(work, narrow=narrow)
         kind = "cpu" if device.type == "cpu" else "cuda"
     elif recipe.latency:
-        raise UsageError(f"latency {recipe.latency} is measured, and the weights of {recipe.model} are not here; set a budget")
+        raise UsageError(
+            f"latency {recipe.latency} needs a measurement and the weights of {recipe.model} are not here; set a budget instead"
+        )
     else:
         work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
         _cut_on_paper(work)
@@ -77,7 +79,7 @@ def dry_run(
 
 
 def _cut_on_paper(work: Work) -> None:
-    """Shrink, in place, the vocabulary of a model without weights to its size after the run's start, where the recipe tells it."""
+    """Shrink the vocabulary of a model without weights, in place, to the recipe's `vocabulary.keep`."""
     asked = work.recipe.vocabulary
     if asked is not None and asked.keep is not None:
         tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
@@ -141,7 +143,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
 
 
 def _left_out(work: Work, looks: Looks) -> list[str]:
-    """What takes time that is not foretold, in words."""
+    """Names of the work whose time is not foretold."""
     recipe = work.recipe
     writes = (recipe.calibration.own > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
     return [
@@ -152,7 +154,7 @@ def _left_out(work: Work, looks: Looks) -> list[str]:
 
 
 def _probe(work: Work, *, narrow: bool) -> Speed:
-    """What this machine makes of the model, by one batch of random tokens."""
+    """The speed of this machine with the model, measured on one batch of random tokens."""
     recipe, model = work.recipe, work.model
     length = recipe.calibration.length
     shape = (max(1, _PROBED_TOKENS // length), length)

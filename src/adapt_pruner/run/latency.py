@@ -1,12 +1,12 @@
-"""A budget in time: how many parameters a model may keep to take such a share of the dense model's seconds on this machine.
+"""A budget in time: the parameters that a model may keep so that it takes a given share of the dense model's seconds.
 
-Of every kind of axis the whole model is timed at several widths, all layers cut alike, in turn with the dense one. Between them the
-time is taken to be linear in the width; what two kinds save adds up; a layer's share of what its kind saves is its share of
-the kind's parameters. Embedding, head and norms are in every measurement, so that they stay as they are.
+For every kind of axis the whole model is timed at several widths, with all layers cut alike, in turn with the dense model. Between
+two widths the time is taken to be linear. The savings of two kinds are added. A layer's share of its
+kind's saving is its share of the kind's parameters. Embedding, head and norms are in every measurement and are never cut.
 
     time(sizes) / time(dense) = 1 - sum over kinds of sum over axes a of weight_a · (1 - table[kind](size_a / size of a when dense))
 
-The times are those of whole models, not of layers that are run again and again, whose weights would stay in the processor's cache.
+Whole models are timed. The weights of a single layer that runs again and again would stay in the processor's cache.
 """
 
 import copy
@@ -33,27 +33,27 @@ from adapt_pruner.reduce.work import Listener, Work
 __all__ = ["Table", "find", "kept", "predicted", "reach", "table_of"]
 
 PROMPT = 512
-"""Tokens of the prompt whose reading is timed, or after which writing is."""
+"""Tokens of the prompt that is read, or after which tokens are written."""
 WRITTEN = 16
 ROUNDS = 5
 SHARES = (0.75, 0.5, 0.25)
-"""Widths that are timed, of the dense one, beside it and the least there may be."""
+"""Widths that are timed, as shares of the dense width; the dense width and the least possible width are timed too."""
 
 Table = dict[str, list[tuple[float, float]]]
 """kind of axis -> (share of the units kept, seconds as a share of the dense model's), shares rising to 1."""
 
 
 def find(work: Work) -> dict[str, Any]:
-    """The parameters that the recipe's latency comes to, by a table measured here and now.
+    """The number of parameters to keep for the recipe's latency, by a table that is measured here and now.
 
     Args:
-        work: the run, its model as it is before anything is pruned; one without a latency asks for nothing.
+        work: the run, with its model before any pruning.
 
     Returns:
-        `latency`, or nothing without one: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`.
+        `latency`: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`. Empty if the recipe has no latency.
 
     Raises:
-        UsageError: it is out of reach; the message names what could be reached.
+        UsageError: the latency is out of reach; the message names the least that can be reached.
     """
     recipe = work.recipe
     if not recipe.latency:
@@ -65,7 +65,7 @@ def find(work: Work) -> dict[str, Any]:
     if nearest > asked:
         raise UsageError(
             f"latency {recipe.latency} is out of reach: {recipe.latency_of} takes {nearest:.2f}x of the dense model's time once "
-            f"{recipe.chooser} has taken all that it may; ask for {np.ceil(nearest * 100 + 1e-9) / 100:.2f}x or more"
+            f"{recipe.chooser} has removed all that it may; ask for {np.ceil(nearest * 100 + 1e-9) / 100:.2f}x or more"
         )
     low, high = params_of(work, axes, least), work.num_params
     while high - low > max(1, high // 10_000):
@@ -77,28 +77,28 @@ def find(work: Work) -> dict[str, Any]:
 
 
 def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
-    """The parameters that `find` found when the run began; None where the recipe has a budget.
+    """The number of parameters that `find` found when the run began; None where the recipe has a budget instead.
 
     Raises:
-        UsageError: the run began with another latency, or none.
+        UsageError: the run began with another latency, or with none.
     """
     if not recipe.latency:
         return None
     found = figures.get("latency", {"asked": None, "of": None})
     if (found["asked"], found["of"]) != (parse_latency(recipe.latency), recipe.latency_of):
         raise UsageError(
-            f"latency {recipe.latency} of {recipe.latency_of} is told by the dense model, and the run has begun without it; leave "
-            "it as it was, set a budget, or name another folder"
+            f"latency {recipe.latency} of {recipe.latency_of} has to be measured on the dense model, and the run has begun without it; "
+            "leave it as it was, set a budget, or name another folder"
         )
     params: int = found["params"]
     return params
 
 
 def reach(work: Work) -> dict[str, Any]:
-    """The latency that the pruned model has reached, dense and pruned timed in turn; nothing where the recipe names none.
+    """The latency of the pruned model, timed in turn with the dense model; empty if the recipe has no latency.
 
     Returns:
-        `latency`: what `find` found, with `reached`, the median share of the dense model's seconds, its quartiles `reached_low`
+        `latency`: what `find` found, and `reached`, the median share of the dense model's seconds, with its quartiles `reached_low`
         and `reached_high`, and `dense_seconds`.
     """
     recipe = work.recipe
@@ -114,7 +114,7 @@ def reach(work: Work) -> dict[str, Any]:
 
 
 def table_of(work: Work) -> Table:
-    """The seconds of the model at several widths of every kind of axis that may shrink, as shares of its own; left as found."""
+    """Time the model at several widths of every kind of axis that may shrink, as shares of its own time; the model is left as found."""
     recipe = work.recipe
     dense = _as_it_runs(copy.deepcopy(work.model), recipe)
     axes = prunable(work)
@@ -136,7 +136,7 @@ def table_of(work: Work) -> Table:
 
 
 def predicted(table: Table, axes: Sequence[Axis], sizes: Mapping[str, int]) -> float:
-    """The share of the dense model's seconds that a model of such sizes takes, by the table.
+    """The share of the dense model's seconds that a model of these sizes takes, predicted by the table.
 
     Args:
         table: of `table_of`.
@@ -155,7 +155,7 @@ def predicted(table: Table, axes: Sequence[Axis], sizes: Mapping[str, int]) -> f
 
 
 def _width(axis: Axis, share: float, multiple: int) -> int:
-    """A width near a share of an axis such as a chooser leaves: a multiple of what is asked for, of neurons else an odd number."""
+    """A width near a share of an axis, such as a chooser leaves: a multiple of `multiple`; without one an odd number of neurons."""
     if axis.kind != "neurons":
         return max(1, round(share * axis.size))
     if multiple > 1:

@@ -1,11 +1,11 @@
 """The loop of a run: for each stage, reduce the model to the stage's budget, then train it, then measure it.
 
     shrink(work)      the loop
-    prune, run        put a model in at its front and a folder at its back
+    prune, run        load the model, call the loop and write the result
 
-A run that was stopped goes on from its newest checkpoint. Checkpoints are written after a stage's reduction, after its training,
-and within both whenever `checkpoint_minutes` have passed. What happens on the way is told to a listener as plain dicts with an
-`event` key. The library itself prints nothing.
+A run that was stopped continues from its newest checkpoint. Checkpoints are written after a stage's reduction, after its training,
+and within both whenever `checkpoint_minutes` have passed. A listener is told of every event as a plain dict with the key `event`.
+The library itself prints nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ __all__ = ["prune", "run", "shrink"]
 
 
 def shrink(work: Work, trainer: Trainer) -> Outcome:
-    """Take the model, in place, through all stages that are left, from where the run stands to its end.
+    """Prune, train and measure the model, in place, through all stages that are left.
 
     Raises:
         RunError: a loss is not finite or explodes, or a checkpoint cannot be written.
@@ -83,7 +83,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
 
 
 def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
-    """Let the recipe's reduction take the model, in place, to the stage's budget: it says each step, and the step is carried out here."""
+    """Bring the model, in place, to the stage's budget: the recipe's reduction yields each step, and this function carries it out."""
     state = work.state
     trainer.before_cuts()
     work.begin_stage()
@@ -104,9 +104,9 @@ def prune(
     trust_remote_code: bool = False,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome:
-    """Run the recipe and write the resulting checkpoint to the folder `out`, with nothing saved on the way.
+    """Run the recipe and write its result to the folder `out`; no checkpoints are saved on the way.
 
-    `beside` writes more files into the checkpoint before it has its name.
+    `beside` writes more files into the folder before the folder gets its final name.
 
     Raises:
         UsageError: the budget or a text does not fit the model, or `out` is not empty.
@@ -133,18 +133,18 @@ def run(
     force_recipe: bool = False,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome | None:
-    """Run the recipe in a run folder (see `run.folder`); go on where it was if the folder holds an unfinished run.
+    """Run the recipe in a run folder (see `run.folder`); an unfinished run in the folder is continued.
 
     Args:
         recipe: the run.
-        run_dir: a new or empty folder, or that of a run.
+        run_dir: a new or empty folder, or the folder of a run.
         listen: told of every event.
         trust_remote_code: whether code that comes with the model may run.
-        force_recipe: go on with this recipe although the run began with another.
-        beside: writes more files into the result before it has its name.
+        force_recipe: continue with this recipe although the run began with another.
+        beside: writes more files into the result before the result gets its final name.
 
     Returns:
-        What came of it; None where the run there was already finished.
+        The outcome; None where the run in the folder was finished already.
 
     Raises:
         UsageError: the recipe does not fit the model or the folder; nothing has been changed.
@@ -174,7 +174,7 @@ def run(
 
 
 def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> BaseException:
-    """Say where a run that has been interrupted goes on; what is to be raised."""
+    """Tell where an interrupted run would continue; returns the error to raise."""
     if world.is_main():
         folder.tidy()
     if folder.is_finished:  # with the model written, while the last was measured or said of it
@@ -193,10 +193,10 @@ def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> B
 def _resumed(
     recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool, *, changed: list[str], force: bool
 ) -> tuple[Work, Trainer]:
-    """The run of a folder, at its start or where its newest whole checkpoint has it, ready to go on.
+    """The run of a folder, ready to go on: from its newest whole checkpoint, or from its start if there is none.
 
     Raises:
-        UsageError: the recipe, or what it reads, is another than the run began with.
+        UsageError: the recipe, its texts or its teacher are not those that the run began with.
     """
     path, saved, damaged = world.on_main(folder.newest)
     origin = identity(recipe.model)
@@ -215,8 +215,8 @@ def _resumed(
     replaced = [] if path is None else [what for what, digest in work.reads.digests.items() if digest != saved["digests"][what]]
     if replaced and not force:
         raise UsageError(
-            f"the {' and the '.join(replaced)} changed after {path} was written; bring back what was there, begin anew in another "
-            "folder, or pass --force-recipe to go on with what is there now"
+            f"the {' and the '.join(replaced)} changed after {path} was written; restore the old version, start again in another "
+            "folder, or pass --force-recipe to go on with the new version"
         )
 
     def write_down() -> None:
@@ -255,7 +255,7 @@ def _resumed(
 
 
 def _place(work: Work, *, anew: bool) -> None:
-    """Bring feed and reduction, in place, to where the run stands; `anew` where recipe or text are others than before."""
+    """Bring feed and reduction, in place, to where the run stands; `anew` if recipe or text have changed."""
     feed, state = work.reads.feed, work.state
     if anew:
         work.reduction.fit(work)
@@ -270,26 +270,26 @@ def _place(work: Work, *, anew: bool) -> None:
 def _check_origin(path: Path, saved: Mapping[str, Any], recipe: Recipe, origin: str) -> None:
     if saved["model"] != recipe.model or saved["identity"] != origin:
         raise UsageError(
-            f"{path} is a checkpoint of another model ({saved['model']}, as it was then) than the recipe's {recipe.model}; "
-            "name another folder, or bring that model back"
+            f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it is now; "
+            "name another folder, or restore that model"
         )
 
 
 def _check_place(path: Path, state: RunState, recipe: Recipe, changed: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what even a forced recipe cannot go on with from where the run stands."""
+    """Refuse changes of the recipe with which the run cannot go on, even if forced."""
     if state.stage > recipe.stages:
         raise UsageError(
-            f"the run of {path} is in stage {state.stage} and the recipe has {recipe.stages}; set stages to {state.stage} or more, "
+            f"the run of {path} is in stage {state.stage} and the recipe has only {recipe.stages} stages; set stages to {state.stage} or more, "
             "or name another folder"
         )
     if any(key.partition(".")[0] == "vocabulary" for key in changed):
         raise UsageError(
-            f"the tokens of {path} went before anything else, and the recipe now asks for others; "
+            f"the vocabulary of {path} has been cut already, and the recipe now asks for another one; "
             "leave vocabulary as it was, or name another folder"
         )
     if "training.lora" in changed and any(base_name(name) is None for name in tensors):
         raise UsageError(
-            f"{path} holds low-rank additions in the middle of their training, which other ones would forget; "
+            f"{path} holds low-rank additions that are not trained to the end, and another training.lora would lose them; "
             "leave training.lora as it was, or name another folder"
         )
 
@@ -297,11 +297,11 @@ def _check_place(path: Path, state: RunState, recipe: Recipe, changed: Sequence[
 def _sentences(
     path: Path | None, *, damaged: Mapping[Path, str], changed: Sequence[str], replaced: Sequence[str]
 ) -> Iterator[str]:
-    """What is to be said of a run that does not go on quite as it was."""
+    """Warnings for a run that does not continue exactly as it was."""
     for checkpoint, trouble in damaged.items():
         yield f"a checkpoint is damaged and set aside as {checkpoint.name}.damaged: {trouble}"
     if damaged and path is None:
-        yield "no checkpoint is whole, so the run begins anew; the log of the work that is lost is log.damaged.jsonl"
+        yield "every checkpoint is damaged, so the run starts again; the log of the lost work is log.damaged.jsonl"
     if changed:
         yield f"going on with another recipe, which differs in {', '.join(changed)}"
     if replaced:
@@ -309,7 +309,7 @@ def _sentences(
 
 
 def _logged(listen: Listener, folder: RunFolder) -> Listener:
-    """A listener that writes the log too; silent on all processes but the main one."""
+    """A listener that also writes the log; on processes other than the main one it does nothing."""
 
     def tell(event: dict[str, Any]) -> None:
         if world.is_main():

@@ -1,7 +1,7 @@
-"""What is measured of a run's model on the way, and the checkpoint that is made of it at the end.
+"""Measure a run's model on the way, and write its checkpoint at the end.
 
-`figures["perplexities"]` and `figures["bits_per_byte"]` have the model at the start first and then each stage, `figures["tasks"]` the start
-and the end. None stands where nothing was measured since the recipe was changed on the way, and in JSON for infinity.
+`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["tasks"]` at the
+start and at the end. None means not measured, because the recipe asked for it only later. In JSON, null can also mean infinity.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ __all__ = ["Outcome", "facts", "measure_tasks", "measure_text", "whole_mask", "w
 
 @dataclass
 class Outcome:
-    """What came of a run: the pruned model, its mask against the model at the start, and the figures."""
+    """The outcome of a run: the pruned model, its mask against the model at the start, figures, and a note on each iteration."""
 
     loaded: Loaded
     mask: Mask
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def measure_text(work: Work, *, stage: int) -> None:
-    """Measure the perplexity of held-out text, where the recipe names one; `stage` 0 is the model at the start."""
+    """Measure the perplexity on the recipe's held-out text, if it names one; `stage` 0 is the model at the start."""
     reads, figures = work.reads, work.state.figures
     if not reads.held_out:
         return
@@ -53,7 +53,7 @@ def measure_text(work: Work, *, stage: int) -> None:
 
 
 def measure_tasks(work: Work, *, stage: int) -> None:
-    """Score the recipe's tasks, on the main process alone; what the cache has of the same model is not scored again."""
+    """Score the recipe's tasks, on the main process alone. Scores of the same model are taken from the cache."""
     asked, figures = work.recipe.evaluation, work.state.figures
     if asked.tasks is None:
         return
@@ -71,13 +71,13 @@ def measure_tasks(work: Work, *, stage: int) -> None:
 
 
 def whole_mask(work: Work) -> Mask:
-    """The mask so far against the dense model, also where the run began with one already pruned."""
+    """The mask so far against the dense model, even if the run began with a model that was pruned before."""
     before = work.loaded.mask
     return work.state.mask if before is None else before.then(work.state.mask, work.axes)
 
 
 def facts(work: Work) -> dict[str, Any]:
-    """What pruning.json tells of how the model was made."""
+    """The content of pruning.json: how the model was made."""
     loaded, figures = work.loaded, work.state.figures
     return {
         "dense_params": figures["params_before"] if loaded.mask is None else loaded.dense_params,
@@ -89,23 +89,23 @@ def facts(work: Work) -> dict[str, Any]:
 
 
 def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
-    """Measure the latency that was reached, where one was asked for, and write the checkpoint with all that is known of it.
+    """Write the checkpoint of a finished run; if the recipe has a latency, measure the model's first.
 
-    Where it cannot be measured, or somebody interrupts that, the checkpoint is written all the same.
+    The checkpoint is written even if that measurement fails or is interrupted.
 
     Args:
         work: the run at its end.
         path: a folder that does not exist or is empty.
-        beside: writes more files into the folder before it has its name.
+        beside: writes more files into the folder before the folder gets its final name.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the checkpoint cannot be written.
     """
     interrupted = False
     try:
         work.state.figures |= latency.reach(work)
     except Exception as error:  # out of memory, too
-        work.warn(f"the latency that was reached could not be measured: {first_line(error)}")
+        work.warn(f"the latency of the pruned model could not be measured: {first_line(error)}")
     except KeyboardInterrupt:
         interrupted = True  # not the error itself, which would hold the models that were timed
     save(

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the model, its stages, and the text that each of them reads."""
+"""Prepare a run: load the model, plan its stages and find the texts that they read."""
 
 import copy
 import hashlib
@@ -46,10 +46,10 @@ __all__ = ["begin", "plan", "read", "stage_targets", "writes_text"]
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
-    """The run at its start: the model loaded, tokens gone that are to go, the parameters known that a latency comes to.
+    """A run at its start: load the model, cut its vocabulary and find the number of parameters for a latency.
 
     Raises:
-        UsageError: the model cannot be loaded, the vocabulary not be cut, or the latency not be reached.
+        UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
     listen(Load(model=recipe.model).told())
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
@@ -69,13 +69,13 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
 
 
 def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[Loaded, Mask]:
-    """Take the tokens away, in place, that the recipe does not keep, with their rows; the tokenizer is a new one.
+    """Remove the tokens that the recipe does not keep from the model, in place, and make a smaller tokenizer.
 
     Returns:
-        The model with its tokenizer, and the mask against what it was.
+        The model with the new tokenizer, and the mask of the tokens kept.
 
     Raises:
-        UsageError: there is no such text, or the tokenizer cannot be rewritten.
+        UsageError: the text does not exist, or the tokenizer cannot be rewritten.
     """
     asked = recipe.vocabulary
     if asked is None or asked.source is None:
@@ -83,7 +83,9 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     axes, tokenizer, source = families.axes(loaded.model), loaded.tokenizer, asked.source
     axis = next((axis for axis in axes if axis.kind == "vocabulary"), None)
     if axis is None:
-        raise UsageError(f"models of type {loaded.model.config.model_type!r} have no axis of tokens; leave vocabulary out")
+        raise UsageError(
+            f"models of type {loaded.model.config.model_type!r} cannot lose tokens; leave vocabulary out of the recipe"
+        )
     configs = (loaded.model.config, loaded.model.generation_config)
     named = [getattr(config, field, None) for config in configs for field in axis.indices]
     numbers = [number for field in named for number in (field if isinstance(field, list) else [field]) if number is not None]
@@ -109,10 +111,10 @@ def stage_targets(start: int, end: int, stages: int) -> list[int]:
 
 
 def plan(work: Work) -> tuple[list[Stage], Budget]:
-    """The stages and the budget of a run, once it is known that the budget can be met.
+    """The stages and the budget of a run; checks that the budget can be met.
 
     Raises:
-        UsageError: it cannot, or the reduction cannot do what the recipe asks for.
+        UsageError: the budget cannot be met, or the reduction cannot do what the recipe asks for.
     """
     recipe, figures = work.recipe, work.state.figures
     work.reduction.check(work)
@@ -132,7 +134,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
 
 
 def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
-    """The stages from `start` parameters, where the run began, to `end`."""
+    """The stages of a run that goes from `start` parameters to `end`."""
     recipe, planned, reached = work.recipe, [], start
     tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
     for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
@@ -145,16 +147,18 @@ def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
 
 
 def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: bool = True) -> None:
-    """Check that the recipe fits model, machine and processes, plan the stages and find the texts, in place, before any work is done.
+    """Prepare `work`, in place, before any work is done: check the recipe, plan the stages and find the texts.
+
+    The recipe is checked against the model, the machine and the processes.
 
     Args:
         work: the run; its `stages`, `budget` and `reads` are filled.
-        begun: whether the run has begun, and the model is not what it was then.
-        folder: of the run; text that the model writes itself is kept there.
-        write: whether the model writes the text that it is to be calibrated on; a plan does without.
+        begun: whether the run began earlier, so that its model has changed since.
+        folder: of the run; text that the model writes is kept there.
+        write: whether the model writes its own calibration text now; a plan does not need that text.
 
     Raises:
-        UsageError: something does not fit, or is not there.
+        UsageError: the recipe does not fit, or a text, task or package is missing.
     """
     recipe = work.recipe
     work.stages, work.budget = plan(work)
@@ -189,12 +193,12 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
 
 
 def writes_text(recipe: Recipe) -> bool:
-    """Whether the calibration text is one that the model writes itself."""
+    """Whether the model writes its calibration text itself."""
     return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
 
 
 def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[Tensor]) -> None:
-    """Say which texts overlap, and which sequences are longer than the model reads; `begins_with` is None where no text is read."""
+    """Warn of texts that overlap and of sequences longer than the model reads; `begins_with` is None where no text is read."""
     recipe, ids = work.recipe, work.recipe.calibration.ids
     reads = begins_with is not None
     sources = {
@@ -226,7 +230,7 @@ def _tasks(work: Work) -> list[Wanted]:
 
 
 def _check_machine(work: Work) -> None:
-    """Refuse what this machine or these processes cannot do.
+    """Refuse a recipe that this machine or these processes cannot run.
 
     Raises:
         UsageError: a batch does not fit the processes, or a package or GPU is missing.
@@ -249,11 +253,11 @@ def _check_machine(work: Work) -> None:
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
     for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise UsageError(f"training.{extra} needs a package; pip install 'adapt-pruner[{extra}]'")
+            raise UsageError(f"training.{extra} needs the package {package}; pip install 'adapt-pruner[{extra}]'")
 
 
 def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
-    """A function from the number of the iteration to its batches; to none where the text is yet to be written."""
+    """A function from the number of an iteration to its batches. It gives none if the model has yet to write the text."""
     recipe = work.recipe
     if writes_text(recipe) and not write:
         return lambda iteration: []
@@ -268,7 +272,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
 
 
 def _own_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
-    """What the model writes for a repair; kept in the run's folder, where there is one, since later it is another model."""
+    """Text that the model writes for the repair. A run's folder keeps it, since the model changes later."""
     recipe = work.recipe
     samples, seed = recipe.calibration.own, recipe.seed + 1  # not what `source: self` gives
     if not samples or recipe.repair is None:
@@ -291,7 +295,7 @@ def _written(work: Work, writer: Any, *, samples: int, seed: int) -> Tensor:
 
 
 def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) -> None:
-    """Keep the text that the model as it was at the start writes, unless a run that has begun already has."""
+    """Let the model, as it was at the start, write a text and keep it; a text that the run has already is kept as it is."""
     recipe = work.recipe
     asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
@@ -301,7 +305,7 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
     writer = work.model
     if begun and recipe.vocabulary is not None:
         raise UsageError(
-            f"{path} is not there, and the model that wrote it cannot be made again, since its vocabulary was cut; begin anew in another folder"
+            f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
         )
     if begun:  # it has been cut since
         writer = load(recipe.model, device=next(work.model.parameters()).device).model
@@ -343,7 +347,7 @@ def _teacher(work: Work, *, begun: bool) -> Any:
     """The model to distil from, frozen, in the precision of matrix products; None where the objective needs none.
 
     Raises:
-        UsageError: it has another vocabulary.
+        UsageError: the teacher has another vocabulary than the model.
     """
     loaded, recipe = work.loaded, work.recipe
     if recipe.training.source is None or "teacher" not in parts.needs("objective", recipe.training.objective):
@@ -356,14 +360,14 @@ def _teacher(work: Work, *, begun: bool) -> Any:
         other = load(name, device=device, trust_remote_code=work.trust_remote_code)
         if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
             raise UsageError(
-                f"teacher {name} has another tokenizer ({len(other.tokenizer):,} tokens) than {recipe.model} "
-                f"({len(loaded.tokenizer):,}); distillation compares token by token, so name a teacher of the same vocabulary"
+                f"teacher {name} ({len(other.tokenizer):,} tokens) and {recipe.model} ({len(loaded.tokenizer):,}) have different "
+                "tokenizers; distillation compares token by token, so name a teacher of the same vocabulary"
             )
         teacher = other.model
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, loaded.model)]
     if sizes[0] != sizes[1]:
         raise UsageError(
-            f"teacher {name} has {sizes[0]:,} logits, {recipe.model} {sizes[1]:,}; name a teacher of the same vocabulary"
+            f"teacher {name} has {sizes[0]:,} logits and {recipe.model} has {sizes[1]:,}; name a teacher of the same vocabulary"
         )
     narrow = torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32
     return teacher.to(narrow).eval().requires_grad_(False)

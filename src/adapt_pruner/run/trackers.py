@@ -1,4 +1,4 @@
-"""Telling a tracker (TensorBoard, Weights & Biases, trackio, MLflow) what the log says, by accelerate's own trackers."""
+"""Send a run's figures to TensorBoard, Weights & Biases, trackio or MLflow, through accelerate's trackers."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -17,17 +17,18 @@ __all__ = ["reporting"]
 
 @contextmanager
 def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Listener]:
-    """`listen`, and beside it the trackers that the recipe reports to, which are told `event/figure`; TensorBoard's files lie in `run_dir`/trackers/run.
+    """A listener that tells `listen` and the trackers of the recipe; a tracker gets each figure as `event/figure`.
 
-    Figures are told at the optimiser step they belong to; a run that goes on adds to them, steps that it takes again
-    included. Only the main process reports. A tracker that fails on the way is dropped with a warning.
+    Figures are reported at their optimiser step. A run that is continued adds to its figures, also for steps that it takes
+    again. TensorBoard's files lie in `run_dir`/trackers/run. Only the main process reports. A tracker that fails on the way is
+    dropped with a warning.
 
     Raises:
-        UsageError: a tracker's package is not installed, or it cannot be started; that shows before any work.
+        UsageError: a tracker's package is not installed, or the tracker cannot be started. This is raised before any work.
     """
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"report_to {name} needs a package; pip install 'adapt-pruner[{name}]'")
+            raise UsageError(f"report_to {name} needs the package {name}; pip install 'adapt-pruner[{name}]'")
     if not recipe.report_to or not world.is_main():
         yield listen
         return
@@ -55,7 +56,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             do(running[name])
         except Exception as error:  # a run is worth more than its curves
             del running[name]
-            listen(Warned(message=f"{name} is told no more of this run, since it failed: {first_line(error)}").told())
+            listen(Warned(message=f"{name} failed and gets no more figures of this run: {first_line(error)}").told())
 
     def tell(data: dict[str, Any]) -> None:
         nonlocal step

@@ -1,4 +1,4 @@
-"""The training of a stage, and what surrounds it: optimiser, adapters, shards, kernels, checkpoints."""
+"""Train a run's model between its cuts, with optimiser, adapters, shards, kernels and checkpoints."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,19 +21,19 @@ from adapt_pruner.train.spread import full_state, load_moments, spread
 __all__ = ["Save", "Trainer"]
 
 Save = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
-"""(name of the checkpoint, weights, moments), both by name and whole, on the main process."""
+"""(name of the checkpoint, weights, moments). Weights and moments are whole tensors by name. Called on the main process."""
 
 
 class Trainer:
-    """Trains the model of a run between its cuts and saves it on the way; does nothing where the recipe does not train."""
+    """Trains the model of a run between its cuts and saves checkpoints; trains nothing if the recipe has no training."""
 
     def __init__(self, work: Work, *, save: Save | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Take up where the run stands.
+        """Start where the run stands.
 
         Args:
-            work: the run; moved along.
+            work: the run; changed in place.
             save: writes a checkpoint; None where nothing is saved on the way.
-            tensors: moments, and low-rank additions, from the checkpoint that the run goes on from.
+            tensors: moments and low-rank additions of the checkpoint that the run continues.
         """
         self._work, self._save, self._tensors = work, save, dict(tensors or {})
         self._saved = time.monotonic()
@@ -43,12 +43,12 @@ class Trainer:
         self._working: tuple[Any, Any] = (work.model, work.optimizer)
 
     def before_cuts(self) -> None:
-        """Forget the moments that the recipe does not carry through cuts, so that they take no memory while the model is scored."""
+        """Free the optimiser's moments if the recipe does not carry them through cuts; scoring then has their memory."""
         if self._work.optimizer is not None and self._work.recipe.moments == "reset":
             self._work.optimizer.state.clear()
 
     def begin_stage(self) -> None:
-        """Start a stage's training after its cuts, and save."""
+        """Prepare a stage's training after its cuts, and save a checkpoint."""
         work = self._work
         work.state.progress.begin_stage()
         if work.optimizer is not None:
@@ -57,7 +57,7 @@ class Trainer:
             self.save(f"stage-{work.state.stage}-pruned")
 
     def train(self, *, until: int) -> None:
-        """Train, in place, up to a row of the text."""
+        """Train the model, in place, up to row `until` of the text."""
         work, progress = self._work, self._work.state.progress
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the last step of the stage
         if work.reads.feed is None or (progress.rows >= until and not unmerged):
@@ -74,7 +74,7 @@ class Trainer:
                 self.save_if_due(f"stage-{work.state.stage}-step-{step.step}")
 
     def steps(self, *, until: int) -> Iterator[Step]:
-        """The steps of the stage, each yielded after its backward pass and before it is taken (see `train.loop.steps`)."""
+        """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
         assert feed is not None
         how = How(
@@ -87,7 +87,7 @@ class Trainer:
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)
 
     def save(self, name: str) -> None:
-        """Write a checkpoint of that name."""
+        """Write a checkpoint called `name`."""
         if self._save is None:
             return
         work = self._work
@@ -101,7 +101,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def save_if_due(self, name: str) -> None:
-        """Write a checkpoint of that name where the last one is older than the recipe allows."""
+        """Write a checkpoint called `name` if `checkpoint_minutes` have passed since the last one."""
         due = time.monotonic() - self._saved >= self._work.recipe.checkpoint_minutes * 60
         if self._save is not None and world.agreed(due):
             self.save(name)
@@ -113,7 +113,7 @@ class Trainer:
         return optimizer
 
     def _join(self, work: Work) -> None:
-        """Bring the optimiser, in place, to the parameters that there are: new biases join it, where nothing decays."""
+        """Add new biases to the optimiser, in place, without weight decay; replace it if all parameters are new."""
         assert work.optimizer is not None
         its = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
         there = list(work.model.parameters())
@@ -125,7 +125,7 @@ class Trainer:
 
     @contextmanager
     def _at_work(self) -> Iterator[tuple[Any, Any]]:
-        """The model as it trains: adapted, sharded, with the kernels asked for; plain again afterwards."""
+        """The model and the optimiser as they train: adapted, sharded, with the recipe's kernels; plain again afterwards."""
         work, asked = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
@@ -149,7 +149,7 @@ class Trainer:
 
 
 def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Give parameters, in place, the values that `tensors` has for them."""
+    """Copy `tensors` into the parameters of the same names, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in tensors:
