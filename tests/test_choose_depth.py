@@ -18,6 +18,7 @@ from adapt_pruner.reduce import units
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.depth import drop_layers
 from adapt_pruner.reduce.units import metrics_of
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence
@@ -246,10 +247,10 @@ def test_a_distance_with_passes_of_its_own_ranks_alone(axes: list[str], recipe: 
 
 def test_layers_alone_take_no_gradients(recipe: Recipe) -> None:
     model = tiny_model()
-    needs = {next(metric(model, families.axes(model))) for metric in metrics_of(recipe, seed=0)}
+    needs = {next(metric(model, families.axes(model))) for metric in metrics_of(Work.of(model, recipe), seed=0)}
     assert needs == {Evidence.FORWARD}
     both = read(recipe.model_dump() | {"axes": ["layers", "neurons"]})
-    assert len(metrics_of(both, seed=0)) == 2
+    assert len(metrics_of(Work.of(model, both), seed=0)) == 2
 
 
 def test_a_run_in_stages_that_is_stopped_goes_on_to_the_same_model(recipe: Recipe, text_file: Path, tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ __all__ = ["CAUSAL_LM", "CausalLM", "Task"]
 class Task(Protocol):
     """What scoring, repairs and training ask of the work that a model does."""
 
-    def num_predicted(self, batches: Iterable[Tensor]) -> int:
-        """How many predictions of these batches count in the loss; of each batch only the first two dimensions are read."""
+    def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
+        """How many predictions of these batches count in the loss; of each batch only the first two dimensions are read.
+
+        `predicted`, bool [batch, length], says which of a single batch count; None for all that can be predicted.
+        """
 
     def entrance(self, model: Any) -> nn.Module:
         """The module whose output begins the stream: what flows has gradients from there on."""
@@ -52,8 +55,10 @@ class CausalLM:
     Batches are token ids, int64 [batch, length], length at least 2; padding, if any, on the right.
     """
 
-    def num_predicted(self, batches: Iterable[Tensor]) -> int:
-        """All tokens of a sequence but its first."""
+    def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
+        """All tokens of a sequence but its first, or those of them that `predicted` marks."""
+        if predicted is not None:
+            return int(predicted[:, 1:].sum())
         return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
     def entrance(self, model: Any) -> nn.Module:

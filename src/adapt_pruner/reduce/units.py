@@ -53,7 +53,7 @@ class Units(Reduction):
             raise UsageError(
                 f"behind=true measures units inside layers, and axes has none but {', '.join(recipe.axes)}; set behind=false"
             )
-        if _evidence(work, metrics_of(recipe, seed=0)[:1]) is not Evidence.FORWARD:
+        if _evidence(work, metrics_of(work, seed=0)[:1]) is not Evidence.FORWARD:
             raise UsageError(
                 "behind=true measures layers one by one by what flows through them, and "
                 f"{recipe.metric} looks at something else; take a metric of activations"
@@ -82,7 +82,7 @@ class Units(Reduction):
     def looks(self, work: Work) -> Looks:
         """What the metrics, the measure of layers, that of heads and the repair look at."""
         recipe, evidence = work.recipe, _evidence(work)
-        layers = _layer_measure(recipe) is not None
+        layers = _layer_measure(work) is not None
         heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
         taken = {
@@ -115,8 +115,10 @@ class Units(Reduction):
                 budget = Budget(keep=target, total=now + _repair_parameters(work))
                 sizes, debt = choose(scores, may_shrink, budget, debt=self._debt)
                 if recipe.behind:
-                    metric = metrics_of(recipe, seed=recipe.seed + work.iteration)[0]
-                    scores |= score_behind(model, work.axes, sizes, batches, metric=metric, known=scores, dtype=recipe.dtype)
+                    metric = metrics_of(work, seed=recipe.seed + work.iteration)[0]
+                    scores |= score_behind(
+                        model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype
+                    )
                 scores |= _head_scores(work, sizes, batches, **where)
                 mask = Mask.of_sizes(may_shrink, scores, sizes)
             if mask.num_removed() == 0:
@@ -124,7 +126,9 @@ class Units(Reduction):
             if recipe.repair is not None:
                 with work.state.clock("repair"):
                     tell = work.progress("repair", **where)
-                    repair = parts.bind("repair", recipe.repair, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell)
+                    repair = parts.bind(
+                        "repair", recipe.repair, task=work.task, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell
+                    )
                     repair(model, work.axes, mask, [*batches, *work.reads.own])
             self._debt = debt.after(mask)
             told = {
@@ -160,10 +164,10 @@ def _scores(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores
         UsageError: the metric says nothing of a kind of axis that may shrink.
     """
     recipe = work.recipe
-    metrics = metrics_of(recipe, seed=recipe.seed + where["iteration"])
+    metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
     tell = work.progress("score", **where)
-    scores, loss = score(work.model, scored(work), batches, metrics=metrics, dtype=recipe.dtype, on_batch=tell)
-    if (measure_layers := _layer_measure(recipe)) is not None:
+    scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
+    if (measure_layers := _layer_measure(work)) is not None:
         scores |= measure_layers(work.model, _measured_whole(work), batches)
     if unscored := sorted({axis.kind for axis in prunable(work) if axis.name not in scores}):
         raise UsageError(
@@ -179,7 +183,9 @@ def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor]
     losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
     if recipe.head_metric is None or not losing:
         return {}
-    measure = parts.bind("head_metric", recipe.head_metric, dtype=recipe.dtype, on_axis=work.progress("heads", **where))
+    measure = parts.bind(
+        "head_metric", recipe.head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where)
+    )
     before = accumulate((batch.numel() for batch in batches), initial=0)
     enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _HEAD_TOKENS]
     measured: Scores = measure(work.model, losing, enough)
@@ -201,25 +207,29 @@ def _measured_whole(work: Work) -> list[Axis]:
     return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.name == "layers"]
 
 
-def metrics_of(recipe: Recipe, *, seed: int) -> list[Metric]:
+def metrics_of(work: Work, *, seed: int) -> list[Metric]:
     """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
-    metrics: list[Metric] = [parts.bind("metric", recipe.metric, seed=seed)] if set(recipe.axes) - set(WHOLE) else []
-    if recipe.distance is not None and _layer_measure(recipe) is None:
+    recipe = work.recipe
+    metrics: list[Metric] = (
+        [parts.bind("metric", recipe.metric, seed=seed, task=work.task)] if set(recipe.axes) - set(WHOLE) else []
+    )
+    if recipe.distance is not None and _layer_measure(work) is None:
         metrics.append(parts.bind("distance", recipe.distance))
     return metrics
 
 
-def _layer_measure(recipe: Recipe) -> Callable[..., Scores] | None:
+def _layer_measure(work: Work) -> Callable[..., Scores] | None:
     """The recipe's distance where it takes passes of its own, as `blocks.loss_drop` does; None where it shares the metric's."""
+    recipe = work.recipe
     if recipe.distance is None:
         return None
-    distance = parts.bind("distance", recipe.distance, dtype=recipe.dtype)
+    distance = parts.bind("distance", recipe.distance, task=work.task, dtype=recipe.dtype)
     return None if inspect.isgeneratorfunction(distance) else distance
 
 
 def _evidence(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
     """The most that metrics, or those which share the recipe's calibration pass, need to see."""
-    return evidence_needed(work.model, scored(work), metrics_of(work.recipe, seed=0) if metrics is None else metrics)
+    return evidence_needed(work.model, scored(work), metrics_of(work, seed=0) if metrics is None else metrics)
 
 
 def _repair_parameters(work: Work) -> int:

@@ -22,6 +22,7 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.data.feed import Feed
 from adapt_pruner.evaluate.task_sources import Wanted
 from adapt_pruner.recipe import Recipe, parts
@@ -262,6 +263,7 @@ class Work:
         budget: parameters to be left, of those at the start.
         optimizer: over all weights, for `cut` to keep in step; None where nothing is trained, or low-rank additions.
         dense: parameters of the model that the run began with, before tokens went.
+        task: what the model learns.
     """
 
     loaded: Loaded
@@ -274,6 +276,7 @@ class Work:
     budget: Budget = field(default_factory=lambda: Budget(keep=0, total=0))
     optimizer: Optimizer | None = None
     dense: int = 0
+    task: Task = CAUSAL_LM
     _axes: tuple[Axis, ...] | None = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
@@ -322,7 +325,7 @@ class Work:
     def loss(self, gates: Mask | Mapping[str, Tensor], batches: Sequence[Tensor]) -> float:
         """Mean loss of the model over `batches` with its units shut as a mask or gates say, nats per token; the model is left as found."""
         with gated(self.model, self.axes, gates):
-            return mean_loss(self.model, batches, dtype=self.recipe.dtype)
+            return mean_loss(self.model, batches, task=self.task, dtype=self.recipe.dtype)
 
     def apply(self, change: Change) -> None:
         """Carry out, in place, a step of the reduction: model, optimiser, mask, history and axes follow."""

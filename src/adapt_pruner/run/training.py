@@ -78,10 +78,10 @@ class Trainer:
         work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
         assert feed is not None
         how = How(
-            objective=parts.bind("objective", asked.objective, teacher=work.reads.teacher),
+            objective=parts.bind("objective", asked.objective, teacher=work.reads.teacher, task=work.task),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
-            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed,
+            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
         )  # fmt: skip
         with self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from adapt_pruner.core import world
 from adapt_pruner.core.precision import precision
+from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.errors import RunError
 
 __all__ = ["MICRO_TOKENS", "Feeds", "How", "Objective", "Progress", "Rows", "Step", "make_optimizer", "stage_tokens", "steps"]
@@ -92,6 +93,8 @@ class How:
         max_rise: nats by which the smoothed loss may exceed its lowest in this stage.
         dtype: precision of matrix products (see `core.precision.precision`); weights and moments stay float32.
         seed: of dropout, where there is any.
+        task: what the model learns; it says how many predictions of a batch count.
+        task: what the model learns; it says how many predictions of a batch count.
     """
 
     objective: Objective
@@ -103,6 +106,7 @@ class How:
     max_rise: float = math.inf
     dtype: str = "auto"
     seed: int = 0
+    task: Task = CAUSAL_LM
 
 
 @dataclass
@@ -189,8 +193,8 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
             rows = feed.take(min(how.batch_rows, until - progress.rows))
             torch.manual_seed((how.seed * 1_000_003 + progress.steps) * 4099 + world.rank())
             optimizer.zero_grad(set_to_none=True)
-            batch = _Batch(rows, device=device, micro_tokens=how.micro_tokens, by_domain=feed.wants_losses)
-            loss = _accumulate(model, batch, how.objective, _others(model, optimizer), device=device, dtype=how.dtype)
+            batch = _Batch(rows, device=device, micro_tokens=how.micro_tokens, by_domain=feed.wants_losses, task=how.task)
+            loss = _accumulate(model, batch, how, _others(model, optimizer), device=device)
             norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
             _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
             # The rate in the middle of the step: neither the first nor the last step of a run is at an end of the curve.
@@ -234,7 +238,9 @@ class _Batch:
         losses: by text, the sum of its losses over all processes, and the tokens predicted; filled while gradients are worked out.
     """
 
-    def __init__(self, rows: Rows, *, device: torch.device, micro_tokens: int | None, by_domain: bool = False) -> None:
+    def __init__(
+        self, rows: Rows, *, device: torch.device, micro_tokens: int | None, by_domain: bool = False, task: Task = CAUSAL_LM
+    ) -> None:
         each = -(-len(rows) // world.size())
         first = world.rank() * each
         looked_at = min(len(rows) - 1, first)
@@ -258,7 +264,7 @@ class _Batch:
                 self.parts.append((ids[chosen].to(device), counts, domain))
         nothing = (ids[:1].to(device), torch.zeros_like(ids[:1], dtype=torch.bool, device=device), self.domains[0])
         self.parts += [nothing] * (self._most(-(-each // micro), by_domain=by_domain) - len(self.parts))
-        count = torch.tensor(sum(_num_predicted(*part[:2]) for part in self.parts), dtype=torch.float64)
+        count = torch.tensor(sum(task.num_predicted([part[0]], part[1]) for part in self.parts), dtype=torch.float64)
         world.sum_in_place(count)
         self.num_predicted = max(1.0, float(count))
 
@@ -271,24 +277,19 @@ class _Batch:
         return int(most)
 
 
-def _num_predicted(ids: Tensor, predicted: Tensor | None) -> int:
-    return ids.shape[0] * (ids.shape[1] - 1) if predicted is None else int(predicted[:, 1:].sum())
-
-
-def _accumulate(
-    model: Any, batch: _Batch, objective: Objective, others: Sequence[Tensor], *, device: torch.device, dtype: str
-) -> Tensor:
+def _accumulate(model: Any, batch: _Batch, how: How, others: Sequence[Tensor], *, device: torch.device) -> Tensor:
     """Add, in place, the gradient of the batch's mean loss over all processes; returns that loss."""
+    objective, task = how.objective, how.task
     loss = torch.zeros((), dtype=torch.float64)
     of_domain = torch.zeros(len(batch.domains), 2, dtype=torch.float64)
     sharded = hasattr(model, "as_forward")  # then reduce-scatter takes the mean over the processes
     scale = (world.size() if sharded else 1) / batch.num_predicted
-    with precision(device, dtype):  # around all parts, so that weights are brought to bfloat16 once a step
+    with precision(device, how.dtype):  # around all parts, so that weights are brought to bfloat16 once a step
         for ids, predicted, domain in batch.parts:
             part = model.as_forward(objective, ids, predicted) if sharded else objective(model, ids, predicted)
             loss += part.detach().double().cpu()
             where = of_domain[batch.domains.index(domain)]
-            where += torch.tensor([float(part.detach()), _num_predicted(ids, predicted)], dtype=torch.float64)
+            where += torch.tensor([float(part.detach()), task.num_predicted([ids], predicted)], dtype=torch.float64)
             with torch.autocast(device.type, enabled=False):
                 (part * scale).backward()
     for other in others if sharded else ():
