@@ -106,7 +106,7 @@ def test_heads_that_are_spared_begin_when_a_share_of_the_neurons_is_gone(heads_a
 @pytest.mark.parametrize("value", [1, -0.1, True, float("nan")])
 def test_a_share_that_is_none_is_refused(value: Any) -> None:
     axes = toy_axes((100,), (3,))
-    with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.adaptive is no share"):
+    with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.adaptive is not a share"):
         adaptive(
             toy_scores(axes, [0.0]),
             axes,

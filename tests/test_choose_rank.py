@@ -277,7 +277,7 @@ def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -
         ("rank.per_parameter(level=2)", "level=2 of rank.per_parameter is not a share"),
         ("rank.standardised(structure=XY)", "structure 'XY' .* known: UL-UM, UL-MM, AL-MM, AL-AM"),
         ("rank.standardised(structure=AL-MM)", "needs the share of heads that goes; write it like heads=0.2"),
-        ("rank.standardised(heads=0.2)", "heads=0.2 is of structures UL-MM and AL-MM, not of AL-AM"),
+        ("rank.standardised(heads=0.2)", "heads=0.2 is for the structures UL-MM and AL-MM, not for AL-AM"),
         ("rank.standardised(structure=UL-MM, heads=1)", "heads=1 .* write it from 0 to below 1"),
         ("rank.standardised(by=head)", "by=head of rank.standardised is not known; known: unit, feature"),
         (

@@ -159,7 +159,7 @@ def test_one_piece_says_nothing_of_the_spread_and_nothing_is_done(sizes: tuple[i
     assert len(said) == 1
     pieces = sum(sizes[0::2]) if len(sizes) > 1 else -(-sizes[0] // 2) * -(-length // PIECE)
     held_out = sum(sizes) // 2
-    assert f"the calibration text has {pieces} and {held_out}; they stay 1, set calibration.samples higher" in said[0]
+    assert f"the calibration text has {pieces} and {held_out}; all factors stay 1, set calibration.samples higher" in said[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

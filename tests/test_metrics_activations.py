@@ -381,19 +381,21 @@ def test_behind_measures_without_what_goes_whole(goes: str, batches: list[torch.
 
 
 def test_behind_needs_no_gradients(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"what flows through them, and weights\.taylor looks at something else"):
+    with pytest.raises(
+        UsageError, match=r"layer by layer from activations, and weights\.taylor does not go by activations; set metric"
+    ):
         prune(recipe_with(tiny_folder, text_file, behind=True), tmp_path / "out")
-    with pytest.raises(UsageError, match=r"weights\.random looks at something else"):
+    with pytest.raises(UsageError, match=r"weights\.random does not go by activations"):
         prune(recipe_with(tiny_folder, text_file, behind=True, metric="weights.random"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_behind_needs_units_inside_layers(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     whole = {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"}
-    with pytest.raises(UsageError, match="behind=true measures units inside layers, and axes has none but layers"):
+    with pytest.raises(UsageError, match="behind=true scores units inside layers, and axes has only layers"):
         prune(recipe_with(tiny_folder, text_file, behind=True, **whole), tmp_path / "out")
     width = {"axes": ["residual"], "method": "minitron"}
-    with pytest.raises(UsageError, match="behind=true measures units inside layers, and axes has none but residual"):
+    with pytest.raises(UsageError, match="behind=true scores units inside layers, and axes has only residual"):
         prune(recipe_with(tiny_folder, text_file, behind=True, **width), tmp_path / "out")
 
 

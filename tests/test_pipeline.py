@@ -361,7 +361,7 @@ def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe:
     layers = anatomy(loaded.model, mask=loaded.mask)["layers"]
     for layer, dense in zip(layers, anatomy(load(recipe.model).model)["layers"], strict=True):
         assert layer["share_of_dense"] == pytest.approx(layer["params"] / dense["params"])
-    with pytest.raises(UsageError, match=r"metric 'activations.wanda' says nothing of residual; take another"):
+    with pytest.raises(UsageError, match=r"metric 'activations.wanda' gives no scores for residual; set metric to another"):
         prune(without_training(recipe, **changes | {"metric": "activations.wanda"}), tmp_path / "unscored")
     with pytest.raises(
         UsageError, match="'allocate.adaptive' prunes layer by layer, and the axis residual is in no layer; set chooser"

@@ -201,8 +201,8 @@ def test_the_ridge_is_chosen_by_what_was_held_out(text: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("ridge", "raised", "sentence"),
     [
-        (0.1, 0.4, "its ridge was raised by as much, set"),
-        (0.0, 4.0, "those layers have a ridge of 1 times that instead of 0, set"),
+        (0.1, 0.4, "their ridge was raised by the same factor, set"),
+        (0.0, 4.0, "their ridge is 1 times that factor instead of 0, set"),
     ],
 )
 def test_too_few_tokens_raise_the_ridge_and_say_so(ridge: float, raised: float, sentence: str) -> None:
@@ -276,7 +276,7 @@ def test_one_batch_to_choose_a_ridge_on_takes_a_stronger_one_and_says_so(text: l
     said: list[str] = []
     least_squares(model, axes, mask, text[:1], ridge=None, dtype="float32", warn=said.append)
     assert said == [
-        "64 calibration tokens are one batch, and choosing a ridge takes another to judge by; it is 1, set calibration.samples higher"
+        "64 calibration tokens make one batch, and choosing a ridge takes two; the ridge is 1, set calibration.samples higher"
     ]
     x, keep = inputs(same, "model.layers.0.mlp.down_proj", text[:1]), mask["layers.0.neurons"]
     expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, 1.0)
@@ -295,7 +295,7 @@ def test_a_run_with_too_little_text_says_so_once_a_stage(tiny_folder: Path, text
         assert sum(event["event"] == "cut" and event["stage"] == stage for event in heard) > 1
         its = [message for message in said if message.startswith(f"stage {stage}: ")]
         assert sum("calibration tokens are few for a repair" in message for message in its) == 1
-        assert sum("to fit to and a sequence to judge by" in message for message in its) == 1
+        assert sum("to fit and 1 sequence to test" in message for message in its) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: one[1])

@@ -136,7 +136,7 @@ def test_a_sweep_is_of_the_task(batches: list[Tensor]) -> None:
 def test_nobody_else_knows_what_is_learnt() -> None:
     """Neither head, labels nor the order of tokens are named in code of core, score, reduce and train, but where they are the matter."""
     known = {
-        "core/task.py", "reduce/rotate.py", "reduce/slicing.py",  # these turn embeddings and head of a Llama
+        "core/task.py", "reduce/slice.py",  # these turn embeddings and head of a Llama
     }  # fmt: skip
     words = re.compile(r"lm_head|labels=|get_output_embeddings|get_input_embeddings|get_decoder\(\)\(|:-1\], \w+\[:, 1:\]")
     for room in ("core", "score", "reduce", "train"):

@@ -143,7 +143,7 @@ def test_parts_say_what_they_need() -> None:
     ({"reduce": "slices"}, "reduce 'slices' is not known; did you mean 'slice'"),
     ({"reduce": "units(fast=true)"}, "reduce 'units' has no option 'fast'; it has none"),
     ({"reduce": "slice", "multiple_of": 8}, "reduce 'slice' chooses no units, so multiple_of would be ignored; leave it out"),
-    ({"reduce": "slice", "stages": 2}, "reduce 'slice' cannot go on from its own result, and stages is 2; set stages to 1"),
+    ({"reduce": "slice", "stages": 2}, "reduce 'slice' can run only once, and stages is 2; set stages to 1"),
     ({"training": {"feed": "fixd"}}, "feed 'fixd' is not known; did you mean 'fixed'"),
 ])  # fmt: skip
 def test_what_a_recipe_asks_of_a_reduction_or_a_feed_is_checked(keys: dict[str, Any], said: str) -> None:

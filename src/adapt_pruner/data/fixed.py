@@ -1,4 +1,4 @@
-"""`feed: fixed`: rows of token ids in an order that is settled before training, the same for any number of processes."""
+"""`feed: fixed`: rows of token ids in an order that is fixed before training, for any number of processes alike."""
 
 import bisect
 import hashlib
@@ -23,16 +23,16 @@ __all__ = ["Fixed", "Rows", "stage_spans", "training_rows"]
 
 
 class Rows:
-    """The rows of a whole run, repeats included, in the order a run sees them: row i is the same in every process.
+    """All rows of a run in the order in which they are read, repeats included; row i is the same in every process.
 
-    The position of a run is one number, the rows it has taken.
+    The number of rows taken so far is the position of a run.
 
     Attributes:
         length: tokens of the widest row.
     """
 
     def __init__(self, stores: Sequence[Store], order: NDArray[np.int64], *, names: Sequence[str] = ("",)) -> None:
-        """`order` counts through the rows of all stores, one store after another; `names` are the SPECs of the stores."""
+        """`order` holds numbers of rows, counted through all stores one after another; `names` are the SPECs of the stores."""
         self._stores, self._names = stores, names
         self._first = np.cumsum([0, *(len(store.offsets) - 1 for store in stores)])
         self._order = order
@@ -48,7 +48,7 @@ class Rows:
         """Rows `start` to `stop`, shorter ones padded on the right with zeros to the widest of them.
 
         Returns:
-            int64 [rows, width], and bool [rows, width], which of the tokens are to be predicted; None where all are.
+            int64 [rows, width], and bool [rows, width], which tokens are to be predicted; None instead if all are.
         """
         chosen = [self._row(number) for number in self._order[start:stop]]
         shape = len(chosen), max((len(ids) for ids, _ in chosen), default=0)
@@ -128,14 +128,14 @@ class Fixed:
         return _Span(self._rows, first, self._next)
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
-        """Nothing depends on them."""
+        """Ignore the losses: the order does not depend on them."""
 
     def state(self) -> dict[str, Any]:
         """The number of the next row."""
         return {"rows": self._next}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on at that row."""
+        """Go on at the row of `state`."""
         self._next = int(state.get("rows", 0))
 
     def skip_to(self, num_tokens: int) -> int:
@@ -158,18 +158,18 @@ def training_rows(
 ) -> Rows:
     """As many rows as hold `tokens` tokens of a text or a mixture, tokenised once and kept on disk.
 
-    Plain text: documents shuffled, an end-of-text token after each, cut into rows of `length`. Conversations: one a row,
-    cut at `length`; see `data.chat`. The rows are shuffled in turn. A text that runs out is repeated in another order each
-    time. In a mixture each text gives its share of the tokens, and the k-th of its n rows comes within the k-th n-th of the run.
+    Plain text: documents are shuffled, get an end-of-text token each and are cut into rows of `length`. Conversations: one per row,
+    cut at `length`; see `data.chat`. Then the rows are shuffled. A text that is too short is repeated, in another order each time.
+    In a mixture each text gives its share of the tokens, and the k-th of its n rows comes within the k-th n-th of the run.
 
     Args:
-        tokens: of the whole run; the last row goes over it.
+        tokens: of the whole run; the last row may pass this number.
         warn: told in one sentence of repeated texts, conversations left out and a damaged store.
         repeat: whether a text may be repeated.
         cache: see `data.store.stored`.
 
     Raises:
-        UsageError: there is no such text, it is too short for one row, or for all of them and may not be repeated.
+        UsageError: the text does not exist, is too short for one row, or is too short for all rows and may not be repeated.
         RunError: the tokens cannot be written.
     """
     stores, orders, places = [], [], []
@@ -177,7 +177,7 @@ def training_rows(
     for number, (spec, share) in enumerate(domains(source).items()):
         if spec == SELF:
             raise UsageError(
-                "training.source 'self' would train the model on its own text; it serves calibration only, name a text"
+                "training.source 'self' would train the model on its own text; 'self' is for calibration only, name a text"
             )
         asked = max(1, round(tokens * share))
         store = tokenised(tokenizer, spec, length=length, limit=asked, seed=seed, cache=cache, warn=warn)
@@ -198,7 +198,7 @@ def training_rows(
 
 
 def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:
-    """The rows of each stage, one stage after another: it ends with the row that reaches its share of all tokens."""
+    """The rows of each stage, in order; a stage ends with the row that reaches its share of all tokens."""
     asked, there = sum(stage_tokens), rows.num_tokens(0, len(rows))
     ends = [
         bisect.bisect_left(range(len(rows) + 1), done * there, key=lambda row: rows.num_tokens(0, row) * asked)
@@ -208,7 +208,7 @@ def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:
 
 
 def _epochs(lengths: NDArray[np.int64], asked: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Numbers of rows with `asked` tokens together: all of them before any twice, shuffled anew each time."""
+    """Numbers of rows with `asked` tokens together: every row once before any row twice, shuffled anew each time."""
     orders: list[NDArray[np.int64]] = []
     while asked > 0:
         order = random.permutation(len(lengths))

@@ -35,7 +35,7 @@ def calibration_feed(
     and `on_batch` is told (done, of).
 
     Raises:
-        UsageError: there is no such text, it is too short, or its share is not one sample.
+        UsageError: a text does not exist, is too short, or has a share below one sample.
     """
     shares = domains(source)
     if ids is not None:
@@ -78,7 +78,7 @@ def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows
     Each text of a mixture gives its share of `max_windows`, and all of itself where there is no such limit.
 
     Raises:
-        UsageError: there is no such text, it is too short, its share is not one window, or it is `self`.
+        UsageError: a text does not exist, is too short, has a share below one window, or is `self`.
     """
     shares = domains(source)
     if SELF in shares:
@@ -104,6 +104,6 @@ def _apportioned(number: int, shares: Mapping[str, float], *, what: str) -> dict
     for spec, count in counts.items():
         if not count:
             raise UsageError(
-                f"{what} {number} leaves none for {spec!r}, whose share is {shares[spec]:.1%}; raise it or the weight"
+                f"{what} {number} leaves none for {spec!r}, whose share is {shares[spec]:.1%}; raise {what}, or the weight of this text"
             )
     return counts

@@ -1,14 +1,14 @@
-"""How much each axis gives up in one pruning iteration: adaptive by layer, or the same everywhere.
+"""Choose how many units each axis loses in one pruning iteration: adaptive by layer, or the same share everywhere.
 
-A chooser is called once an iteration, takes one step towards the budget and says how many units each axis keeps; which
-ones is up to their scores (`Mask.of_sizes`):
+A chooser is called once per iteration. It takes one step towards the budget and says how many units each axis keeps; the units'
+scores decide which ones (`Mask.of_sizes`):
 
     sizes, debt = chooser(scores, axes, budget, debt=debt, step=0.02, …)
 
-Every axis a has a sparsity s_a, the share of its size at the start that is to be gone by now. A step raises all of them;
-axis a then keeps start_a - floor(start_a · s_a) units. What a floor leaves undone (a third of
-a KV head cannot go) is a debt that later steps pay: it is carried in `Debt`, by default through the whole run.
-The step that would pass the budget is shortened so that the model ends below it by less than one unit.
+Every axis a has a sparsity s_a, the share of its size at the start that is to be gone by now. A step raises all sparsities;
+axis a then keeps start_a - floor(start_a · s_a) units. The fraction of a unit that the floor leaves (a third of a KV head cannot go)
+is a debt that later steps pay. `Debt` carries it, by default through the whole run. A step that would pass the budget is shortened,
+so that the model ends less than one unit below the budget.
 """
 
 import math
@@ -32,10 +32,10 @@ GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
 
 @dataclass(frozen=True)
 class Debt:
-    """How far each axis is to be pruned: what choosers carry from one iteration to the next.
+    """How far each axis is to be pruned by now; choosers carry this from one iteration to the next.
 
     Attributes:
-        start: axis name -> units it had when counting began.
+        start: axis name -> units of the axis when counting began.
         sparsity: axis name -> share of `start` that is to be gone by now, in [0, 0.99].
     """
 
@@ -44,11 +44,11 @@ class Debt:
 
     @classmethod
     def none(cls, axes: Sequence[Axis]) -> "Debt":
-        """Nothing owed, counted from the axes as they are."""
+        """No debt, counted from the present sizes of the axes."""
         return cls(start={axis.name: axis.size for axis in axes}, sparsity={axis.name: 0.0 for axis in axes})
 
     def after(self, mask: Mask) -> "Debt":
-        """The same under the names that axes have after a cut by `mask`: where layers go, so does what they owed."""
+        """The same debt under the axis names after a cut by `mask`. Removed layers owe nothing."""
         names = {name: mask.renamed(name) for name in self.start}
         return Debt(
             start={new: self.start[old] for old, new in names.items() if new is not None},
@@ -98,13 +98,15 @@ def adaptive(
     Raises:
         RunError: the layers' scores are not finite.
         ValueError: an axis lies in no layer.
-        UsageError: `heads_after` is no such share.
+        UsageError: `heads_after` is not such a share.
 
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
     of the budget instead of one iteration beyond it; a negative increment never asks for units back; `heads_after` is ours.
     """
     if not 0 <= heads_after < 1:
-        raise UsageError(f"option heads_after={heads_after} of allocate.adaptive is no share; write 0 or more, and less than 1")
+        raise UsageError(
+            f"option heads_after={heads_after} of allocate.adaptive is not a share; write 0 or more, and less than 1"
+        )
     importance = layer_importance(scores["layers"])
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
     return advance(axes, budget, debt, increments, heads_after=heads_after)
@@ -165,8 +167,8 @@ def advance(
 ) -> tuple[dict[str, int], Debt]:
     """Raise the sparsities by `increments`, but not past the budget.
 
-    Where that would remove next to nothing (no axis owes a whole unit yet, or most stand at their limit) the step is
-    taken as often as it needs to get somewhere: nothing would have changed for another measurement to see.
+    A step may remove next to nothing, because no axis owes a whole unit yet or most stand at their limit. Then it is repeated until
+    it removes something, since another measurement would find the same model.
     """
 
     def sparsity_after(times: float) -> dict[str, float]:
@@ -177,7 +179,7 @@ def advance(
     late = {axis.name: heads_after if axis.kind in _HEADS else 0.0 for axis in axes}
 
     def due(sparsity: Mapping[str, float]) -> dict[str, float]:
-        """The share that is to be gone of each axis: of heads less than of neurons, as long as they are spared."""
+        """The share of each axis that is to be gone; heads lose less than neurons until `heads_after` is passed."""
         return {name: max(0.0, (share - late[name]) / (1 - late[name])) for name, share in sparsity.items()}
 
     def sizes_after(times: float) -> dict[str, int]:
@@ -223,10 +225,11 @@ def _settle(
 ) -> dict[str, int]:
     """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
 
-    Of the dear units (KV heads) that `wanted` lets go, as many go as the excess pays for once the cheap units of `wanted` are gone, those owed
-    longest first and, among equals, spread over the depth of the model; what stays is still owed. So where all layers come to owe a head at the
-    same share, a budget a little beyond it costs a few neurons more, and no head in the place of many neurons. Cheap units make up the
-    difference, taken from or given back to all their axes evenly. Only where no cheap unit is left do more dear ones go than are owed.
+    First the cheap units of `wanted` count as gone. Then as many of the expensive units (KV heads) that `wanted` removes go as the rest of
+    the excess pays for: those owed longest first, equals spread over the depth of the model. Expensive units that stay are still owed.
+    So if all layers come to owe a head at the same share, a budget just beyond that share costs a few more neurons, and not a head
+    instead of many neurons. Cheap units make up the difference, taken from all their axes evenly or given back evenly. More expensive
+    units than are owed go only if no cheap unit is left.
     """
     cheapest = min(axis.cost for axis in axes)
     cheap = [axis for axis in axes if axis.cost == cheapest]
@@ -234,7 +237,7 @@ def _settle(
     sizes = {axis.name: axis.size for axis in axes}
 
     def owed(axis: Axis) -> tuple[float, float]:
-        """Units of a dear axis that are due and not gone, with their fraction; then its place in an even spread over depth."""
+        """How many units of an expensive axis are due and not gone, with fractions; then its place in an even spread over depth."""
         start = debt.start[axis.name]
         return round(start * shares[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 

@@ -1,4 +1,4 @@
-"""What the layers behind the gates can do, without any training, about inputs that are about to go.
+"""Repairs in closed form: change the layers behind the gates so that they do without the inputs that a cut removes.
 
 Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its input, X the inputs at all N calibration tokens,
 [features, N]; k the features that stay, r those that go, as column indices.
@@ -25,10 +25,10 @@ from adapt_pruner.reduce.factors import rescale_blocks
 __all__ = ["FALLBACK", "RIDGES", "least_squares", "mean_bias", "without_bias"]
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""What a ridge is chosen from."""
+"""The ridges to choose from."""
 
 FALLBACK = 1.0
-"""The ridge where the text is too little to choose one on, or to do without one."""
+"""The ridge to take if the text is too short to choose one, or to do without one."""
 
 _ROUNDING = 1e-6  # of features of length 1: what lies below is rounding of sums in float32
 _HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
@@ -56,20 +56,20 @@ def least_squares(
 
         W'_k = W_k + (W X Z_kᵀ - W_k Z_k Z_kᵀ) (Z_k Z_kᵀ + λI)⁻¹        λ = ridge · mean diagonal of Z_k Z_kᵀ
 
-    Z is X, or with `sequential` the inputs that come out of the layers below when these are pruned and repaired already; X always
-    comes from the model as it is. The ridge pulls towards the weights that stay, not towards zero: with λ → ∞ nothing changes. With
-    Z = X this is W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are taken one after the other, so one of these matrices is held at a time.
+    Z is X, or with `sequential` the inputs that the already pruned and repaired layers below give; X always comes from the model as it
+    is. The ridge pulls towards the remaining weights W_k, not towards zero: with λ → ∞ nothing changes. With Z = X this is
+    W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are repaired one after the other, so only one of these matrices is held at a time.
 
     Args:
         model: causal LM; weights of layers at gates that `mask` shuts change.
         axes: its axes.
-        mask: what is about to be cut.
+        mask: the cut that follows.
         batches: token ids, int64 [batch, length].
-        ridge: in mean diagonals; None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does not
-            see, and with a single batch takes `FALLBACK`. With fewer tokens than features it is raised by features / tokens, 0 to that
-            times `FALLBACK`; `warn` is told of both.
-        sequential: let later layers make up for what pruning the earlier ones did to their input; twice to three times the work.
-        factors: Gauss-Newton steps after that, on a factor for each attention and MLP (`reduce.factors.rescale_blocks`).
+        ridge: in mean diagonals. None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does
+            not see; with a single batch it takes `FALLBACK`. With fewer tokens than features, the ridge is multiplied by
+            features / tokens; a ridge of 0 becomes `FALLBACK` times that. `warn` is told of both cases.
+        sequential: let later layers make up for the changed inputs that pruned earlier layers give them; two to three times the work.
+        factors: Gauss-Newton steps after the least squares, on a factor for each attention and MLP (`reduce.factors.rescale_blocks`).
         task: what the model learns.
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens for a ridge, or for factors.
@@ -89,8 +89,8 @@ def least_squares(
     if ridge is None and len(batches) < 2:
         ridge = FALLBACK
         warn(
-            f"{sum(batch.numel() for batch in batches):,} calibration tokens are one batch, and choosing a ridge takes another to judge by; "
-            f"it is {ridge:g}, set calibration.samples higher"
+            f"{sum(batch.numel() for batch in batches):,} calibration tokens make one batch, and choosing a ridge takes two; "
+            f"the ridge is {ridge:g}, set calibration.samples higher"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model, axes)
@@ -136,9 +136,9 @@ def least_squares(
         on_layer(index + 1, work)
     if short > 1:
         raised = (
-            "its ridge was raised by as much"
+            "their ridge was raised by the same factor"
             if ridge != 0
-            else f"those layers have a ridge of {FALLBACK:g} times that instead of 0"
+            else f"their ridge is {FALLBACK:g} times that factor instead of 0"
         )
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
@@ -165,7 +165,7 @@ class _Fit:
         self.parts = [[self.weight.new_zeros(side, stays, dtype=torch.float32) for side in sides] for _ in range(1 + hold_out)]
 
     def add(self, whole: Tensor, pruned: Tensor | None, number: int) -> None:
-        """Look at the input of batch `number` to the layer, before and after pruning: [tokens, features]; None where that is the same."""
+        """Add the layer's input in batch `number`, before and after pruning: [tokens, features]; None if both are the same."""
         cross, *square = self.parts[self.hold_out and number % _HELD_OUT == 1]
         stays = (whole if pruned is None else pruned)[:, self.keep]
         cross.addmm_(whole.t(), stays)
@@ -178,7 +178,7 @@ class _Fit:
         return (square[0] if square else cross[self.keep]), cross
 
     def apply(self, ridge: float | None, *, tokens: float) -> float:
-        """Change the layer's weight, in place; returns how many features there are to a token, 1 where tokens are enough."""
+        """Change the layer's weight, in place; returns the features per token, 1 if there are enough tokens."""
         for sums in self.parts:
             world.sum_in_place(*sums)
         weight = self.weight.double()
@@ -194,7 +194,7 @@ class _Fit:
         return short
 
     def _chosen(self, weight: Tensor, staying: Tensor) -> float:
-        """The ridge whose fit errs least on what was held out."""
+        """The ridge whose fit has the least error on the held-out batches."""
         (square, cross), (held_square, held_cross) = map(self._sums, self.parts)
         asked = weight @ cross - staying @ square
 
@@ -206,9 +206,9 @@ class _Fit:
 
 
 def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
-    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions of which nothing is known get nothing.
+    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
 
-    What is known is told with every feature at its own scale: one of a thousand times the others' size leaves them known.
+    Every feature is brought to its own scale first, so that one very large feature does not hide the others.
     """
     shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
     scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
@@ -236,12 +236,12 @@ def mean_bias(
 ) -> None:
     """Add the mean contribution of the removed features, in place, to the bias of the layer that reads them: b ← b + W_r · mean(x_r).
 
-    A layer without a bias gets one, in all decoder layers alike, and `config.output_bias` says so; they count as parameters.
+    If a layer has no bias, all decoder layers get one, and `config.output_bias` says so. New biases count as parameters.
 
     Args:
         model: causal LM.
         axes: its axes.
-        mask: what is about to be cut.
+        mask: the cut that follows.
         batches: token ids, int64 [batch, length].
         task: what the model learns.
         dtype: precision of the matrix products of the model.
@@ -280,7 +280,7 @@ def mean_bias(
 
 
 def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
-    """The linear layers at gates that have no bias, to which `mean_bias` gives one."""
+    """The linear layers at gates without a bias; `mean_bias` gives them one."""
     modules: list[Any] = [
         model.get_submodule(name) for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear)
     ]
@@ -310,7 +310,7 @@ def _need_text(batches: Sequence[Tensor]) -> None:
 
 @contextmanager
 def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """While it lasts, the input of each named linear layer is kept: float32 [tokens, features]."""
+    """Keep the input of each named linear layer while the context lasts: float32 [tokens, features]."""
     seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:

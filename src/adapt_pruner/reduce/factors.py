@@ -88,8 +88,8 @@ def rescale_blocks(
         return []
     if not held_out or pieces < 2:
         warn(
-            f"factors of blocks take 2 pieces of {PIECE} tokens to fit to and a sequence to judge by, and the calibration text has "
-            f"{pieces} and {sum(map(len, held_out))}; they stay 1, set calibration.samples higher"
+            f"factors of blocks take 2 pieces of {PIECE} tokens to fit and 1 sequence to test, and the calibration text has "
+            f"{pieces} and {sum(map(len, held_out))}; all factors stay 1, set calibration.samples higher"
         )
         return []
     if pieces < len(blocks):

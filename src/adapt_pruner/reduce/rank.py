@@ -1,4 +1,4 @@
-"""What goes when the units of all axes stand in one line: the lowest, until enough parameters are gone.
+"""Rank the units of all axes in one line and remove the lowest, until enough parameters are gone.
 
     worth[a][r]    what the r-th lowest unit of axis a is worth, in a measure that holds across axes
     line           the units of all axes, lowest worth first; of equals one layer's stand apart in depth
@@ -165,7 +165,7 @@ def _check_options(structure: str, heads: float | None, by: str) -> None:
             f"structure {structure} of rank.standardised needs the share of heads that goes; write it like heads=0.2"
         )
     if not structure.endswith("MM") and heads is not None:
-        raise UsageError(f"option heads={heads} is of structures UL-MM and AL-MM, not of {structure}; leave it out")
+        raise UsageError(f"option heads={heads} is for the structures UL-MM and AL-MM, not for {structure}; leave it out")
     if heads is not None and not 0 <= heads < 1:
         raise UsageError(f"option heads={heads} of rank.standardised is not a share that may go; write it from 0 to below 1")
 

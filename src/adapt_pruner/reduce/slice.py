@@ -1,4 +1,4 @@
-"""`reduce: slice`, SliceGPT: the residual stream turned into its principal directions, so that the last of them can be left out.
+"""`reduce: slice`, SliceGPT: turn the residual stream to its principal directions and leave out the last of them.
 
 With n(x) = x / √(mean(x²) + eps), an RMSNorm is diag(scale) n(x), and n(x Q) = n(x) Q for every orthogonal Q. So a scale can
 move into the linear layers that read the norm (`fold_scale`), a layer that reads the stream takes W Q (`rotate_input`), one
@@ -48,18 +48,18 @@ class Slice(Reduction):
     """Turn the residual stream to its principal directions and cut off the last of them; adds shortcut matrices (SliceGPT)."""
 
     def check(self, work: Work) -> None:
-        """Refuse kernels that the norms of a sliced model have none of."""
+        """Refuse liger, which has no kernel for the norms of a sliced model."""
         if work.recipe.training.liger and work.recipe.training.source is not None:
             raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """What is left with the narrowest stream."""
+        """The parameters that are left with the narrowest stream."""
         _check_model(work.model)
         least, dense = sliced_parameters(work.model, _MULTIPLE), work.model.get_output_embeddings().weight.shape[1]
         return least, f"{_MULTIPLE} of {dense} dimensions are left, whole head and shortcuts counted"
 
     def looks(self, work: Work) -> Looks:
-        """The text, once."""
+        """The calibration text, once."""
         return Looks(text=True)
 
     def steps(self, work: Work, target: int) -> Iterator[Change]:
@@ -71,7 +71,7 @@ class Slice(Reduction):
         num_tokens = sum(batch.numel() for batch in batches)
         if num_tokens < width:
             work.warn(
-                f"the calibration text has {num_tokens:,} tokens, which span fewer directions than the {width:,} to keep; give it more"
+                f"the calibration text has {num_tokens:,} tokens, fewer than the {width:,} directions to keep; set calibration.samples higher"
             )
         with work.state.clock("score"):
             tell = work.progress("score", stage=work.state.stage, iteration=work.iteration)
@@ -83,7 +83,7 @@ def width_for(model: Any, keep: int) -> int:
     """The widest residual stream, a multiple of 8, at which the sliced model has at most `keep` parameters.
 
     Raises:
-        UsageError: none does, there is no sliced class for this kind of model, or a layer lacks its attention or MLP.
+        UsageError: no width does, there is no sliced class for this kind of model, or a layer lacks its attention or MLP.
     """
     _check_model(model)
     dense = model.get_output_embeddings().weight.shape[1]
@@ -114,17 +114,17 @@ def _check_model(model: Any) -> None:
 def slice_to(
     model: Any, width: int, batches: Sequence[Tensor], *, dtype: str, on_basis: Callable[[int, int], None] = lambda done, of: None
 ) -> None:
-    """Turn `model`, in place, into the sliced model of that width: other class, config and parameters, the same object.
+    """Turn `model`, in place, into the sliced model of that width: the same object with another class, config and parameters.
 
     Args:
         model: causal LM of the Llama layout, in eval mode; its layers may differ in heads and neurons.
         width: dimensions of the residual stream that stay.
         batches: calibration text, int64 [batch, length].
         dtype: precision of matrix products while signals are collected.
-        on_basis: told (done, of) after each of two bases a layer.
+        on_basis: told (done, of) after each basis, two per layer.
 
     Raises:
-        RunError: a signal is not finite; the model is as it was.
+        RunError: a signal is not finite; the model is unchanged.
     """
     config = copy.deepcopy(model.config)
     config.sliced_hidden_size = width
@@ -152,7 +152,7 @@ def _sliced_class(model: Any) -> Any:
 
 
 def principal_directions(moment: Tensor, width: int) -> Tensor:
-    """The `width` orthonormal directions that hold most of the signal: eigenvectors of XᵀX by descending eigenvalue.
+    """The `width` orthonormal directions with most of the signal: eigenvectors of XᵀX by descending eigenvalue.
 
     Args:
         moment: XᵀX, float64 [d, d].
@@ -168,24 +168,26 @@ def principal_directions(moment: Tensor, width: int) -> Tensor:
     first; that moves every eigenvalue alike and no eigenvector, so it is left out here.
     """
     if not bool(torch.isfinite(moment).all()):
-        raise RunError("what flows through the model on the calibration text is not finite; the model's weights are damaged")
+        raise RunError(
+            "the hidden states on the calibration text are not finite; the model's weights are damaged: get the files again"
+        )
     _, vectors = torch.linalg.eigh(moment)  # ascending
     largest: Tensor = vectors.flip(1)[:, :width]
     return largest.contiguous()
 
 
 def fold_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """W diag(scale): the layer after a norm takes the norm's scale, float64."""
+    """W diag(scale), float64: moves the scale of a norm into the layer after it."""
     return weight.double() * scale.double()
 
 
 def rotate_input(weight: Tensor, basis: Tensor) -> Tensor:
-    """W Q: what reads the stream reads it in the basis Q; float64 [out, k]."""
+    """W Q, float64 [out, k]: makes a weight that reads the stream read it in the basis Q."""
     return weight.double() @ basis
 
 
 def rotate_output(weight: Tensor, basis: Tensor) -> Tensor:
-    """Qᵀ W: what writes to the stream, a weight or a bias, writes in the basis Q; float64 [k, …]."""
+    """Qᵀ W, float64 [k, …]: makes a weight or bias that writes to the stream write in the basis Q."""
     return basis.T @ weight.double()
 
 
@@ -200,18 +202,18 @@ def directions(
 ) -> Iterator[Tensor]:
     """The basis of the stream before each block in turn: attention of layer 0, its MLP, attention of layer 1, …
 
-    Signals are what enters a block after its norm, without scale. Those of later blocks are collected with what earlier bases
-    leave out already gone: dense blocks read and pass on x Q Qᵀ, which is what the sliced ones see.
+    A signal is the input of a block after its norm, without the norm's scale. Signals of later blocks are collected without the
+    directions that earlier bases leave out: dense blocks read and pass on x Q Qᵀ, as the sliced blocks do.
 
     Args:
         model: causal LM of the Llama layout, in eval mode; left as found.
-        batches: token ids, int64 [batch, length]; several processes share them.
+        batches: token ids, int64 [batch, length]; several processes share the batches.
         width: k.
         dtype: precision of the blocks' matrix products: `auto`, `float32` or `bfloat16`. Moments are float64.
         on_basis: told (done, of) after each.
 
     Yields:
-        float64 [d, k], two a layer, on the model's device.
+        float64 [d, k], two per layer, on the model's device.
 
     Raises:
         RunError: a signal is not finite.
@@ -272,7 +274,7 @@ def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
     Args:
         model: causal LM of the Llama layout; left as found.
         sliced: the model of `checkpoint.modeling_sliced` that is as wide as the bases.
-        bases: those before each block, float64 [d, k] with orthonormal columns, as `directions` has them.
+        bases: the basis before each block, float64 [d, k] with orthonormal columns, as `directions` yields them.
 
     Source: SliceGPT, arXiv:2401.15024, algorithm 1. Differs: the authors' code turns the unsliced head and what the last layer
     writes by one more Q, which cancels out.
@@ -294,7 +296,7 @@ def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
 
 
 def _rotate_block(dense: nn.Module, block: nn.Module, scale: Tensor, entering: Tensor, leaving: Tensor) -> None:
-    """Give a block, in place, the dense one's weights; what neither reads nor writes the stream as it is."""
+    """Give a block, in place, the turned weights of the dense block; weights that do not touch the stream are copied."""
     for name, value in dense.named_parameters():
         module, _, leaf = name.rpartition(".")
         if module in _WRITERS:

@@ -1,10 +1,10 @@
-"""`reduce: units`: score, choose, repair, cut, again and again, until the stage's budget is met; the loop of Adapt-Pruner.
+"""`reduce: units`, the loop of Adapt-Pruner: score, choose, repair and cut until the stage's budget is met.
 
     metric, distance ──► scores ──► chooser ──► sizes ──► head_metric, scores ──► mask ──► repair ──► cut
            ▲                                                                                          │
            └──────────────────────────── the next iteration, on the model as it is now ◄──────────────┘
 
-What is scored and how is the recipe's to say: `metric`, `distance`, `head_metric`, `chooser`, `repair` are parts of `score/` and `reduce/`.
+The recipe names the parts: `metric`, `distance` and `head_metric` from `score/`, `chooser` and `repair` from `reduce/`.
 """
 
 import inspect
@@ -43,7 +43,7 @@ class Units(Reduction):
         self._stage = 0
 
     def check(self, work: Work) -> None:
-        """Refuse what a metric refuses by itself, widths that no layer has, and `behind` where it would measure nothing."""
+        """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `behind` without a metric of units that it fits."""
         recipe = work.recipe
         check_multiple(prunable(work), recipe.multiple_of)
         _evidence(work)
@@ -51,22 +51,22 @@ class Units(Reduction):
             return
         if not set(recipe.axes) - {*WHOLE, "residual"}:
             raise UsageError(
-                f"behind=true measures units inside layers, and axes has none but {', '.join(recipe.axes)}; set behind=false"
+                f"behind=true scores units inside layers, and axes has only {', '.join(recipe.axes)}; set behind=false"
             )
         if _evidence(work, metrics_of(work, seed=0)[:1]) is not Evidence.FORWARD:
             raise UsageError(
-                "behind=true measures layers one by one by what flows through them, and "
-                f"{recipe.metric} looks at something else; take a metric of activations"
+                "behind=true scores layer by layer from activations, and "
+                f"{recipe.metric} does not go by activations; set metric to activations.wanda, say, or set behind=false"
             )
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """What the chooser leaves once it has taken all that it may, biases that the repair is yet to add counted."""
+        """The parameters that are left once the chooser has taken all that it may, with biases that the repair will add."""
         kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
         least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + _repair_parameters(work)
         return least, f"{work.recipe.chooser} has taken all that it may ({kinds})"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
-        """Iterations of `step` each, or of one whole layer or block where that is more."""
+        """Estimate of the iterations: each removes a share `step`, or one whole layer or block if that is more."""
         if reached <= target:
             return 0
         recipe, axes = work.recipe, prunable(work)
@@ -80,7 +80,7 @@ class Units(Reduction):
         return max(1, round((reached - target) / max(recipe.step * counted_from, least)))
 
     def looks(self, work: Work) -> Looks:
-        """What the metrics, the measure of layers, that of heads and the repair look at."""
+        """What the metrics, the distance, the head metric and the repair read."""
         recipe, evidence = work.recipe, _evidence(work)
         layers = _layer_measure(work) is not None
         heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
@@ -100,7 +100,7 @@ class Units(Reduction):
         )
 
     def steps(self, work: Work, target: int) -> Iterator[Change]:
-        """Score, choose and repair, and yield the mask, until the model has at most `target` parameters."""
+        """Score, choose, repair and yield the mask, until the model has at most `target` parameters."""
         recipe, model = work.recipe, work.model
         if self._debt is None or (recipe.debt == "reset" and self._stage != work.state.stage):
             self._debt = Debt.none(prunable(work))
@@ -122,7 +122,9 @@ class Units(Reduction):
                 scores |= _head_scores(work, sizes, batches, **where)
                 mask = Mask.of_sizes(may_shrink, scores, sizes)
             if mask.num_removed() == 0:
-                raise RunError(f"{recipe.chooser} finds nothing more to take at {now:,} parameters, above the target {target:,}")
+                raise RunError(
+                    f"{recipe.chooser} finds nothing more to remove at {now:,} parameters, above the target {target:,}; raise the budget, or add to axes"
+                )
             if recipe.repair is not None:
                 with work.state.clock("repair"):
                     tell = work.progress("repair", **where)
@@ -140,28 +142,28 @@ class Units(Reduction):
             yield Change(mask, loss, told)
 
     def state(self) -> dict[str, Any]:
-        """The stage, and what the chooser carries from one iteration to the next."""
+        """The stage, and the debt that the chooser carries from one iteration to the next."""
         if self._debt is None:
             return {}
         return {"stage": self._stage, "debt": {"start": dict(self._debt.start), "sparsity": dict(self._debt.sparsity)}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the debt that was carried."""
+        """Take over the stage and the debt."""
         if state:
             self._stage, self._debt = state["stage"], Debt(**state["debt"])
 
     def fit(self, work: Work) -> None:
-        """Axes that are new to the recipe owe nothing."""
+        """Add axes that are new to the recipe, without a debt."""
         if self._debt is not None:
             none = Debt.none(prunable(work))
             self._debt = Debt({**none.start, **self._debt.start}, {**none.sparsity, **self._debt.sparsity})
 
 
 def _scores(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores, float]:
-    """What every unit that may shrink, and every layer, is worth on these batches; the mean loss on them.
+    """The scores of all units that may go and of all layers, and the mean loss, on these batches.
 
     Raises:
-        UsageError: the metric says nothing of a kind of axis that may shrink.
+        UsageError: the metric gives no scores for a kind of axis that may shrink.
     """
     recipe = work.recipe
     metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
@@ -171,14 +173,14 @@ def _scores(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores
         scores |= measure_layers(work.model, _measured_whole(work), batches)
     if unscored := sorted({axis.kind for axis in prunable(work) if axis.name not in scores}):
         raise UsageError(
-            f"metric {recipe.metric!r} says nothing of {', '.join(unscored)}; take another, such as weights.taylor, "
+            f"metric {recipe.metric!r} gives no scores for {', '.join(unscored)}; set metric to another, such as weights.taylor, "
             "or leave them out of axes"
         )
     return scores, loss
 
 
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:
-    """What `head_metric` says of the KV heads in every layer that is to lose one; nothing of the others."""
+    """Scores of `head_metric` for the KV heads of every layer that is to lose one."""
     recipe = work.recipe
     losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
     if recipe.head_metric is None or not losing:
@@ -198,17 +200,17 @@ def prunable(work: Work) -> list[Axis]:
 
 
 def scored(work: Work) -> list[Axis]:
-    """The axes that metrics look at: those that may shrink, whose parameters alone get gradients, and `layers`."""
+    """The axes that metrics score: those that may shrink, and `layers`. Only the parameters of these axes get gradients."""
     return [axis for axis in work.axes if axis.kind in work.recipe.axes or axis.name == "layers"]
 
 
 def _measured_whole(work: Work) -> list[Axis]:
-    """The axes that a distance with passes of its own shuts the units of: what may go whole, else `layers`, which choosers go by."""
+    """The axes whose units a distance with passes of its own shuts: those that may go whole, else `layers`."""
     return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.name == "layers"]
 
 
 def metrics_of(work: Work, *, seed: int) -> list[Metric]:
-    """The metrics that share the recipe's calibration pass: what units are worth, and layers."""
+    """The metrics that share one calibration pass: the recipe's metric, and its distance if it has no passes of its own."""
     recipe = work.recipe
     metrics: list[Metric] = (
         [parts.bind("metric", recipe.metric, seed=seed, task=work.task)] if set(recipe.axes) - set(WHOLE) else []
@@ -219,7 +221,7 @@ def metrics_of(work: Work, *, seed: int) -> list[Metric]:
 
 
 def _layer_measure(work: Work) -> Callable[..., Scores] | None:
-    """The recipe's distance where it takes passes of its own, as `blocks.loss_drop` does; None where it shares the metric's."""
+    """The recipe's distance if it makes passes of its own, as `blocks.loss_drop` does; None if it shares the metric's pass."""
     recipe = work.recipe
     if recipe.distance is None:
         return None
@@ -228,12 +230,12 @@ def _layer_measure(work: Work) -> Callable[..., Scores] | None:
 
 
 def _evidence(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
-    """The most that metrics, or those which share the recipe's calibration pass, need to see."""
+    """The most evidence that `metrics` need; by default those of `metrics_of`."""
     return evidence_needed(work.model, scored(work), metrics_of(work, seed=0) if metrics is None else metrics)
 
 
 def _repair_parameters(work: Work) -> int:
-    """The parameters that the repair is yet to add to the model: those of biases."""
+    """Number of bias parameters that the repair will add to the model."""
     repair = work.recipe.repair
     if repair is None or "biases" not in parts.needs("repair", repair):
         return 0
@@ -241,12 +243,12 @@ def _repair_parameters(work: Work) -> int:
 
 
 def _chooser(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:
-    """The recipe's chooser, its sizes brought to the widths that the recipe allows; called as any chooser is."""
+    """The recipe's chooser, with its sizes brought to the widths that the recipe allows; it is called like any chooser."""
     choose = parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude)
 
     def within_widths(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
         sizes = {axis.name: axis.size for axis in axes}
-        # What it wanted of neurons at their least would be given back, and it would never get to the heads.
+        # Neurons at their least would be given back each time, and the chooser would never get to the heads.
         if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > recipe.multiple_of]:
             wanted, debt = choose(scores, free, budget, debt=debt)
             sizes |= wanted
@@ -258,17 +260,17 @@ def _chooser(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., 
 
 
 def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
-    """The parameters that the model would have left with such sizes of `axes`, whichever units stay."""
+    """The number of parameters of the model with these sizes of `axes`; it does not depend on which units stay."""
     return num_left(work.model, work.axes, mask_to(axes, sizes))
 
 
 def mask_to(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
-    """A mask that leaves such sizes, whichever units stay."""
+    """Some mask that leaves these sizes."""
     return Mask.of_sizes(axes, {axis.name: torch.zeros(axis.entries) for axis in axes}, sizes)
 
 
 def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
-    """The sizes that the recipe's chooser comes to on its way to `keep` parameters, or as near as it may, if all scores are alike."""
+    """The sizes that the recipe's chooser reaches for `keep` parameters, or as near as it may, if all scores are equal."""
     whole = left = prunable(work)
     choose = _chooser(work.recipe, step=1.0, amplitude=0.0)
     total = work.num_params

@@ -14,10 +14,10 @@ __all__ = ["check_multiple", "fitting"]
 
 
 def check_multiple(axes: Sequence[Axis], multiple_of: int) -> None:
-    """Refuse a multiple that some layer has fewer neurons than.
+    """Refuse a `multiple_of` above the number of neurons of some layer.
 
     Raises:
-        UsageError: one has.
+        UsageError: a layer has fewer neurons.
     """
     least = min((axis.size for axis in axes if axis.kind == "neurons"), default=multiple_of)
     if multiple_of > least:

@@ -1,6 +1,6 @@
-"""`Work`, the one object of a run: what was asked, the model, what it reads, where it stands; and `Reduction`, a way of shrinking it.
+"""`Work` holds everything of a run: the recipe, the model, its texts and its state. A `Reduction` is a way to shrink the model.
 
-A run hands one `Work` from room to room. `run.loop` moves it through the stages; a `Reduction` takes it down to a stage's budget.
+All code of a run works on the same `Work`. `run.loop` takes it through the stages; a `Reduction` brings it to a stage's budget.
 """
 
 import re
@@ -35,7 +35,7 @@ Listener = Callable[[dict[str, Any]], None]
 """Told of every event of a run, as a plain dict with a key `event` (see `core.events`)."""
 
 PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
-"""What the seconds of a run are counted to."""
+"""The phases to which the seconds of a run are counted."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Stage:
 
     Attributes:
         stage: its number, from 1.
-        params: parameters that may be left after it.
-        iterations: pruning iterations it will take, as far as can be told before.
-        calibration_tokens: tokens that those iterations look at.
-        tokens: tokens trained on.
+        params: most parameters that may be left after the stage.
+        iterations: estimate of the pruning iterations that the stage takes.
+        calibration_tokens: calibration tokens that these iterations read.
+        tokens: training tokens.
         steps: optimiser steps.
     """
 
@@ -64,15 +64,15 @@ class Reads:
     """What a run reads beside the model.
 
     Attributes:
-        calibration: number of the iteration -> its batches, int64 [batch, length]; none where nothing looks at them.
-        own: batches of what the model itself wrote, which a repair reads beside those.
-        feed: the training text on its way; None where nothing is to be trained.
-        ends: the row of the feed that each stage ends before.
-        digests: fingerprints, by what a person calls the text: of training text all rows and their order, of calibration text
-            the first batches.
-        held_out: evaluation windows; empty where nothing is to be evaluated.
-        held_out_bytes: of the text that they predict.
-        teacher: the model to distil from; None where the objective has none.
+        calibration: number of an iteration -> its batches, int64 [batch, length]; no batches if nothing reads them.
+        own: batches of text that the model wrote, which a repair reads beside the calibration batches.
+        feed: gives the training text; None without training.
+        ends: for each stage, the number of rows of the feed that are read when it ends.
+        digests: name of the text for people -> fingerprint; of training text all rows and their order, of calibration text the
+            first batches.
+        held_out: evaluation windows; empty without an evaluation.
+        held_out_bytes: bytes of the text that these windows predict.
+        teacher: the model to distil from; None if the objective has none.
         tasks: scored at the start and the end, on the main process alone.
     """
 
@@ -89,22 +89,22 @@ class Reads:
 
 @dataclass
 class RunState:
-    """What a run has done so far: with weights, moments and text, everything that decides what it does next.
+    """What a run has done so far. With weights, moments and texts, this decides everything that the run does next.
 
     Attributes:
-        stage: the stage it is in, from 1.
-        pruned: whether the reduction of that stage is done, and what is left of it is training.
-        progress: of training, over all stages; the row it names is the position in the text.
-        mask: what has stayed, against the model at the start of the run.
+        stage: number of the current stage, from 1.
+        pruned: whether the reduction of this stage is done, so that only its training is left.
+        progress: of training, over all stages; its row is the position in the training text.
+        mask: the units that stayed, of the model at the start of the run.
         reduction: what the reduction carries from one step to the next (see `Reduction.state`); plain data.
         feed: what the feed carries (see `data.feed.Feed.state`); plain data.
         figures: measured so far.
         history: a note on every iteration of pruning.
         began: axis name -> units the model had when the run began.
-        spent: seconds by phase, of all processes that have worked on the run one after another; phases do not overlap.
+        spent: phase -> seconds, summed over all sessions of the run; phases do not overlap.
 
-    Calibration text needs no more than the number of the iteration, random numbers no more than that of the step: both are
-    functions of these and the seed.
+    Calibration text is a function of the seed and the number of the iteration, random numbers of the seed and the number of the
+    step. So neither has state of its own.
     """
 
     stage: int = 1
@@ -122,7 +122,7 @@ class RunState:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Count the seconds inside to a phase, in place; the phase around it goes on afterwards. Free memory is given back."""
+        """Count the seconds inside to a phase, in place; the outer phase goes on afterwards. Free memory is given back at the end."""
         around = self._turn_to(phase)
         try:
             yield
@@ -145,11 +145,11 @@ class RunState:
 
     @property
     def layers_left(self) -> list[int] | None:
-        """The numbers, in the model at the start, of the layers that are left; None where none has gone."""
+        """The layers that are left, by their numbers in the model at the start; None if no layer is gone."""
         return self.mask["layers"].nonzero().flatten().tolist() if "layers" in self.mask else None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; floats come back as they were."""
+        """The state as plain data; `from_json` gives back the same floats."""
         self._turn_to(self._phase)
         return {
             "stage": self.stage, "pruned": self.pruned, "progress": asdict(self.progress), "mask": self.mask.to_json(),
@@ -159,7 +159,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunState":
-        """What `to_json` wrote, here or in an older version, which carried `debt` alone; other keys are not looked at."""
+        """The state that `to_json` of this or an older version wrote; an older one has only `debt` of the reduction's state. Other keys are ignored."""
         progress = dict(data["progress"])
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
         return cls(
@@ -174,9 +174,9 @@ class Change:
     """One step of a reduction.
 
     Attributes:
-        mask: what stays, against the model as it is now; None where the reduction has changed the model itself.
-        loss: on the calibration text before it, nats per token; NaN where no text was run.
-        told: what the event `cut` says beside this: sizes, distances, scores, … (see `core.events.Cut`).
+        mask: the units of the present model that stay; None if the reduction has changed the model itself.
+        loss: on the calibration text before the step, nats per token; NaN if no text was run.
+        told: further values for the event `cut`: sizes, distances, scores, … (see `core.events.Cut`).
     """
 
     mask: Mask | None
@@ -186,14 +186,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Looks:
-    """What a reduction looks at, from which a dry run foresees memory and time.
+    """What a reduction reads; a dry run computes memory and time from it.
 
     Attributes:
-        text: whether it reads the calibration text.
-        evidence: the most that it needs to see of the model in one pass over that text.
-        forward: whether it also takes passes of its own without gradients.
-        streams: whether it also takes gradients of what flows, of every second sequence.
-        beside: what takes time that is not foretold, in words.
+        text: whether the reduction reads the calibration text.
+        evidence: the most that it needs from the model in one pass over the text.
+        forward: whether it also makes passes without gradients.
+        streams: whether it also takes gradients of hidden states, for every second sequence.
+        beside: names of the work whose time a dry run cannot foretell.
     """
 
     text: bool = False
@@ -204,65 +204,64 @@ class Looks:
 
 
 class Reduction:
-    """A way from the model as it is to a stage's budget. One class a file of `reduce/`, which says `@part("reduce")`.
+    """A way to bring a model to a stage's budget: a class with `@part("reduce")`, one per file of `reduce/`.
 
-    Its name in a recipe is that of its file. Keyword arguments of its `__init__` are options. One object serves a whole run.
+    A recipe names it by its file. The keyword arguments of its `__init__` are options. One object serves a whole run.
     """
 
     def check(self, work: "Work") -> None:
-        """Refuse what the recipe asks for and this way cannot do, before any work is done.
+        """Refuse, before any work is done, a recipe that this reduction cannot carry out.
 
         Raises:
-            UsageError: there is such a thing.
+            UsageError: the recipe asks for something that this reduction cannot do.
         """
 
     def floor(self, work: "Work") -> tuple[int, str]:
-        """The fewest parameters that it can leave of `work.model`, and when that is: `… stay when WORDS`."""
+        """The fewest parameters that this reduction can leave of `work.model`, and when: WORDS of the sentence `… stay when WORDS`."""
         raise NotImplementedError
 
     def num_steps(self, work: "Work", *, start: int, reached: int, target: int) -> int:
-        """The steps that it will take from `reached` parameters to `target`, as far as can be told; `start` is where the run began."""
+        """Estimate of the steps from `reached` parameters to `target`, in a run that began with `start` parameters."""
         return int(reached > target)
 
     def looks(self, work: "Work") -> Looks:
-        """What it looks at."""
+        """What this reduction reads."""
         return Looks()
 
     def steps(self, work: "Work", target: int) -> Iterator[Change]:
-        """Yield each step on the way to `target` parameters; the caller carries it out before it asks for the next.
+        """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
 
-        Nothing is yielded where the model is small enough already. A run that was killed begins again with the model after the
-        last change that a checkpoint has, and with `state` as it was when that was yielded. So state is brought up to date before
-        the `yield`.
+        Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model after
+        a change, and with `state` as it was when that change was yielded. So bring the state up to date before the `yield`.
         """
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on beside the model, as plain data."""
+        """Everything but the model that the next step depends on, as plain data."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on, in place, from what `state` gave."""
+        """Set the state, in place, to what `state` returned."""
 
     def fit(self, work: "Work") -> None:
-        """Fit, in place, a recipe that was changed on the way."""
+        """Adapt the state, in place, to a recipe that was changed on the way."""
 
 
 @dataclass
 class Work:
-    """The one object of a run.
+    """Everything of a run.
 
     Attributes:
-        loaded: the model as it is now, its tokenizer, and what the model was at the start.
-        recipe: everything that was asked for.
+        loaded: the model as it is now, its tokenizer, and facts on the model at the start.
+        recipe: all choices of the user.
         listen: told of every event.
         trust_remote_code: whether code that comes with a model may run.
         state: what the run has done so far.
-        reads: what it reads beside the model.
-        stages: its rounds of pruning and training.
-        budget: parameters to be left, of those at the start.
-        optimizer: over all weights, for `cut` to keep in step; None where nothing is trained, or low-rank additions.
-        dense: parameters of the model that the run began with, before tokens went.
+        reads: the texts, the teacher and the tasks.
+        stages: the rounds of pruning and training.
+        budget: parameters at the start, and parameters to keep.
+        optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
+        dense: parameters of the model at the start, before its vocabulary was cut.
         task: what the model learns.
     """
 
@@ -285,7 +284,7 @@ class Work:
 
     @classmethod
     def of(cls, model: Any, recipe: Recipe) -> "Work":
-        """Work on a model alone, for arithmetic and plans: without a tokenizer, and maybe without weights."""
+        """A `Work` with only a model, for arithmetic and plans: it has no tokenizer and may have no weights."""
         return cls(Loaded(model, None, torch.float32, None, None, recipe.model, 0), recipe, dense=count_parameters(model))
 
     @property
@@ -300,7 +299,7 @@ class Work:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Every axis of the model, worked out once after each change."""
+        """All axes of the model, computed once after each change."""
         if self._axes is None:
             self._axes = families.axes(self.model)
         return self._axes
@@ -312,23 +311,23 @@ class Work:
 
     @property
     def iteration(self) -> int:
-        """The number of the next step of pruning, from 1, counted over all stages."""
+        """Number of the next pruning step, from 1, over all stages."""
         return len(self.state.history) + 1
 
     def batches(self) -> list[Tensor]:
-        """The calibration batches of the next step, int64 [batch, length]; their tokens are counted among the figures."""
+        """The calibration batches of the next step, int64 [batch, length]; adds their tokens to the figures."""
         found = self.reads.calibration(self.iteration)
         figures = self.state.figures
         figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in found)
         return found
 
     def loss(self, gates: Mask | Mapping[str, Tensor], batches: Sequence[Tensor]) -> float:
-        """Mean loss of the model over `batches` with its units shut as a mask or gates say, nats per token; the model is left as found."""
+        """Mean loss over `batches` with units shut as a mask or gates say, nats per token; the model is left as found."""
         with gated(self.model, self.axes, gates):
             return mean_loss(self.model, batches, task=self.task, dtype=self.recipe.dtype)
 
     def apply(self, change: Change) -> None:
-        """Carry out, in place, a step of the reduction: model, optimiser, mask, history and axes follow."""
+        """Carry out a step of the reduction, in place: changes model, optimiser, mask, history and axes."""
         self._axes = None  # a repair may have added biases
         if change.mask is not None:
             self.shrink(change.mask)
@@ -338,7 +337,7 @@ class Work:
         self.state.history.append(note)
 
     def shrink(self, mask: Mask) -> None:
-        """Cut the model, in place; the optimiser, the mask of the run and the axes follow."""
+        """Cut the model, in place, and with it the optimiser, the mask of the run and the axes."""
         cut(self.model, self.axes, mask, optimizer=self.optimizer)
         self._axes = None
         self.state.mask = self.state.mask.then(mask, self.axes)
@@ -348,7 +347,7 @@ class Work:
         self.listen(event.told())
 
     def progress(self, phase: str, **where: Any) -> Callable[[int, int], None]:
-        """What tells the listener how far a phase is, called with (done, of)."""
+        """A function of (done, of) that tells the listener how far a phase is."""
         return lambda done, of: self.tell(events.Progress(phase=phase, done=done, of=of, **where))
 
     def warn(self, message: str) -> None:
@@ -356,16 +355,16 @@ class Work:
         self.tell(Warned(message=message))
 
     def warn_of_stage(self, message: str) -> None:
-        """Warn once a stage, however many steps it has and whatever figures they put into the sentence."""
+        """Warn once per stage; sentences that differ only in their figures count as one."""
         if (words := re.sub(r"\d[\d.,]*", "", message)) not in self._said:
             self._said.add(words)
             self.warn(f"stage {self.state.stage}: {message}")
 
     def begin_stage(self) -> None:
-        """Let warnings of a stage be said anew, in place."""
+        """Forget, in place, the warnings of the stage before, so that they can be given again."""
         self._said.clear()
 
 
 def reads_text(work: Work) -> bool:
-    """Whether anything that the reduction does looks at the calibration text."""
+    """Whether the reduction reads the calibration text."""
     return work.reduction.looks(work).text

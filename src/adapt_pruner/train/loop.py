@@ -1,7 +1,6 @@
-"""The training loop between two cuts: one stage of a learning-rate curve that spans all stages.
+"""The training loop of one stage, on a learning-rate curve that spans all stages.
 
-`steps` is a generator. It gives its caller the word after each backward pass, with the gradients in place, and before the
-optimiser's step:
+`steps` is a generator. It yields after each backward pass, when the gradients are there, and before the optimiser's step:
 
     for step in steps(model, feed, optimizer, progress, how, until=stop):
         ...            # look at gradients, change them, take units away
@@ -36,20 +35,20 @@ class Rows(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Of all rows together, padding left out."""
+        """Tokens of all rows together, without padding."""
 
     def __len__(self) -> int:
         """Number of rows."""
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Ids int64 [n, width] of some rows, and which tokens count."""
+        """Ids int64 [n, width] of some rows, and which tokens are predicted."""
 
     def domains(self, start: int, stop: int) -> Sequence[str]:
         """The text that each of these rows comes from."""
 
 
 class Feeds(Protocol):
-    """Training text on its way (see `data.feed.Feed`)."""
+    """Gives the training text (see `data.feed.Feed`)."""
 
     num_tokens: int
     wants_losses: bool
@@ -63,9 +62,9 @@ class Feeds(Protocol):
 
 @dataclass
 class Progress:
-    """Where training stands, over all stages: with model and optimiser, everything that decides the next step.
+    """Where training stands, over all stages. With model and optimiser, this decides the next step.
 
-    The random state is not part of it: each step seeds its own from the run's seed, its number and the process.
+    It holds no random state: each step has a seed made of the run's seed, the step's number and the process.
     """
 
     tokens: int = 0
@@ -75,7 +74,7 @@ class Progress:
     lowest: float = math.inf
 
     def begin_stage(self) -> None:
-        """Forget, in place, how the loss of the stage before went."""
+        """Forget, in place, the losses of the stage before."""
         self.smoothed, self.lowest = None, math.inf
 
 
@@ -115,10 +114,10 @@ class Step:
 
     Attributes:
         step: its number, over all stages, from 1.
-        tokens: tokens read, over all stages, this step's among them.
+        tokens: tokens read over all stages, this step included.
         loss: mean of the objective over the predicted tokens of all processes, in nats.
-        lr: the rate it is taken at.
-        gradient_norm: before clipping.
+        lr: learning rate of the step.
+        gradient_norm: global norm of the gradient before clipping.
     """
 
     step: int
@@ -130,7 +129,7 @@ class Step:
     _taken: bool = field(default=False, repr=False, compare=False)
 
     def take(self) -> None:
-        """Take the step, in place, and let go of the gradients; the loop does it where its caller has not."""
+        """Take the step, in place, and free the gradients. The loop calls this if its caller has not."""
         if not self._taken:
             self._taken = True
             self._take()
@@ -163,27 +162,27 @@ def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
 
 
 def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:
-    """Train, in place, on the next rows of `feed` until `until` of them have been read, moving `progress` along.
+    """Train, in place, on the next rows of `feed` until `until` rows have been read; `progress` moves along.
 
     A step takes `how.batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
-    predicted tokens. Its rate is lr · schedule(tokens at its middle / tokens of the run). It is yielded after its backward pass.
+    predicted tokens. Its rate is lr · schedule(tokens at its middle / tokens of the run).
 
-    The optimiser may hold groups of other parameters beside the model's (masks, multipliers), which the objective depends on. A
+    The optimiser may also hold groups of other parameters on which the objective depends (masks, multipliers). A
     group with `maximize` ascends; one with `scale` has its rate multiplied by that. Only the model's gradients are clipped.
 
     Args:
         model: causal LM, float32 weights; plain on every process, or as `train.spread` shards it.
-        feed: the training text; nothing is taken where `until` has been reached.
+        feed: gives the training text.
         optimizer: over the model's parameters that train, and any others.
         progress: where training stands.
         how: everything else.
-        until: number of the row to stop before.
+        until: number of rows, over all stages, after which to stop.
 
     Yields:
-        Each step, before it is taken.
+        Each step, after its backward pass and before it is taken.
 
     Raises:
-        RunError: the loss or the gradient is not finite, or the loss has exploded; the weights are those of the last step.
+        RunError: the loss or the gradient is not finite, or the loss has exploded. The weights are those after the last step.
     """
     device = next(model.parameters()).device
     was_training, random_state = model.training, torch.get_rng_state()
@@ -310,8 +309,8 @@ def _full(norm: Any) -> Tensor:
 def _guard(loss: float, norm: float, progress: Progress, *, max_rise: float, lr: float) -> None:
     """Stop before the step that a bad gradient would spoil."""
     at = (
-        f"at step {progress.steps + 1}; lower training.lr (now {lr:g}), in another folder or, with --force-recipe, from a checkpoint "
-        "of before it went wrong (remove those after it), or check the training text"
+        f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text, then start in another folder, or remove "
+        "the checkpoints of after the loss went wrong and go on with --force-recipe"
     )
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(f"the training loss became {loss} (gradient norm {norm}) {at}")
