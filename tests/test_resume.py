@@ -829,7 +829,7 @@ BAD = {
     ),
     "a teacher with another tokenizer": (
         ["training.objective=objectives.distil", "training.teacher=TEACHER"],
-        r"teacher .*teacher has another tokenizer \(260 tokens\) than .* \(259\); .* name a teacher of the same vocabulary",
+        r"teacher .*teacher \(260 tokens\) and .* \(259\) have different tokenizers; .* name a teacher of the same vocabulary",
     ),
     "no such evaluation text": (
         ["calibration.source=self", "calibration.samples=1", "evaluation.source=no.txt"], "text 'no.txt' does not exist",

@@ -224,7 +224,7 @@ class Start(Event):
         if self.stages > 1:
             text += f" in {self.stages} stages"
         if self.training_tokens:
-            text += f", training on {self.training_tokens:,} tokens between them"
+            text += f", training on {self.training_tokens:,} tokens in all"
         if self.processes > 1:
             text += f", on {self.processes} processes ({self.parallel})"
         return text

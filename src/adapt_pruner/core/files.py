@@ -1,7 +1,7 @@
-"""Writing a file or folder whole or not at all, taking one away in one step, and the files of a folder.
+"""Write a file or folder whole or not at all, remove one in one step, and list the files of a folder.
 
-What is being written lies beside its place as `.NAME.partial-` and eight hexadecimal digits; so does what is being removed. After a process
-was killed, `tidy` takes such remains away.
+While a file is written or removed, it lies beside its place under the name `.NAME.partial-` and eight hexadecimal digits. `tidy`
+removes such files after a process was killed.
 """
 
 import errno
@@ -20,10 +20,10 @@ _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path`, a file at which takes its place at the end, or is removed when anything goes wrong.
+    """Yield a temporary path beside `path`; the file that is written there replaces `path` at the end, or is removed on an error.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file could not be written.
     """
     partial = _beside(path)
     try:
@@ -35,10 +35,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all.
+    """Write a text file whole or not at all.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file could not be written.
     """
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -46,10 +46,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, for the caller to fill and rename; what is still there at the end is removed.
+    """Yield a new folder beside `path`. The caller fills and renames it; a folder that was not renamed is removed at the end.
 
     Raises:
-        OSError: it could not be made.
+        OSError: the folder could not be created.
     """
     partial = _beside(path)
     try:
@@ -60,7 +60,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove, in place, a file or folder; what is half removed does not bear its name."""
+    """Remove a file or folder. It is renamed first, so that nothing half-removed has its name."""
     if not _PARTIAL.fullmatch(path.name):
         try:
             path = path.rename(_beside(path))
@@ -75,24 +75,24 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove, in place, what lies in a folder half-written or half-removed; nothing where there is no folder."""
+    """Remove half-written and half-removed files from a folder, in place; does nothing if the folder does not exist."""
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if _PARTIAL.fullmatch(path.name):
             remove(path)
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """The files of a folder and the folders in it, by their names within it with / between, in their order."""
+    """All files in a folder and its subfolders: path within the folder, with /, -> file, sorted."""
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def why(error: OSError) -> str:
-    """What was wrong, as a person would say it."""
+    """What went wrong, in words for people."""
     return "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk, whatever happens to the machine next."""
+    """Write a file or folder through to the disk (fsync), so that it survives a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""How much memory the process has held, and handing back what it holds no more."""
+"""Measure the memory that the process has held, and return freed memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATUS = Path("/proc/self/status")
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes.
 
-    From /proc where there is one: what `getrusage` tells a process on Linux counts what its parent held when it started it.
+    Read from /proc if it exists. On Linux `getrusage` also counts the memory that the parent held when it started this process.
     """
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="utf-8").splitlines():
@@ -34,7 +34,7 @@ def peak_rss_bytes() -> int:
 
 
 def peak_bytes(model: nn.Module) -> int:
-    """The most memory held so far on the device of `model`, in bytes: of the GPU, or of this process."""
+    """The most memory held so far on the model's device, in bytes: on the GPU, or by this process on a CPU."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return peak_rss_bytes()
@@ -44,17 +44,20 @@ def peak_bytes(model: nn.Module) -> int:
 
 
 def give_back() -> None:
-    """Hand what is free to the system, where the C library is glibc: it keeps tensors' memory in its heaps, in pieces that the next phase cannot use."""
+    """Return freed heap memory to the operating system (glibc only).
+
+    glibc would keep the memory of tensors in pieces that the next phase cannot use.
+    """
     if sys.platform == "linux":
         _call_glibc("malloc_trim", 0)
 
 
 def take_into_memory(tensors: Iterable[Tensor]) -> None:
-    """Give tensors, in place, memory of their own, aligned, where they still lie in a file.
+    """Copy tensors that lie in a mapped file, in place, to aligned memory of their own.
 
-    A product may round differently where a tensor is not aligned, a file that is removed meanwhile would keep its place on
-    the disk, and one that is overwritten would change the model. The file's pages go one by one: all of them stay else until
-    the last tensor has left, and the model is held twice.
+    Without a copy, a product of a tensor that is not aligned may round differently, a removed file keeps its place on the disk,
+    and an overwritten file changes the model. The file's pages are dropped tensor by tensor; otherwise all pages stay until the
+    last tensor is copied, and the model is held twice.
     """
     files = _mapped_files()
     for tensor in tensors:
@@ -64,7 +67,7 @@ def take_into_memory(tensors: Iterable[Tensor]) -> None:
 
 
 def _mapped_files() -> list[range]:
-    """Addresses at which this process has files mapped; none where the system does not tell (/proc/self/maps)."""
+    """Addresses at which this process has mapped files, by /proc/self/maps; none if the system lacks that file."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
@@ -74,7 +77,7 @@ def _mapped_files() -> list[range]:
 
 
 def _drop_pages(address: int, size: int, files: list[range]) -> None:
-    """Take whole pages out of memory if they are a file's, which the system reads again; what was written there since is lost."""
+    """Drop whole pages of a mapped file from memory. The system can read them again; changes made to them are lost."""
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and any(first in file and last - 1 in file for file in files):
@@ -82,6 +85,6 @@ def _drop_pages(address: int, size: int, files: list[range]) -> None:
 
 
 def _call_glibc(function: str, *arguments: Any) -> None:
-    """Call a function of the C library where that is glibc; where it is another, nothing."""
+    """Call a function of glibc; do nothing with another C library."""
     with suppress(OSError, AttributeError):
         getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)

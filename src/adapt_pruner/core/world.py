@@ -1,6 +1,6 @@
-"""The processes that work together on a run (`torchrun`, `accelerate launch`); alone, every function here does nothing.
+"""The processes that share a run (`torchrun`, `accelerate launch`); with one process, these functions pass everything through.
 
-Every process holds the same recipe and takes the same decisions; they differ in which batches they look at.
+Every process has the same recipe and takes the same decisions. The processes differ only in the batches that they read.
 """
 
 import os
@@ -22,30 +22,30 @@ _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the 
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     if dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", 0)) if _num_started() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this is the main process, which alone prints and writes files."""
     return rank() == 0
 
 
 def _num_started() -> int:
-    """How many processes the launcher says it started."""
+    """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """While it lasts, the processes that a launcher started together can talk; gloo on CPUs, NCCL on GPUs."""
+    """Connect the processes that a launcher started, while the context lasts: gloo on CPUs, NCCL on GPUs."""
     if _num_started() < 2 or dist.is_initialized():
         yield
         return
@@ -59,7 +59,7 @@ def joined() -> Iterator[None]:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """The part of `items` that this process looks at: every size-th, beginning with its own number."""
+    """The items for this process: every `size()`-th, from number `rank()` on."""
     return items[rank() :: size()] if size() > 1 else items
 
 
@@ -71,10 +71,10 @@ def sum_in_place(*tensors: Tensor) -> None:
 
 
 def on_main(do: Callable[[], T]) -> T:
-    """What `do` returns on the main process, which alone does it, on every process; the others wait.
+    """Call `do` on the main process only, and return its result on every process; the others wait.
 
     Raises:
-        UsageError, RunError: `do` did; every process raises it.
+        UsageError, RunError: `do` raised it; then every process raises it.
     """
     if size() == 1:
         return do()
@@ -91,7 +91,7 @@ def on_main(do: Callable[[], T]) -> T:
 
 
 def agreed(value: T) -> T:
-    """What the main process holds, on every process; plain data and CPU tensors."""
+    """The main process's `value`, on every process; plain data and CPU tensors only."""
     if size() == 1:
         return value
     box = [value]

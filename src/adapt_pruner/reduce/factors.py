@@ -1,8 +1,8 @@
-"""One factor for what each attention and each MLP adds to the stream, so that the loss is least.
+"""Scale the output of each attention and each MLP by one factor, so that the loss is least.
 
-Once units are gone, a block's output is wrong in part, and how much of it the rest of the model should still take is another
-question than what it should be: least squares, which looks at one layer at a time, cannot say. These are 2 L numbers of a model of L
-layers, so the loss itself says it, without being learnt by heart. They end up in weights that are there: no parameter is added.
+Once units are gone, a block's output is partly wrong, and the rest of the model may do better with less of it. Least squares looks
+at one layer at a time and cannot tell how much. A model of L layers has only 2 L factors, so they can be fitted to the loss itself
+without overfitting. The factors are multiplied into existing weights: no parameter is added.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

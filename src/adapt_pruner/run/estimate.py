@@ -141,13 +141,13 @@ class Setup:
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     """Bytes of one process at the peak of an optimiser step, by what holds them.
 
-    weights 4 N, gradients 4 N, moments 8 N; with FSDP each is divided by n, and the layer at work, the next one and what lies
-    outside the layers are gathered. Without it autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
+    weights 4 N, gradients 4 N, moments 8 N. With FSDP each is divided by n, and the current layer, the next layer and the weights
+    outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
 
-    The peak is in the last pass of a step: at the loss, when activations and logits are there (with checkpointing, logits or the
-    activations of a layer that is worked out again, whichever is more), or at the end of the backward pass, when the gradients still on
-    their way are. Those are of the embedding, 4 V·H, of the head tied to it as much again, and in bfloat16 of all copies, 2 N_dec, since
-    they go through the casts of the step's first pass, which come last.
+    The peak is in the last pass of a step. It is either at the loss, with activations and logits (with checkpointing: the larger of
+    logits and the recomputed activations of one layer), or at the end of the backward pass, with the gradients still on their way.
+    These are 4 V·H of the embedding, as much again of a head tied to it, and in bfloat16 2 N_dec of all copies: the casts of the
+    step's first pass come last in the backward pass.
 
     Returns:
         what -> bytes; see `held` for what a process then occupies.
@@ -190,19 +190,20 @@ def pruning_memory(
 ) -> dict[str, int]:
     """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
 
-    weights 4 N, moments 8 N where they are carried from stage to stage, and, of k layers (`core.layerwise.layers_at_once`), gradients, bfloat16
-    copies and activations; hidden states between groups of k layers, and their gradients, of all calibration tokens of a process. What the
-    loss needs is there before those of the layers are. Several processes share the batches, not the weights.
+    weights 4 N; moments 8 N if they are carried from stage to stage; gradients, bfloat16 copies and activations of k layers
+    (`core.layerwise.layers_at_once`); hidden states between groups of k layers, with their gradients, for all calibration tokens of a
+    process. The memory for the loss is freed before that for the layers is needed. Several processes share the batches, not the weights.
 
-    Metrics that want each sequence's gradients, or those of what flows, take whole passes: then k is L, and the hidden states are the activations.
-    The former hold squares of the gradients as well. Passes without gradients hold a bfloat16 copy of the whole model.
+    Metrics that need each sequence's gradients, or gradients of hidden states, make whole passes: then k is L, and the hidden states
+    are the activations. With each sequence's gradients, squares of the gradients are held too. Passes without gradients hold a bfloat16
+    copy of the whole model.
 
     Args:
         samples: rows of the calibration text.
         length: tokens of a row.
-        moments: whether the optimiser's are carried.
+        moments: whether the optimiser's moments are carried.
         evidence: what the metrics need to see.
-        reads: whether there are passes without gradients too (KV heads shut one by one, perplexity), which may hold more.
+        reads: whether there are also passes without gradients (KV heads shut one by one, perplexity), which may need more.
         halved: whether a pass reads half a batch, if that has two rows or more.
     """
     micro = windows.MICRO_TOKENS // (1 + halved)
@@ -245,11 +246,11 @@ def held(parts: Mapping[str, int], device: str) -> int:
 
 
 def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
-    """What autograd keeps of m tokens.
+    """Bytes that autograd keeps of m tokens.
 
-    Of each layer: inputs and outputs of its two norms (`norms` bytes a channel in float32, and in bfloat16), queries, keys,
-    values and what attention gives, gate, its activation, up and their product. With checkpointing the input of each layer,
-    and all of one layer.
+    For each layer: inputs and outputs of its two norms (`norms` bytes per channel in float32 and in bfloat16), queries, keys, values
+    and the output of attention, gate, its activation, up and their product. With checkpointing: the input of each layer, and all
+    of one layer.
     """
     layers, last_norm = _layers(of, how, norms=norms), (4 + (2 if how.narrow else 4)) * of.width
     if how.checkpointing:
@@ -265,9 +266,9 @@ def _layers(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
 
 
 def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk: int | None = None) -> int:
-    """What the head needs: the logits of a chunk of tokens, the gradient of what enters it, and its own with a copy of it.
+    """Bytes for the head: logits of a chunk of tokens, the gradient of the head's input, the head's own gradient and copies.
 
-    The last two are among what FSDP gathers.
+    With FSDP the last two are counted as gathered.
     """
     element = 2 if how.narrow else 4
     chunk = min(how.tokens, chunk or max(loss.CACHED_ROWS, loss.MAX_LOGITS // of.vocabulary))
@@ -282,8 +283,8 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
     """Multiply-adds of reading a row of `length` tokens, with logits at `logits` of the tokens.
 
-    length · (N_dec + A · length) + logits · V·H, attention being causal: a token meets half of the keys on average, each of
-    which is multiplied once for its weight and once for its value. An embedding is looked up, not multiplied.
+    length · (N_dec + A · length) + logits · V·H. Attention is causal: a token meets half of the keys on average, and each key is
+    multiplied once for its weight and once for its value. An embedding is looked up, not multiplied.
     """
     return length * (of.decoder + of.queries * length) + logits * of.head
 
@@ -291,8 +292,8 @@ def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
 def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached: float) -> float:
     """Bytes read from memory to write one more token in each of `batch` rows, after `context` tokens.
 
-    weight · (N - V·H where the input embedding is another matrix) + cached · 2 K · context · batch: every weight that is
-    multiplied once for all rows, and the keys and values of each row.
+    weight · (N - V·H if the input embedding is not tied) + cached · 2 K · context · batch: each multiplied weight once for all
+    rows, and the keys and values of each row.
 
     Args:
         of: the shapes.
@@ -348,9 +349,9 @@ PAPER = {
 def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
     """Seconds of one stage that scores `scored` tokens, trains on `trained` and evaluates `read`.
 
-    The processes share the operations evenly. Of each, (n - 1) / n of so many bytes go to others: with DDP 8 N a training
-    step, the gradients there and back; with FSDP the weights twice, in the precision of products, and the gradients once, 4 N,
-    a pass. Sending is not taken to overlap with computing; what scoring sends is left out.
+    The processes share the operations evenly. Each sends (n - 1) / n of these bytes to others: with DDP 8 N per training step, the
+    gradients there and back; with FSDP per pass the weights twice, in the precision of products, and the gradients once, 4 N.
+    Sending is assumed not to overlap with computing. The bytes that scoring sends are left out.
     """
     n = how.processes
     total = (
