@@ -27,7 +27,8 @@ def bench(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Number format of weights in torch: float32, bfloat16, or `auto`, which takes bfloat16 where the processor has it."
+            help="Number format of weights in torch: float32, bfloat16, or `auto`, which takes bfloat16 where the processor "
+            "has it."
         ),
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -252,7 +252,8 @@ def _print_tasks(
     )
     if against:
         print(
-            f"kept: share of the accuracy of {names[0]} that is left; above chance: the same share without what guessing gets, where that is known well enough"
+            f"kept: share of the accuracy of {names[0]} that is left; above chance: the same share without what guessing gets, "
+            "where that is known well enough"
         )
     again = sum(score.again for scored in scores for score in scored)
     if again:

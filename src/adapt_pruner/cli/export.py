@@ -23,7 +23,8 @@ def export(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … [default: as stored]",
+            help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … "
+            "[default: as stored]",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,

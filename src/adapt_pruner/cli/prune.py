@@ -20,7 +20,8 @@ def prune(
         str | None,
         typer.Option(
             metavar="0.7x",
-            help="Instead of --params: time that the pruned model may take, as a share of the dense model's. Measured on this machine.",
+            help="Instead of --params: time that the pruned model may take, as a share of the dense model's. Measured on this "
+            "machine.",
         ),
     ] = None,
     latency_of: Annotated[
@@ -31,8 +32,8 @@ def prune(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self`, which the model writes. "
-            "[default: python-docs:train]"
+            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self`, which the model "
+            "writes. [default: python-docs:train]"
         ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Calibration sequences per iteration. [default: 64]")] = None,
@@ -119,7 +120,8 @@ def prune(
     if "reached" in (found := figures.get("latency") or {}):
         print(
             f"\n{found['of']} takes {found['reached']:.2f}x of the dense model's time, which is {found['dense_seconds']:.2f} s "
-            f"(timed in turn; quartiles {found['reached_low']:.2f}–{found['reached_high']:.2f}x); asked {found['asked']:g}x, predicted {found['predicted']:.2f}x"
+            f"(timed in turn; quartiles {found['reached_low']:.2f}–{found['reached_high']:.2f}x); asked {found['asked']:g}x, "
+            f"predicted {found['predicted']:.2f}x"
         )
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")

@@ -56,4 +56,4 @@ class Feed(Protocol):
         """Set the state, in place, to what `state` returned."""
 
     def skip_to(self, num_tokens: int) -> int:
-        """Go on after `num_tokens` tokens, in place, as a run does whose text was replaced; returns the rows before that point."""
+        """Go on after `num_tokens` tokens, in place, as a run does whose text was replaced; returns the rows before them."""

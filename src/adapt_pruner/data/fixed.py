@@ -158,9 +158,10 @@ def training_rows(
 ) -> Rows:
     """As many rows as hold `tokens` tokens of a text or a mixture, tokenised once and kept on disk.
 
-    Plain text: documents are shuffled, get an end-of-text token each and are cut into rows of `length`. Conversations: one per row,
-    cut at `length`; see `data.chat`. Then the rows are shuffled. A text that is too short is repeated, in another order each time.
-    In a mixture each text gives its share of the tokens, and the k-th of its n rows comes within the k-th n-th of the run.
+    Plain text: documents are shuffled, get an end-of-text token each and are cut into rows of `length`. Conversations: one per
+    row, cut at `length`; see `data.chat`. Then the rows are shuffled. A text that is too short is repeated, in another order
+    each time. In a mixture each text gives its share of the tokens, and the k-th of its n rows comes within the k-th n-th of the
+    run.
 
     Args:
         tokens: of the whole run; the last row may pass this number.

@@ -1,8 +1,8 @@
 """Find a part by its name: `weights.taylor` is the function `taylor` in `score/weights.py`.
 
-There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction or a feed is a class, one per
-file, and has the name of its file: `units` for `reduce/units.py`. The files are read as text, not imported. Options stand in
-brackets, `weights.magnitude(norm=l2)`. The file may be left out where only one part has that name: `taylor`.
+There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction or a feed is a class,
+one per file, and has the name of its file: `units` for `reduce/units.py`. The files are read as text, not imported. Options
+stand in brackets, `weights.magnitude(norm=l2)`. The file may be left out where only one part has that name: `taylor`.
 """
 
 import ast
@@ -163,7 +163,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
-    """A value checked against its annotation: bool, int, float, str or None; numbers within the limits that `Annotated` states."""
+    """A value checked against its annotation: bool, int, float, str or None; `Annotated` limits numbers."""
     if annotation is None:
         return value
     within = ""

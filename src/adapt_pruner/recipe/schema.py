@@ -42,7 +42,7 @@ _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that rows come from."""
 WHOLE = ("layers", "attentions", "mlps")
-"""Axes whose units are whole layers or blocks of layers. A distance scores these units, and a `depth.…` chooser says how many go."""
+"""Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
 
@@ -91,7 +91,7 @@ def parse_latency(written: str) -> float:
 
 
 class Vocabulary(_Frozen):
-    """Which tokens stay, by how often a text uses them. The others are removed from model and tokenizer before all other pruning."""
+    """Which tokens stay, by their use in a text. The others are removed from model and tokenizer before all other pruning."""
 
     source: Source | None = Field(None, description="text whose tokens are counted: SPEC, or {SPEC: weight, …}")
     keep: Count | None = Field(None, ge=1, description="number of tokens to keep; the most used stay")
@@ -103,7 +103,8 @@ class Vocabulary(_Frozen):
             raise ValueError("vocabulary names no text; set vocabulary.source to one whose tokens are counted")
         if (self.keep is None) == (self.min_uses is None):
             raise ValueError(
-                "vocabulary takes either keep or min_uses; set one of them: how many tokens stay, or how often they are used at least"
+                "vocabulary takes either keep or min_uses; set one of them: how many tokens stay, or how often they are used "
+                "at least"
             )
         return self
 
@@ -113,7 +114,8 @@ class Calibration(_Frozen):
 
     source: Source = Field(
         "python-docs:train",
-        description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model writes once",
+        description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model "
+        "writes once",
     )
     samples: int = Field(64, ge=1, description="sequences per iteration")
     length: int = Field(128, ge=2, description="tokens per sequence")
@@ -206,7 +208,8 @@ class Evaluation(_Frozen):
         for key in ("limit", "task_dir"):
             if self.tasks is None and getattr(self, key) is not None:
                 raise ValueError(
-                    f"evaluation.{key} needs tasks and evaluation.tasks names none; set evaluation.tasks, for example to commonsense"
+                    f"evaluation.{key} needs tasks and evaluation.tasks names none; set evaluation.tasks, for example to "
+                    "commonsense"
                 )
         return self
 
@@ -221,7 +224,8 @@ class Recipe(_Frozen):
     budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     latency: str = Field(
         "",
-        description="instead of budget: time that the pruned model may take, as a share of the dense model's, like 0.7x; measured here",
+        description="instead of budget: time that the pruned model may take, as a share of the dense model's, like 0.7x; "
+        "measured here",
     )
     latency_of: Literal["prefill", "decode"] = Field(
         "prefill", description="what latency times: reading a prompt, or writing the answer"
@@ -330,7 +334,8 @@ class Recipe(_Frozen):
             )
         if "residual" in self.axes and "layers" in needs:
             raise ValueError(
-                f"chooser {chooser!r} prunes layer by layer, and the axis residual is in no layer; set chooser to allocate.uniform"
+                f"chooser {chooser!r} prunes layer by layer, and the axis residual is in no layer; set chooser to "
+                "allocate.uniform"
             )
         if self.multiple_of > 1 and "neurons" not in self.axes:
             raise ValueError(
@@ -372,8 +377,8 @@ class Recipe(_Frozen):
             )
         if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
             raise ValueError(
-                f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary removes "
-                f"tokens; name a training.teacher that has just the remaining tokens, or {remedy}"
+                f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary "
+                f"removes tokens; name a training.teacher that has just the remaining tokens, or {remedy}"
             )
 
     def to_yaml(self) -> str:

@@ -5,10 +5,10 @@ scores decide which ones (`Mask.of_sizes`):
 
     sizes, debt = chooser(scores, axes, budget, debt=debt, step=0.02, …)
 
-Every axis a has a sparsity s_a, the share of its size at the start that is to be gone by now. A step raises all sparsities;
-axis a then keeps start_a - floor(start_a · s_a) units. The fraction of a unit that the floor leaves (a third of a KV head cannot go)
-is a debt that later steps pay. `Debt` carries it, by default through the whole run. A step that would pass the budget is shortened,
-so that the model ends less than one unit below the budget.
+Every axis a has a sparsity s_a, the share of its size at the start that is to be gone by now. A step raises all sparsities; axis
+a then keeps start_a - floor(start_a · s_a) units. The fraction of a unit that the floor leaves (a third of a KV head cannot go)
+is a debt that later steps pay. `Debt` carries it, by default through the whole run. A step that would pass the budget is
+shortened, so that the model ends less than one unit below the budget.
 """
 
 import math
@@ -167,8 +167,8 @@ def advance(
 ) -> tuple[dict[str, int], Debt]:
     """Raise the sparsities by `increments`, but not past the budget.
 
-    A step may remove next to nothing, because no axis owes a whole unit yet or most stand at their limit. Then it is repeated until
-    it removes something, since another measurement would find the same model.
+    A step may remove next to nothing, because no axis owes a whole unit yet or most stand at their limit. Then it is repeated
+    until it removes something, since another measurement would find the same model.
     """
 
     def sparsity_after(times: float) -> dict[str, float]:
@@ -225,11 +225,11 @@ def _settle(
 ) -> dict[str, int]:
     """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
 
-    First the cheap units of `wanted` count as gone. Then as many of the expensive units (KV heads) that `wanted` removes go as the rest of
-    the excess pays for: those owed longest first, equals spread over the depth of the model. Expensive units that stay are still owed.
-    So if all layers come to owe a head at the same share, a budget just beyond that share costs a few more neurons, and not a head
-    instead of many neurons. Cheap units make up the difference, taken from all their axes evenly or given back evenly. More expensive
-    units than are owed go only if no cheap unit is left.
+    First the cheap units of `wanted` count as gone. Then as many of the expensive units (KV heads) that `wanted` removes go as
+    the rest of the excess pays for: those owed longest first, equals spread over the depth of the model. Expensive units that
+    stay are still owed. So if all layers come to owe a head at the same share, a budget just beyond that share costs a few more
+    neurons, and not a head instead of many neurons. Cheap units make up the difference, taken from all their axes evenly or
+    given back evenly. More expensive units than are owed go only if no cheap unit is left.
     """
     cheapest = min(axis.cost for axis in axes)
     cheap = [axis for axis in axes if axis.cost == cheapest]
@@ -237,7 +237,7 @@ def _settle(
     sizes = {axis.name: axis.size for axis in axes}
 
     def owed(axis: Axis) -> tuple[float, float]:
-        """How many units of an expensive axis are due and not gone, with fractions; then its place in an even spread over depth."""
+        """Units of an expensive axis that are due and not gone, with fractions; then its place in an even spread over depth."""
         start = debt.start[axis.name]
         return round(start * shares[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 

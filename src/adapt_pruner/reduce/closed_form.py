@@ -56,20 +56,23 @@ def least_squares(
 
         W'_k = W_k + (W X Z_kᵀ - W_k Z_k Z_kᵀ) (Z_k Z_kᵀ + λI)⁻¹        λ = ridge · mean diagonal of Z_k Z_kᵀ
 
-    Z is X, or with `sequential` the inputs that the already pruned and repaired layers below give; X always comes from the model as it
-    is. The ridge pulls towards the remaining weights W_k, not towards zero: with λ → ∞ nothing changes. With Z = X this is
-    W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are repaired one after the other, so only one of these matrices is held at a time.
+    Z is X, or with `sequential` the inputs that the already pruned and repaired layers below give; X always comes from the model
+    as it is. The ridge pulls towards the remaining weights W_k, not towards zero: with λ → ∞ nothing changes. With Z = X this is
+    W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are repaired one after the other, so only one of these matrices is held at a
+    time.
 
     Args:
         model: causal LM; weights of layers at gates that `mask` shuts change.
         axes: its axes.
         mask: the cut that follows.
         batches: token ids, int64 [batch, length].
-        ridge: in mean diagonals. None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit does
-            not see; with a single batch it takes `FALLBACK`. With fewer tokens than features, the ridge is multiplied by
+        ridge: in mean diagonals. None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit
+            does not see; with a single batch it takes `FALLBACK`. With fewer tokens than features, the ridge is multiplied by
             features / tokens; a ridge of 0 becomes `FALLBACK` times that. `warn` is told of both cases.
-        sequential: let later layers make up for the changed inputs that pruned earlier layers give them; two to three times the work.
-        factors: Gauss-Newton steps after the least squares, on a factor for each attention and MLP (`reduce.factors.rescale_blocks`).
+        sequential: let later layers make up for the changed inputs that pruned earlier layers give them; two to three times the
+            work.
+        factors: Gauss-Newton steps after the least squares, on a factor for each attention and MLP
+            (`reduce.factors.rescale_blocks`).
         task: what the model learns.
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens for a ridge, or for factors.
@@ -234,7 +237,7 @@ def mean_bias(
     task: Task = CAUSAL_LM,
     dtype: str = "auto",
 ) -> None:
-    """Add the mean contribution of the removed features, in place, to the bias of the layer that reads them: b ← b + W_r · mean(x_r).
+    """Add the mean contribution of the removed features, in place, to the bias of their layer: b ← b + W_r · mean(x_r).
 
     If a layer has no bias, all decoder layers get one, and `config.output_bias` says so. New biases count as parameters.
 

@@ -1,8 +1,8 @@
 """Scale the output of each attention and each MLP by one factor, so that the loss is least.
 
-Once units are gone, a block's output is partly wrong, and the rest of the model may do better with less of it. Least squares looks
-at one layer at a time and cannot tell how much. A model of L layers has only 2 L factors, so they can be fitted to the loss itself
-without overfitting. The factors are multiplied into existing weights: no parameter is added.
+Once units are gone, a block's output is partly wrong, and the rest of the model may do better with less of it. Least squares
+looks at one layer at a time and cannot tell how much. A model of L layers has only 2 L factors, so they can be fitted to the
+loss itself without overfitting. The factors are multiplied into existing weights: no parameter is added.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -71,7 +71,8 @@ class Slice(Reduction):
         num_tokens = sum(batch.numel() for batch in batches)
         if num_tokens < width:
             work.warn(
-                f"the calibration text has {num_tokens:,} tokens, fewer than the {width:,} directions to keep; set calibration.samples higher"
+                f"the calibration text has {num_tokens:,} tokens, fewer than the {width:,} directions to keep; set "
+                "calibration.samples higher"
             )
         with work.state.clock("score"):
             tell = work.progress("score", stage=work.state.stage, iteration=work.iteration)

@@ -43,7 +43,7 @@ class Units(Reduction):
         self._stage = 0
 
     def check(self, work: Work) -> None:
-        """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `behind` without a metric of units that it fits."""
+        """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `behind` where it scores nothing."""
         recipe = work.recipe
         check_multiple(prunable(work), recipe.multiple_of)
         _evidence(work)
@@ -123,7 +123,8 @@ class Units(Reduction):
                 mask = Mask.of_sizes(may_shrink, scores, sizes)
             if mask.num_removed() == 0:
                 raise RunError(
-                    f"{recipe.chooser} finds nothing more to remove at {now:,} parameters, above the target {target:,}; raise the budget, or add to axes"
+                    f"{recipe.chooser} finds nothing more to remove at {now:,} parameters, above the target {target:,}; raise "
+                    "the budget, or add to axes"
                 )
             if recipe.repair is not None:
                 with work.state.clock("repair"):

@@ -122,7 +122,7 @@ class RunState:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Count the seconds inside to a phase, in place; the outer phase goes on afterwards. Free memory is given back at the end."""
+        """Count the seconds inside to a phase, in place; the outer phase goes on afterwards. Frees unused memory at the end."""
         around = self._turn_to(phase)
         try:
             yield
@@ -159,7 +159,10 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunState":
-        """The state that `to_json` of this or an older version wrote; an older one has only `debt` of the reduction's state. Other keys are ignored."""
+        """The state that `to_json` of this or an older version wrote; other keys are ignored.
+
+        Of the reduction's state, an older version wrote `debt` alone.
+        """
         progress = dict(data["progress"])
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
         return cls(
@@ -217,7 +220,7 @@ class Reduction:
         """
 
     def floor(self, work: "Work") -> tuple[int, str]:
-        """The fewest parameters that this reduction can leave of `work.model`, and when: WORDS of the sentence `… stay when WORDS`."""
+        """The fewest parameters that it can leave of `work.model`, and when: WORDS of the sentence `… stay when WORDS`."""
         raise NotImplementedError
 
     def num_steps(self, work: "Work", *, start: int, reached: int, target: int) -> int:
@@ -231,8 +234,9 @@ class Reduction:
     def steps(self, work: "Work", target: int) -> Iterator[Change]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
 
-        Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model after
-        a change, and with `state` as it was when that change was yielded. So bring the state up to date before the `yield`.
+        Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model
+        after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the
+        `yield`.
         """
         raise NotImplementedError
 

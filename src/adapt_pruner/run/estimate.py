@@ -144,10 +144,10 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     weights 4 N, gradients 4 N, moments 8 N. With FSDP each is divided by n, and the current layer, the next layer and the weights
     outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
 
-    The peak is in the last pass of a step. It is either at the loss, with activations and logits (with checkpointing: the larger of
-    logits and the recomputed activations of one layer), or at the end of the backward pass, with the gradients still on their way.
-    These are 4 V·H of the embedding, as much again of a head tied to it, and in bfloat16 2 N_dec of all copies: the casts of the
-    step's first pass come last in the backward pass.
+    The peak is in the last pass of a step. It is either at the loss, with activations and logits (with checkpointing: the larger
+    of logits and the recomputed activations of one layer), or at the end of the backward pass, with the gradients still on their
+    way. These are 4 V·H of the embedding, as much again of a head tied to it, and in bfloat16 2 N_dec of all copies: the casts
+    of the step's first pass come last in the backward pass.
 
     Returns:
         what -> bytes; see `held` for what a process then occupies.
@@ -191,12 +191,13 @@ def pruning_memory(
     """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
 
     weights 4 N; moments 8 N if they are carried from stage to stage; gradients, bfloat16 copies and activations of k layers
-    (`core.layerwise.layers_at_once`); hidden states between groups of k layers, with their gradients, for all calibration tokens of a
-    process. The memory for the loss is freed before that for the layers is needed. Several processes share the batches, not the weights.
+    (`core.layerwise.layers_at_once`); hidden states between groups of k layers, with their gradients, for all calibration tokens
+    of a process. The memory for the loss is freed before that for the layers is needed. Several processes share the batches, not
+    the weights.
 
-    Metrics that need each sequence's gradients, or gradients of hidden states, make whole passes: then k is L, and the hidden states
-    are the activations. With each sequence's gradients, squares of the gradients are held too. Passes without gradients hold a bfloat16
-    copy of the whole model.
+    Metrics that need each sequence's gradients, or gradients of hidden states, make whole passes: then k is L, and the hidden
+    states are the activations. With each sequence's gradients, squares of the gradients are held too. Passes without gradients
+    hold a bfloat16 copy of the whole model.
 
     Args:
         samples: rows of the calibration text.
@@ -248,9 +249,9 @@ def held(parts: Mapping[str, int], device: str) -> int:
 def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
     """Bytes that autograd keeps of m tokens.
 
-    For each layer: inputs and outputs of its two norms (`norms` bytes per channel in float32 and in bfloat16), queries, keys, values
-    and the output of attention, gate, its activation, up and their product. With checkpointing: the input of each layer, and all
-    of one layer.
+    For each layer: inputs and outputs of its two norms (`norms` bytes per channel in float32 and in bfloat16), queries, keys,
+    values and the output of attention, gate, its activation, up and their product. With checkpointing: the input of each layer,
+    and all of one layer.
     """
     layers, last_norm = _layers(of, how, norms=norms), (4 + (2 if how.narrow else 4)) * of.width
     if how.checkpointing:
@@ -349,9 +350,9 @@ PAPER = {
 def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
     """Seconds of one stage that scores `scored` tokens, trains on `trained` and evaluates `read`.
 
-    The processes share the operations evenly. Each sends (n - 1) / n of these bytes to others: with DDP 8 N per training step, the
-    gradients there and back; with FSDP per pass the weights twice, in the precision of products, and the gradients once, 4 N.
-    Sending is assumed not to overlap with computing. The bytes that scoring sends are left out.
+    The processes share the operations evenly. Each sends (n - 1) / n of these bytes to others: with DDP 8 N per training step,
+    the gradients there and back; with FSDP per pass the weights twice, in the precision of products, and the gradients once, 4
+    N. Sending is assumed not to overlap with computing. The bytes that scoring sends are left out.
     """
     n = how.processes
     total = (

@@ -2,8 +2,8 @@
 
 recipe.yaml              the resolved recipe, with the versions of what ran it
 log.jsonl                one JSON object per event
-checkpoints/             the newest few: stage-K-cut-N within the cuts of stage K, stage-K-pruned after them, stage-K-step-N within the
-                         training of stage K, stage-K after it
+checkpoints/             the newest few: stage-K-cut-N within the cuts of stage K, stage-K-pruned after them, stage-K-step-N within
+                         the training of stage K, stage-K after it
 checkpoints/*.damaged/   checkpoints that could not be read
 log.damaged.jsonl        the log of work that was lost because no checkpoint could be read
 calibration_self.json    the calibration text, if the model wrote it
@@ -68,7 +68,7 @@ class RunFolder:
         self._begun = True
 
     def check(self, recipe: Recipe, *, force: bool) -> list[str]:
-        """The keys in which a recipe differs from the one that the run began with, if they matter to the result; none for a new run.
+        """The keys, of those that matter to the result, in which a recipe differs from the run's; none for a new run.
 
         Raises:
             UsageError: `force` is not set, and a key differs or the old recipe cannot be read.

@@ -1,8 +1,8 @@
 """A budget in time: the parameters that a model may keep so that it takes a given share of the dense model's seconds.
 
-For every kind of axis the whole model is timed at several widths, with all layers cut alike, in turn with the dense model. Between
-two widths the time is taken to be linear. The savings of two kinds are added. A layer's share of its
-kind's saving is its share of the kind's parameters. Embedding, head and norms are in every measurement and are never cut.
+For every kind of axis the whole model is timed at several widths, with all layers cut alike, in turn with the dense model.
+Between two widths the time is taken to be linear. The savings of two kinds are added. A layer's share of its kind's saving is
+its share of the kind's parameters. Embedding, head and norms are in every measurement and are never cut.
 
     time(sizes) / time(dense) = 1 - sum over kinds of sum over axes a of weight_a · (1 - table[kind](size_a / size of a when dense))
 
@@ -50,7 +50,8 @@ def find(work: Work) -> dict[str, Any]:
         work: the run, with its model before any pruning.
 
     Returns:
-        `latency`: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`. Empty if the recipe has no latency.
+        `latency`: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`. Empty if the recipe
+        has no latency.
 
     Raises:
         UsageError: the latency is out of reach; the message names the least that can be reached.
@@ -87,7 +88,8 @@ def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
     found = figures.get("latency", {"asked": None, "of": None})
     if (found["asked"], found["of"]) != (parse_latency(recipe.latency), recipe.latency_of):
         raise UsageError(
-            f"latency {recipe.latency} of {recipe.latency_of} has to be measured on the dense model, and the run has begun without it; "
+            f"latency {recipe.latency} of {recipe.latency_of} has to be measured on the dense model, and the run has begun "
+            "without it; "
             "leave it as it was, set a budget, or name another folder"
         )
     params: int = found["params"]
@@ -98,8 +100,8 @@ def reach(work: Work) -> dict[str, Any]:
     """The latency of the pruned model, timed in turn with the dense model; empty if the recipe has no latency.
 
     Returns:
-        `latency`: what `find` found, and `reached`, the median share of the dense model's seconds, with its quartiles `reached_low`
-        and `reached_high`, and `dense_seconds`.
+        `latency`: what `find` found, and `reached`, the median share of the dense model's seconds, with its quartiles
+        `reached_low` and `reached_high`, and `dense_seconds`.
     """
     recipe = work.recipe
     if not recipe.latency:
@@ -114,7 +116,7 @@ def reach(work: Work) -> dict[str, Any]:
 
 
 def table_of(work: Work) -> Table:
-    """Time the model at several widths of every kind of axis that may shrink, as shares of its own time; the model is left as found."""
+    """Time the model at several widths of each kind of axis, as shares of its own time; the model is left as found."""
     recipe = work.recipe
     dense = _as_it_runs(copy.deepcopy(work.model), recipe)
     axes = prunable(work)
@@ -155,7 +157,7 @@ def predicted(table: Table, axes: Sequence[Axis], sizes: Mapping[str, int]) -> f
 
 
 def _width(axis: Axis, share: float, multiple: int) -> int:
-    """A width near a share of an axis, such as a chooser leaves: a multiple of `multiple`; without one an odd number of neurons."""
+    """A width near a share of an axis, as a chooser leaves it: a multiple of `multiple`, else an odd number of neurons."""
     if axis.kind != "neurons":
         return max(1, round(share * axis.size))
     if multiple > 1:

@@ -3,9 +3,9 @@
     shrink(work)      the loop
     prune, run        load the model, call the loop and write the result
 
-A run that was stopped continues from its newest checkpoint. Checkpoints are written after a stage's reduction, after its training,
-and within both whenever `checkpoint_minutes` have passed. A listener is told of every event as a plain dict with the key `event`.
-The library itself prints nothing.
+A run that was stopped continues from its newest checkpoint. Checkpoints are written after a stage's reduction, after its
+training, and within both whenever `checkpoint_minutes` have passed. A listener is told of every event as a plain dict with the
+key `event`. The library itself prints nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +83,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
 
 
 def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
-    """Bring the model, in place, to the stage's budget: the recipe's reduction yields each step, and this function carries it out."""
+    """Bring the model, in place, to the stage's budget: the reduction yields each step, and this function carries it out."""
     state = work.state
     trainer.before_cuts()
     work.begin_stage()
@@ -270,7 +270,8 @@ def _place(work: Work, *, anew: bool) -> None:
 def _check_origin(path: Path, saved: Mapping[str, Any], recipe: Recipe, origin: str) -> None:
     if saved["model"] != recipe.model or saved["identity"] != origin:
         raise UsageError(
-            f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it is now; "
+            f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it "
+            "is now; "
             "name another folder, or restore that model"
         )
 
@@ -279,7 +280,8 @@ def _check_place(path: Path, state: RunState, recipe: Recipe, changed: Sequence[
     """Refuse changes of the recipe with which the run cannot go on, even if forced."""
     if state.stage > recipe.stages:
         raise UsageError(
-            f"the run of {path} is in stage {state.stage} and the recipe has only {recipe.stages} stages; set stages to {state.stage} or more, "
+            f"the run of {path} is in stage {state.stage} and the recipe has only {recipe.stages} stages; set stages to "
+            f"{state.stage} or more, "
             "or name another folder"
         )
     if any(key.partition(".")[0] == "vocabulary" for key in changed):

@@ -1,7 +1,8 @@
 """Measure a run's model on the way, and write its checkpoint at the end.
 
-`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["tasks"]` at the
-start and at the end. None means not measured, because the recipe asked for it only later. In JSON, null can also mean infinity.
+`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["tasks"]` at
+the start and at the end. None means not measured, because the recipe asked for it only later. In JSON, null can also mean
+infinity.
 """
 
 from collections.abc import Callable

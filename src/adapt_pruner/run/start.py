@@ -305,7 +305,8 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
     writer = work.model
     if begun and recipe.vocabulary is not None:
         raise UsageError(
-            f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
+            f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in "
+            "another folder"
         )
     if begun:  # it has been cut since
         writer = load(recipe.model, device=next(work.model.parameters()).device).model
