@@ -309,9 +309,8 @@ def _full(norm: Any) -> Tensor:
 def _guard(loss: float, norm: float, progress: Progress, *, max_rise: float, lr: float) -> None:
     """Stop before the step that a bad gradient would spoil."""
     at = (
-        f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text, then start in another "
-        "folder, or remove "
-        "the checkpoints of after the loss went wrong and go on with --force-recipe"
+        f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text, then start in another folder, or "
+        "remove the checkpoints written since the loss went wrong and go on with --force-recipe"
     )
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(f"the training loss became {loss} (gradient norm {norm}) {at}")
