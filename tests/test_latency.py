@@ -128,10 +128,10 @@ def test_what_is_no_latency_is_refused(written: str) -> None:
     ("values", "said"),
     [
         ({"budget": "80%"}, "both say how far to prune; leave one of them out"),
-        ({"axes": ["neurons", "query_heads"]}, "the recipe has axes query_heads; set budget instead"),
-        ({"axes": ["layers"], "chooser": "depth.drop_layers"}, "the recipe has axes layers"),
-        ({"reduce": "slice"}, "the recipe has reduce slice"),
-        ({"vocabulary": {"source": "python-docs:train", "keep": 100}}, "the recipe has vocabulary"),
+        ({"axes": ["neurons", "query_heads"]}, "the recipe also has axes query_heads; set budget instead"),
+        ({"axes": ["layers"], "chooser": "depth.drop_layers"}, "the recipe also has axes layers"),
+        ({"reduce": "slice"}, "the recipe also has reduce slice"),
+        ({"vocabulary": {"source": "python-docs:train", "keep": 100}}, "the recipe also has vocabulary"),
         ({"latency_of": "training"}, "'prefill' or 'decode'"),
     ],
 )
