@@ -149,3 +149,13 @@ def test_parts_say_what_they_need() -> None:
 def test_what_a_recipe_asks_of_a_reduction_or_a_feed_is_checked(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match="^" + said.replace("(", r"\(").replace(")", r"\)")):
         read({"method": "uniform", **keys})
+
+
+def test_an_axis_that_the_model_does_not_have_is_refused() -> None:
+    """A 128k Phi-3 has no width that may change; what a run has lost on its way is another thing."""
+    work = work_of(axes=["neurons", "residual"])
+    work._axes = tuple(axis for axis in work.axes if axis.kind != "residual")
+    with pytest.raises(UsageError, match=r"axes names residual, which this model does not have; leave that out of axes"):
+        work.reduction.check(work)
+    work.state.began = {"residual": 48}
+    work.reduction.check(work)

@@ -45,6 +45,9 @@ class Units(Reduction):
     def check(self, work: Work) -> None:
         """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `behind` where it scores nothing."""
         recipe = work.recipe
+        there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
+        if missing := [kind for kind in recipe.axes if kind not in there]:
+            raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
         check_multiple(prunable(work), recipe.multiple_of)
         _evidence(work)
         if not recipe.behind:
