@@ -388,7 +388,7 @@ def test_killed_while_the_model_writes_its_calibration_text(live: Lives, place: 
     path = recipe(place, "self", calibration={"source": "self"}, stages=2, training={"tokens": 1_500})
     assert live("run", path, "-o", tmp_path / "whole")[0] == 0
     run = tmp_path / "run"
-    for point, nth in (("while the model writes its own text", 1), ("while scoring", 2), ("before an evaluation", 1)):
+    for point, nth in (("while the model writes its own text", 1), ("while scoring", 2), ("before an evaluation", 2)):
         assert live("run", path, "-o", run, point=point, nth=nth)[0] == -9
     (run / "calibration_self.json").unlink()
     status, said = live("run", path, "-o", run, point="within a cut")
@@ -545,8 +545,8 @@ def test_all_checkpoints_damaged(halfway: Path, whole: tuple[Path, float], live:
     status, said = live("run", place / "main.yaml", "-o", halfway)
     assert status == 0, said
     assert "going on from" not in said
-    (warning,) = [line for line in said.splitlines() if "begins anew" in line]
-    assert warning.startswith("warning: no checkpoint ")
+    (warning,) = [line for line in said.splitlines() if "the run starts again" in line]
+    assert warning.startswith("warning: every checkpoint is damaged")
     assert (halfway / "log.damaged.jsonl").read_text() == before
     assert {"stage-3-step-8.damaged", "stage-3-step-9.damaged"} < set(checkpoints(halfway))
     assert_same(halfway, whole[0])
