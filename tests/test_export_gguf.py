@@ -13,7 +13,8 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export, gguf, gguf_tokenizer
-from conftest import LAYOUTS, tiny_model
+from adapt_pruner.export.loading import GGUF_TYPES
+from conftest import LAYOUTS, tiny_config, tiny_model
 from test_cli import call
 from test_export import TEMPLATE, VOCAB, as_loaded, bpe, compared, repaired, unequal
 
@@ -91,7 +92,9 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize(
+    "layout", [one for one in LAYOUTS if tiny_config(one).model_type in GGUF_TYPES], ids=lambda layout: layout[1]
+)
 @pytest.mark.parametrize("alike", [False, True], ids=["unequal", "equal"])
 def test_llama_cpp_computes_what_torch_computes(layout: tuple[str, str], alike: bool, tmp_path: Path) -> None:
     llama_cpp()
