@@ -59,6 +59,17 @@ def tells(place: Path, said: str) -> None:
     assert f"{shares[0]:.0%} of the way" in said
 
 
+def labels(place: Path, said: str) -> None:
+    """Before and after training the accuracy is of whole texts, and the loss of labels alone falls far below that of tokens."""
+    first, *_, last = log_of(place / "runs/labels", "evaluation")
+    for measured in (first, last):
+        assert measured["tokens"] == 4, "one prediction a text"
+        assert measured["judged"]["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+    assert last["nll"] < first["nll"] / 2
+    assert recipe_of(place / "runs/labels")["task"] == "labels"
+    assert f"accuracy {last['judged']['accuracy']:.4g}" in said
+
+
 def is_half(place: Path, _: str) -> None:
     from safetensors.torch import load_file
 
@@ -92,6 +103,7 @@ CHECKS: dict[str, list[Callable[[Path, str], None]]] = {
     "src/adapt_pruner/reduce/trim.py": [named("trim", "reduce", "trim(at_once=3)"), trims],
     "src/adapt_pruner/train/matching.py": [named("matching", "training.objective", "matching.matching"), differs("matching")],
     "src/adapt_pruner/data/backwards.py": [named("backwards", "training.feed", "backwards"), differs("backwards")],
+    "src/adapt_pruner/data/labels.py": [labels],
     "src/adapt_pruner/export/half.py": [is_half],
     "src/adapt_pruner/families/smollm3.py": [named("smollm3", "model", "smollm3")],
     "src/adapt_pruner/reduce/milestones.py": [tells],
@@ -127,6 +139,8 @@ def test_an_example_is_one_file_and_works(file: str, tmp_path: Path) -> None:
         byte_tokenizer().save_pretrained(place / name)
     lines = (f"Line {number}: the quick brown fox jumps over {number**2} lazy dogs.\n\n" for number in range(400))
     (place / "text.txt").write_text("".join(lines), encoding="utf-8")
+    reviews = ({"text": f"Film {n}: {'a joy' if n % 2 else 'a bore'}.", "label": "good" if n % 2 else "bad"} for n in range(40))
+    (place / "reviews.jsonl").write_text("".join(json.dumps(review) + "\n" for review in reviews), encoding="utf-8")
     assert RECIPE is not None
     (place / "recipe.yaml").write_text(RECIPE[1], encoding="utf-8")
     words = shlex.split(command.replace("\\\n", " "))

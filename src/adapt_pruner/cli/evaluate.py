@@ -184,7 +184,7 @@ def _perplexity(
         listen.hear(Progress(phase="evaluate", done=done, of=of))
 
     num_bytes = text_bytes(loaded.tokenizer, windows)
-    return asdict(perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told)), windows[0]
+    return perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told).told(), windows[0]
 
 
 def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]") -> None:

@@ -381,15 +381,17 @@ class Evaluation(Event):
     seconds: Seconds | None = None
     tokens_per_second: float | None = None
     bits_per_byte: float | None = None
+    judged: dict[str, float] = Field(default_factory=dict)
 
     def line(self, begun: str = "dense") -> str:
         if self.params is None:
             return ""
         value = math.inf if self.perplexity is None else self.perplexity
-        return f"{_whose(self.stage, begun)}: perplexity {value:.2f} on held-out text, {millions(self.params)} parameters"
+        judged = "".join(f", {name} {figure:.4g}" for name, figure in self.judged.items())
+        return f"{_whose(self.stage, begun)}: perplexity {value:.2f}{judged} on held-out text, {millions(self.params)} parameters"
 
     def figures(self) -> dict[str, float]:
-        return self._those("perplexity", "params")
+        return self._those("perplexity", "params") | self.judged
 
 
 class Tasks(Event):

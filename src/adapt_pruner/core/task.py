@@ -1,10 +1,10 @@
 """What a model learns, said in one place: what of a batch is predicted, from where, and at what loss.
 
-Scoring, repairs and training ask a `Task` and know no head, no labels and no order of tokens themselves. Causal language modelling is
-the one there is; another, a classifier's, is another class with these methods, handed in as `task`.
+Scoring, repairs, training and evaluation ask a `Task` and know no head, no labels and no order of tokens themselves. How batches are
+made of text is for `data.task.TextTask` to say, which a recipe names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,9 @@ class Task(Protocol):
             predicted: bool [batch, length], what of the batch counts; None for all that can be predicted.
             chunk: predictions whose logits exist at one time, see `through_head`.
         """
+
+    def judged(self, model: Any, batch: Tensor) -> Mapping[str, Tensor]:
+        """Figures beside the loss, each a sum over what is predicted: `{"accuracy": number of right answers}`; {} for none."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,10 @@ class CausalLM:
         """The sum over the predicted tokens of -log p, in nats; see `Task.loss`."""
         hidden, targets = self.predicting(self.read(model, batch).last_hidden_state, batch, predicted)
         return self.of_logits(model, hidden, nll_of_logits(targets), chunk=chunk)
+
+    def judged(self, model: Any, batch: Tensor) -> Mapping[str, Tensor]:
+        """Nothing beside the loss."""
+        return {}
 
 
 CAUSAL_LM = CausalLM()

@@ -19,7 +19,7 @@ from adapt_pruner.data.sources import SELF, Source, domains
 from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Fixed", "Rows", "stage_spans", "training_rows"]
+__all__ = ["Fixed", "Rows", "rows_of", "stage_spans", "training_rows"]
 
 
 class Rows:
@@ -196,6 +196,19 @@ def training_rows(
         first += len(store.offsets) - 1
     order = np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
     return Rows(stores, order, names=list(domains(source)))
+
+
+def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]], *, tokens: int, seed: int) -> Rows:
+    """Rows of a run from sequences in memory, in a random order, each once before any twice, until there are `tokens` tokens.
+
+    Args:
+        sequences: token ids, and which of them are predicted; at least one.
+    """
+    ids, masks = (np.concatenate([np.asarray(each[side]) for each in sequences]) for side in (0, 1))
+    lengths = np.array([len(each) for each, _ in sequences])
+    digest = hashlib.sha256(ids.astype("<i8").tobytes() + lengths.astype("<i8").tobytes() + masks.tobytes()).hexdigest()
+    store = Store(ids, np.concatenate([[0], np.cumsum(lengths)]), masks.astype(np.bool_), digest, 0)
+    return Rows([store], _epochs(lengths, tokens, np.random.default_rng(seed)))
 
 
 def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:

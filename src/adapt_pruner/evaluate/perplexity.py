@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.precision import casting_once, precision, spoiled
 from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.core.task import CAUSAL_LM
+from adapt_pruner.core.task import CAUSAL_LM, Task
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -23,7 +25,7 @@ class Perplexity:
 
     `tokens_per_second` leaves out each process' first window, which also pays for making ready (kernels for a pruned model's many
     widths, caches); None where no process has two. `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the text: unlike the others it compares between
-    tokenizers. None where the bytes are not known.
+    tokenizers. None where the bytes are not known. `judged` has a task's own figures, each a mean over what is predicted.
     """
 
     perplexity: float
@@ -33,6 +35,11 @@ class Perplexity:
     seconds: float
     tokens_per_second: float | None = None
     bits_per_byte: float | None = None
+    judged: Mapping[str, float] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """The figures as plain data; `judged` only where there is something in it."""
+        return {name: value for name, value in asdict(self).items() if name != "judged" or value}
 
 
 @torch.no_grad()
@@ -40,15 +47,17 @@ def perplexity(
     model: nn.Module,
     windows: Sequence[Tensor],
     *,
+    task: Task = CAUSAL_LM,
     dtype: str = "float32",
     num_bytes: int | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Sum of next-token losses over non-overlapping windows / number of predicted tokens; nothing is carried between windows.
+    """Sum of the losses over non-overlapping windows / number of predictions; nothing is carried between windows.
 
     Args:
         model: causal LM, of a known family or not; its mode is left as found.
-        windows: int64 [1, length] each; a window predicts its tokens 1 … length - 1.
+        windows: int64 [1, length] each, or whatever a batch of the task is; a causal LM's window predicts its tokens 1 … length - 1.
+        task: what is predicted, and at what loss.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         num_bytes: of the text that the predicted tokens stand for (see `data.tokens.text_bytes`).
         on_window: told (done, of).
@@ -63,34 +72,42 @@ def perplexity(
     was_training = model.training
     began = time.perf_counter()
     warm = began
-    total, count = torch.zeros((), dtype=torch.float64), _predicted(windows)
+    total, count = torch.zeros((), dtype=torch.float64), task.num_predicted(windows)
     mine = world.share(windows)
-    losses = CAUSAL_LM.loss if families.is_known(model.config) else _nll_of_its_logits
+    losses = _nll_of_its_logits if task is CAUSAL_LM and not families.is_known(model.config) else task.loss
+    right = Counter[str]()
     try:
         model.eval()
         with casting_once(model):
             for done, ids in enumerate(mine, start=1):
                 with precision(device, dtype):
                     total += losses(model, ids.to(device)).double().cpu()
+                    right.update({name: float(value) for name, value in task.judged(model, ids.to(device)).items()})
                 if done == 1:
                     warm = time.perf_counter()
                 if on_window is not None:
                     on_window(done, len(mine))
     finally:
         model.train(was_training)
-    after, spent = _predicted(mine[1:]), time.perf_counter() - warm
+    after, spent = task.num_predicted(mine[1:]), time.perf_counter() - warm
     rate = torch.tensor(after / spent if after else 0.0, dtype=torch.float64)
-    world.sum_in_place(total, rate)
+    judged = {name: torch.tensor(right[name], dtype=torch.float64) for name in world.agreed(sorted(right))}
+    world.sum_in_place(total, rate, *judged.values())
     nll = float(total) / count
     if math.isnan(nll):
         raise spoiled(f"the loss on the text is {nll}", device, dtype)
     bits = float(total) / math.log(2) / num_bytes if num_bytes else None
     seconds = time.perf_counter() - began
-    return Perplexity(perplexity_of(nll), nll, count, len(windows), seconds, float(rate) or None, bits)
-
-
-def _predicted(windows: Sequence[Tensor]) -> int:
-    return sum(ids.numel() - ids.shape[0] for ids in windows)
+    return Perplexity(
+        perplexity_of(nll),
+        nll,
+        count,
+        len(windows),
+        seconds,
+        float(rate) or None,
+        bits,
+        {name: float(value) / count for name, value in judged.items()},
+    )
 
 
 def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:

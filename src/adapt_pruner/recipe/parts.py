@@ -1,6 +1,6 @@
 """Find a part by its name: `weights.taylor` is the function `taylor` in `score/weights.py`.
 
-There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction or a feed is a class,
+There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction, a feed or a task is a class,
 one per file, and has the name of its file: `units` for `reduce/units.py`. The files are read as text, not imported. Options
 stand in brackets, `weights.magnitude(norm=l2)`. The file may be left out where only one part has that name: `taylor`.
 """
@@ -32,6 +32,7 @@ FOLDERS = {
     "objective": "train",
     "schedule": "train",
     "feed": "data",
+    "task": "data",
 }
 """Recipe key -> the folder whose files hold such parts."""
 

@@ -230,6 +230,7 @@ class Recipe(_Frozen):
     latency_of: Literal["prefill", "decode"] = Field(
         "prefill", description="what latency times: reading a prompt, or writing the answer"
     )
+    task: _part("task") = Field("causal_lm", description="what the model learns: its batches, its loss and how it is measured")  # type: ignore[valid-type]
     stages: int = Field(
         1, ge=1, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
     )

@@ -22,8 +22,8 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.surgery import cut, gated
-from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.data.feed import Feed
+from adapt_pruner.data.task import TextTask
 from adapt_pruner.evaluate.task_sources import Wanted
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.score.calibrate import Evidence, mean_loss
@@ -71,7 +71,7 @@ class Reads:
         digests: name of the text for people -> fingerprint; of training text all rows and their order, of calibration text the
             first batches.
         held_out: evaluation windows; empty without an evaluation.
-        held_out_bytes: bytes of the text that these windows predict.
+        held_out_bytes: bytes of the text that these windows predict; None if the task counts none.
         teacher: the model to distil from; None if the objective has none.
         tasks: scored at the start and the end, on the main process alone.
     """
@@ -82,7 +82,7 @@ class Reads:
     ends: list[int] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     held_out: list[Tensor] = field(default_factory=list)
-    held_out_bytes: int = 0
+    held_out_bytes: int | None = None
     teacher: Any = None
     tasks: list[Wanted] = field(default_factory=list)
 
@@ -266,7 +266,7 @@ class Work:
         budget: parameters at the start, and parameters to keep.
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
         dense: parameters of the model at the start, before its vocabulary was cut.
-        task: what the model learns.
+        task: what the model learns, as the recipe names it.
     """
 
     loaded: Loaded
@@ -279,12 +279,12 @@ class Work:
     budget: Budget = field(default_factory=lambda: Budget(keep=0, total=0))
     optimizer: Optimizer | None = None
     dense: int = 0
-    task: Task = CAUSAL_LM
     _axes: tuple[Axis, ...] | None = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.reduction: Reduction = parts.bind("reduce", self.recipe.reduce)()
+        self.task: TextTask = parts.bind("task", self.recipe.task)()
 
     @classmethod
     def of(cls, model: Any, recipe: Recipe) -> "Work":

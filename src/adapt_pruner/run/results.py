@@ -1,12 +1,12 @@
 """Measure a run's model on the way, and write its checkpoint at the end.
 
-`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["tasks"]` at
+`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["judged"]` what else its task measures, `figures["tasks"]` at
 the start and at the end. None means not measured, because the recipe asked for it only later. In JSON, null can also mean
 infinity.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,16 @@ def measure_text(work: Work, *, stage: int) -> None:
         return
     with work.state.clock("evaluate"):
         measured = perplexity(
-            work.model, reads.held_out, dtype=work.recipe.dtype, num_bytes=reads.held_out_bytes,
+            work.model, reads.held_out, task=work.task, dtype=work.recipe.dtype, num_bytes=reads.held_out_bytes,
             on_window=work.progress("evaluate", stage=stage),
         )  # fmt: skip
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
         known = figures.setdefault(name, [])
         known += [None] * (stage - len(known))  # of stages that went before somebody asked for it
         known.append(figure)
-    work.tell(Evaluation(stage=stage, params=work.num_params, **asdict(measured)))
+    if measured.judged:
+        figures["judged"] = [*figures.get("judged", []), {"stage": stage, **measured.judged}]
+    work.tell(Evaluation(stage=stage, params=work.num_params, **measured.told()))
 
 
 def measure_tasks(work: Work, *, stage: int) -> None:

@@ -26,13 +26,13 @@ from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feed import Feed
-from adapt_pruner.data.fixed import Rows, training_rows
+from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF, domains
-from adapt_pruner.data.tokens import batches_of, calibration_ids, text_bytes
+from adapt_pruner.data.tokens import batches_of, calibration_ids
 from adapt_pruner.data.uses import token_uses
-from adapt_pruner.data.windows import MICRO_TOKENS, calibration_feed, held_out_windows, too_long
+from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
@@ -163,6 +163,11 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     recipe = work.recipe
     work.stages, work.budget = plan(work)
     _check_machine(work)
+    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.own):
+        raise UsageError(
+            f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
+            "calibration.own to 0"
+        )
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work)))
     looks_at_text = reads_text(work)
@@ -186,7 +191,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
             "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
         },
         held_out=held_out,
-        held_out_bytes=text_bytes(work.tokenizer, held_out),
+        held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
         teacher=_teacher(work, begun=begun),
         tasks=tasks,
     )
@@ -266,7 +271,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, samples=asked["samples"], seed=recipe.seed, begun=begun))
-    return calibration_feed(
+    return work.task.calibration(
         work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_batch=work.progress("write")
     )
 
@@ -327,7 +332,7 @@ def _rows(work: Work) -> Rows | None:
         return None
 
     def read_rows() -> Rows:
-        return training_rows(
+        return work.task.rows(
             work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
             warn=work.warn,
         )  # fmt: skip
@@ -341,7 +346,7 @@ def _held_out(work: Work) -> list[Tensor]:
     asked = work.recipe.evaluation
     if asked.source is None:
         return []
-    return held_out_windows(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
+    return work.task.held_out(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
 
 
 def _teacher(work: Work, *, begun: bool) -> Any:

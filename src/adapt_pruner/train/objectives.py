@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.loss import LogitLoss, logit_cap, nll_of_logits
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.core.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.errors import UsageError
 
 __all__ = ["distil", "lm"]
@@ -37,6 +37,7 @@ def distil(
     predicted: Tensor | None = None,
     *,
     teacher: Any,
+    task: CausalLM = CAUSAL_LM,
     temperature: Annotated[float, "above 0"] = 2.0,
     alpha: Annotated[float, "0 to 1"] = 1.0,
     hidden: Annotated[float, "0 or more"] = 0.0,
@@ -50,6 +51,7 @@ def distil(
     Args:
         input_ids: int64 [batch, length].
         predicted: bool [batch, length]; None for every token but the first.
+        task: what the model learns; one that predicts by logits.
         teacher: causal LM of the same vocabulary; for `hidden` also of the same width and number of layers.
         temperature: T.
         alpha: α in [0, 1]; 1 is distillation alone.
@@ -64,22 +66,22 @@ def distil(
     Source: arXiv:1503.02531; T = 2 and α = 1 are the defaults of Adapt-Pruner's `use_distill`. Differs: there position t is
     masked by its own label. The hidden-state term is SquareHead's (arXiv:2310.06927), taken per token.
     """
-    lm = CAUSAL_LM
-    student = lm.read(model, input_ids, output_hidden_states=hidden > 0)
+    student = task.read(model, input_ids, output_hidden_states=hidden > 0)
     with torch.no_grad():
-        taught = lm.read(teacher, input_ids, output_hidden_states=hidden > 0)
-    entering, targets = lm.predicting(student.last_hidden_state, input_ids, predicted)
-    goal, _ = lm.predicting(taught.last_hidden_state, input_ids, predicted)
-    loss = _kl_of_logits(targets, goal, teacher, temperature=temperature, alpha=alpha)
-    total = lm.of_logits(model, entering, loss)
+        taught = task.read(teacher, input_ids, output_hidden_states=hidden > 0)
+    entering, targets = task.predicting(student.last_hidden_state, input_ids, predicted)
+    goal, _ = task.predicting(taught.last_hidden_state, input_ids, predicted)
+    loss = _kl_of_logits(targets, goal, task.head(teacher), logit_cap(teacher), temperature=temperature, alpha=alpha)
+    total = task.of_logits(model, entering, loss)
     if hidden > 0:
-        total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, input_ids, predicted)
+        total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, task, input_ids, predicted)
     return total
 
 
-def _kl_of_logits(targets: Tensor, goal: Tensor, teacher: Any, *, temperature: float, alpha: float) -> LogitLoss:
+def _kl_of_logits(
+    targets: Tensor, goal: Tensor, head: nn.Linear, cap: float | None, *, temperature: float, alpha: float
+) -> LogitLoss:
     nll, t = nll_of_logits(targets), temperature
-    head, cap = CAUSAL_LM.head(teacher), logit_cap(teacher)
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)
@@ -101,7 +103,9 @@ def _kl_of_logits(targets: Tensor, goal: Tensor, teacher: Any, *, temperature: f
     return loss
 
 
-def _hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], input_ids: Tensor, predicted: Tensor | None) -> Tensor:
+def _hidden_distance(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], task: CausalLM, input_ids: Tensor, predicted: Tensor | None
+) -> Tensor:
     if len(ours) != len(theirs) or ours[0].shape != theirs[0].shape:
         raise UsageError(
             f"hidden states do not compare: the model has {len(ours) - 1} layers of width {ours[0].shape[-1]}, "
@@ -109,6 +113,6 @@ def _hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], input_ids
         )
     total = torch.zeros((), device=input_ids.device)
     for one, other in zip(ours[1:], theirs[1:], strict=True):
-        state, goal = (CAUSAL_LM.predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
+        state, goal = (task.predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
         total = total + ((state - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
     return total / (len(ours) - 1)

@@ -1,0 +1,38 @@
+"""`task: causal_lm`: the model predicts each next token of plain text or of the answers in conversations."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adapt_pruner.core import task
+from adapt_pruner.core.parts import part
+from adapt_pruner.data.fixed import Rows, training_rows
+from adapt_pruner.data.sources import Source
+from adapt_pruner.data.tokens import text_bytes
+from adapt_pruner.data.windows import calibration_feed, held_out_windows
+
+__all__ = ["CausalLM"]
+
+
+@part("task")
+class CausalLM(task.CausalLM):
+    """The next token of a text: -log p(token | what precedes it), in nats; measured as perplexity and bits per byte."""
+
+    writes_text = True
+
+    def calibration(self, model: Any, tokenizer: Any, **asked: Any) -> Callable[[int], list[Tensor]]:
+        """Windows of text, drawn anew for each iteration; see `data.windows.calibration_feed`."""
+        return calibration_feed(model, tokenizer, **asked)
+
+    def rows(self, tokenizer: Any, source: Source, **asked: Any) -> Rows:
+        """Text packed into rows, and conversations; see `data.fixed.training_rows`."""
+        return training_rows(tokenizer, source, **asked)
+
+    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
+        """Windows of text; see `data.windows.held_out_windows`."""
+        return held_out_windows(tokenizer, source=source, window=window, max_windows=max_windows)
+
+    def num_bytes(self, tokenizer: Any, batches: Sequence[Tensor]) -> int | None:
+        """Bytes that the predicted tokens stand for; see `data.tokens.text_bytes`."""
+        return text_bytes(tokenizer, batches)

@@ -1,0 +1,50 @@
+"""`TextTask`: what a run asks of a task, beside what scoring and training ask: how batches are made of text."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from adapt_pruner.core.task import Task
+from adapt_pruner.data.fixed import Rows
+from adapt_pruner.data.sources import Source
+
+__all__ = ["TextTask"]
+
+
+class TextTask(Task, Protocol):
+    """What a model learns: a class with `@part("task")`, one per file of `data/`. A recipe names it by its file.
+
+    A batch is a tensor whose first dimension counts samples. What its numbers mean is for the task alone to know.
+
+    Attributes:
+        writes_text: whether the model can write text of this task itself (`calibration.source: self`).
+    """
+
+    writes_text: bool
+
+    def calibration(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        source: Source,
+        samples: int,
+        length: int,
+        ids: str | None,
+        seed: int,
+        dtype: str,
+        on_batch: Callable[[int, int], None],
+    ) -> Callable[[int], list[Tensor]]:
+        """A function from the number of an iteration to its batches; see `data.windows.calibration_feed`."""
+
+    def rows(
+        self, tokenizer: Any, source: Source, *, length: int, tokens: int, seed: int, repeat: bool, warn: Callable[[str], None]
+    ) -> Rows:
+        """All rows of a run's training; see `data.fixed.training_rows`."""
+
+    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
+        """The batches that the model is measured on; see `data.windows.held_out_windows`."""
+
+    def num_bytes(self, tokenizer: Any, batches: Sequence[Tensor]) -> int | None:
+        """Bytes of the text that is predicted; None where a loss per byte says nothing."""
