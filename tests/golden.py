@@ -115,9 +115,9 @@ def make(work: Path) -> None:
 
 
 def run(work: Path, side: str) -> None:
-    """Every row on every model, and the page of each."""
+    """Every row that the base has on every model, and the page of each."""
     for model in FAMILIES:
-        for row in sorted(path.stem for path in (ROOT / "src/adapt_pruner").rglob("methods/*.yaml")):
+        for row in sorted(path.stem for path in (work / "base").rglob("methods/*.yaml")):
             out = work / side / f"{model}-{row}"
             said = _command("run", str(_recipe(work, model, row)), "-o", str(out))
             if not (out / "model").is_dir():  # a row that refuses a model says why

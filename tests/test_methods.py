@@ -16,6 +16,10 @@ from adapt_pruner.report.documented import prune
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 
+SHORTER = {"bypass": {"reduce": "policy_gradient(updates=20)"}}
+"""Of rows that search for long."""
+
+
 @pytest.fixture(scope="module")
 def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve layers: enough for a row that leaves six of them whole."""
@@ -32,14 +36,14 @@ def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: 
     assert "arXiv:" in row["paper"] or name == "random"
     asked = read({
         "model": str(deep_folder), "budget": "85%", "method": name, "dtype": "float32",
-        "calibration": {"source": str(text_file), "samples": 4, "length": 32},
+        "calibration": {"source": str(text_file), "samples": 4, "length": 32}, **SHORTER.get(name, {}),
     })  # fmt: skip
     figures = prune(asked, tmp_path / "out").figures
     costs = {axis.kind: axis.cost for axis in families.axes(load(str(deep_folder)).model)}
     unit = costs["neurons" if "neurons" in asked.axes else "layers"]
     left = load(str(tmp_path / "out")).model
     assert count_parameters(left) == figures["params_after"] <= figures["budget"]
-    if asked.reduce == "units":  # which goes by widths that are multiples of 8
+    if asked.reduce != "slice":  # which goes by widths that are multiples of 8
         assert figures["budget"] - unit < figures["params_after"]
 
 

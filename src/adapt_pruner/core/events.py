@@ -19,7 +19,7 @@ from adapt_pruner.core.words import millions, shown
 
 __all__ = [
     "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
-    "Reused", "Said", "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
+    "Reused", "Said", "Saved", "Score", "Searched", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
@@ -287,6 +287,41 @@ class Progress(Event):
             return f"{self.task}, request {self.done:,} of {self.of:,}"
         unit = self._DOING.get(self.phase, ("", "part"))[1]
         return f"{self.doing}, {unit} {self.done} of {self.of}"
+
+
+class Searched(Event):
+    """A round of a search for what to cut is done.
+
+    Attributes:
+        stage: counted from 1.
+        done: rounds so far in this search.
+        of: rounds of this search.
+        evaluations: times that a candidate's loss was measured, so far.
+        best: lowest loss of a candidate of this round, in nats per prediction.
+        mean: mean over the candidates of this round.
+        sizes: axis name -> units that the search would keep now; of a share in doubt, the expected number.
+    """
+
+    event: Literal["searched"] = "searched"
+    stage: Count | None = None
+    done: Count
+    of: Count
+    evaluations: Count = 0
+    best: float | None = None
+    mean: float | None = None
+    sizes: dict[str, float] | None = None
+
+    @property
+    def often(self) -> bool:
+        return True
+
+    def line(self, begun: str = "dense") -> str:
+        if self.best is None or self.mean is None:
+            return f"stage {self.stage}: search, round {self.done} of {self.of}"
+        return f"stage {self.stage}: search, round {self.done} of {self.of}: loss {self.best:.3f} at best, {self.mean:.3f} on average"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("best", "mean")
 
 
 class Cut(Event):

@@ -19,6 +19,7 @@ from torch import Tensor
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.cutline import cut_line
+from adapt_pruner.core.events import Searched
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
@@ -29,7 +30,10 @@ from adapt_pruner.reduce.widths import check_multiple, fitting
 from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
 
-__all__ = ["Units", "mask_to", "metrics_of", "params_of", "prunable", "scored", "sizes_alike"]
+__all__ = [
+    "Units", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
+    "within_widths",
+]  # fmt: skip
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 
@@ -65,7 +69,7 @@ class Units(Reduction):
     def floor(self, work: Work) -> tuple[int, str]:
         """The parameters that are left once the chooser has taken all that it may, with biases that the repair will add."""
         kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
-        least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + _repair_parameters(work)
+        least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + repair_parameters(work)
         return least, f"{work.recipe.chooser} has taken all that it may ({kinds})"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
@@ -102,20 +106,20 @@ class Units(Reduction):
             beside=tuple(what for what, is_taken in taken.items() if is_taken),
         )
 
-    def steps(self, work: Work, target: int) -> Iterator[Change]:
+    def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Score, choose, repair and yield the mask, until the model has at most `target` parameters."""
         recipe, model = work.recipe, work.model
         if self._debt is None or (recipe.debt == "reset" and self._stage != work.state.stage):
             self._debt = Debt.none(prunable(work))
         self._stage = work.state.stage
-        choose = _chooser(recipe, step=recipe.step, amplitude=recipe.amplitude)
+        choose = within_widths(recipe, parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude))
         while (now := work.num_params) > target:
             where = {"stage": work.state.stage, "iteration": work.iteration}
             may_shrink = prunable(work)
             with work.state.clock("score"):
                 batches = work.batches()
-                scores, loss = _scores(work, batches, **where)
-                budget = Budget(keep=target, total=now + _repair_parameters(work))
+                scores, loss = scores_of(work, batches, **where)
+                budget = Budget(keep=target, total=now + repair_parameters(work))
                 sizes, debt = choose(scores, may_shrink, budget, debt=self._debt)
                 if recipe.behind:
                     metric = metrics_of(work, seed=recipe.seed + work.iteration)[0]
@@ -129,13 +133,7 @@ class Units(Reduction):
                     f"{recipe.chooser} finds nothing more to remove at {now:,} parameters, above the target {target:,}; raise "
                     "the budget, or add to axes"
                 )
-            if recipe.repair is not None:
-                with work.state.clock("repair"):
-                    tell = work.progress("repair", **where)
-                    repair = parts.bind(
-                        "repair", recipe.repair, task=work.task, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell
-                    )
-                    repair(model, work.axes, mask, [*batches, *work.reads.own])
+            repaired(work, mask, batches, **where)
             self._debt = debt.after(mask)
             told = {
                 "sizes": sizes,
@@ -163,7 +161,7 @@ class Units(Reduction):
             self._debt = Debt({**none.start, **self._debt.start}, {**none.sparsity, **self._debt.sparsity})
 
 
-def _scores(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores, float]:
+def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores, float]:
     """The scores of all units that may go and of all layers, and the mean loss, on these batches.
 
     Raises:
@@ -181,6 +179,17 @@ def _scores(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores
             "or leave them out of axes"
         )
     return scores, loss
+
+
+def repaired(work: Work, mask: Mask, batches: Sequence[Tensor], **where: int) -> None:
+    """Let the recipe's repair, if it has one, prepare the weights, in place, for a cut by `mask`."""
+    recipe = work.recipe
+    if recipe.repair is None:
+        return
+    with work.state.clock("repair"):
+        tell = work.progress("repair", **where)
+        repair = parts.bind("repair", recipe.repair, task=work.task, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell)
+        repair(work.model, work.axes, mask, [*batches, *work.reads.own])
 
 
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:
@@ -238,7 +247,7 @@ def _evidence(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
     return evidence_needed(work.model, scored(work), metrics_of(work, seed=0) if metrics is None else metrics)
 
 
-def _repair_parameters(work: Work) -> int:
+def repair_parameters(work: Work) -> int:
     """Number of bias parameters that the repair will add to the model."""
     repair = work.recipe.repair
     if repair is None or "biases" not in parts.needs("repair", repair):
@@ -246,11 +255,10 @@ def _repair_parameters(work: Work) -> int:
     return sum(int(module.weight.shape[0]) for module in without_bias(work.model, work.axes))
 
 
-def _chooser(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., tuple[dict[str, int], Debt]]:
-    """The recipe's chooser, with its sizes brought to the widths that the recipe allows; it is called like any chooser."""
-    choose = parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude)
+def within_widths(recipe: Recipe, choose: Callable[..., Any]) -> Callable[..., tuple[dict[str, int], Debt]]:
+    """A chooser with its sizes brought to the widths that the recipe allows; it is called like any chooser."""
 
-    def within_widths(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
+    def fitted(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
         sizes = {axis.name: axis.size for axis in axes}
         # Neurons at their least would be given back each time, and the chooser would never get to the heads.
         if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > recipe.multiple_of]:
@@ -260,7 +268,7 @@ def _chooser(recipe: Recipe, *, step: float, amplitude: float) -> Callable[..., 
             sizes = fitting(sizes, axes, scores=scores, multiple_of=recipe.multiple_of, equal_widths=recipe.equal_widths)
         return sizes, debt
 
-    return within_widths
+    return fitted
 
 
 def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
@@ -276,7 +284,7 @@ def mask_to(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
 def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
     """The sizes that the recipe's chooser reaches for `keep` parameters, or as near as it may, if all scores are equal."""
     whole = left = prunable(work)
-    choose = _chooser(work.recipe, step=1.0, amplitude=0.0)
+    choose = within_widths(work.recipe, parts.bind("chooser", work.recipe.chooser, step=1.0, amplitude=0.0))
     total = work.num_params
     found, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
     while not keep or total > keep:

@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.core import events
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.events import Event, Warned
+from adapt_pruner.core.events import Event, Searched, Warned
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.data.feed import Feed
@@ -231,8 +231,11 @@ class Reduction:
         """What this reduction reads."""
         return Looks()
 
-    def steps(self, work: "Work", target: int) -> Iterator[Change]:
+    def steps(self, work: "Work", target: int) -> Iterator[Change | Searched]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
+
+        A reduction that searches for long yields `Searched` now and then: nothing has changed but its state, the run says how far
+        the search is, and may write a checkpoint.
 
         Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model
         after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the

@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.load import pick_device
 from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
 from adapt_pruner.core import world
-from adapt_pruner.core.events import Cut, Finished, Interrupted, Resumed, Saved, Start
+from adapt_pruner.core.events import Cut, Finished, Interrupted, Resumed, Saved, Searched, Start
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
@@ -88,6 +88,10 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
     trainer.before_cuts()
     work.begin_stage()
     for change in work.reduction.steps(work, stage.params):
+        if isinstance(change, Searched):
+            work.tell(change)
+            trainer.save_if_due(f"stage-{stage.stage}-cut-{work.iteration - 1}-search-{change.done}")
+            continue
         with state.clock("cut"):
             work.apply(change)
         layers = {} if change.mask is None else {"layers_left": state.layers_left}
