@@ -267,6 +267,8 @@ class Progress(Event):
         "heads": ("shutting heads one by one, iteration {iteration}", "layer"),
         "repair": ("repairing, iteration {iteration}", "step"),
         "evaluate": ("evaluating", "batch"),
+        "search": ("searching", "candidate"),
+        "levels": ("repairing for each level", "level"),
         "time": ("timing, {what}", "round"),
     }
 

@@ -15,7 +15,8 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
     `keys` and `needs` are written as plain literals.
 
     Args:
-        keys: of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`, `feed`.
+        keys: of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`, `feed`,
+            `task`; `proposal` of `reduce: search`.
         needs: what the part cannot do without. A recipe that lacks it is refused or given it before any work is done:
 
             distance   scores of whole layers, so the recipe names a distance (choosers)

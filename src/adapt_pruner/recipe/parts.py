@@ -33,6 +33,7 @@ FOLDERS = {
     "schedule": "train",
     "feed": "data",
     "task": "data",
+    "proposal": "reduce",
 }
 """Recipe key -> the folder whose files hold such parts."""
 

@@ -12,7 +12,7 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.errors import UsageError
 
-__all__ = ["distil", "lm"]
+__all__ = ["distil", "kl_of_logits", "lm"]
 
 
 @part("objective")
@@ -71,17 +71,26 @@ def distil(
         taught = task.read(teacher, input_ids, output_hidden_states=hidden > 0)
     entering, targets = task.predicting(student.last_hidden_state, input_ids, predicted)
     goal, _ = task.predicting(taught.last_hidden_state, input_ids, predicted)
-    loss = _kl_of_logits(targets, goal, task.head(teacher), logit_cap(teacher), temperature=temperature, alpha=alpha)
+    loss = kl_of_logits(targets, goal, teacher, task, temperature=temperature, alpha=alpha)
     total = task.of_logits(model, entering, loss)
     if hidden > 0:
         total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, task, input_ids, predicted)
     return total
 
 
-def _kl_of_logits(
-    targets: Tensor, goal: Tensor, head: nn.Linear, cap: float | None, *, temperature: float, alpha: float
+def kl_of_logits(
+    targets: Tensor, goal: Tensor, teacher: Any, task: CausalLM = CAUSAL_LM, *, temperature: float = 1.0, alpha: float = 1.0
 ) -> LogitLoss:
+    """α · T² · KL(teacher ‖ logits) + (1 - α) · cross-entropy with `targets`, both at temperature T, in nats.
+
+    Args:
+        targets: int64 [n].
+        goal: hidden states of the teacher before its head, [n, width].
+        teacher: the model with that head.
+        task: what is predicted, which knows the head.
+    """
     nll, t = nll_of_logits(targets), temperature
+    head, cap = task.head(teacher), logit_cap(teacher)
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)

@@ -1,0 +1,115 @@
+"""What a search tries next: candidates made of those that are best so far, all of the same budget."""
+
+import random as chance
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.parts import part
+
+__all__ = ["Candidate", "Sizes", "Space", "evolution", "random"]
+
+_REACH = 4  # levels that an axis may be above or below its start
+_SWAPS = 3
+
+Sizes = dict[str, int]
+"""Axis name -> units to keep."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Sizes, and the loss that was measured with them."""
+
+    sizes: Sizes
+    loss: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where a search may go: from `base` by whole levels, while the units of each kind stay as many.
+
+    Attributes:
+        base: the start.
+        kinds: kind -> names of its axes; those with one axis stay as they are.
+        level: kind -> units that a level is.
+        least: axis name -> fewest units that it keeps.
+        most: axis name -> units it has.
+    """
+
+    base: Sizes
+    kinds: Mapping[str, tuple[str, ...]]
+    level: Mapping[str, int]
+    least: Mapping[str, int]
+    most: Mapping[str, int]
+
+    @classmethod
+    def around(cls, axes: Sequence[Axis], base: Sizes, *, level: float) -> "Space":
+        """The space around the sizes `base`; a level is a share of the neurons of a layer, and one of other units."""
+        kinds: dict[str, tuple[str, ...]] = {}
+        for axis in axes:
+            kinds[axis.kind] = (*kinds.get(axis.kind, ()), axis.name)
+        widest = max((axis.size for axis in axes if axis.kind == "neurons"), default=1)
+        units = {kind: max(1, round(level * widest)) if kind == "neurons" else 1 for kind in kinds}
+        return cls(base, kinds, units, {axis.name: axis.least for axis in axes}, {axis.name: axis.size for axis in axes})
+
+    def levels(self, name: str) -> list[int]:
+        """The sizes that an axis may have, as many for each axis; beyond its ends the last is repeated."""
+        unit = self.level[name.rpartition(".")[2]]
+        steps = [self.base[name] + k * unit for k in range(-_REACH, _REACH + 1)]
+        allowed = [size for size in steps if self.least[name] <= size <= self.most[name]]
+        return [min(max(size, allowed[0]), allowed[-1]) for size in steps]
+
+    def swapped(self, sizes: Sizes, draw: chance.Random, times: int) -> Sizes:
+        """Other sizes, `times` swaps away: one axis of a kind a level up, another a level down."""
+        found = dict(sizes)
+        for _ in range(times):
+            kinds = [kind for kind in self.kinds if self._movable(found, kind, 1) and self._movable(found, kind, -1)]
+            if not kinds:
+                break
+            kind = draw.choice(kinds)
+            up = draw.choice(self._movable(found, kind, 1))
+            if down := [name for name in self._movable(found, kind, -1) if name != up]:
+                found[up] += self.level[kind]
+                found[draw.choice(down)] -= self.level[kind]
+        return found
+
+    def mended(self, sizes: Sizes, draw: chance.Random) -> Sizes:
+        """Sizes brought back to the space: each to the nearest level, then each kind to as many units as `base` has."""
+        found = {name: min(self.levels(name), key=lambda size: (abs(size - sizes[name]), size)) for name in self.base}
+        for kind, names in self.kinds.items():
+            while missing := sum(self.base[name] - found[name] for name in names):
+                move = 1 if missing > 0 else -1
+                found[draw.choice(self._movable(found, kind, move))] += move * self.level[kind]
+        return found
+
+    def _movable(self, sizes: Sizes, kind: str, move: int) -> list[str]:
+        """The axes of a kind that may go a level up (1) or down (-1)."""
+        return [name for name in self.kinds[kind] if sizes[name] + move * self.level[kind] in self.levels(name)]
+
+
+@part("proposal")
+def evolution(population: Sequence[Candidate], space: Space, draw: chance.Random, number: int) -> list[Sizes]:
+    """Half are mutations of one candidate by one to three swaps, half crossings of two, which take each axis from either.
+
+    Parents are drawn by rank: the better of two that are drawn evenly.
+    """
+    found = []
+    for index in range(number):
+        parent = _drawn(population, draw)
+        if index % 2 == 0 or len(population) < 2:
+            found.append(space.swapped(parent.sizes, draw, min(draw.randint(1, _SWAPS), draw.randint(1, _SWAPS))))
+        else:
+            other = _drawn(population, draw)
+            crossed = {name: draw.choice((size, other.sizes[name])) for name, size in parent.sizes.items()}
+            found.append(space.mended(crossed, draw))
+    return found
+
+
+@part("proposal")
+def random(population: Sequence[Candidate], space: Space, draw: chance.Random, number: int) -> list[Sizes]:
+    """All are drawn afresh, up to as many swaps from the start as there are axes: the control that learns nothing."""
+    return [space.swapped(space.base, draw, draw.randint(1, len(space.base))) for _ in range(number)]
+
+
+def _drawn(population: Sequence[Candidate], draw: chance.Random) -> Candidate:
+    return population[min(draw.randrange(len(population)), draw.randrange(len(population)))]

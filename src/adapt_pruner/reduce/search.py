@@ -1,0 +1,294 @@
+"""`reduce: search`: find by search how many units each layer keeps, under an exact budget (Self-Pruner, EvoPress).
+
+    sizes        units that each axis keeps; the start has the shares of the recipe's chooser
+    a swap       one axis of a kind a level up, another of that kind a level down, so that the budget stays as it is
+    a round      `proposals` gives candidates; their loss on a little text says which are measured on more; the best stay
+
+A candidate is shut, not cut. With `repaired` its layers stand in with the weights that the recipe's repair would give them.
+The best candidate is cut at the end.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.events import Searched
+from adapt_pruner.core.parts import part
+from adapt_pruner.core.precision import precision
+from adapt_pruner.core.surgery import gated
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import parts
+from adapt_pruner.reduce.proposals import Candidate, Sizes, Space
+from adapt_pruner.reduce.units import (
+    Units,
+    params_of,
+    prunable,
+    repair_parameters,
+    repaired,
+    scores_of,
+    sizes_alike,
+)
+from adapt_pruner.reduce.work import Change, Work
+from adapt_pruner.train.objectives import kl_of_logits
+
+__all__ = ["Search"]
+
+
+@part("reduce", needs={"chosen", "text"})
+class Search(Units):
+    """Search how many units each layer keeps, by the loss of candidates that are shut but not cut (Self-Pruner, EvoPress)."""
+
+    def __init__(
+        self,
+        *,
+        proposals: str = "evolution",
+        population: Annotated[int, "2 or more"] = 30,
+        offspring: Annotated[int, "1 or more"] = 20,
+        rounds: Annotated[int, "1 or more"] = 20,
+        level: Annotated[float, "0 to 1"] = 0.1,
+        fitness: str = "loss",
+        tokens: Annotated[int, "2 or more"] = 2048,
+        finalists: Annotated[int, "1 or more"] = 5,
+        repaired: bool = False,
+    ) -> None:
+        """
+        Args:
+            proposals: what makes candidates: `evolution`, or `random`, its control, which draws them all afresh.
+            population: candidates that stay after a round, the best so far.
+            offspring: new candidates of a round.
+            rounds: number of rounds.
+            level: what a swap moves, as a share of the neurons of a layer; of heads and whole blocks it is one.
+            fitness: `loss` on text, or `kl`, KL(dense ‖ candidate) of its predictions in nats.
+            tokens: text on which all candidates are measured first.
+            finalists: how many of a round are measured on the whole draw of calibration text; these may join the population.
+            repaired: measure candidates with repaired weights. The recipe's repair runs once for each level, for all layers at once,
+                so it has to repair each layer by itself; its factors are left out. Weights of every level are kept in memory.
+
+        Text to measure on is drawn as the calibration text of the next iterations is, not that which the scores read.
+
+        Source: arXiv:2502.14413 (population 30, 10 + 10 offspring, 20 rounds) and EvoPress, arXiv:2410.14649 (swaps, growing text).
+        Differs from the first: sizes are found under an exact number of parameters, by swaps rather than by rates that a language
+        model writes, and fitness does not read WikiText.
+        """
+        super().__init__()
+        self.proposals, self.population, self.offspring, self.rounds = proposals, population, offspring, rounds
+        self.level, self.fitness, self.tokens, self.finalists = level, fitness, tokens, finalists
+        self.on_repaired = repaired
+        self._found = _Found()
+
+    def check(self, work: Work) -> None:
+        """Refuse a fitness or proposals that are not known, and candidates on repaired weights without a repair."""
+        super().check(work)
+        if self.fitness not in ("loss", "kl"):
+            raise UsageError(f"fitness {self.fitness!r} of reduce search is not known; known: loss, kl")
+        parts.check("proposal", self.proposals)
+        if self.on_repaired and (work.recipe.repair is None or repair_parameters(work)):
+            raise UsageError(
+                "reduce search(repaired=true) measures candidates with repaired weights, and the recipe has no repair that leaves the "
+                "number of parameters as it is; set repair=closed_form.least_squares, or leave repaired out"
+            )
+        if single := [kind for kind in work.recipe.axes if sum(axis.kind == kind for axis in work.axes) == 1]:
+            raise UsageError(
+                f"reduce search moves units from one layer to another, and of {', '.join(single)} the model has one axis; leave that "
+                "out of axes"
+            )
+        if "query_heads" in work.recipe.axes and self.on_repaired:
+            raise UsageError(
+                "reduce search(repaired=true) takes neurons and kv_heads, and axes names query_heads; leave that out of axes"
+            )
+
+    def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
+        """Draws of calibration text: one for the scores, one to measure on."""
+        return 2 if reached > target else 0
+
+    def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
+        """Search, then yield one cut; after every round yield how far the search is."""
+        if work.num_params <= target:
+            return
+        axes, where = prunable(work), {"stage": work.state.stage, "iteration": work.iteration}
+        with work.state.clock("score"):
+            batches = work.batches()
+            scores, _ = scores_of(work, batches, **where)
+            text = work.reads.calibration(work.iteration + 1)
+            space = Space.around(axes, sizes_alike(work, keep=target - repair_parameters(work)), level=self.level)
+            weights = _repaired_weights(work, axes, scores, space, batches) if self.on_repaired else {}
+            judge = _Judge(work, axes, scores, text, self, weights)
+            if self._found.stage != work.state.stage:
+                self._found = _Found(work.state.stage)
+            yield from self._search(work, axes, space, judge, target)
+        best = self._found.population[0].sizes
+        mask = Mask.of_sizes(axes, scores, best)
+        loss = work.loss(mask, text)
+        repaired(work, mask, batches, **where)
+        self._found = _Found()
+        yield Change(mask, loss, {"sizes": dict(best)})
+
+    def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", target: int) -> Iterator[Searched]:
+        found = self._found
+        propose = parts.bind("proposal", self.proposals)
+        while found.done <= self.rounds:
+            draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + found.done)
+            if found.done == 0:  # the start and its neighbours
+                candidates = [space.base, *(space.swapped(space.base, draw, 4) for _ in range(self.population - 1))]
+            else:
+                candidates = propose(found.population, space, draw, self.offspring)
+            known = {tuple(one.sizes.values()) for one in found.population}
+            candidates = [sizes for sizes in _distinct(candidates) if tuple(sizes.values()) not in known]
+            tell = work.progress("search", stage=work.state.stage)
+            measured = []
+            for number, sizes in enumerate(candidates, start=1):
+                if params_of(work, axes, sizes) <= target:
+                    measured.append(Candidate(sizes, judge.little(sizes)))
+                tell(number, len(candidates))
+            best = sorted((one for one in measured if math.isfinite(one.loss)), key=lambda one: one.loss)[: self.finalists]
+            whole = [Candidate(one.sizes, judge.whole(one.sizes)) for one in best]
+            found.evaluations += len(measured) + len(whole)
+            found.population = sorted(
+                (one for one in (*found.population, *whole) if math.isfinite(one.loss)), key=lambda one: one.loss
+            )[: self.population]
+            if not found.population:
+                raise RunError(
+                    f"none of {len(measured)} candidates has a finite loss; set dtype=float32, or keep more of the model"
+                )
+            found.done += 1
+            losses = [one.loss for one in measured if math.isfinite(one.loss)] or [found.population[0].loss]
+            yield Searched(
+                stage=work.state.stage, done=found.done, of=self.rounds + 1, evaluations=found.evaluations,
+                best=found.population[0].loss, mean=sum(losses) / len(losses),
+                sizes={name: float(size) for name, size in found.population[0].sizes.items()},
+            )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """The stage, the rounds and evaluations done, and the population."""
+        return self._found.to_json() if self._found.stage else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave."""
+        if "population" in state:
+            self._found = _Found.from_json(state)
+
+    def fit(self, work: Work) -> None:
+        """Begin the stage's search anew, since what it goes by has changed."""
+        self._found = _Found()
+
+
+@dataclass
+class _Found:
+    """How far a search is: rounds done, and the best candidates, best first, by their loss on the whole text."""
+
+    stage: int = 0
+    done: int = 0
+    evaluations: int = 0
+    population: list[Candidate] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        population = [{"sizes": dict(one.sizes), "loss": one.loss} for one in self.population]
+        return {"stage": self.stage, "done": self.done, "evaluations": self.evaluations, "population": population}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "_Found":
+        population = [Candidate(one["sizes"], one["loss"]) for one in data["population"]]
+        return cls(data["stage"], data["done"], data["evaluations"], population)
+
+
+class _Judge:
+    """Measures candidates: their loss on the text, or how far their predictions are from those of the whole model."""
+
+    def __init__(
+        self, work: Work, axes: Sequence[Axis], scores: Scores, text: Sequence[Tensor], how: Search, weights: "_Weights"
+    ) -> None:
+        self._work, self._axes, self._scores, self._text, self._weights = work, axes, scores, list(text), weights
+        before = 0
+        self._little: list[Tensor] = []
+        for batch in self._text:
+            if before < how.tokens:
+                self._little.append(batch)
+            before += batch.numel()
+        self._goals = [self._hidden(batch) for batch in self._text] if how.fitness == "kl" else []
+
+    def little(self, sizes: Mapping[str, int]) -> float:
+        """On the first `tokens` tokens."""
+        return self._measured(sizes, self._little)
+
+    def whole(self, sizes: Mapping[str, int]) -> float:
+        """On the whole draw."""
+        return self._measured(sizes, self._text)
+
+    def _measured(self, sizes: Mapping[str, int], text: Sequence[Tensor]) -> float:
+        mask, work = Mask.of_sizes(self._axes, self._scores, sizes), self._work
+        with _standing_in(work.model, self._weights, sizes):
+            if not self._goals:
+                return work.loss(mask, text)
+            total = 0.0
+            with gated(work.model, work.axes, mask):
+                for batch, goal in zip(text, self._goals, strict=False):
+                    total += self._divergence(batch, goal)
+            return total / work.task.num_predicted(text)
+
+    @torch.no_grad()
+    def _hidden(self, batch: Tensor) -> Tensor:
+        """What the model as it is makes of a batch, before the head; [batch, length, width]."""
+        model, device = self._work.model, self._work.model.device
+        with precision(device, self._work.recipe.dtype):
+            hidden: Tensor = self._work.task.read(model, batch.to(device)).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def _divergence(self, batch: Tensor, goal: Tensor) -> float:
+        """The sum over predictions of KL(model as it is ‖ model as it is gated)."""
+        task: Any = self._work.task
+        model, batch = self._work.model, batch.to(self._work.model.device)
+        with precision(model.device, self._work.recipe.dtype):
+            entering, targets = task.predicting(task.read(model, batch).last_hidden_state, batch, None)
+            aim, _ = task.predicting(goal, batch, None)
+            return float(task.of_logits(model, entering, kl_of_logits(targets, aim, model, task)))
+
+
+_Weights = dict[str, tuple[str, dict[int, Tensor]]]
+"""Name of an axis -> the weight of its gate's layer, by name, and units kept -> what a repair makes of it."""
+
+
+def _repaired_weights(work: Work, axes: Sequence[Axis], scores: Scores, space: Space, batches: Sequence[Tensor]) -> _Weights:
+    """The weights that the recipe's repair gives the layers at gates, for every size that a candidate may have."""
+    repair = parts.bind("repair", work.recipe.repair or "", task=work.task, dtype=work.recipe.dtype, warn=work.warn_of_stage)
+    if "factors" in repair.keywords:
+        repair.keywords["factors"] = 0
+    inside = [axis for axis in axes if axis.gate.is_linear]
+    found: _Weights = {axis.name: (f"{axis.gate.module}.weight", {}) for axis in inside}
+    whole = {name: work.model.get_parameter(name).detach().clone() for name, _ in found.values()}
+    levels = list(zip(*(space.levels(axis.name) for axis in inside), strict=True))
+    tell = work.progress("levels", stage=work.state.stage)
+    for number, level in enumerate(levels, start=1):
+        sizes = {axis.name: size for axis, size in zip(inside, level, strict=True)}
+        repair(work.model, work.axes, Mask.of_sizes(inside, scores, sizes), batches)
+        for axis_name, (name, of_size) in found.items():
+            parameter = work.model.get_parameter(name)
+            of_size.setdefault(sizes[axis_name], parameter.detach().clone())
+            parameter.data.copy_(whole[name])
+        tell(number, len(levels))
+    return found
+
+
+@contextmanager
+def _standing_in(model: Any, weights: _Weights, sizes: Mapping[str, int]) -> Iterator[None]:
+    """While it lasts, the layers at gates have the weights that were repaired for these sizes."""
+    kept = {name: model.get_parameter(name).data for name, _ in weights.values()}
+    try:
+        for axis_name, (name, of_size) in weights.items():
+            model.get_parameter(name).data = of_size[sizes[axis_name]]
+        yield
+    finally:
+        for name, data in kept.items():
+            model.get_parameter(name).data = data
+
+
+def _distinct(candidates: Sequence[Sizes]) -> list[Sizes]:
+    """The candidates, each once, in their order."""
+    return list({tuple(sizes.values()): sizes for sizes in reversed(candidates)}.values())[::-1]

@@ -1,0 +1,210 @@
+"""`reduce: search`: swaps keep the budget, candidates are what cutting gives, and a killed search goes on bit-equal."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce import search
+from adapt_pruner.reduce.closed_form import least_squares
+from adapt_pruner.reduce.proposals import Candidate, Space, evolution
+from adapt_pruner.reduce.proposals import random as at_random
+from adapt_pruner.reduce.search import Search
+from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
+from adapt_pruner.reduce.work import Reads, Stage, Work
+from adapt_pruner.report.documented import run
+from conftest import LAYOUTS, tiny_model
+
+SMALL = {"population": 4, "offspring": 4, "rounds": 2, "tokens": 24, "finalists": 2}
+
+
+def work_of(model: Any, batches: list[torch.Tensor], **keys: Any) -> Work:
+    recipe = {
+        "model": "x",
+        "budget": "80%",
+        "method": "self-pruner",
+        "dtype": "float32",
+        "calibration": {"samples": 6, "length": 12},
+    }
+    work = Work.of(model, read(recipe | keys))
+    work.stages = [Stage(1, work.num_params * 8 // 10, 1, 0, 0, 0)]
+    work.reads = Reads(calibration=lambda iteration: [batch.roll(iteration, 0) for batch in batches])
+    return work
+
+
+def space_of(work: Work) -> Space:
+    return Space.around(prunable(work), sizes_alike(work, keep=work.stages[0].params), level=0.1)
+
+
+@pytest.mark.parametrize("propose", [evolution, at_random])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_candidates_have_the_budget_of_the_start(layout: tuple[str, str], propose: Any, batches: list[torch.Tensor]) -> None:
+    work = work_of(tiny_model(layout), batches)
+    space, draw, axes = space_of(work), random.Random(0), prunable(work)
+    population = [Candidate(space.swapped(space.base, draw, 3), float(n)) for n in range(4)]
+    found = [*(one.sizes for one in population), *propose(population, space, draw, 12)]
+    start = params_of(work, axes, space.base)
+    assert start <= work.stages[0].params
+    for sizes in found:
+        assert params_of(work, axes, sizes) == start
+        assert all(axis.least <= sizes[axis.name] <= axis.size for axis in axes)
+    assert len({tuple(sizes.values()) for sizes in found}) > 4
+
+
+def test_a_crossing_is_mended_to_as_many_units() -> None:
+    names = ("layers.0.neurons", "layers.1.neurons", "layers.2.neurons")
+    space = Space(dict.fromkeys(names, 20), {"neurons": names}, {"neurons": 4}, dict.fromkeys(names, 1), dict.fromkeys(names, 40))
+    assert space.levels(names[0]) == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    mended = space.mended(dict(zip(names, (36, 33, 4), strict=True)), random.Random(1))
+    assert sum(mended.values()) == 60
+    assert all(size in space.levels(name) for name, size in mended.items())
+
+
+def test_a_candidate_on_repaired_weights_is_what_the_cut_will_be(batches: list[torch.Tensor]) -> None:
+    """Its loss is that of the model once repaired and cut; the model itself is left as it was."""
+    work = work_of(tiny_model(), batches, repair="closed_form.least_squares(factors=1)")
+    axes, space = prunable(work), space_of(work)
+    scores = {axis.name: torch.rand(axis.entries, generator=torch.Generator().manual_seed(3)) for axis in axes}
+    before = {name: weight.clone() for name, weight in work.model.state_dict().items()}
+    weights = search._repaired_weights(work, axes, scores, space, batches)
+    judge = search._Judge(work, axes, scores, batches, Search(**SMALL), weights)
+    sizes = space.swapped(space.base, random.Random(2), 3)
+    assert sizes != space.base
+    measured = judge.whole(sizes)
+    assert all(torch.equal(weight, before[name]) for name, weight in work.model.state_dict().items())
+    mask = Mask.of_sizes(axes, scores, sizes)
+    unrepaired = work.loss(mask, batches)
+    least_squares(work.model, work.axes, mask, batches, dtype="float32")
+    cut(work.model, work.axes, mask)
+    work._axes = None
+    assert measured == pytest.approx(work.loss(Mask(), batches), rel=1e-4)
+    assert measured != pytest.approx(unrepaired, rel=1e-3)
+
+
+def test_divergence_is_from_the_whole_model(batches: list[torch.Tensor]) -> None:
+    work = work_of(tiny_model(), batches)
+    axes, space = prunable(work), space_of(work)
+    scores = {axis.name: torch.rand(axis.entries) for axis in axes}
+    judge = search._Judge(work, axes, scores, batches, Search(fitness="kl", **SMALL), {})
+    everything = {axis.name: axis.size for axis in axes}
+    assert judge.whole(everything) == pytest.approx(0, abs=1e-6)
+    model, mask = work.model, Mask.of_sizes(axes, scores, space.base)
+    with torch.no_grad():
+        whole = [model(ids).logits[:, :-1].log_softmax(-1) for ids in batches]
+        with gated(model, work.axes, mask):
+            small = [model(ids).logits[:, :-1].log_softmax(-1) for ids in batches]
+    expected = sum(F.kl_div(b, a, log_target=True, reduction="sum") for a, b in zip(whole, small, strict=True)) / (6 * 11)
+    assert judge.whole(space.base) == pytest.approx(float(expected), rel=1e-4)
+    first = F.kl_div(small[0], whole[0], log_target=True, reduction="sum") / 22
+    assert judge.little(space.base) == pytest.approx(float(first), rel=1e-4), "24 tokens are one batch"
+
+
+def test_evolution_goes_where_the_loss_is_lower(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that wants wide first layers: after as many evaluations evolution is nearer than chance, and better than the start."""
+    work = work_of(tiny_model(num_hidden_layers=12), batches, axes=["neurons"])
+    monkeypatch.setattr(
+        search._Judge, "_measured", lambda self, sizes, text: -sum(size / (n + 1) for n, size in enumerate(sizes.values()))
+    )
+    found = {}
+    for proposals in ("evolution", "random"):
+        how = Search(proposals=proposals, population=8, offspring=8, rounds=15, finalists=8)
+        steps = list(how.steps(work, work.stages[0].params))
+        found[proposals] = steps[-2].best
+        first = steps[0].best
+    assert found["evolution"] < found["random"] < 0
+    assert found["evolution"] < first
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_the_budget_is_met(layout: tuple[str, str], batches: list[torch.Tensor]) -> None:
+    work = work_of(tiny_model(layout), batches)
+    target = work.stages[0].params
+    searched = []
+    for step in Search(**SMALL).steps(work, target):
+        if hasattr(step, "mask"):
+            work.apply(step)
+        else:
+            searched.append(step)
+    cheapest = min(axis.cost for axis in work.axes if axis.kind == "neurons")
+    assert target - 3 * cheapest < count_parameters(work.model) <= target, "uniform leaves a neuron a layer"
+    assert [step.done for step in searched] == [1, 2, 3]
+    assert [step.best for step in searched] == sorted((step.best for step in searched), reverse=True), "the best stay"
+    assert math.isfinite(work.state.history[-1]["loss"])
+
+
+def test_no_candidate_with_a_finite_loss(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    work = work_of(tiny_model(), batches)
+    monkeypatch.setattr(search._Judge, "_measured", lambda self, sizes, text: math.nan)
+    with pytest.raises(RunError, match=r"none of \d candidates has a finite loss; set dtype=float32, or keep more of the model"):
+        list(Search(**SMALL).steps(work, work.stages[0].params))
+
+
+class Killed(BaseException):
+    pass
+
+
+def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
+    options = ", ".join(f"{key}={value}" for key, value in SMALL.items())
+    keys = {
+        "model": str(folder), "budget": "85%", "method": "self-pruner", "dtype": "float32", "device": "cpu", "checkpoint_minutes": 0,
+        "reduce": f"search({options}, repaired=true)", "repair": "closed_form.least_squares", "stages": 2,
+        "calibration": {"source": str(text), "samples": 4, "length": 16},
+    }  # fmt: skip
+    return read(keys | changes)
+
+
+def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(recipe, whole)
+    seen: list[int] = []
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "searched":
+            seen.append(event["done"])
+            if len(seen) == 5:  # the second round of the second stage
+                raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, broken, listen=kill)
+    told: list[dict[str, Any]] = []
+    run(recipe, broken, listen=told.append)
+    assert [event["done"] for event in told if event["event"] == "searched"] == [2, 3], "what was done is not done again"
+    one, other = (load(str(folder / "model")) for folder in (whole, broken))
+    assert one.mask == other.mask
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
+    logs = [
+        [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["event"] == "searched"]
+        for folder in (whole, broken)
+    ]
+    assert [line | {"time": 0} for line in logs[0]] == [line | {"time": 0} for line in logs[1]]
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"axes": ["neurons", "residual"]}, "reduce search moves units from one layer to another, and of residual the model has one axis"),
+    ({"reduce": "search(fitness=accuracy)"}, "fitness 'accuracy' of reduce search is not known; known: loss, kl"),
+    ({"reduce": "search(proposals=evolutoin)"}, "proposal 'evolutoin' is not known; did you mean 'proposals.evolution'"),
+    ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; it is a whole number (2 or more)"),
+    ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
+    ({"repair": "closed_form.mean_bias"}, "measures candidates with repaired weights, and the recipe has no repair"),
+    ({"budget": "1000"}, "budget 1,000 is below the"),
+])  # fmt: skip
+def test_what_it_cannot_do_is_refused(
+    changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
