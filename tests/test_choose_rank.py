@@ -43,6 +43,27 @@ def shot(chooser: Any, scores: Scores, axes: list[Axis], keep: int, **options: A
     return dict(sizes)
 
 
+def test_kinds_apart_stand_in_one_line_by_how_they_compare_with_their_own() -> None:
+    """Heads are worth thousands of times as much as neurons; apart, what counts is worth over the mean of the kind."""
+    axes = toy_axes((4, 4), (3, 3))
+    scores = {
+        "layers.0.neurons": torch.tensor([1.0, 2.0, 3.0, 4.0]),  # over their mean of 3.5: 0.29, 0.57, 0.86, 1.14
+        "layers.1.neurons": torch.tensor([4.0, 4.0, 5.0, 5.0]),  # 1.14, 1.14, 1.43, 1.43
+        "layers.0.kv_heads": torch.tensor([4e6, 9e6, 9e6]),  # over their mean of 1e7: 0.4, 0.9, 0.9
+        "layers.1.kv_heads": torch.tensor([8e6, 1e7, 2e7]),  # 0.8, 1.0, 2.0
+    }
+    first = (NEURON, HEAD + NEURON, HEAD + 2 * NEURON, 2 * HEAD + 2 * NEURON)
+    lost = ((1, 0, 0, 0), (1, 0, 1, 0), (2, 0, 1, 0), (2, 0, 1, 1))
+    for excess, gone in zip(first, lost, strict=True):
+        sizes = shot(per_parameter, scores, axes, size_of(axes) - excess, apart=True)
+        assert tuple(axis.size - sizes[axis.name] for axis in axes) == gone
+    for axis in axes:  # at their word, the head of layer 0 is dearer by far than any neuron, and one of layer 1 goes as soon
+        if axis.kind == "kv_heads":
+            scores[axis.name] = torch.tensor([4e6, 9e6, 9e6])
+    found = [shot(per_parameter, scores, axes, size_of(axes) - 2 * HEAD, apart=apart) for apart in (False, True)]
+    assert found[0]["layers.1.kv_heads"] == found[1]["layers.1.kv_heads"] == 2
+
+
 def test_a_head_goes_before_a_neuron_where_it_is_worth_less_a_parameter() -> None:
     axes = toy_axes((4, 4), (3, 2))
     scores = {

@@ -18,7 +18,7 @@ from adapt_pruner.core.strict_json import MOST, perplexity_of
 from adapt_pruner.core.words import millions, shown
 
 __all__ = [
-    "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
+    "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Mixed", "Other", "Progress", "Resumed",
     "Reused", "Said", "Saved", "Score", "Searched", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
@@ -400,6 +400,30 @@ class Step(Event):
 
     def figures(self) -> dict[str, float]:
         return self._those("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes")
+
+
+class Mixed(Event):
+    """A feed has moved the shares of the texts that it mixes.
+
+    Attributes:
+        step: of the run.
+        tokens: read so far.
+        shares: SPEC -> share of the rows to come.
+        losses: SPEC -> mean loss since the last move, in nats per token, of rows that were read for the first time.
+    """
+
+    event: Literal["mixed"] = "mixed"
+    step: Count
+    tokens: Count
+    shares: dict[str, float]
+    losses: dict[str, float] = Field(default_factory=dict)
+
+    def line(self, begun: str = "dense") -> str:
+        most = sorted(self.shares, key=lambda name: -self.shares[name])[:4]
+        return f"step {self.step}: next texts " + ", ".join(f"{name} {self.shares[name]:.1%}" for name in most)
+
+    def figures(self) -> dict[str, float]:
+        return {f"share/{name}": share for name, share in self.shares.items()}
 
 
 class Evaluation(Event):

@@ -5,14 +5,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from adapt_pruner.core.events import Event
+
 __all__ = ["Feed", "Taken"]
 
 
 class Taken(Protocol):
     """Rows that a feed has given. They are the same on every process, and each process reads a part of them."""
 
-    num_tokens: int
-    """Tokens of all rows together, without padding."""
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows together, without padding."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -48,6 +51,9 @@ class Feed(Protocol):
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
         """Hear the losses of a step: SPEC of a text -> (sum over its predicted tokens in nats, their number)."""
+
+    def news(self) -> Sequence[Event]:
+        """Events that say how the feed has changed since this was last asked, in their order; the run tells them."""
 
     def state(self) -> dict[str, Any]:
         """The state that decides which rows come next, as plain data."""

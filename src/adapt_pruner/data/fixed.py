@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adapt_pruner.core.events import Event
 from adapt_pruner.core.parts import part
 from adapt_pruner.data.packing import tokenised
 from adapt_pruner.data.sources import SELF, Source, domains
@@ -68,7 +69,11 @@ class Rows:
 
     def reordered(self, places: Sequence[int]) -> "Rows":
         """The rows at these places of the order, in this order."""
-        return Rows(self._stores, self._order[np.asarray(places)], names=self._names)
+        return Rows(self._stores, self._order[np.asarray(places, dtype=np.int64)], names=self._names)
+
+    def span(self, first: int, last: int) -> "_Span":
+        """Rows `first` to `last` as a feed gives them."""
+        return _Span(self, first, last)
 
     def digest(self) -> str:
         """A fingerprint of all rows and their order."""
@@ -129,6 +134,10 @@ class Fixed:
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
         """Ignore the losses: the order does not depend on them."""
+
+    def news(self) -> list[Event]:
+        """There are none: the order stays as it was."""
+        return []
 
     def state(self) -> dict[str, Any]:
         """The number of the next row."""

@@ -36,6 +36,7 @@ def per_parameter(
     step: float,
     floor: float = 0.0,
     level: float = 0.0,
+    apart: bool = False,
 ) -> tuple[dict[str, int], Debt]:
     """Rank the units of all axes together by score per parameter and remove the lowest.
 
@@ -54,6 +55,8 @@ def per_parameter(
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of all prunable parameters at the start that goes in an iteration; 1 prunes in one shot.
         floor: share of its size at the start that every axis keeps at least, in [0, 1]; one unit in any case.
+        apart: divide by the mean over all units of a kind, so that heads and neurons, whose scores may be of another order, stand in one
+            line by how they compare with their own (GISP's normalisation of attention and MLP).
         level: how far the axes of a kind are levelled, in [0, 1]. Above 0 it is for scores that are not negative.
 
     Returns:
@@ -75,7 +78,19 @@ def per_parameter(
         * (axis.blocks / axis.cost * factors[axis.name])
         for axis in axes
     }
+    if apart:
+        means = _means_of_kinds(scores, axes)
+        worth = {axis.name: worth[axis.name] / means[axis.kind] for axis in axes}
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
+
+
+def _means_of_kinds(scores: Scores, axes: Sequence[Axis]) -> dict[str, float]:
+    """Kind -> the mean worth per parameter of all its units; 1 where that is 0."""
+    found = {}
+    for kind in {axis.kind for axis in axes}:
+        values = [scores[axis.name].double() * (axis.blocks / axis.cost) for axis in axes if axis.kind == kind]
+        found[kind] = float(torch.cat(values).abs().mean()) or 1.0
+    return found
 
 
 def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, float]:

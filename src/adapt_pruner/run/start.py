@@ -176,7 +176,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     with work.state.clock("repair"):
         own = _own_text(work, folder, begun=begun) if write else []
     rows = _rows(work)
-    feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed)(rows)
+    feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed, seed=recipe.seed)(rows)
     begins_with, held_out = calibration(0), _held_out(work)
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if looks_at_text else None, held_out)

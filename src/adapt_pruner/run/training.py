@@ -71,6 +71,8 @@ class Trainer:
                     stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
                     gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
                 ))  # fmt: skip
+                for event in work.reads.feed.news():
+                    work.tell(event)
                 self.save_if_due(f"stage-{work.state.stage}-step-{step.step}")
 
     def steps(self, *, until: int) -> Iterator[Step]:

@@ -1,0 +1,177 @@
+"""`feed: dynamic`: the shares of the texts of a mixture follow the model's losses on them (Sheared LLaMA's dynamic batch loading)."""
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from adapt_pruner.core.events import Event, Mixed
+from adapt_pruner.core.parts import part
+from adapt_pruner.data.feed import Taken
+from adapt_pruner.data.fixed import Rows, stage_spans
+from adapt_pruner.errors import UsageError
+
+__all__ = ["Dynamic"]
+
+
+@part("feed")
+class Dynamic:
+    """Texts on which the model is far above a reference loss are read more often; shares move every few steps."""
+
+    wants_losses = True
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        references: str = "",
+        every: Annotated[int, "1 or more"] = 50,
+        eta: Annotated[float, "above 0"] = 1.0,
+        floor: Annotated[float, "0 to 1"] = 1e-4,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            rows: all rows of the run; their mixture is that of the start.
+            references: a JSON file, {SPEC of a text: loss in nats per token that a model of the target size reaches}, with one number
+                for each text of `training.source`. `adapt-pruner eval MODEL --text SPEC --json` measures one.
+            every: m, steps between two changes of the shares.
+            eta: η, how fast they change.
+            floor: c, what all texts share evenly.
+            seed: of the draws; each row's is made of it and of the number of the row.
+
+        With l_i the mean loss on text i over the last m steps (of rows that the model had not been trained on before) and r_i its
+        reference:
+
+            w_i ← w_i · exp(η (l_i - r_i)), brought to sum 1;  w_i ← (1 - c) w_i + c / n, brought to sum 1
+
+        Each row is of a text drawn by w. No row of a text is read twice before all of them have been read once.
+
+        Raises:
+            UsageError: there is one text only, or the references are not a number for each of the texts.
+
+        Source: arXiv:2310.06694 and its released code, which takes the signed difference. Differs: l_i is of training rows, before
+        they are trained on, instead of a held-out set.
+        """
+        self._rows, self._every, self._eta, self._floor, self._seed = rows, every, eta, floor, seed
+        self._places: dict[str, list[int]] = {}
+        for place, name in enumerate(rows.domains(0, len(rows))):
+            self._places.setdefault(name, []).append(place)
+        if len(self._places) < 2:
+            raise UsageError(
+                "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"
+            )
+        self._references = _references(references, sorted(self._places))
+        self.num_tokens = rows.num_tokens(0, len(rows))
+        self._next, self._steps = 0, 0
+        self._taken = dict.fromkeys(self._places, 0)
+        self._weights = {name: len(places) / len(rows) for name, places in self._places.items()}
+        self._sums = {name: [0.0, 0.0] for name in self._places}
+        self._news: list[Event] = []
+
+    def ends(self, stage_tokens: Sequence[int]) -> list[int]:
+        """As many rows in each stage as `feed: fixed` reads."""
+        return [span.stop for span in stage_spans(self._rows, stage_tokens)]
+
+    def take(self, num_rows: int) -> Taken:
+        """The next rows, each of a text drawn by the present shares."""
+        stop = min(len(self._rows), self._next + num_rows)
+        names = list(self._weights)
+        chosen = []
+        for number in range(self._next, stop):
+            name = random.Random(f"{self._seed} {number}").choices(names, weights=[self._weights[one] for one in names])[0]
+            chosen.append(self._place(name))
+            self._taken[name] += 1
+        self._next = stop
+        return self._rows.reordered(chosen).span(0, len(chosen))
+
+    def _place(self, name: str) -> int:
+        """Where the next row of a text is; each time that all have been read their order is drawn anew."""
+        places = self._places[name]
+        time, index = divmod(self._taken[name], len(places))
+        if time:
+            places = random.Random(f"{self._seed} {name} {time}").sample(places, len(places))
+        return places[index]
+
+    def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
+        """Add up the losses of a step; every m steps move the shares."""
+        for name, (nats, count) in losses.items():
+            self._sums[name][0] += nats
+            self._sums[name][1] += count
+        self._steps += 1
+        if self._steps % self._every:
+            return
+        means = {name: nats / count for name, (nats, count) in self._sums.items() if count and math.isfinite(nats)}
+        excess = {name: means[name] - self._references[name] for name in means}
+        highest = max(excess.values(), default=0.0)  # so that exp does not overflow
+        moved = {name: weight * math.exp(self._eta * (excess.get(name, 0.0) - highest)) for name, weight in self._weights.items()}
+        self._weights = _shares(
+            {name: (1 - self._floor) * share + self._floor / len(moved) for name, share in _shares(moved).items()}
+        )
+        self._news.append(
+            Mixed(step=self._steps, tokens=self._rows.num_tokens(0, self._next), shares=dict(self._weights), losses=means)
+        )
+        self._sums = {name: [0.0, 0.0] for name in self._places}
+
+    def news(self) -> list[Event]:
+        """The changes of the shares since this was last asked."""
+        told, self._news = self._news, []
+        return told
+
+    def state(self) -> dict[str, Any]:
+        """Position, shares, and the losses since they moved last."""
+        return {
+            "rows": self._next, "steps": self._steps, "taken": dict(self._taken), "weights": dict(self._weights),
+            "sums": {name: list(both) for name, both in self._sums.items()},
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave; of a run that began with another feed, at its row and with the shares of the start."""
+        self._next = int(state.get("rows", 0))
+        if "weights" in state:
+            self._steps, self._taken, self._weights = state["steps"], dict(state["taken"]), dict(state["weights"])
+            self._sums = {name: list(both) for name, both in state["sums"].items()}
+
+    def skip_to(self, num_tokens: int) -> int:
+        """Go on after so many tokens, with the shares of the start."""
+        done = min(num_tokens, self.num_tokens)
+        self._next = stage_spans(self._rows, [done, self.num_tokens - done])[0].stop
+        return self._next
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _references(path: str, names: Sequence[str]) -> dict[str, float]:
+    """The reference loss of each text.
+
+    Raises:
+        UsageError: the file is not such JSON, lacks a text, or names one that is not there.
+    """
+    if not path:
+        raise UsageError(
+            "feed dynamic needs reference losses; name a JSON file, {SPEC: nats}, as training.feed=dynamic(references=FILE) with the "
+            f"texts {', '.join(names)}"
+        )
+    try:
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        losses = {str(name): float(loss) for name, loss in found.items()}
+    except FileNotFoundError as error:
+        raise UsageError(f"the file of reference losses {path!r} does not exist; write it as {{SPEC: nats}}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} does not hold reference losses ({error}); it is JSON, {{SPEC of a text: nats per token}}"
+        ) from error
+    if lacking := sorted(set(names) - losses.keys()):
+        raise UsageError(f"{path} has no reference loss for {', '.join(lacking)}; add it, in nats per token")
+    if others := sorted(losses.keys() - set(names)):
+        raise UsageError(
+            f"{path} has a reference loss for {', '.join(others)}, which is no text of training.source; leave it out"
+        )
+    if wrong := sorted(name for name, loss in losses.items() if not (math.isfinite(loss) and loss > 0)):
+        raise UsageError(f"{path} gives {losses[wrong[0]]} as reference loss of {wrong[0]}; a loss is a positive number of nats")
+    return losses

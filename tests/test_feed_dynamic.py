@@ -1,0 +1,168 @@
+"""`feed: dynamic`: shares move by the formula, rows are not read twice too soon, and a killed run goes on with the same rows."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core import world
+from adapt_pruner.data.dynamic import Dynamic
+from adapt_pruner.data.fixed import Rows, training_rows
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.report.documented import run
+from conftest import byte_tokenizer
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[str, str]:
+    """Two texts of rows of 16, told apart by their letters."""
+    found = []
+    for name, letters in (("a", "abcdefgh"), ("b", "stuvwxyz")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": letter * 15}) + "\n" for letter in letters), encoding="utf-8")
+        found.append(str(path))
+    return found[0], found[1]
+
+
+def rows_of(texts: tuple[str, str], tmp_path: Path) -> Rows:
+    return training_rows(
+        byte_tokenizer(), dict.fromkeys(texts, 1.0), length=16, tokens=16 * 16, seed=0, warn=print, cache=tmp_path / "cache"
+    )
+
+
+def references(tmp_path: Path, losses: Any) -> str:
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps(losses), encoding="utf-8")
+    return str(path)
+
+
+def feed_of(texts: tuple[str, str], tmp_path: Path, **how: Any) -> Dynamic:
+    losses = how.pop("losses", dict(zip(texts, (2.0, 3.0), strict=True)))
+    return Dynamic(rows_of(texts, tmp_path), references=references(tmp_path, losses), **how)
+
+
+def letters_of(taken: Any) -> str:
+    ids, _ = taken.batch(0, len(taken))
+    return "".join(byte_tokenizer().decode(row[:1]) for row in ids)
+
+
+def test_shares_move_by_the_excess_over_the_reference(texts: tuple[str, str], tmp_path: Path) -> None:
+    a, b = texts
+    feed = feed_of(texts, tmp_path, every=2, eta=0.5, floor=0.1)
+    feed.tell({a: (30.0, 10.0), b: (10.0, 5.0)})
+    assert feed.news() == [], "not before two steps"
+    feed.tell({a: (50.0, 10.0), b: (0.0, 0.0)})
+    excess = {a: 4.0 - 2.0, b: 2.0 - 3.0}
+    raw = {name: 0.5 * math.exp(0.5 * value) for name, value in excess.items()}
+    share = {name: 0.9 * value / sum(raw.values()) + 0.05 for name, value in raw.items()}
+    (told,) = feed.news()
+    assert told.shares == pytest.approx(share)
+    assert told.losses == pytest.approx({a: 4.0, b: 2.0})
+    assert feed.news() == []
+    feed.tell({a: (9e9, 1.0), b: (0.0, 0.0)})
+    feed.tell({})
+    assert feed.news()[0].shares == pytest.approx({a: 0.95, b: 0.05}), "a loss out of all bounds does not overflow"
+
+
+def test_rows_are_drawn_by_the_shares_and_all_before_any_again(texts: tuple[str, str], tmp_path: Path) -> None:
+    feed = feed_of(texts, tmp_path, every=1, floor=0.0, losses=dict(zip(texts, (1.0, 500.0), strict=True)))
+    even = letters_of(feed.take(4))
+    assert {letter < "m" for letter in even} == {True, False}
+    feed.tell({texts[0]: (300.0, 100.0), texts[1]: (300.0, 100.0)})
+    later = letters_of(feed.take(12))
+    assert all(letter < "m" for letter in later), "all of the text that is above its reference"
+    first = [letter for letter in even if letter < "m"]
+    assert len({*first, *later[: 8 - len(first)]}) == 8, "each row once before any twice"
+    assert len(set(later[8 - len(first) :])) == 12 - 8 + len(first)
+
+
+def test_a_feed_goes_on_from_its_state(texts: tuple[str, str], tmp_path: Path) -> None:
+    one, other = (feed_of(texts, tmp_path, every=2) for _ in range(2))
+    for _ in range(3):
+        one.take(2)
+        one.tell({texts[0]: (3.0, 1.0), texts[1]: (9.0, 1.0)})
+    other.restore(json.loads(json.dumps(one.state())))
+    for _ in range(5):
+        assert letters_of(one.take(2)) == letters_of(other.take(2))
+        for feed in (one, other):
+            feed.tell({texts[0]: (3.0, 1.0), texts[1]: (9.0, 1.0)})
+    assert [event.shares for event in one.news()][-2:] == [event.shares for event in other.news()][-2:]
+
+
+def test_every_process_takes_the_same_rows(texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = feed_of(texts, tmp_path)
+    monkeypatch.setattr(world, "rank", lambda: 1)
+    monkeypatch.setattr(world, "size", lambda: 2)
+    assert letters_of(alone.take(9)) == letters_of(feed_of(texts, tmp_path).take(9))
+
+
+@pytest.mark.parametrize(("losses", "said"), [
+    ({"A": 2.0}, "has no reference loss for B; add it, in nats per token"),
+    ({"A": 2.0, "B": 1.0, "c.txt": 1.0}, "has a reference loss for c.txt, which is no text of training.source; leave it out"),
+    ({"A": 2.0, "B": -1.0}, "gives -1.0 as reference loss of B; a loss is a positive number of nats"),
+    ({"A": 2.0, "B": "many"}, "does not hold reference losses"),
+    ([1, 2], "does not hold reference losses"),
+])  # fmt: skip
+def test_references_that_do_not_fit_are_refused(losses: Any, said: str, texts: tuple[str, str], tmp_path: Path) -> None:
+    named = dict(zip("AB", texts, strict=True))
+    asked = {named.get(name, name): loss for name, loss in losses.items()} if isinstance(losses, dict) else losses
+    with pytest.raises(UsageError) as refused:
+        feed_of(texts, tmp_path, losses=asked)
+    for letter, path in named.items():
+        said = said.replace(f" {letter};", f" {path};")
+    assert said in str(refused.value)
+
+
+def recipe_of(folder: Path, texts: tuple[str, str], tmp_path: Path, **changes: Any) -> Recipe:
+    path = references(tmp_path, dict(zip(texts, (1.0, 8.0), strict=True)))
+    training = {
+        "source": dict.fromkeys(texts, 1.0), "tokens": 16 * 16, "batch_tokens": 32, "length": 16, "lr": 1e-3,
+        "feed": f"dynamic(references={path}, every=2)",
+    }  # fmt: skip
+    return read({
+        "model": str(folder), "budget": "90%", "method": "magnitude", "chooser": "allocate.uniform", "dtype": "float32", "device": "cpu",
+        "checkpoint_minutes": 0, "training": training | changes,
+    })  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_with_the_same_rows(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, texts, tmp_path)
+    run(recipe, tmp_path / "whole")
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "broken", listen=kill)
+    run(recipe, tmp_path / "broken")
+    logs = []
+    for name in ("whole", "broken"):
+        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        logs.append([{**line, "time": 0} for line in lines if line["event"] == "mixed"])
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 4
+    assert logs[0][-1]["shares"][texts[0]] > 0.9, "the text above its reference takes over"
+    one, other = (load(str(tmp_path / name / "model")).model.state_dict() for name in ("whole", "broken"))
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_one_text_alone_and_no_references_are_refused(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:
+    for changes, said in (
+        ({"source": texts[0]}, "feed dynamic moves shares between texts, and training.source has only one"),
+        ({"feed": "dynamic"}, "feed dynamic needs reference losses; name a JSON file"),
+        ({"feed": "dynamic(references=nowhere.json)"}, "the file of reference losses 'nowhere.json' does not exist"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            run(recipe_of(tiny_folder, texts, tmp_path, **changes), tmp_path / "run")
+        assert said in str(refused.value)
+        assert not (tmp_path / "run").exists()
