@@ -71,7 +71,8 @@ def test_a_task_whose_own_code_has_changed_is_scored_anew(tmp_path: Path) -> Non
     model, scores = tiny_model(vocab_size=VOCAB), []
     for text in (code, code, code.replace("SHIFT = 0", "SHIFT = 1")):
         (where / "utils.py").write_text(text, encoding="utf-8")
-        scores += evaluate_tasks(model, byte_tokenizer(), find_tasks("tiny_coded", task_dir=where), cache=tmp_path / "cache")
+        wanted = find_tasks("tiny_coded", task_dir=where, trust_remote_code=True)
+        scores += evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path / "cache")
     assert [score.again for score in scores] == [False, True, False]
 
 
@@ -121,7 +122,7 @@ def test_code_deep_in_a_task_counts_too(task: str, code: str, tmp_path: Path) ->
     found = []
     for shift in (0, 0, 1):
         (where / "utils.py").write_text(f"SHIFT = {shift}\n{code}", encoding="utf-8")
-        (line,) = find_tasks(name, task_dir=where)
+        (line,) = find_tasks(name, task_dir=where, trust_remote_code=True)
         found.append(_task_fingerprint(line.tasks[name], None))
     assert found[0] == found[1] != found[2]
 

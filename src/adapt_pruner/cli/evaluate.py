@@ -121,7 +121,7 @@ def evaluate(
             from adapt_pruner.evaluate.tasks import average, evaluate_tasks, set_shots
 
             listen.hear(Find(tasks=tasks))
-            wanted = find_tasks(tasks, task_dir=task_dir)
+            wanted = find_tasks(tasks, task_dir=task_dir, trust_remote_code=trust_remote_code)
             if kept := set_shots(wanted, num_fewshot):
                 warn(f"{', '.join(kept)}: scored without examples, as lm-eval defines it")
         for name in models:

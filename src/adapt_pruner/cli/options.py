@@ -16,7 +16,9 @@ Precision = Annotated[
         help="Number format of matrix products: float32, bfloat16, or `auto`, which takes bfloat16 where the processor has it."
     ),
 ]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model or a task folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 

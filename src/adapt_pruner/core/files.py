@@ -8,14 +8,51 @@ import errno
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["files_in", "folder_beside", "remove", "sync", "tidy", "whole_file", "why", "write_whole"]
+from adapt_pruner.errors import UsageError
+
+__all__ = [
+    "MOST_TEXT",
+    "check_regular",
+    "files_in",
+    "folder_beside",
+    "remove",
+    "sync",
+    "tidy",
+    "whole_file",
+    "why",
+    "write_whole",
+]
+
+MOST_TEXT = 2**28
+"""Bytes of a file of somebody else's that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""
 
 _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+
+
+def check_regular(path: Path, *, most: int | None = MOST_TEXT) -> None:
+    """Refuse what is no regular file, which may never end, and one that is too large to be read whole; what is not there passes.
+
+    Args:
+        path: of a file that somebody else may have put there; a link counts as what it leads to.
+        most: bytes it may have; None where it is not read whole.
+
+    Raises:
+        UsageError: it is a device, a pipe or a socket, or larger.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return  # who reads it says what is wrong
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise UsageError(f"{path} is a device, a pipe or a socket; put a regular file there, or remove it")
+    if most is not None and stat.S_ISREG(found.st_mode) and found.st_size > most:
+        raise UsageError(f"{path} has {found.st_size:,} bytes, and at most {most:,} are read; get the right file")
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from typing import Any
 
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.evaluate import packaged_tasks
+from adapt_pruner.evaluate.foreign_tasks import check_no_code, sandbox
 
-__all__ = ["SUITES", "Wanted", "as_lm_eval_does", "find_tasks", "lm_eval"]
+__all__ = ["SUITES", "Wanted", "as_lm_eval_does", "check_tasks", "find_tasks", "lm_eval"]
 
 SUITES: Mapping[str, tuple[str, ...]] = {
     "commonsense": (
@@ -69,16 +70,19 @@ def lm_eval() -> Any:
 def as_lm_eval_does() -> Iterator[None]:
     """With the seeds that lm-eval's own command sets, without its notices, and in this process; all is as before afterwards.
 
-    Its bootstrap would start a process a core, which inherit our handlers, and prints to the standard output.
+    Its bootstrap would start a process a core, which inherit our handlers, and prints to the standard output. Its templates are
+    rendered in a sandbox, since task files may be anybody's.
     """
     import datasets
     import numpy as np
+    from lm_eval import utils
 
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     states = random.getstate(), np.random.get_state()
-    alone = os.environ.get("DISABLE_MULTIPROC")
+    alone, templates = os.environ.get("DISABLE_MULTIPROC"), utils.env
     try:
+        utils.env = sandbox()
         os.environ["DISABLE_MULTIPROC"] = "1"
         logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
@@ -87,6 +91,7 @@ def as_lm_eval_does() -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
+        utils.env = templates
         if alone is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
@@ -98,21 +103,37 @@ def as_lm_eval_does() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def find_tasks(names: str, *, task_dir: str | Path | None = None) -> list[Wanted]:
+def check_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse what `find_tasks` would refuse, as far as names and files tell; no task is loaded, no code runs, no data is read.
+
+    Raises:
+        UsageError: lm-eval is not installed, a name is not known, or the folder is not one of tasks or has code.
+    """
+    lm_eval()
+    with as_lm_eval_does():
+        folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
+        for name in _expanded(names):
+            if folder is None or not folder.knows(name):
+                _check_known(name, folder)
+
+
+def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_code: bool = False) -> list[Wanted]:
     """The tasks that `names` stands for, with their data.
 
     Args:
         names: a suite, or lm-eval's names of tasks, groups and tags, with commas between them.
         task_dir: folder of lm-eval YAML files: own tasks, or groups that put other data under stock ones. Data files are named
             relative to it, to the folder above it or to the working directory.
+        trust_remote_code: whether code that the folder's files name may run.
 
     Raises:
-        UsageError: lm-eval is not installed, a name is not known, the folder is not one of tasks, or the data is not to be had.
+        UsageError: lm-eval is not installed, a name is not known, the folder is not one of tasks or has code, or the data is not
+            to be had.
     """
     lm_eval()
-    folder = None if task_dir is None else _Folder(Path(task_dir))
     wanted: list[Wanted] = []
     with as_lm_eval_does():
+        folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
         for name in _expanded(names):
             found = folder.find(name) if folder is not None else None
             wanted += found if found is not None else _stock(name, folder)
@@ -135,14 +156,19 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
-    """A task of lm-eval with the hub's data, or the package's."""
+def _check_known(name: str, folder: "_Folder | None") -> None:
     manager = _manager()
     if name not in manager.task_index:
         known = [*SUITES, *manager.all_tasks, *(folder.names() if folder else ())]
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists what lm-eval has"
         raise UsageError(f"task {name!r} is not known; {hint}")
+
+
+def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
+    """A task of lm-eval with the hub's data, or the package's."""
+    _check_known(name, folder)
+    manager = _manager()
     try:
         with _offline_without_network():
             return _loaded(manager, [name], "the hub")
@@ -215,12 +241,14 @@ def _with_overlay(manager: Any, member: Mapping[str, Any], data: str) -> list[Wa
 class _Folder:
     """A folder of lm-eval YAML files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trusted: bool) -> None:
         from lm_eval.tasks import TaskManager
 
         self._path = path.expanduser().absolute()
         if not self._path.is_dir():
             raise UsageError(f"task folder {str(path)!r} is not there; give a folder of lm-eval YAML files")
+        if not trusted:
+            check_no_code(self._path)
         self._manager = TaskManager(include_path=str(self._path), include_defaults=False)
         self._index: Mapping[str, Any] = self._manager.task_index
         if not self._index:
@@ -236,11 +264,18 @@ class _Folder:
         """What the folder says about a name: its own of that name, or what it puts over the stock one; None if nothing."""
         if name in self._index:
             return self._own(name)
+        return next(
+            (self._load(member) for member in self._overlays() if name == (member.get("task") or member.get("group"))), None
+        )
+
+    def knows(self, name: str) -> bool:
+        """Whether the folder says anything about a name."""
+        return name in self._index or any(name == (member.get("task") or member.get("group")) for member in self._overlays())
+
+    def _overlays(self) -> Iterator[dict[str, Any]]:
+        """What the folder puts over tasks."""
         for entry in self._index.values():
-            for member in self._members(entry):
-                if isinstance(member, dict) and name == (member.get("task") or member.get("group")):
-                    return self._load(member)
-        return None
+            yield from (member for member in self._members(entry) if isinstance(member, dict))
 
     def _own(self, name: str) -> list[Wanted]:
         entry = self._index[name]

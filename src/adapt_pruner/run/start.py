@@ -34,7 +34,7 @@ from adapt_pruner.data.tokens import batches_of, calibration_ids
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
+from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.work import Listener, Reads, RunState, Stage, Work, reads_text
@@ -155,7 +155,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
         work: the run; its `stages`, `budget` and `reads` are filled.
         begun: whether the run began earlier, so that its model has changed since.
         folder: of the run; text that the model writes is kept there.
-        write: whether the model writes its own calibration text now; a plan does not need that text.
+        write: whether the model writes its own calibration text now and tasks are loaded; a plan needs neither.
 
     Raises:
         UsageError: the recipe does not fit, or a text, task or package is missing.
@@ -169,7 +169,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
             "calibration.own to 0"
         )
     tasks: list[Wanted] = []
-    world.on_main(lambda: tasks.extend(_tasks(work)))
+    world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
     looks_at_text = reads_text(work)
     with work.state.clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
@@ -224,12 +224,15 @@ def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[
             work.warn(sentence)
 
 
-def _tasks(work: Work) -> list[Wanted]:
-    asked = work.recipe.evaluation
+def _tasks(work: Work, *, load: bool) -> list[Wanted]:
+    asked, trusted = work.recipe.evaluation, work.trust_remote_code
     if asked.tasks is None:
         return []
     work.tell(Find(tasks=asked.tasks))
-    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir)
+    if not load:
+        check_tasks(asked.tasks, task_dir=asked.task_dir, trust_remote_code=trusted)
+        return []
+    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir, trust_remote_code=trusted)
     set_shots(wanted, None)
     return wanted
 
