@@ -22,6 +22,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, without_code
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
@@ -146,6 +147,8 @@ def load(
         elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
             remedy = "if its file is a tokenizer.model: pip install sentencepiece"
         raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
+    if type(tokenizer).__module__.startswith("transformers."):  # no code of its own was run, and none is passed on
+        tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
     if mask is not None:
@@ -206,6 +209,7 @@ def locate(name: str) -> tuple[str, str | None]:
                     f"; name its result, {result}" if result.is_dir() else " that has no result yet"
                 )
             raise UsageError(f"{name} is not a model: it has no config.json; {remedy}")
+        check_files(path)
         return str(path), None
     if path.is_file():
         with path.open("rb") as file:
@@ -278,20 +282,24 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
         if "gguf_file" not in options:
             raw, _ = PreTrainedConfig.get_config_dict(folder)
             _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
-            if quantised := raw.get("quantization_config"):
+            plain = without_code(raw)
+            if quantised := _quantised(raw):
                 kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
                 raise UsageError(
                     f"{name} is quantised{kind and f' ({kind})'}, and only whole weights are read; name the model it was made from"
                 )
-            if (stock := families.stock_config(raw)) is not None:  # stock code does what the checkpoint's own does
+            if (stock := families.stock_config(plain)) is not None:  # stock code does what the checkpoint's own does
                 options["trust_remote_code"] = False
                 return stock
             if _is_ours(raw):  # its auto_map is for tools that do not have us
                 options["trust_remote_code"] = False
-                raw = {key: value for key, value in raw.items() if key != "auto_map"}
-                return AutoConfig.for_model(**raw)
+                return AutoConfig.for_model(**plain)
         config = AutoConfig.from_pretrained(folder, **options)
-    except (UsageError, KeyboardInterrupt):
+        if "gguf_file" not in options and not options["trust_remote_code"] and code_in(raw):
+            config = type(config).from_dict({**plain, "model_type": config.model_type}, name_or_path=folder)
+        if not options["trust_remote_code"]:
+            config.__dict__.pop("auto_map", None)  # or it would travel on, to people who trust what they get from us
+    except (UsageError, RunError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds
         why = first_line(error)
@@ -304,6 +312,13 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
     _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
     return config
+
+
+def _quantised(raw: Any) -> Any:
+    """The quantization_config of a config or of one within it; None where its weights are whole."""
+    if not isinstance(raw, dict):
+        return None
+    return raw.get("quantization_config") or next(filter(None, map(_quantised, raw.values())), None)
 
 
 def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool) -> None:
@@ -345,6 +360,8 @@ def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, A
 
 
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
+    if "gguf_file" not in options:
+        check_weights(folder, getattr(config, "transformers_weights", None), name)
     model_class, options = _model_class(config, options)
     try:
         model, info = model_class.from_pretrained(
@@ -409,7 +426,7 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
             return mask, None
         dense_params = json.loads(path.read_text(encoding="utf-8"))["dense_params"]
         return mask, None if dense_params is None else int(dense_params)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged ({first_line(error)}); remove mask.json to load the model without its history"
         ) from error

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.checkpoint.foreign import check_files
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -98,7 +99,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     """The graph in onnxruntime; the tokenizer beside it, if there is one, is read by transformers.
 
     Raises:
-        UsageError: onnxruntime is not installed, or the tokenizer brings Python code, and `trust_remote_code` is not set.
+        UsageError: onnxruntime is not installed, a file beside the graph is no regular one, or the tokenizer brings Python code, and
+            `trust_remote_code` is not set.
         RunError: the file is damaged.
     """
     path = artefact if artefact.is_file() else artefact / "model.onnx"
@@ -120,6 +122,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     if (path.parent / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
+        check_files(path.parent)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
         except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in
 from adapt_pruner.core.children import talking
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export.engines import Engine
@@ -34,14 +35,20 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     """The artefact in stock transformers, in a process that does not have this package.
 
     Raises:
-        UsageError: it brings Python code, and `trust_remote_code` is not set.
+        UsageError: it brings Python code, and `trust_remote_code` is not set; or its files are not what a model's may be.
         RunError: transformers cannot load it.
     """
     import transformers
 
+    check_files(artefact)
     config = json.loads((artefact / "config.json").read_text(encoding="utf-8"))
     if config.get("auto_map") and not trust_remote_code:
         raise UsageError(f"{artefact} brings Python code to load it; pass --trust-remote-code to run it")
+    if (named := code_in(config)) and not trust_remote_code:
+        raise UsageError(
+            f"{artefact / 'config.json'} names code of the hub ({named[0]}); pass --trust-remote-code to fetch and run it"
+        )
+    check_weights(str(artefact), config.get("transformers_weights"), str(artefact))
     command = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py")), str(artefact), str(torch.get_num_threads())]
     silent = f"stock transformers ended on {artefact} without a word; there may be too little memory for two models"
     with talking([*command, *(["trust"] if trust_remote_code else [])], silent=silent) as child:

@@ -1,0 +1,116 @@
+"""What a model folder that may be anybody's must be: regular files, weights in safetensors beside their index, a config without code.
+
+transformers would follow an index out of the folder and to pickles, apply an adapter that lies beside the weights, and fetch kernels
+that a config names from the hub.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.core.files import check_regular
+from adapt_pruner.errors import RunError, UsageError, first_line
+
+__all__ = ["check_files", "check_weights", "code_in", "without_code"]
+
+_WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of what is read whole
+_SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
+_INDEX = "model.safetensors.index.json"
+
+_HARMLESS = {"attn": (None, "eager", "sdpa", "flex_attention"), "experts": (None, "eager", "batched_mm", "grouped_mm")}
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_CODE = ("auto_map", "custom_generate", "custom_pipelines", "distributed_config", "kernel_config", "use_kernels")
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a model folder with a file that may never end, or one too large to be read whole.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for inner in (folder, folder / "additional_chat_templates"):
+        for path in sorted(inner.iterdir()) if inner.is_dir() else ():
+            check_regular(path, **({} if path.suffix in _WHOLE else {"most": None}))
+
+
+def check_weights(folder: str, named: Any, name: str) -> None:
+    """Refuse weights that are elsewhere or no safetensors, and an adapter beside them.
+
+    Args:
+        folder: a folder or hub id.
+        named: `transformers_weights` of its config.json, a file to read instead of model.safetensors; None where it names none.
+        name: what the user calls it.
+
+    Raises:
+        UsageError: they are.
+        RunError: the index cannot be read.
+    """
+    if _found(folder, "adapter_config.json") is not None:
+        raise UsageError(
+            f"{name} has an adapter beside its weights (adapter_config.json), which would change the model without a word; merge it "
+            "with peft (merge_and_unload) and name the result, or remove adapter_config.json to load the weights without it"
+        )
+    index = named if isinstance(named, str) and named.endswith(".index.json") else _INDEX
+    if named is not None and index is not named and not _is_shard(named):
+        raise UsageError(f"config.json of {name} names the weights {named!r}; only *.safetensors files of the folder are read")
+    if Path(index).name != index:
+        raise UsageError(
+            f"config.json of {name} names the weights {named!r}, which are not in its folder; remove transformers_weights"
+        )
+    path = _found(folder, index)
+    if path is None:
+        return
+    try:
+        shards = sorted(set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{index} of {name} is damaged ({first_line(error)}); get the file again") from error
+    for shard in shards:
+        if not _is_shard(shard):
+            raise UsageError(f"{index} of {name} names the file {shard!r}; only *.safetensors files of the folder are read")
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
+
+
+def _found(folder: str, file: str) -> Path | None:
+    """A file of a folder or, fetched and kept, of a model on the hub; None where it has none."""
+    if Path(folder).is_dir():
+        path = Path(folder) / file
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(folder, file, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no network, no leave: who loads the weights says so
+        return None
+    return None if path is None else Path(path)
+
+
+def without_code(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json, as plain data, without the fields by which code would be fetched or run; those of inner configs go too."""
+    return {key: _inner(value) for key, value in raw.items() if not _names_code(key, value)}
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_code(value)
+    return [_inner(one) for one in value] if isinstance(value, list) else value
+
+
+def code_in(raw: Any) -> list[str]:
+    """The fields that `without_code` takes out but for auto_map, each with its value as text."""
+    if isinstance(raw, list):
+        return [found for one in raw for found in code_in(one)]
+    if not isinstance(raw, Mapping):
+        return []
+    mine = [f"{key}: {value}" for key, value in raw.items() if _names_code(key, value) and key != "auto_map"]
+    return mine + [found for value in raw.values() for found in code_in(value)]
+
+
+def _names_code(key: Any, value: Any) -> bool:
+    if found := _IMPLEMENTATION.fullmatch(str(key)):
+        return not (value is None or isinstance(value, str)) or value not in _HARMLESS[found[1]]
+    return key in _CODE and bool(value)
