@@ -26,6 +26,7 @@ from adapt_pruner.cli.prune import prune
 from adapt_pruner.cli.push import push
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
+from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
 from adapt_pruner.errors import RunError, UsageError
@@ -33,8 +34,12 @@ from adapt_pruner.errors import RunError, UsageError
 __all__ = ["app", "main"]
 
 
-class _Once(TyperCommand):
-    """Refuse an option that takes one value and is given twice; the parser would silently take the last one."""
+class _Command(TyperCommand):
+    """Refuse an option that takes one value and is given twice, of which the parser would take the last one; filter what is printed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with filtered():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -72,7 +77,7 @@ for command, name in (
     (inspect, "inspect"),
     (methods, "methods"),
 ):
-    app.command(name, cls=_Once)(command)
+    app.command(name, cls=_Command)(command)
 
 
 def _print_version(asked: bool) -> None:
@@ -149,11 +154,12 @@ def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoR
     """Print one sentence and exit. The main process prints every error, another process only an error of its own."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     process = os.environ.get("RANK", "0") if several else "0"
-    if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
-        traceback.print_exception(error)
-    if process == "0":
-        print(f"error: {sentence}", file=sys.stderr)
-    elif error is not None:
-        print(f"error in process {process}: {sentence}", file=sys.stderr)
+    with filtered():
+        if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
+            traceback.print_exception(error)
+        if process == "0":
+            print(f"error: {sentence}", file=sys.stderr)
+        elif error is not None:
+            print(f"error in process {process}: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(status)

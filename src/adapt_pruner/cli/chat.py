@@ -80,20 +80,25 @@ def chat(
 
 def _print(found: list[dict[str, Any]], *, with_text: bool) -> None:
     from rich.columns import Columns
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
+    from adapt_pruner.cli.streams import console
+    from adapt_pruner.core.visible import visible
+
+    out = console(highlight=False, markup=False)
     if with_text:
-        inner = [Group(Text(one["text"] or "(nothing)"), Text(f"\n{_note(one)}", style="dim")) for one in found]
-        panels = [Panel(body, title=Text(one["model"]), title_align="left") for body, one in zip(inner, found, strict=True)]
-        if console.is_terminal and console.width >= _NARROW:
-            console.print(Columns(panels, width=console.width // len(panels) - 1))
+        inner = [Group(Text(visible(one["text"]) or "(nothing)"), Text(f"\n{_note(one)}", style="dim")) for one in found]
+        panels = [
+            Panel(body, title=Text(visible(one["model"])), title_align="left") for body, one in zip(inner, found, strict=True)
+        ]
+        if out.is_terminal and out.width >= _NARROW:
+            out.print(Columns(panels, width=out.width // len(panels) - 1))
         else:
-            console.print(Group(*panels))
+            out.print(Group(*panels))
     else:
-        Console(stderr=True, highlight=False, markup=False).print(_note(found[0]), style="dim", soft_wrap=True)
+        console(stderr=True, highlight=False, markup=False).print(_note(found[0]), style="dim", soft_wrap=True)
 
 
 def _note(one: dict[str, Any]) -> str:

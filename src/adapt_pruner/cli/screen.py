@@ -12,8 +12,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from adapt_pruner.cli.bars import Bars
+from adapt_pruner.cli.streams import console as console_on
+from adapt_pruner.cli.streams import filtered
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Cell, Cut, Evaluation, Event, Start, Step, Tasks, parse
+from adapt_pruner.core.visible import visible
 from adapt_pruner.core.words import millions, span
 
 __all__ = ["Screen", "quiet_libraries", "screen"]
@@ -34,13 +37,16 @@ def quiet_libraries() -> None:
 @contextmanager
 def screen(*, quiet: bool = False) -> Iterator["Screen"]:
     """A listener for the events of a run; a quiet one shows nothing."""
-    console = Console(stderr=True, quiet=quiet)
+    console = console_on(stderr=True, quiet=quiet)
     if quiet or not console.is_terminal:
         yield Screen(console, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+    )  # fmt: skip
     shown = Screen(console, Progress(*columns, console=console))
-    with Live(console=console, transient=True, refresh_per_second=4, get_renderable=shown.render):
+    with Live(console=console, transient=True, refresh_per_second=4, get_renderable=shown.render), filtered():
         yield shown
 
 
@@ -88,7 +94,7 @@ class Screen:
 
     def standing(self) -> str:
         """How far the run has come, in a line."""
-        return " · ".join(value for value in self._figures.values() if value)
+        return visible(" · ".join(value for value in self._figures.values() if value))
 
     def render(self) -> RenderableType:
         """The lines that move: the model, figures, and how far the work is."""
@@ -103,7 +109,7 @@ class Screen:
             return
         if often:
             self._last_line = time.monotonic()
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
     def _advance(self, description: str, *, at_least: float = 0.0) -> str:
         """Move the bar; returns the estimate as text, of `at_least` so many seconds where work got on, from where it counts down."""
@@ -117,7 +123,7 @@ class Screen:
             self._share, self._got_on = share, self._spent
         left = f"{span(self._due - self._spent)} left" if 0.02 < share < 1 and self._due - self._spent > 0.5 else ""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, description=description, left=left)
+            self._bar.update(self._task, completed=share, description=visible(description), left=left)
         return f", {left}" if left else ""
 
     def _follow(self, event: Event) -> str:
@@ -137,7 +143,7 @@ class Screen:
                 self._figures["perplexity"] = f"perplexity {event.perplexity:.2f}" if event.perplexity is not None else ""
             case Cell() if self._bar is not None and self._task is not None:
                 self._bar.update(
-                    self._task, completed=(event.cell - 1) / max(1, event.of), description=event.name, left=event.left
+                    self._task, completed=(event.cell - 1) / max(1, event.of), description=visible(event.name), left=event.left
                 )
         return ""
 
@@ -155,7 +161,7 @@ class Screen:
         if self._work is not None:
             self._advance(event.doing)
         elif self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=event.done / max(1, event.of), description=event.task, left="")
+            self._bar.update(self._task, completed=event.done / max(1, event.of), description=visible(event.task or ""), left="")
         return ""
 
     def _follow_cut(self, cut: Cut) -> str:

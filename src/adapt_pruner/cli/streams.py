@@ -1,0 +1,51 @@
+"""The one way of text to the terminal: whoever prints on stdout or stderr, what would steer a terminal is spelled out.
+
+A pipe may end in a terminal too, so it is the same there. Our own colours and bars go past the filter: rich writes them to the
+streams beneath, and what it is given to show has been through `visible`.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+from rich.console import Console
+
+from adapt_pruner.core.visible import visible
+
+__all__ = ["console", "filtered"]
+
+
+class _Filtered:
+    """A text stream whose `write` spells out what steers a terminal; all else is that of the stream beneath."""
+
+    def __init__(self, beneath: Any) -> None:
+        self.beneath = beneath
+
+    def write(self, text: str) -> int:
+        """Write; the number of characters that were asked for."""
+        self.beneath.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.beneath, name)
+
+
+@contextmanager
+def filtered() -> Iterator[None]:
+    """Have stdout and stderr filtered, as they are now; afterwards they are as before."""
+    with redirect_stdout(_Filtered(sys.stdout)), redirect_stderr(_Filtered(sys.stderr)):
+        yield
+
+
+def console(*, stderr: bool = False, **options: Any) -> Console:
+    """Rich's console on the stream beneath the filter; what it is given to show must have been through `visible`."""
+    stream: Any = sys.stderr if stderr else sys.stdout
+    while isinstance(stream, _Filtered):
+        stream = stream.beneath
+    return Console(file=stream, stderr=stderr, **options)

@@ -1,0 +1,26 @@
+"""Text of others made harmless to look at: what would steer a terminal or turn the order of characters is spelled out."""
+
+import re
+
+__all__ = ["one_line", "visible"]
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but for tab and line end; ESC, BEL, and C1, of which some begin sequences
+    "\u2028\u2029\u202a-\u202e\u2066-\u2069\u206a-\u206f\ufff9-\ufffb"  # line separators; embeddings, overrides, isolates of direction
+    "\ud800-\udfff]"  # halves of characters, as names of files may have; they cannot be printed
+)
+
+
+def visible(text: str) -> str:
+    r"""The text with each such character as its escape, \x1b or \u202e; other text is as it was."""
+    return _STEERING.sub(_spelled, text)
+
+
+def one_line(text: str, *, most: int = 500) -> str:
+    """The text on one line, without such characters, and cut off after `most`."""
+    return _STEERING.sub(" ", text.replace("\n", " ").replace("\t", " "))[:most].strip()
+
+
+def _spelled(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
