@@ -1,5 +1,6 @@
 """`adapt-pruner eval`: perplexity, reading speed and task scores, of one model or of several side by side."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -93,13 +94,14 @@ def evaluate(
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.events import Find, Load, Progress, Warned
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.data.sources import SELF, documents
+    from adapt_pruner.data.sources import SELF, texts
     from adapt_pruner.data.tokens import opening
     from adapt_pruner.evaluate.anatomy import decoder_parameters
 
     quiet_libraries()
     if text is not None and text != SELF:
-        documents(text)  # a text that is not there is said before a model is loaded
+        for _ in itertools.islice(texts(text), None if max_windows is None else 1):
+            pass  # a text that is not there is said before a model is loaded
     if against is not None:
         models = [against, *(name for name in models if name != against)]
     for name in models:

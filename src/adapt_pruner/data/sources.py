@@ -22,7 +22,7 @@ from typing import Any
 from adapt_pruner.data import readers
 from adapt_pruner.errors import UsageError
 
-__all__ = ["SELF", "Document", "Source", "documents", "domains", "identity", "read"]
+__all__ = ["SELF", "Document", "Source", "documents", "domains", "identity", "read", "texts"]
 
 SELF = "self"
 Source = str | Mapping[str, float]
@@ -62,8 +62,17 @@ def documents(spec: str) -> list[str]:
     Raises:
         UsageError: nothing is there, it holds no text, or it is not what its name says; with the remedy.
     """
+    return list(texts(spec))
+
+
+def texts(spec: str) -> Iterator[str]:
+    """As `documents`, one after another: no more is read than is asked for.
+
+    Raises:
+        UsageError: as `documents`, when the trouble is reached.
+    """
     most = _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None
-    return [document.text for document in itertools.islice(read(spec), most)]
+    return (document.text for document in itertools.islice(read(spec), most))
 
 
 def read(spec: str) -> Iterator[Document]:

@@ -1,14 +1,18 @@
 """From documents to token ids: calibration windows, training blocks, evaluation windows."""
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.errors import UsageError
 
 __all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "opening", "text_bytes"]
@@ -26,14 +30,31 @@ def opening(tokenizer: Any) -> list[int]:
     return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text without its `opening`, with what else the tokenizer adds by itself."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids[len(opening(tokenizer)) :]
+def encode(tokenizer: Any, parts: Iterable[str], *, most: int | None = None) -> NDArray[np.int32]:
+    """Token ids of the text that `parts` are one after another, without its `opening`, with what else the tokenizer adds by itself.
+
+    Args:
+        most: ids that are enough; no more of the text is read than they need.
+    """
+    skipped = len(opening(tokenizer))
+    wanted = None if most is None else most + skipped
+    pieces, there = [], 0
+    for ids in ids_in_pieces(tokenizer, parts):
+        pieces.append(ids.astype(np.int32))
+        there += len(ids)
+        if wanted is not None and there >= wanted:
+            break
+    return np.concatenate(pieces)[skipped:wanted]
 
 
 def calibration_windows(
-    tokenizer: Any, texts: Sequence[str], *, samples: int, length: int, seed: int, encoded: dict[int, list[int]] | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    encoded: dict[int, NDArray[np.int32]] | None = None,
 ) -> Tensor:
     """`samples` windows of `length` tokens drawn at random: first one a document, then more of long ones, then short ones joined.
 
@@ -53,17 +74,17 @@ def calibration_windows(
     generator = torch.Generator().manual_seed(seed)
     start = opening(tokenizer)
     own = length - len(start)  # tokens of the text in a window
-    first: list[list[int]] = []
-    more: list[list[int]] = []
-    joined: list[int] = []
+    first: list[NDArray[np.int32]] = []
+    more: list[NDArray[np.int32]] = []
+    short: list[NDArray[np.int32]] = []
     encoded = {} if encoded is None else encoded
     for index in torch.randperm(len(texts), generator=generator).tolist():
         if index not in encoded:
-            encoded[index] = encode(tokenizer, texts[index])
+            encoded[index] = encode(tokenizer, [texts[index]])
         ids = encoded[index]
         count = len(ids) // own
         if count == 0:
-            joined += ids
+            short.append(ids)
             continue
         offset = int(torch.randint(len(ids) - count * own + 1, (1,), generator=generator))
         windows = [ids[offset + i * own : offset + (i + 1) * own] for i in range(count)]
@@ -75,15 +96,19 @@ def calibration_windows(
     if len(first) < samples:
         order = torch.randperm(len(more), generator=generator).tolist()
         first += [more[i] for i in order[: samples - len(first)]]
-    while len(first) < samples and len(joined) >= own:
-        first.append(joined[:own])
-        joined = joined[own:]
+    if len(first) < samples and short:
+        joined = np.concatenate(short)
+        first += [joined[at : at + own] for at in range(0, len(joined) - own + 1, own)][: samples - len(first)]
     if len(first) < samples:
         raise UsageError(
             f"the calibration text gives {len(first)} windows of {length} tokens, {samples} are asked for; "
             "give more text, or lower calibration.samples or calibration.length"
         )
-    return torch.tensor([start + ids for ids in first])
+    return torch.stack([_opened(start, ids) for ids in first])
+
+
+def _opened(start: list[int], ids: NDArray[np.int32]) -> Tensor:
+    return torch.cat([torch.tensor(start, dtype=torch.int64), torch.from_numpy(ids.astype(np.int64))])
 
 
 def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
@@ -127,8 +152,8 @@ def batches_of(rows: Sequence[Tensor], *, max_tokens: int) -> list[Tensor]:
     return [torch.cat(batch) for batch in batches]
 
 
-def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max_windows: int | None) -> list[Tensor]:
-    """The text as it is, cut into non-overlapping windows; documents are joined by a blank line.
+def evaluation_windows(tokenizer: Any, texts: Iterable[str], *, window: int, max_windows: int | None) -> list[Tensor]:
+    """The text as it is, cut into non-overlapping windows; documents are joined by a blank line. Reads no more than it needs.
 
     Each begins with the tokenizer's `opening`, which is one of its `window` tokens and predicts the first of the text's.
 
@@ -140,13 +165,18 @@ def evaluation_windows(tokenizer: Any, texts: Sequence[str], *, window: int, max
     """
     if window < 2:
         raise UsageError(f"window {window} predicts nothing; give at least 2 tokens")
-    start, ids = opening(tokenizer), encode(tokenizer, _JOINT.join(texts))
+    start = opening(tokenizer)
     own = window - len(start)
-    windows = [torch.tensor(start + ids[i : i + own])[None] for i in range(0, len(ids), own)]
+    ids = encode(tokenizer, _joined(texts), most=None if max_windows is None else max_windows * own)
+    windows = [_opened(start, ids[i : i + own])[None] for i in range(0, len(ids), own)]
     windows = [ids for ids in windows if ids.shape[1] >= 2][:max_windows]
     if not windows:
         raise UsageError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
     return windows
+
+
+def _joined(texts: Iterable[str]) -> Iterator[str]:
+    return itertools.islice(itertools.chain.from_iterable((_JOINT, text) for text in texts), 1, None)
 
 
 def text_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:

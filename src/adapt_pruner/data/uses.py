@@ -1,16 +1,19 @@
 """How often a text uses each token."""
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.data.sources import SELF, Source, documents, domains
 from adapt_pruner.errors import UsageError
 
 __all__ = ["token_uses"]
 
 _TEXTS = 256  # documents tokenised at a time
+_SHORT = 2**14  # characters; a longer document is tokenised by itself, piece by piece
 
 
 def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
@@ -36,8 +39,11 @@ def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
     for spec, share in shares.items():
         texts, counts = documents(spec), torch.zeros(size, dtype=torch.float64)
         for start in range(0, len(texts), _TEXTS):
-            for ids in tokenizer(texts[start : start + _TEXTS], verbose=False)["input_ids"]:
-                counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=size)
+            some = texts[start : start + _TEXTS]
+            short, long = [text for text in some if len(text) <= _SHORT], [text for text in some if len(text) > _SHORT]
+            together = tokenizer(short, verbose=False)["input_ids"] if short else []
+            for ids in itertools.chain(together, *(ids_in_pieces(tokenizer, [text]) for text in long)):
+                counts += torch.bincount(torch.as_tensor(ids, dtype=torch.int64), minlength=size)
         frequencies += share * counts / counts.sum().clamp(min=1)
         total += int(counts.sum())
     return (frequencies * total).round(decimals=6)

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, Source, documents, domains
+from adapt_pruner.data.sources import SELF, Source, documents, domains, texts
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 
@@ -44,14 +46,14 @@ def calibration_feed(
         written = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed, dtype=dtype, on_batch=on_batch)
         rows = written.split(1)
     else:
-        texts = {spec: documents(spec) for spec in shares}
+        there = {spec: documents(spec) for spec in shares}
         counts = _apportioned(samples, shares, what="calibration.samples")
-        encoded: dict[str, dict[int, list[int]]] = {spec: {} for spec in shares}
+        encoded: dict[str, dict[int, NDArray[np.int32]]] = {spec: {} for spec in shares}
 
         def draw(iteration: int) -> list[Tensor]:
             windows = torch.cat([
                 calibration_windows(
-                    tokenizer, texts[spec], samples=counts[spec], length=length,
+                    tokenizer, there[spec], samples=counts[spec], length=length,
                     seed=seed * 1_000_003 + iteration, encoded=encoded[spec],
                 )
                 for spec in shares
@@ -87,7 +89,7 @@ def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows
     return [
         ids
         for spec, count in counts.items()
-        for ids in evaluation_windows(tokenizer, documents(spec), window=window, max_windows=count)
+        for ids in evaluation_windows(tokenizer, texts(spec), window=window, max_windows=count)
     ]
 
 

@@ -1,0 +1,111 @@
+"""Token ids of a long text, piece by piece: the ids of the whole text, without the memory that encoding it whole takes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ids_in_pieces"]
+
+_PIECE = 2**17  # characters encoded at one time; a tokenizer holds some 165 bytes a character meanwhile
+_OVERLAP = 2**12  # characters that two pieces share
+
+Ids = NDArray[np.int64]
+
+
+def ids_in_pieces(tokenizer: Any, parts: Iterable[str]) -> Iterator[Ids]:
+    """The ids of `tokenizer(text)`, some at a time, of the text that `parts` are one after another; reads no further than asked.
+
+    Pieces overlap. Two pieces are joined where they have the same tokens and the same words at the same places throughout the
+    middle half of what they share: no token crosses that place, so the ids before and behind it are those of the whole text.
+    Where the pieces differ (a long number that is cut every three digits), the first one is made longer.
+
+    This holds for byte-pair encoding by a fast tokenizer. A text is encoded whole by every other tokenizer.
+    """
+    around = _added(tokenizer)
+    if around is None:
+        yield np.array(tokenizer("".join(parts), verbose=False)["input_ids"], np.int64)
+        return
+    before, after = around
+    yield np.array(before, np.int64)
+    yield from _pieces(tokenizer, _Text(parts))
+    yield np.array(after, np.int64)
+
+
+class _Text:
+    """The front of a text whose parts are read when they are needed."""
+
+    def __init__(self, parts: Iterable[str]) -> None:
+        self._parts, self._held, self._at = iter(parts), "", 0
+
+    def front(self, size: int) -> str:
+        """At most `size` characters; fewer at the end of the text."""
+        new, there = [], len(self._held) - self._at
+        while there < size and (part := next(self._parts, None)) is not None:
+            new.append(part)
+            there += len(part)
+        if new:
+            self._held, self._at = "".join([self._held[self._at :], *new]), 0
+        return self._held[self._at : self._at + size]
+
+    def drop(self, size: int) -> None:
+        self._at += size
+
+
+def _pieces(tokenizer: Any, text: _Text) -> Iterator[Ids]:
+    size = _PIECE
+    if len(text.front(size + 1)) <= size:
+        yield np.array(tokenizer(text.front(size), add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        return
+    piece = _encoded(tokenizer, text.front(size))
+    first = 0  # token of this piece that is not given yet
+    while len(text.front(size + 1)) > size:
+        shift = size - _OVERLAP
+        behind = _encoded(tokenizer, text.front(shift + _PIECE)[shift:])
+        shared, same = piece.shared(shift), behind.shared(0)
+        if shared.start < shared.stop and np.array_equal(piece.table[shared] - [0, shift, 0], behind.table[same]):
+            yield piece.table[first : shared.start, 0]
+            text.drop(shift)
+            piece, first, size = behind, same.start, _PIECE
+        else:
+            size *= 2
+            piece = _encoded(tokenizer, text.front(size))
+    yield piece.table[first:, 0]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a piece.
+
+    Attributes:
+        table: int64 [tokens, 3]: its id, the character at which it begins, whether it begins a word of the pre-tokenizer.
+    """
+
+    table: NDArray[np.int64]
+
+    def shared(self, shift: int) -> slice:
+        """The tokens that begin in the middle half of an overlap that begins at character `shift`."""
+        start, stop = np.searchsorted(self.table[:, 1], [shift + _OVERLAP // 4, shift + 3 * _OVERLAP // 4])
+        return slice(int(start), int(stop))
+
+
+def _encoded(tokenizer: Any, text: str) -> _Piece:
+    """The tokens of a piece of text without what the tokenizer adds."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    words = np.array([-1 if word is None else word for word in found.word_ids()], np.int64)
+    starts = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
+    return _Piece(np.stack([np.array(found["input_ids"], np.int64), starts, np.diff(words, prepend=-1) != 0], axis=1))
+
+
+def _added(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """What a tokenizer adds before and after every text; None where a text must be encoded whole."""
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ != "BPE" or model.dropout:
+        return None
+    whole, bare = (tokenizer("x", add_special_tokens=adds, verbose=False)["input_ids"] for adds in (True, False))
+    for at in range(len(whole) - len(bare) + 1 if bare else 0):
+        if whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return None
