@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from adapt_pruner import cli
-from adapt_pruner.compare import comparison, picture
+from adapt_pruner.compare import comparison
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call, one_sentence
 
+DRAW = comparison.draw
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
 Ask = Any
 
@@ -243,7 +244,7 @@ def test_a_loss_beyond_numbers_stops_nothing(
     """exp of a loss above 709 is no float; the dense model's may be as large."""
     out = tmp_path / "out"
     measured = comparison.measure_beside
-    monkeypatch.setattr(comparison, "draw", picture.draw)
+    monkeypatch.setattr(comparison, "draw", DRAW)
     monkeypatch.setattr(
         comparison,
         "measure_beside",

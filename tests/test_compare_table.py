@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.compare import picture
+from adapt_pruner.compare import comparison
 from adapt_pruner.compare.request import Request
-from adapt_pruner.compare.table import label, markdown, rows_of, table
+from adapt_pruner.compare.table import markdown, rows_of, table
+from adapt_pruner.report import paper
+from adapt_pruner.report.comparison import comparison_panels, label
 
 DENSE = {"params": 1000, "decoder_params": 800, "nll": {"a": math.log(10), "b": math.log(20)}}
 
@@ -100,37 +102,49 @@ def test_the_picture_is_whole_and_the_same_each_time(tmp_path: Path) -> None:
              for size in (900, 800) for lift in (0, 0.2)]  # fmt: skip
     seen = []
     for _ in range(2):
-        assert picture.draw(result_of(rows_of(cells, DENSE)), tmp_path, warn=pytest.fail)
+        assert comparison.draw(result_of(rows_of(cells, DENSE)), tmp_path, warn=pytest.fail)
         seen.append((tmp_path / "compare.svg").read_bytes())
     assert seen[0] == seen[1]
     xml.etree.ElementTree.fromstring(seen[0])
-    for name in ("one", "two", "dense 10", "perplexity (log scale)"):
+    for name in ("one", "two", "dense 10.00", "perplexity (log scale)", "897"):
         assert f"<!-- {name} -->".encode() in seen[0], "matplotlib writes what glyphs say beside them"
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"compare.svg", "compare.png"}
     far = [*cells, cell("ruin", 900, 9.0)]
-    assert picture.draw(result_of(rows_of(far, DENSE)), tmp_path, warn=pytest.fail)
+    assert comparison.draw(result_of(rows_of(far, DENSE)), tmp_path, warn=pytest.fail)
     svg = (tmp_path / "compare.svg").read_text()
     assert "Beyond 100 times the dense model, and not shown: ruin at 900." in svg
     assert "<!-- ruin -->" not in svg
     lone = [cell("one", 900, 800.0), cell("two", 900, 3.0)]
-    assert picture.draw(result_of(rows_of(lone, DENSE)), tmp_path, warn=pytest.fail), "a perplexity that overflows is left out"
-    assert not picture.draw(result_of(rows_of([], DENSE)), tmp_path, warn=pytest.fail)
-    assert not picture.draw(result_of(rows_of(lone[:1], DENSE)), tmp_path, warn=pytest.fail), "an empty frame says nothing"
+    assert comparison.draw(result_of(rows_of(lone, DENSE)), tmp_path, warn=pytest.fail), "a perplexity that overflows is left out"
+    assert not comparison.draw(result_of(rows_of([], DENSE)), tmp_path, warn=pytest.fail)
+    assert not comparison.draw(result_of(rows_of(lone[:1], DENSE)), tmp_path, warn=pytest.fail), "an empty frame says nothing"
 
 
 def test_names_are_apart_and_inside() -> None:
-    assert picture._spread([0.1, 0.5]) == [0.1, 0.5]
-    assert picture._spread([0.1, 0.1]) == pytest.approx([0.1, 0.155])
-    high = picture._spread([0.9, 0.95, 0.97, 0.99])
-    assert high[-1] == 0.98
-    assert all(b - a == pytest.approx(0.055) for a, b in itertools.pairwise(high))
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    cells = [cell(name, size, math.log(2000 / size) + 2 + k / 50)
+             for k, name in enumerate(("one", "another", "a-third", "fourth", "the-fifth", "six", "seven")) for size in (900, 890)]  # fmt: skip
+    panels = comparison_panels(result_of(rows_of(cells, DENSE)))
+    assert panels is not None
+    figure = Figure(figsize=(11.2, 4.2), layout="constrained")
+    paper._beside(figure, panels)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+        assert len(boxes) == 8, "the dense model and seven methods"
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        frame = axes.get_window_extent()
+        assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
 def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     warnings: list[str] = []
-    assert not picture.draw(result_of(rows_of([cell("one", 900, 3.0)], DENSE)), tmp_path, warn=warnings.append)
+    assert not comparison.draw(result_of(rows_of([cell("one", 900, 3.0)], DENSE)), tmp_path, warn=warnings.append)
     assert len(warnings) == 1
     assert "pip install 'adapt-pruner[plot]'" in warnings[0]
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from adapt_pruner.core.events import Cut, Warned
 from adapt_pruner.core.words import compact, duration, shown, tick, ticks
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.report import charts, documented, page, png
+from adapt_pruner.report import charts, documented, page, paper
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.figures import Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
@@ -475,7 +475,7 @@ def test_without_matplotlib_pictures_are_refused_in_a_sentence_and_the_page_is_n
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(png.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(paper.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     (copied / "report.html").unlink()
     status, _, err = call(monkeypatch, capsys, "report", copied, "--png")
     assert status == 2

@@ -50,8 +50,16 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     assert ">30.00 (3.00×)" in text
     assert "out of &lt;memory&gt;" in text
     size, speed = comparison_pictures(result)
+    assert text.count('<i class="star" style=') == 2, "the dense model in both pictures"
+    drawn = text.partition('id="speed-0"')[0]
+    assert drawn.count('class="thin tone') == drawn.count('class="whisker tone') == 2, (
+        "from the star to either method, and its draws"
+    )
+    assert all(f">{params}</span>" in drawn for params in (100, 80, 60)), "below the axis are the sizes there are"
     named = {series.name: [label for label in series.labels if label] for series in size.series}
-    assert named == {"dense": ["dense"], "good": ["good", "good"], "bad": []}, "the small good one is smaller and better than bad"
+    assert named == {"dense": ["dense 10.00"], "good": ["good", "good"], "bad": []}, (
+        "the small good one is smaller and better than bad"
+    )
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
 
 
@@ -76,24 +84,24 @@ def test_many_methods_can_be_told_apart() -> None:
     assert size.note == speed.note == "Beyond 100 times the dense model, and not shown: m9 at 80."
     assert text.count(size.note) == 2
     assert ">4,000,000 (400,000×)</td>" in text
-    keys = re.findall(r'<i class="key ([^"]*)"></i>([^<]*)</span>', text.partition('id="speed-0"')[0])
+    keys = re.findall(r'<i class="(?:key )?([^"]*)"></i>([^<]*)</span>', text.partition('id="speed-0"')[0])
     assert len({look for look, _ in keys}) == len(keys) == 10
     result["rows"][1]["texts"]["t.txt"] |= {"high": 5e6}
     (one,) = (series for series in comparison_pictures(result)[0].series if series.name == "m0")
-    assert (one.points, one.high) == ([(80.0, 12.0)], [1000.0]), "one bad draw of three: the band ends where the picture does"
+    assert (one.points, one.high) == ([(80.0, 12.0)], [1000.0]), "one bad draw of three: the bar ends where the picture does"
     lost = [result["rows"][0], result["rows"][-1]]
     assert within(lost, "t.txt") == lost, "a picture of ruins alone shows them"
-    assert dict(map(reversed, keys))["m5"] == "tone0 round second"
+    assert dict(map(reversed, keys))["m6"] == "round tone0 second"
     assert text.count('class="dot tone0 second"') == 2
 
 
 def test_names_are_not_written_over_another() -> None:
     """The lowest of those that lie close together keeps its name; of one size only the best has one, however few parameters another has."""
     size, speed = comparison_pictures(many_methods())
-    assert [name for *_, name in size.named()] == ["dense", "m0"]
+    assert [name for *_, name in size.named()] == ["dense 10.00", "m0"]
     named = [name for *_, name in speed.named()]
-    assert named[:2] == ["dense", "m1"]
-    assert [name for series in speed.series for name in series.labels if name] == ["dense", *(f"m{i}" for i in range(1, 9))]
+    assert named[:2] == ["dense 10.00", "m1"]
+    assert [name for series in speed.series for name in series.labels if name] == ["dense 10.00", *(f"m{i}" for i in range(1, 9))]
     near = charts.Lines("k", "", "", [charts.Series("s", [(0, 1.0), (0.5, 1.01), (10, 5.0)], labels=["a", "b", "c"])], "", "")
     assert [name for *_, name in near.named()] == ["a", "c"]
 

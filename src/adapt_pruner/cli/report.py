@@ -33,14 +33,14 @@ def report(
         adapt-pruner report runs/demo -o demo.html --png
     """
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.report import png as papers
+    from adapt_pruner.report import paper
     from adapt_pruner.report.charts import Chart
     from adapt_pruner.report.page import check_page, page, pictures, write_page
 
     if out is not None:
         check_page(out, folder)
     if png:
-        papers.check_matplotlib()
+        paper.check_matplotlib()
     drawings: list[Chart]
     if (folder / "compare.json").is_file():
         from adapt_pruner.compare.table import table
@@ -61,7 +61,7 @@ def report(
         text, drawings = page(record), pictures(figures_of(record)) if png else []
     written = [write_page(target, text)]
     if png:
-        written += papers.write_pictures(drawings, target.with_name(f"{target.stem}-png"))
+        written += paper.write_pictures(drawings, target.with_name(f"{target.stem}-png"))
     if as_json:
         print(to_json({"written": [str(path) for path in written]}))
     else:

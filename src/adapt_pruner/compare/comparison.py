@@ -27,7 +27,6 @@ from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
-from adapt_pruner.compare.picture import draw
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core import events
@@ -44,8 +43,9 @@ from adapt_pruner.data.tokens import calibration_ids
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.reduce.work import Listener, Work, reads_text
-from adapt_pruner.report.comparison import comparison_page
+from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
+from adapt_pruner.report.paper import has_matplotlib, write_pictures
 
 __all__ = ["compare"]
 
@@ -174,6 +174,14 @@ def _tidy(out: Path) -> None:
     """Remove, in place, what a process that was killed left half-written."""
     for folder in (out, out / "models", out / "cells"):
         tidy(folder)
+
+
+def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:
+    """Write compare.svg and compare.png to `out`; whether there was anything to draw, and to draw with."""
+    panels = comparison_panels(result)
+    if panels is not None and not has_matplotlib():
+        warn("there is no picture, since matplotlib is not installed; pip install 'adapt-pruner[plot]' and run the same command")
+    return panels is not None and has_matplotlib() and bool(write_pictures([panels], out, endings=("svg", "png")))
 
 
 class _Comparison:

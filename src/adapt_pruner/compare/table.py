@@ -4,13 +4,13 @@ import math
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.strict_json import perplexity_of
 from adapt_pruner.core.words import num_draws, shown
+from adapt_pruner.report.comparison import label
 
-__all__ = ["label", "markdown", "rows_of", "table"]
+__all__ = ["markdown", "rows_of", "table"]
 
 _NOTE = 72  # characters of a reason in the table; compare.md has it in full
 
@@ -115,13 +115,6 @@ def _perplexity(value: float | None) -> str:
 def _times(ratio: float | None) -> str:
     """A perplexity over the dense model's."""
     return "∞" if ratio is None or not math.isfinite(ratio) else f"{ratio:,.2f}" if ratio < 10**7 else f"{ratio:.1e}"
-
-
-def label(text: str, texts: Sequence[str]) -> str:
-    """A short name of a text: the last two parts of a path without its ending; the SPEC where that is not one's own."""
-    names = ["/".join([*Path(spec).parts[-2:-1], Path(spec).name.partition(".")[0]]) for spec in texts]
-    name = names[list(texts).index(text)]
-    return name if names.count(name) == 1 and len(name) < len(text) else text
 
 
 def markdown(result: Mapping[str, Any], *, picture: bool) -> str:

@@ -1,16 +1,16 @@
-"""The pictures of a run as data: what `svg` draws for the page and `png` for papers."""
+"""The pictures of a run or a comparison as data: what `svg` draws for the page and `paper` for papers."""
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
-from adapt_pruner.core.words import score, shots, shown
+from adapt_pruner.core.words import score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
-    "TONES", "Anatomy", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",
+    "TONES", "Anatomy", "Beside", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",
     "importance", "perplexities", "sparsity", "tasks", "training",
 ]  # fmt: skip
 
@@ -27,7 +27,10 @@ _MOST_ROWS = 48  # of a heat map
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name and points (x, y), x ascending; `low` and `high` where y is a mean, else empty."""
+    """A line: its name and points (x, y), x ascending; `low` and `high` where y is one of several, else empty: a band, or bars at `dots`.
+
+    A `star` is the point that a thin line leads from to every other line.
+    """
 
     name: str
     points: list[tuple[float, float]]
@@ -35,6 +38,7 @@ class Series:
     high: list[float] = field(default_factory=list)
     dots: bool = False
     faint: bool = False
+    star: bool = False
     labels: list[str] = field(default_factory=list)
 
 
@@ -43,7 +47,7 @@ class Lines:
     """Lines over one axis; forms are those of `words.shown`; `marks` are vertical lines (x, name); `falls` has x run downwards.
 
     What few points of faint lines lie far out is cut off, so that the rest can be seen. `note` goes wherever the picture does; labels
-    stand above their points or, where the lowest are named, `below`.
+    stand above their points or, where the lowest are named, `below`. `x_ticks` are written below the axis in place of round numbers.
     """
 
     key: str
@@ -60,6 +64,26 @@ class Lines:
     falls: bool = False
     note: str = ""
     below: bool = False
+    x_ticks: list[float] = field(default_factory=list)
+
+    def x_names(self, left: float, right: float, *, most: int) -> list[tuple[float, str]]:
+        """What is written below the axis, and where."""
+        every = [(x, shown(x, self.x_form)) for x in self.x_ticks]
+        return every or [(x, tick(x, self.x_form)) for x in ticks(left, right, most=most)]
+
+    def looks(self) -> list[tuple[int, int]]:
+        """Of each line how often all colours were taken before, and its colour; a faint one has that of the line it belongs to."""
+        one = any(series.faint for series in self.series)
+        numbers = count()
+        return [(0, 0) if one or series.star else divmod(next(numbers), TONES) for series in self.series]
+
+    def leads(self) -> list[list[tuple[float, float]]]:
+        """Of each line the thin one that leads to its nearest point from the star; empty for the star, and where there is none."""
+        star = next((series.points[0] for series in self.series if series.star), None)
+        return [
+            [] if star is None or series.star else [star, min(series.points, key=lambda point: abs(point[0] - star[0]))]
+            for series in self.series
+        ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows; of long lines every so many points."""
@@ -205,6 +229,16 @@ class Scores:
 
 
 Chart = Lines | HeatMap | Anatomy | Histogram | Scores
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Pictures of lines beside each other, under one title."""
+
+    key: str
+    title: str
+    panels: list[Lines]
+    note: str
 
 
 def anatomy(figures: Figures) -> Anatomy | None:

@@ -1,21 +1,24 @@
-"""The page of a comparison: methods by budgets, quality against size and against speed, what failed."""
+"""The page of a comparison: methods by budgets, quality against size and against speed, what failed; and its picture for papers."""
 
 import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import num_draws, shown
 from adapt_pruner.errors import UsageError
-from adapt_pruner.report.charts import Lines, Series
+from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
 
-__all__ = ["comparison_page", "comparison_pictures", "left_out", "read_comparison", "within"]
+__all__ = ["comparison_page", "comparison_panels", "comparison_pictures", "label", "read_comparison", "within"]
 
+_MOST_SIZES = 6  # as many are written out below the axis
+_APART = 0.09  # share of the axis between two of them
 _FAR = 100  # times the dense model's perplexity; what lies beyond would squeeze the rest together
 
 
@@ -37,39 +40,61 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
 
 def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
     """Perplexity over parameters, and over speed, a picture a text; what no other beats bears its name."""
-    pictures = []
-    for number, text in enumerate(_texts(result)):
-        name = f" on {_label(text)}" if len(_texts(result)) > 1 else ""
-        rows, note = within(result["rows"], text), left_out(result["rows"], text)
-        for key, title, x_label, x_form, of, falls in (
-            ("size", "Quality against size", "parameters", "params", "params", True),
-            ("speed", "Quality against speed", "times as fast as dense", "ratio", "speed_up", False),
-        ):
-            front = _front(rows, text, of)
-            series = [
-                _series(method, [row for row in rows if row["method"] == method], text, of, front)
-                for method in dict.fromkeys(row["method"] for row in result["rows"])
-            ]
-            shown_series = [one for one in series if one.points]
-            if sum(len(one.points) for one in shown_series) > 1:
-                about = "Perplexity, lower is better; bands run from the lowest to the highest draw. Named are those that no other beats in both."
-                pictures.append(
-                    Lines(
-                        f"{key}-{number}",
-                        title + name,
-                        about,
-                        shown_series,
-                        x_label,
-                        "perplexity",
-                        x_form,
-                        "perplexity",
-                        log=True,
-                        falls=falls,
-                        note=note,
-                        below=True,
-                    )
-                )
-    return pictures
+    every = (_picture(result, number, of) for number in range(len(_texts(result))) for of in ("params", "speed_up"))
+    return [picture for picture in every if picture is not None]
+
+
+def comparison_panels(result: Mapping[str, Any]) -> Beside | None:
+    """Perplexity over parameters for papers, the texts beside each other; None where nothing pruned has a figure."""
+    texts = _texts(result)
+    panels = [
+        replace(picture, title=label(text, texts))
+        for number, text in enumerate(texts)
+        if (picture := _picture(result, number, "params")) is not None
+    ]
+    draws = max(row["draws"] for row in result["rows"])
+    spread = f"medians of {draws} draws, bars from the lowest to the highest; " if draws > 1 else ""
+    windows = ", ".join(dict.fromkeys(str(text["windows"]) for text in result["texts"]))
+    note = f"{spread}{windows} windows of {result['arguments']['window']} tokens, {result['precision']}"
+    title = f"{Path(result['arguments']['model']).name} pruned, not trained"
+    return Beside("compare", title, panels, note) if panels else None
+
+
+def _picture(result: Mapping[str, Any], number: int, of: str) -> Lines | None:
+    """Perplexity on a text over `params` or `speed_up`; None below two points."""
+    texts = _texts(result)
+    text = texts[number]
+    rows = within(result["rows"], text)
+    front = _front(rows, text, of)
+    every = [
+        _series(method, [row for row in rows if row["method"] == method], text, of, front)
+        for method in dict.fromkeys(row["method"] for row in result["rows"])
+    ]
+    if sum(len(series.points) for series in every) < 2:
+        return None
+    key, title, x_label, x_form = {
+        "params": ("size", "Quality against size", "parameters", "params"),
+        "speed_up": ("speed", "Quality against speed", "times as fast as dense", "ratio"),
+    }[of]
+    return Lines(
+        f"{key}-{number}", title + (f" on {label(text, texts)}" if len(texts) > 1 else ""),
+        "Perplexity, lower is better; bars run from the lowest to the highest draw. Named are those that no other beats in both.",
+        [series for series in every if series.points], x_label, "perplexity", x_form, "perplexity", log=True, falls=of == "params",
+        note=_left_out(result["rows"], text), below=True, x_ticks=_sizes(rows) if of == "params" else [],
+    )  # fmt: skip
+
+
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Parameters of the largest model of each size, those that would stand too close left out; none where there are many sizes."""
+    largest: dict[int | None, float] = {}
+    for row in rows:
+        if row["texts"]:
+            largest[row["size"]] = max(largest.get(row["size"], 0.0), float(row["params"]))
+    found: list[float] = []
+    for size in sorted(largest.values(), reverse=True):
+        if not found or found[-1] - size > _APART * (max(largest.values()) - min(largest.values())):
+            found.append(size)
+    return found if len(found) <= _MOST_SIZES else []
 
 
 def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Sequence[Sequence[str]], *, name: str) -> str:
@@ -119,8 +144,11 @@ def _texts(result: Mapping[str, Any]) -> list[str]:
     return list(result["rows"][0]["texts"])
 
 
-def _label(text: str) -> str:
-    return "/".join(Path(text).parts[-2:])
+def label(text: str, texts: Sequence[str]) -> str:
+    """A short name of a text: the last two parts of a path without its ending; the SPEC where that is not one's own."""
+    names = ["/".join([*Path(spec).parts[-2:-1], Path(spec).name.partition(".")[0]]) for spec in texts]
+    name = names[list(texts).index(text)]
+    return name if names.count(name) == 1 and len(name) < len(text) else text
 
 
 def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
@@ -152,7 +180,7 @@ def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, An
     return near if any(row["texts"] for row in near[1:]) else list(rows)
 
 
-def left_out(rows: Sequence[Mapping[str, Any]], text: str) -> str:
+def _left_out(rows: Sequence[Mapping[str, Any]], text: str) -> str:
     """A sentence on the rows that a picture does not show since they lie too far above; nothing where all are shown."""
     shown_rows = {(row["method"], row["size"]) for row in within(rows, text)}
     far: dict[str, list[str]] = {}
@@ -187,9 +215,12 @@ def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, 
         [value for *_, row in known if (value := number_of(row["texts"][text][key])) is not None] for key in ("low", "high")
     )
     spread = lows != highs and len(lows) == len(highs) == len(known)
+    dense = method == "dense"
     return Series(
-        method, [(x, y) for x, y, _ in known], lows if spread else [], highs if spread else [],
-        dots=True, labels=[method if method == "dense" or (method, row["size"]) in front else "" for *_, row in known],
+        method, [(x, y) for x, y, _ in known], lows if spread else [], highs if spread else [], dots=True, star=dense,
+        labels=[
+            f"dense {shown(y, 'perplexity')}" if dense else method if (method, row["size"]) in front else "" for _, y, row in known
+        ],
     )  # fmt: skip
 
 

@@ -6,15 +6,17 @@ are in a table below every picture, for those who cannot see or point.
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.words import score, shown, tick, ticks
-from adapt_pruner.report.charts import TONES, Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
+from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
 
 __all__ = ["drawn", "escaped", "table"]
 
 _FULL = 1000.0  # both sides of a picture's own coordinates
+_TURNS = ("", "second", "third")  # forms of dots and dashes: of the first turn through the colours, the second and the third
 
 
 def escaped(text: object) -> str:
@@ -95,47 +97,59 @@ def _lines(chart: Lines) -> str:
         at = edge + (1 - 2 * edge) * (x - left) / span
         return 1 - at if chart.falls else at
 
+    def places(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(_FULL * over(x), _FULL * (1 - up(y))) for x, y in points]
+
     y_ticks = [(1 - up(y), tick(y, chart.y_form)) for y in ticks(low, high, log=log, most=3 if chart.short else 5)]
-    x_ticks = [(over(x), tick(x, chart.x_form)) for x in ticks(left, right, most=5)]
+    x_ticks = [(over(x), text) for x, text in chart.x_names(left, right, most=5)]
     paths = [f'<path class="grid" d="{"".join(f"M0 {_FULL * y:.1f}H{_FULL:.0f}" for y, _ in y_ticks)}"/>']
     if chart.marks:
         paths.append(f'<path class="mark" d="{"".join(f"M{_FULL * over(x):.1f} 0V{_FULL:.0f}" for x, _ in chart.marks)}"/>')
-    tips: list[list[object]] = []
-    for tone, series in enumerate(chart.series):
-        places = [(_FULL * over(x), _FULL * (1 - up(y))) for x, y in series.points]
-        if series.low:
-            band = [
-                (x, _FULL * (1 - up(y))) for (x, _), y in zip(places, series.high, strict=True)
-            ] + [(x, _FULL * (1 - up(y))) for (x, _), y in reversed(list(zip(places, series.low, strict=True)))]  # fmt: skip
-            paths.append(f'<path class="band tone{_tone(chart, tone)}" d="M{_points(band)}Z"/>')
-        look = f"tone{_tone(chart, tone)} {_turn(tone)}".strip()
-        paths.append(f'<path class="line{" faint" * series.faint} {look}" d="M{_points(places)}"/>')
-        if series.dots:
-            paths.append(f'<path class="dot {look}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)}"/>')
-        for number, ((x, y), (a, b)) in enumerate(zip(series.points, places, strict=True)):
-            name = (series.labels[number] if series.labels else "") or series.name
-            text = f"{name}: {shown(y, chart.y_form)} at {shown(x, chart.x_form)} {chart.x_label}"
-            tips.append([round(a / _FULL, 4), round(b / _FULL, 4), text])
+    looks = [f"tone{tone} {_TURNS[turn % len(_TURNS)]}".strip() for turn, tone in chart.looks()]
+    for series, look, lead in zip(chart.series, looks, chart.leads(), strict=True):
+        paths += [f'<path class="thin {look}" d="M{_points(places(lead))}"/>'] if lead else []
+        if not series.star:
+            paths += _marks(series, look, places)
+    notes = "".join(
+        f'<span class="at{" first" * (over(x) < 0.1)}{" last" * (over(x) > 0.9)}{" below" * chart.below}" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>'
+        for x, y, text in chart.named()
+    ) + "".join(
+        f'<i class="star" style="left:{x / 10:.2f}%;top:{y / 10:.2f}%"></i>'
+        for series in chart.series if series.star for x, y in places(series.points)
+    )  # fmt: skip
+    tips = [
+        [round(over(x), 4), round(1 - up(y), 4), f"{name or series.name}: {shown(y, chart.y_form)} at {shown(x, chart.x_form)} {chart.x_label}"]
+        for series in chart.series for (x, y), name in zip_longest(series.points, series.labels)
+    ]  # fmt: skip
     named = [(over(x), text) for x, text in chart.marks] if len(chart.marks) <= 12 and not chart.short else []
     first, last = chart.series[0].points[0][1], chart.series[0].points[-1][1]
     course = (last, first) if chart.falls else (first, last)
     label = f"{chart.title}: {chart.y_label} from {shown(course[0], chart.y_form)} to {shown(course[1], chart.y_form)} over {chart.x_label}"
-    legend = ""
-    if len(chart.series) > 1:
-        keys = "".join(
-            f'<span><i class="{_key(chart, series, i)}"></i>{escaped(series.name)}</span>'
-            for i, series in enumerate(chart.series)
-        )
-        legend = f'<p class="legend">{keys}</p>'
-    notes = "".join(
-        f'<span class="at{" first" * (over(x) < 0.1)}{" last" * (over(x) > 0.9)}{" below" * chart.below}" style="left:{100 * over(x):.2f}%;top:{100 * (1 - up(y)):.2f}%">{escaped(text)}</span>'
-        for x, y, text in chart.named()
-    )
+    keys = "".join(
+        f'<span><i class="{_key(series, look)}"></i>{escaped(series.name)}</span>' for series, look in zip(chart.series, looks, strict=True)
+    )  # fmt: skip
+    legend = f'<p class="legend">{keys}</p>' if len(chart.series) > 1 else ""
     return (
         f'{legend}<div class="plot{" short" if chart.short else ""}">{_labels("ys", "top", y_ticks)}'
         f'<div class="canvas" data-tips="{escaped(to_json(tips))}">{_svg(label, "".join(paths))}{_labels("marks", "left", named)}{notes}</div>'
         f'{_labels("xs", "left", x_ticks)}<p class="x">{escaped(chart.x_label)}</p></div>'
     )
+
+
+def _marks(
+    series: Series, look: str, places: Callable[[Iterable[tuple[float, float]]], list[tuple[float, float]]]
+) -> Iterator[str]:
+    """A line with what lies about it: its band or, at dots, bars."""
+    xs, line = [x for x, _ in series.points], places(series.points)
+    lows, highs = places(zip(xs, series.low, strict=False)), places(zip(xs, series.high, strict=False))
+    if series.low and not series.dots:
+        yield f'<path class="band {look}" d="M{_points([*highs, *reversed(lows)])}Z"/>'
+    yield f'<path class="line{" faint" * series.faint} {look}" d="M{_points(line)}"/>'
+    if series.low and series.dots:
+        bars = "".join(f"M{x:.1f} {low:.1f}V{high:.1f}" for (x, low), (_, high) in zip(lows, highs, strict=True))
+        yield f'<path class="whisker {look}" d="{bars}"/>'
+    if series.dots:
+        yield f'<path class="dot {look}" d="{"".join(f"M{x:.1f} {y:.1f}h.01" for x, y in line)}"/>'
 
 
 def _heights(series: Series) -> list[float]:
@@ -144,21 +158,9 @@ def _heights(series: Series) -> list[float]:
     return ys[len(ys) // 100 : len(ys) - len(ys) // 100] if series.faint else [*ys, *series.low, *series.high]
 
 
-def _tone(chart: Lines, number: int) -> int:
-    """Which colour a line has; a faint one has that of the line it belongs to."""
-    return 0 if any(series.faint for series in chart.series) else number % TONES
-
-
-def _turn(number: int) -> str:
-    """What tells a line from one of the same colour: after the first turn through the colours dots and dashes have another form."""
-    return ("", "second", "third")[number // TONES % 3]
-
-
-def _key(chart: Lines, series: Series, number: int) -> str:
+def _key(series: Series, look: str) -> str:
     """The classes of a line's key, which has the form of its dots."""
-    return " ".join(
-        filter(None, ("key", "faint" * series.faint, f"tone{_tone(chart, number)}", "round" * series.dots, _turn(number)))
-    )
+    return "star" if series.star else " ".join(filter(None, ("key", "faint" * series.faint, "round" * series.dots, look)))
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:
