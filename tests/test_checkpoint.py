@@ -1,12 +1,16 @@
 """Checkpoints: whole or absent, read back by stock transformers in a process that never saw this package, and by us."""
 
+import copy
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load, pick_device
@@ -441,3 +445,69 @@ def test_every_layout_has_a_pruned_class() -> None:
         assert issubclass(pruned.base_class, type(stock.model))
         assert hasattr(modeling_pruned, pruned.base_class.__name__)
         assert tiny_config(layout).model_type in families.model_types()
+
+
+ROPES = {
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0},
+    "longrope": {"rope_type": "longrope", "rope_theta": 3e4, "short_factor": [1.5] * 4, "long_factor": [2.5] * 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", [None, *ROPES])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_the_keys_of_transformers_4_say_the_same_rope(layout: tuple[str, str], rope: str | None, tmp_path: Path) -> None:
+    """Transformers 5 reads configs of transformers 4, too, so what it makes of those keys alone is what they say."""
+    config = tiny_config(layout)
+    told = copy.deepcopy(config.rope_parameters)
+    if rope is not None:
+        if (
+            (layout[0] == "phi3") != (rope == "longrope")
+            or (layout[0] == "gemma3" and rope != "linear")
+            or layout[0] == "mobilellm"
+        ):
+            pytest.skip("no such model")
+        told = told | {"full_attention": ROPES[rope]} if layout[0] == "gemma3" else told | ROPES[rope]
+        if told.get("partial_rotary_factor", 1.0) != 1.0:
+            pytest.skip("the factors are of a whole head")
+    for one in told.values() if layout[0] == "gemma3" else [told]:
+        one["rope_theta"] *= 1.5
+    config.rope_parameters = told
+    model = AutoModelForCausalLM.from_config(config)
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    raw = read_json(tmp_path / "model" / "config.json")
+    old = {key: value for key, value in raw.items() if key != "rope_parameters"}
+    for read in (raw, old):
+        found = AutoConfig.for_model(**copy.deepcopy(read)).rope_parameters
+        assert {key: value for key, value in found.items() if key != "type"} == model.config.rope_parameters
+    if layout[0] == "gemma3":
+        assert raw["rope_local_base_freq"] == 15000.0
+    if rope == "longrope":
+        assert sorted(raw["rope_scaling"]) == ["long_factor", "short_factor", "type"], "transformers 4 takes these and no others"
+
+
+def test_transformers_4_knows_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|x|>"]})
+    ids = tokenizer("a <|x|> b").input_ids
+    save(tiny_model(vocab_size=VOCAB + 1), tokenizer, tmp_path / "model", dtype=torch.float32)
+    said = read_json(tmp_path / "model" / "tokenizer_config.json")
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in said, "a list, where transformers 4 wants a mapping"
+    again = load(str(tmp_path / "model")).tokenizer
+    assert again("a <|x|> b").input_ids == ids
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+
+
+def test_the_modelling_file_says_which_transformers_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = sys.modules["transformers"]  # which puts another module in its place as it is imported
+    monkeypatch.setattr(transformers, "LlamaConfig", type("LlamaConfig", (), {}))
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    spec = importlib.util.find_spec("adapt_pruner.checkpoint.modeling_pruned")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"transformers 4.57.6 does not know; it needs transformers >= 5.14: pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,6 +1,6 @@
 """Causal language models whose layers differ in size, as `per_layer_config` in config.json says.
 
-Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.15 and nothing else. Each class
+Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.14 and nothing else. Each class
 is the stock one with decoder layers built from that layer's own config, whose `skip` names the blocks (attention, mlp) that the layer
 lacks, with their norms; `output_bias` says that what writes to the stream has a bias. Load with
 
@@ -10,7 +10,15 @@ Licence: Apache-2.0.
 """
 
 import torch
+import transformers
 from torch import nn
+
+if not hasattr(transformers.LlamaConfig, "is_heterogeneous"):  # before the imports below, some of which old versions lack
+    raise ImportError(
+        f"this model's layers are built each from its own config, which transformers {transformers.__version__} does not know; it needs "
+        "transformers >= 5.14: pip install --upgrade 'transformers>=5.14'"
+    )
+
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel

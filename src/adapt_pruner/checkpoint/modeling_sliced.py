@@ -1,6 +1,6 @@
 """Causal language models sliced as SliceGPT does it: `sliced_hidden_size` in config.json says how wide the residual stream is.
 
-Made by adapt-pruner, which puts this file and modeling_pruned.py beside the weights; they need transformers >= 5.15 and nothing
+Made by adapt-pruner, which puts this file and modeling_pruned.py beside the weights; they need transformers >= 5.14 and nothing
 else. Each class is the stock one with a narrower stream, norms without a scale, and a linear map on both residual branches of
 every layer, since the stream is in another basis before and after each block. `hidden_size` is the dense width, which the last
 layer writes and the head reads. Load with

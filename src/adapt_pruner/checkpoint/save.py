@@ -23,6 +23,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.checkpoint.for_others import name_for_others
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import folder_beside, sync, why, write_whole
 from adapt_pruner.core.strict_json import to_json
@@ -124,6 +125,7 @@ def save(
         _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        name_for_others(folder)
         for name in _built_by(config)[1]:
             shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:

@@ -2,7 +2,7 @@
 
 Written by adapt-pruner beside the weights, for tools that take a config of model type nemotron-nas from the folder (vLLM) and
 read `block_configs[i].attention.n_heads_in_group` and `block_configs[i].ffn.ffn_mult`; and for transformers, which builds
-modeling_pruned.py's Llama from it. Needs transformers >= 5.15 and nothing else.
+modeling_pruned.py's Llama from it. Needs transformers >= 5.14 and nothing else.
 
 Licence: Apache-2.0.
 """

@@ -44,7 +44,7 @@ def in_transformers(own_code: bool) -> str:
         "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
     )
     return (
-        f"**transformers**, 5.15 or newer. {kind}; it needs nothing else.\n\n"
+        f"**transformers**, {'5.14' if own_code else '4.57'} or newer. {kind}; it needs nothing else.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies, or the name of this repository on the hub\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"

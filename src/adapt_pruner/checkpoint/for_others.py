@@ -1,0 +1,57 @@
+"""What a folder's config.json and tokenizer_config.json say so that transformers 4 reads a plain folder as transformers 5 does.
+
+rope_theta, rope_scaling,     what transformers 5 keeps in `rope_parameters`, which transformers 4 passes over: it would take
+rope_local_base_freq,         its own default for each
+partial_rotary_factor
+PreTrainedTokenizerFast       the name in transformers 4 of the class that transformers 5 calls TokenizersBackend
+additional_special_tokens     likewise of the list `extra_special_tokens`
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner.core.strict_json import to_json
+
+__all__ = ["name_for_others"]
+
+_OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+
+
+def name_for_others(folder: Path) -> None:
+    """Write, in place, into a folder that transformers 5 has written what transformers 4 looks for."""
+    for name, change in (("config.json", _older_rope), ("tokenizer_config.json", _older_tokenizer)):
+        path = folder / name
+        if path.is_file():
+            said = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(to_json(dict(sorted(change(said).items())), indent=2) + "\n", encoding="utf-8")
+
+
+def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the keys that transformers 4 has for the rope; transformers 5 makes of both what it makes of its own."""
+    rope = config.get("rope_parameters") or {}
+    added: dict[str, Any] = {}
+    if rope.keys() >= _OF_GEMMA.keys():  # a rope for each type of layer; only that of full attention may be scaled
+        added = {key: rope[kind]["rope_theta"] for kind, key in _OF_GEMMA.items()}
+        rope = rope["full_attention"]
+    elif "rope_theta" in rope:
+        added = {"rope_theta": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        added["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        context = "original_max_position_embeddings"
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "type")}
+        if context in config:  # Phi-3, which has it there, and in transformers 4 takes three keys and no more
+            scaling = {"type": scaling.pop("rope_type")} | {key: value for key, value in scaling.items() if key != context}
+        added["rope_scaling"] = scaling
+    return config | added
+
+
+def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json with the names of transformers 4; transformers 5 knows them too."""
+    found = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
