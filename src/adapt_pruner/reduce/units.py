@@ -31,7 +31,7 @@ from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
 
 __all__ = [
-    "Units", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
+    "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
     "within_widths",
 ]  # fmt: skip
 
@@ -53,14 +53,14 @@ class Units(Reduction):
         if missing := [kind for kind in recipe.axes if kind not in there]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
         check_multiple(prunable(work), recipe.multiple_of)
-        _evidence(work)
+        evidence_of(work)
         if not recipe.behind:
             return
         if not set(recipe.axes) - {*WHOLE, "residual"}:
             raise UsageError(
                 f"behind=true scores units inside layers, and axes has only {', '.join(recipe.axes)}; set behind=false"
             )
-        if _evidence(work, metrics_of(work, seed=0)[:1]) is not Evidence.FORWARD:
+        if evidence_of(work, metrics_of(work, seed=0)[:1]) is not Evidence.FORWARD:
             raise UsageError(
                 "behind=true scores layer by layer from activations, and "
                 f"{recipe.metric} does not go by activations; set metric to activations.wanda, say, or set behind=false"
@@ -88,7 +88,7 @@ class Units(Reduction):
 
     def looks(self, work: Work) -> Looks:
         """What the metrics, the distance, the head metric and the repair read."""
-        recipe, evidence = work.recipe, _evidence(work)
+        recipe, evidence = work.recipe, evidence_of(work)
         layers = _layer_measure(work) is not None
         heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
@@ -242,7 +242,7 @@ def _layer_measure(work: Work) -> Callable[..., Scores] | None:
     return None if inspect.isgeneratorfunction(distance) else distance
 
 
-def _evidence(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
+def evidence_of(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
     """The most evidence that `metrics` need; by default those of `metrics_of`."""
     return evidence_needed(work.model, scored(work), metrics_of(work, seed=0) if metrics is None else metrics)
 

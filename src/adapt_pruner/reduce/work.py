@@ -27,7 +27,7 @@ from adapt_pruner.data.task import TextTask
 from adapt_pruner.evaluate.task_sources import Wanted
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.score.calibrate import Evidence, mean_loss
-from adapt_pruner.train.loop import Progress
+from adapt_pruner.train.loop import Progress, Step
 
 __all__ = ["Change", "Listener", "Looks", "Reads", "Reduction", "RunState", "Stage", "Work", "reads_text"]
 
@@ -269,6 +269,8 @@ class Work:
         budget: parameters at the start, and parameters to keep.
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
         dense: parameters of the model at the start, before its vocabulary was cut.
+        training: training up to row `until`, step by step (see `run.training.Trainer.told`), for a reduction that cuts between
+            steps; None where there is no run.
         task: what the model learns, as the recipe names it.
     """
 
@@ -282,6 +284,7 @@ class Work:
     budget: Budget = field(default_factory=lambda: Budget(keep=0, total=0))
     optimizer: Optimizer | None = None
     dense: int = 0
+    training: Callable[..., Iterator[Step]] | None = None
     _axes: tuple[Axis, ...] | None = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 

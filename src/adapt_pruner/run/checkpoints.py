@@ -1,6 +1,7 @@
 """Which checkpoints a run has, by their names.
 
-stage-K-cut-N    within the cuts of stage K, after the run's cut N; with -search-M after round M of a search for the next
+stage-K-cut-N    within the cuts of stage K, after the run's cut N; with -search-M after round M of a search for the
+                 next, with -step-M after step M of training between cuts
 stage-K-pruned   after the cuts of stage K
 stage-K-step-N   within its training, after the run's step N
 stage-K          after stage K
@@ -11,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["newest_first"]
 
-_NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-search-(\d+))?|-(pruned)|-step-(\d+))?")
+_NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-(?:search|step)-(\d+))?|-(pruned)|-step-(\d+))?")
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -19,7 +20,7 @@ def newest_first(folder: Path) -> list[Path]:
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):
-            stage, cut, searched, pruned, step = match.groups()
+            stage, cut, after, pruned, step = match.groups()
             phase = 0 if cut else 1 if pruned else 2 if step else 3
-            found.append((int(stage), phase, int(cut or step or 0), int(searched or 0), path))
+            found.append((int(stage), phase, int(cut or step or 0), int(after or 0), path))
     return [path for *_, path in sorted(found, reverse=True)]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Trainer:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # which would take as much memory again
         self._working: tuple[Any, Any] = (work.model, work.optimizer)
+        work.training = self.told
 
     def before_cuts(self) -> None:
         """Free the optimiser's moments if the recipe does not carry them through cuts; scoring then has their memory."""
@@ -62,18 +64,35 @@ class Trainer:
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the last step of the stage
         if work.reads.feed is None or (progress.rows >= until and not unmerged):
             return
+        for _ in self.told(until=until):
+            pass
+
+    def told(self, *, until: int) -> Iterator[Step]:
+        """Yield each step up to row `until` before it is taken; then take it, tell of it, and save a checkpoint if one is due.
+
+        A reduction that removes units between steps has this as `work.training`.
+        """
+        work, progress = self._work, self._work.state.progress
+        assert work.reads.feed is not None
         with work.state.clock("train"):
             began, tokens = time.perf_counter(), progress.tokens
             for step in self.steps(until=until):
+                step.afterwards(partial(self._tell, step, began, tokens))
+                yield step
                 step.take()
-                speed = (step.tokens - tokens) / (time.perf_counter() - began)
-                work.tell(events.Step(
-                    stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
-                    gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
-                ))  # fmt: skip
-                for event in work.reads.feed.news():
-                    work.tell(event)
-                self.save_if_due(f"stage-{work.state.stage}-step-{step.step}")
+                cuts = "" if work.state.pruned else f"-cut-{work.iteration - 1}"
+                self.save_if_due(f"stage-{work.state.stage}{cuts}-step-{step.step}")
+
+    def _tell(self, step: Step, began: float, tokens: int) -> None:
+        """Tell of a step that was taken, in training that began at that time, after so many tokens."""
+        work = self._work
+        speed = (step.tokens - tokens) / (time.perf_counter() - began)
+        work.tell(events.Step(
+            stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
+            gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
+        ))  # fmt: skip
+        for event in work.reads.feed.news() if work.reads.feed is not None else ():
+            work.tell(event)
 
     def steps(self, *, until: int) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""

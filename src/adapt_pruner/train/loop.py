@@ -127,12 +127,18 @@ class Step:
     gradient_norm: float
     _take: Callable[[], None] = field(repr=False, compare=False)
     _taken: bool = field(default=False, repr=False, compare=False)
+    _then: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def take(self) -> None:
         """Take the step, in place, and free the gradients. The loop calls this if its caller has not."""
         if not self._taken:
             self._taken = True
             self._take()
+            self._then()
+
+    def afterwards(self, do: Callable[[], None]) -> None:
+        """Call `do` as soon as the step has been taken."""
+        self._then = do
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> AdamW:

@@ -1,0 +1,187 @@
+"""`reduce: between_steps`: units go between the optimiser's steps, chosen by the gradients that a step has anyway (EfficientLLM).
+
+    backward ─► scores of all units by the step's gradients ─► the optimiser's step ─► cut what is due ─► the next step
+
+Parameters fall linearly with the rows read, and reach the stage's budget at a share of its training. The rest of the stage trains
+as ever.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import torch
+
+from adapt_pruner.core.axes import Mask, Scores
+from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.events import Searched
+from adapt_pruner.core.parts import part
+from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import WHOLE, parts
+from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.units import (
+    Units,
+    evidence_of,
+    metrics_of,
+    prunable,
+    repair_parameters,
+    repaired,
+    scored,
+    within_widths,
+)
+from adapt_pruner.reduce.work import Change, Looks, Work
+from adapt_pruner.score.calibrate import Evidence
+
+__all__ = ["BetweenSteps"]
+
+
+@part("reduce", needs={"chosen"})
+class BetweenSteps(Units):
+    """Remove the units that are worth least between the optimiser's steps, by the gradients of the step (EfficientLLM)."""
+
+    def __init__(
+        self,
+        *,
+        every: Annotated[int, "1 or more"] = 1,
+        batches: Annotated[int, "1 or more"] = 1,
+        share: Annotated[float, "0 to 1"] = 0.5,
+    ) -> None:
+        """
+        Args:
+            every: steps between two removals.
+            batches: N, steps up to a removal whose scores are added up; at most `every`.
+            share: share of the stage's rows in which the model shrinks.
+
+        The recipe's metric scores units by the gradients that the optimiser is about to use, clipped as they are, so no further
+        pass is made; its chooser says which go, in one shot, until the parameters that are due are gone. A repair, if the recipe
+        has one, reads calibration text before each cut. Moments follow the cut.
+
+        Source: arXiv:2502.06663 and the figures of its repository; the training code is not public. Differs: what is due is counted
+        in parameters, not as one group a step, and units of all kinds stand in one line by the chooser, per parameter in the row
+        `efficientllm`; the paper's comparison between kinds is not known.
+        """
+        super().__init__()
+        self.every, self.batches, self.share = every, batches, share
+        self._began: dict[str, int] = {}
+        self._sums: Scores = {}
+
+    def check(self, work: Work) -> None:
+        """Refuse a recipe without training, or one whose metric or training does not go with cuts between steps."""
+        super().check(work)
+        recipe, asked = work.recipe, work.recipe.training
+        if asked.source is None:
+            raise UsageError(
+                "reduce between_steps removes units while the model trains, and the recipe trains nothing; set training.source and "
+                "training.tokens"
+            )
+        if self.batches > self.every:
+            raise UsageError(
+                f"reduce between_steps adds up the scores of {self.batches} steps and cuts after every {self.every}; raise every, or "
+                "lower batches"
+            )
+        unfit = {
+            "training.lora": asked.lora is not None,
+            "training.compile": asked.compile,
+            "parallel=fsdp": recipe.parallel == "fsdp",
+            "moments=reset": recipe.moments == "reset",
+        }
+        if wrong := [key for key, given in unfit.items() if given]:
+            raise UsageError(
+                f"reduce between_steps cuts whole weights and their moments between steps, which {' and '.join(wrong)} does not "
+                f"allow; leave {'it' if len(wrong) == 1 else 'them'} out"
+            )
+        if whole := [kind for kind in recipe.axes if kind in WHOLE]:
+            raise UsageError(
+                f"reduce between_steps goes by gradients of units, and axes names {', '.join(whole)}; leave that out of axes"
+            )
+        if evidence_of(work, metrics_of(work, seed=0)) not in (Evidence.WEIGHTS, Evidence.GRADIENTS) or recipe.distance:
+            raise UsageError(
+                "reduce between_steps scores by gradients of weights alone; set metric=weights.taylor and distance=null, with a chooser "
+                "that needs no distance, such as rank.per_parameter"
+            )
+
+    def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
+        """Estimate of the cuts: one after every so many of the optimiser's steps."""
+        asked = work.recipe.training
+        steps = asked.tokens / work.recipe.stages / asked.batch_tokens * self.share
+        return max(1, round(steps / self.every)) if reached > target else 0
+
+    def looks(self, work: Work) -> Looks:
+        """Calibration text for the repair alone."""
+        repairs = work.recipe.repair is not None
+        return Looks(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs, beside=("repair",) if repairs else ())
+
+    def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
+        """Train, and yield a cut whenever one is due, until the model has at most `target` parameters."""
+        state, recipe = work.state, work.recipe
+        if work.num_params <= target:
+            return
+        assert work.training is not None
+        if self._began.get("stage") != state.stage:
+            self._began = {
+                "stage": state.stage,
+                "params": work.num_params,
+                "rows": state.progress.rows,
+                "steps": state.progress.steps,
+            }
+            self._sums = {}
+        first, end = self._began["rows"], work.reads.ends[state.stage - 1]
+        stop = min(end, first + max(1, round((end - first) * self.share)))
+        choose = within_widths(recipe, parts.bind("chooser", recipe.chooser, step=1.0, amplitude=recipe.amplitude))
+        for step in work.training(until=stop):
+            into = (step.step - self._began["steps"] - 1) % self.every  # of the steps to the next removal, this one's number
+            last = state.progress.rows + recipe.training.batch_tokens // recipe.training.length >= stop
+            if into >= self.every - self.batches or last:
+                self._add(work)
+            step.take()
+            if into < self.every - 1 and not last:
+                continue
+            done = (state.progress.rows - first) / (stop - first)
+            due = target if last else round(self._began["params"] - (self._began["params"] - target) * done)
+            scores, self._sums = self._sums, {}
+            if work.num_params <= due:
+                continue
+            axes = prunable(work)
+            budget = Budget(keep=due, total=work.num_params + repair_parameters(work))
+            sizes, _ = choose(scores, axes, budget, debt=Debt.none(axes))
+            mask = Mask.of_sizes(axes, scores, sizes)
+            if mask.num_removed() == 0:
+                continue  # less than a unit is due
+            if recipe.repair is not None:
+                repaired(work, mask, work.batches(), stage=state.stage, iteration=work.iteration)
+            yield Change(mask, step.loss, {"sizes": sizes})
+        if work.num_params > target:
+            raise RunError(
+                f"{recipe.chooser} finds nothing more to remove at {work.num_params:,} parameters, above the target {target:,}; raise the "
+                "budget, or add to axes"
+            )
+        self._began = {}
+
+    def _add(self, work: Work) -> None:
+        """Add, in place, the scores that the gradients of this step give."""
+        axes = scored(work)
+        for metric in metrics_of(work, seed=work.recipe.seed + work.iteration):
+            running = metric(work.model, axes)
+            scores: Scores = {}
+            try:
+                if next(running) is Evidence.GRADIENTS:
+                    for name in [name for name, weight in work.model.named_parameters() if weight.grad is not None]:
+                        running.send(name)
+                running.send(None)
+            except StopIteration as finished:
+                scores = finished.value
+            for name, values in scores.items():
+                self._sums[name] = values + self._sums[name] if name in self._sums else values
+
+    def state(self) -> dict[str, Any]:
+        """Where the stage's removals began, and scores that are being added up."""
+        return {"began": dict(self._began), "sums": {name: values.tolist() for name, values in self._sums.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave."""
+        if "began" in state:
+            self._began = dict(state["began"])
+            self._sums = {name: torch.tensor(values) for name, values in state["sums"].items()}
+
+    def fit(self, work: Work) -> None:
+        """Count the removals of the stage anew, since what they go by has changed."""
+        self._began, self._sums = {}, {}

@@ -1,0 +1,149 @@
+"""`reduce: between_steps`: units go by the gradients of the step, without a further pass, and a killed run goes on bit-equal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.rank import per_parameter
+from adapt_pruner.report.documented import run
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.weights import taylor
+from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+
+
+def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
+    training = {"source": str(text), "tokens": 1024, "batch_tokens": 64, "length": 32, "lr": 1e-3}
+    keys = {
+        "model": str(folder), "budget": "80%", "method": "efficientllm", "dtype": "float32", "device": "cpu", "checkpoint_minutes": 0,
+        "training": training | changes.pop("training", {}), "keep_checkpoints": 99,
+    }  # fmt: skip
+    return read(keys | changes)
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda layout: layout[1])
+def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    tiny_model(request.param, vocab_size=VOCAB).save_pretrained(tmp_path / "any")
+    byte_tokenizer().save_pretrained(tmp_path / "any")
+    return tmp_path / "any"
+
+
+def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["event"] == kind]
+
+
+def test_the_budget_is_met_halfway_and_training_goes_on(any_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(any_folder, text_file)
+    outcome = run(recipe, tmp_path / "run")
+    assert outcome is not None
+    cuts, steps = log_of(tmp_path / "run", "cut"), log_of(tmp_path / "run", "step")
+    assert len(steps) == 16
+    assert len(cuts) > 3
+    assert cuts[-1]["params"] == count_parameters(outcome.loaded.model) <= outcome.figures["budget"]
+    start, budget = outcome.figures["params_before"], outcome.figures["budget"]
+    for cut, done in zip(cuts[-3:], (6, 7, 8), strict=True):
+        due = round(start - (start - budget) * done / 8)
+        assert cut["params"] <= due, "parameters fall linearly with the rows read"
+    again = load(str(tmp_path / "run" / "model")).model
+    assert count_parameters(again) == cuts[-1]["params"]
+
+
+def test_what_goes_is_what_the_gradients_of_the_step_say(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The first cut against scores worked out on the rows of the first step, and one pass a step for model and scores together."""
+    recipe = recipe_of(tiny_folder, text_file, axes=["neurons", "kv_heads"])
+    model, rows, passes = load(str(tiny_folder)).model, [], []
+    layer = torch.nn.Module.__call__
+
+    def counted(self: Any, *args: Any, **others: Any) -> Any:
+        if type(self).__name__ == "LlamaModel":
+            passes.append(1)
+            rows.append(args[0] if args else others["input_ids"])
+        return layer(self, *args, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "__call__", counted)
+        run(recipe, tmp_path / "run")
+    assert len(passes) == 16, "a step has one pass, and nothing else reads text"
+    axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]
+    scores, _ = score(model, families.axes(model), [rows[0]], metrics=[taylor], dtype="float32")
+    start = count_parameters(model)
+    budget = Budget(keep=round(start - (start - int(start * 0.8)) / 8), total=start)
+    sizes, _ = per_parameter(scores, axes, budget, debt=Debt.none(axes), step=1.0)
+    assert log_of(tmp_path / "run", "cut")[0]["sizes"] == sizes
+    first = sorted((tmp_path / "run" / "checkpoints").glob("stage-1-cut-1"))
+    assert load(str(first[0])).mask == Mask.of_sizes(axes, {axis.name: scores[axis.name] for axis in axes}, sizes)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "nth"), [("step", 3), ("cut", 3), ("step", 12)])
+@pytest.mark.parametrize("options", ["", "(every=3, batches=2, share=0.75)"])
+def test_a_killed_run_goes_on_bit_equal(
+    kind: str, nth: int, options: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny_folder, text_file, reduce=f"between_steps{options}")
+    run(recipe, tmp_path / "whole")
+    seen = 0
+
+    def kill(event: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += event["event"] == kind
+        if seen == nth:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "broken", listen=kill)
+    run(recipe, tmp_path / "broken")
+    logs = []
+    for name in ("whole", "broken"):
+        lines = [log_of(tmp_path / name, kind) for kind in ("step", "cut")]
+        keep = ("step", "loss", "iteration", "params", "sizes", "lr")
+        logs.append([[{key: line.get(key) for key in keep} for line in kind] for kind in lines])
+    assert logs[0] == logs[1]
+    one, other = (load(str(tmp_path / name / "model")) for name in ("whole", "broken"))
+    assert one.mask == other.mask
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
+
+
+def test_stages_and_a_repair(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"source": str(text_file), "samples": 4, "length": 16}
+    recipe = recipe_of(
+        tiny_folder, text_file, stages=2, axes=["neurons"], budget="90%", repair="closed_form.least_squares", calibration=calibration,
+        training={"tokens": 2048},
+    )  # fmt: skip
+    outcome = run(recipe, tmp_path / "run")
+    assert outcome is not None
+    cuts = log_of(tmp_path / "run", "cut")
+    assert {cut["stage"] for cut in cuts} == {1, 2}
+    assert outcome.figures["params_after"] <= outcome.figures["budget"]
+    assert outcome.figures["seconds_repair"] > 0
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"training": {"source": None, "tokens": 0}}, "between_steps removes units while the model trains, and the recipe trains nothing"),
+    ({"training": {"lora": {"rank": 2}}}, "between steps, which training.lora does not allow; leave it out"),
+    ({"training": {"compile": True}, "moments": "reset"}, "which training.compile and moments=reset does not allow; leave them out"),
+    ({"metric": "activations.wanda", "axes": ["neurons"]}, "between_steps scores by gradients of weights alone; set metric=weights.taylor"),
+    ({"chooser": "allocate.adaptive", "distance": "blocks.cosine", "axes": ["neurons"]}, "scores by gradients of weights alone"),
+    ({"reduce": "between_steps(batches=3)"}, "adds up the scores of 3 steps and cuts after every 1; raise every, or lower batches"),
+    ({"budget": "1000", "axes": ["neurons"]}, "budget 1,000 is below the"),
+])  # fmt: skip
+def test_what_it_cannot_do_is_refused(
+    changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
