@@ -355,6 +355,108 @@ def test_the_licence_is_that_of_the_base_model(name: str, text: str, license_id:
     assert "| began from | a model already pruned" in text
 
 
+STRANGE = "a|b`c <script>alert(1)</script> **x** [y](http://evil) ```\n---\nlicense: evil\n# head\x1b[31m \u202e | </details>"
+
+
+def with_strings(value: Any, text: str, *, but: tuple[str, ...] = ()) -> Any:
+    """Data with another text for every text in it."""
+    if isinstance(value, dict):
+        return {key: item if key in but else with_strings(item, text, but=but) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_strings(item, text, but=but) for item in value]
+    return text if isinstance(value, str) else value
+
+
+def test_text_of_others_is_no_markup_of_the_card(trained: Path, tmp_path: Path) -> None:
+    """What a foreign pruning.json says stands in the card as text: in its front matter, in tables, on lines and in blocks of code."""
+    shutil.copytree(trained, tmp_path / "foreign")
+    pruning = read_json(trained / "pruning.json")
+    base = dict.fromkeys(("name", "hub", "file", "license", "license_name", "license_link", "license_from", "other"), STRANGE)
+    kept = ("budget", "latency_of", "reduce", "metric", "objective", "distance", "head_metric", "repair", "source")
+    pruning = with_strings(pruning, STRANGE, but=kept) | {"base": base, "dense_params": 10**6}
+    pruning["figures"]["tasks"] = [
+        {"scores": [{"task": STRANGE, "metric": STRANGE, "items": 3, "value": 0.5, "stderr": 0.1, "accuracy": True, "shots": 0, "data": STRANGE}],
+         "average": None}
+    ] * 2  # fmt: skip
+    pruning["recipe"]["evaluation"]["source"] = {STRANGE: 1.0}
+    pruning["recipe"]["calibration"]["source"] = {STRANGE: 1.0}
+    (tmp_path / "foreign" / "pruning.json").write_text(json.dumps(pruning))
+    write_card(tmp_path / "foreign")
+    text, data = body_and_data(tmp_path / "foreign")
+    whole = (tmp_path / "foreign" / "README.md").read_text()
+    assert not {"\x1b", "\u202e"} & set(whole)
+    assert set(data) <= set(body_and_data(trained)[1]) | {"license", "license_name"}
+    assert data["license"] != "evil"
+    assert "base_model" not in data
+    assert "license_link" not in data
+    from markdown_it import MarkdownIt
+
+    found = MarkdownIt("commonmark").enable("table").parse(text)
+    kinds = [token for outer in found for token in (outer, *(outer.children or []))]
+    raw = [token.content for token in kinds if token.type in ("html_block", "html_inline")]
+    assert all(
+        re.fullmatch(r"</?details>|</?summary>|<summary>.*</summary>|<details>\n<summary>.*</summary>", one.strip())
+        for one in raw
+    ), raw
+    assert not any("evil" in token.attrs.get("href", "") for token in kinds if token.type == "link_open")
+    heads = [after.content for token, after in zip(found, found[1:], strict=False) if token.type == "heading_open"]
+    assert [head for head in heads if head in ("Results", "How to load it", "How it was made", "Citation")] == heads[1:]
+    strong = [token for token in kinds if token.type == "strong_open"]
+    ours = MarkdownIt("commonmark").enable("table").parse(body_and_data(trained)[0])
+    assert len(strong) == len([one for outer in ours for one in (outer.children or []) if one.type == "strong_open"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "x](y)"}, {"vocab_size": "x"}, {"per_layer_config": 3}, {"num_hidden_layers": None}]
+)
+def test_json_that_is_not_ours_is_refused_in_a_sentence(change: dict[str, Any], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "foreign")
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(read_json(trained / "config.json") | change))
+    with pytest.raises(UsageError, match="is not as this package writes it"):
+        card_of(tmp_path / "foreign")
+
+
+def checkpoint(folder: Path, model: Any, **more: Any) -> Path:
+    """As much of a checkpoint within a run as says where it comes from."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "pruning.json").write_text(json.dumps({"recipe": {"model": model}, **more}))
+    return folder
+
+
+def test_where_a_foreign_folder_says_it_comes_from_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the network, nor for ever: two folders that name each other, one that names itself, and a long line of them."""
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *words, **how: asked.append((words, how)) or str(tmp_path / "none")
+    )
+    assert origin(str(checkpoint(tmp_path / "hub", "somebody/tracker")))["hub"] == "somebody/tracker"
+    assert all(how["local_files_only"] for _, how in asked)
+    origin("somebody/named-by-the-user")
+    assert not asked[-1][1]["local_files_only"]
+    checkpoint(tmp_path / "a", str(tmp_path / "b"))
+    checkpoint(tmp_path / "b", str(tmp_path / "a"))
+    checkpoint(tmp_path / "self", f"{tmp_path}/x/../self")
+    for number in range(1500):
+        checkpoint(tmp_path / f"{number}", str(tmp_path / f"{number + 1}"))
+    for name in ("a", "self", "0"):
+        assert set(origin(str(tmp_path / name))) == {"name", "hub", "license_from"}
+    for odd in (3, None, ["x"], "~nobody-here/x", "\0", "x" * 5000, {"a": 1}):
+        assert origin(str(checkpoint(tmp_path / f"odd-{hash(str(odd))}", odd)))["hub"] is None
+    (tmp_path / "self" / "pruning.json").write_text("[" * 100_000)
+    assert origin(str(tmp_path / "self"))["name"] == "self"
+
+
+@pytest.mark.parametrize(
+    "base", [{}, {"name": 3, "hub": ["x"]}, {"name": "\n", "license": {}}, {"hub": "a/b/c"}, {"hub": "a b/c"}]
+)
+def test_an_origin_that_is_none_is_not_passed_on(base: dict[str, Any], tmp_path: Path) -> None:
+    found = origin(str(checkpoint(tmp_path / "x", "y", base=base)))
+    assert found == {"name": "a model without a name", "hub": None, "license_from": None}
+    long = origin(str(checkpoint(tmp_path / "z", "y", base={"name": "x" * 10**6, "other": 1})))
+    assert (len(long["name"]), "other" in long) == (500, False)
+
+
 def gguf(path: Path, facts: dict[str, Any]) -> Path:
     """The head of a GGUF file: strings and lists of strings, then a key at which reading may stop."""
 

@@ -227,6 +227,72 @@ def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Pa
         parcel(tmp_path, "me/small")
 
 
+def test_only_what_we_wrote_is_sent_and_the_rest_is_named(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    """Neither files that lie there, nor links, nor what they lead to; whatever patterns their names may be."""
+    shutil.copytree(folder, tmp_path / "mine")
+    mine, secret = tmp_path / "mine", tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id_rsa").write_text("secret")
+    others = [
+        "notes.txt",
+        "other.safetensors",
+        "*",
+        "modeling_evil.py",
+        "sub/config.json",
+        "optimizer.pt",
+        "additional_chat_templates/x.py",
+    ]
+    for name in others:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text("not ours")
+    (mine / "link.json").symlink_to(secret / "id_rsa")
+    (mine / "dangling").symlink_to(secret / "none")
+    (mine / "linked").symlink_to(secret)
+    os.mkfifo(mine / "pipe")
+    found = parcel(mine, "me/small")
+    assert set(found.files) == set(sent_by(folder))
+    (note,) = [note for note in found.notes if "not sent" in note]
+    assert "*, additional_chat_templates/x.py, dangling, link.json, linked" in note
+    assert note.count(",") == 9, "eight and how many more"
+    status, _, err = push(mine, "me/small", endpoint=hub.address)
+    assert (status, "not sent, since adapt-pruner did not write them there" in err) == (0, True)
+    assert hub.files == sent_by(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "README.md", "config.json"])
+def test_a_link_or_a_pipe_in_place_of_our_files(name: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    path = tmp_path / "mine" / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        UsageError, match="is a link, and what it leads to may be no part of the model; put the file itself there"
+    ):
+        parcel(tmp_path / "mine", "me/small")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError):
+        parcel(tmp_path / "mine", "me/small")
+
+
+def test_shards_are_those_that_the_index_names(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    mine, index = tmp_path / "mine", tmp_path / "mine" / "model.safetensors.index.json"
+    (mine / "model.safetensors").rename(mine / "model-00001-of-00001.safetensors")
+    with pytest.raises(UsageError, match="no weights"):
+        parcel(mine, "me/small")
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    assert "model-00001-of-00001.safetensors" in parcel(mine, "me/small").files
+    for shard, said in (
+        ("gone.safetensors", "lacks gone"),
+        ("../x.safetensors", "no shard beside it"),
+        ("notes.txt", "no shard"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(UsageError, match=said):
+            parcel(mine, "me/small")
+
+
 def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """transformers writes all but the first into a folder of their own; checkpoints and what is sent have it."""
     shutil.copytree(tiny_folder, tmp_path / "base")

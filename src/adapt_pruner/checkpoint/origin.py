@@ -1,18 +1,23 @@
 """Where a model comes from: its name on the hub and its licence, as far as its own files say."""
 
 import json
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapt_pruner.checkpoint.load import PACKAGED, locate
+from adapt_pruner.core.files import check_regular
+from adapt_pruner.core.visible import one_line
 from adapt_pruner.errors import UsageError
 
-__all__ = ["origin"]
+__all__ = ["origin", "said_of_base"]
 
+_SAID = ("name", "hub", "file", "license", "license_name", "license_link", "license_from")
+_HUB_ID = r"[\w.-]+/[\w.-]+"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _LICENSE_TEXTS = {
     "apache-2.0": re.compile(r"Apache License\s+Version 2\.0, January 2004"),
@@ -20,6 +25,7 @@ _LICENSE_TEXTS = {
 }
 _GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+_README = 2**20  # bytes of a README.md or LICENSE that are read
 _MOST = 2**16  # bytes of a string, entries of an array: more is no description
 
 
@@ -27,7 +33,8 @@ def origin(name: str) -> dict[str, Any]:
     """Where the model that goes by `name` here comes from, as plain data.
 
     The licence is looked for in the front matter of its README.md, in its config.json, in the metadata of a GGUF file, and in
-    a file LICENSE whose text is that of Apache 2.0 or MIT. For a name on the hub its README.md is fetched, as its weights were.
+    a file LICENSE whose text is that of Apache 2.0 or MIT. For a name on the hub its README.md is fetched, as its weights were. For
+    one that only a file names, the network is not asked: what the cache has of it counts.
 
     Args:
         name: as `checkpoint.load` takes it. One of our own checkpoints passes on what it says of its own origin.
@@ -38,31 +45,54 @@ def origin(name: str) -> dict[str, Any]:
         license_link: as in a card of the hub, where known; license_from: where that was found, or None. Of a model that is not
         there, or cannot be read, no more than its name.
     """
+    seen: set[str] = set()
+    while (before := _named_before(name, seen)) is not None:
+        name = before
     found: dict[str, Any] = {"name": Path(name).name or name, "hub": None, "license_from": None}
     try:
         where, gguf = locate(name)
     except UsageError:  # it has gone since
-        return found
+        return said_of_base(found)
     if gguf is not None:
         found |= {"name": Path(gguf).stem, "file": gguf} | _of_gguf(Path(where) / gguf)
     elif not Path(where).is_dir():
-        found |= {"name": name, "hub": where} | _of_hub(where)
+        found |= {"name": name, "hub": where} | _of_hub(where, fetch=len(seen) == 1)
     else:
         earlier = _json(Path(where) / "pruning.json")
         if isinstance(earlier.get("base"), dict):
-            return dict(earlier["base"])
-        if earlier:  # a checkpoint within a run
-            with suppress(KeyError, TypeError):
-                before = earlier["recipe"]["model"]
-                if Path(before).resolve() != Path(where).resolve():
-                    return origin(before)
+            return said_of_base(earlier["base"])
         found |= {"name": Path(where).resolve().name} | _of_folder(Path(where))
     packaged = None if Path(name).exists() else PACKAGED.get(name.lower())
     if packaged is not None and packaged.hub is not None:
         found |= {"name": packaged.hub.partition("/")[2], "hub": packaged.hub}
         if found.get("license") is None and packaged.license is not None:
             found |= {"license": packaged.license, "license_from": "its page on the hub"}
-    return found
+    return said_of_base(found)
+
+
+def said_of_base(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of where a model comes from, as far as it can be so: one line each, a name of the hub, an address."""
+    said = {key: one_line(value) for key in _SAID if isinstance(value := told.get(key), str) and one_line(value)}
+    if not re.fullmatch(_HUB_ID, said.get("hub", "")):
+        said.pop("hub", None)
+    if not re.fullmatch(r"https?://[^\s<>()|`\\\"']+", said.get("license_link", "")):
+        said.pop("license_link", None)
+    return {"name": "a model without a name", "hub": None, "license_from": None} | said
+
+
+def _named_before(name: str, seen: set[str]) -> str | None:
+    """What a checkpoint within a run was made of, which it names in its recipe; None where there is none, or it has been seen."""
+    path = Path(name).expanduser()
+    seen.add(os.path.realpath(path) if path.is_dir() else name)
+    earlier = _json(path / "pruning.json") if path.is_dir() else {}
+    if not earlier or isinstance(earlier.get("base"), dict):
+        return None
+    try:
+        before = earlier["recipe"]["model"]
+        again = os.path.realpath(Path(before).expanduser()) if Path(before).expanduser().is_dir() else before
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError):
+        return None
+    return before if again not in seen else None
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -80,13 +110,13 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _of_hub(hub_id: str) -> dict[str, Any]:
+def _of_hub(hub_id: str, *, fetch: bool) -> dict[str, Any]:
     """What the README.md of a model on the hub says; nothing where it has none or cannot be had now."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # of the library it builds on
 
     try:
-        path = Path(hf_hub_download(hub_id, "README.md"))
+        path = Path(hf_hub_download(hub_id, "README.md", local_files_only=not fetch))
     except (HTTPError, HFValidationError, OSError):  # no such file, no network, no leave
         return {}
     found = _of_readme(_text(path))
@@ -169,14 +199,17 @@ def _general(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 def _text(path: Path) -> str:
     """What a file says; nothing where it is not there or cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        check_regular(path, most=None)
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(_README)
+    except (OSError, UsageError):
         return ""
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Warned
-from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.files import check_regular, why, write_whole
+from adapt_pruner.core.visible import visible
 from adapt_pruner.core.words import NARROW, score, shots, shown
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -89,7 +91,14 @@ def card_of(folder: Path) -> str:
     Raises:
         UsageError: `folder` is not a checkpoint of ours.
     """
-    return card(*_told(folder))
+    told = _told(folder)
+    try:
+        return card(*told)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise UsageError(
+            f"{folder / 'pruning.json'} or config.json there is not as this package writes it ({type(error).__name__}: {first_line(error)}); "
+            "get the folder again"
+        ) from error
 
 
 def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,8 +112,11 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} is not a checkpoint of ours: it has no {name}; name a folder that prune or run wrote")
         try:
+            check_regular(folder / name)
             data = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except UsageError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{folder / name} cannot be read ({type(error).__name__}); get the folder again") from error
         found.append(data if isinstance(data, dict) else {})
     if not {"recipe", "figures"} <= found[1].keys():
@@ -123,11 +135,16 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     """
     from huggingface_hub import ModelCard
 
+    config, pruning = _tame(config), _tame(pruning)
+    if not re.fullmatch(r"[\w.-]+", str(config.get("model_type"))):
+        raise ValueError(f"model_type {config['model_type']!r}")
+    if not (pruning.get("dense_params") or pruning["figures"]["params_before"]) > 0:
+        raise ValueError("dense_params")
     recipe, figures = pruning["recipe"], pruning["figures"]
-    base = pruning.get("base") or {"name": Path(recipe["model"]).name, "hub": None, "license_from": None}
+    base = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name})
     title = f"{base['name'].rpartition('/')[2]} pruned to {_count(figures['params_after'])}"
     sections = [
-        f"# {title}",
+        f"# {_plain(title)}",
         _summary(config, pruning, base, form=exported and exported[0]),
         "## Results",
         *_results(pruning, base),
@@ -140,6 +157,31 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     ]
     front = _front_matter(recipe, figures, base, title).to_yaml()
     return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n").content)
+
+
+def _tame(value: Any) -> Any:
+    """Data of a file without what steers a terminal or breaks a line; names and other text may still be Markdown, see below."""
+    if isinstance(value, Mapping):
+        return {_tame(key): _tame(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_tame(item) for item in value]
+    return visible(value).replace("\n", " ") if isinstance(value, str) else value
+
+
+def _plain(text: Any) -> str:
+    """Text of others between ours, in a table too: what Markdown or HTML would take for its own is escaped."""
+    return re.sub(r"([\\`*\[\]<>|&~#!]|(?<!\w)_|_(?!\w))", r"\\\1", str(text))
+
+
+def _code(text: Any) -> str:
+    """Text of others as code on a line, in a table too; a backtick, which would end it, and a bar, which would end its cell, are told apart."""
+    return f"`{str(text).replace('`', chr(0x2BB)).replace('|', chr(0x2223))}`"
+
+
+def _block(language: str, text: str) -> str:
+    """Text of others as a block of code, between more backticks than are in it."""
+    fence = "`" * max(3, *(1 + len(found) for found in re.findall("`+", text)), 3)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
@@ -180,7 +222,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
     recipe, figures = pruning["recipe"], pruning["figures"]
     dense = pruning.get("dense_params") or figures["params_before"]
     row = _row(recipe["method"])
-    named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else f"`{base['name']}`"
+    named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"])
     trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
     lines = [
         f"{named}, pruned by adapt-pruner and {trained}.",
@@ -188,19 +230,19 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         "| | |",
         "|---|---|",
         f"| base model | {named}, {dense:,} parameters |",
-        f"| method | `{recipe['method']}`: {row.get('about', 'a row of parts that this version does not have')} |",
+        f"| method | {_code(recipe['method'])}: {row.get('about', 'a row of parts that this version does not have')} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
-        f"| budget | {_asked(recipe)}, that is at most {figures['budget']:,} parameters |",
+        f"| budget | {_plain(_asked(recipe))}, that is at most {figures['budget']:,} parameters |",
         f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of the base model's |",
         *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
-        f"| weights | {config.get('dtype') or config.get('torch_dtype')} |",
+        f"| weights | {_plain(config.get('dtype') or config.get('torch_dtype'))} |",
         f"| licence | {_license(base)} |",
         *([f"| form | {form_of(form).ABOUT} |"] if form else []),
     ]
     if figures["params_before"] != dense:
         lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
     elif base.get("file"):
-        lines.insert(5, f"| began from | the weights in `{base['file']}`, dequantised |")
+        lines.insert(5, f"| began from | the weights in {_code(base['file'])}, dequantised |")
     return "\n".join(lines)
 
 
@@ -209,7 +251,7 @@ def _license(base: Mapping[str, Any]) -> str:
         return "not known; look up that of the base model before you share or use this one"
     named = f"{base['license']} ({base['license_name']})" if base.get("license_name") else base["license"]
     link = f", {base['license_link']}" if base.get("license_link") else ""
-    return f"{named}{link}, that of the base model (found in: {base['license_from']})"
+    return f"{_plain(named)}{link}, that of the base model (found in: {_plain(base['license_from'])})"
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -238,7 +280,7 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
     if not perplexities and not tasks:
         yield (
             "The run measured no perplexity: its recipe names no text to evaluate on. To measure it, and the base model beside it:\n\n"
-            f"```sh\nadapt-pruner eval {shlex.quote(recipe['model'])} . --text python-docs:heldout\n```"
+            + _block("sh", f"adapt-pruner eval {shlex.quote(recipe['model'])} . --text python-docs:heldout")
         )
         return
     begun = (
@@ -280,13 +322,13 @@ def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, af
     lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
     for before, now in zip(first, last, strict=True):
         both = ["–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
-        lines.append(f"| {now['task']} | {now['metric']} | {now['items']:,} | {both[0]} | {both[1]} |")
+        lines.append(f"| {_plain(now['task'])} | {_plain(now['metric'])} | {now['items']:,} | {both[0]} | {both[1]} |")
     if tasks[-1]["average"] is not None:
         both = ["–" if one is None else score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
         lines.append(f"| average | | | {both[0]} | {both[1]} |")
     yield "\n".join(lines)
     part = f"; the first {limit:,} items of each task" if limit is not None else ""
-    data = ", ".join(dict.fromkeys(Path(one["data"]).name for one in last))
+    data = ", ".join(dict.fromkeys(_plain(Path(one["data"]).name) for one in last))
     yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots(one['shots'] for one in last)}{part}; data: {data}."
 
 
@@ -297,19 +339,19 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
     if not _calibrated(recipe, figures):
         lines.append("* Calibration: none; the method reads no text.")
     else:
-        text = f"the tokens in `{calibration['ids']}`" if calibration["ids"] else _words(calibration["source"])
-        drawn = f"{calibration['samples']} sequences of {calibration['length']} tokens an iteration, {figures['iterations']} iterations"
+        text = f"the tokens in {_code(calibration['ids'])}" if calibration["ids"] else _words(calibration["source"])
+        drawn = f"{calibration['samples']:d} sequences of {calibration['length']:d} tokens an iteration, {figures['iterations']:d} iterations"
         total = f"; {figures['calibration_tokens']:,} tokens read in all" if figures.get("calibration_tokens") else ""
         lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
         if calibration.get("own") and recipe.get("repair"):
             lines.append(f"* The repair also read {calibration['own']:,} sequences that the model as it was at the start wrote.")
     if figures.get("trained_tokens"):
         lines.append(
-            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']} "
-            f"{'stage' if recipe['stages'] == 1 else 'stages'} with `{training['objective']}`, peak learning rate {training['lr']:g}."
+            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']:d} "
+            f"{'stage' if recipe['stages'] == 1 else 'stages'} with {_code(training['objective'])}, peak learning rate {training['lr']:g}."
         )
         if "teacher" in parts.needs_if_known("objective", training["objective"]):
-            lines.append(f"* Teacher: {training['teacher'] or 'the base model'}.")
+            lines.append(f"* Teacher: {_plain(training['teacher'] or 'the base model')}.")
     else:
         lines.append("* Training: none.")
     if "vocabulary_after" in figures:
@@ -317,15 +359,15 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
             f"* Vocabulary: {figures['vocabulary_before']:,} tokens before, {figures['vocabulary_after']:,} after, by their use in "
             f"{_words(recipe['vocabulary']['source'])}."
         )
-    lines.append(f"* Made by {pruning['made_by']}.")
+    lines.append(f"* Made by {_plain(pruning['made_by'])}.")
     yield "\n".join(lines)
     if (command := _command(recipe)) is not None:
-        yield f"The command:\n\n```sh\n{command}\n```"
+        yield f"The command:\n\n{_block('sh', command)}"
         opening = "The same as a recipe, with every default"
     else:
         opening = "The recipe; save it as recipe.yaml, then: `adapt-pruner run recipe.yaml -o runs/again`"
     dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    yield f"<details>\n<summary>{opening}</summary>\n\n```yaml\n{dumped}```\n\n</details>"
+    yield f"<details>\n<summary>{opening}</summary>\n\n{_block('yaml', dumped.rstrip())}\n\n</details>"
 
 
 def _command(recipe: Mapping[str, Any]) -> str | None:
@@ -371,8 +413,8 @@ def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
 
 def _measured_on(recipe: Mapping[str, Any]) -> str:
     asked = recipe["evaluation"]
-    most = "" if asked["max_windows"] is None else f"at most {asked['max_windows']} "
-    return f"{most}windows of {asked['window']} tokens that do not overlap"
+    most = "" if asked["max_windows"] is None else f"at most {asked['max_windows']:d} "
+    return f"{most}windows of {asked['window']:d} tokens that do not overlap"
 
 
 def _words(source: str | Mapping[str, float] | None) -> str:
@@ -382,7 +424,7 @@ def _words(source: str | Mapping[str, float] | None) -> str:
     shares = domains(source)
     said = []
     for spec, share in shares.items():
-        name = "text that the model wrote itself" if spec == SELF else f"`{spec}`"
+        name = "text that the model wrote itself" if spec == SELF else _code(spec)
         said.append(name if len(shares) == 1 else f"{name} ({share:.0%})")
     return ", ".join(said)
 

@@ -1,15 +1,29 @@
 """A checkpoint on the Hugging Face hub: what would be sent, and sending it."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.files import files_in
+from adapt_pruner.core.files import check_regular, files_in
 from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
 
 __all__ = ["Parcel", "parcel", "push"]
+
+_WRITTEN = {
+    "README.md", "config.json", "generation_config.json", "mask.json", "model.safetensors", "model.safetensors.index.json",
+    "modeling_pruned.py", "modeling_sliced.py", "pruning.json",
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+"""What `checkpoint.save` and `report.card` write, but for shards; the last two lines are what tokenizers of transformers write."""
+
+_TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")  # of a tokenizer that has several
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+_NAMED = 8  # of the files left out, in the note about them
 
 
 @dataclass(frozen=True)
@@ -49,13 +63,9 @@ def parcel(folder: Path, repo: str) -> Parcel:
     if (folder / "state.json").is_file():
         raise UsageError(f"{folder} is a checkpoint in the middle of a run; let the run end and name its folder model")
     text = card_of(folder)
+    files, left_out = _ours(folder)
     readme = folder / "README.md"
-    new_card = not readme.is_file()
-    files = {
-        name: file.stat().st_size
-        for name, file in files_in(folder).items()
-        if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
-    }
+    new_card = "README.md" not in files
     if new_card:
         files["README.md"] = len(text.encode())
     else:
@@ -63,13 +73,59 @@ def parcel(folder: Path, repo: str) -> Parcel:
     if not any(name.endswith(".safetensors") for name in files):
         raise UsageError(f"{folder} holds no weights (*.safetensors); get the folder again")
     notes = []
+    if left_out:
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        notes.append(
+            f"{', '.join(left_out[:_NAMED])}{more}: not sent, since adapt-pruner did not write them there; what you want to share of "
+            "them, add on the page of the repository"
+        )
     if "\nlicense:" not in text.partition("\n---")[0]:
         notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
     return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
 
 
+def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The files of a checkpoint that are ours to send, with their sizes, and the names of others; hidden ones are passed over.
+
+    Raises:
+        UsageError: a file of ours is a link or no regular file, or a shard is missing.
+    """
+    shards = _shards(folder / "model.safetensors.index.json")
+    files: dict[str, int] = {}
+    left_out = []
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    for name, path in sorted((found | files_in(folder)).items()):
+        if any(part.startswith((".", "__pycache__")) for part in name.split("/")):
+            continue
+        inside = [path, *path.parents][: len(Path(name).parts)]
+        if name not in _WRITTEN | shards and not _TEMPLATE.fullmatch(name):
+            left_out.append(name)
+        elif any(part.is_symlink() for part in inside):
+            raise UsageError(f"{path} is a link, and what it leads to may be no part of the model; put the file itself there")
+        else:
+            check_regular(path, most=None)
+            files[name] = path.stat().st_size
+    if missing := sorted(shards - files.keys()):
+        raise UsageError(f"{folder} lacks {missing[0]}, which model.safetensors.index.json names; get the folder again")
+    return files, left_out
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names, where there is one."""
+    check_regular(index)
+    if not index.is_file():
+        return set()
+    try:
+        named = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{index} is damaged ({first_line(error)}); get the folder again") from error
+    if strange := sorted(name for name in named if not _SHARD.fullmatch(name)):
+        raise UsageError(f"{index} names the file {strange[0]!r}, which is no shard beside it; get the folder again")
+    return named
+
+
 def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) -> str:
-    """Make the repository where there is none, and send every file of the parcel in one commit.
+    """Make the repository where there is none, and send the files of the parcel, and no other, in one commit.
 
     Args:
         parcel: what `parcel` found.
@@ -83,7 +139,7 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
         UsageError: nobody is logged in, or may not write there.
         RunError: the hub cannot be reached, or it failed.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second of what it builds on
 
     if get_token() is None:
@@ -97,10 +153,9 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
             raise UsageError(f"{repo} is there already and public; make it private in its settings, or name another")
         if branch is not None:
             api.create_branch(repo, branch=branch, exist_ok=True)
-        sent: Any = api.upload_folder(
+        sent: Any = api.create_commit(
             repo_id=repo,
-            folder_path=parcel.folder,
-            allow_patterns=list(parcel.files),
+            operations=[CommitOperationAdd(name, parcel.folder / name) for name in parcel.files],
             revision=branch,
             commit_message=f"{parcel.folder.resolve().name}, made with adapt-pruner",
         )
