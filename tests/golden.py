@@ -42,6 +42,7 @@ FURTHER: dict[str, dict[str, Any]] = {  # what a row cannot do without
     "minitron": {"moments": "reset", "debt": "reset"},
     "uniform": {"multiple_of": 4},
     "llm-pruner": {"chooser": "allocate.uniform(first=1)"},
+    "magnitude": {"chooser": "allocate.uniform"},  # of three layers its own would leave all whole
     "random": {"axes": ["neurons", "kv_heads", "query_heads"]},
     "wanda-sp": {"equal_widths": True},
 }
@@ -114,10 +115,14 @@ def make(work: Path) -> None:
     (work / "text.txt").write_text("".join(lines), encoding="utf-8")
 
 
+def _rows(tree: Path) -> set[str]:
+    return {path.stem for path in (tree / "src/adapt_pruner").rglob("methods/*.yaml")}
+
+
 def run(work: Path, side: str) -> None:
-    """Every row that the base has on every model, and the page of each."""
+    """Every row that both versions have on every model, and the page of each."""
     for model in FAMILIES:
-        for row in sorted(path.stem for path in (work / "base").rglob("methods/*.yaml")):
+        for row in sorted(_rows(ROOT) & _rows(work / "base")):
             out = work / side / f"{model}-{row}"
             said = _command("run", str(_recipe(work, model, row)), "-o", str(out))
             if not (out / "model").is_dir():  # a row that refuses a model says why

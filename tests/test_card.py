@@ -33,7 +33,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def pruned(folder: Path, base: Path, *overrides: str, **values: Any) -> Path:
     """A checkpoint as `prune` writes it."""
-    given = {"model": str(base), "budget": "80%", "method": "magnitude", "calibration.length": 16, "calibration.samples": 2}
+    given = {"model": str(base), "budget": "80%", "method": "magnitude-all", "calibration.length": 16, "calibration.samples": 2}
     documented.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
     return folder
 
@@ -97,7 +97,7 @@ def test_it_says_what_the_run_recorded(trained: Path) -> None:
 def test_a_text_asked_for_on_the_way_says_nothing_of_the_start(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """A run of two stages is stopped after the first, and goes on with a text to measure on."""
     values = {
-        "method": "magnitude", "budget": "80%", "stages": 2, "training.source": str(text_file), "training.tokens": 512,
+        "method": "magnitude-all", "budget": "80%", "stages": 2, "training.source": str(text_file), "training.tokens": 512,
         "training.batch_tokens": 128, "training.length": 32,
     }  # fmt: skip
 
@@ -263,7 +263,7 @@ def test_a_snippet_that_forgets_the_trust_would_be_seen(
     ],
 )
 def test_the_command_makes_the_same_recipe(overrides: list[str], monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:
-    asked = recipe.read({"model": "./it's here", "budget": "80%", "method": "magnitude"}, overrides=overrides)
+    asked = recipe.read({"model": "./it's here", "budget": "80%", "method": "magnitude-all"}, overrides=overrides)
     command = _command(asked.model_dump(mode="json"))
     assert command is not None
     seen: list[recipe.Recipe] = []
@@ -519,7 +519,7 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(trained: Path, tiny_fold
 def test_a_card_that_fails_costs_no_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapt_pruner.report.card.card", lambda *others: 1 / 0)
     heard: list[dict[str, Any]] = []
-    asked = recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"})
+    asked = recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all"})
     documented.prune(asked, tmp_path / "small", listen=heard.append)
     assert load(str(tmp_path / "small")).mask is not None
     (said,) = [event["message"] for event in heard if event["event"] == "warning"]

@@ -19,7 +19,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import documented
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
-METHODS = ("adapt-pruner", "uniform", "magnitude", "flap", "shortgpt")
+METHODS = ("adapt-pruner", "uniform", "magnitude-all", "flap", "shortgpt")
 
 
 def axis(layer: int, kind: str, size: int, cost: int) -> Axis:
@@ -34,7 +34,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "magnitude", budget: str = "60%") -> Any:
+def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "magnitude-all", budget: str = "60%") -> Any:
     values = {
         "model": str(folder), "budget": budget, "method": method, "calibration.source": str(text), "calibration.samples": 4,
         "calibration.length": 24, "repair": None, "device": "cpu", "dtype": "float32",

@@ -25,7 +25,9 @@ COMMAND = [sys.executable, "-m", "adapt_pruner"]
 Ask = Any
 
 
-def words(model: Path, text: Path, out: Path, *more: Any, methods: str = "magnitude,random", params: str = "80%") -> list[Any]:
+def words(
+    model: Path, text: Path, out: Path, *more: Any, methods: str = "magnitude-all,random", params: str = "80%"
+) -> list[Any]:
     usual = {"--window": 64, "--max-windows": 4, "--dtype": "float32"}
     rest = [word for option, value in usual.items() if option not in more for word in (option, value)]
     return ["compare", model, "--methods", methods, "--params", params, "--text", text, "-o", out, *rest, *more]
@@ -62,7 +64,7 @@ def test_all_are_measured_on_equal_terms(ask: Ask, tiny_folder: Path, text_file:
     own = json.loads(ask("eval", tiny_folder, *measure)[1])
     assert (dense["method"], dense["params"], dense["removed"]) == ("dense", own["params"], 0)
     assert dense["texts"][str(text_file)]["perplexity"] == pytest.approx(own["perplexity"], rel=1e-6)
-    assert {row["method"] for row in rows} == {"magnitude", "random"}
+    assert {row["method"] for row in rows} == {"magnitude-all", "random"}
     for row in rows:
         models = sorted((out / "models").glob(f"{row['method']}-*"))
         assert [read_json(model / "pruning.json")["figures"]["seed"] for model in models] == [0, 1]
@@ -115,7 +117,7 @@ def test_what_is_finished_is_not_run_again(
     assert "2 of 2 cells are finished and used again" in err
     assert read_json(out / "compare.json") == before
     assert run("--draws", 2)[0] == 2, "the second draw of each"
-    assert run("--draws", 1, methods="magnitude,uniform", params="80%")[0] == 1, "a method more"
+    assert run("--draws", 1, methods="magnitude-all,uniform", params="80%")[0] == 1, "a method more"
     assert run("--draws", 1, params="80%,70%")[0] == 2, "a size more"
     assert run("--draws", 1, "--set", "metric=weights.magnitude(norm=l2)")[0] == 2, "another recipe"
     assert run("--draws", 1, "--max-windows", 3)[0] == 2, "other windows"
@@ -139,7 +141,7 @@ def test_checkpoints_that_are_kept_are_measured_on_another_text(
 ) -> None:
     out = tmp_path / "out"
     for text in (text_file, "python-docs:heldout"):
-        assert ask(*words(tiny_folder, text, out, "--draws", 1, "--keep", methods="magnitude"))[0] == 0
+        assert ask(*words(tiny_folder, text, out, "--draws", 1, "--keep", methods="magnitude-all"))[0] == 0
     assert len(pruned_here) == 1
     assert len(list((out / "models").iterdir())) == 1
 
@@ -155,7 +157,7 @@ def test_another_model_under_the_same_name_is_another(
     for seed in (0, 1):
         tiny_model(vocab_size=VOCAB, seed=seed).save_pretrained(model)
         byte_tokenizer().save_pretrained(model)
-        assert ask(*words(model, text_file, tmp_path / "out", "--draws", 1, methods="magnitude"))[0] == 0
+        assert ask(*words(model, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all"))[0] == 0
     assert len(pruned_here) == 2
 
 
@@ -195,7 +197,9 @@ def test_a_failure_is_a_row_and_the_others_go_on(
     tmp_path: Path,
 ) -> None:
     """A size that nothing can reach, in a real process: its own sentence is the reason."""
-    status, said, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude", params="20k,80%"))
+    status, said, err = ask(
+        *words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all", params="20k,80%")
+    )
     assert status == 1
     assert "1 of 2 cells failed" in one_sentence(err)
     failed = next(line for line in said.splitlines() if "is below the" in line)
@@ -226,7 +230,7 @@ def test_what_a_method_adds_is_not_free(
             tokenizer.save_pretrained(path)
 
     monkeypatch.setattr(comparison, "prune_apart", whole)
-    status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude", params="90%"))
+    status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all", params="90%"))
     assert status == 1
     assert "more than asked for" in err
     status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="random", params="100%"))

@@ -114,7 +114,7 @@ def test_a_killed_process_is_a_reason(
     script.write_text("#!/bin/sh\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr("adapt_pruner.core.children.sys.executable", str(script))
-    status, said, _ = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude"))
+    status, said, _ = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all"))
     assert status == 1
     assert "killed by signal 9" in said
 
@@ -136,7 +136,7 @@ def test_text_of_the_same_kind_is_said(
     ]  # fmt: skip
     _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="uniform"))
     assert err.count("look of one kind") == 1
-    _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="magnitude"))
+    _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="magnitude-all"))
     assert "one kind" not in err
     _, _, err = ask(*words(tiny_folder, tmp_path / "wiki.valid.txt", tmp_path / "out", *more, methods="uniform"))
     assert "share a document" in err
@@ -154,12 +154,12 @@ def test_ids_of_the_text_that_is_measured_are_said(
     _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="uniform"))
     assert "its.json' 2 of 3 sequences have text in common with" in err
     assert "others.json' " not in err
-    _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="magnitude"))
+    _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="magnitude-all"))
     assert "in common" not in err
 
 
 BAD = {
-    "unknown method": ({"methods": "magnitude,randon"}, [], "did you mean 'random'"),
+    "unknown method": ({"methods": "magnitude-all,randon"}, [], "did you mean 'random'"),
     "no method": ({"methods": " ,"}, [], "--methods names none"),
     "no size": ({"params": ""}, [], "--params names none"),
     "size that is no number": ({"params": "80%,much"}, [], "'much' is not a count"),

@@ -118,5 +118,5 @@ def test_a_run_that_measures_its_calibration_ids_is_told(tiny_folder: Path, text
     said = [event["message"] for event in heard if event["event"] == "warning"]
     assert [message for message in said if "1 of 2 sequences have text in common with" in message]
     heard.clear()
-    prune(read(asked | {"method": "magnitude"}), tmp_path / "without text", listen=heard.append)
+    prune(read(asked | {"method": "magnitude-all"}), tmp_path / "without text", listen=heard.append)
     assert not [event for event in heard if event["event"] == "warning" and "in common" in event["message"]]

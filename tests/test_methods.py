@@ -53,18 +53,19 @@ def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: 
         assert figures["budget"] - unit < figures["params_after"]
 
 
-def test_llm_pruner_leaves_the_ends_whole_and_says_so_where_nothing_else_is_left(
-    deep_folder: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["llm-pruner", "magnitude"])
+def test_llm_pruner_and_its_baseline_leave_the_ends_whole_and_say_so_where_nothing_else_is_left(
+    method: str, deep_folder: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {
-        "budget": "85%", "method": "llm-pruner", "dtype": "float32",
+        "budget": "85%", "method": method, "dtype": "float32",
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
     }  # fmt: skip
     prune(read(asked | {"model": str(deep_folder)}), tmp_path / "out")
     sizes = {axis.name: axis.size for axis in families.axes(load(str(tmp_path / "out")).model)}
     for i in range(12):
         assert (sizes[f"layers.{i}.neurons"] < 40) == (4 <= i < 10)
-    with pytest.raises(UsageError, match="has taken all that it may .*; the nearest that can be had is 50,784"):
+    with pytest.raises(UsageError, match=r"takes nothing \(kv_heads, neurons\) from a model of 3 layers, so set another"):
         prune(read(asked | {"model": str(tiny_folder)}), tmp_path / "none")
 
 

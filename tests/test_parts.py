@@ -83,6 +83,6 @@ def test_damaged_weights_are_said_to_be_by_a_method_that_reads_no_text(text_file
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     model.save_pretrained(tmp_path / "damaged")
     byte_tokenizer().save_pretrained(tmp_path / "damaged")
-    asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude"})
+    asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude-all"})
     with pytest.raises(RunError, match=r"scores of layers\.1\.neurons are not finite"):
         documented.prune(asked, tmp_path / "out")

@@ -290,7 +290,7 @@ def test_a_run_keeps_the_text_that_the_model_writes_for_scoring(source: Any, rec
     assert len(kept["input_ids"]) == recipe.calibration.samples
 
 
-@pytest.mark.parametrize("method", ["adapt-pruner", "uniform", "magnitude", "random"])
+@pytest.mark.parametrize("method", ["adapt-pruner", "uniform", "magnitude-all", "random"])
 def test_every_method_prunes(method: str, recipe: Recipe, tmp_path: Path) -> None:
     common = {
         "model": recipe.model,
@@ -304,7 +304,7 @@ def test_every_method_prunes(method: str, recipe: Recipe, tmp_path: Path) -> Non
     assert figures["budget"] - cost_of_a_neuron(Path(recipe.model)) < figures["params_after"] <= figures["budget"]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize("method", ["magnitude-all", "random"])
 def test_methods_that_read_no_text_ask_for_none(method: str, recipe: Recipe, tmp_path: Path) -> None:
     nowhere = {"source": str(tmp_path / "nothing.txt")}
     prune(read({"model": recipe.model, "budget": "80%", "calibration": nowhere, "method": method}), tmp_path / "out")
@@ -321,7 +321,7 @@ def test_a_refused_run_leaves_its_folder_free(recipe: Recipe, tmp_path: Path) ->
 def test_a_method_is_a_row_of_defaults() -> None:
     by_name = Recipe(method="magnitude", calibration={"samples": 3})
     assert (by_name.metric, by_name.chooser, by_name.head_metric, by_name.calibration.samples) == (
-        "weights.magnitude", "allocate.uniform", None, 3,
+        "weights.magnitude", "allocate.uniform(first=4, last=2)", None, 3,
     )  # fmt: skip
     assert Recipe(method="magnitude", step=0.5).step == 0.5, "what is given goes above the row"
     assert read(by_name.model_dump()) == by_name

@@ -99,7 +99,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     out = tmp_path_factory.mktemp("push") / "small"
-    documented.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude"}), out)
+    documented.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all"}), out)
     (out / ".hidden").write_text("not for others")
     (out / "__pycache__").mkdir()
     (out / "__pycache__" / "x.pyc").write_text("not for others")
@@ -301,7 +301,7 @@ def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folde
     tokenizer.save_pretrained(tmp_path / "base")
     training = {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 32}
     asked = recipe.read(
-        {"model": str(tmp_path / "base"), "budget": "80%", "method": "magnitude", "stages": 2, "training": training}
+        {"model": str(tmp_path / "base"), "budget": "80%", "method": "magnitude-all", "stages": 2, "training": training}
     )
     documented.run(asked, tmp_path / "run")
     checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())

@@ -83,7 +83,7 @@ def test_a_budget_is_refused_before_a_model_is_loaded(written: str, ask: Any, ti
 PLACES = {
     "prune": ["prune", "TINY", "--params", "80%", "-o"],
     "run": ["run", "smollm2-demo", "--set", "model=TINY", "-o"],
-    "compare": ["compare", "TINY", "--methods", "magnitude", "--params", "80%", "--text", "LONG", "-o"],
+    "compare": ["compare", "TINY", "--methods", "magnitude-all", "--params", "80%", "--text", "LONG", "-o"],
     "export": ["export", "TINY", "--to", "padded", "-o"],
 }
 
@@ -109,7 +109,7 @@ def test_a_gguf_file_in_a_file(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_does_not_begin_in_a_comparison(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    words = ["--methods", "magnitude", "--params", "80%", "--text", text_file, "--max-windows", 1]
+    words = ["--methods", "magnitude-all", "--params", "80%", "--text", text_file, "--max-windows", 1]
     assert ask("compare", tiny_folder, *words, "-o", tmp_path / "c")[0] == 0
     before = sorted(tmp_path.rglob("*"))
     status, _, err = ask("run", "smollm2-demo", "--set", f"model={tiny_folder}", "-o", tmp_path / "c")

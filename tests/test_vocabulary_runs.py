@@ -59,7 +59,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
     return read({
-        "model": str(folder), "budget": "60%", "method": "magnitude", "dtype": "float32",
+        "model": str(folder), "budget": "60%", "method": "magnitude-all", "dtype": "float32",
         "vocabulary": {"source": str(text), "keep": 400},
     } | changes)  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_tokens_alone_can_go(folder: Path, text_file: Path, tmp_path: Path) -> N
     assert bool(outcome.mask["vocabulary"][ids.bincount(minlength=713) >= 50].all())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "best"])
+@pytest.mark.parametrize("method", ["magnitude-all", "best"])
 def test_a_run_goes_on_with_its_tokens(
     method: str, folder: Path, text_file: Path, tmp_path: Path, events: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.cutline import cut_line
 from adapt_pruner.core.events import Searched
+from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
@@ -70,6 +71,12 @@ class Units(Reduction):
         """The parameters that are left once the chooser has taken all that it may, with biases that the repair will add."""
         kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
         least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + repair_parameters(work)
+        if least >= work.num_params:
+            depth = len(decoder_layers(work.model, work.axes))
+            return (
+                least,
+                f"{work.recipe.chooser} takes nothing ({kinds}) from a model of {depth} layers, so set another method or chooser",
+            )
         return least, f"{work.recipe.chooser} has taken all that it may ({kinds})"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
