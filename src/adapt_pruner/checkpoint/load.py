@@ -112,6 +112,7 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
     any_family: bool = False,
+    fresh: int | None = None,
 ) -> Loaded:
     """Load a model by folder, file, packaged name or hub id.
 
@@ -121,6 +122,8 @@ def load(
         dtype: precision of the loaded weights; None keeps the stored one.
         trust_remote_code: run Python code that a foreign checkpoint brings. Never needed for our own.
         any_family: take a causal LM of no known family too, which can be measured but not pruned.
+        fresh: a seed: weights are drawn at random as the model's class initialises them, and those on disk are not read. The folder
+            may have none, and what its mask.json says is of weights that are not there.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -133,7 +136,10 @@ def load(
         options["gguf_file"] = gguf
     config = _config(folder, options, name, any_family=any_family)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = _model(folder, config, options, dtype or stored, name)
+    if fresh is None:
+        model = _model(folder, config, options, dtype or stored, name)
+    else:
+        model = _at_random(config, options, dtype or stored, fresh)
     if gguf is not None:
         _forget_gguf(model)
     from transformers import AutoTokenizer
@@ -150,7 +156,7 @@ def load(
     if type(tokenizer).__module__.startswith("transformers."):  # no code of its own was run, and none is passed on
         tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
-    mask, dense_params = (None, None) if gguf is not None else _origin(Path(folder))
+    mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(Path(folder))
     if mask is not None:
         _check_mask(model, mask, name)
     embedding = model.get_input_embeddings()
@@ -357,6 +363,16 @@ def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, A
     if families.is_sliced(config):
         return getattr(modeling_sliced, f"Sliced{stock}"), {}
     return getattr(modeling_pruned, f"Pruned{stock}"), {}
+
+
+def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
+    """A model of a config with random weights; the generator of the process is left as found."""
+    model_class, options = _model_class(config, options)
+    own = needs_own_code(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config) if own else model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
+    return model.to(dtype)
 
 
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:

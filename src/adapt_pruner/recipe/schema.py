@@ -221,6 +221,10 @@ class Recipe(_Frozen):
     paper: str = Field("", description="where the method comes from")
     method: str = Field(_METHOD, description="name in `adapt-pruner methods`; gives the keys that the recipe leaves out")
     model: str = Field("", description="folder, .gguf file, packaged model or hub id")
+    init: Literal["model", "random"] = Field(
+        "model",
+        description="weights at the start: those of the model, or random ones of its shape (with budget 100%, a model from scratch)",
+    )
     budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     latency: str = Field(
         "",
@@ -308,6 +312,8 @@ class Recipe(_Frozen):
     def _fitting(self) -> "Recipe":
         if self.latency:
             self._check_latency()
+        if self.init == "random":
+            self._check_random()
         if "chosen" in parts.needs("reduce", self.reduce):
             self._check_chosen()
         else:
@@ -349,6 +355,21 @@ class Recipe(_Frozen):
         if ignored := [key for key, given in asked.items() if given]:
             raise ValueError(
                 f"reduce {self.reduce!r} chooses no units, so {' and '.join(ignored)} would be ignored; leave {'it' if len(ignored) == 1 else 'them'} out"
+            )
+
+    def _check_random(self) -> None:
+        """Refuse what random weights give no sense."""
+        if not self.training.tokens:
+            raise ValueError(
+                "init random begins with a model that knows nothing, and the recipe trains nothing; set training.tokens"
+            )
+        if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
+            raise ValueError(
+                f"training.objective {self.training.objective!r} would be taught by the random model itself; name a training.teacher"
+            )
+        if SELF in domains(self.calibration.source) or self.calibration.own:
+            raise ValueError(
+                "init random has no model that could write calibration text; name a text as calibration.source and set calibration.own to 0"
             )
 
     def _check_latency(self) -> None:

@@ -52,7 +52,8 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
     listen(Load(model=recipe.model).told())
-    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code)
+    fresh = recipe.seed if recipe.init == "random" else None
+    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
     listen(events.Loaded(model=recipe.model, params=dense).told())
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
