@@ -154,6 +154,9 @@ def test_a_killed_run_goes_on_with_the_same_rows(tiny_folder: Path, texts: tuple
     assert logs[0][-1]["shares"][texts[0]] > 0.9, "the text above its reference takes over"
     one, other = (load(str(tmp_path / name / "model")).model.state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    assert "What was read" in page
+    assert "a.jsonl" in page
 
 
 def test_one_text_alone_and_no_references_are_refused(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:

@@ -190,6 +190,10 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
         for folder in (whole, broken)
     ]
     assert [line | {"time": 0} for line in logs[0]] == [line | {"time": 0} for line in logs[1]]
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert "The search" in page
+    assert "best, stage 2" in page
+    assert "What it settled on" in page
 
 
 @pytest.mark.parametrize(("changes", "said"), [

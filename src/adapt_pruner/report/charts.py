@@ -11,7 +11,7 @@ from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
     "TONES", "Anatomy", "Beside", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",
-    "importance", "perplexities", "sparsity", "tasks", "training",
+    "importance", "mixing", "perplexities", "search", "sparsity", "tasks", "training", "widths",
 ]  # fmt: skip
 
 KINDS = {
@@ -341,6 +341,60 @@ def costs(figures: Figures) -> Lines | None:
     return Lines(
         "costs", "What the cuts cost", "Loss on the calibration text, drawn anew, before each cut; later stages start from a trained model.",
         [Series("loss", points[::-1], dots=True)], "parameters", "loss (nats)", "params", "loss", falls=True,
+    )  # fmt: skip
+
+
+def search(figures: Figures) -> Lines | None:
+    """The losses of the candidates of each round over the times that a loss was measured; None below two rounds."""
+    stages = sorted({one.stage or 1 for one in figures.searched})
+    lines = []
+    for stage in stages:
+        rounds = [one for one in figures.searched if (one.stage or 1) == stage]
+        name = f", stage {stage}" if len(stages) > 1 else ""
+        best = [(float(one.evaluations), one.best) for one in rounds if one.best is not None]
+        mean = [(float(one.evaluations), one.mean) for one in rounds if one.mean is not None]
+        if len(best) > 1:
+            lines += [Series(f"best{name}", best), Series(f"mean{name}", mean)]
+    if not lines:
+        return None
+    return Lines(
+        "search", "The search", "Losses of the candidates of each round, units shut and nothing cut: the best, and the mean of all.",
+        lines, "losses measured", "loss (nats)", "count", "loss",
+    )  # fmt: skip
+
+
+def widths(figures: Figures) -> HeatMap | None:
+    """The neurons that a search would keep in each layer, over its rounds; of several stages those of the last."""
+    last = max((one.stage or 1 for one in figures.searched), default=1)
+    rounds = [one for one in figures.searched if (one.stage or 1) == last and one.sizes]
+    rounds = rounds[:: max(1, -(-len(rounds) // _MOST_ROWS))]
+    names = [name for name in (rounds[0].sizes or {}) if name.endswith(".neurons")] if rounds else []
+    if len(rounds) < 2 or not names:
+        return None
+    values: list[list[float | None]] = [[(one.sizes or {}).get(name) for name in names] for one in rounds]
+    known = [value for line in values for value in line if value is not None]
+    return HeatMap(
+        "widths", "What it settled on", f"MLP neurons that the search would keep in each layer, round by round: from {min(known):,.0f} to {max(known):,.0f}.",
+        [name.split(".")[1] for name in names], [f"round {one.done}" for one in rounds], values, "count", "fewest", "most", by_rank=True,
+    )  # fmt: skip
+
+
+def mixing(figures: Figures) -> Lines | None:
+    """The share of each text in the rows to come, over the tokens read; None where no feed moved them twice."""
+    if len(figures.mixed) < 2:
+        return None
+    names = sorted({name for one in figures.mixed for name in one.shares})
+    short = {name: name.rstrip("/").rpartition("/")[2] or name for name in names}
+    clear = len(set(short.values())) == len(names)
+    lines = [
+        Series(
+            short[name] if clear else name, [(float(one.tokens), one.shares[name]) for one in figures.mixed if name in one.shares]
+        )
+        for name in names
+    ]
+    return Lines(
+        "mixing", "What was read", "Share of each text in the rows that come next: texts far above their reference loss gain.",
+        lines, "training tokens", "share", "count", "share", short=True,
     )  # fmt: skip
 
 

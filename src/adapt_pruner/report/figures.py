@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
+from adapt_pruner.core.events import Evaluation, Event, Mixed, Resumed, Searched, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import shots
 from adapt_pruner.report.record import Record
@@ -95,6 +95,8 @@ class Figures:
     steps: list[Trained]
     evaluations: list[Evaluation]
     tasks: list[Tasks]
+    searched: list[Searched]
+    mixed: list[Mixed]
     seconds: dict[str, float]
     tokens: dict[str, int]
     wall: float | None
@@ -140,6 +142,8 @@ def figures_of(record: Record) -> Figures:
         steps=_steps(record.events),
         evaluations=evaluations,
         tasks=tasks,
+        searched=record.of(Searched),
+        mixed=record.of(Mixed),
         seconds=_seconds(record, notes),
         tokens=_tokens(record, cuts, evaluations),
         wall=_wall(record.events),

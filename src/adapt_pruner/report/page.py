@@ -96,10 +96,13 @@ def pictures(figures: Figures) -> list[charts.Chart]:
     single = (charts.anatomy(figures), charts.importance(figures), charts.sparsity(figures), charts.costs(figures))
     found: list[charts.Chart | None] = [
         *single,
+        charts.search(figures),
+        charts.widths(figures),
         *charts.cut_lines(figures),
         charts.perplexities(figures),
         charts.tasks(figures),
         *charts.training(figures),
+        charts.mixing(figures),
     ]
     return [chart for chart in found if chart is not None]
 
@@ -111,8 +114,8 @@ def page(record: Record) -> str:
     lines = [key for key in by_key if key.startswith("line-")]
     sections = [
         ("anatomy", "Anatomy", "What the model was, and what of it is left.", by_key.get("anatomy", "")),
-        ("why", "Why there", _why(record), _pair(by_key, "importance", "sparsity") + _pair(by_key, *lines, tag="pair" if len(lines) % 3 else "trio") + by_key.get("costs", "")),
-        ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio")),
+        ("why", "Why there", _why(record), _pair(by_key, "search", "widths") + _pair(by_key, "importance", "sparsity") + _pair(by_key, *lines, tag="pair" if len(lines) % 3 else "trio") + by_key.get("costs", "")),
+        ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio") + by_key.get("mixing", "")),
         ("tasks", "What it still can do", "", by_key.get("tasks", "")),
         ("bill", "The bill", "", _bill(figures) + _facts(record, figures)),
         ("next", "What to try next", "", _next(record, figures)),
@@ -227,6 +230,8 @@ def _why(record: Record) -> str:
         way = str(recipe.get("reduce", "units"))
         if "chosen" not in parts.needs("reduce", way):
             return escaped(parts.about("reduce", way))
+        if way.partition("(")[0] != "units":
+            return f"{escaped(parts.about('reduce', way))} Its scores at the start are those of <code>{escaped(recipe.get('metric'))}</code>."
     said = f"Units were scored by <code>{escaped(recipe.get('metric'))}</code>, and <code>{escaped(recipe.get('chooser'))}</code> said how many of each layer go"
     if recipe.get("distance"):
         said += f", from what <code>{escaped(recipe['distance'])}</code> says a layer is worth"
