@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import load, pick_device
 from adapt_pruner.checkpoint.save import check_target, save, whole_or_nothing
 from adapt_pruner.core.axes import Mask
@@ -72,6 +73,32 @@ def pruned(
             kept[axis.name] = torch.arange(axis.size) % 7 > (axis.layer or 0)  # another width in each layer
     cut(model, axes, Mask(kept))
     return model, Mask().then(Mask(kept), families.axes(model))
+
+
+@pytest.mark.parametrize("scaled", ["yarn", "dynamic"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])
+def test_unequal_heads_go_with_positions_that_are_scaled(name: str, scaled: str, tmp_path: Path) -> None:
+    """transformers works such positions out from a config's number of heads, whether it needs that or not."""
+    rope = {"rope_type": scaled, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    model = tiny_model(("llama", name), vocab_size=VOCAB, rope_parameters=rope)
+    axes = families.axes(model)
+    cut(model, axes, Mask({"layers.1.kv_heads": torch.arange(3) > 0}))
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    ids = torch.randint(3, VOCAB, (1, 140))  # longer than the 128 positions, beyond which the dynamic kind works anew
+    with torch.no_grad():
+        assert torch.equal(load(str(tmp_path / "model")).model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("layout", [("llama", "llama"), ("gemma3", "gemma3")], ids=lambda layout: layout[1])
+def test_a_config_that_asks_for_checkpointing_gets_it_in_every_layer(layout: tuple[str, str]) -> None:
+    """By the old field `gradient_checkpointing`, which the stock constructor takes out of the config."""
+    stock = pruned(layout)[0]
+    config = stock.config
+    config.gradient_checkpointing = True
+    model = getattr(modeling_pruned, f"Pruned{type(stock).__name__}")(config)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    assert not hasattr(config, "gradient_checkpointing")
+    assert model.is_gradient_checkpointing
 
 
 def loaded_by_a_stranger(folder: Path, again: Path, *, trust: bool) -> dict[str, Any]:

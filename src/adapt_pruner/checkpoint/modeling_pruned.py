@@ -28,14 +28,19 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3For
 
 
 class _WithoutLayers:
-    """Runs the stock constructor with no decoder layers, since it would read sizes that differ between layers."""
+    """Runs the stock constructor with no decoder layers, since it would read sizes that differ between layers.
+
+    It would act on `gradient_checkpointing`, an old field of a config, and remove it; it is kept for when there are layers.
+    """
 
     def __init__(self, config):
         num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+        later = {name: config.__dict__.pop(name) for name in ("gradient_checkpointing",) if name in config.__dict__}
         try:
             super().__init__(config)
         finally:
             config.num_hidden_layers = num_layers
+            config.__dict__.update(later)
 
 
 class _Nothing(nn.Module):

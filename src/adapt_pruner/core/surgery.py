@@ -518,7 +518,13 @@ def _accepts(config: Any, field: str, value: int) -> bool:
 
 
 def _reads_global_sizes(config: Any) -> bool:
-    """Whether the stock config class reads, while it validates, a size that differs between layers (Llama, Phi-3, Gemma 3)."""
+    """Whether stock code reads of the whole model a size that differs between layers: in validating (Llama, Phi-3, Gemma 3), or for
+    positions that are scaled (YaRN, dynamic), where transformers reads the number of heads even if it knows their size.
+    """
+    positions = getattr(config, "rope_parameters", None) or {}
+    kinds = [of.get("rope_type") for of in (positions, *positions.values()) if isinstance(of, dict)]
+    if any(kind not in (None, "default") for kind in kinds):
+        return True
     config.allow_global_per_layer_attribute_access = False
     try:
         config.validate_architecture()
