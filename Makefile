@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 
-.PHONY: demo test check format golden matrix clean help
+.PHONY: demo test check format golden matrix common-tests clean help
 
 help:
 	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   format, lint and types"
 	@echo "make golden  compare what this code computes with another commit's, to the last bit: make golden BASE=6fb363c"
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
+	@echo "make common-tests  transformers' own tests of models, on our classes (needs a package index)"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
 
 $(READY): pyproject.toml
@@ -53,6 +54,9 @@ golden: $(READY)
 
 matrix: $(READY)
 	$(BIN)/python .ci/matrix
+
+common-tests: $(READY)
+	$(BIN)/python .ci/common_tests
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build dist src/*.egg-info $(DEMO)
