@@ -55,6 +55,18 @@ def test_a_value_of_another_form_makes_a_line_none(key: str, value: Any, good: b
     assert (parse_line(json.dumps(STEP | {key: value})) is not None) == good
 
 
+def test_what_json_may_say_is_read_and_what_it_may_not_is_none() -> None:
+    """Half a surrogate pair is how JSON has a file name that is no UTF-8; a number may overflow without being called infinite."""
+    warned = parse_line(json.dumps({"event": "warning", "message": "caf\udce9.txt"}))
+    assert isinstance(warned, Warned)
+    assert warned.message == "caf\udce9.txt"
+    step = json.dumps(STEP)
+    assert parse_line(step.replace("96", "96e400")) is None
+    assert parse_line(step.encode()) == parse_line(step)
+    for broken in (step[:-1], step + "x", "[" * 100_000, "7", "\ufeff" + step, step.replace("96", "096")):
+        assert parse_line(broken) is None, broken[:20]
+
+
 def test_a_live_figure_may_be_no_number_though_a_line_may_not() -> None:
     """A run tells what it finds, and its log says null."""
     step = parse(STEP | {"loss": float("nan")})

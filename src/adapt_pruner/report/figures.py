@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Evaluation, Event, Mixed, Resumed, Searched, Split, Start, Step, Tasks, Warned
@@ -52,8 +52,7 @@ class Cut:
     scores: dict[str, Split]
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """A step of training that has a loss; `follows` says whether nothing but training was done since the step before."""
 
     stage: int | None
@@ -390,10 +389,11 @@ def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluatio
 
 def _wall(told: Sequence[Event]) -> float | None:
     """Seconds from the first event to the last; of a run that was stopped, without pauses of more than ten minutes before it went on."""
-    times = [(event.time, event) for event in told if event.time]
+    timed = [event for event in told if event.time]
+    times = [event.time or 0.0 for event in timed]
     pauses = sum(
         later - earlier
-        for (earlier, _), (later, event) in pairwise(times)
-        if isinstance(event, Start | Resumed | Warned) and later - earlier > 600
+        for (earlier, later), event in zip(pairwise(times), timed[1:], strict=True)
+        if later - earlier > 600 and isinstance(event, Start | Resumed | Warned)
     )
-    return times[-1][0] - times[0][0] - pauses if len(times) > 1 else None
+    return times[-1] - times[0] - pauses if len(times) > 1 else None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -60,7 +61,15 @@ class Record:
 
     def of(self, kind: type[_Kind]) -> list[_Kind]:
         """The events of one kind."""
-        return [event for event in self.events if isinstance(event, kind)]
+        found: list[_Kind] = self._by_kind.get(kind, [])
+        return found
+
+    @cached_property
+    def _by_kind(self) -> dict[type[Event], list[Any]]:
+        kinds: dict[type[Event], list[Any]] = {}
+        for event in self.events:
+            kinds.setdefault(type(event), []).append(event)
+        return kinds
 
     @property
     def figures(self) -> dict[str, Any]:
