@@ -84,6 +84,7 @@ def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> No
 
     # the folder
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".adapt-pruner",
         ".lock",
         "recipe.yaml",
         "log.jsonl",

@@ -355,6 +355,7 @@ def test_only_the_first_process_speaks_and_writes(parallel: str, ground: Ground)
     assert not any(said.out for said in launcher)
     folder = ground.base / parallel
     assert {path.name for path in folder.iterdir()} == {
+        ".adapt-pruner",
         ".lock",
         "recipe.yaml",
         "log.jsonl",

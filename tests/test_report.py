@@ -397,11 +397,14 @@ def test_the_page_goes_where_it_is_asked_to(
     assert "name the page" in err
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "model/model.safetensors", "notes.html", "pipe.html", "model/new.txt"])
+@pytest.mark.parametrize(
+    "name", ["log.jsonl", "model/model.safetensors", "notes.html", "index.html", "pipe.html", "model/new.txt"]
+)
 def test_a_page_takes_the_place_of_nothing_but_a_page(
     copied: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copied / "notes.html").write_text("what I thought of it")
+    (copied / "index.html").write_text("<!doctype html><p>a page of somebody else")
     os.mkfifo(copied / "pipe.html")  # to read it would take forever
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     status, out, err = call(monkeypatch, capsys, "report", copied, "-o", copied / name)
@@ -409,7 +412,7 @@ def test_a_page_takes_the_place_of_nothing_but_a_page(
     assert str(copied / name) in err
     assert "name another file" in err
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
-    (copied / "old.HTM").write_text("<!DOCTYPE html><p>an older page")
+    (copied / "old.HTM").write_text("<!DOCTYPE html><p>an older page<footer>Written by adapt-pruner on a day")
     assert call(monkeypatch, capsys, "report", copied, "-o", copied / "old.HTM")[0] == 0
     assert "anatomy" in (copied / "old.HTM").read_text()
 

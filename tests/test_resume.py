@@ -31,6 +31,7 @@ from adapt_pruner import cli
 from adapt_pruner.checkpoint import save, state
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core import surgery
+from adapt_pruner.core.marks import is_marked, mark
 from adapt_pruner.core.task import CausalLM
 from adapt_pruner.recipe import read
 from adapt_pruner.report import documented
@@ -414,7 +415,7 @@ def test_killed_with_low_rank_additions_and_a_teacher(point: str, live: Lives, p
     assert_same(run, place / "lora")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_at_random_moments(
     sent: signal.Signals, whole: tuple[Path, float], live: Lives, place: Path, tmp_path: Path
 ) -> None:
@@ -614,6 +615,27 @@ def test_as_many_checkpoints_stay_as_were_asked_for(keep: int, place: Path, tmp_
     assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 
 
+@pytest.mark.parametrize("left", ["checkpoints and log", "a log", "checkpoints"])
+def test_a_run_of_a_version_without_marks_goes_on(
+    left: str, halfway: Path, whole: tuple[Path, float], live: Lives, place: Path
+) -> None:
+    """It is told by what only a run writes, and has its mark from then on."""
+    (halfway / ".adapt-pruner").unlink()
+    if left == "a log":
+        shutil.rmtree(halfway / "checkpoints")
+    if left == "checkpoints":
+        (halfway / "log.jsonl").unlink()
+    (halfway / ".stage-3.partial-0123abcd").mkdir()
+    runs.check_folder(halfway, read(str(place / "main.yaml")).ready(), force=False)
+    status, said = live("run", place / "main.yaml", "-o", halfway)
+    assert status == 0, said
+    assert ("going on from" in said) == (left != "a log")
+    assert is_marked(halfway, "run")
+    assert load_file(halfway / "model" / "model.safetensors").keys() == load_file(whole[0] / "model" / "model.safetensors").keys()
+    if left != "checkpoints":
+        assert_same(halfway, whole[0])
+
+
 # Refused, in one sentence.
 
 
@@ -639,7 +661,9 @@ def test_a_folder_in_use(live: Lives, place: Path, whole: tuple[Path, float], tm
 
 
 def test_a_lock_that_is_left_behind(live: Lives, place: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    """By a run that was killed while it prepared."""
     (tmp_path / "run").mkdir()
+    mark(tmp_path / "run", "run")
     (tmp_path / "run" / ".lock").write_text("1")
     assert live("run", place / "main.yaml", "-o", tmp_path / "run")[0] == 0
     assert_same(tmp_path / "run", whole[0])
@@ -856,8 +880,12 @@ def test_what_cannot_be_begun_leaves_nothing(case: str, live: Lives, place: Path
 def test_a_page_of_a_run_that_never_began_goes_with_it(tmp_path: Path) -> None:
     """`report` may be asked of a run that prepares."""
     with runs.opened(tmp_path / "run") as folder:
-        (folder.path / "report.html").write_text("<!doctype html>")
+        (folder.path / "report.html").write_text("<!doctype html><footer>Written by adapt-pruner on …")
     assert not (tmp_path / "run").exists()
+    with runs.opened(tmp_path / "run") as folder:
+        (folder.path / "report.html").write_text("<!doctype html><p>a page of somebody else")
+        (folder.path / "notes.txt").write_text("mine")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes.txt", "report.html"]
 
 
 def test_a_text_that_is_too_short_is_repeated_with_a_warning(whole: tuple[Path, float], live: Lives, place: Path) -> None:

@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in,
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.files import folder_beside
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
@@ -249,10 +249,10 @@ def _assembled(name: str, packaged: Packaged) -> Path:
     _check_reader(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{name}.lock").open("w") as lock, TemporaryDirectory(dir=folder.parent) as scratch:
+        with (folder.parent / f".{name}.lock").open("a") as lock, folder_beside(folder) as scratch:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():  # no other process was first
-                made = importlib.import_module(packaged.package).assemble(Path(scratch) / "model.gguf")
+                made = importlib.import_module(packaged.package).assemble(scratch / "model.gguf")
                 loaded = load(str(made))
                 save(loaded.model, loaded.tokenizer, folder, dtype=loaded.dtype)
     except ModuleNotFoundError as error:  # of the packages that hold the pieces

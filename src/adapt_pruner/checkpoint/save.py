@@ -25,38 +25,44 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.for_others import name_for_others
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import folder_beside, sync, why, write_whole
+from adapt_pruner.core.files import folder_beside, named, no_room, sync, why
+from adapt_pruner.core.places import check_place, is_there, lacks_room
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["check_parent", "check_target", "needs_own_code", "save", "whole_or_nothing", "why", "write_whole"]
+__all__ = ["SHARD_BYTES", "check_empty", "check_fits", "check_target", "needs_own_code", "save", "whole_or_nothing"]
+
+SHARD_BYTES = 50_000_000_000  # transformers writes weights in files of at most so many
 
 
 def check_target(path: Path) -> None:
     """Refuse a folder that exists and is not empty, before any work is done.
 
     Raises:
-        UsageError: it does, or it is not a folder, or `check_parent` refuses it.
+        UsageError: it does, or it is not a folder, or something else mounted there, or `check_place` refuses it.
     """
-    if path.is_dir() and any(path.iterdir()):
-        raise UsageError(f"{path} exists and is not empty; name another folder or empty it first")
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} exists and is not a folder; name another")
-    check_parent(path)
+    check_place(path)
+    check_empty(path)
+    if path.is_dir() and path.is_symlink():
+        check_place(path.resolve())
+    if os.path.ismount(path):
+        raise UsageError(f"{path} is where a disk is mounted, and cannot be replaced by a result; name a folder in it")
 
 
-def check_parent(path: Path) -> None:
-    """Refuse a place where nothing can be written, before any work is done.
+def check_empty(path: Path) -> None:
+    """Refuse what is there and is not an empty folder.
 
     Raises:
-        UsageError: what it would lie in is a file, or cannot be written to.
+        UsageError: it is.
     """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise UsageError(f"{parent} is a file, so {path} cannot be made in it; name another place")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{parent} is not writable; name another folder")
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"{path} exists and is not empty; name another folder or empty it first")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be looked into ({why(error)}); name another folder") from error
+    if is_there(path) and not path.is_dir():
+        raise UsageError(f"{path} exists and is not a folder; name another")
 
 
 @contextmanager
@@ -66,7 +72,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: it could not be written (disk full, no permission); nothing is left under `path`.
     """
-    path = path.absolute()  # "." cannot be renamed over, its full name can
+    path = path.resolve()  # neither "." nor a link can be renamed over, the folder's full name can
     try:
         with folder_beside(path) as partial:
             yield partial
@@ -78,20 +84,38 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
             if path.exists():
-                rescued = partial.rename(path.with_name(f"{path.name}-{partial.name[-8:]}"))
+                rescued = named(partial, path.with_name(f"{path.name}-{partial.name[-8:]}"))
                 raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
-            partial.rename(path)
+            named(partial, path)
             sync(path.parent)
-    except OSError as error:
-        raise RunError(
-            f"{path} could not be written: {why(error)}; nothing was left there, free some space or name another folder"
-        ) from error
     except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):  # safetensors wraps the system's error
-            raise RunError(
-                f"{path} could not be written: the disk is full; nothing was left there, free some space and run again"
-            ) from error
-        raise
+        reason = why(error) if isinstance(error, OSError) else no_room(error)  # libraries wrap the system's error
+        if reason is None:
+            raise
+        raise _unwritten(path, reason) from error
+
+
+def check_fits(path: Path, *files: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuse to write tensors for which there is no room, before the first of them is written.
+
+    Args:
+        path: where they go.
+        files: the tensors of each file, by name; tied ones are written once.
+        dtype: what numbers are written in.
+
+    Raises:
+        RunError: there is too little room, or the system allows no file of this size.
+    """
+    sizes = []
+    for tensors in files:
+        distinct = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors.values()}.values()
+        sizes.append(sum(one.numel() * (dtype if one.is_floating_point() else one.dtype).itemsize for one in distinct))
+    if reason := lacks_room(path, sum(sizes), largest=min(max(sizes), SHARD_BYTES)):
+        raise _unwritten(path, reason)
+
+
+def _unwritten(path: Path, reason: str) -> RunError:
+    return RunError(f"{path} could not be written: {reason}; nothing was left there, free some space or name another folder")
 
 
 def save(
@@ -121,6 +145,7 @@ def save(
         RunError: it could not be written; nothing is left under `path`.
     """
     config = _config(model, dtype, as_it_says=weights is not None)
+    check_fits(Path(path), model.state_dict() if weights is None else weights, dtype=dtype)
     with whole_or_nothing(Path(path)) as folder:
         _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)

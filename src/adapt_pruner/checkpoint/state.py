@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load
-from adapt_pruner.checkpoint.save import save
+from adapt_pruner.checkpoint.save import check_fits, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import files_in
 from adapt_pruner.core.strict_json import to_json
@@ -54,6 +54,8 @@ def save_state(
     """
     base = {inner: tensor for name, tensor in weights.items() if (inner := base_name(name)) is not None}
     additions = {name: tensor for name, tensor in weights.items() if base_name(name) is None}
+
+    check_fits(path, base, moments, additions, dtype=torch.float32)
 
     def beside(folder: Path) -> None:
         for name, tensors in (("optimizer", moments), ("lora", additions)):

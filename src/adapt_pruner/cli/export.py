@@ -38,10 +38,12 @@ def export(
 
         adapt-pruner export small --to padded -o small-plain
     """
+    from adapt_pruner.core.places import check_place
     from adapt_pruner.export import check_form
     from adapt_pruner.export import export as write
 
     check_form(to, quant=quant)
+    check_place(out)
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.events import Load, Warned

@@ -59,9 +59,12 @@ def report(
         record = read_record(folder)
         target = out or folder / "report.html"
         text, drawings = page(record), pictures(figures_of(record)) if png else []
-    written = [write_page(target, text)]
+    drawn: list[Path] = []
     if png:
-        written += paper.write_pictures(drawings, target.with_name(f"{target.stem}-png"))
+        place = target.with_name(f"{target.stem}-png")
+        paper.check_ours(drawings, place)
+        drawn = paper.write_pictures(drawings, place)
+    written = [write_page(target, text), *drawn]
     if as_json:
         print(to_json({"written": [str(path) for path in written]}))
     else:

@@ -96,9 +96,10 @@ def run(
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     """Inode and time of a file, which change when it is written again; None where there is no file."""
-    if not path.is_file():
+    try:
+        found = path.stat()
+    except OSError:  # no place for a file, which is said when it is to be written
         return None
-    found = path.stat()
     return found.st_ino, found.st_mtime_ns
 
 

@@ -1,5 +1,6 @@
 """The comparison itself: what is on disk is used again, the rest is pruned and measured cell by cell, and all is written down.
 
+.adapt-pruner     says that this is a comparison; a folder that is not empty and has no such file is refused
 compare.json      arguments, versions, rows and cells; written anew after every cell
 compare.md        the table, with every reason for a failure
 compare.svg .png  the picture, where matplotlib is there
@@ -24,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
-from adapt_pruner.checkpoint.save import check_target
+from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
 from adapt_pruner.compare.request import Cell, Request
@@ -34,6 +35,8 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import CellDone, Interrupted, Load, Reused, Warned
 from adapt_pruner.core.files import tidy, why, write_whole
 from adapt_pruner.core.locks import locked
+from adapt_pruner.core.marks import is_marked, mark
+from adapt_pruner.core.places import check_place, check_room
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import to_json
@@ -49,6 +52,7 @@ from adapt_pruner.report.paper import has_matplotlib, write_pictures
 
 __all__ = ["compare"]
 
+_KIND = "comparison"
 _MAX_HUB_DOCUMENTS = 10_000  # of a hub data set, as many tell whether it is the one it was
 
 
@@ -74,8 +78,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     asked, out = request.checked(), Path(out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("compare starts its processes itself, one after another; start it without torchrun or accelerate")
-    if not (out / "compare.json").exists() and not (out / "cells").is_dir():
-        check_target(out)
+    _check_kind(out)
     for text in asked.texts:
         if text != SELF:
             documents(text)  # a text that is not there is said before a model is loaded
@@ -85,12 +88,15 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     work = _prepared(again(), asked, listen)
     release()
     listen(events.Loaded(model=asked.model, params=work.params).told())
+    comparison = _Comparison(asked, out, work, again, listen, keep)
+    comparison.check_room()
     try:
-        (out / "cells").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        mark(out, _KIND)
+        (out / "cells").mkdir(exist_ok=True)
         (out / "models").mkdir(exist_ok=True)
         with locked(out / ".lock"):
             _tidy(out)
-            comparison = _Comparison(asked, out, work, again, listen, keep)
             try:
                 return comparison.run()
             except KeyboardInterrupt:
@@ -100,15 +106,28 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
 
 
+def _check_kind(out: Path) -> None:
+    """Refuse a folder that holds something other than a comparison; one of an older version has no mark and is told by its figures."""
+    check_place(out, inside=True)
+    if not is_marked(out, _KIND):
+        try:
+            found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not (isinstance(found, dict) and {"made_by", "arguments", "dense", "rows", "cells"} <= found.keys()):
+            check_empty(out)
+
+
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe."""
+    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe, bytes of a weight on disk."""
 
     cells: list[Cell]
     windows: dict[str, list[Tensor]]
     params: int
     read: dict[str, Any]
     calibration: Callable[[Cell], Any]
+    itemsize: int
 
 
 def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
@@ -156,7 +175,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         "bfloat16": uses_bfloat16(device, asked.dtype),
         "device": device.type,
     }
-    return _Work(cells, windows, params, told_apart, calibration)
+    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize)
 
 
 def _text_digest(spec: str) -> str:
@@ -172,8 +191,8 @@ def _windows_digest(windows: Sequence[Tensor]) -> str:
 
 def _tidy(out: Path) -> None:
     """Remove, in place, what a process that was killed left half-written."""
-    for folder in (out, out / "models", out / "cells"):
-        tidy(folder)
+    for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
+        tidy(folder, older=names)
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:
@@ -198,6 +217,17 @@ class _Comparison:
         """What decides the figures of a cell beside its recipe, or, not `measured`, its checkpoint alone."""
         decides = {key: value for key, value in self._work.read.items() if measured or key != "windows"}
         return decides | {"calibration": self._work.calibration(cell)}
+
+    def check_room(self) -> None:
+        """Refuse a place without room for the checkpoints that are there at one time.
+
+        Raises:
+            UsageError: there is too little room.
+        """
+        coming = [cell.size for name, cell in zip(self._names, self._work.cells, strict=True) if self._stored(name) is None]
+        if coming:
+            numbers = sum(coming) if self._keep else max(coming)
+            check_room(self._out, numbers * self._work.itemsize, largest=max(coming) * self._work.itemsize)
 
     @property
     def standing(self) -> str:

@@ -1,38 +1,45 @@
 """Write a file or folder whole or not at all, remove one in one step, and list the files of a folder.
 
-While a file is written or removed, it lies beside its place under the name `.NAME.partial-` and eight hexadecimal digits. `tidy`
-removes such files after a process was killed.
+While a file or folder is written, it lies beside its place under the name `.NAME.partial-` and 16 hexadecimal digits. Its process holds
+a lock on it meanwhile: on the file itself, or on the file `.lock` in the folder. What is being removed has such a name too, and no lock.
+Eight of the digits are made from the rest of the name, so that no file of somebody else is taken for one of these. `tidy` removes those
+whose process has ended, and everything that writes a file tidies the folder that it writes to.
 """
 
 import errno
+import fcntl
+import hashlib
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapt_pruner.errors import UsageError
 
 __all__ = [
-    "MOST_TEXT",
-    "check_regular",
-    "files_in",
-    "folder_beside",
-    "remove",
-    "sync",
-    "tidy",
-    "whole_file",
-    "why",
-    "write_whole",
-]
+    "MOST_TEXT", "check_regular", "file_beside", "files_in", "folder_beside", "named", "no_room", "remove", "sync", "tidy", "whole_file",
+    "why", "write_whole",
+]  # fmt: skip
 
 MOST_TEXT = 2**28
 """Bytes of a file of somebody else's that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""
 
-_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+_NAME = re.compile(r"\.(.+)\.partial-([0-9a-f]{8})([0-9a-f]{8})")
+_OLD_NAME = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")  # of versions that held no lock
+_WRITTEN, _REMOVED = "written", "removed"
+_LOCK = ".lock"
+_LONG = 3600.0  # seconds
+_MOST_BYTES = 100  # of NAME that the temporary name has: file systems bound the length of names
+_LACKS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than a file may be there (ulimit -f, or the file system's limit)",
+}
 
 
 def check_regular(path: Path, *, most: int | None = MOST_TEXT) -> None:
@@ -62,13 +69,26 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file could not be written.
     """
-    partial = _beside(path)
-    try:
+    with file_beside(path) as partial:
         yield partial
         sync(partial)
         partial.rename(path)
+
+
+@contextmanager
+def file_beside(path: Path) -> Iterator[Path]:
+    """Yield a new empty file beside `path`, which is removed at the end unless it was renamed.
+
+    Raises:
+        OSError: the file could not be created.
+    """
+    tidy(path.parent)
+    partial, lock = _locked_new(path, folder=False)
+    try:
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -83,49 +103,90 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`. The caller fills and renames it; a folder that was not renamed is removed at the end.
+    """Yield a new folder beside `path`. The caller fills it and gives it its name (`named`); else it is removed at the end.
 
     Raises:
         OSError: the folder could not be created.
     """
-    partial = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent)
+    partial, lock = _locked_new(path, folder=True)
     try:
-        partial.mkdir(parents=True)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def named(partial: Path, path: Path) -> Path:
+    """Give a folder that `folder_beside` made its name.
+
+    Raises:
+        OSError: the name is taken.
+    """
+    (partial / _LOCK).unlink(missing_ok=True)
+    return partial.rename(path)
 
 
 def remove(path: Path) -> None:
     """Remove a file or folder. It is renamed first, so that nothing half-removed has its name."""
-    if not _PARTIAL.fullmatch(path.name):
+    if _kind(path.name) != _REMOVED:
         try:
-            path = path.rename(_beside(path))
+            path = path.rename(_beside(path, _REMOVED))
         except FileNotFoundError:
             return  # what another process puts there meanwhile stays
         except OSError:
             pass  # it is removed where it is, as far as that can be done
-    if path.is_file():
-        path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path) -> None:
-    """Remove half-written and half-removed files from a folder, in place; does nothing if the folder does not exist."""
-    for path in list(folder.iterdir()) if folder.is_dir() else ():
-        if _PARTIAL.fullmatch(path.name):
-            remove(path)
+def tidy(folder: Path, *, older: str | None = None) -> None:
+    """Remove from a folder, in place, what processes that have ended left half-written or half-removed; does nothing without the folder.
+
+    Args:
+        folder: where to look; not below it.
+        older: a regular expression for names that the caller alone writes there. What was left of files of these names goes although
+            no lock says that its process has ended, as of older versions, which held none.
+    """
+    found: list[Path] = []
+    with suppress(OSError):  # a folder that may be written to and not be listed
+        found = list(folder.iterdir()) if folder.is_dir() else []
+    for path in found:
+        kind, parts = _kind(path.name), _NAME.fullmatch(path.name) or _OLD_NAME.fullmatch(path.name)
+        own = older is not None and parts is not None and re.fullmatch(older, parts[1]) is not None
+        with suppress(OSError):  # another process may tidy, too
+            if kind == _REMOVED or (own and (kind == _WRITTEN or _OLD_NAME.fullmatch(path.name))):
+                remove(path)
+            elif kind == _WRITTEN:
+                _remove_abandoned(path)
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """All files in a folder and its subfolders: path within the folder, with /, -> file, sorted."""
-    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    """All files in a folder and its subfolders but the lock: path within the folder, with /, -> file, sorted."""
+    found = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    found.pop(_LOCK, None)
+    return found
 
 
 def why(error: OSError) -> str:
     """What went wrong, in words for people."""
-    return "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return no_room(error) or error.strerror or str(error)
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why there is no room for a file, in words for people; None where an error is about something else.
+
+    Libraries wrap the system's error: those in Rust keep its number in their text, numpy says how much it wrote.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(told[1])
+    if code is None and isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
+        code = errno.ENOSPC
+    return _LACKS.get(code) if code is not None else None
 
 
 def sync(path: Path) -> None:
@@ -137,5 +198,55 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+def _beside(path: Path, kind: str) -> Path:
+    stem = os.fsencode(path.name)[:_MOST_BYTES].decode(errors="ignore")
+    drawn = uuid.uuid4().hex[:8]
+    return path.with_name(f".{stem}.partial-{drawn}{_digits(kind, stem, drawn)}")
+
+
+def _digits(kind: str, stem: str, drawn: str) -> str:
+    return hashlib.sha256(f"adapt-pruner {kind} {stem} {drawn}".encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def _kind(name: str) -> str | None:
+    """Whether a name is one that we give to what is written, to what is removed, or neither."""
+    if (parts := _NAME.fullmatch(name)) is None:
+        return None
+    return next((kind for kind in (_WRITTEN, _REMOVED) if _digits(kind, parts[1], parts[2]) == parts[3]), None)
+
+
+def _locked_new(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new file or folder beside `path`, and the handle whose lock says that its process is alive."""
+    while True:
+        partial = _beside(path, _WRITTEN)
+        if folder:
+            partial.mkdir()
+        place = partial / _LOCK if folder else partial
+        handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # somebody has taken it for one that is left, and removes it
+        except OSError:
+            return partial, handle  # a file system without locks, on which nobody can tidy
+        else:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), place.stat()):
+                    return partial, handle
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what was being written if its lock is there and nobody holds it."""
+    place = path / _LOCK if path.is_dir() and not path.is_symlink() else path
+    try:
+        handle = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if time.time() - path.lstat().st_mtime > _LONG:  # killed between its last act and its name, which are a moment apart
+            remove(path)
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody holds it, or on a file system without locks
+        remove(path)
+    finally:
+        os.close(handle)

@@ -4,6 +4,7 @@ Not the package filelock: whoever asks with it whether a lock is held takes it, 
 watch may only read; and it does not say who holds it. Locks are those of flock, as they were in run folders from the first version on.
 """
 
+import errno
 import fcntl
 import os
 import time
@@ -22,10 +23,14 @@ def locked(path: Path) -> IO[str]:
     """A lock file that this process has locked, until it is closed or the process ends.
 
     Raises:
-        UsageError: another process has locked it, or it cannot be locked there.
+        UsageError: another process has locked it, it is a link, or it cannot be locked there.
     """
     while True:
-        lock = path.open("a+")
+        try:
+            lock = _opened(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            reason = "it is a link" if error.errno == errno.ELOOP else why(error)
+            raise UsageError(f"{path} cannot be locked ({reason}); remove it, or name another folder") from error
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,10 +54,16 @@ def locked(path: Path) -> IO[str]:
 def is_held(path: Path) -> bool:
     """Whether a process holds a lock file; asked by sharing it for a moment, which `locked` waits out."""
     try:
-        with path.open() as lock:
+        with _opened(path, os.O_RDONLY) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
     return False
+
+
+def _opened(path: Path, flags: int) -> IO[str]:
+    """A lock file, which is no link and no pipe that waits for a writer."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return os.fdopen(handle, "r" if flags == os.O_RDONLY else "r+")

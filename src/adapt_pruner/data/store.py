@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapt_pruner.core.files import folder_beside, remove
+from adapt_pruner.core.files import folder_beside, named, remove, why
 from adapt_pruner.errors import RunError
 
 __all__ = ["Chunk", "Store", "cache_folder", "stored"]
@@ -99,8 +99,7 @@ def stored(
             return _settled(beside, folder) or own
     except OSError as error:
         raise RunError(
-            f"tokens cannot be kept in {root} ({error.strerror or error}); "
-            "make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
+            f"tokens cannot be kept in {root} ({why(error)}); make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
         ) from error
 
 
@@ -165,7 +164,7 @@ def _settled(beside: Path, folder: Path) -> Store | None:
     """Rename `beside` to `folder`, or leave there what another process has finished; a damaged store gives way."""
     for _ in range(3):
         try:
-            beside.rename(folder)
+            named(beside, folder)
         except OSError:
             winner, damage = _opened(folder)
             if winner is not None:

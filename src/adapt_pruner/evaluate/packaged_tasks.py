@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.files import folder_beside
+from adapt_pruner.core.files import folder_beside, named, why
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError
 
@@ -142,10 +142,10 @@ def _made(folder: Path, make: Callable[[Path], None]) -> None:
         with folder_beside(folder) as beside:
             make(beside)
             if not folder.is_dir():
-                beside.rename(folder)
+                named(beside, folder)
     except OSError as error:
         if not folder.is_dir():
             raise RunError(
-                f"task data cannot be kept in {folder.parent} ({error.strerror or error}); "
+                f"task data cannot be kept in {folder.parent} ({why(error)}); "
                 "make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
             ) from error

@@ -16,6 +16,7 @@ neighbours where Hugging Face pairs the halves of a head, so their rows change p
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import check_parent
-from adapt_pruner.core.files import whole_file, why
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.files import file_beside, no_room, whole_file, why
+from adapt_pruner.core.places import check_place, is_there, lacks_room
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
@@ -87,26 +89,36 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     quant = quant.lower() if quant else None
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"quantisation {quant!r} is not known; {nearest(quant, QUANTS)}")
-    if path.exists():
+    if is_there(path):
         raise UsageError(f"{path} exists; name another file or remove it first")
     if path.suffix != ".gguf":
         raise UsageError(f"{path} does not end in .gguf, by which tools know such a file; name it {path.name}.gguf")
-    check_parent(path)
+    check_place(path)
     quantised = quant is not None and quant not in _PLAIN
     if quantised:
         llama_cpp.library()  # before any work is done
     plan, notes = _planned(loaded.model, quantised=quantised)
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if reason := lacks_room(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
+        raise RunError(f"{path} could not be written: {reason}; nothing was left there")
     try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
-            notes += _write(gguf, loaded, partial, plan, dtype)
             if quantised:
-                with whole_file(partial) as smaller:
-                    llama_cpp.quantise(partial, smaller, str(quant))
+                with file_beside(path) as wide:
+                    notes += _write(gguf, loaded, wide, plan, dtype)
+                    llama_cpp.quantise(wide, partial, str(quant))
                 notes += _left_wide(gguf, partial, str(quant))
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {why(error)}; nothing was left there") from error
+            else:
+                notes += _write(gguf, loaded, partial, plan, dtype)
+            if os.path.lexists(path):
+                rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
+                raise RunError(f"{path} was written by somebody else meanwhile; the result is complete in {rescued}")
+    except (OSError, RuntimeError) as error:
+        reason = why(error) if isinstance(error, OSError) else no_room(error)
+        if reason is None:
+            raise
+        raise RunError(f"{path} could not be written: {reason}; nothing was left there") from error
     return notes
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.marks import PAGE_FOOT
 from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import num_draws, shown
 from adapt_pruner.errors import UsageError
@@ -136,7 +137,7 @@ def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Seq
     )
     return framed(
         title=f"{name}: {model} compared", head=head, links=[(key, title) for key, title, _ in sections], body=body,
-        foot=f"Written by adapt-pruner on {time.strftime('%Y-%m-%d %H:%M')}. This page asks nothing of a network.",
+        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')}. This page asks nothing of a network.",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The page of a run: headline, anatomy, why, recovery, bill, what to try next; one file that asks nothing of a network."""
 
 import base64
+import os
 import shlex
 import time
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from adapt_pruner.core.events import Start
 from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.marks import PAGE_FOOT, is_page
+from adapt_pruner.core.places import check_place
 from adapt_pruner.core.words import compact, duration, shown
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
@@ -20,7 +23,6 @@ from adapt_pruner.report.svg import drawn, escaped, table
 
 __all__ = ["check_page", "framed", "page", "pictures", "try_report", "write_page", "write_report"]
 
-_DOCTYPE = b"<!doctype html"
 _STATUS = {"finished": "finished", "running": "still running", "stopped": "stopped before its end"}
 
 
@@ -52,37 +54,32 @@ def try_report(run_dir: Path) -> str | None:
 
 
 def check_page(path: Path, folder: Path) -> None:
-    """Refuse to write a page over what is none, or under another ending into the folder that it is about.
+    """Refuse to write a page over what we did not write, under another ending into the folder that it is about, or where it cannot be.
 
     Raises:
         UsageError: that would happen.
     """
+    check_place(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name the page, for example -o {path / 'report.html'}")
-    if path.exists() and not _is_page(path):
-        raise UsageError(f"{path} exists and is not an HTML page, and would be lost; name another file, such as report.html")
+    if os.path.lexists(path) and not is_page(path):
+        raise UsageError(
+            f"{path} exists and is not an HTML page of adapt-pruner, and would be lost; name another file, such as report.html"
+        )
     if path.suffix.lower() not in (".html", ".htm") and path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"{path} lies in the folder that it is about and does not end in .html; name another file, such as report.html"
         )
 
 
-def _is_page(path: Path) -> bool:
-    if not path.is_file():
-        return False  # a device or a pipe
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_DOCTYPE)).lower() == _DOCTYPE
-    except OSError:
-        return False
-
-
 def write_page(path: Path, text: str) -> Path:
     """Write a page, whole or not at all.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: it cannot be written, or what is there was written by somebody else.
     """
+    if os.path.lexists(path) and not is_page(path):
+        raise RunError(f"{path} is not a page of adapt-pruner and stays as it is; name another file with -o")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
@@ -131,7 +128,7 @@ def page(record: Record) -> str:
         head=_head(figures),
         links=[(f"s-{key}", title) for key, title in links],
         body=_tiles(figures.rows) + _remarks(figures) + body,
-        foot=f"Written by adapt-pruner on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve()}. This page asks nothing of a network.",
+        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve()}. This page asks nothing of a network.",
     )
 
 

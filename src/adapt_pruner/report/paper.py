@@ -1,8 +1,10 @@
 """Charts as files for papers, by matplotlib (extra `plot`)."""
 
 import importlib.util
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -13,12 +15,14 @@ from adapt_pruner.core.words import shown, tick, ticks
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.charts import Anatomy, Beside, Chart, HeatMap, Histogram, Lines, Scores
 
-__all__ = ["check_matplotlib", "has_matplotlib", "write_pictures"]
+__all__ = ["check_matplotlib", "check_ours", "has_matplotlib", "write_pictures"]
 
 _KEPT, _GONE, _HEAT = "#1f6f8b", "#d9722b", "Purples"
 _COLOURS = ("#1f6f8b", "#d55e00", "#009e73", "#b65390", "#a87800", "#3f8fd0")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":")  # of the first turn through the colours, the second and the third
+_SOFTWARE = "adapt-pruner"
+_METADATA = {"svg": {"Date": None}, "png": {"Software": _SOFTWARE}}
 _WIDTH, _PANEL = 6.4, (5.6, 4.2)  # inches: of a picture, and of one of those that stand beside each other
 
 
@@ -35,6 +39,25 @@ def check_matplotlib() -> None:
     """
     if not has_matplotlib():
         raise UsageError("--png needs matplotlib; pip install 'adapt-pruner[plot]', or leave it out: the page needs nothing")
+
+
+def check_ours(pictures: Iterable[Chart | Beside], folder: Path) -> None:
+    """Refuse to put PNG files of these charts where files of the same names lie that are not ours.
+
+    Raises:
+        UsageError: one does.
+    """
+    for path in (folder / f"{chart.key}.png" for chart in pictures):
+        if os.path.lexists(path) and not _is_ours(path):
+            raise UsageError(f"{path} exists and was not written by adapt-pruner; move it, or name another page with -o")
+
+
+def _is_ours(path: Path) -> bool:
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return f"Software\0{_SOFTWARE}".encode() in file.read(1024)
+    return False
 
 
 def write_pictures(
@@ -71,7 +94,7 @@ def write_pictures(
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                     with whole_file(path) as partial:
-                        figure.savefig(partial, format=ending, dpi=dpi, metadata={"Date": None} if ending == "svg" else None)
+                        figure.savefig(partial, format=ending, dpi=dpi, metadata=_METADATA.get(ending))
                 except OSError as error:
                     raise RunError(f"{path} could not be written: {why(error)}; name another folder") from error
                 written.append(path)

@@ -12,6 +12,7 @@ model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)
 .lock                    held by the process that works here
+.adapt-pruner            says that this is the folder of a run; a folder that is not empty and has no such file is refused
 """
 
 import json
@@ -22,12 +23,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.checkpoint.save import check_target
+from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
-from adapt_pruner.core.events import is_logged
+from adapt_pruner.core.events import Other, is_logged, parse_line
 from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
+from adapt_pruner.core.marks import MARK, is_marked, is_page, mark
+from adapt_pruner.core.places import check_place
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
@@ -37,6 +40,9 @@ __all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of",
 
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
+_KIND = "run"
+_OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
+_FIRST_LINE = 2**20  # bytes to look at for it
 
 
 class RunFolder:
@@ -152,7 +158,7 @@ class RunFolder:
         for path in newest_first(self.checkpoints)[keep:] if keep is not None else ():
             remove(path)
         for folder in (self.path, self.checkpoints):
-            tidy(folder)
+            tidy(folder, older=_OURS)
 
     def _append(self, line: str) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -183,25 +189,57 @@ def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    beginning = (path / ".lock").exists() and not (path / "cells").is_dir()  # a comparison has a lock, too
-    if not (path / "recipe.yaml").exists() and not beginning:
-        check_target(path)
+    check_place(path, inside=True)
+    if not is_marked(path, _KIND) and not _was_run(path):
+        check_empty(path)
+
+
+def _was_run(path: Path) -> bool:
+    """Whether a run of an older version, which left no mark, lies here: told by what nobody else writes."""
+    if any(
+        {"stage", "figures", "files", "sha256"} <= _keys(place / "state.json") for place in newest_first(path / "checkpoints")
+    ):
+        return True
+    try:
+        read(path / "recipe.yaml")
+        with (path / "log.jsonl").open("rb") as log:
+            first = parse_line(log.readline(_FIRST_LINE))
+    except (UsageError, OSError):
+        return False
+    return first is not None and not isinstance(first, Other) and first.time is not None
+
+
+def _keys(file: Path) -> set[str]:
+    """The keys of a JSON file; none where there is no such file."""
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return set()
 
 
 def _take(folder: RunFolder, until: ExitStack) -> None:
-    """Make and lock a run's folder until `until` is closed; then remove the folder if no run began in it."""
+    """Make, mark and lock a run's folder until `until` is closed; then remove what was made if no run began in it."""
     path = folder.path
     _check_kind(path)
     existed = path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        marked_now = mark(path, _KIND)
+    except OSError as error:
+        raise RunError(f"{path} could not be made: {why(error)}; make room or name another folder") from error
     until.enter_context(locked(path / ".lock"))
 
     def leave() -> None:
-        if folder.is_new:
-            for name in (OWN_TEXT, REPAIR_TEXT, "report.html", ".lock"):  # a page may have been asked for meanwhile
-                (path / name).unlink(missing_ok=True)
-            if not existed and not any(path.iterdir()):
-                path.rmdir()
+        if not folder.is_new:
+            return
+        for name in (OWN_TEXT, REPAIR_TEXT, ".lock"):
+            (path / name).unlink(missing_ok=True)
+        if is_page(path / "report.html"):  # it may have been asked for meanwhile
+            (path / "report.html").unlink()
+        if marked_now or {place.name for place in path.iterdir()} == {MARK}:
+            (path / MARK).unlink(missing_ok=True)
+        if not existed and not any(path.iterdir()):
+            path.rmdir()
 
     until.callback(leave)
 

@@ -30,6 +30,7 @@ from adapt_pruner.reduce.work import Listener, RunState, Stage, Work
 from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_tasks, measure_text
+from adapt_pruner.run.room import check_result, check_run
 from adapt_pruner.run.start import begin, read
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
@@ -120,6 +121,7 @@ def prune(
     check_target(out)
     work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code)
     read(work)
+    check_result(work, out)
     _tell_start(work)
     with work.state.clock("other"):
         outcome = shrink(work, Trainer(work))
@@ -224,6 +226,7 @@ def _resumed(
         )
 
     def write_down() -> None:
+        check_run(work, folder.path, folder.checkpoints)
         folder.begin(recipe, made_by())
         folder.rewind(log_size=saved.get("log_size", 0), damaged=damaged)
         folder.tidy(keep=recipe.keep_checkpoints)

@@ -1,0 +1,45 @@
+"""What is ours in a folder of somebody: folders that bear our mark, and pages that say who wrote them."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from adapt_pruner.core.files import write_whole
+
+__all__ = ["MARK", "PAGE_FOOT", "is_marked", "is_page", "mark"]
+
+MARK = ".adapt-pruner"
+"""The file in a folder that says what the folder is."""
+
+PAGE_FOOT = "Written by adapt-pruner"
+"""What stands at the foot of every page."""
+
+_DOCTYPE = b"<!doctype html"
+
+
+def mark(folder: Path, kind: str) -> bool:
+    """Mark a folder as a run or a comparison; whether it was not marked before.
+
+    Raises:
+        OSError: the mark could not be written.
+    """
+    if is_marked(folder, kind):
+        return False
+    write_whole(folder / MARK, f"adapt-pruner {kind}\n")
+    return True
+
+
+def is_marked(folder: Path, kind: str) -> bool:
+    """Whether a folder bears the mark of its kind."""
+    place = folder / MARK
+    with suppress(OSError, ValueError):
+        return place.is_file() and not place.is_symlink() and place.read_text(encoding="utf-8") == f"adapt-pruner {kind}\n"
+    return False
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is an HTML page that we wrote."""
+    with suppress(OSError):
+        if path.is_file():  # no device and no pipe
+            content = path.read_bytes()
+            return content[: len(_DOCTYPE)].lower() == _DOCTYPE and PAGE_FOOT.encode() in content
+    return False

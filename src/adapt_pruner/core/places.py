@@ -1,0 +1,103 @@
+"""Whether something can be written to a place, looked at before hours go into it: names, links, permissions, room."""
+
+import os
+import resource
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from adapt_pruner.core.files import tidy, why
+from adapt_pruner.errors import UsageError
+
+__all__ = ["check_place", "check_room", "is_there", "lacks_room"]
+
+_LONGEST_INSIDE = 256  # bytes that the path of a file in a result is longer than the path of the result
+
+
+def check_place(path: Path, *, inside: bool = False) -> None:
+    """Refuse a place where nothing can be written. A nameless file is written to try it; nothing is left.
+
+    Args:
+        path: of a file or folder to be.
+        inside: whether a folder that is there already is written into; if not, it is replaced.
+
+    Raises:
+        UsageError: `path` leads through a file or a link to nothing, a name in it is too long, or nothing can be written there.
+    """
+    path = path.absolute()
+    missing = [part for part in (path, *path.parents) if not is_there(part)]
+    for part in missing:
+        with suppress(OSError):  # a name that is too long
+            raise UsageError(
+                f"{part} is a link to {part.readlink()}, which does not exist; remove the link or name another place"
+            )
+    folder = missing[-1].parent if missing else path if inside and path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, so {path} cannot be made in it; name another place")
+    most, most_of_all = os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - _LONGEST_INSIDE
+    for part in missing:
+        if (length := len(os.fsencode(part.name))) > most:
+            raise UsageError(
+                f"the name {part.name[:24]}… has {length} bytes, and {folder} takes names of {most}; name a shorter one"
+            )
+    if (length := len(os.fsencode(path))) > most_of_all:
+        raise UsageError(
+            f"the path {str(path)[:24]}… has {length:,} bytes, and {most_of_all:,} can be written to; name a shorter one"
+        )
+    tidy(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UsageError(f"{folder} is not writable ({why(error)}); name another folder") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to something; one that cannot be followed (a name too long, a link in a circle) does not."""
+    with suppress(OSError):
+        path.stat()
+        return True
+    return False
+
+
+def check_room(path: Path, num_bytes: int, *, largest: int | None = None, there: int = 0) -> None:
+    """Refuse to begin work whose result finds no room.
+
+    Args:
+        path: where it goes.
+        num_bytes: what will be written, at least.
+        largest: bytes of its largest file; all of it by default.
+        there: bytes that lie there already and make room for it.
+
+    Raises:
+        UsageError: the disk has less room, or the system allows no file of this size.
+    """
+    if lacking := lacks_room(path, num_bytes - there, largest=min(num_bytes, num_bytes if largest is None else largest)):
+        raise UsageError(f"{path} has no room for what will be written: {lacking}; make room or name another folder")
+
+
+def lacks_room(path: Path, num_bytes: int, *, largest: int | None = None) -> str | None:
+    """What stands against writing so many bytes to a place, in words; None where nothing does. A quota of a user is not known."""
+    path = path.absolute()
+    folder = next(part for part in (path, *path.parents) if is_there(part) and part.is_dir())
+    disk = shutil.disk_usage(folder)
+    if disk.total and num_bytes > disk.free:
+        return f"the disk is full: it has {_size(disk.free)} left, and {_size(num_bytes)} are needed"
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = num_bytes if largest is None else largest
+    if most != resource.RLIM_INFINITY and size > most:
+        return f"a file may have {_size(most)} (ulimit -f), and one of {_size(size)} is needed"
+    return None
+
+
+def _size(num_bytes: int) -> str:
+    return (
+        f"{num_bytes / 1e9:,.1f} GB"
+        if num_bytes >= 1e9
+        else f"{num_bytes / 1e6:,.1f} MB"
+        if num_bytes >= 1e5
+        else f"{num_bytes:,} bytes"
+    )

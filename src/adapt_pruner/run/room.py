@@ -1,0 +1,58 @@
+"""Whether a run's files find room where they go, asked before the run begins: those that it writes whatever happens on the way."""
+
+from pathlib import Path
+
+from adapt_pruner.checkpoint.save import SHARD_BYTES
+from adapt_pruner.core.files import files_in
+from adapt_pruner.core.places import check_room
+from adapt_pruner.reduce.work import Work
+
+__all__ = ["check_result", "check_run"]
+
+_FLOAT = 4  # bytes of a number in a checkpoint
+
+
+def check_result(work: Work, path: Path) -> None:
+    """Refuse a place without room for the model that will come of it.
+
+    Raises:
+        UsageError: there is too little room.
+    """
+    num_bytes = _result(work)
+    check_room(path, num_bytes, largest=min(num_bytes, SHARD_BYTES))
+
+
+def check_run(work: Work, path: Path, checkpoints: Path) -> None:
+    """Refuse a run's folder without room for the checkpoints that are there at one time, and the result.
+
+    Each stage writes a checkpoint after its cuts if it trains, and one at its end unless it is the last. As many stay as the
+    recipe keeps, and one more while the next is written. Those that the folder has make room for new ones.
+
+    Raises:
+        UsageError: there is too little room.
+    """
+    recipe, state = work.recipe, work.state
+    trains = work.reads.feed is not None
+    with_moments = trains and recipe.training.lora is None
+    sizes, largest = [], _result(work)
+    for stage in work.stages[state.stage - 1 :]:
+        weights = _FLOAT * min(stage.params, work.num_params)
+        if trains and not (state.pruned and stage.stage == state.stage):
+            carried = with_moments and stage.stage > 1 and recipe.moments == "carry"
+            sizes.append(weights * (3 if carried else 1))
+        if stage.stage < recipe.stages:
+            sizes.append(weights * (3 if with_moments else 1))
+            largest = max(largest, 2 * weights if with_moments else weights)
+    keep = recipe.keep_checkpoints
+    most = max(sum(together) for together in ([*sizes[-keep:], _result(work)], *_windows(sizes, keep + 1)))
+    there = sum(file.stat().st_size for file in files_in(checkpoints).values())
+    check_room(path, most, largest=min(largest, SHARD_BYTES) if not with_moments else largest, there=there)
+
+
+def _result(work: Work) -> int:
+    return min(work.budget.keep, work.num_params) * work.loaded.dtype.itemsize
+
+
+def _windows(sizes: list[int], length: int) -> list[list[int]]:
+    """All that lie beside each other, as many as `length`."""
+    return [sizes[max(0, end - length) : end] for end in range(1, len(sizes) + 1)]
