@@ -11,6 +11,8 @@ import pytest
 
 from adapt_pruner.core.children import module, talking
 from adapt_pruner.errors import RunError
+from adapt_pruner.export import plain
+from conftest import HANGS
 
 ECHO = """
 import json, sys
@@ -61,3 +63,25 @@ def test_it_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
         time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     pytest.fail("the child went on")
+
+
+def test_it_ends_when_its_pipe_does(tmp_path: Path) -> None:
+    """As where no system tells it that its parent has ended."""
+    command = module("timeit", "-n1", "-r1", "import time; time.sleep(60)")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"not read by anybody")
+        process.stdin.close()
+        assert process.wait(timeout=HANGS) == -signal.SIGTERM
+
+
+def test_a_stranger_ends_while_it_loads(tmp_path: Path) -> None:
+    """Its model is a pipe that nobody writes to, as a disk that takes long."""
+    os.mkfifo(tmp_path / "config.json")
+    command = [sys.executable, "-P", str(Path(plain.__file__).with_name("stranger.py")), str(tmp_path), "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(timeout=HANGS) == 1

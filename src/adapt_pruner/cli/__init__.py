@@ -3,12 +3,12 @@
 Results go to stdout, everything else goes to stderr.
 """
 
-import errno
 import os
 import signal
 import sys
 import traceback
 from collections import Counter
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -29,6 +29,7 @@ from adapt_pruner.cli.run import run
 from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
+from adapt_pruner.core.files import no_room
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["app", "main"]
@@ -103,6 +104,8 @@ def main() -> None:
     _interrupts.clear()  # of an earlier call in the same process
     for sent in (signal.SIGINT, signal.SIGTERM):  # the second is what a cluster sends before it takes the machine away
         signal.signal(sent, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which a terminal sends when it closes, and nohup has ignored
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
@@ -124,9 +127,12 @@ def main() -> None:
 _interrupts: list[object] = []
 
 
-def _interrupt(sent: object, _: object) -> NoReturn:
+def _interrupt(sent: object, _: object) -> None:
+    """Stop the work. A shell and its terminal both send SIGHUP, and only a second Ctrl-C may cut short what tidies up."""
+    again = bool(_interrupts)
     _interrupts.append(sent)
-    raise KeyboardInterrupt
+    if not again or sent == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 _SIGINT_STATUS = 130  # what typer makes of Ctrl-C
@@ -144,8 +150,10 @@ def _stop_on_other(error: Exception) -> NoReturn:
         _stop(_INTERRUPTED, 1)
     if type(error).__name__ == "OutOfMemoryError":
         _stop(_OUT_OF_MEMORY, 1, error)
+    if reason := no_room(error):
+        _stop(f"{reason}; make room and run again", 1, error)
     if isinstance(error, OSError):
-        _stop("the disk is full; free some space and run again" if error.errno == errno.ENOSPC else str(error), 1, error)
+        _stop(str(error), 1, error)
     first = str(error).strip().partition("\n")[0]
     _stop(f"unexpected {type(error).__name__}: {first} (ADAPT_PRUNER_TRACEBACK=1 shows where)", 1, error)
 
@@ -154,12 +162,12 @@ def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoR
     """Print one sentence and exit. The main process prints every error, another process only an error of its own."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     process = os.environ.get("RANK", "0") if several else "0"
-    with filtered():
+    with filtered(), suppress(OSError):  # the terminal may have gone
         if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
             traceback.print_exception(error)
         if process == "0":
             print(f"error: {sentence}", file=sys.stderr)
         elif error is not None:
             print(f"error in process {process}: {sentence}", file=sys.stderr)
-    sys.stdout.flush()
+        sys.stdout.flush()
     sys.exit(status)

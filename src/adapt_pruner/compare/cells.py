@@ -46,7 +46,7 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
         with _held_back():
             # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.
             process = after.enter_context(subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
                 start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
             ))  # fmt: skip
             after.callback(_stop, process)
@@ -65,7 +65,8 @@ def _held_back() -> Iterator[None]:
         yield  # interrupts reach the main thread alone
         return
     came: list[int] = []
-    before = {sent: signal.signal(sent, lambda number, _: came.append(number)) for sent in (signal.SIGINT, signal.SIGTERM)}
+    held = [sent for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(sent) is not signal.SIG_IGN]
+    before = {sent: signal.signal(sent, lambda number, _: came.append(number)) for sent in held}
     try:
         yield
     finally:

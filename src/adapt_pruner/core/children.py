@@ -2,16 +2,21 @@
 
     python -P -m adapt_pruner.core.children PARENT MODULE [WORDS …]
 
-runs a module as `python -m` does, and has the system end the process with SIGTERM when the process PARENT ends (on Linux).
+runs a module as `python -m` does, until it ends or the process PARENT does, however that ends. Linux tells a process that its parent
+has ended. Everywhere else the pipe tells it, which is its stdin: nobody holds its other end any more.
 """
 
 import ctypes
 import json
 import os
 import runpy
+import select
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,10 +26,11 @@ from adapt_pruner.errors import RunError
 __all__ = ["Child", "module", "talking"]
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_PATIENCE = 30.0  # seconds that a process whose parent has ended may tidy up
 
 
 def module(name: str, *words: str) -> list[str]:
-    """The command that runs a module in a process which ends with this one."""
+    """The command that runs a module in a process which ends with this one; its stdin is to be a pipe from this one."""
     return [sys.executable, "-P", "-m", __name__, str(os.getpid()), name, *words]
 
 
@@ -88,11 +94,24 @@ def talking(command: Sequence[str], *, silent: str) -> Iterator[Child]:
 
 
 def _end_with(parent: int) -> None:
-    """Have the system send this process SIGTERM when its parent ends; it may have ended already."""
+    """Have this process end when its parent does: by SIGTERM, so that it tidies up. The parent may have ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(1)
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=_end_with_pipe, daemon=True).start()
+
+
+def _end_with_pipe() -> None:
+    """Wait until nobody holds the other end of stdin, and end this process; what is in the pipe is left to be read."""
+    pipe = select.poll()
+    pipe.register(0, 0)
+    while not any(event & (select.POLLHUP | select.POLLERR) for _, event in pipe.poll()):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    os._exit(1)
 
 
 if __name__ == "__main__":
