@@ -193,7 +193,7 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
 def _child(asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     case = Case(asked["phase"], asked["config"], Setup(**asked["how"]))
-    with world.joined():
+    with world.joined(lost=lambda sentence: os.abort()):
         if asked["tensors"]:
             with Tensors() as tensors:
                 most = most_bytes(case, tensors)

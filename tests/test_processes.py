@@ -122,7 +122,7 @@ def work(base: Path) -> None:
     """What each of the processes of the launch `work` does; the first writes what came of it."""
     asked = read_json(base / "recipes.json")
     os.environ["ADAPT_PRUNER_CACHE"] = str(base / "cache")  # one for all
-    with world.joined():
+    with world.joined(lost=pytest.fail):
         assert world.size() == NUM
         found: dict[str, Any] = {}
         for name, (dtype, sharded) in WIDE.items():
@@ -479,7 +479,7 @@ def test_a_refused_run_leaves_its_folder_free(ground: Ground) -> None:
 
 def test_alone_there_is_nobody_to_agree_with() -> None:
     tensor = torch.arange(3.0)
-    with world.joined():
+    with world.joined(lost=pytest.fail):
         assert (world.size(), world.rank(), world.is_main()) == (1, 0, True)
         assert world.agreed("anything") == "anything"
         assert world.share([1, 2, 3]) == [1, 2, 3]

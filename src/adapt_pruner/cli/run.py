@@ -1,8 +1,11 @@
 """`adapt-pruner run`: a whole recipe, with training between cuts."""
 
+import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -69,7 +72,7 @@ def run(
             planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
         print(to_json(planned)) if as_json else _print_plan(planned)
         return
-    with world.joined():
+    with world.joined(lost=_end):
         run_dir = out or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         page = run_dir / "report.html"
         before = _stamp(page)
@@ -92,6 +95,17 @@ def run(
     stale = (None,) if outcome is None else (None, before)  # the report may have failed, and that of an earlier stop be there
     report = f", the report {page}" if _stamp(page) not in stale else ""
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")
+
+
+def _end(sentence: str) -> NoReturn:
+    """End this process, which waits for another that will not answer; what it has written is whole."""
+    from adapt_pruner.core import world
+
+    with suppress(OSError):
+        print(
+            "error: " if world.is_main() else f"error in process {world.rank()}: ", sentence, sep="", file=sys.stderr, flush=True
+        )
+    os._exit(1)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ Every process has the same recipe and takes the same decisions. The processes di
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,12 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.core import heartbeat
+from adapt_pruner.core.words import span
+from adapt_pruner.errors import RunError, UsageError, first_line
 
 __all__ = ["agreed", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait
+_PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `heartbeat` tells whether it is alive
+_GATHERING = timedelta(minutes=10)  # within which all processes have to have started
+_alone = threading.Event()  # set while this process works and the others wait for it
 
 
 def size() -> int:
@@ -44,18 +49,50 @@ def _num_started() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Connect the processes that a launcher started, while the context lasts: gloo on CPUs, NCCL on GPUs."""
+def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
+    """Connect the processes that a launcher started, while the context lasts: gloo on CPUs, NCCL on GPUs.
+
+    Args:
+        lost: called with a sentence, in a thread of its own, when another process stands still or is not there any more. This one
+            waits for it in the middle of a call that nothing can interrupt, so `lost` is to end it.
+
+    Raises:
+        RunError: not all processes can be reached, or one has ended.
+    """
     if _num_started() < 2 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+
+    def tell(peer: int) -> None:
+        lost(
+            f"process {peer} was not heard of for {span(heartbeat.SILENCE)}: it was stopped, or its machine is gone; end what is left "
+            "of it, and the same command goes on from the last checkpoint"
+        )
+
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        store, its_rank, number = next(dist.rendezvous("env://", timeout=_GATHERING))  # type: ignore[attr-defined]
+        own = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
+        with heartbeat.listening(own, rank=its_rank, size=number, lost=tell, busy=_alone.is_set):
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=its_rank, world_size=number, timeout=_PATIENCE)
+            try:
+                yield
+            finally:
+                dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _is_of_the_others(error):
+            raise
+        raise RunError(
+            f"another process has ended or cannot be reached ({first_line(error)}); see what it said, and the same command goes on "
+            "from the last checkpoint"
+        ) from error
+
+
+def _is_of_the_others(error: RuntimeError) -> bool:
+    """Whether torch says of an error that it could not reach another process."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -80,10 +117,13 @@ def on_main(do: Callable[[], T]) -> T:
         return do()
     told: tuple[T | None, UsageError | RunError | None] = (None, None)
     if is_main():
+        _alone.set()
         try:
             told = (do(), None)
         except (UsageError, RunError) as error:
             told = (None, error)
+        finally:
+            _alone.clear()
     result, trouble = agreed(told)
     if trouble is not None:
         raise trouble
