@@ -51,7 +51,7 @@ LINES = [
     Line("wanda-sp", [], 113_260_608, 44.71),
     Line("wanda-sp", [], 92_023_488, 1067.90),
     Line("wanda-sp", [], 73_153_728, 2620.15),
-    Line("wanda-sp", ["--set", "behind=false"], 92_023_488, 1067.90),
+    Line("wanda-sp", ["--set", "sequential_scoring=false"], 92_023_488, 1067.90),
     Line("slicegpt", [], 133_882_560, 209.78),
     Line("slicegpt", [], 107_483_328, 453.63),
     Line("slicegpt", [], 82_171_584, 1117.90),

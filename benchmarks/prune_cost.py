@@ -5,7 +5,7 @@
 Time: what `adapt-pruner prune` spends on scoring, layer distances, choosing, measuring heads, repair and cutting, divided by (iterations × one
 plain forward and backward with transformers' own loss over the same calibration tokens in the same batches and precision). The plain
 passes come once before and once after the run, since a machine's speed drifts; of the dense model, although a run's shrinks under it. Text that
-the model writes itself (`calibration.own`) counts as time of the run, not as tokens. Memory: the peak resident memory of the process that
+the model writes itself (`calibration.self_generated`) counts as time of the run, not as tokens. Memory: the peak resident memory of the process that
 prunes, loading and saving included, divided by the float32 size of the model.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     loaded = load(asked.model)
     size = 4 * count_parameters(loaded.model)
     calibration = Calibration(samples=asked.samples, length=asked.length)
-    batches = calibration_feed(loaded.model, loaded.tokenizer, **calibration.model_dump(exclude={"own"}), seed=0)(1)
+    batches = calibration_feed(loaded.model, loaded.tokenizer, **calibration.model_dump(exclude={"self_generated"}), seed=0)(1)
     plain_pass(loaded.model, batches[:1])  # the first pass of a process is slow
     plain = [plain_pass(loaded.model, batches)]
     with tempfile.TemporaryDirectory() as folder:

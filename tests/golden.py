@@ -27,7 +27,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"llama": ("llama", "llama"), "qwen2": ("llama", "qwen2"), "gemma3": ("gemma3", "gemma3-grouped")}
 VOLATILE = re.compile(r"^(time|seconds(_.*)?|tokens_per_second|peak_bytes|peak_rss_bytes|path|made_by|spent|identity)$")
-RENAMED = ("rotate", "reduce", "feed", "task", "init")  # recipe keys that a version may spell otherwise, or not have
+RENAMED = (  # recipe keys that a version may spell otherwise, or not have
+    "rotate", "reduce", "feed", "task", "init", "behind", "sequential_scoring", "own", "self_generated",
+)  # fmt: skip
 SHARED = {
     "budget": "70%", "device": "cpu", "dtype": "float32", "stages": 2, "keep_checkpoints": 9,
     "calibration": {"samples": 8, "length": 16},

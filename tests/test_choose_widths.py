@@ -139,7 +139,11 @@ def test_heads_go_where_neurons_are_at_their_least(
     method: str, multiple: int, wide_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """What the plan says can be had can be had, and what lies a little above it: nothing asks for neurons that must stay."""
-    words = [f"multiple_of={multiple}", "calibration.own=0", *(["axes=[layers,neurons]"] if method == "shortgpt" else [])]
+    words = [
+        f"multiple_of={multiple}",
+        "calibration.self_generated=0",
+        *(["axes=[layers,neurons]"] if method == "shortgpt" else []),
+    ]
     with pytest.raises(UsageError, match="nearest that can be had is") as refused:
         pruned(wide_folder, tmp_path / "none", text_file, *words, method=method, budget="2")
     least = int(str(refused.value).split()[-1].replace(",", ""))

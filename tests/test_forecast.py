@@ -278,7 +278,7 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
         ),
         ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["tasks"]),
         ({"head_metric": None, "calibration": {"source": "self"}}, ["text that the model writes itself"]),
-        ({"head_metric": None, "calibration": {"own": 4}}, []),
+        ({"head_metric": None, "calibration": {"self_generated": 4}}, []),
         ({"method": "magnitude", "calibration": {"source": "self"}}, []),
         ({"method": "slicegpt"}, []),
     ],

@@ -338,10 +338,12 @@ def test_a_recipe_may_name_it(metric: str, tiny_folder: Path, text_file: Path, t
     assert figures["params_after"] <= figures["budget"]
 
 
-def test_behind_measures_each_layer_on_what_pruned_layers_give_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_sequential_scoring_measures_each_layer_on_what_pruned_layers_give_it(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     """Held against whole passes under gates, a pass a layer; and not what the dense model says."""
     changes = {"metric": "activations.wanda", "chooser": "allocate.uniform", "distance": None, "step": 1, "budget": "60%"}
-    recipe = recipe_with(tiny_folder, text_file, behind=True, **changes)
+    recipe = recipe_with(tiny_folder, text_file, sequential_scoring=True, **changes)
     found = prune(recipe, tmp_path / "out").mask
     at_once = prune(recipe_with(tiny_folder, text_file, **changes), tmp_path / "at-once").mask
     model = tiny_model(vocab_size=VOCAB)
@@ -362,7 +364,7 @@ def test_behind_measures_each_layer_on_what_pruned_layers_give_it(tiny_folder: P
 
 
 @pytest.mark.parametrize("goes", ["layers", "layers.0.mlps", "layers.1.attentions", "residual"])
-def test_behind_measures_without_what_goes_whole(goes: str, batches: list[torch.Tensor]) -> None:
+def test_sequential_scoring_measures_without_what_goes_whole(goes: str, batches: list[torch.Tensor]) -> None:
     """The same as where a gate shuts it from outside; and not what layers are worth that still have it below them."""
     model = tiny_model()
     axes = families.axes(model)
@@ -384,19 +386,19 @@ def test_behind_needs_no_gradients(tiny_folder: Path, text_file: Path, tmp_path:
     with pytest.raises(
         UsageError, match=r"layer by layer from activations, and weights\.taylor does not go by activations; set metric"
     ):
-        prune(recipe_with(tiny_folder, text_file, behind=True), tmp_path / "out")
+        prune(recipe_with(tiny_folder, text_file, sequential_scoring=True), tmp_path / "out")
     with pytest.raises(UsageError, match=r"weights\.random does not go by activations"):
-        prune(recipe_with(tiny_folder, text_file, behind=True, metric="weights.random"), tmp_path / "out")
+        prune(recipe_with(tiny_folder, text_file, sequential_scoring=True, metric="weights.random"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_behind_needs_units_inside_layers(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     whole = {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"}
-    with pytest.raises(UsageError, match="behind=true scores units inside layers, and axes has only layers"):
-        prune(recipe_with(tiny_folder, text_file, behind=True, **whole), tmp_path / "out")
+    with pytest.raises(UsageError, match="sequential_scoring=true scores units inside layers, and axes has only layers"):
+        prune(recipe_with(tiny_folder, text_file, sequential_scoring=True, **whole), tmp_path / "out")
     width = {"axes": ["residual"], "method": "minitron"}
-    with pytest.raises(UsageError, match="behind=true scores units inside layers, and axes has only residual"):
-        prune(recipe_with(tiny_folder, text_file, behind=True, **width), tmp_path / "out")
+    with pytest.raises(UsageError, match="sequential_scoring=true scores units inside layers, and axes has only residual"):
+        prune(recipe_with(tiny_folder, text_file, sequential_scoring=True, **width), tmp_path / "out")
 
 
 def test_names_that_two_files_share_have_to_be_whole() -> None:

@@ -175,7 +175,9 @@ def test_heads_are_measured_before_one_goes(recipe: Recipe, tmp_path: Path) -> N
     assert measured.num_removed() == scored.num_removed() == 3
     assert measured != scored, "on this model the two disagree"
     loaded = load(recipe.model)
-    batches = calibration_feed(loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(exclude={"own"}), seed=0)(1)
+    batches = calibration_feed(
+        loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(exclude={"self_generated"}), seed=0
+    )(1)
     axes = [axis for axis in families.axes(loaded.model) if axis.kind == "kv_heads"]
     for name, losses in loss_drop(loaded.model, axes, batches, dtype="float32").items():
         assert not measured[name][losses.argmin()]
@@ -233,7 +235,7 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
     monkeypatch.setattr(start, "selfwritten_windows", slowly)
     common = {"model": recipe.model, "budget": "85%", "method": "best", "step": 1, "dtype": "float32"}
     text = recipe.calibration.model_dump()
-    asked, more = (read({**common, "calibration": text | {"own": own}}) for own in (0, 6))
+    asked, more = (read({**common, "calibration": text | {"self_generated": own}}) for own in (0, 6))
     plain = prune(asked, tmp_path / "plain")
     helped = prune(more, tmp_path / "helped")
     assert plain.mask == helped.mask
@@ -264,7 +266,7 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
         shown(event)
 
     heads_only = {"axes": ["kv_heads"], "budget": "88%", "chooser": "allocate.uniform", "step": 0.34}
-    own = {"repair": "closed_form.least_squares", "calibration": recipe.calibration.model_dump() | {"own": 33}}
+    own = {"repair": "closed_form.least_squares", "calibration": recipe.calibration.model_dump() | {"self_generated": 33}}
     asked = without_training(recipe, **heads_only, **own)
     dry_run(asked, listen=listen)
     for itself in ("self", {"self": 1.0}):

@@ -89,7 +89,7 @@ def test_a_mask_without_a_finite_loss_counts_nothing(batches: list[torch.Tensor]
 
 def test_it_finds_the_units_that_matter(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that grows with every second neuron that is shut: from a start by lots, those gain and the others lose."""
-    work = work_of(tiny_model(), batches, axes=["neurons"], metric="weights.random", behind=False)
+    work = work_of(tiny_model(), batches, axes=["neurons"], metric="weights.random", sequential_scoring=False)
     monkeypatch.setattr(Work, "loss", lambda self, gates, batches: sum(float((1 - gate)[1::2].sum()) for gate in gates.values()))
     axes = [axis for axis in work.axes if axis.kind == "neurons"]
     one = PolicyGradient(updates=300, masks=4, lr=0.02)

@@ -31,7 +31,7 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     said = []
     for language, code in blocks():
-        for piece in code.strip().splitlines() if language == "sh" else [code]:
+        for piece in code.strip().replace("\\\n", "").splitlines() if language == "sh" else [code]:
             command = ["bash", "-c", piece] if language == "sh" else [sys.executable, "-c", piece]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{piece}\n{done.stderr[-2000:]}"

@@ -287,7 +287,7 @@ def test_a_run_with_too_little_text_says_so_once_a_stage(tiny_folder: Path, text
     heard: list[dict[str, Any]] = []
     recipe = read({
         "model": str(tiny_folder), "budget": "60%", "method": "best", "dtype": "float32", "stages": 2,
-        "calibration": {"source": str(text_file), "samples": 1, "length": 32, "own": 0},
+        "calibration": {"source": str(text_file), "samples": 1, "length": 32, "self_generated": 0},
     })  # fmt: skip
     prune(recipe, tmp_path / "out", listen=heard.append)
     said = [event["message"] for event in heard if event["event"] == "warning"]

@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_its_tokens(
     heard, listen = events
     recipe = recipe_of(
         folder, text_file, method=method, stages=3, step=0.1,
-        calibration={"source": str(text_file), "samples": 4, "length": 32, "own": 8},
+        calibration={"source": str(text_file), "samples": 4, "length": 32, "self_generated": 8},
         training={"source": str(text_file), "tokens": 2_000, "batch_tokens": 256, "length": 64, "lr": 3e-3},
         evaluation={"source": str(text_file), "window": 64, "max_windows": 3},
     )  # fmt: skip

@@ -41,6 +41,7 @@ _METHOD = "best"  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that rows come from."""
+_SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # once -> today
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
@@ -122,7 +123,7 @@ class Calibration(_Frozen):
     ids: str | None = Field(
         None, description="JSON file with input_ids, instead of source: exactly these tokens in every iteration"
     )
-    own: int = Field(
+    self_generated: int = Field(
         0, ge=0, description="further sequences, which only the repair reads; the model writes them before the first cut"
     )
 
@@ -248,7 +249,7 @@ class Recipe(_Frozen):
     )
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
-    behind: bool = Field(False, description="score each layer on the output of the already pruned layers below it")
+    sequential_scoring: bool = Field(False, description="score each layer on the output of the already pruned layers below it")
     distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
     head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
@@ -367,9 +368,9 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"training.objective {self.training.objective!r} would be taught by the random model itself; name a training.teacher"
             )
-        if SELF in domains(self.calibration.source) or self.calibration.own:
+        if SELF in domains(self.calibration.source) or self.calibration.self_generated:
             raise ValueError(
-                "init random has no model that could write calibration text; name a text as calibration.source and set calibration.own to 0"
+                "init random has no model that could write calibration text; name a text as calibration.source and set calibration.self_generated to 0"
             )
 
     def _check_latency(self) -> None:
@@ -421,10 +422,19 @@ class Recipe(_Frozen):
 
 
 def in_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe data as an older version wrote it, in the keys of this one: `rotate: pca` is `reduce: slice`."""
+    """Recipe data as an older version wrote it, in the keys of this one: `rotate: pca` is `reduce: slice`.
+
+    Where both spellings are given the old one stays, and is refused as a key that is not known.
+    """
     found = dict(data)
     if "rotate" in found and found.pop("rotate") is not None:
         found["reduce"] = "slice"
+    for old, new in _SPELLED.items():
+        *table, old_key = old.split(".")
+        inner = found.get(table[0]) if table else found
+        if isinstance(inner, Mapping) and old_key in inner and (key := new.rpartition(".")[2]) not in inner:
+            renamed = {key if name == old_key else name: value for name, value in inner.items()}
+            found = found | {table[0]: renamed} if table else renamed
     return found
 
 
@@ -451,13 +461,13 @@ def read(
     Raises:
         UsageError: no such file, not YAML, an unknown key or a value out of range; with the nearest key or the limit.
     """
-    data = dict(source) if isinstance(source, Mapping) else _read_yaml(str(source))
+    data = in_todays_keys(source if isinstance(source, Mapping) else _read_yaml(str(source)))
     for key, value in (values or {}).items():
         _put(data, key, value)
     seen: set[str] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
-        key = key.strip()
+        key = _SPELLED.get(key.strip(), key.strip())
         if not equals:
             raise UsageError(f"--set {text!r} has no value; write it like --set step=0.05")
         if key in seen:

@@ -214,10 +214,10 @@ def projected(stay: Tensor, keep: float) -> Tensor:
 
 
 def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scores:
-    """Scores of the recipe's metric; with `behind`, each layer's on what comes out of layers that kept their share."""
+    """Scores of the recipe's metric; with `sequential_scoring`, each layer's on what comes out of layers that kept their share."""
     recipe, batches = work.recipe, work.batches()
     scores, _ = scores_of(work, batches, **where)
-    if recipe.behind:
+    if recipe.sequential_scoring:
         sizes = {axis.name: max(1, round(axis.size * keep)) for axis in axes}
         metric = metrics_of(work, seed=recipe.seed + where["iteration"])[0]
         scores |= score_behind(

@@ -48,23 +48,23 @@ class Units(Reduction):
         self._stage = 0
 
     def check(self, work: Work) -> None:
-        """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `behind` where it scores nothing."""
+        """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `sequential_scoring` where it scores nothing."""
         recipe = work.recipe
         there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
         if missing := [kind for kind in recipe.axes if kind not in there]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
         check_multiple(prunable(work), recipe.multiple_of)
         evidence_of(work)
-        if not recipe.behind:
+        if not recipe.sequential_scoring:
             return
         if not set(recipe.axes) - {*WHOLE, "residual"}:
             raise UsageError(
-                f"behind=true scores units inside layers, and axes has only {', '.join(recipe.axes)}; set behind=false"
+                f"sequential_scoring=true scores units inside layers, and axes has only {', '.join(recipe.axes)}; set sequential_scoring=false"
             )
         if evidence_of(work, metrics_of(work, seed=0)[:1]) is not Evidence.FORWARD:
             raise UsageError(
-                "behind=true scores layer by layer from activations, and "
-                f"{recipe.metric} does not go by activations; set metric to activations.wanda, say, or set behind=false"
+                "sequential_scoring=true scores layer by layer from activations, and "
+                f"{recipe.metric} does not go by activations; set metric to activations.wanda, say, or set sequential_scoring=false"
             )
 
     def floor(self, work: Work) -> tuple[int, str]:
@@ -102,7 +102,7 @@ class Units(Reduction):
         taken = {
             "layers or blocks shut one by one": layers,
             "KV heads shut one by one": heads,
-            "measuring behind pruned layers": recipe.behind,
+            "measuring behind pruned layers": recipe.sequential_scoring,
             "repair": repairs,
         }
         return Looks(
@@ -128,7 +128,7 @@ class Units(Reduction):
                 scores, loss = scores_of(work, batches, **where)
                 budget = Budget(keep=target, total=now + repair_parameters(work))
                 sizes, debt = choose(scores, may_shrink, budget, debt=self._debt)
-                if recipe.behind:
+                if recipe.sequential_scoring:
                     metric = metrics_of(work, seed=recipe.seed + work.iteration)[0]
                     scores |= score_behind(
                         model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype

@@ -343,8 +343,10 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
         drawn = f"{calibration['samples']:d} sequences of {calibration['length']:d} tokens an iteration, {figures['iterations']:d} iterations"
         total = f"; {figures['calibration_tokens']:,} tokens read in all" if figures.get("calibration_tokens") else ""
         lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
-        if calibration.get("own") and recipe.get("repair"):
-            lines.append(f"* The repair also read {calibration['own']:,} sequences that the model as it was at the start wrote.")
+        if calibration.get("self_generated") and recipe.get("repair"):
+            lines.append(
+                f"* The repair also read {calibration['self_generated']:,} sequences that the model as it was at the start wrote."
+            )
     if figures.get("trained_tokens"):
         lines.append(
             f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']:d} "

@@ -145,7 +145,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
 def _left_out(work: Work, looks: Looks) -> list[str]:
     """Names of the work whose time is not foretold."""
     recipe = work.recipe
-    writes = (recipe.calibration.own > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
+    writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
     return [
         *(["text that the model writes itself"] if writes else []),
         *looks.beside,

@@ -164,10 +164,10 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     recipe = work.recipe
     work.stages, work.budget = plan(work)
     _check_machine(work)
-    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.own):
+    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
-            "calibration.own to 0"
+            "calibration.self_generated to 0"
         )
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
@@ -270,7 +270,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
     recipe = work.recipe
     if writes_text(recipe) and not write:
         return lambda iteration: []
-    asked = recipe.calibration.model_dump(exclude={"own"})
+    asked = recipe.calibration.model_dump(exclude={"self_generated"})
     if writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
@@ -283,7 +283,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
 def _own_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
     """Text that the model writes for the repair. A run's folder keeps it, since the model changes later."""
     recipe = work.recipe
-    samples, seed = recipe.calibration.own, recipe.seed + 1  # not what `source: self` gives
+    samples, seed = recipe.calibration.self_generated, recipe.seed + 1  # not what `source: self` gives
     if not samples or recipe.repair is None:
         return []
     if folder is None:

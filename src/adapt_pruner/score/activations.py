@@ -34,7 +34,7 @@ def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, S
 
     Source: Wanda, arXiv:2306.11695, in the structured form that FLAP (arXiv:2312.11983) compares with. Differs: the released
     code divides the squares by N, which ranks nothing. It measures each layer behind layers already pruned, as this does where the
-    recipe says `behind: true`.
+    recipe says `sequential_scoring: true`.
     """
     axes = _watchable(axes)
     channels = yield from _weighted_norms(model, axes)
