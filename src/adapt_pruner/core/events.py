@@ -18,8 +18,8 @@ from adapt_pruner.core.strict_json import MOST, perplexity_of
 from adapt_pruner.core.words import millions, shown
 
 __all__ = [
-    "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Mixed", "Other", "Progress", "Resumed",
-    "Reused", "Said", "Saved", "Score", "Searched", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
+    "Cell", "CellDone", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
+    "Reused", "Said", "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
@@ -291,41 +291,6 @@ class Progress(Event):
         return f"{self.doing}, {unit} {self.done} of {self.of}"
 
 
-class Searched(Event):
-    """A round of a search for what to cut is done.
-
-    Attributes:
-        stage: counted from 1.
-        done: rounds so far in this search.
-        of: rounds of this search.
-        evaluations: times that a candidate's loss was measured, so far.
-        best: lowest loss of a candidate of this round, in nats per prediction.
-        mean: mean over the candidates of this round.
-        sizes: axis name -> units that the search would keep now; of a share in doubt, the expected number.
-    """
-
-    event: Literal["searched"] = "searched"
-    stage: Count | None = None
-    done: Count
-    of: Count
-    evaluations: Count = 0
-    best: float | None = None
-    mean: float | None = None
-    sizes: dict[str, float] | None = None
-
-    @property
-    def often(self) -> bool:
-        return True
-
-    def line(self, begun: str = "dense") -> str:
-        if self.best is None or self.mean is None:
-            return f"stage {self.stage}: search, round {self.done} of {self.of}"
-        return f"stage {self.stage}: search, round {self.done} of {self.of}: loss {self.best:.3f} at best, {self.mean:.3f} on average"
-
-    def figures(self) -> dict[str, float]:
-        return self._those("best", "mean")
-
-
 class Cut(Event):
     """An iteration of pruning is done.
 
@@ -400,30 +365,6 @@ class Step(Event):
 
     def figures(self) -> dict[str, float]:
         return self._those("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes")
-
-
-class Mixed(Event):
-    """A feed has moved the shares of the texts that it mixes.
-
-    Attributes:
-        step: of the run.
-        tokens: read so far.
-        shares: SPEC -> share of the rows to come.
-        losses: SPEC -> mean loss since the last move, in nats per token, of rows that were read for the first time.
-    """
-
-    event: Literal["mixed"] = "mixed"
-    step: Count
-    tokens: Count
-    shares: dict[str, float]
-    losses: dict[str, float] = Field(default_factory=dict)
-
-    def line(self, begun: str = "dense") -> str:
-        most = sorted(self.shares, key=lambda name: -self.shares[name])[:4]
-        return f"step {self.step}: next texts " + ", ".join(f"{name} {self.shares[name]:.1%}" for name in most)
-
-    def figures(self) -> dict[str, float]:
-        return {f"share/{name}": share for name, share in self.shares.items()}
 
 
 class Evaluation(Event):
@@ -651,7 +592,6 @@ def _is_finite(values: Iterable[Any]) -> bool:
 
 
 def _whose(stage: int, begun: str) -> str:
-    """Which model was measured."""
     return f"stage {stage}" if stage else "dense model" if begun == "dense" else begun
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from adapt_pruner.core.events import Event, Mixed
+from adapt_pruner.core.events import Event
 from adapt_pruner.core.parts import part
+from adapt_pruner.core.searched import Mixed
 from adapt_pruner.data.feed import Taken
 from adapt_pruner.data.fixed import Rows, stage_spans
 from adapt_pruner.errors import UsageError

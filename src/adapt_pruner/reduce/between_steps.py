@@ -13,8 +13,8 @@ import torch
 
 from adapt_pruner.core.axes import Mask, Scores
 from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.events import Searched
 from adapt_pruner.core.parts import part
+from adapt_pruner.core.searched import Searched
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.events import Searched
 from adapt_pruner.core.parts import part
+from adapt_pruner.core.searched import Searched
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.rank import standardised

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.events import Searched
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import precision
+from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts

@@ -19,9 +19,9 @@ from torch import Tensor
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.cutline import cut_line
-from adapt_pruner.core.events import Searched
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.parts import part
+from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, Recipe, parts

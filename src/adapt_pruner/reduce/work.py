@@ -19,8 +19,9 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.core import events
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.events import Event, Searched, Warned
+from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.memory import give_back
+from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.data.feed import Feed
 from adapt_pruner.data.task import TextTask

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Evaluation, Event, Mixed, Resumed, Searched, Split, Start, Step, Tasks, Warned
+from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
+from adapt_pruner.core.searched import Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import shots
 from adapt_pruner.report.record import Record
