@@ -1,14 +1,20 @@
 """A process of ours takes no code from the current folder, answers in lines, and ends with its parent."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import adapt_pruner
 from adapt_pruner.core.children import module, talking
 from adapt_pruner.errors import RunError
 from adapt_pruner.export import plain
@@ -42,6 +48,108 @@ def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     done = subprocess.run(module("timeit", "-n1", "-r1", "import json"), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+PLANTED = (
+    "accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "numpy", "onnxruntime", "peft",
+    "pydantic", "rich", "safetensors", "sitecustomize", "tokenizers", "torch", "transformers", "typer", "usercustomize", "yaml",
+)  # fmt: skip
+SHADOWS = ("adapt_pruner", "json", "subprocess", "runpy", "typing", "ctypes", "signal")
+"""What Python itself imports before our first line where it is started with -m and without -P; no program can keep these out."""
+
+SOURCE = Path(adapt_pruner.__file__).parents[1]
+
+
+@pytest.fixture
+def planted(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint of somebody else, with Python files and a program that leave a mark in a folder beside it."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_folder, folder)
+    (tmp_path / "marks").mkdir()
+    for name in (*PLANTED, "modeling_llama"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'marks' / name)!r}, 'w').close()\nraise SystemExit('evil')\n")
+    (folder / "git").write_text(f"#!/bin/sh\ntouch {tmp_path / 'marks' / 'git'}\n")
+    (folder / "git").chmod(0o755)
+    return folder
+
+
+def started(folder: Path, *command: Any) -> str:
+    """What a command prints that is run in a folder; nothing of that folder has left its mark."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
+    assert [path.name for path in (folder.parent / "marks").iterdir()] == [], done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["-P", "without -P"])
+def test_no_command_runs_a_file_of_the_current_folder(safe: bool, planted: Path, text_file: Path) -> None:
+    """`adapt-pruner` itself and `python -P -m adapt_pruner`, where any name may be planted; and plain `python -m adapt_pruner`."""
+    for name in SHADOWS if safe else ():
+        shutil.copy(planted / "typer.py", planted / f"{name}.py")
+    ours = ["-P", "-m", "adapt_pruner"] if safe else ["-m", "adapt_pruner"]
+    pruned, padded = planted.parent / "pruned", planted.parent / "padded"
+    text = ["--text", text_file, "--window", 64, "--max-windows", 2, "--dtype", "float32"]
+    quick = ["--batch", 1, "--prompt", 8, "--generate", 4, "--rounds", 1]
+    started(planted, *ours, "prune", ".", "-o", pruned, "--params", "80%", "--method", "magnitude")
+    assert json.loads(
+        started(planted, *ours, "compare", ".", "--methods", "magnitude", "--params", "80%", "-o", "../c", *text, "--json")
+    )
+    assert json.loads(started(planted, *ours, "bench", pruned, "--against", ".", *quick, "--json"))
+    started(planted, *ours, "export", pruned, "-o", padded, "--to", "padded")
+    shutil.copytree(
+        planted, padded, dirs_exist_ok=True, ignore=lambda _, names: [name for name in names if not name.endswith(".py")]
+    )
+    assert json.loads(started(planted, *ours, "verify", ".", padded, "--json"))
+    if find_spec("gguf") is not None:
+        started(planted, *ours, "export", pruned, "-o", planted.parent / "x.gguf", "--to", "gguf")
+
+
+def test_processes_that_train_together_run_no_file_of_the_current_folder(planted: Path, text_file: Path) -> None:
+    """As torchrun starts them: `python -m adapt_pruner` in the current folder."""
+    training = {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 32}
+    asked = {"model": ".", "budget": "80%", "method": "magnitude", "training": training, "device": "cpu"}
+    (planted / "recipe.yaml").write_text(json.dumps(asked))
+    launch = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "adapt_pruner"]
+    started(planted, *launch, "run", "recipe.yaml", "-o", planted.parent / "run")
+    assert (planted.parent / "run" / "model" / "config.json").is_file()
+
+
+def test_every_place_that_starts_a_process_is_known() -> None:
+    """A new one is looked at: does it take code from the current folder, and does it end with its parent?"""
+    known = {
+        "core/children.py": "the one place that starts Python: `module`, with -P, and `talking`",
+        "compare/cells.py": "starts `module` in a session of its own, which Ctrl-C does not reach",
+        "core/provenance.py": "git, in this package's own checkout",
+    }
+    starts = re.compile(
+        r"^\s*(?:import|from) (?:subprocess|multiprocessing|concurrent|pty)\b|os\.(?:system|popen|exec|spawn|fork)", re.MULTILINE
+    )
+    package = SOURCE / "adapt_pruner"
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if starts.search(path.read_text())}
+    assert found == set(known)
+    python = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "sys.executable" in path.read_text()}
+    assert python == {"core/children.py", "export/plain.py"}
+    for name in python:
+        assert all(
+            'sys.executable, "-P"' in line for line in (package / name).read_text().splitlines() if "sys.executable" in line
+        )
+
+
+def test_no_file_reads_a_pickle() -> None:
+    """Ours of a run in its middle are safetensors and JSON, and so is what is read of others."""
+    reads = re.compile(
+        r"torch\.load\b|\bpickle\b|allow_pickle|\bjoblib\b|\bdill\b|\bshelve\b|np\.load\b|weights_only|\beval\(|\bexec\(|marshal"
+    )
+    package = SOURCE / "adapt_pruner"
+    for path in package.rglob("*.py"):
+        code = "\n".join(
+            re.sub(r"(?<!\w)\w+(\.\w+)*\.eval\(\)|\)\.eval\(\)|llama\.eval\(", "", line) for line in path.read_text().splitlines()
+        )
+        lines = [line for line in code.splitlines() if reads.search(line.partition("#")[0])]
+        assert not [line for line in lines if '"""' not in line and not line.strip().startswith(("lm-eval", "transformers"))], (
+            path
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
