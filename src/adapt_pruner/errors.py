@@ -8,9 +8,10 @@ The message is one sentence with the value, the limit and the remedy; the comman
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UsageError", "first_line", "nearest"]
+__all__ = ["RunError", "UsageError", "first_line", "is_out_of_memory", "nearest"]
 
 
 class UsageError(ValueError):
@@ -23,9 +24,20 @@ class RunError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without the rest; its kind where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:  # without the number of the error
+        return error.strerror[0].lower() + error.strerror[1:] + (f": {error.filename}" if error.filename else "")
     lines = [line.strip() for line in str(error).strip().splitlines()]
     announced = len(lines) > 1 and lines[0].endswith(":")  # by a line that says what follows
     return " ".join(lines[: 1 + announced]) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library says that there is not enough memory: Python, torch on CPU or GPU, or a file that cannot be mapped."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return (
+        isinstance(error, Exception) and re.search("allocate memory|not enough memory|memory allocation", str(error)) is not None
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

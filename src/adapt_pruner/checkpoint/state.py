@@ -6,7 +6,6 @@ state.json              the run's state, the size and SHA-256 of every other fil
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import check_fits, save
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import files_in
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.files import expanded, files_in
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
 
@@ -82,7 +81,7 @@ def read_state(path: Path, *, thorough: bool = True) -> dict[str, Any]:
         RunError: a file is missing, cut short or changed.
     """
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = read_json(path / "state.json")
         if state.pop("sha256") != _fingerprint(state):
             raise RunError(f"{path / 'state.json'} is not what was written")
         for name, (size, digest) in state["files"].items():
@@ -143,7 +142,7 @@ def identity(name: str) -> str:
     Of a folder, its config and weights; of a file, itself. A large file counts by its size and pieces spread evenly over
     it, which training it further would change: 20 ms for any model.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return _sampled(path)
     if not (path / "config.json").is_file():

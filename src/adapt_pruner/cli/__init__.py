@@ -30,7 +30,7 @@ from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
 from adapt_pruner.core.files import no_room
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError, UsageError, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -135,6 +135,7 @@ def _interrupt(sent: object, _: object) -> None:
         raise KeyboardInterrupt
 
 
+_LONGEST = 1000  # characters of a sentence
 _SIGINT_STATUS = 130  # what typer makes of Ctrl-C
 _INTERRUPTED = "interrupted; nothing half-written was left under its final name"
 _OUT_OF_MEMORY = "out of memory; use fewer calibration or batch tokens, --device cpu, or a machine with more memory"
@@ -148,18 +149,31 @@ def _stop_on_other(error: Exception) -> NoReturn:
         _stop(f"{error.format_message().rstrip('.')} (--help lists what is known)", 2)
     if type(error).__name__ == "Abort":
         _stop(_INTERRUPTED, 1)
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         _stop(_OUT_OF_MEMORY, 1, error)
     if reason := no_room(error):
         _stop(f"{reason}; make room and run again", 1, error)
     if isinstance(error, OSError):
-        _stop(str(error), 1, error)
+        _stop(_of_the_system(error), 1, error)
     first = str(error).strip().partition("\n")[0]
     _stop(f"unexpected {type(error).__name__}: {first} (ADAPT_PRUNER_TRACEBACK=1 shows where)", 1, error)
 
 
+def _of_the_system(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    what = error.strerror[0].lower() + error.strerror[1:]
+    return f"{os.fsdecode(error.filename)} cannot be used: {what}; mend that, or name another file or folder"
+
+
+def _shortened(sentence: str) -> str:
+    """A sentence of a length that is read; what is cut out of the middle is a value somebody gave."""
+    return sentence if len(sentence) <= _LONGEST else f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
+
+
 def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoReturn:
     """Print one sentence and exit. The main process prints every error, another process only an error of its own."""
+    sentence = _shortened(sentence)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     process = os.environ.get("RANK", "0") if several else "0"
     with filtered(), suppress(OSError):  # the terminal may have gone

@@ -9,6 +9,8 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["bench"]
 
+_MOST_ROWS = 2**16
+
 
 def bench(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The pruned model: folder, .gguf file, hub id or packaged model.")],
@@ -17,9 +19,9 @@ def bench(
         str, typer.Option(help="torch or llama.cpp. llama.cpp runs GGUF files; a folder is exported to one first.")
     ] = "torch",
     batch: Annotated[str, typer.Option(metavar="N,N", help="Batch sizes to measure, with commas.")] = "1,8",
-    prompt: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 512,
-    generate: Annotated[int, typer.Option(help="Tokens to write after the prompt.", min=1)] = 64,
-    rounds: Annotated[int, typer.Option(help="Measurements of each model, in turn, after one warm-up.", min=1)] = 5,
+    prompt: Annotated[int, typer.Option(help="Tokens per prompt.", min=1, max=2**17)] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens to write after the prompt.", min=1, max=2**17)] = 64,
+    rounds: Annotated[int, typer.Option(help="Measurements of each model, in turn, after one warm-up.", min=1, max=1000)] = 5,
     quant: Annotated[
         str | None, typer.Option(metavar="TYPE", help="For llama.cpp: number format to export folders in. [default: as stored]")
     ] = None,
@@ -43,9 +45,9 @@ def bench(
         adapt-pruner bench small --against smollm2-135m-instruct --engine llama.cpp --quant q8_0 --batch 1
     """
     check_precision(dtype)
-    batches = [int(number) if number.strip().isdecimal() else 0 for number in batch.split(",")]
-    if min(batches) < 1:
-        raise UsageError(f"--batch {batch!r} is not a list of row counts; write it like 1,8")
+    batches = [int(number) if number.strip().isdecimal() and len(number) < 20 else 0 for number in batch.split(",")]
+    if not all(1 <= count <= _MOST_ROWS for count in batches):
+        raise UsageError(f"--batch {batch!r} is not a list of row counts from 1 to {_MOST_ROWS:,}; write it like 1,8")
     from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.compare.turns import bench as measure
     from adapt_pruner.core.strict_json import to_json

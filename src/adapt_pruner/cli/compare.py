@@ -30,7 +30,9 @@ def compare(
             metavar="FILE", help="JSON file with input_ids, instead of --calibration. Can be repeated: each file is one draw."
         ),
     ] = None,
-    draws: Annotated[int | None, typer.Option(help="Seeds per method and size, counted from 0. [default: 3]", min=1)] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Seeds per method and size, counted from 0. [default: 3]", min=1, max=1000)
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.", min=2)] = 512,
     max_windows: Annotated[int, typer.Option(help="Most windows to read of each text.", min=1)] = 40,
     overrides: Set = None,

@@ -1,11 +1,14 @@
 """`adapt-pruner report`: the results of a run or a comparison, as one HTML page."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adapt_pruner.cli.options import Json
+
+if TYPE_CHECKING:
+    from adapt_pruner.report.charts import Chart
 
 __all__ = ["report"]
 
@@ -43,15 +46,8 @@ def report(
         paper.check_matplotlib()
     drawings: list[Chart]
     if (folder / "compare.json").is_file():
-        from adapt_pruner.compare.table import table
-        from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
-
-        result = read_comparison(folder)
         target = out or folder / "compare.html"
-        text, drawings = (
-            comparison_page(result, *table(result["rows"]), name=folder.resolve().name),
-            [*comparison_pictures(result)],
-        )
+        text, drawings = _of_comparison(folder)
     else:
         from adapt_pruner.report.figures import figures_of
         from adapt_pruner.report.record import read_record
@@ -69,3 +65,19 @@ def report(
         print(to_json({"written": [str(path) for path in written]}))
     else:
         print(f"wrote {written[0]}" + (f" and {len(written) - 1} pictures in {written[-1].parent}" if len(written) > 1 else ""))
+
+
+def _of_comparison(folder: Path) -> "tuple[str, list[Chart]]":
+    """The page of a comparison, and its pictures."""
+    from adapt_pruner.compare.table import table
+    from adapt_pruner.errors import UsageError, first_line
+    from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
+
+    result = read_comparison(folder)
+    try:
+        return comparison_page(result, *table(result["rows"]), name=folder.resolve().name), [*comparison_pictures(result)]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # nothing but the file is at work here
+        raise UsageError(
+            f"{folder / 'compare.json'} is damaged ({type(error).__name__}: {first_line(error)}); "
+            "run the same `adapt-pruner compare` again, which keeps what is finished"
+        ) from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import math
 import os
 import signal
@@ -19,6 +18,7 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
 from adapt_pruner.core.events import Progress, Said, Warned
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -154,7 +154,7 @@ def measure_beside(
     figures = measure(pruned, windows, dtype=dtype, listen=listen)
     first = next(iter(windows.values()))[0]
     slow, fast = forward_speed([dense.model, pruned.model], first, dtype=dtype)
-    made = json.loads((path / "pruning.json").read_text(encoding="utf-8"))
+    made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
     return {**figures, **took, "speed_up": fast / slow, "made_by": made["made_by"]}
 

@@ -12,7 +12,6 @@ models/           checkpoints, while they are measured; all of them where they a
 import functools
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -39,7 +38,7 @@ from adapt_pruner.core.marks import is_marked, mark
 from adapt_pruner.core.places import check_place, check_room
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids
@@ -111,7 +110,7 @@ def _check_kind(out: Path) -> None:
     check_place(out, inside=True)
     if not is_marked(out, _KIND):
         try:
-            found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+            found = read_json(out / "compare.json")
         except (OSError, ValueError, RecursionError):
             found = None
         if not (isinstance(found, dict) and {"made_by", "arguments", "dense", "rows", "cells"} <= found.keys()):
@@ -287,7 +286,7 @@ class _Comparison:
 
     def _stored(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self._out / "cells" / f"{name}.json").read_text(encoding="utf-8"))
+            found: dict[str, Any] = read_json(self._out / "cells" / f"{name}.json")
         except (OSError, ValueError):
             return None
         return found

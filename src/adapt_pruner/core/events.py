@@ -4,7 +4,6 @@ A listener is told plain dicts (`Event.told`), and `parse` makes the event again
 of an older version lacks has a default. A new event is a new class, here or in the file of what tells it, and nothing else: whoever shows or keeps events asks the class.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema, from_json
 from typing_extensions import TypedDict
 
 from adapt_pruner.core import words
-from adapt_pruner.core.strict_json import MOST, perplexity_of
+from adapt_pruner.core.strict_json import MOST, of_json, perplexity_of
 from adapt_pruner.core.words import millions, shown
 
 __all__ = [
@@ -578,7 +577,7 @@ def _read(line: str | bytes) -> Any:
     try:
         return from_json(line)
     except (ValueError, TypeError):
-        return json.loads(line)
+        return of_json(line)
 
 
 def _is_finite(values: Iterable[Any]) -> bool:

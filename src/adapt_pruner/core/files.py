@@ -22,7 +22,7 @@ from pathlib import Path
 from adapt_pruner.errors import UsageError
 
 __all__ = [
-    "MOST_TEXT", "check_regular", "file_beside", "files_in", "folder_beside", "named", "no_room", "remove", "sync", "tidy", "whole_file",
+    "MOST_TEXT", "check_regular", "expanded", "file_beside", "files_in", "folder_beside", "named", "no_room", "read_plain", "remove", "sync", "tidy", "whole_file",
     "why", "write_whole",
 ]  # fmt: skip
 
@@ -162,6 +162,41 @@ def tidy(folder: Path, *, older: str | None = None) -> None:
                 remove(path)
             elif kind == _WRITTEN:
                 _remove_abandoned(path)
+
+
+def expanded(name: str | Path) -> Path:
+    """The path that a person named, with ~ and ~user replaced.
+
+    Raises:
+        UsageError: there is no such user, or no path can be named so.
+    """
+    if "\0" in str(name):
+        raise UsageError(f"{str(name)!r} names no file: it holds the character NUL; remove it")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{str(name)!r} names the folder of a user who is not known here; write the path in full") from error
+
+
+def read_plain(path: Path, *, most: int = 2**30) -> bytes:
+    """The content of a file. A pipe or a device, which may have no end, is not read.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it cannot be read, is no file, or is larger.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, and only files are read", str(path))
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and {most:,} are the most", str(path))
+        return file.read(found.st_size)  # files of /proc say that they have none
 
 
 def files_in(folder: Path) -> dict[str, Path]:

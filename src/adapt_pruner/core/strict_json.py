@@ -3,9 +3,12 @@
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any, TypeGuard
 
-__all__ = ["MOST", "is_count", "is_number", "number_of", "perplexity_of", "to_json"]
+from adapt_pruner.core.files import read_plain
+
+__all__ = ["MOST", "is_count", "is_number", "number_of", "of_json", "perplexity_of", "read_json", "to_json"]
 
 MOST = 10**15
 """Above whatever is counted, and above seconds since 1970."""
@@ -29,6 +32,28 @@ def is_count(value: object) -> bool:
 def perplexity_of(nll: float) -> float:
     """exp of a mean loss in nats a token; infinity where that is no float."""
     return math.exp(nll) if nll < 700 else math.inf
+
+
+def of_json(text: str | bytes) -> Any:
+    """What JSON text stands for.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or has lists too deep in each other.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its lists or objects lie too deep in each other") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file stands for.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+        ValueError: as `of_json`.
+    """
+    return of_json(read_plain(path).decode("utf-8"))
 
 
 def to_json(data: Any, *, indent: int | None = None) -> str:

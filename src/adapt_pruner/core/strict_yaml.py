@@ -1,4 +1,4 @@
-"""YAML that holds keys: what YAML itself lets pass without a word, a key that is given twice, is refused."""
+"""YAML that holds keys: what YAML itself lets pass without a word, a key that is given twice, is refused, and what has no end, too."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -6,25 +6,110 @@ from typing import Any
 
 import yaml
 
-from adapt_pruner.errors import UsageError
+from adapt_pruner.core.files import read_plain
+from adapt_pruner.errors import UsageError, first_line
 
-__all__ = ["read_keys"]
+__all__ = ["read_keys", "value_of"]
+
+_MOST_BYTES = 2**20
+_DEEPEST = 32  # tables and lists within each other
+_MOST_VALUES = 100_000  # with each `*name` counted as what it stands for
+_LONGEST_NUMBER = 100  # characters
 
 
-class _Twice(yaml.constructor.ConstructorError):
-    """A key that stands in a table twice."""
+class _Refused(yaml.constructor.ConstructorError):
+    """What is good YAML, and no recipe."""
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML's own loader takes the last of two."""
+    """YAML's own loader takes the last of two keys, keys that are no words, and values that never end."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _DEEPEST + 1:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise _Refused(None, None, f"tables and lists lie more than {_DEEPEST} deep in each other; use fewer", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _count(node, {})
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise _Twice(None, None, f"{key.value} is given twice", key.start_mark)
+                raise _Refused(None, None, f"{key.value} is given twice; leave one of them out", key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        made = super().construct_mapping(node, deep)
+        for key in made:
+            if not isinstance(key, str):
+                raise _Refused(None, None, f"the key {str(key)[:40]} is not a word; quote it", node.start_mark)
+        return made
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        scalar = node.value if isinstance(node, yaml.ScalarNode) else ""
+        if "\0" in scalar:
+            raise _Refused(None, None, "a value holds the character NUL; remove it", node.start_mark)
+        if len(scalar) > _LONGEST_NUMBER and node.tag.rpartition(":")[2] in ("int", "float"):
+            raise _Refused(
+                None, None, f"a number has {len(scalar):,} characters; {_LONGEST_NUMBER} are the most", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise _Refused(None, None, f"{scalar[:40]!r} is no {kind}; quote it", node.start_mark) from error
+
+
+_Strict.yaml_implicit_resolvers = {  # a date is a word: no key of a recipe takes one
+    first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values below a node, what an alias stands for each time; 0 marks a node that is being counted."""
+    if known.get(id(node)) == 0:
+        raise _Refused(None, None, "a value holds itself; remove its alias", node.start_mark)
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count(part, known) for part in inner)
+    if known[id(node)] > _MOST_VALUES:
+        raise _Refused(
+            None, None, f"aliases unfold to more than {_MOST_VALUES:,} values; write out what is needed", node.start_mark
+        )
+    return known[id(node)]
+
+
+def value_of(text: str, name: str) -> Any:
+    """What YAML text stands for; `name` begins the sentence where it is wrong.
+
+    Raises:
+        UsageError: it is not YAML, gives a key twice, has a key that is not a word, or unfolds without end.
+    """
+    try:
+        return yaml.load(text, Loader=_Strict)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        if isinstance(error, _Refused):
+            raise UsageError(f"{name}, line {line}: {error.problem}") from error
+        raise UsageError(f"{name} is not YAML: line {line}, {error.problem}; mend the line, or quote the value") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name} is not YAML: {first_line(error)}; write lines like `model: smollm2-135m-instruct`") from error
+    except RecursionError as error:  # of the parser, which has no bound of its own
+        raise UsageError(f"{name}: tables and lists lie more than {_DEEPEST} deep in each other; use fewer") from error
 
 
 def read_keys(path: Path, name: str) -> dict[str, Any]:
@@ -35,24 +120,16 @@ def read_keys(path: Path, name: str) -> dict[str, Any]:
         UsageError: it cannot be read, is not YAML, gives a key twice, or holds no keys; with the line where one is to blame.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
-    except FileNotFoundError:
-        raise
+        text = read_plain(path, most=_MOST_BYTES).decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(error)) from error
     except IsADirectoryError as error:
         raise UsageError(f"recipe {name!r} is a folder; name a YAML file") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"recipe {name!r} is not text in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise UsageError(f"recipe {name!r} cannot be read: {error.strerror or error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-        if isinstance(error, _Twice):
-            raise UsageError(f"recipe {name!r}, line {line}: {error.problem}; leave one of them out") from error
-        raise UsageError(
-            f"recipe {name!r} is not YAML: line {line}, {error.problem}; mend the line, or quote the value"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {name!r} is not YAML: {error}; write lines like `model: smollm2-135m-instruct`") from error
+        raise UsageError(f"recipe {name!r} cannot be read: {error.strerror or error}; name a YAML file") from error
+    data = value_of(text, f"recipe {name!r}")
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name!r} holds no keys; write lines like `model: smollm2-135m-instruct`")
     return data

@@ -23,6 +23,9 @@ from adapt_pruner.errors import UsageError
 __all__ = ["Fixed", "Rows", "rows_of", "stage_spans", "training_rows"]
 
 
+_MOST_REPEATS = 10_000  # of a text
+
+
 class Rows:
     """All rows of a run in the order in which they are read, repeats included; row i is the same in every process.
 
@@ -196,6 +199,11 @@ def training_rows(
             short = f"the training text {spec!r} has {there:,} tokens in rows of {length} and {asked:,} are asked for"
             if not repeat:
                 raise UsageError(f"{short}; give more text, lower training.tokens or allow training.repeat")
+            if asked / there > _MOST_REPEATS:
+                raise UsageError(
+                    f"{short}, which would repeat it {asked / there:,.0f} times; {_MOST_REPEATS:,} are the most, so give more text or "
+                    "lower training.tokens"
+                )
             warn(f"{short}, so it is repeated: it is read {asked / there:.1f} times")
         random = np.random.default_rng([seed, number])
         order = _epochs(np.diff(store.offsets), asked, random)

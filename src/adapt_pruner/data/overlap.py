@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from adapt_pruner.core.files import expanded
 from adapt_pruner.data.sources import SELF, Source, domains, read
 
 __all__ = ["overlaps", "same_kind", "same_tokens"]
@@ -130,7 +131,7 @@ def _shared(one: str, other: str) -> str | None:
 
 def _place(spec: str) -> Path:
     """The file or folder that a SPEC names; of a glob, the folder that all its matches lie in."""
-    path = Path(spec).expanduser().absolute()
+    path = expanded(spec).absolute()
     return next(folder for folder in (path, *path.parents) if not set("*?[") & set(str(folder)))
 
 

@@ -9,19 +9,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from adapt_pruner.core.files import expanded, read_plain
+from adapt_pruner.core.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
 __all__ = ["hub", "hub_revision", "local"]
 
 Row = tuple[str, str | list[Mapping[str, Any]]]
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_LONGEST_LINE = 2**26  # characters
+_MOST_OF_ONE_TEXT = 2**32  # bytes of a file that is one document
+_UNPACKED, _UNFOLDS = 2**28, 100  # characters that any packed file may hold; times its size that a larger one may
 _TEXT, _CHAT = "text", "messages"
 _FORMS = f'{{"{_TEXT}": "…"}} or {{"{_CHAT}": [{{"role": "user", "content": "…"}}, …]}}'
 
 
 def local(spec: str) -> Iterator[Row]:
     """The rows of a file, of the files below a folder or under a glob, or of a folder of `datasets.save_to_disk`."""
-    folder = Path(spec).expanduser()
+    folder = expanded(spec)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         yield from _saved(folder)
     else:
@@ -118,13 +123,13 @@ def _saved(folder: Path) -> Iterator[Row]:
 
 
 def _paths(spec: str) -> list[Path]:
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_file():
         return [path]
     matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     found = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
     if not found:
-        what = "holds no text file" if path.is_dir() else "does not exist"
+        what = "holds no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise UsageError(
             f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
         )
@@ -140,7 +145,10 @@ def _file(path: Path) -> Iterator[Row]:
             with _open(path) as lines:
                 yield from _lines(lines, path)
         else:
-            yield str(path), path.read_bytes().decode("utf-8")  # as it is: read_text would change line ends
+            yield (
+                str(path),
+                read_plain(path, most=_MOST_OF_ONE_TEXT).decode("utf-8"),
+            )  # as it is: read_text would change line ends
     except UnicodeDecodeError as error:
         wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # the mark such a file opens with
         raise UsageError(
@@ -148,7 +156,7 @@ def _file(path: Path) -> Iterator[Row]:
             f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {name}"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {first_line(error)}; get the file again, or name another one") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -199,16 +207,31 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
+def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
+    """The lines of a file, which a damaged or a hostile file may not have without end."""
+    packed = path.stat().st_size if path.name.endswith((".gz", ".zst")) else None
+    number = read = 0
+    while line := lines.readline(_LONGEST_LINE + 1):
+        number, read = number + 1, read + len(line)
+        if len(line) > _LONGEST_LINE:
+            raise UsageError(f"{path}, line {number}, has more than {_LONGEST_LINE:,} characters, the most; divide its text")
+        if packed is not None and read > max(_UNPACKED, _UNFOLDS * packed):
+            raise UsageError(
+                f"{path} of {packed:,} bytes unfolds to more than {read:,}, which is more than {_UNFOLDS} times its size; "
+                "unpack it if you trust it, and name the unpacked file"
+            )
+        yield line
+
+
 def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_bounded(lines, path), start=1):
         if not line.strip():
             continue
         try:
-            content = _content(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path}, line {number}, is not JSON ({error.msg}); a .jsonl file holds one JSON object a line"
-            ) from error
+            content = _content(of_json(line))
+        except ValueError as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise UsageError(f"{path}, line {number}, is not JSON ({why}); a .jsonl file holds one JSON object a line") from error
         if content is None:
             raise UsageError(f"{path}, line {number}, has no text in a field {_TEXT!r}; each line is an object like {_FORMS}")
         yield f"{path} line {number}", content

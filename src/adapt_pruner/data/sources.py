@@ -114,6 +114,9 @@ def domains(source: Source) -> dict[str, float]:
     Raises:
         UsageError: there is no SPEC, a weight is not positive, or `self` is one of several.
     """
+    for spec in source:
+        if not isinstance(spec, str):
+            raise UsageError(f"the text {spec!r} is not a word; quote it")
     if not all(spec.strip() for spec in ([source] if isinstance(source, str) else source)):
         raise UsageError("the text's name is empty, as an unset variable of the shell is; name a file, a folder or another SPEC")
     if isinstance(source, str):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapt_pruner.core.files import folder_beside, named, remove, why
+from adapt_pruner.core.files import expanded, folder_beside, named, remove, why
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError
 
 __all__ = ["Chunk", "Store", "cache_folder", "stored"]
@@ -58,7 +59,7 @@ class Store:
 
 def cache_folder() -> Path:
     """Where what can be made again is kept: $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner."""
-    return Path(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner").expanduser()
+    return expanded(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner")
 
 
 def stored(
@@ -139,7 +140,7 @@ def _opened(folder: Path) -> tuple[Store | None, str]:
     if not folder.is_dir():
         return None, ""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = read_json(folder / "index.json")
         for name, size in index["bytes"].items():
             there = (folder / name).stat().st_size
             if there != size:

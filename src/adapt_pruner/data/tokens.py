@@ -1,7 +1,6 @@
 """From documents to token ids: calibration windows, training blocks, evaluation windows."""
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adapt_pruner.core.files import expanded
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.errors import UsageError
 
@@ -118,7 +119,7 @@ def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
         UsageError: the file is not such JSON, or holds an id outside the vocabulary.
     """
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["input_ids"]
+        rows = read_json(expanded(path))["input_ids"]
         if not all(type(number) is int for row in rows for number in row):
             raise TypeError("not all of them are whole numbers")
         tensors = [torch.tensor(row, dtype=torch.long)[None] for row in rows]
@@ -126,7 +127,9 @@ def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
         raise UsageError(
             f"calibration ids {str(path)!r} do not exist; give a JSON file with input_ids, a list of lists"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UsageError(f"calibration ids {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (OverflowError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} does not hold token ids ({error}); it is JSON with input_ids, a list of lists of integers"
         ) from error

@@ -9,9 +9,11 @@ import torch
 from transformers import LogitsProcessorList, TextStreamer
 
 from adapt_pruner.core.precision import numbers, precision
-from adapt_pruner.errors import UsageError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
 __all__ = ["Answer", "answer"]
+
+_LEAST_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def answer(
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     else:
         ids = tokenizer(f"{system}\n{prompt}" if system else prompt, return_tensors="pt").input_ids
+    if not ids.shape[1]:
+        made = "chat template writes nothing" if templated else "tokenizer makes no tokens"
+        raise UsageError(f"the model's {made} for this prompt; mend its files, or write another prompt")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UsageError(
@@ -96,14 +101,26 @@ def answer(
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {
         "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
     }  # fmt: skip
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise UsageError(f"temperature {temperature:g} is below {_LEAST_TEMPERATURE:g}; give 0, which takes the likeliest token")
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), precision(model.device, dtype):
         torch.manual_seed(seed)
-        written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-            logits_processor=LogitsProcessorList([numbers("no answer can be read from logits of nan or inf", model.device, dtype)]),
-            pad_token_id=ends[0] if ends else 0, streamer=None if on_text is None else _Told(tokenizer, on_text), **how,
-        )[0, ids.shape[1] :]  # fmt: skip
+        try:
+            written = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, num_beams=1, num_return_sequences=1,
+                logits_processor=LogitsProcessorList([numbers("no answer can be read from logits of nan or inf", model.device, dtype)]),
+                pad_token_id=ends[0] if ends else 0, streamer=None if on_text is None else _Told(tokenizer, on_text), **how,
+            )[0, ids.shape[1] :]  # fmt: skip
+        except (RunError, UsageError):
+            raise
+        except Exception as error:  # settings are of many kinds, and so are the errors that they end in
+            if is_out_of_memory(error) or isinstance(error, OSError):
+                raise
+            raise RunError(
+                f"the model cannot write ({type(error).__name__}: {first_line(error)}); its generation_config.json or config.json "
+                "asks for what it cannot do, so mend or remove generation_config.json"
+            ) from error
     seconds = time.perf_counter() - began
     ended = bool(len(written)) and int(written[-1]) in ends
     return Answer(tokenizer.decode(written, skip_special_tokens=True).strip(), len(written), seconds, ended, templated)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.files import expanded
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.evaluate import packaged_tasks
 from adapt_pruner.evaluate.foreign_tasks import check_no_code, sandbox
@@ -244,7 +245,7 @@ class _Folder:
     def __init__(self, path: Path, trusted: bool) -> None:
         from lm_eval.tasks import TaskManager
 
-        self._path = path.expanduser().absolute()
+        self._path = expanded(path).absolute()
         if not self._path.is_dir():
             raise UsageError(f"task folder {str(path)!r} is not there; give a folder of lm-eval YAML files")
         if not trusted:

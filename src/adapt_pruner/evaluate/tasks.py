@@ -18,7 +18,7 @@ import torch
 
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.likelihood import harness_model
@@ -324,7 +324,7 @@ def _stable(value: Any) -> bytes:
 def _kept(path: Path) -> dict[str, Any] | None:
     """A score of the cache; a damaged one counts as none."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))["score"], "again": True}
+        return {**read_json(path)["score"], "again": True}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -12,7 +12,6 @@ so MLPs are zero-padded to the next multiple. The number of query heads is one f
 Source: modeling of nvidia/Llama-3_1-Nemotron-51B as vLLM's nemotron_nas.py and llama.cpp's conversion/deci.py read it.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 from adapt_pruner.export.plain import holds, loading, opened
@@ -55,7 +54,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
 
     def as_decilm(folder: Path) -> None:
         """Turn, in place, the config that was written into one of DeciLM."""
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(folder / "config.json")
         for key in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "layer_types", "sliding_window"):
             config.pop(key, None)
         most = widest(wide)

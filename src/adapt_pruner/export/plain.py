@@ -1,6 +1,5 @@
 """A plain Hugging Face folder: how a form that is one is known, loaded, and proved in stock transformers."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in
 from adapt_pruner.core.children import talking
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import in_transformers
 
@@ -41,7 +41,12 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     import transformers
 
     check_files(artefact)
-    config = json.loads((artefact / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = read_json(artefact / "config.json")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{artefact / 'config.json'} cannot be read: {first_line(error)}; get the folder again") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{artefact / 'config.json'} is not the config of a model; get the folder again")
     if config.get("auto_map") and not trust_remote_code:
         raise UsageError(f"{artefact} brings Python code to load it; pass --trust-remote-code to run it")
     if (named := code_in(config)) and not trust_remote_code:

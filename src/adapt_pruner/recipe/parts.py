@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, nearest
 
 __all__ = ["FOLDERS", "about", "bind", "check", "names", "needs", "needs_if_known", "summaries", "takes"]
@@ -137,10 +136,7 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
         option, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"option {item.strip()!r} of {key} {name!r} has no value; write it like option=value")
-        try:
-            options[option.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"the value of option {option.strip()!r} of {key} {name!r} is not YAML; quote it") from error
+        options[option.strip()] = value_of(value, f"the value of option {option.strip()!r} of {key} {name!r}")
     functions = _found(key)
     known = sorted(functions)
     if name not in known:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner.core.budget import check_written, parse_count
-from adapt_pruner.core.strict_yaml import read_keys
+from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
@@ -44,6 +44,7 @@ PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # once -> today
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
+_LONGEST_SHOWN = 200  # characters
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
 
@@ -118,20 +119,23 @@ class Calibration(_Frozen):
         description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model "
         "writes once",
     )
-    samples: int = Field(64, ge=1, description="sequences per iteration")
-    length: int = Field(128, ge=2, description="tokens per sequence")
+    samples: int = Field(64, ge=1, le=10**6, description="sequences per iteration")
+    length: int = Field(128, ge=2, le=10**6, description="tokens per sequence")
     ids: str | None = Field(
         None, description="JSON file with input_ids, instead of source: exactly these tokens in every iteration"
     )
     self_generated: int = Field(
-        0, ge=0, description="further sequences, which only the repair reads; the model writes them before the first cut"
+        0,
+        ge=0,
+        le=10**6,
+        description="further sequences, which only the repair reads; the model writes them before the first cut",
     )
 
 
 class Lora(_Frozen):
     """Train low-rank additions to the linear layers instead of the weights. The additions are merged before the next cut."""
 
-    rank: int = Field(128, ge=1, description="rank of the addition")
+    rank: int = Field(128, ge=1, le=2**16, description="rank of the addition")
     alpha: float = Field(16.0, gt=0, description="the addition is multiplied by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="share of the addition's inputs that are dropped in training")
 
@@ -142,7 +146,7 @@ class Training(_Frozen):
     source: Source | None = Field(None, description="text to train on: SPEC, or {SPEC: weight, …} for a mixture")
     repeat: bool = Field(True, description="repeat a text that is too short; false refuses it")
     tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
-        0, ge=0, description="tokens to train on, all stages together; 0 trains nothing"
+        0, ge=0, le=10**13, description="tokens to train on, all stages together; 0 trains nothing"
     )
     batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step")
     length: Count = Field(512, ge=2, description="tokens per sequence")
@@ -237,7 +241,7 @@ class Recipe(_Frozen):
     )
     task: _part("task") = Field("causal_lm", description="what the model learns: its batches, its loss and how it is measured")  # type: ignore[valid-type]
     stages: int = Field(
-        1, ge=1, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
+        1, ge=1, le=1000, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
     )
     axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
         ("neurons", "kv_heads"),
@@ -264,7 +268,7 @@ class Recipe(_Frozen):
         False, description="give all layers the same number of neurons and of heads, so that the result is a plain folder"
     )
     multiple_of: int = Field(
-        1, ge=1, description="keep a multiple of this many neurons in each layer: 64 runs fast, 256 quantises well"
+        1, ge=1, le=2**20, description="keep a multiple of this many neurons in each layer: 64 runs fast, 256 quantises well"
     )
     debt: Literal["carry", "reset"] = Field(
         "carry", description="fractions of a unit that are still owed: carried through the run, or forgotten after each stage"
@@ -473,10 +477,7 @@ def read(
         if key in seen:
             raise UsageError(f"--set {key} is given twice; leave one of them out")
         seen.add(key)
-        try:
-            _put(data, key, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise UsageError(f"the value of --set {text!r} is not YAML; quote it") from error
+        _put(data, key, value_of(value, f"the value of --set {key}"))
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -523,7 +524,16 @@ def _sentence(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
         return message if key.rpartition(".")[2] in message else f"recipe key {key!r}: {message}"
-    return f"recipe key {key!r} is {first['input']!r}: {message[0].lower() + message[1:]}"
+    return f"recipe key {key!r} is {_shown(first['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence, which ends."""
+    try:
+        written = repr(value)
+    except (ValueError, RecursionError):  # a number of many thousand digits, a list in lists in lists
+        return f"a {type(value).__name__} that is too long to be shown"
+    return written if len(written) <= _LONGEST_SHOWN else f"{written[:_LONGEST_SHOWN]}…"
 
 
 def _model_at(path: Sequence[Any]) -> type[BaseModel]:

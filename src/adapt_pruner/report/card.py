@@ -16,7 +16,8 @@ import yaml
 
 from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Warned
-from adapt_pruner.core.files import check_regular, why, write_whole
+from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import visible
 from adapt_pruner.core.words import NARROW, score, shots, shown
 from adapt_pruner.data.sources import SELF, domains
@@ -67,7 +68,7 @@ def write_card_of_export(source: Path, out: Path, form: str) -> None:
     except UsageError:
         return
     try:
-        exported = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        exported = read_json(out / "config.json")
         write_whole(out / "README.md", card(config, pruning, exported=(form, exported)))
     except OSError as error:
         raise RunError(f"{out / 'README.md'} could not be written: {why(error)}") from error
@@ -94,10 +95,16 @@ def card_of(folder: Path) -> str:
     told = _told(folder)
     try:
         return card(*told)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:  # of the two files alone
         raise UsageError(
-            f"{folder / 'pruning.json'} or config.json there is not as this package writes it ({type(error).__name__}: {first_line(error)}); "
-            "get the folder again"
+            f"config.json or pruning.json of {folder} is damaged ({type(error).__name__}: {first_line(error)}); get the folder again"
         ) from error
 
 
@@ -112,11 +119,8 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} is not a checkpoint of ours: it has no {name}; name a folder that prune or run wrote")
         try:
-            check_regular(folder / name)
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-        except UsageError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
+            data = read_json(folder / name)
+        except (OSError, ValueError) as error:
             raise UsageError(f"{folder / name} cannot be read ({type(error).__name__}); get the folder again") from error
         found.append(data if isinstance(data, dict) else {})
     if not {"recipe", "figures"} <= found[1].keys():

@@ -1,6 +1,5 @@
 """The page of a comparison: methods by budgets, quality against size and against speed, what failed; and its picture for papers."""
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.marks import PAGE_FOOT
-from adapt_pruner.core.strict_json import number_of
+from adapt_pruner.core.strict_json import number_of, read_json
 from adapt_pruner.core.words import num_draws, shown
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
@@ -31,7 +30,7 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "compare.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({type(error).__name__}); run the same `adapt-pruner compare` again") from error
     if not isinstance(result, dict) or not result.get("rows") or not result.get("arguments"):

@@ -1,17 +1,16 @@
 """What a run's folder holds: recipe, log, newest figures, and whether somebody works there; as it is, also where it is broken."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from adapt_pruner.core.events import Event, parse_line
+from adapt_pruner.core.files import read_plain
 from adapt_pruner.core.locks import is_held
-from adapt_pruner.core.strict_json import is_count, is_number
+from adapt_pruner.core.strict_json import is_count, is_number, read_json
+from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
@@ -153,12 +152,12 @@ def _prepares(path: Path) -> bool:
 
 def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
+        text = read_plain(path, most=2**20).decode("utf-8")
+        data = value_of(text, "recipe.yaml")
     except FileNotFoundError:
         trouble.append("recipe.yaml is not there, so what the run was asked to do is not known")
         return "", {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         trouble.append(f"recipe.yaml cannot be read ({first_line(error)})")
         return "", {}
     if not isinstance(data, dict):
@@ -194,7 +193,7 @@ def _is_source(value: object) -> bool:
 
 def _events(path: Path, trouble: list[str]) -> list[Event]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_plain(path).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         trouble.append("log.jsonl is not there yet, so there is nothing to show of the run's course")
         return []
@@ -219,7 +218,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 def _json(path: Path, trouble: list[str]) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         trouble.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})")
         return {}

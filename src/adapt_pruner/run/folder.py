@@ -15,7 +15,6 @@ report.html              the results as a page (see `report`)
 .adapt-pruner            says that this is the folder of a run; a folder that is not empty and has no such file is refused
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import MARK, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first
@@ -212,7 +211,7 @@ def _was_run(path: Path) -> bool:
 def _keys(file: Path) -> set[str]:
     """The keys of a JSON file; none where there is no such file."""
     try:
-        return set(json.loads(file.read_text(encoding="utf-8")))
+        return set(read_json(file))
     except (OSError, ValueError, TypeError, RecursionError):
         return set()
 
@@ -246,5 +245,5 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
 
 def figures_of(run_dir: str | Path) -> dict[str, Any]:
     """The figures of a finished run."""
-    figures: dict[str, Any] = json.loads((Path(run_dir) / "model" / "pruning.json").read_text(encoding="utf-8"))["figures"]
+    figures: dict[str, Any] = read_json(Path(run_dir) / "model" / "pruning.json")["figures"]
     return figures

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -23,7 +22,7 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Find, Load, VocabularyCut
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.feed import Feed
 from adapt_pruner.data.fixed import Rows
@@ -309,7 +308,7 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
     asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(path.read_text(encoding="utf-8"))["asked"] == asked:
+            if read_json(path)["asked"] == asked:
                 return
     writer = work.model
     if begun and recipe.vocabulary is not None:
