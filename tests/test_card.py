@@ -246,7 +246,7 @@ def test_a_snippet_that_forgets_the_trust_would_be_seen(
     (folder / "README.md").write_text(
         (folder / "README.md").read_text().replace(", trust_remote_code=True", ", trust_remote_code=False")
     )
-    with pytest.raises(RuntimeError, match="mismatched"):  # stock code meets weights that are not its own
+    with pytest.raises(ValueError, match="trust_remote_code=True"):  # as a model of a type that stock code does not know
         run_snippet(folder, monkeypatch)
 
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned
+from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.load import load, pick_device
 from adapt_pruner.checkpoint.save import check_target, save, whole_or_nothing
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_config, tiny_model
 from strangers import ask_a_stranger
 from test_law import random_mask
@@ -50,7 +51,7 @@ for _ in range(3):
     loss.backward(); optimizer.step(); optimizer.zero_grad(); losses.append(float(loss))
 model.eval()
 model.save_pretrained(again)
-AutoTokenizer.from_pretrained(folder).save_pretrained(again)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=trust).save_pretrained(again)
 reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=trust)
 with torch.no_grad():
     same_again = torch.equal(model(ids).logits, reloaded(ids).logits)
@@ -538,3 +539,98 @@ def test_the_modelling_file_says_which_transformers_it_needs(monkeypatch: pytest
     assert spec.loader is not None
     with pytest.raises(ImportError, match=r"transformers 4.57.6 does not know; it needs transformers >= 5.14: pip install"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+HEADS = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+folder, found = sys.argv[1], {}
+ids, mask = torch.randint(3, 259, (4, 12)), torch.ones(4, 12, dtype=torch.long)
+for loader, labels in ((AutoModelForSequenceClassification, ids[:, 0] % 3), (AutoModelForTokenClassification, ids % 3)):
+    if loader.__name__ not in json.loads(sys.argv[2]):
+        continue
+    model, info = loader.from_pretrained(folder, trust_remote_code=True, num_labels=3, output_loading_info=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss.backward(); optimizer.step(); optimizer.zero_grad(); losses.append(float(loss))
+    model.eval()
+    again = folder + "-" + loader.__name__
+    model.save_pretrained(again)
+    reloaded = loader.from_pretrained(again, trust_remote_code=True)
+    with torch.no_grad():
+        same = torch.equal(reloaded(ids).logits, model(ids).logits)
+    found[loader.__name__] = {
+        "new": sorted({key.partition(".")[0] for key in info["missing_keys"]}), "learns": losses[-1] < losses[0], "again": same,
+        "kind": model.config.model_type,
+    }
+print()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3-grouped", "phi3", "sliced"])
+def test_a_head_that_classifies_is_put_on_it(name: str, tmp_path: Path) -> None:
+    layout = next(layout for layout in LAYOUTS if layout[1] == (name if name != "sliced" else "llama"))
+    model, _ = pruned(layout)
+    if name == "sliced":
+        slice_to(model, 40, [torch.randint(3, VOCAB, (4, 32))], dtype="float32")
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    tasks = ["AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+    if layout[0] == "gemma3":
+        tasks = tasks[:1]  # transformers has no other
+    known = read_json(tmp_path / "model" / "config.json")["auto_map"]
+    assert [task for task in known if "Classification" in task] == tasks
+    found = json.loads(ask_a_stranger(HEADS, tmp_path / "model", json.dumps(tasks), folder=tmp_path).splitlines()[-1])
+    assert list(found) == tasks
+    for said in found.values():
+        assert said["new"] == ["score"], "all else is the model's"
+        assert said["learns"]
+        assert said["again"]
+        assert said["kind"] == model.config.model_type, "by which peft knows what to adapt"
+
+
+@pytest.mark.parametrize("kind", ["unequal", "sliced"])
+def test_the_config_can_ask_for_gradient_checkpointing(kind: str) -> None:
+    model, _ = pruned(("llama", "llama"))
+    if kind == "sliced":
+        slice_to(model, 40, [torch.randint(3, VOCAB, (4, 32))], dtype="float32")
+    config = copy.deepcopy(model.config)
+    config.gradient_checkpointing = True
+    file = modeling_sliced.SlicedLlamaForCausalLM if kind == "sliced" else modeling_pruned.PrunedLlamaForCausalLM
+    built = file(config)
+    assert built.is_gradient_checkpointing
+    assert all(layer.gradient_checkpointing for layer in built.model.layers)
+    assert not hasattr(config, "gradient_checkpointing"), "as the stock classes leave it"
+    assert config.num_hidden_layers == len(built.model.layers)
+
+
+def test_peft_knows_what_to_adapt(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, _ = pruned(("llama", "llama"))
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    raw = read_json(tmp_path / "model" / "config.json")
+    assert raw["model_type"] == "pruned_llama"
+    config = modeling_pruned.PrunedLlamaConfig.from_pretrained(tmp_path / "model")
+    assert config.to_dict()["model_type"] == "llama"
+    theirs = modeling_pruned.PrunedLlamaForCausalLM.from_pretrained(tmp_path / "model", config=config)
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM"))
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_process_may_load_one_folder_after_another(tmp_path: Path) -> None:
+    """Transformers remembers one model class a config class, so folders whose code differs have config classes of their own."""
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for name in sys.argv[2:]:
+    print(type(AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}/model", trust_remote_code=True)).__name__)
+"""
+    for name, width in (("unequal", None), ("sliced", 40), ("again", None)):
+        model, _ = pruned(("llama", "llama"))
+        if width is not None:
+            slice_to(model, width, [torch.randint(3, VOCAB, (4, 32))], dtype="float32")
+        save(model, byte_tokenizer(), tmp_path / name / "model", dtype=torch.float32)
+    found = ask_a_stranger(code, tmp_path, "unequal", "sliced", "again", folder=tmp_path).split()
+    assert found == ["PrunedLlamaForCausalLM", "SlicedLlamaForCausalLM", "PrunedLlamaForCausalLM"]

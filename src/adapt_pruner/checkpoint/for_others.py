@@ -1,30 +1,49 @@
-"""What a folder's config.json and tokenizer_config.json say so that transformers 4 reads a plain folder as transformers 5 does.
+"""What a folder's config.json and tokenizer_config.json say so that no transformers reads it as another model than it is.
+
+A plain folder has the names that transformers 4 knows:
 
 rope_theta, rope_scaling,     what transformers 5 keeps in `rope_parameters`, which transformers 4 passes over: it would take
 rope_local_base_freq,         its own default for each
 partial_rotary_factor
 PreTrainedTokenizerFast       the name in transformers 4 of the class that transformers 5 calls TokenizersBackend
 additional_special_tokens     likewise of the list `extra_special_tokens`
+
+A folder that brings its own code has a model type of its own, `pruned_llama` for `llama`. Stock classes would take such a folder for
+theirs wherever the weights happen to fit, and compute something else; of a type that it does not know transformers says to pass
+trust_remote_code.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.strict_json import to_json
 
-__all__ = ["name_for_others"]
+__all__ = ["name_for_others", "stock_type"]
 
+_PREFIX = "pruned_"  # as modeling_pruned.py has it
 _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
 def name_for_others(folder: Path) -> None:
-    """Write, in place, into a folder that transformers 5 has written what transformers 4 looks for."""
-    for name, change in (("config.json", _older_rope), ("tokenizer_config.json", _older_tokenizer)):
+    """Write, in place, into a folder that transformers 5 has written what the top of this file says."""
+    for name, change in (("config.json", _config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         if path.is_file():
             said = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(to_json(dict(sorted(change(said).items())), indent=2) + "\n", encoding="utf-8")
+
+
+def stock_type(config: Mapping[str, Any]) -> Any:
+    """The model type that transformers knows, of a config.json as plain data; None where it names no type."""
+    named = config.get("model_type")
+    return named.removeprefix(_PREFIX) if isinstance(named, str) else named
+
+
+def _config(config: dict[str, Any]) -> dict[str, Any]:
+    own = {"model_type": _PREFIX + config["model_type"]} if "auto_map" in config else {}
+    return _older_rope(config) | own
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.checkpoint.for_others import stock_type
 from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, without_code
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
@@ -292,6 +293,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
     try:
         if "gguf_file" not in options:
             raw, _ = PreTrainedConfig.get_config_dict(folder)
+            if "model_type" in raw and stock_type(raw) in families.model_types():
+                raw["model_type"] = stock_type(raw)
             _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
             plain = without_code(raw)
             if quantised := _quantised(raw):

@@ -6,8 +6,13 @@ lacks, with their norms; `output_bias` says that what writes to the stream has a
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
+config.json calls the model type `pruned_llama` where the stock one is `llama`, and so on: stock classes would take the folder for
+theirs and compute something else, and so transformers refuses it and says what to pass.
+
 Licence: Apache-2.0.
 """
+
+import json
 
 import torch
 import transformers
@@ -19,12 +24,88 @@ if not hasattr(transformers.LlamaConfig, "is_heterogeneous"):  # before the impo
         "transformers >= 5.14: pip install --upgrade 'transformers>=5.14'"
     )
 
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3DecoderLayer,
+    Gemma3ForCausalLM,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+)
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3DecoderLayer,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+)
+
+
+PREFIX = "pruned_"
+
+
+class _PrunedConfig:
+    """A stock config whose model type has a prefix in config.json, and is the stock one in Python, since peft and others go by it."""
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        found, others = super().get_config_dict(*args, **kwargs)
+        return {**found, "model_type": cls.model_type}, others
+
+    def to_json_string(self, *args, **kwargs):
+        data = json.loads(super().to_json_string(*args, **kwargs))
+        return json.dumps({**data, "model_type": PREFIX + self.model_type}, indent=2, sort_keys=True) + "\n"
+
+
+class PrunedGemma3TextConfig(_PrunedConfig, Gemma3TextConfig):
+    pass
+
+
+class PrunedLlamaConfig(_PrunedConfig, LlamaConfig):
+    pass
+
+
+class PrunedMistralConfig(_PrunedConfig, MistralConfig):
+    pass
+
+
+class PrunedPhi3Config(_PrunedConfig, Phi3Config):
+    pass
+
+
+class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
+    pass
+
+
+class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
+    pass
 
 
 class _WithoutLayers:
@@ -35,12 +116,13 @@ class _WithoutLayers:
 
     def __init__(self, config):
         num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
-        later = {name: config.__dict__.pop(name) for name in ("gradient_checkpointing",) if name in config.__dict__}
+        checkpointing = config.__dict__.pop("gradient_checkpointing", False)  # which the constructor would use up on no layers
         try:
             super().__init__(config)
         finally:
             config.num_hidden_layers = num_layers
-            config.__dict__.update(later)
+            if checkpointing:
+                config.gradient_checkpointing = checkpointing
 
 
 class _Nothing(nn.Module):
@@ -113,7 +195,32 @@ class _PrunedForCausalLM(_WithoutLayers):
         self.post_init()
 
 
+class _PrunedForSequenceClassification:
+    base_class = None
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)  # the stock constructor would ask AutoModel, which does not have this file
+        self.num_labels = config.num_labels
+        self.model = self.base_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class _PrunedForTokenClassification:
+    base_class = None
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.base_class(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 class PrunedGemma3TextModel(_Pruned, Gemma3TextModel):
+    config_class = PrunedGemma3TextConfig
     layer_class = Gemma3DecoderLayer
     blocks = {
         "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
@@ -122,26 +229,57 @@ class PrunedGemma3TextModel(_Pruned, Gemma3TextModel):
 
 
 class PrunedGemma3ForCausalLM(_PrunedForCausalLM, Gemma3ForCausalLM):
+    config_class = PrunedGemma3TextConfig
+    base_class = PrunedGemma3TextModel
+
+
+class PrunedGemma3TextForSequenceClassification(_PrunedForSequenceClassification, Gemma3TextForSequenceClassification):
+    config_class = PrunedGemma3TextConfig
     base_class = PrunedGemma3TextModel
 
 
 class PrunedLlamaModel(_Pruned, LlamaModel):
+    config_class = PrunedLlamaConfig
     layer_class = LlamaDecoderLayer
 
 
 class PrunedLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
+    config_class = PrunedLlamaConfig
+    base_class = PrunedLlamaModel
+
+
+class PrunedLlamaForSequenceClassification(_PrunedForSequenceClassification, LlamaForSequenceClassification):
+    config_class = PrunedLlamaConfig
+    base_class = PrunedLlamaModel
+
+
+class PrunedLlamaForTokenClassification(_PrunedForTokenClassification, LlamaForTokenClassification):
+    config_class = PrunedLlamaConfig
     base_class = PrunedLlamaModel
 
 
 class PrunedMistralModel(_Pruned, MistralModel):
+    config_class = PrunedMistralConfig
     layer_class = MistralDecoderLayer
 
 
 class PrunedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
+    config_class = PrunedMistralConfig
+    base_class = PrunedMistralModel
+
+
+class PrunedMistralForSequenceClassification(_PrunedForSequenceClassification, MistralForSequenceClassification):
+    config_class = PrunedMistralConfig
+    base_class = PrunedMistralModel
+
+
+class PrunedMistralForTokenClassification(_PrunedForTokenClassification, MistralForTokenClassification):
+    config_class = PrunedMistralConfig
     base_class = PrunedMistralModel
 
 
 class PrunedPhi3Model(_Pruned, Phi3Model):
+    config_class = PrunedPhi3Config
     layer_class = Phi3DecoderLayer
 
     def attention_config(self, config, own):
@@ -149,20 +287,55 @@ class PrunedPhi3Model(_Pruned, Phi3Model):
 
 
 class PrunedPhi3ForCausalLM(_PrunedForCausalLM, Phi3ForCausalLM):
+    config_class = PrunedPhi3Config
+    base_class = PrunedPhi3Model
+
+
+class PrunedPhi3ForSequenceClassification(_PrunedForSequenceClassification, Phi3ForSequenceClassification):
+    config_class = PrunedPhi3Config
+    base_class = PrunedPhi3Model
+
+
+class PrunedPhi3ForTokenClassification(_PrunedForTokenClassification, Phi3ForTokenClassification):
+    config_class = PrunedPhi3Config
     base_class = PrunedPhi3Model
 
 
 class PrunedQwen2Model(_Pruned, Qwen2Model):
+    config_class = PrunedQwen2Config
     layer_class = Qwen2DecoderLayer
 
 
 class PrunedQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
+    config_class = PrunedQwen2Config
+    base_class = PrunedQwen2Model
+
+
+class PrunedQwen2ForSequenceClassification(_PrunedForSequenceClassification, Qwen2ForSequenceClassification):
+    config_class = PrunedQwen2Config
+    base_class = PrunedQwen2Model
+
+
+class PrunedQwen2ForTokenClassification(_PrunedForTokenClassification, Qwen2ForTokenClassification):
+    config_class = PrunedQwen2Config
     base_class = PrunedQwen2Model
 
 
 class PrunedQwen3Model(_Pruned, Qwen3Model):
+    config_class = PrunedQwen3Config
     layer_class = Qwen3DecoderLayer
 
 
 class PrunedQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
+    config_class = PrunedQwen3Config
+    base_class = PrunedQwen3Model
+
+
+class PrunedQwen3ForSequenceClassification(_PrunedForSequenceClassification, Qwen3ForSequenceClassification):
+    config_class = PrunedQwen3Config
+    base_class = PrunedQwen3Model
+
+
+class PrunedQwen3ForTokenClassification(_PrunedForTokenClassification, Qwen3ForTokenClassification):
+    config_class = PrunedQwen3Config
     base_class = PrunedQwen3Model

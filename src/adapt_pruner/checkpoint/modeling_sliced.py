@@ -14,12 +14,45 @@ import copy
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+)
 
-from .modeling_pruned import _PrunedForCausalLM, _WithoutLayers
+from .modeling_pruned import (
+    PrunedLlamaConfig,
+    PrunedMistralConfig,
+    PrunedQwen2Config,
+    PrunedQwen3Config,
+    _PrunedForCausalLM,
+    _PrunedForSequenceClassification,
+    _PrunedForTokenClassification,
+    _WithoutLayers,
+)
 
 
 class BareRMSNorm(nn.Module):
@@ -68,16 +101,36 @@ class _Sliced(_WithoutLayers):
         self.post_init()
 
 
+class SlicedLlamaConfig(PrunedLlamaConfig):
+    pass
+
+
 class SlicedLlamaDecoderLayer(_SlicedLayer, LlamaDecoderLayer):
     pass
 
 
 class SlicedLlamaModel(_Sliced, LlamaModel):
+    config_class = SlicedLlamaConfig
     layer_class = SlicedLlamaDecoderLayer
 
 
 class SlicedLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
+    config_class = SlicedLlamaConfig
     base_class = SlicedLlamaModel
+
+
+class SlicedLlamaForSequenceClassification(_PrunedForSequenceClassification, LlamaForSequenceClassification):
+    config_class = SlicedLlamaConfig
+    base_class = SlicedLlamaModel
+
+
+class SlicedLlamaForTokenClassification(_PrunedForTokenClassification, LlamaForTokenClassification):
+    config_class = SlicedLlamaConfig
+    base_class = SlicedLlamaModel
+
+
+class SlicedMistralConfig(PrunedMistralConfig):
+    pass
 
 
 class SlicedMistralDecoderLayer(_SlicedLayer, MistralDecoderLayer):
@@ -85,11 +138,27 @@ class SlicedMistralDecoderLayer(_SlicedLayer, MistralDecoderLayer):
 
 
 class SlicedMistralModel(_Sliced, MistralModel):
+    config_class = SlicedMistralConfig
     layer_class = SlicedMistralDecoderLayer
 
 
 class SlicedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
+    config_class = SlicedMistralConfig
     base_class = SlicedMistralModel
+
+
+class SlicedMistralForSequenceClassification(_PrunedForSequenceClassification, MistralForSequenceClassification):
+    config_class = SlicedMistralConfig
+    base_class = SlicedMistralModel
+
+
+class SlicedMistralForTokenClassification(_PrunedForTokenClassification, MistralForTokenClassification):
+    config_class = SlicedMistralConfig
+    base_class = SlicedMistralModel
+
+
+class SlicedQwen2Config(PrunedQwen2Config):
+    pass
 
 
 class SlicedQwen2DecoderLayer(_SlicedLayer, Qwen2DecoderLayer):
@@ -97,11 +166,27 @@ class SlicedQwen2DecoderLayer(_SlicedLayer, Qwen2DecoderLayer):
 
 
 class SlicedQwen2Model(_Sliced, Qwen2Model):
+    config_class = SlicedQwen2Config
     layer_class = SlicedQwen2DecoderLayer
 
 
 class SlicedQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
+    config_class = SlicedQwen2Config
     base_class = SlicedQwen2Model
+
+
+class SlicedQwen2ForSequenceClassification(_PrunedForSequenceClassification, Qwen2ForSequenceClassification):
+    config_class = SlicedQwen2Config
+    base_class = SlicedQwen2Model
+
+
+class SlicedQwen2ForTokenClassification(_PrunedForTokenClassification, Qwen2ForTokenClassification):
+    config_class = SlicedQwen2Config
+    base_class = SlicedQwen2Model
+
+
+class SlicedQwen3Config(PrunedQwen3Config):
+    pass
 
 
 class SlicedQwen3DecoderLayer(_SlicedLayer, Qwen3DecoderLayer):
@@ -109,8 +194,20 @@ class SlicedQwen3DecoderLayer(_SlicedLayer, Qwen3DecoderLayer):
 
 
 class SlicedQwen3Model(_Sliced, Qwen3Model):
+    config_class = SlicedQwen3Config
     layer_class = SlicedQwen3DecoderLayer
 
 
 class SlicedQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
+    config_class = SlicedQwen3Config
+    base_class = SlicedQwen3Model
+
+
+class SlicedQwen3ForSequenceClassification(_PrunedForSequenceClassification, Qwen3ForSequenceClassification):
+    config_class = SlicedQwen3Config
+    base_class = SlicedQwen3Model
+
+
+class SlicedQwen3ForTokenClassification(_PrunedForTokenClassification, Qwen3ForTokenClassification):
+    config_class = SlicedQwen3Config
     base_class = SlicedQwen3Model

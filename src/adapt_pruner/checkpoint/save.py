@@ -176,14 +176,20 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
     config.__dict__.pop("auto_map", None)
     prefix, files = _built_by(config)
     if files:
-        built = getattr(modeling_sliced if families.is_sliced(config) else modeling_pruned, f"{prefix}{stock}", None)
+        file = modeling_sliced if families.is_sliced(config) else modeling_pruned
+        built = getattr(file, f"{prefix}{stock}", None)
         if built is None:
             raise UsageError(f"{stock} has no class in {files[0]}.py, so unequal layers cannot be saved; add one")
         config.architectures = [built.__name__]
         config.auto_map = {
+            "AutoConfig": f"{files[0]}.{built.config_class.__name__}",
             "AutoModel": f"{files[0]}.{built.base_class.__name__}",
             "AutoModelForCausalLM": f"{files[0]}.{built.__name__}",
         }
+        for task in ("SequenceClassification", "TokenClassification"):
+            name = f"{built.base_class.__name__.removesuffix('Model')}For{task}"
+            if hasattr(file, name):  # transformers has none of some
+                config.auto_map[f"AutoModelFor{task}"] = f"{files[0]}.{name}"
     return config
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from adapt_pruner.checkpoint.for_others import stock_type
+
 __all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf"]
 
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -40,15 +42,16 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
 
 def in_transformers(own_code: bool) -> str:
     """Commands for a folder in transformers; `own_code` says that Python code in it builds the model."""
-    kind = (
-        "The code in this folder builds its layers out of the stock classes" if own_code else "It is a folder of the stock class"
-    )
+    trust, oldest, kind = "", "4.57", "It is a folder of the stock class; it needs nothing else"
+    if own_code:
+        trust, oldest = ", trust_remote_code=True", "5.14"
+        kind = "The code in this folder builds its layers out of the stock classes, and runs only with `trust_remote_code=True`"
     return (
-        f"**transformers**, {'5.14' if own_code else '4.57'} or newer. {kind}; it needs nothing else.\n\n"
+        f"**transformers**, {oldest} or newer. {kind}.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies, or the name of this repository on the hub\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if own_code else ''})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
         'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
     )
@@ -60,10 +63,11 @@ def no_gguf(config: Mapping[str, Any]) -> str | None:
         return "it has no place for the maps beside the layers of a sliced model"
     if any(layer.get("skip") for layer in layers_of(config)):
         return "the export knows no layers that lack their attention or MLP"
-    if config.get("model_type") not in GGUF_TYPES:
-        return f"the export knows no form for models of type {config.get('model_type')}"
-    if config.get("output_bias") and config.get("model_type") not in ("llama", "mistral", "qwen2"):
+    kind = stock_type(config)
+    if kind not in GGUF_TYPES:
+        return f"the export knows no form for models of type {kind}"
+    if config.get("output_bias") and kind not in ("llama", "mistral", "qwen2"):
         return "it has no place for the biases that a repair added"
-    if config.get("model_type") == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
+    if kind == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
         return "it scales attention by the head size, and this model does not"
     return None
