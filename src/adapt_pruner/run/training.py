@@ -16,10 +16,12 @@ from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
-from adapt_pruner.train.loop import How, Step, make_optimizer, steps
+from adapt_pruner.train.loop import How, Objective, Step, make_optimizer, steps
 from adapt_pruner.train.spread import full_state, load_moments, spread
 
 __all__ = ["Save", "Trainer"]
+
+Around = Callable[[Objective], Objective]
 
 Save = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 """(name of the checkpoint, weights, moments). Weights and moments are whole tensors by name. Called on the main process."""
@@ -67,16 +69,17 @@ class Trainer:
         for _ in self.told(until=until):
             pass
 
-    def told(self, *, until: int) -> Iterator[Step]:
+    def told(self, *, until: int, around: Around = lambda objective: objective) -> Iterator[Step]:
         """Yield each step up to row `until` before it is taken; then take it, tell of it, and save a checkpoint if one is due.
 
-        A reduction that removes units between steps has this as `work.training`.
+        A reduction that removes units between steps, or trains more than weights, has this as `work.training`. `around` makes of the
+        recipe's objective the one to train by.
         """
         work, progress = self._work, self._work.state.progress
         assert work.reads.feed is not None
         with work.state.clock("train"):
             began, tokens = time.perf_counter(), progress.tokens
-            for step in self.steps(until=until):
+            for step in self.steps(until=until, around=around):
                 step.afterwards(partial(self._tell, step, began, tokens))
                 yield step
                 step.take()
@@ -94,12 +97,12 @@ class Trainer:
         for event in work.reads.feed.news() if work.reads.feed is not None else ():
             work.tell(event)
 
-    def steps(self, *, until: int) -> Iterator[Step]:
+    def steps(self, *, until: int, around: Around = lambda objective: objective) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
         assert feed is not None
         how = How(
-            objective=parts.bind("objective", asked.objective, teacher=work.reads.teacher, task=work.task),
+            objective=around(parts.bind("objective", asked.objective, teacher=work.reads.teacher, task=work.task)),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,

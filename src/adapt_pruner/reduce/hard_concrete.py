@@ -1,0 +1,392 @@
+"""`reduce: hard_concrete`: masks learnt together with the weights until the model has a given shape (Sheared LLaMA).
+
+    z            one number for each channel, KV head, neuron and layer; drawn anew for each pass
+    L            the training loss with units multiplied by z, plus a Lagrangian that holds the expected sizes to the target
+    weights and z descend, the multipliers ascend; the target falls to its end over the first rows
+
+At the end each row of z keeps as many entries as the shape has, z is multiplied into the weights, and one cut is made.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.parts import part
+from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.surgery import gated, num_left
+from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+
+__all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
+
+KINDS = ("residual", "kv_heads", "neurons", "layers")
+_TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
+_START = (5.0, 0.01)  # mean and standard deviation of log α
+_BOUND = math.log(100)  # of |log α|
+_TELL = 10  # steps
+
+
+def sampled(log_alpha: Tensor) -> Tensor:
+    """z = clamp(σ((log u - log(1 - u) + log α) / β) · 1.2 - 0.1, 0, 1), u uniform: 0 and 1 with positive probability."""
+    u = torch.empty_like(log_alpha).uniform_(1e-6, 1 - 1e-6)
+    soft = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / _TEMPERATURE)
+    return (soft * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+
+def expected_open(log_alpha: Tensor) -> Tensor:
+    """P(z > 0) of each entry: σ(log α - β log(0.1 / 1.1))."""
+    return torch.sigmoid(log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH))
+
+
+def settled(log_alpha: Tensor, keep: int) -> Tensor:
+    """z without chance: σ(0.8 log α / β) of the `keep` highest entries of each row, 0 of the others."""
+    best = log_alpha.topk(keep, dim=-1).indices
+    soft = torch.sigmoid(0.8 * log_alpha / _TEMPERATURE)
+    return torch.zeros_like(soft).scatter(-1, best, soft.gather(-1, best))
+
+
+@part("reduce", needs={"one stage"})
+class HardConcrete(Reduction):
+    """Learn masks over width, heads, neurons and layers with the weights, until the model has a given shape (Sheared LLaMA)."""
+
+    def __init__(
+        self,
+        *,
+        residual: Annotated[int | None, "1 or more"] = None,
+        kv_heads: Annotated[int | None, "1 or more"] = None,
+        neurons: Annotated[int | None, "1 or more"] = None,
+        layers: Annotated[int | None, "1 or more"] = None,
+        share: Annotated[float, "0 to 1"] = 0.5,
+        ramp: Annotated[float, "0 to 1"] = 0.2,
+        lr: Annotated[float, "above 0"] = 1.0,
+    ) -> None:
+        """
+        Args:
+            residual: width of the stream at the end; None keeps it where another size is given.
+            kv_heads: KV heads of each layer.
+            neurons: neurons of each layer.
+            layers: number of layers.
+            share: share of the training rows in which masks are learnt; the rest trains the small model.
+            ramp: share of those in which the target falls to its end.
+            lr: peak rate of log α and of the multipliers; it follows the schedule of the weights.
+
+        Without any size the shape is found from the budget: all kinds of `axes` give up the same share of their units, the
+        least that meets it.
+
+        With e_j the expected share of a row that is gone, t_j its target so far, and multipliers λ of each kind j:
+
+            L = loss + Σ_j mean over rows of [ λ1_j (e_j - t_j) + λ2_j (e_j - t_j)² ]
+
+        Source: arXiv:2310.06694 and its released code: β = 2/3, log α ~ N(5, 0.01) within ±log 100, multipliers from 0 at the rate
+        of the masks. Differs: KV heads are the units (with their query heads), not query heads; a norm's mean runs over all channels
+        under the masks and is brought to those that stay at the cut, so that masked and cut model agree as everywhere here; AdamW's
+        betas are the run's.
+        """
+        self.shape = {"residual": residual, "kv_heads": kv_heads, "neurons": neurons, "layers": layers}
+        self.share, self.ramp, self.lr = share, ramp, lr
+        self._began: dict[str, int] = {}
+        self._saved: Mapping[str, Any] = {}
+        self._held: dict[str, nn.Parameter] = {}
+
+    def check(self, work: Work) -> None:
+        """Refuse a shape that the model cannot get, and training that masks do not go with."""
+        recipe, asked = work.recipe, work.recipe.training
+        if asked.source is None:
+            raise UsageError(
+                "reduce hard_concrete learns masks while the model trains, and the recipe trains nothing; set training.source and "
+                "training.tokens"
+            )
+        unfit = {
+            "training.lora": asked.lora is not None,
+            "training.compile": asked.compile,
+            "training.gradient_checkpointing": asked.gradient_checkpointing,
+            "parallel=fsdp": recipe.parallel == "fsdp",
+        }
+        if wrong := [key for key, given in unfit.items() if given]:
+            raise UsageError(
+                f"reduce hard_concrete cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out"
+            )
+        for kind, size in self.shape.items():
+            if size is None:
+                continue
+            here = {axis.size for axis in work.axes if axis.kind == kind}
+            began = {units for name, units in work.state.began.items() if name.rpartition(".")[2] == kind}
+            if not here | began:
+                raise UsageError(
+                    f"the shape names {kind}, which this model does not have; leave that out of reduce=hard_concrete(…)"
+                )
+            if size > min(began or here):
+                raise UsageError(
+                    f"the shape has {size:,} {kind}, and the model has {min(began or here):,}; give that many or fewer"
+                )
+        if not any(self.shape.values()) and (others := [kind for kind in recipe.axes if kind not in KINDS]):
+            raise UsageError(
+                f"reduce hard_concrete masks {', '.join(KINDS)}, and axes names {', '.join(others)}; leave that out of axes"
+            )
+
+    def floor(self, work: Work) -> tuple[int, str]:
+        """The parameters of the shape, where it is given; else those that are left when each axis keeps one unit."""
+        if any(self.shape.values()):
+            return _params(work, self._given(work)), "the model has the shape that reduce=hard_concrete(…) names"
+        return _params(work, dict.fromkeys(self._kinds(work), 1)), "every axis has one unit"
+
+    def looks(self, work: Work) -> Looks:
+        """No calibration text."""
+        return Looks()
+
+    def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
+        """Train weights and masks, saying how far they are every ten steps; then yield the cut."""
+        if work.num_params <= target:
+            return
+        assert work.training is not None
+        assert work.optimizer is not None
+        shape = self._given(work) if any(self.shape.values()) else self._found(work, target)
+        progress = work.state.progress
+        if not self._began:
+            self._began = {"rows": progress.rows}
+        first, end = self._began["rows"], work.reads.ends[work.state.stage - 1]
+        stop = min(end, first + max(1, round((end - first) * self.share)))
+        last = progress.steps - (-(stop - progress.rows) // (work.recipe.training.batch_tokens // work.recipe.training.length))
+        rows = {kind: _rows_of(work.axes, kind) for kind in shape}
+        goal = {kind: 1 - size / rows[kind].shape[1] for kind, size in shape.items()}
+        self._hold(work, rows)
+        try:
+            lagrangian = _Lagrangian(
+                self._held, goal, lambda: (progress.rows - first) / max(1, round((stop - first) * self.ramp))
+            )
+            losses: list[float] = []
+            for step in work.training(until=stop, around=lambda objective: _masked(work, objective, self._held, lagrangian)):
+                step.take()
+                with torch.no_grad():
+                    for kind in shape:
+                        self._held[kind].clamp_(-_BOUND, _BOUND)
+                losses.append(step.loss)
+                if len(losses) == _TELL or progress.rows >= stop:
+                    yield Searched(
+                        stage=work.state.stage, done=progress.steps, of=last, evaluations=progress.steps,
+                        best=min(losses), mean=sum(losses) / len(losses), sizes=self._expected(work),
+                    )  # fmt: skip
+                    losses = []
+            z = {kind: settled(self._held[kind].detach(), size) for kind, size in shape.items()}
+        finally:
+            self._let_go(work)
+        fold(work.model, work.axes, z)
+        self._began = {}
+        yield Change(
+            _mask(work.axes, z), told={"sizes": {axis.name: shape[axis.kind] for axis in work.axes if axis.kind in shape}}
+        )
+
+    def _kinds(self, work: Work) -> list[str]:
+        return [kind for kind in KINDS if kind in work.recipe.axes and any(axis.kind == kind for axis in work.axes)]
+
+    def _given(self, work: Work) -> dict[str, int]:
+        """The sizes that are asked for, of kinds that have more now."""
+        most = {axis.kind: axis.size for axis in work.axes}
+        return {kind: size for kind, size in self.shape.items() if size is not None and size < most.get(kind, 0)}
+
+    def _found(self, work: Work, target: int) -> dict[str, int]:
+        """The largest sizes that are the same share of all kinds and meet the budget."""
+        most = {kind: min(axis.size for axis in work.axes if axis.kind == kind) for kind in self._kinds(work)}
+        shares = range(1000, 0, -1)
+        sizes = ({kind: max(1, most[kind] * share // 1000) for kind in most} for share in shares)
+        return next(shape for shape in sizes if _params(work, shape) <= target)
+
+    def _hold(self, work: Work, rows: Mapping[str, Tensor]) -> None:
+        """Give the optimiser log α and the multipliers, in place: as they were saved, or as they begin."""
+        device = next(work.model.parameters()).device
+        generator = torch.Generator().manual_seed(work.recipe.seed)
+        for kind, like in rows.items():
+            start = torch.randn(like.shape, generator=generator) * _START[1] + _START[0]
+            self._held[kind] = nn.Parameter(start.to(device))
+            self._held[f"{kind}.multipliers"] = nn.Parameter(torch.zeros(2, device=device))
+        scale = self.lr / work.recipe.training.lr
+        for ascend in (False, True):
+            those = [one for name, one in self._held.items() if name.endswith(".multipliers") is ascend]
+            work.optimizer.add_param_group({"params": those, "weight_decay": 0.0, "scale": scale, "maximize": ascend})  # type: ignore[union-attr]
+        for name, values in self._saved.items():
+            parameter = self._held[name]
+            with torch.no_grad():
+                parameter.copy_(torch.tensor(values["value"]).to(device).view_as(parameter))
+            if values["moments"]:
+                work.optimizer.state[parameter] = {  # type: ignore[union-attr]
+                    key: torch.tensor(value) if key == "step" else torch.tensor(value).to(device).view_as(parameter)
+                    for key, value in values["moments"].items()
+                }
+        self._saved = {}
+        self._optimizer = work.optimizer
+
+    def _let_go(self, work: Work) -> None:
+        """Take log α and the multipliers from the optimiser, in place."""
+        its = {id(one) for one in self._held.values()}
+        optimizer: Any = work.optimizer
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if not its & {id(one) for one in group["params"]}]
+        for one in self._held.values():
+            optimizer.state.pop(one, None)
+        self._held = {}
+
+    def _expected(self, work: Work) -> dict[str, float]:
+        """Axis name -> units that are open on average."""
+        found: dict[str, float] = {}
+        for kind, log_alpha in self._held.items():
+            if not kind.endswith(".multipliers"):
+                number = expected_open(log_alpha.detach()).sum(dim=-1).tolist()
+                names = [axis.name for axis in work.axes if axis.kind == kind]
+                found |= dict(zip(names, number, strict=True))
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Where learning began, and log α and the multipliers with their moments."""
+        held: dict[str, Any] = {}
+        for name, parameter in self._held.items():
+            moments = self._optimizer.state.get(parameter, {})  # type: ignore[union-attr]
+            held[name] = {
+                "value": parameter.detach().flatten().tolist(),
+                "moments": {key: value.flatten().tolist() if value.dim() else float(value) for key, value in moments.items()},
+            }
+        return {"began": dict(self._began), "held": held}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave."""
+        if "held" in state:
+            self._began, self._saved = dict(state["began"]), state["held"]
+
+    def fit(self, work: Work) -> None:
+        """Learn the masks anew, since what they go by has changed."""
+        self._began, self._saved = {}, {}
+
+
+class _Lagrangian:
+    """Σ_j mean over rows of λ1 (e - t) + λ2 (e - t)², with the targets as far as they have fallen."""
+
+    def __init__(self, held: Mapping[str, Tensor], goal: Mapping[str, float], fallen: Callable[[], float]) -> None:
+        self._held, self._goal, self._fallen = held, goal, fallen
+
+    def __call__(self) -> Tensor:
+        fallen = min(1.0, self._fallen())
+        terms = []
+        for kind, goal in self._goal.items():
+            apart = 1 - expected_open(self._held[kind]).mean(dim=-1) - goal * fallen
+            one, two = self._held[f"{kind}.multipliers"]
+            terms.append((one * apart + two * apart.square()).mean())
+        return torch.stack(terms).sum()
+
+
+def _masked(
+    work: Work, objective: Callable[..., Tensor], held: Mapping[str, Tensor], lagrangian: _Lagrangian
+) -> Callable[..., Tensor]:
+    """The objective with units multiplied by freshly drawn z, and the gradient of the Lagrangian."""
+
+    def loss(model: Any, ids: Tensor, predicted: Tensor | None = None) -> Tensor:
+        z = {kind: sampled(log_alpha) for kind, log_alpha in held.items() if not kind.endswith(".multipliers")}
+        with gated(model, work.axes, _gates(work.axes, z)):
+            total: Tensor = objective(model, ids, predicted)
+        held_to = lagrangian()
+        # Its gradient alone: the loss that is told, and watched for an explosion, is that of the text.
+        return total + (held_to - held_to.detach()) * work.task.num_predicted([ids], predicted)
+
+    return loss
+
+
+def _rows_of(axes: Sequence[Axis], kind: str) -> Tensor:
+    """Zeros in the shape of the masks of a kind: a row an axis; that of layers is one."""
+    its = [axis for axis in axes if axis.kind == kind]
+    if len({axis.entries for axis in its}) != 1:
+        raise UsageError(
+            f"reduce hard_concrete wants layers that are alike, and the {kind} of this model differ from layer to layer; begin with "
+            "the dense model"
+        )
+    return torch.zeros(len(its), its[0].entries)
+
+
+def _gates(axes: Sequence[Axis], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates by axis name; what a layer adds to the stream, by its attention and by its MLP, is multiplied by the layer's z."""
+    gates: dict[str, Tensor] = {}
+    for kind in z.keys() - {"layers"}:
+        gates |= dict(zip([axis.name for axis in axes if axis.kind == kind], z[kind], strict=True))
+    if "layers" in z:
+        gates |= {axis.name: z["layers"][0][axis.layer, None] for axis in axes if axis.kind in ("attentions", "mlps")}
+    return gates
+
+
+def _mask(axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Mask:
+    """What stays: entries whose z is not 0."""
+    kept: dict[str, Tensor] = {}
+    for kind, values in z.items():
+        kept |= dict(zip([axis.name for axis in axes if axis.kind == kind], (values > 0).cpu(), strict=True))
+    return Mask(kept)
+
+
+def _params(work: Work, shape: Mapping[str, int]) -> int:
+    """Parameters of the model in this shape."""
+    kept = {axis.name: torch.arange(axis.entries) % axis.size < shape[axis.kind] for axis in work.axes if axis.kind in shape}
+    return num_left(work.model, work.axes, Mask(kept))
+
+
+@torch.no_grad()
+def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> None:
+    """Multiply z into the weights, in place, so that the model computes the same without gates; where z is 0 nothing is done.
+
+    Neurons and heads: the columns that read them. Layers: what their attention and MLP add to the stream. Channels: all that writes the
+    stream, and the embeddings; where these are also the head, the last norm is divided by z.
+
+    Args:
+        model: as it is under `gated` with these values.
+        axes: its axes.
+        z: kind -> [rows, entries], 0 for what is about to be cut.
+    """
+    for axis in axes:
+        if axis.kind not in z:
+            continue
+        row = [other.name for other in axes if other.kind == axis.kind].index(axis.name)
+        values = z[axis.kind][row]
+        values = torch.where(values > 0, values, torch.ones_like(values))
+        if axis.gate.is_linear:
+            weight = axis.gate.oriented(model.get_parameter(f"{axis.gate.module}.weight"))
+            weight.mul_(values.repeat_interleave(axis.gate.width).to(weight))
+        elif axis.name == "layers":
+            _fold_layers(model, axes, values)
+        else:
+            _fold_channels(model, axes, axis, values)
+
+
+def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None:
+    """Multiply what each layer's blocks add to the stream: the norm behind a block, or else the layer at the gate of its units."""
+    shifted = {name for axis in axes for name in axis.one_more}
+    for axis in axes:
+        if axis.kind in ("attentions", "mlps") and axis.layer is not None:
+            inside = next(one.gate.module for one in axes if axis.name in one.enclosing and one.kind in ("kv_heads", "neurons"))
+            last = _behind(model, axis) or inside
+            for name, parameter in model.get_submodule(last).named_parameters(prefix=last):
+                offset = 1.0 if name in shifted else 0.0
+                parameter.copy_((parameter + offset) * values[axis.layer].to(parameter) - offset)
+
+
+def _behind(model: nn.Module, block: Axis) -> str | None:
+    """The norm behind a block, which gives what is added to the stream; None where there is none."""
+    name = block.modules[-1]
+    return name if getattr(model.get_submodule(name), "weight", None) is not None else None
+
+
+def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor) -> None:
+    """Multiply all that writes the stream, and what norms behind blocks read."""
+    any_model: Any = model
+    head, embeddings = any_model.lm_head, any_model.get_input_embeddings()
+    behind = [name for block in axes if block.kind in ("attentions", "mlps") and (name := _behind(model, block))]
+    for piece in axis.slices:
+        parameter = model.get_parameter(piece.parameter)
+        if piece.dim == 0 and parameter.dim() == 2:
+            parameter.mul_(values.to(parameter)[:, None])
+        elif piece.parameter.endswith(".bias"):
+            parameter.mul_(values.to(parameter))
+        elif piece.parameter.removesuffix(".weight") in behind:
+            offset = 1.0 if piece.parameter in axis.one_more else 0.0
+            parameter.copy_((parameter + offset) * values.to(parameter) - offset)
+    embeddings.weight.mul_(values.to(embeddings.weight))
+    if head.weight is embeddings.weight:
+        name = f"{axis.gate.module}.weight"  # of the last norm
+        norm, offset = model.get_parameter(name), 1.0 if name in axis.one_more else 0.0
+        norm.copy_((norm + offset) / values.to(norm) - offset)

@@ -1,0 +1,146 @@
+"""`reduce: hard_concrete`: folded equals masked, the shape is reached, multipliers ascend, and a killed run goes on bit-equal."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce import hard_concrete
+from adapt_pruner.reduce.hard_concrete import expected_open, fold, sampled, settled
+from adapt_pruner.report.documented import run
+from conftest import LAYOUTS, tiny_model
+
+
+def test_a_draw_is_open_as_often_as_is_expected() -> None:
+    torch.manual_seed(0)
+    log_alpha = torch.tensor([-4.0, -1.0, 0.0, 1.0, 5.0])
+    drawn = torch.stack([sampled(log_alpha) for _ in range(4000)])
+    assert torch.allclose((drawn > 0).float().mean(dim=0), expected_open(log_alpha), atol=0.03)
+    assert 0 <= float(drawn.min()) <= float(drawn.max()) <= 1
+    assert float((drawn == 1).float().mean()) > 0.1, "it reaches its ends"
+    z = settled(log_alpha, 2)
+    assert z.tolist() == pytest.approx([0, 0, 0, 1 / (1 + math.exp(-1.2)), 1 / (1 + math.exp(-6.0))])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+@pytest.mark.parametrize(
+    "kinds", [("neurons", "kv_heads"), ("layers",), ("residual",), ("residual", "kv_heads", "neurons", "layers")]
+)
+def test_folded_and_cut_is_what_was_masked(layout: tuple[str, str], kinds: tuple[str, ...], batches: list[torch.Tensor]) -> None:
+    model = tiny_model(layout).double()
+    axes = families.axes(model)
+    kinds = tuple(kind for kind in kinds if any(axis.kind == kind for axis in axes))
+    torch.manual_seed(1)
+    z = {}
+    for kind in kinds:
+        rows = hard_concrete._rows_of(axes, kind)
+        keep = max(1, rows.shape[1] * 2 // 3)
+        z[kind] = settled(torch.randn(rows.shape), keep).double()
+    small = copy.deepcopy(model)
+    fold(small, axes, z)
+    cut(small, axes, hard_concrete._mask(axes, z))
+    with torch.no_grad(), gated(model, axes, hard_concrete._gates(axes, z)):
+        expected = model(batches[0]).logits
+    with torch.no_grad():
+        found = small(batches[0]).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), float(
+        (found - expected).abs().max()
+    )
+    with torch.no_grad():
+        assert not torch.allclose(found, model(batches[0]).logits, rtol=1e-2), "the masks do something"
+
+
+def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
+    training = {"source": str(text), "tokens": 2048, "batch_tokens": 64, "length": 32, "lr": 1e-3} | changes.pop("training", {})
+    keys = {
+        "model": str(folder), "budget": "75%", "method": "sheared", "dtype": "float32", "device": "cpu", "checkpoint_minutes": 0,
+        "training": training, "keep_checkpoints": 99,
+    }  # fmt: skip
+    return read(keys | changes)
+
+
+def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["event"] == kind]
+
+
+def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    shape = "hard_concrete(residual=36, kv_heads=2, neurons=30, layers=2, lr=0.2, share=0.8)"
+    outcome = run(recipe_of(tiny_folder, text_file, reduce=shape, training={"tokens": 8192}), tmp_path / "run")
+    assert outcome is not None
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_key_value_heads"], config["intermediate_size"], config["num_hidden_layers"]) == (
+        36,
+        2,
+        30,
+        2,
+    )
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    searched = log_of(tmp_path / "run", "searched")
+    rounds = [one["sizes"] for one in searched]
+    assert rounds[0]["residual"] > 47, "masks begin open"
+    for name, size in (("residual", 36), ("layers.0.neurons", 30), ("layers", 2)):  # around which multipliers of few steps swing
+        assert min(abs(one[name] - size) for one in rounds[2:]) < abs(rounds[0][name] - size) / 2, f"{name} moves to its target"
+        assert max(one[name] for one in rounds[-3:]) < rounds[0][name]
+    assert len(log_of(tmp_path / "run", "cut")) == 1
+    assert len(log_of(tmp_path / "run", "step")) > 120, "the rest of the tokens trains the small model"
+
+
+def test_a_shape_is_found_for_a_budget(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    outcome = run(recipe_of(tiny_folder, text_file), tmp_path / "run")
+    assert outcome is not None
+    assert outcome.figures["budget"] * 0.85 < outcome.figures["params_after"] <= outcome.figures["budget"]
+    sizes = families.sizes(outcome.loaded.model)
+    assert len({sizes[name] for name in sizes if name.endswith("neurons")}) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("nth", [3, 12, 20])
+def test_a_killed_run_goes_on_bit_equal(nth: int, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file)
+    run(recipe, tmp_path / "whole")
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == nth:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "broken", listen=kill)
+    run(recipe, tmp_path / "broken")
+    for kind, keys in (("step", ("step", "loss", "lr")), ("cut", ("sizes", "params"))):
+        one, other = ([[line.get(key) for key in keys] for line in log_of(tmp_path / name, kind)] for name in ("whole", "broken"))
+        assert one == other
+    one, other = (load(str(tmp_path / name / "model")) for name in ("whole", "broken"))
+    assert one.mask == other.mask
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"training": {"source": None, "tokens": 0}}, "hard_concrete learns masks while the model trains, and the recipe trains nothing"),
+    ({"training": {"gradient_checkpointing": True}}, "cannot mask with training.gradient_checkpointing; leave it out"),
+    ({"reduce": "hard_concrete(residual=64)"}, "the shape has 64 residual, and the model has 48; give that many or fewer"),
+    ({"reduce": "hard_concrete(layers=0)"}, "option 'layers' of reduce 'hard_concrete' is 0; it is a whole number (1 or more) or null"),
+    ({"reduce": "hard_concrete(kv_heads=3)", "budget": "50%"}, "parameters that stay when the model has the shape that"),
+    ({"axes": ["neurons", "query_heads"]}, "hard_concrete masks residual, kv_heads, neurons, layers, and axes names query_heads"),
+    ({"stages": 2}, "can run only once, and stages is 2; set stages to 1"),
+    ({"budget": "100"}, "budget 100 is below the"),
+])  # fmt: skip
+def test_what_it_cannot_do_is_refused(
+    changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
