@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 
-.PHONY: demo test check format golden matrix common-tests clean help
+.PHONY: demo test check format fuzz golden matrix common-tests clean help
 
 help:
 	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
 	@echo "make golden  compare what this code computes with another commit's, to the last bit: make golden BASE=6fb363c"
+	@echo "make fuzz    hostile recipes, texts, checkpoints, run folders and options for ten minutes: make fuzz SECONDS=600 SEED=7"
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
 	@echo "make common-tests  transformers' own tests of models, on our classes (needs a package index)"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
@@ -51,6 +52,9 @@ format: $(READY)
 
 golden: $(READY)
 	$(BIN)/python tests/golden.py --base $(or $(BASE),HEAD)
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 matrix: $(READY)
 	$(BIN)/python .ci/matrix

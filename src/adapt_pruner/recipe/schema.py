@@ -260,7 +260,9 @@ class Recipe(_Frozen):
     repair: _optional_part("repair") = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
     # fmt: on
     reduce: _part("reduce") = Field("units", description="how the model is brought down to a stage's budget: units or slice")  # type: ignore[valid-type]
-    step: float = Field(0.02, gt=0, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot")
+    step: float = Field(
+        0.02, ge=1e-4, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot"
+    )
     amplitude: float = Field(
         0.02, ge=0, le=1, description="how much a layer's importance changes its step; 0 makes all layers equal"
     )
