@@ -95,14 +95,7 @@ def card_of(folder: Path) -> str:
     told = _told(folder)
     try:
         return card(*told)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:  # of the two files alone
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # nothing but the two files is at work
         raise UsageError(
             f"config.json or pruning.json of {folder} is damaged ({type(error).__name__}: {first_line(error)}); get the folder again"
         ) from error
