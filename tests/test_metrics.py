@@ -62,6 +62,26 @@ def test_taylor_is_the_sum_of_weight_times_gradient(layout: tuple[str, str], bat
             assert float(scores[f"layers.{i}.query_heads"][head]) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("metric", [weights.magnitude, weights.taylor])
+def test_a_fused_matrix_is_worked_out_once(metric: Any, batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values of Phi-3 are rows of one matrix, gate and up of another."""
+    model = tiny_model(("phi3", "phi3"))
+    axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads", "query_heads")]
+    seen: list[tuple[str, int]] = []
+    across = weights._across
+
+    def counted(terms: torch.Tensor, piece: Any) -> torch.Tensor:
+        seen.append((piece.parameter, piece.dim))
+        return across(terms, piece)
+
+    monkeypatch.setattr(weights, "_across", counted)
+    score(model, axes, batches, metrics=[metric], dtype="float32")
+    matrices = {
+        (piece.parameter, piece.dim) for axis in axes for piece in axis.slices if piece.dim == 1 or "proj" in piece.parameter
+    }
+    assert len(seen) == len(set(seen)) == len(matrices) == 4 * model.config.num_hidden_layers
+
+
 def test_taylor_takes_the_absolute_value_after_summing_over_batches(batches: list[torch.Tensor]) -> None:
     model = tiny_model()
     axes = families.axes(model)

@@ -152,12 +152,16 @@ def _rows(
     Args:
         only: the name of one parameter; None for all.
     """
-    return {
-        (axis.name, number): worth(parameter, piece)[piece.start : piece.start + axis.entries * piece.width].cpu()
-        for axis in axes
-        for number, piece in enumerate(axis.slices)
-        if only in (None, piece.parameter) and (parameter := model.get_parameter(piece.parameter)).dim() > 1
-    }
+    rows: Rows = {}
+    whole: dict[tuple[str, int], Tensor] = {}  # a matrix that several slices lie in is worked out once
+    for axis in axes:
+        for number, piece in enumerate(axis.slices):
+            if only in (None, piece.parameter) and (parameter := model.get_parameter(piece.parameter)).dim() > 1:
+                key = piece.parameter, piece.dim
+                if key not in whole:
+                    whole[key] = worth(parameter, piece)
+                rows[axis.name, number] = whole[key][piece.start : piece.start + axis.entries * piece.width].cpu()
+    return rows
 
 
 def _summed(axes: Sequence[Axis], rows: Rows, *, authors_fold: bool = False) -> Scores:
