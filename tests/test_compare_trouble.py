@@ -160,8 +160,8 @@ def test_ids_of_the_text_that_is_measured_are_said(
 
 BAD = {
     "unknown method": ({"methods": "magnitude-all,randon"}, [], "did you mean 'random'"),
-    "no method": ({"methods": " ,"}, [], "--methods names none"),
-    "no size": ({"params": ""}, [], "--params names none"),
+    "no method": ({"methods": " ,"}, [], "--methods is empty"),
+    "no size": ({"params": ""}, [], "--params is empty"),
     "size that is no number": ({"params": "80%,much"}, [], "'much' is not a count"),
     "size above the model": ({"params": "80%,1B"}, [], "above the"),
     "unknown key": ({}, ["--set", "stepp=1"], "did you mean 'step'"),

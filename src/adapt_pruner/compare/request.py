@@ -1,4 +1,4 @@
-"""What is to be compared: methods, sizes, draws and texts, each checked before any work; and the cells they make."""
+"""What is to be compared: methods, sizes, draws and texts. Each is checked before any work. Every combination of them is a cell."""
 
 import hashlib
 import itertools
@@ -24,18 +24,18 @@ _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "k
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be compared; the same for all methods but the method itself.
+    """What is to be compared. All methods share every setting here.
 
     Attributes:
         model: as `checkpoint.load` takes it.
         methods: rows of `adapt-pruner methods`.
         params: sizes, as `Budget.parse` takes them.
         texts: SPECs of the texts that perplexity is measured on.
-        calibration: SPEC for methods that look at text; None for what their recipes say.
-        calibration_ids: JSON files of token ids instead, each of which is a draw.
-        draws: seeds, from 0, where there are no such files.
-        window: tokens an evaluation window.
-        max_windows: windows at most of each text; None for all.
+        calibration: SPEC of the calibration text; None for what each recipe says.
+        calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
+        draws: number of draws where there are no such files; draw n has the seed n.
+        window: tokens in an evaluation window.
+        max_windows: the most windows that are read of each text; None for all.
         overrides: `KEY=VALUE` of a recipe, for every method.
         device: as a recipe has it.
         dtype: precision of matrix products, for pruning and measuring.
@@ -69,13 +69,13 @@ class Request:
         """
         for words, option in ((self.methods, "--methods"), (self.params, "--params"), (self.texts, "--text")):
             if not any(words):
-                raise UsageError(f"{option} names none; there must be at least one")
+                raise UsageError(f"{option} is empty; give at least one")
         for size in self.params:
             Budget.parse(size, dense=_ANY_SIZE)
         for text in self.overrides:
             key = text.partition("=")[0].strip()
             if key in _OWN_KEYS:
-                raise UsageError(f"--set {key} would be the same in every cell of the comparison; use {_OWN_KEYS[key]}")
+                raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
             if key == "calibration.source" and self.calibration is not None:
                 raise UsageError(f"{key} is said by --calibration and by --set; leave one of them out")
         if self.calibration is not None and self.calibration_ids:
@@ -144,7 +144,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one size with one draw.
+    """One method that prunes to one size with one draw of calibration text.
 
     Attributes:
         method: the row.
@@ -161,10 +161,10 @@ class Cell:
     words: tuple[str, ...]
 
     def name(self, read_by_it: dict[str, Any]) -> str:
-        """A name that no other cell bears: for people, and a fingerprint of the recipe and of what is read for it.
+        """The cell's own name: method, size, draw, and a fingerprint of the recipe and of everything that the cell reads.
 
         Args:
-            read_by_it: plain data that tells model, calibration text and windows from others.
+            read_by_it: plain data that differs where the model, the calibration text or the windows differ.
         """
         recipe = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in _SAYS_NOTHING}
         recipe["calibration"] |= {"ids": None}  # the ids themselves are in `read_by_it`, wherever the file lies
