@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.data.fixed import Span
 from adapt_pruner.train.loop import How, Progress, steps
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
@@ -73,26 +74,6 @@ class InOrder:
 
     def tell(self, losses: Any) -> None:
         raise AssertionError("it does not want them")
-
-
-@dataclass
-class Span:
-    rows: Any
-    first: int
-    last: int
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.rows.num_tokens(self.first, self.last))
-
-    def batch(self, start: int, stop: int) -> Any:
-        return self.rows.batch(self.first + start, self.first + stop)
-
-    def domains(self, start: int, stop: int) -> list[str]:
-        return [""] * (stop - start)
 
 
 def train(

@@ -1,8 +1,8 @@
 """Whether a change of the code changed what a run computes: every method row, on tiny models, by two versions of the package.
 
 `make golden` runs the code of a base commit and the code as it lies here side by side on this machine, through the command line, and
-compares mask.json, the weights, log.jsonl without times and the page of each run but its style, to the last bit. Nothing is stored in git, since
-processors round differently. It also takes a run that the base commit left in its middle and lets the code here finish it.
+compares mask.json, the weights, log.jsonl without times and the page of each run without its style, to the last bit. Nothing is
+stored in git, since processors round differently. It also takes a run that the base commit left in its middle and lets the code here finish it.
 
     make golden                    against the last commit
     make golden BASE=6fb363c       against that commit

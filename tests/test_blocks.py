@@ -18,7 +18,6 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
-from adapt_pruner.reduce.slice import width_for
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.score import blocks
@@ -26,6 +25,7 @@ from adapt_pruner.score.calibrate import mean_loss, score
 from adapt_pruner.score.weights import magnitude, taylor
 from adapt_pruner.train.kernels import kernels
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
+from test_rotate import floor_of
 
 GONE = Mask({f"layers.{name}": torch.tensor([False]) for name in ("0.attentions", "1.mlps")})
 
@@ -118,7 +118,7 @@ def test_everything_that_walks_layers_copes(layout: tuple[str, str], batches: li
 
 def test_a_model_that_lacks_blocks_is_not_sliced() -> None:
     with pytest.raises(UsageError, match="layer 0 lacks its attention or MLP, and slicing changes the basis at both; set reduce"):
-        width_for(lacking(), 10**4)
+        floor_of(lacking())
 
 
 @pytest.fixture(scope="module")

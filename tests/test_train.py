@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapt_pruner.core import world
+from adapt_pruner.data.fixed import Span
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.loop import How, Progress, Step, _Batch, make_optimizer, stage_tokens, steps
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
-from conftest import InOrder, Span, tiny_model, train
+from conftest import InOrder, tiny_model, train
 
 
 @dataclass
@@ -479,13 +480,17 @@ def test_other_parameters_learn_along_and_may_ascend(blocks: Tensor) -> None:
         assert float(multiplier.detach()) == pytest.approx(1 + (0.03 if maximize else -0.03), abs=1e-4)
 
 
+class InTurn(Span):
+    def domains(self, start: int, stop: int) -> list[str]:
+        return ["odd" if row % 2 else "even" for row in range(self.first + start, self.first + stop)]
+
+
 class Split(InOrder):
     """Rows of two texts in turn, whose losses the feed wants to hear."""
 
     def take(self, num_rows: int) -> Any:
         span = super().take(num_rows)
-        span.domains = lambda start, stop: ["odd" if row % 2 else "even" for row in range(span.first + start, span.first + stop)]
-        return span
+        return InTurn(span.rows, span.first, span.last)
 
     def tell(self, losses: Any) -> None:
         self.heard = [*getattr(self, "heard", []), losses]

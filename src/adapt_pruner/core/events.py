@@ -484,13 +484,9 @@ class Reused(Event):
         return f"{self.done} of {self.of} cells are finished and used again"
 
 
-class Cell(Event):
-    """A cell begins: number `cell` of `of`, a method, to `size` parameters, draw number `draw` of `draws` of its calibration text.
+class _OfCell(Event):
+    """What is told of a cell: number `cell` of `of`, a method, to `size` parameters, draw number `draw` of `draws` of its calibration text."""
 
-    `seconds_left` are those until all cells are done; None while nobody knows.
-    """
-
-    event: Literal["cell"] = "cell"
     logged = False
     cell: Count
     of: Count
@@ -498,12 +494,19 @@ class Cell(Event):
     size: Count
     draw: Count
     draws: Count
-    seconds_left: float | None = None
 
     @property
     def name(self) -> str:
         """The cell for people."""
-        return _cell(self)
+        which = f", draw {self.draw} of {self.draws}" if self.draws > 1 else ""
+        return f"cell {self.cell} of {self.of}: {self.method} to {millions(self.size)}{which}"
+
+
+class Cell(_OfCell):
+    """A cell begins; `seconds_left` are those until all cells are done, None while nobody knows."""
+
+    event: Literal["cell"] = "cell"
+    seconds_left: float | None = None
 
     @property
     def left(self) -> str:
@@ -514,24 +517,17 @@ class Cell(Event):
         return self.name + (f", {self.left}" if self.left else "")
 
 
-class CellDone(Event):
+class CellDone(_OfCell):
     """A cell has ended: with its mean loss on the first text, `nll`, or an `error`."""
 
     event: Literal["cell_done"] = "cell_done"
-    logged = False
-    cell: Count
-    of: Count
-    method: str
-    size: Count
-    draw: Count
-    draws: Count
     nll: float | None = None
     error: str | None = None
 
     def line(self, begun: str = "dense") -> str:
         perplexity = None if self.nll is None else perplexity_of(self.nll)
         came = f"perplexity {shown(perplexity, 'perplexity')}" if self.error is None else f"failed: {self.error}"
-        return f"{_cell(self)}: {came}"
+        return f"{self.name}: {came}"
 
 
 class Said(Event):
@@ -592,8 +588,3 @@ def _is_finite(values: Iterable[Any]) -> bool:
 
 def _whose(stage: int, begun: str) -> str:
     return f"stage {stage}" if stage else "dense model" if begun == "dense" else begun
-
-
-def _cell(its: Cell | CellDone) -> str:
-    which = f", draw {its.draw} of {its.draws}" if its.draws > 1 else ""
-    return f"cell {its.cell} of {its.of}: {its.method} to {millions(its.size)}{which}"

@@ -95,7 +95,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """Rows `first` to `last` of all, in their order."""
 
     rows: Rows
@@ -107,12 +107,15 @@ class _Span:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all of them."""
         return self.rows.num_tokens(self.first, self.last)
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """See `Rows`; as everywhere here, numbered within the span."""
         return self.rows.batch(self.first + start, self.first + stop)
 
     def domains(self, start: int, stop: int) -> list[str]:
+        """See `Rows`."""
         return self.rows.domains(self.first + start, self.first + stop)
 
 
@@ -130,10 +133,10 @@ class Fixed:
         """See `stage_spans`."""
         return [span.stop for span in stage_spans(self._rows, stage_tokens)]
 
-    def take(self, num_rows: int) -> _Span:
+    def take(self, num_rows: int) -> Span:
         """The next rows of the order."""
         first, self._next = self._next, min(len(self._rows), self._next + num_rows)
-        return _Span(self._rows, first, self._next)
+        return Span(self._rows, first, self._next)
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
         """Ignore the losses: the order does not depend on them."""

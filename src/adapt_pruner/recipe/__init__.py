@@ -3,38 +3,7 @@
 The methods of papers lie in `methods/`, whole runs in `recipes/`.
 """
 
-from adapt_pruner.recipe.schema import (
-    PAPERS,
-    WHOLE,
-    Calibration,
-    Evaluation,
-    Lora,
-    Recipe,
-    Source,
-    Training,
-    Vocabulary,
-    builtin,
-    differing,
-    in_todays_keys,
-    methods,
-    parse_latency,
-    read,
-)
+from adapt_pruner.recipe import schema
+from adapt_pruner.recipe.schema import *  # noqa: F403
 
-__all__ = [
-    "PAPERS",
-    "WHOLE",
-    "Calibration",
-    "Evaluation",
-    "Lora",
-    "Recipe",
-    "Source",
-    "Training",
-    "Vocabulary",
-    "builtin",
-    "differing",
-    "in_todays_keys",
-    "methods",
-    "parse_latency",
-    "read",
-]
+__all__ = schema.__all__

@@ -53,7 +53,7 @@ class Slice(Reduction):
             raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """The parameters that are left with the narrowest stream."""
+        """The parameters that are left with the narrowest stream; a model that cannot be sliced is refused."""
         _check_model(work.model)
         least, dense = sliced_parameters(work.model, _MULTIPLE), work.model.get_output_embeddings().weight.shape[1]
         return least, f"{_MULTIPLE} of {dense} dimensions are left, whole head and shortcuts counted"
@@ -81,21 +81,9 @@ class Slice(Reduction):
 
 
 def width_for(model: Any, keep: int) -> int:
-    """The widest residual stream, a multiple of 8, at which the sliced model has at most `keep` parameters.
-
-    Raises:
-        UsageError: no width does, there is no sliced class for this kind of model, or a layer lacks its attention or MLP.
-    """
-    _check_model(model)
+    """The widest residual stream, a multiple of 8, at which the sliced model has at most `keep` parameters; `Slice.floor` fit in them."""
     dense = model.get_output_embeddings().weight.shape[1]
-    fitting = [width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep]
-    if not fitting:
-        least = sliced_parameters(model, _MULTIPLE)
-        raise UsageError(
-            f"budget {keep:,} is below the {least:,} parameters that slicing leaves with {_MULTIPLE} of {dense} dimensions, "
-            f"whole head and shortcuts counted; the nearest that can be had is {least:,}"
-        )
-    return fitting[-1]
+    return max(width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep)
 
 
 def _check_model(model: Any) -> None:

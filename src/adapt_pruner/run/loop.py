@@ -140,22 +140,9 @@ def run(
     force_recipe: bool = False,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome | None:
-    """Run the recipe in a run folder (see `run.folder`); an unfinished run in the folder is continued.
+    """Run the recipe in a run folder (see `run.folder`); `report.documented.run` says what is taken, returned and raised.
 
-    Args:
-        recipe: the run.
-        run_dir: a new or empty folder, or the folder of a run.
-        listen: told of every event.
-        trust_remote_code: whether code that comes with the model may run.
-        force_recipe: continue with this recipe although the run began with another.
-        beside: writes more files into the result before the result gets its final name.
-
-    Returns:
-        The outcome; None where the run in the folder was finished already.
-
-    Raises:
-        UsageError: the recipe does not fit the model or the folder; nothing has been changed.
-        RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
+    `beside` writes more files into the result before the result gets its final name.
     """
     with opened(Path(run_dir)) as folder:
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
