@@ -164,6 +164,25 @@ def test_quantised_files_are_padded_to_whole_blocks(quant: str, tmp_path: Path) 
     assert found["max_difference"] < (3 if quant == "q4_k_m" else 0.5) * found["deviation"]
 
 
+@pytest.mark.parametrize(("quant", "pad", "widths"), [(None, 32, [224] * 3), ("f16", 256, [256] * 3), ("q8_0", 256, [256] * 3)])
+def test_a_file_may_be_padded_for_who_quantises_it_later(quant: str | None, pad: int, widths: list[int], tmp_path: Path) -> None:
+    llama_cpp()
+    loaded = as_loaded(unequal(hidden_size=256, head_dim=32, intermediate_size=200))
+    assert export(loaded, tmp_path / "x.gguf", to="gguf", quant=quant, pad=pad) == []
+    found = fields(tmp_path / "x.gguf")
+    written = next(value for key, value in found.items() if key.endswith(".feed_forward_length"))
+    assert written in (widths, widths[0])
+    judged = compared(loaded, tmp_path / "x.gguf")
+    assert judged["max_difference"] < (0.5 if quant else 0.01) * judged["deviation"], "zeros change nothing"
+
+
+def test_a_padding_that_is_no_block_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pad 64 is no block of llama.cpp's types; take 32 or 256"):
+        export(as_loaded(unequal()), tmp_path / "x.gguf", to="gguf", pad=64)
+    with pytest.raises(UsageError, match="--pad 32 is of --to gguf; a padded export has widths of its own, so leave it out"):
+        export(as_loaded(unequal()), tmp_path / "x", to="padded", pad=32)
+
+
 def test_a_file_is_judged_with_plain_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those for repacked matrices are wrong on CPUs with AMX; what other code in the process opens is left alone."""
     llama_cpp()

@@ -27,6 +27,14 @@ def export(
             "[default: as stored]",
         ),
     ] = None,
+    pad: Annotated[
+        int | None,
+        typer.Option(
+            metavar="32|256",
+            help="For gguf: zero-pad MLPs to a multiple, so that a float file can be quantised later with your own importance matrix; "
+            "256 for k-quants.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +50,7 @@ def export(
     from adapt_pruner.export import check_form
     from adapt_pruner.export import export as write
 
-    check_form(to, quant=quant)
+    check_form(to, quant=quant, pad=pad)
     check_place(out)
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
@@ -54,7 +62,7 @@ def export(
     with screen() as listen:
         listen.hear(Load(model=model))
         loaded = load(model, trust_remote_code=trust_remote_code)
-        notes = write(loaded, out, to=to, quant=quant)
+        notes = write(loaded, out, to=to, quant=quant, pad=pad)
         if out.is_dir():
             write_card_of_export(Path(loaded.source), out, to)
         for note in notes:

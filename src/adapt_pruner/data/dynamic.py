@@ -11,7 +11,7 @@ from adapt_pruner.core.events import Event
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Mixed
 from adapt_pruner.data.feed import Taken
-from adapt_pruner.data.fixed import Rows, stage_spans
+from adapt_pruner.data.fixed import Rows, Span, stage_spans
 from adapt_pruner.errors import UsageError
 
 __all__ = ["Dynamic"]
@@ -86,7 +86,7 @@ class Dynamic:
             chosen.append(self._place(name))
             self._taken[name] += 1
         self._next = stop
-        return self._rows.reordered(chosen).span(0, len(chosen))
+        return Span(self._rows.reordered(chosen), 0, len(chosen))
 
     def _place(self, name: str) -> int:
         """Where the next row of a text is; each time that all have been read their order is drawn anew."""

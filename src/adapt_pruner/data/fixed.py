@@ -74,10 +74,6 @@ class Rows:
         """The rows at these places of the order, in this order."""
         return Rows(self._stores, self._order[np.asarray(places, dtype=np.int64)], names=self._names)
 
-    def span(self, first: int, last: int) -> "_Span":
-        """Rows `first` to `last` as a feed gives them."""
-        return _Span(self, first, last)
-
     def digest(self) -> str:
         """A fingerprint of all rows and their order."""
         digest = hashlib.sha256("".join(store.digest for store in self._stores).encode())

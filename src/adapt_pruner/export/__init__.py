@@ -8,7 +8,8 @@ A form is a file `NAME.py` of this folder, found by being there, with the names
     holds(artefact) -> bool                        whether a path is of this form
     opened(artefact, *, context, trust_remote_code)    it in the engine that proves it: a context with an `engines.Engine`
 
-and, where its `write` can store weights in several types, `QUANTS`. A form that is a folder which transformers loads takes the
+and, where its `write` can store weights in several types, `QUANTS`; where it takes `pad`, a number of neurons to whose multiples MLPs
+are zero-padded, `PADS`. A form that is a folder which transformers loads takes the
 last three from `plain.py`.
 """
 
@@ -52,7 +53,7 @@ def form_of(name: str) -> Form:
     return cast(Form, importlib.import_module(f"{__name__}.{name}"))
 
 
-def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> list[str]:
+def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad: int | None = None) -> list[str]:
     """Write a model in the form `to`; whole or not at all.
 
     Args:
@@ -60,6 +61,7 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> 
         path: a folder that does not exist or is empty; of `gguf` a file that does not exist.
         to: a name of `forms()`.
         quant: of `gguf`, the type its matrices are stored in; None keeps the checkpoint's.
+        pad: of `gguf`, 32 or 256: MLPs are zero-padded to multiples of it, for whoever quantises the file later.
 
     Returns:
         Sentences about what came out that a user should read; often none.
@@ -68,12 +70,14 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None) -> 
         UsageError: the form cannot hold the model, or `path` is taken; the message says why and what can be done.
         RunError: it could not be written.
     """
-    check_form(to, quant=quant)
-    return form_of(to).write(loaded, path, quant=quant)
+    check_form(to, quant=quant, pad=pad)
+    write: Any = form_of(to).write
+    found: list[str] = write(loaded, path, quant=quant, **({} if pad is None else {"pad": pad}))
+    return found
 
 
-def check_form(to: str, *, quant: str | None) -> None:
-    """Refuse a form that is not known, or one that knows no `quant`.
+def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
+    """Refuse a form that is not known, or one that knows no `quant` or no such `pad`.
 
     Raises:
         UsageError: it is.
@@ -86,6 +90,9 @@ def check_form(to: str, *, quant: str | None) -> None:
     if quant is not None and "QUANTS" not in _names(to):
         able = " and ".join(f"--to {form}" for form in known if "QUANTS" in _names(form))
         raise UsageError(f"--quant {quant} is of {able}; a {to} export keeps the precision of the checkpoint, so leave it out")
+    if pad is not None and "PADS" not in _names(to):
+        able = " and ".join(f"--to {form}" for form in known if "PADS" in _names(form))
+        raise UsageError(f"--pad {pad} is of {able}; a {to} export has widths of its own, so leave it out")
 
 
 def _files() -> Iterator[Path]:

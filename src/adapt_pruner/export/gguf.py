@@ -10,7 +10,8 @@ has tied embeddings only. So
     Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
 
 Quantised matrices lie in blocks of 32 numbers a row (256 for k-quants), and a `ffn_down` whose rows are not whole blocks would
-stay in F16; so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. A model with a
+stay in F16; so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. `pad` pads a float file
+for whoever quantises it later, to multiples of 32 or, for k-quants, of 256. A model with a
 layer that lacks its attention or MLP is refused: `deci` forgets the attention of such a layer. `deci` and `llama` turn queries and keys by pairs of
 neighbours where Hugging Face pairs the halves of a head, so their rows change places.
 """
@@ -36,7 +37,7 @@ from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
-__all__ = ["ABOUT", "QUANTS", "holds", "loading", "opened", "write"]
+__all__ = ["ABOUT", "PADS", "QUANTS", "holds", "loading", "opened", "write"]
 
 ABOUT = "one file for llama.cpp and what is built on it"
 
@@ -46,7 +47,9 @@ QUANTS = (
 )  # fmt: skip
 """What matrices may be stored in; all but the first three are made by llama.cpp's own library."""
 
-_BLOCK = 32
+PADS = (32, 256)
+"""The blocks of quantised rows, the second those of k-quants, to whose multiples MLPs may be padded."""
+_BLOCK = PADS[0]
 _NATIVE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 _NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -73,13 +76,14 @@ class _Plan:
         return self.arch in ("llama", "deci")
 
 
-def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
+def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | None = None) -> list[str]:
     """Write `loaded` as one GGUF file with its tokenizer, chat template and special tokens.
 
     Args:
         loaded: the model in float32.
         path: a file that does not exist.
         quant: one of `QUANTS`; None for what the checkpoint is stored in. Norms and biases are always float32.
+        pad: one of `PADS`; None for 32 where llama.cpp quantises the file here, and no padding elsewhere.
 
     Raises:
         UsageError: the file exists, a library is missing, or llama.cpp has no place for something in the model.
@@ -89,6 +93,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     quant = quant.lower() if quant else None
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"quantisation {quant!r} is not known; {nearest(quant, QUANTS)}")
+    if pad is not None and pad not in PADS:
+        raise UsageError(f"pad {pad} is no block of llama.cpp's types; take {' or '.join(map(str, PADS))}")
     if is_there(path):
         raise UsageError(f"{path} exists; name another file or remove it first")
     if path.suffix != ".gguf":
@@ -97,7 +103,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     quantised = quant is not None and quant not in _PLAIN
     if quantised:
         llama_cpp.library()  # before any work is done
-    plan, notes = _planned(loaded.model, quantised=quantised)
+    plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
     if reason := lacks_room(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
         raise RunError(f"{path} could not be written: {reason}; nothing was left there")
@@ -189,8 +195,8 @@ def _library() -> Any:
     return gguf
 
 
-def _planned(model: Any, *, quantised: bool) -> tuple[_Plan, list[str]]:
-    """Which architecture holds the model, and in what sizes.
+def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
+    """Which architecture holds the model, and in what sizes, MLPs padded to a multiple.
 
     Raises:
         UsageError: none does.
@@ -202,8 +208,7 @@ def _planned(model: Any, *, quantised: bool) -> tuple[_Plan, list[str]]:
     _refuse_unheld(config)
     notes = []
     sizes = layer_sizes(model)
-    if quantised:
-        sizes = [replace(size, neurons=-(-size.neurons // _BLOCK) * _BLOCK) for size in sizes]
+    sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]
     arch = _NATIVE[config.model_type]
     extra_biases = bool(getattr(config, "output_bias", False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight

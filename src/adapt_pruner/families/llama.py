@@ -11,17 +11,30 @@ Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from adapt_pruner.core.axes import Axis, Gate, Slice
 from adapt_pruner.core.budget import count_parameters, unit_cost
+from adapt_pruner.errors import UsageError
 from adapt_pruner.families import is_sliced
 
-__all__ = ["MODEL_TYPES", "axes", "is_there", "residual", "tiny", "vocabulary", "whole_blocks", "whole_layers", "within_layers"]
+__all__ = [
+    "MODEL_TYPES",
+    "axes",
+    "is_there",
+    "residual",
+    "stock_config",
+    "tiny",
+    "vocabulary",
+    "whole_blocks",
+    "whole_layers",
+    "within_layers",
+]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _BLOCKS = {"attentions": ("input_layernorm", "self_attn"), "mlps": ("post_attention_layernorm", "mlp")}
+_UNHELD = ("replace_with_linear", "sparsify", "window_length", "num_sink_tokens", "moe", "mamba", "llama4")  # of `block_configs`
 _READ_BY = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 
 
@@ -219,6 +232,58 @@ def residual(
             ("config.rms_norm_eps", 1.0),
         ),
     )
+
+
+def stock_config(raw: dict[str, Any], *, model_type: str | None = None) -> Any:
+    """The config with `per_layer_config` that one with NVIDIA's `block_configs` stands for; None where it has none.
+
+    Of a block, DeciLM (Nemotron) says `attention.n_heads_in_group` and `ffn.ffn_mult`, of which its readers make a width of
+    256 · ceil( floor(2 · ffn_mult · hidden / 3) / 256 ); Puzzletron says `num_key_value_heads` and `intermediate_size`. `no_op`
+    is a block that is not there.
+
+    Args:
+        raw: a config.json as plain data.
+        model_type: the stock one, where that of `raw` is not.
+
+    Raises:
+        UsageError: a block is of a kind that no stock class has.
+    """
+    blocks = raw.get("block_configs")
+    if not blocks:
+        return None
+    per_layer = {index: _of_block(index, block, raw) for index, block in enumerate(blocks)}
+    least = {
+        field: min((layer[field] for layer in per_layer.values() if field in layer), default=1)
+        for field in ("num_key_value_heads", "intermediate_size")
+    }
+    known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map", "block_configs")}
+    return AutoConfig.for_model(
+        **known
+        | least
+        | {"model_type": model_type or raw["model_type"], "per_layer_config": {i: own for i, own in per_layer.items() if own}}
+    )
+
+
+def _of_block(index: int, block: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What `per_layer_config` says of a layer."""
+    own: dict[str, Any] = {}
+    attention, mlp = block.get("attention") or {}, block.get("ffn") or {}
+    for name, part in (("attention", attention), ("MLP", mlp)):
+        if odd := [key for key in _UNHELD if part.get(key)]:
+            raise UsageError(
+                f"the {name} of layer {index} has {odd[0]} in block_configs, which no stock class has; take a model without it"
+            )
+    if skip := [name for name, part in (("attention", attention), ("mlp", mlp)) if part.get("no_op")]:
+        own["skip"] = skip
+    if (kv_heads := attention.get("num_key_value_heads")) is not None:
+        own["num_key_value_heads"] = kv_heads
+    elif (group := attention.get("n_heads_in_group")) is not None:
+        own["num_key_value_heads"] = raw["num_attention_heads"] // group
+    if (width := mlp.get("intermediate_size")) is not None:
+        own["intermediate_size"] = width
+    elif (times := mlp.get("ffn_mult")) is not None:
+        own["intermediate_size"] = -(-int(2 * times * raw["hidden_size"] / 3) // 256) * 256
+    return own
 
 
 def tiny() -> dict[str, Any]:
