@@ -1,0 +1,97 @@
+"""SAAP's importance: two second-order Taylor scores of a unit, fused by how uncertain each is, and how steady the unit is over the text."""
+
+from collections.abc import Callable, Generator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.parts import part
+from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.score.weights import taylor
+
+__all__ = ["saap"]
+
+
+@part("metric", needs={"text"})
+def saap(model: nn.Module, axes: Sequence[Axis], *, stability: bool = True) -> Generator[Evidence, str | None, Scores]:
+    """Vector-wise and element-wise Taylor scores of second order, fused by their uncertainty over the text (SAAP).
+
+    Of unit u, with g_n what sequence n of N adds to the gradient of the mean loss, and w the unit's weights in all its matrices:
+
+        a_n[u] = Σ_w w · g_n                  e_n[u] = Σ_w |w · g_n|
+        vector    V = | Σ_n a_n - (N / 2) Σ_n a_n² |                      H ≈ N Σ_n g_n g_nᵀ
+        element   E = Σ_w | w g - w² F / 2 |                              `weights.taylor(form=mixed)`
+        σ_V², σ_E²  the variance of |a_n| and of e_n over n, over their mean square, averaged over the units of an axis
+        I = V' / (2 σ_V²) + E' / (2 σ_E²) + log σ_V + log σ_E             V', E': brought to mean 1 in their axis
+        score = I, or with `stability` I / f                              f: deviation of e_n over its mean
+
+    Args:
+        model: causal LM; memory as of `weights.taylor(form=mixed)`, and two numbers a unit and sequence.
+        axes: axes to score; those without slices are skipped.
+        stability: divide by the fluctuation f, so that units whose worth depends on the text go earlier.
+
+    Returns:
+        axis name -> float32 [axis.entries] on the CPU. Comparable within an axis; `rank.standardised` compares across.
+
+    Source: arXiv:2412.15127, of which no code is public and of whose formulas reviews alone were read. The Taylor terms and the fusion
+    I / (2σ²) + log σ are theirs; ours are how σ is estimated, the scaling to mean 1, and the fluctuation.
+    """
+    scored = [axis for axis in axes if axis.slices]
+    lines: dict[str, list[list[Tensor]]] = {axis.name: [[], []] for axis in scored}  # a_n and e_n of each sequence
+    pieces: dict[str, list[tuple[Axis, int]]] = {}
+    for axis in scored:
+        for number, piece in enumerate(axis.slices):
+            if model.get_parameter(piece.parameter).dim() > 1:
+                pieces.setdefault(piece.parameter, []).append((axis, number))
+    with attached(model.get_parameter(name).register_hook(_watch(model, name, its, lines)) for name, its in pieces.items()):
+        elements = yield from taylor(model, axes, form="mixed")
+    return {axis.name: _fused(elements[axis.name], *map(torch.stack, lines[axis.name]), stability=stability) for axis in scored}
+
+
+def _watch(
+    model: nn.Module, name: str, its: Sequence[tuple[Axis, int]], lines: dict[str, list[list[Tensor]]]
+) -> Callable[[Tensor], None]:
+    """A hook that adds what a matrix says of each unit to the line of the sequence that is passing."""
+    seen = 0
+
+    def hook(gradient: Tensor) -> None:
+        nonlocal seen
+        terms = model.get_parameter(name).detach().float() * gradient.float()
+        for axis, number in its:
+            piece = axis.slices[number]
+            across = [dim for dim in range(terms.dim()) if dim != piece.dim]
+            owned = slice(piece.start, piece.start + axis.entries * piece.width)
+            for kind, values in enumerate((terms, terms.abs())):
+                units = values.sum(dim=across)[owned].view(-1, piece.width).sum(dim=1).cpu()
+                line = lines[axis.name][kind]
+                if seen < len(line):
+                    line[seen] = line[seen] + units
+                else:
+                    line.append(units)
+        seen += 1
+
+    return hook
+
+
+def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, stability: bool) -> Tensor:
+    """The scores of an axis: elements [units], signed and absolute sums [sequences of this process, units]."""
+    number = torch.tensor(float(len(signed)))
+    first, second = signed.sum(dim=0), signed.square().sum(dim=0)
+    spread = [torch.stack([values.sum(dim=0), values.square().sum(dim=0)]) for values in (signed.abs(), absolute)]
+    world.sum_in_place(number, first, second, *spread)
+    vector = (first - number / 2 * second).abs()
+    fused = torch.zeros_like(elements)
+    for values, (total, squares) in zip((vector, elements), spread, strict=True):
+        mean = total / number
+        variance = (squares / number - mean.square()).clamp_min(0)
+        sigma = (variance / mean.square().clamp_min(1e-30)).mean().clamp_min(1e-6).sqrt()
+        fused = fused + values / values.mean().clamp_min(1e-30) / (2 * sigma**2) + sigma.log()
+    if stability:
+        total, squares = spread[1]
+        mean = total / number
+        fluctuation = (squares / number - mean.square()).clamp_min(0).sqrt() / mean.clamp_min(1e-30)
+        fused = fused / fluctuation.clamp_min(1e-6)
+    return fused.float()

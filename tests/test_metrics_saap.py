@@ -1,0 +1,47 @@
+"""SAAP's scores against plain loops over sequences."""
+
+import pytest
+import torch
+
+from adapt_pruner import families
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.saap import saap
+from adapt_pruner.score.weights import taylor
+from conftest import in_two_processes, tiny_model
+
+
+@pytest.mark.parametrize("stability", [False, True])
+def test_scores_are_the_formula(stability: bool, batches: list[torch.Tensor]) -> None:
+    """Neurons of a layer, sequence by sequence, from the gradients of the stock loss."""
+    model = tiny_model()
+    axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]
+    found, _ = score(model, axes, batches, metrics=[lambda m, a: saap(m, a, stability=stability)], dtype="float32")
+    mixed, _ = score(model, axes, batches, metrics=[lambda m, a: taylor(m, a, form="mixed")], dtype="float32")
+    sequences = [row for batch in batches for row in batch.split(1)]
+    mlp = model.model.layers[1].mlp
+    weights = [(mlp.gate_proj.weight, 1), (mlp.up_proj.weight, 1), (mlp.down_proj.weight, 0)]
+    signed, absolute = [], []
+    for ids in sequences:
+        model.zero_grad()
+        (model(ids, labels=ids).loss / len(sequences)).backward()
+        signed.append(sum((w * w.grad).sum(dim=dim) for w, dim in weights).detach())
+        absolute.append(sum((w * w.grad).abs().sum(dim=dim) for w, dim in weights).detach())
+    a, e = torch.stack(signed), torch.stack(absolute)
+    n = len(sequences)
+    vector = (a.sum(0) - n / 2 * a.square().sum(0)).abs()
+    element = mixed["layers.1.neurons"]
+    sigma = [(x.var(0, correction=0) / x.mean(0).square()).mean().sqrt() for x in (a.abs(), e)]
+    expected = sum(x / x.mean() / (2 * s**2) + s.log() for x, s in zip((vector, element), sigma, strict=True))
+    if stability:
+        expected = expected / (e.std(0, correction=0) / e.mean(0))
+    assert torch.allclose(found["layers.1.neurons"], expected, rtol=1e-3)
+    assert set(found) == {axis.name for axis in axes}
+
+
+def test_two_processes_find_the_same(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    axes = [axis for axis in families.axes(model) if axis.kind == "neurons"]
+    alone, _ = score(model, axes, batches[:2], metrics=[saap], dtype="float32")
+    both, _ = in_two_processes(monkeypatch, lambda: score(model, axes, batches[:2], metrics=[saap], dtype="float32"))
+    for name, values in alone.items():
+        assert torch.allclose(both[name], values, rtol=1e-3), name
