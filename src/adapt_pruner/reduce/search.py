@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from adapt_pruner.checkpoint.load import locate
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import precision
@@ -49,6 +50,7 @@ class Search(Units):
         self,
         *,
         proposals: str = "evolution",
+        model: str = "",
         population: Annotated[int, "2 or more"] = 30,
         offspring: Annotated[int, "1 or more"] = 20,
         rounds: Annotated[int, "1 or more"] = 20,
@@ -60,7 +62,8 @@ class Search(Units):
     ) -> None:
         """
         Args:
-            proposals: what makes candidates: `evolution`, or `random`, its control, which draws them all afresh.
+            proposals: what makes candidates: `evolution`; `random`, its control, which draws them all afresh; or `language_model`.
+            model: the chat model of `language_model`: an address like http://localhost:8000/v1#NAME, or a model on this machine.
             population: candidates that stay after a round, the best so far.
             offspring: new candidates of a round.
             rounds: number of rounds.
@@ -78,7 +81,7 @@ class Search(Units):
         model writes, and fitness does not read WikiText.
         """
         super().__init__()
-        self.proposals, self.population, self.offspring, self.rounds = proposals, population, offspring, rounds
+        self.model, self.proposals, self.population, self.offspring, self.rounds = model, proposals, population, offspring, rounds
         self.level, self.fitness, self.tokens, self.finalists = level, fitness, tokens, finalists
         self.on_repaired = repaired
         self._found = _Found()
@@ -89,6 +92,13 @@ class Search(Units):
         if self.fitness not in ("loss", "kl"):
             raise UsageError(f"fitness {self.fitness!r} of reduce search is not known; known: loss, kl")
         parts.check("proposal", self.proposals)
+        if parts.takes("proposal", self.proposals, "model") is not bool(self.model):
+            raise UsageError(
+                f"reduce search has proposals={self.proposals} and model={self.model or 'none'}; language_model needs a model, and nothing "
+                "else has one: write search(proposals=language_model, model=http://localhost:8000/v1#NAME), or a model on this machine"
+            )
+        if self.model and not self.model.startswith(("http://", "https://")):
+            locate(self.model)
         if self.on_repaired and (work.recipe.repair is None or repair_parameters(work)):
             raise UsageError(
                 "reduce search(repaired=true) measures candidates with repaired weights, and the recipe has no repair that leaves the "
@@ -132,7 +142,7 @@ class Search(Units):
 
     def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", target: int) -> Iterator[Searched]:
         found = self._found
-        propose = parts.bind("proposal", self.proposals)
+        propose = parts.bind("proposal", self.proposals, model=self.model, warn=work.warn)
         while found.done <= self.rounds:
             draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + found.done)
             if found.done == 0:  # the start and its neighbours

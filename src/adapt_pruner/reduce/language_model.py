@@ -1,0 +1,150 @@
+"""`proposals=language_model`: a chat model writes the next candidates of a search, as in Self-Pruner; what it writes is checked and mended."""
+
+import json
+import random
+import re
+import urllib.request
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from adapt_pruner.core.parts import part
+from adapt_pruner.errors import first_line
+from adapt_pruner.reduce.proposals import Candidate, Sizes, Space, evolution
+
+__all__ = ["language_model", "read_rates"]
+
+_SHOWN = 8  # candidates in a prompt
+_SECONDS = 120.0  # to wait for an answer
+_TOKENS = 1024
+_LONGEST = 2**20  # characters of an answer that are read
+
+
+@part("proposal")
+def language_model(
+    population: Sequence[Candidate],
+    space: Space,
+    draw: random.Random,
+    number: int,
+    *,
+    model: str = "",
+    warn: Callable[[str], None] = lambda message: None,
+) -> list[Sizes]:
+    """A chat model reads the best candidates with their losses and writes new ones: rates in percent, one a layer.
+
+    Rates are brought to the nearest sizes of the space, and then to the budget, by swaps. What cannot be read, has another number of
+    layers or holds something other than numbers is left out. `warn` is told how many were used, mended and left out, and if the
+    model did not answer; `evolution` makes those that are missing, so the search goes on in any case.
+
+    Args:
+        model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a model as
+            `chat` takes it, which answers on this machine.
+
+    Source: arXiv:2502.14413; its prompts are not public, these are ours.
+    """
+    used = mended = unusable = 0
+    found: list[Sizes] = []
+    try:
+        text = _asked(model, _prompt(population, space, number), seed=draw.randrange(2**31))
+        for rates in read_rates(text)[:number]:
+            sizes = _sizes(rates, space)
+            if sizes is None:
+                unusable += 1
+                continue
+            whole = space.mended(sizes, draw)
+            used, mended = used + (whole == sizes), mended + (whole != sizes)
+            found.append(whole)
+        told = f"the language model wrote {used} candidates that were used as they are, {mended} that were mended and {unusable} unusable"
+    except Exception as error:  # of the network, of a server, of a model that reads too little
+        told = f"the language model did not answer ({first_line(error)})"
+    if len(found) < number:
+        told += f"; evolution made {number - len(found)}"
+    warn(told)
+    return found + evolution(population, space, draw, number - len(found))
+
+
+def read_rates(text: str) -> list[list[float | None]]:
+    """The lists in square brackets of an answer, with None for what is no number."""
+    found = []
+    for match in re.finditer(r"\[([^\[\]]*)\]", text[:_LONGEST]):
+        values: list[float | None] = []
+        for word in filter(None, (word.strip() for word in match[1].split(","))):
+            number = re.fullmatch(r"([+-]?\d{1,6}(?:\.\d{0,6})?)\s*%?", word)
+            values.append(float(number[1]) if number else None)
+        if values:
+            found.append(values)
+    return found
+
+
+def _names(space: Space) -> list[str]:
+    """The axes that move, kind by kind."""
+    return [name for names in space.kinds.values() if len(names) > 1 for name in names]
+
+
+def _prompt(population: Sequence[Candidate], space: Space, number: int) -> str:
+    """What the model is asked: the task, the best candidates with their losses, and the form of the answer."""
+    names = _names(space)
+    kinds = [
+        f"{len(its)} for the {kind.replace('_', ' ')} of each layer, first layer first"
+        for kind, its in space.kinds.items()
+        if len(its) > 1
+    ]
+    means = [
+        f"{100 - 100 * sum(space.base[name] for name in its) / sum(space.most[name] for name in its):.0f} for {kind.replace('_', ' ')}"
+        for kind, its in space.kinds.items()
+        if len(its) > 1
+    ]
+    shown = "\n".join(f"loss {one.loss:.4f}: {_rates(one.sizes, space)}" for one in population[:_SHOWN])
+    return (
+        "A language model is being pruned. A candidate is a list of pruning rates in percent: "
+        f"{', then '.join(kinds)}; {len(names)} numbers in all. The mean of the rates must be {' and '.join(means)}. "
+        "A lower loss is better. These are the best candidates so far:\n"
+        f"{shown}\n"
+        f"Select the good ones and make {number} new candidates of them, by changing a few rates of one (mutation) or by taking rates "
+        "from two (crossover). Answer with one list in square brackets a line and nothing else."
+    )
+
+
+def _rates(sizes: Sizes, space: Space) -> list[int]:
+    return [round(100 - 100 * sizes[name] / space.most[name]) for name in _names(space)]
+
+
+def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
+    """The sizes that rates stand for, each at its nearest level; None where they are not one number for each axis."""
+    names = _names(space)
+    if len(rates) != len(names) or any(rate is None or not 0 <= rate <= 100 for rate in rates):
+        return None
+    found = dict(space.base)
+    for name, rate in zip(names, rates, strict=True):
+        wanted = space.most[name] * (1 - (rate or 0.0) / 100)
+        found[name] = min(space.levels(name), key=lambda size: abs(size - wanted))
+    return found
+
+
+def _asked(model: str, prompt: str, *, seed: int) -> str:
+    """What the model answers."""
+    if re.match(r"https?://", model):
+        address, _, name = model.partition("#")
+        body = {
+            "model": name or "default", "messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": _TOKENS,
+            "seed": seed,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"{address.rstrip('/')}/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            found = json.loads(response.read(4 * _LONGEST))["choices"][0]["message"]["content"]
+        return str(found)
+    from adapt_pruner.evaluate.answer import answer
+
+    loaded = _loaded(model)
+    return answer(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_TOKENS, temperature=1.0, seed=seed, dtype="auto").text
+
+
+@cache
+def _loaded(model: str) -> Any:
+    from adapt_pruner.checkpoint.load import load
+
+    return load(model)
