@@ -31,7 +31,7 @@ RENAMED = (  # recipe keys that a version may spell otherwise, or not have
     "rotate", "reduce", "feed", "task", "init", "behind", "sequential_scoring", "own", "self_generated",
 )  # fmt: skip
 SHARED = {
-    "budget": "70%", "device": "cpu", "dtype": "float32", "stages": 2, "keep_checkpoints": 9,
+    "budget": "70%", "device": "cpu", "dtype": "float32", "stages": 2, "keep_checkpoints": 9, "multiple_of": 1,
     "calibration": {"samples": 8, "length": 16},
     "training": {"tokens": 1024, "batch_tokens": 128, "length": 32, "lr": 1e-3},
     "evaluation": {"window": 32, "max_windows": 4},

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import recipe
+from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis, Gate
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
+from adapt_pruner.recipe import read
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.widths import fitting
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import documented
+from adapt_pruner.report.documented import prune
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 METHODS = ("adapt-pruner", "uniform", "magnitude-all", "flap", "shortgpt")
@@ -100,7 +102,7 @@ def test_neurons_pay_for_heads_that_stay_for_the_sake_of_equality() -> None:
     ("override", "said"),
     [
         (["multiple_of=256"], "multiple_of 256 is above the 128 neurons that a layer has"),
-        (["multiple_of=0"], "recipe key 'multiple_of' is 0"),
+        (["multiple_of=0"], "multiple_of 0 is no width; write auto, or a whole number from 1 to 1,048,576"),
         (["multiple_of=8", "axes=[kv_heads]"], "multiple_of 8 counts neurons, and axes does not name neurons"),
         (["equal_widths=true", "reduce=slice"], "equal_widths would be ignored"),
     ],
@@ -163,3 +165,35 @@ def test_the_least_count_is_that_of_a_unit_of_every_axis(chooser: str, wide_fold
     axes = prunable(Work.of(model, asked))
     one_of_each = params_of(Work.of(model, asked), axes, {axis.name: 1 for axis in axes})
     assert params_of(Work.of(model, asked), axes, sizes_alike(Work.of(model, asked), keep=0)) == one_of_each < 1000
+
+
+@pytest.mark.parametrize(("neurons", "multiple"), [(40, 1), (255, 1), (256, 32), (1023, 32), (1024, 64), (1100, 64)])
+def test_best_keeps_widths_that_others_can_use(neurons: int, multiple: int, text_file: Path, tmp_path: Path) -> None:
+    """Multiples of 64 by default, 32 where layers are narrow; 1 is an option, and what the row of a paper has."""
+    tiny_model(vocab_size=VOCAB, intermediate_size=neurons).save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    asked: dict[str, Any] = {
+        "model": str(tmp_path / "m"), "budget": "80%", "dtype": "float32", "device": "cpu", "step": 0.3,
+        "calibration": {"source": str(text_file), "samples": 4, "length": 16, "self_generated": 0}, "repair": None,
+    }  # fmt: skip
+    outcome = prune(read(asked), tmp_path / "out")
+    sizes = families.sizes(outcome.loaded.model)
+    widths = [size for name, size in sizes.items() if name.endswith("neurons")]
+    assert min(widths) < neurons
+    assert all(width % multiple == 0 or width == neurons for width in widths)
+    assert Work.of(outcome.loaded.model, read(asked | {"multiple_of": 1})).multiple_of == 1
+    assert Work.of(outcome.loaded.model, read(asked | {"method": "llm-pruner"})).multiple_of == 1
+
+
+def test_a_run_that_began_with_any_width_goes_on_with_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """`auto` was no default once: a recipe that says nothing goes on with a run whose recipe.yaml says 1."""
+    from adapt_pruner.run.folder import RunFolder
+
+    said = {"model": str(tiny_folder), "budget": "80%"}
+    (tmp_path / "recipe.yaml").write_text(read(said | {"multiple_of": 1}).to_yaml(), encoding="utf-8")
+    (tmp_path / "log.jsonl").write_text('{"time": 1.0, "event": "start"}\n', encoding="utf-8")
+    folder = RunFolder(tmp_path)
+    assert folder.as_begun(read(said)).multiple_of == 1
+    assert folder.check(read(said), force=False) == []
+    with pytest.raises(UsageError, match="differs in multiple_of"):
+        folder.check(read(said | {"multiple_of": 8}), force=False)

@@ -45,6 +45,7 @@ _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
 _LONGEST_SHOWN = 200  # characters
+_WIDEST = 2**20  # neurons
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
 
@@ -55,6 +56,12 @@ def _checked_source(source: Any) -> Any:
         )
     domains(source)
     return source
+
+
+def _checked_multiple(value: Any) -> Any:
+    if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _WIDEST):
+        raise ValueError(f"multiple_of {value!r} is no width; write auto, or a whole number from 1 to {_WIDEST:,}")
+    return value
 
 
 Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
@@ -269,8 +276,10 @@ class Recipe(_Frozen):
     equal_widths: bool = Field(
         False, description="give all layers the same number of neurons and of heads, so that the result is a plain folder"
     )
-    multiple_of: int = Field(
-        1, ge=1, le=2**20, description="keep a multiple of this many neurons in each layer: 64 runs fast, 256 quantises well"
+    multiple_of: Annotated[int | Literal["auto"], BeforeValidator(_checked_multiple)] = Field(
+        1,
+        description="keep a multiple of this many neurons in each layer: 64 runs fast, 256 quantises well; auto is 64, 32 where layers have "
+        "fewer than 1,024, and 1 below 256",
     )
     debt: Literal["carry", "reset"] = Field(
         "carry", description="fractions of a unit that are still owed: carried through the run, or forgotten after each stage"
@@ -351,14 +360,18 @@ class Recipe(_Frozen):
                 f"chooser {chooser!r} prunes layer by layer, and the axis residual is in no layer; set chooser to "
                 "allocate.uniform"
             )
-        if self.multiple_of > 1 and "neurons" not in self.axes:
+        if self.multiple_of not in (1, "auto") and "neurons" not in self.axes:
             raise ValueError(
                 f"multiple_of {self.multiple_of} counts neurons, and axes does not name neurons; add neurons to axes"
             )
 
     def _check_ignored(self) -> None:
         """Refuse keys that a reduction without a choice of units would ignore."""
-        asked = {"equal_widths": self.equal_widths, "multiple_of": self.multiple_of > 1, "repair": self.repair is not None}
+        asked = {
+            "equal_widths": self.equal_widths,
+            "multiple_of": self.multiple_of not in (1, "auto"),
+            "repair": self.repair is not None,
+        }
         if ignored := [key for key, given in asked.items() if given]:
             raise ValueError(
                 f"reduce {self.reduce!r} chooses no units, so {' and '.join(ignored)} would be ignored; leave {'it' if len(ignored) == 1 else 'them'} out"

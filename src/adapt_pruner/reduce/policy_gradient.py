@@ -104,7 +104,7 @@ class PolicyGradient(Units):
         now, axes = work.num_params, prunable(work)
         if now <= target:
             return
-        recipe, where = work.recipe, {"stage": work.state.stage, "iteration": work.iteration}
+        where = {"stage": work.state.stage, "iteration": work.iteration}
         excess = now + repair_parameters(work) - target
         keep = 1 - excess / sum(axis.size * axis.cost for axis in axes)
         with work.state.clock("score"):
@@ -114,7 +114,7 @@ class PolicyGradient(Units):
                 self._stage, self._done, self._baseline = work.state.stage, 0, math.nan
             batches = yield from self._learn(work, axes, keep)
         budget = Budget(keep=target, total=now + repair_parameters(work))
-        sizes, _ = within_widths(recipe, _chooser(axes, 1 - keep))(self._stay, axes, budget, debt=Debt.none(axes))
+        sizes, _ = within_widths(work, _chooser(axes, 1 - keep))(self._stay, axes, budget, debt=Debt.none(axes))
         mask = Mask.of_sizes(axes, self._stay, sizes)
         loss = work.loss(mask, batches)
         repaired(work, mask, work.batches(), **where)

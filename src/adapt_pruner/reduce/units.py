@@ -24,7 +24,7 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.recipe import WHOLE, Recipe, parts
+from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.closed_form import without_bias
 from adapt_pruner.reduce.widths import check_multiple, fitting
@@ -53,7 +53,7 @@ class Units(Reduction):
         there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
         if missing := [kind for kind in recipe.axes if kind not in there]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
-        check_multiple(prunable(work), recipe.multiple_of)
+        check_multiple(prunable(work), work.multiple_of)
         evidence_of(work)
         if not recipe.sequential_scoring:
             return
@@ -119,7 +119,7 @@ class Units(Reduction):
         if self._debt is None or (recipe.debt == "reset" and self._stage != work.state.stage):
             self._debt = Debt.none(prunable(work))
         self._stage = work.state.stage
-        choose = within_widths(recipe, parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude))
+        choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude))
         while (now := work.num_params) > target:
             where = {"stage": work.state.stage, "iteration": work.iteration}
             may_shrink = prunable(work)
@@ -262,17 +262,18 @@ def repair_parameters(work: Work) -> int:
     return sum(int(module.weight.shape[0]) for module in without_bias(work.model, work.axes))
 
 
-def within_widths(recipe: Recipe, choose: Callable[..., Any]) -> Callable[..., tuple[dict[str, int], Debt]]:
+def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple[dict[str, int], Debt]]:
     """A chooser with its sizes brought to the widths that the recipe allows; it is called like any chooser."""
+    multiple_of, equal = work.multiple_of, work.recipe.equal_widths
 
     def fitted(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
         sizes = {axis.name: axis.size for axis in axes}
         # Neurons at their least would be given back each time, and the chooser would never get to the heads.
-        if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > recipe.multiple_of]:
+        if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > multiple_of]:
             wanted, debt = choose(scores, free, budget, debt=debt)
             sizes |= wanted
-        if recipe.multiple_of > 1 or recipe.equal_widths:
-            sizes = fitting(sizes, axes, scores=scores, multiple_of=recipe.multiple_of, equal_widths=recipe.equal_widths)
+        if multiple_of > 1 or equal:
+            sizes = fitting(sizes, axes, scores=scores, multiple_of=multiple_of, equal_widths=equal)
         return sizes, debt
 
     return fitted
@@ -291,7 +292,7 @@ def mask_to(axes: Sequence[Axis], sizes: Mapping[str, int]) -> Mask:
 def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
     """The sizes that the recipe's chooser reaches for `keep` parameters, or as near as it may, if all scores are equal."""
     whole = left = prunable(work)
-    choose = within_widths(work.recipe, parts.bind("chooser", work.recipe.chooser, step=1.0, amplitude=0.0))
+    choose = within_widths(work, parts.bind("chooser", work.recipe.chooser, step=1.0, amplitude=0.0))
     total = work.num_params
     found, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
     while not keep or total > keep:

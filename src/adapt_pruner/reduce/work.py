@@ -32,6 +32,9 @@ from adapt_pruner.train.loop import Progress, Step
 
 __all__ = ["Change", "Listener", "Looks", "Reads", "Reduction", "RunState", "Stage", "Work", "reads_text"]
 
+_WIDTHS = ((1024, 64), (256, 32))
+"""Neurons of the narrowest layer, and what `multiple_of: auto` is from there on."""
+
 Listener = Callable[[dict[str, Any]], None]
 """Told of every event of a run, as a plain dict with a key `event` (see `core.events`)."""
 
@@ -314,6 +317,16 @@ class Work:
         if self._axes is None:
             self._axes = families.axes(self.model)
         return self._axes
+
+    @property
+    def multiple_of(self) -> int:
+        """What neurons of a layer stay a multiple of; what the recipe calls `auto` goes by the narrowest layer of the start."""
+        asked = self.recipe.multiple_of
+        if isinstance(asked, int):
+            return asked
+        began = self.state.began or families.sizes(self.model)
+        narrowest = min((size for name, size in began.items() if name.endswith(".neurons")), default=0)
+        return next((multiple for least, multiple in _WIDTHS if narrowest >= least), 1)
 
     @property
     def num_params(self) -> int:

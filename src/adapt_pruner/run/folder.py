@@ -72,6 +72,16 @@ class RunFolder:
             raise RunError(f"{self.path / 'recipe.yaml'} could not be written: {why(error)}") from error
         self._begun = True
 
+    def as_begun(self, recipe: Recipe) -> Recipe:
+        """The recipe; where it leaves widths to `auto`, and the run began when that was 1, with 1 as it began."""
+        if self.is_new or recipe.multiple_of != "auto":
+            return recipe
+        try:
+            began = read(self.path / "recipe.yaml").multiple_of
+        except UsageError:  # `check` says so
+            return recipe
+        return recipe.model_copy(update={"multiple_of": began}) if began == 1 else recipe
+
     def check(self, recipe: Recipe, *, force: bool) -> list[str]:
         """The keys, of those that matter to the result, in which a recipe differs from the run's; none for a new run.
 
@@ -81,7 +91,7 @@ class RunFolder:
         if self.is_new:
             return []
         try:
-            keys = differing(read(self.path / "recipe.yaml"), recipe)
+            keys = differing(read(self.path / "recipe.yaml"), self.as_begun(recipe))
         except UsageError as error:
             if force:
                 return ["keys that are unknown, since the old recipe cannot be read"]

@@ -125,7 +125,7 @@ def table_of(work: Work) -> Table:
         of_kind = [axis for axis in axes if axis.kind == kind]
         points = {1.0: 1.0}
         for share in (*SHARES, 0.0):
-            sizes = {axis.name: _width(axis, share, recipe.multiple_of) for axis in of_kind}
+            sizes = {axis.name: _width(axis, share, work.multiple_of) for axis in of_kind}
             found = sum(sizes.values()) / sum(axis.size for axis in of_kind)
             if found in points:
                 continue

@@ -145,6 +145,7 @@ def run(
     `beside` writes more files into the result before the result gets its final name.
     """
     with opened(Path(run_dir)) as folder:
+        recipe = folder.as_begun(recipe)
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
             listen(Finished(path=str(folder.result)).told())
