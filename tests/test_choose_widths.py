@@ -15,7 +15,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
-from adapt_pruner.reduce.widths import fitting
+from adapt_pruner.reduce.widths import fitting, levelled
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import documented
 from adapt_pruner.report.documented import prune
@@ -197,3 +197,28 @@ def test_a_run_that_began_with_any_width_goes_on_with_it(tiny_folder: Path, text
     assert folder.check(read(said), force=False) == []
     with pytest.raises(UsageError, match="differs in multiple_of"):
         folder.check(read(said | {"multiple_of": 8}), force=False)
+
+
+def test_one_neuron_of_difference_costs_no_plainness(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Uniform shares end a neuron apart, since the budget is met to the neuron: then all layers get the lower width."""
+    asked: dict[str, Any] = {
+        "model": str(tiny_folder), "method": "magnitude-all", "axes": ["neurons"], "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+    left = []
+    for budget in range(45_000, 45_000 + 3 * 144, 144):  # a neuron owns 144 parameters
+        outcome = prune(read(asked | {"budget": str(budget)}), tmp_path / str(budget))
+        sizes = families.sizes(outcome.loaded.model)
+        assert len({sizes[f"layers.{i}.neurons"] for i in range(3)}) == 1
+        assert budget - 3 * 144 < outcome.figures["params_after"] <= budget
+        assert "per_layer_config" not in (tmp_path / str(budget) / "config.json").read_text()
+        left.append(outcome.figures["params_after"])
+    assert len(set(left)) < 3, "some of these budgets would have left one neuron more in a layer"
+    sizes = {"layers.0.neurons": 9, "layers.1.neurons": 8}
+    axes = [axis(i, "neurons", 10, 3) for i in range(2)]
+    heads = [axis(i, "kv_heads", 3, 9) for i in range(2)]
+    assert levelled(sizes, axes) == dict.fromkeys(sizes, 8)
+    assert levelled(sizes | {"layers.0.kv_heads": 2}, [*axes, *heads]) == sizes | {"layers.0.kv_heads": 2}, (
+        "not plain in any case"
+    )
+    assert levelled({"layers.0.neurons": 9, "layers.1.neurons": 7}, axes)["layers.0.neurons"] == 9
+    assert levelled({"layers.0.neurons": 9}, axes) == {"layers.0.neurons": 9}, "the other layer may not shrink"

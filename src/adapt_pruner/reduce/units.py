@@ -27,7 +27,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.closed_form import without_bias
-from adapt_pruner.reduce.widths import check_multiple, fitting
+from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
 from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
 
@@ -274,6 +274,8 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
             sizes |= wanted
         if multiple_of > 1 or equal:
             sizes = fitting(sizes, axes, scores=scores, multiple_of=multiple_of, equal_widths=equal)
+        elif sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes) >= budget.excess:
+            sizes = levelled(sizes, work.axes)
         return sizes, debt
 
     return fitted

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.errors import UsageError
 
-__all__ = ["check_multiple", "fitting"]
+__all__ = ["check_multiple", "fitting", "levelled"]
 
 
 def check_multiple(axes: Sequence[Axis], multiple_of: int) -> None:
@@ -70,6 +70,27 @@ def fitting(
         width = max(min(least, multiple_of), min(least, width))
         found |= {axis.name: width // multiple_of * multiple_of or width for axis in neurons}
     return found
+
+
+def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
+    """The same sizes; but where the neurons of all layers would differ by one alone, and their heads by none, all get the lower width.
+
+    The model is then a plain folder that any tool loads, for less than one neuron a layer below the budget.
+
+    Args:
+        sizes: axis name -> units to keep, of those that may shrink.
+        axes: all axes of the model.
+    """
+    if any(axis.kind in ("layers", "attentions", "mlps") and sizes.get(axis.name, axis.size) < axis.size for axis in axes):
+        return dict(sizes)
+    heads = {
+        kind: {sizes.get(axis.name, axis.size) for axis in axes if axis.kind == kind} for kind in ("kv_heads", "query_heads")
+    }
+    neurons = {axis.name: sizes.get(axis.name, axis.size) for axis in axes if axis.kind == "neurons"}
+    low, high = min(neurons.values(), default=0), max(neurons.values(), default=0)
+    if high - low != 1 or low < 1 or not neurons.keys() <= sizes.keys() or any(len(alike) > 1 for alike in heads.values()):
+        return dict(sizes)
+    return {**sizes, **dict.fromkeys(neurons, low)}
 
 
 def _staying(sizes: Mapping[str, int], axes: Sequence[Axis], scores: Scores) -> list[Axis]:
