@@ -70,9 +70,9 @@ class Child:
             RunError: it ended before.
         """
         assert self._process.stdout is not None
-        if len(found := self._process.stdout.read(count)) < count:
+        if len(data := self._process.stdout.read(count)) < count:
             raise RunError(self._silent.replace("{status}", str(self._process.wait())))
-        return found
+        return data
 
 
 @contextmanager

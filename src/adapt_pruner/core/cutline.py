@@ -28,7 +28,7 @@ def cut_line(axes: Iterable[Axis], scores: Scores, mask: Mask) -> dict[str, dict
         kind -> `kept` and `removed`, `QUARTER_OCTAVES` counts each, as plain data. A block that loses nothing has no line, nor
         has one whose lowest score that stays is not above 0: they are not counted, nor is a kind that has no others.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     for axis in axes:
         if axis.name not in mask or axis.name not in scores:
             continue
@@ -38,10 +38,10 @@ def cut_line(axes: Iterable[Axis], scores: Scores, mask: Mask) -> dict[str, dict
         bins = (4 * (score.clamp(min=0) / line).log2()).floor().clamp(-QUARTER_OCTAVES // 2, QUARTER_OCTAVES // 2 - 1)
         for which, chosen in (("kept", keep & counted), ("removed", ~keep & counted)):
             counts = torch.bincount(bins[chosen].long() + QUARTER_OCTAVES // 2, minlength=QUARTER_OCTAVES)
-            kind = found.setdefault(axis.kind, {})
+            kind = by_kind.setdefault(axis.kind, {})
             kind[which] = kind.get(which, 0) + counts
     return {
         kind: {which: counts.tolist() for which, counts in both.items()}
-        for kind, both in found.items()
+        for kind, both in by_kind.items()
         if bool(both["removed"].any())
     }

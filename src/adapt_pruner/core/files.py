@@ -53,13 +53,13 @@ def check_regular(path: Path, *, most: int | None = MOST_TEXT) -> None:
         UsageError: it is a device, a pipe or a socket, or larger.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return  # who reads it says what is wrong
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise UsageError(f"{path} is a device, a pipe or a socket; put a regular file there, or remove it")
-    if most is not None and stat.S_ISREG(found.st_mode) and found.st_size > most:
-        raise UsageError(f"{path} has {found.st_size:,} bytes, and at most {most:,} are read; get the right file")
+    if most is not None and stat.S_ISREG(status.st_mode) and status.st_size > most:
+        raise UsageError(f"{path} has {status.st_size:,} bytes, and at most {most:,} are read; get the right file")
 
 
 @contextmanager
@@ -151,10 +151,10 @@ def tidy(folder: Path, *, older: str | None = None) -> None:
         older: a regular expression for names that the caller alone writes there. What was left of files of these names goes although
             no lock says that its process has ended, as of older versions, which held none.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     with suppress(OSError):  # a folder that may be written to and not be listed
-        found = list(folder.iterdir()) if folder.is_dir() else []
-    for path in found:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    for path in paths:
         kind, parts = _kind(path.name), _NAME.fullmatch(path.name) or _OLD_NAME.fullmatch(path.name)
         own = older is not None and parts is not None and re.fullmatch(older, parts[1]) is not None
         with suppress(OSError):  # another process may tidy, too
@@ -189,21 +189,21 @@ def read_plain(path: Path, *, most: int = 2**30) -> bytes:
         OSError: it cannot be read, is no file, or is larger.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if stat.S_ISDIR(found.st_mode):
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device, and only files are read", str(path))
-        if found.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and {most:,} are the most", str(path))
-        return file.read(found.st_size)  # files of /proc say that they have none
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, and {most:,} are the most", str(path))
+        return file.read(status.st_size)  # files of /proc say that they have none
 
 
 def files_in(folder: Path) -> dict[str, Path]:
     """All files in a folder and its subfolders but the lock: path within the folder, with /, -> file, sorted."""
-    found = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    found.pop(_LOCK, None)
-    return found
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    files.pop(_LOCK, None)
+    return files
 
 
 def why(error: OSError) -> str:

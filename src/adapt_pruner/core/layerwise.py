@@ -72,12 +72,12 @@ def streams(
         task: what the model learns.
         dtype: precision of the matrix products.
     """
-    found, layers = [], decoder_layers(model, axes)
+    inputs, layers = [], decoder_layers(model, axes)
     for batch in batches:
         with _standing_in(layers) as (entered, keywords):
             _read(model, batch, task, dtype)
-        found.append(Stream(entered[0], keywords, dtype))
-    return found
+        inputs.append(Stream(entered[0], keywords, dtype))
+    return inputs
 
 
 def _read(model: nn.Module, batch: Tensor, task: Task, dtype: str) -> None:

@@ -34,8 +34,10 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 def spoiled(what: str, device: torch.device, dtype: str) -> RunError:
     """What is raised where `what` came of a model is no number."""
     narrow = uses_bfloat16(device, dtype)
-    found = "bfloat16; multiply in float32 (dtype), or get its files again" if narrow else "float32; get its files again"
-    return RunError(f"{what}; the model's weights are damaged or overflow in {found}")
+    format_and_remedy = (
+        "bfloat16; multiply in float32 (dtype), or get its files again" if narrow else "float32; get its files again"
+    )
+    return RunError(f"{what}; the model's weights are damaged or overflow in {format_and_remedy}")
 
 
 def numbers(what: str, device: torch.device, dtype: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -193,8 +193,8 @@ class _Unsaid:
 
 def first(output: Any) -> Tensor:
     """What a layer or block gives the stream, of all that it returns."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def with_first(output: Any, tensor: Tensor) -> Any:
@@ -352,17 +352,17 @@ def _size(axis: Axis, mask: Mask) -> int:
 
 def _kept(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[tuple[nn.Parameter, dict[int, Tensor]]]:
     """Each parameter that shrinks, with the indices that stay along each of its dimensions."""
-    found: dict[int, tuple[nn.Parameter, dict[int, Tensor]]] = {}
+    parameters: dict[int, tuple[nn.Parameter, dict[int, Tensor]]] = {}
     for axis in axes:
         keep = mask.of(axis)
         if not keep.all():
             for piece in axis.slices:
                 parameter = model.get_parameter(piece.parameter)
-                _, dims = found.setdefault(id(parameter), (parameter, {}))
+                _, dims = parameters.setdefault(id(parameter), (parameter, {}))
                 stays = dims.setdefault(piece.dim, torch.ones(parameter.shape[piece.dim], dtype=torch.bool))
                 stays[piece.start : piece.start + axis.entries * piece.width] &= keep.repeat_interleave(piece.width)
-    for key in list(found):
-        parameter, dims = found.pop(key)  # so that what was cut is not held while the rest is
+    for key in list(parameters):
+        parameter, dims = parameters.pop(key)  # so that what was cut is not held while the rest is
         yield parameter, {dim: entries.nonzero().flatten() for dim, entries in dims.items()}
 
 

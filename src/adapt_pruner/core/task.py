@@ -66,8 +66,8 @@ class CausalLM:
 
     def entrance(self, model: Any) -> nn.Module:
         """The embedding of tokens."""
-        found: nn.Module = model.get_input_embeddings()
-        return found
+        embedding: nn.Module = model.get_input_embeddings()
+        return embedding
 
     def read(self, model: Any, batch: Tensor, **asked: Any) -> Any:
         """Run the decoder, without a cache."""
@@ -92,8 +92,8 @@ class CausalLM:
 
     def head(self, model: Any) -> nn.Linear:
         """The linear layer that makes logits of hidden states."""
-        found: nn.Linear = model.get_output_embeddings()
-        return found
+        layer: nn.Linear = model.get_output_embeddings()
+        return layer
 
     def of_logits(self, model: Any, hidden: Tensor, loss: LogitLoss, *, chunk: int | None = None) -> Tensor:
         """The sum of `loss` over the logits of `hidden`, [n, width], which never exist together; see `through_head`."""

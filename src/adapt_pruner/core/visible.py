@@ -21,6 +21,6 @@ def one_line(text: str, *, most: int = 500) -> str:
     return _STEERING.sub(" ", text.replace("\n", " ").replace("\t", " "))[:most].strip()
 
 
-def _spelled(found: re.Match[str]) -> str:
-    number = ord(found[0])
+def _spelled(match: re.Match[str]) -> str:
+    number = ord(match[0])
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

@@ -96,13 +96,13 @@ def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[
     if not high > low:
         return [low]
     if log and high / low > 8:
-        found: list[float] = []
+        numbers: list[float] = []
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in ((1,), (1, 3), (1, 2, 5)):
-            found = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
-            if len(found) >= 3:
+            numbers = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
+            if len(numbers) >= 3:
                 break
-        return found[:: -(-len(found) // most)] or [low, high]
+        return numbers[:: -(-len(numbers) // most)] or [low, high]
     rough = (high - low) / most
     step = next(s for e in (0, 1) for m in (1, 2, 5) if (s := m * 10.0 ** (math.floor(math.log10(rough)) + e)) >= rough)
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
