@@ -42,9 +42,10 @@ def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[i
             differently once later ones follow.
     """
     if _MARKS_ITSELF.search(chat_template(tokenizer)):
-        found = _applied(tokenizer, chats, return_dict=True, return_assistant_tokens_mask=True)
+        tokenized = _applied(tokenizer, chats, return_dict=True, return_assistant_tokens_mask=True)
         return [
-            (ids, [bool(mark) for mark in marks]) for ids, marks in zip(found["input_ids"], found["assistant_masks"], strict=True)
+            (ids, [bool(mark) for mark in marks])
+            for ids, marks in zip(tokenized["input_ids"], tokenized["assistant_masks"], strict=True)
         ]
     if not tokenizer.is_fast:
         raise UsageError(
@@ -52,9 +53,11 @@ def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[i
         )
     texts: list[str] = _applied(tokenizer, chats, tokenize=False)
     ends = tuple(tokenizer.get_added_vocab())
-    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    tokenized = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
     encoded = []
-    for chat, text, ids, offsets in zip(chats, texts, found["input_ids"], found["offset_mapping"], strict=True):
+    for chat, text, ids, offsets in zip(chats, texts, tokenized["input_ids"], tokenized["offset_mapping"], strict=True):
         spans = _said(tokenizer, chat, text, ends)
         encoded.append((ids, [any(start < end <= stop for start, stop in spans) for _, end in offsets]))
     return encoded

@@ -159,8 +159,8 @@ def _references(path: str, names: Sequence[str]) -> dict[str, float]:
             f"texts {', '.join(names)}"
         )
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        losses = {str(name): float(loss) for name, loss in found.items()}
+        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        losses = {str(name): float(loss) for name, loss in data.items()}
     except FileNotFoundError as error:
         raise UsageError(f"the file of reference losses {path!r} does not exist; write it as {{SPEC: nats}}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -138,6 +138,6 @@ def _place(spec: str) -> Path:
 def _words(spec: str) -> set[str]:
     """The words in a SPEC that may tell its kind: of four letters and more, without their number, or with a number (`c4`)."""
     parts = spec.split(":")[1] if spec.startswith("hub:") else "/".join([part for part in Path(spec).parts if part != "**"][-2:])
-    found = (re.fullmatch(r"([a-z]+)(\d*)", word) for word in re.findall(r"[a-z]+\d*", parts.lower()))
-    words = {match[1] if len(match[1]) >= 4 else match[0] for match in found if match and (len(match[1]) >= 4 or match[2])}
+    matches = (re.fullmatch(r"([a-z]+)(\d*)", word) for word in re.findall(r"[a-z]+\d*", parts.lower()))
+    words = {match[1] if len(match[1]) >= 4 else match[0] for match in matches if match and (len(match[1]) >= 4 or match[2])}
     return words - _OF_ANY_TEXT

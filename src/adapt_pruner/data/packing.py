@@ -68,8 +68,8 @@ def tokenised(
 
 def _rows(tokenizer: Any, spec: str, documents: Iterator[Document], length: int, limit: int) -> Iterator[Chunk]:
     opening = next(documents)
-    found = _of_one_kind(itertools.chain([opening], documents), opening, spec)
-    return _chats(tokenizer, found, length, limit) if opening.messages else _packed(tokenizer, found, length, limit)
+    of_one_kind = _of_one_kind(itertools.chain([opening], documents), opening, spec)
+    return _chats(tokenizer, of_one_kind, length, limit) if opening.messages else _packed(tokenizer, of_one_kind, length, limit)
 
 
 def _of_one_kind(documents: Iterable[Document], opening: Document, spec: str) -> Iterator[Document]:

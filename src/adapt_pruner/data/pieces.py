@@ -93,10 +93,10 @@ class _Piece:
 
 def _encoded(tokenizer: Any, text: str) -> _Piece:
     """The tokens of a piece of text without what the tokenizer adds."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    words = np.array([-1 if word is None else word for word in found.word_ids()], np.int64)
-    starts = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
-    return _Piece(np.stack([np.array(found["input_ids"], np.int64), starts, np.diff(words, prepend=-1) != 0], axis=1))
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    words = np.array([-1 if word is None else word for word in encoding.word_ids()], np.int64)
+    starts = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
+    return _Piece(np.stack([np.array(encoding["input_ids"], np.int64), starts, np.diff(words, prepend=-1) != 0], axis=1))
 
 
 def _added(tokenizer: Any) -> tuple[list[int], list[int]] | None:

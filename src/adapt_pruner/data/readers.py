@@ -80,18 +80,18 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
     """The text of a row or, where its field (or without one `messages`) holds such, its messages; None if neither."""
     if not isinstance(row, Mapping):
         return None
-    found = row.get(field)
-    if found is None and field == _TEXT:
-        found = row.get(_CHAT)
-    if isinstance(found, str):
-        return _utf8(found)
-    if not isinstance(found, list) or not all(isinstance(message, Mapping) for message in found):
+    content = row.get(field)
+    if content is None and field == _TEXT:
+        content = row.get(_CHAT)
+    if isinstance(content, str):
+        return _utf8(content)
+    if not isinstance(content, list) or not all(isinstance(message, Mapping) for message in content):
         return None
-    if not all(isinstance(message.get(key), str) for message in found for key in ("role", "content")):
+    if not all(isinstance(message.get(key), str) for message in content for key in ("role", "content")):
         return None
     return [
         {key: _utf8(value) if isinstance(value, str) else value for key, value in message.items() if value is not None}
-        for message in found
+        for message in content
     ] or None
 
 
@@ -108,14 +108,14 @@ def _saved(folder: Path) -> Iterator[Row]:
     import datasets
 
     try:
-        found: Any = datasets.load_from_disk(folder)
+        dataset: Any = datasets.load_from_disk(folder)
     except Exception as error:  # as in `hub`
         raise UsageError(f"{folder} is not a folder that datasets.save_to_disk wrote: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if "train" not in found:
-            raise UsageError(f"{folder} has no split 'train'; name one by its folder, for example {folder / min(found)}")
-        found = found["train"]
-    for number, row in enumerate(found, start=1):
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            raise UsageError(f"{folder} has no split 'train'; name one by its folder, for example {folder / min(dataset)}")
+        dataset = dataset["train"]
+    for number, row in enumerate(dataset, start=1):
         content = _content(row)
         if content is None:
             raise UsageError(f"{folder}, row {number}, has no text; a row is like {_FORMS}; its fields: {', '.join(row)}")
@@ -127,13 +127,13 @@ def _paths(spec: str) -> list[Path]:
     if path.is_file():
         return [path]
     matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    found = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
-    if not found:
+    paths = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
+    if not paths:
         what = "holds no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise UsageError(
             f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
         )
-    return found
+    return paths
 
 
 def _file(path: Path) -> Iterator[Row]:

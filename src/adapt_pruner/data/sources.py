@@ -87,19 +87,19 @@ def read(spec: str) -> Iterator[Document]:
         whole, part = _python_docs(":".join(filter(None, (rest, part))) or "all"), ""
     else:
         whole = itertools.starmap(_document, readers.hub(base) if kind == "hub" else readers.local(base))
-    found = there = 0
+    yielded = there = 0
     for document in whole:
         if document.text.strip():
             there += 1
             if part in ("", _part(document)):
-                found += 1
+                yielded += 1
                 yield document
-    if there and not found:
+    if there and not yielded:
         raise UsageError(
             f"text {spec!r} is empty: none of the {there:,} documents of {base!r} falls in that part, "
             f"one in {_HELD_OUT} is held out; give a text of more documents, or another one"
         )
-    if not found:
+    if not yielded:
         raise UsageError(f"text {spec!r} is empty; name a file or folder that holds text")
 
 

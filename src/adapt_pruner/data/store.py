@@ -87,9 +87,9 @@ def stored(
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
     root = cache or cache_folder()
     folder = root / "tokens" / fingerprint
-    found, damage = _opened(folder)
-    if found is not None:
-        return found
+    store, damage = _opened(folder)
+    if store is not None:
+        return store
     if damage:
         warn(f"the tokens in {folder} are damaged ({damage}), so they are made anew")
     try:
