@@ -58,8 +58,8 @@ def family_of(config: Any) -> ModuleType:
 
 def axes(model: nn.Module) -> tuple[Axis, ...]:
     """Every axis of a model, sizes as its weights have them now."""
-    found: tuple[Axis, ...] = family_of(model.config).axes(model)
-    return found
+    all_axes: tuple[Axis, ...] = family_of(model.config).axes(model)
+    return all_axes
 
 
 def sizes(model: nn.Module) -> dict[str, int]:

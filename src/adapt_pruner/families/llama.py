@@ -49,14 +49,14 @@ def axes(model: Any) -> tuple[Axis, ...]:
 
 def within_layers(model: Any) -> list[Axis]:
     """The axes that lie in one layer each."""
-    found: list[Axis] = []
+    layer_axes: list[Axis] = []
     stack = model.model.layers
     for i, layer in enumerate(stack):
         if is_there(layer.self_attn):
-            found += _heads(model, i, layer.self_attn)
+            layer_axes += _heads(model, i, layer.self_attn)
         if is_there(layer.mlp):
             at = f"model.layers.{i}.mlp"
-            found.append(
+            layer_axes.append(
                 _axis(
                     f"layers.{i}.neurons",
                     layer.mlp.gate_proj.weight.shape[0],
@@ -68,7 +68,7 @@ def within_layers(model: Any) -> list[Axis]:
                     enclosing=(f"layers.{i}.mlps",),
                 )
             )
-    return found
+    return layer_axes
 
 
 def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
@@ -109,14 +109,16 @@ def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS)
         model: causal LM of this layout.
         blocks: kind -> the modules of a layer that go, see `Axis.modules`.
     """
-    found = []
+    block_axes = []
     for i, layer in enumerate(model.model.layers):
         for kind, modules in blocks.items():
             cost = sum(count_parameters(getattr(layer, module)) for module in modules)
             if cost:
                 names = tuple(f"model.layers.{i}.{module}" for module in modules)
-                found.append(Axis(f"layers.{i}.{kind}", 1, cost, Gate(names[-1], kind="whole"), modules=names, may_be_empty=True))
-    return found
+                block_axes.append(
+                    Axis(f"layers.{i}.{kind}", 1, cost, Gate(names[-1], kind="whole"), modules=names, may_be_empty=True)
+                )
+    return block_axes
 
 
 def is_there(module: Any) -> bool:

@@ -27,16 +27,16 @@ _READ_BY = {"self_attn": ("qkv_proj",), "mlp": ("gate_up_proj",)}
 
 def axes(model: Any) -> tuple[Axis, ...]:
     """Every axis of a Phi-3 causal LM, in the order of its layers; `layers` last."""
-    found: list[Axis] = []
+    all_axes: list[Axis] = []
     for i, layer in enumerate(model.model.layers):
         if is_there(layer.self_attn):
-            found += _heads(model, i, layer.self_attn)
+            all_axes += _heads(model, i, layer.self_attn)
         if is_there(layer.mlp):
-            found.append(_neurons(model, i, layer.mlp))
-    found += whole_blocks(model)
+            all_axes.append(_neurons(model, i, layer.mlp))
+    all_axes += whole_blocks(model)
     if model.config.rope_parameters["rope_type"] == "default":
-        found.append(residual(model, read_by=_READ_BY))
-    return (*found, vocabulary(model), whole_layers(model))
+        all_axes.append(residual(model, read_by=_READ_BY))
+    return (*all_axes, vocabulary(model), whole_layers(model))
 
 
 def _neurons(model: Any, layer: int, mlp: Any) -> Axis:
