@@ -131,7 +131,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
         yield Evidence.FORWARD
     world.sum_in_place(*squares.values())
     by_unit = {axis.name: [_by_unit(squares, axis, name).sum(dim=1).sqrt() for name in _at(axis)] for axis in axes}
-    return {name: torch.stack(found).sum(dim=0).float() for name, found in by_unit.items()}
+    return {name: torch.stack(scores).sum(dim=0).float() for name, scores in by_unit.items()}
 
 
 def _weighted_norms(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:

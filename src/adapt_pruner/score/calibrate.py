@@ -141,7 +141,7 @@ def score(
     """
     axes = _scored(axes)
     running = [metric(model, axes) for metric in metrics]
-    total, found = float("nan"), {}
+    total, finished = float("nan"), {}
     try:
         with _as_found(model, _on(axes)):
             needs = [next(metric) for metric in running]
@@ -157,7 +157,7 @@ def score(
                     sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
                     sweep.forward()
                     # Backwards each layer runs again, which those that looked at the text have seen already.
-                    found = {metric: finish(metric) for metric in running if metric not in of_weights}
+                    finished = {metric: finish(metric) for metric in running if metric not in of_weights}
                     nll, gradients = sweep.loss(over=predicted), sweep.backward()
                 else:
                     nll = _passes(model, mine, need, over=predicted, task=task, dtype=dtype, on_batch=on_batch)
@@ -172,7 +172,7 @@ def score(
                     _show(metric, name)
             merged: Scores = {}
             for metric in running:
-                merged |= found[metric] if metric in found else finish(metric)
+                merged |= finished[metric] if metric in finished else finish(metric)
     finally:
         for metric in running:
             metric.close()
