@@ -61,9 +61,9 @@ def _rms_norm(module: nn.Module) -> tuple[float, float] | None:
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         tried = torch.linspace(-2, 3, 2 * whole.shape[0], device=whole.device).view(2, -1)
         normed = tried * torch.rsqrt(tried.square().mean(-1, keepdim=True) + eps)
-        found = torch.func.functional_call(module, {"weight": whole}, (tried,))
+        output = torch.func.functional_call(module, {"weight": whole}, (tried,))
         for offset in (0.0, 1.0):
-            if torch.allclose(found, (offset + whole) * normed, atol=1e-5, rtol=1e-5):
+            if torch.allclose(output, (offset + whole) * normed, atol=1e-5, rtol=1e-5):
                 return offset, eps
     return None
 

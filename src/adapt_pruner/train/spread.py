@@ -86,10 +86,10 @@ def full_state(model: nn.Module, optimizer: AdamW | None) -> tuple[dict[str, Ten
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        found = {name: parameter.detach()}
+        tensors = {name: parameter.detach()}
         for key, value in ({} if optimizer is None else optimizer.state.get(parameter, {})).items():
-            found[f"{key}.{name}"] = value
-        for key, value in found.items():
+            tensors[f"{key}.{name}"] = value
+        for key, value in tensors.items():
             gathered = _whole(value)
             if world.is_main():
                 (weights if key == name else moments)[key] = gathered if gathered is value else gathered.cpu()
