@@ -67,15 +67,15 @@ class _Part:
 @functools.cache
 def _found(key: str) -> dict[str, _Part]:
     """Every part of a key by its full name."""
-    folder, found = FOLDERS[key], {}
+    folder, parts = FOLDERS[key], {}
     for path in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body if "@part(" in text else ():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (needs := _declared(key, node)) is not None:
                 name = f"{path.stem}.{node.name}" if isinstance(node, ast.FunctionDef) else path.stem
                 about = (ast.get_docstring(node) or "").partition("\n")[0]
-                found[name] = _Part(f"adapt_pruner.{folder}.{path.stem}", node.name, about, needs, _options(node))
-    return found
+                parts[name] = _Part(f"adapt_pruner.{folder}.{path.stem}", node.name, about, needs, _options(node))
+    return parts
 
 
 def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] | None:
@@ -96,7 +96,7 @@ def _options(node: ast.FunctionDef | ast.ClassDef) -> dict[str, ast.expr | None]
 
 def summaries(key: str) -> dict[str, str]:
     """Every part that the recipe key may name, with the first line of its docstring; imports nothing."""
-    return {name: found.about for name, found in _found(key).items()}
+    return {name: entry.about for name, entry in _found(key).items()}
 
 
 def needs(key: str, written: str) -> frozenset[str]:
@@ -230,6 +230,6 @@ def bind(key: str, written: str, **context: Any) -> functools.partial[Any]:
         UsageError: there is no such part, or it has no such option.
     """
     name, options = _split(key, written)
-    found = _found(key)[name]
-    made: Callable[..., Any] = getattr(importlib.import_module(found.module), found.leaf)
-    return functools.partial(made, **{option: value for option, value in context.items() if option in found.takes} | options)
+    entry = _found(key)[name]
+    made: Callable[..., Any] = getattr(importlib.import_module(entry.module), entry.leaf)
+    return functools.partial(made, **{option: value for option, value in context.items() if option in entry.takes} | options)

@@ -445,16 +445,16 @@ def in_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
 
     Where both spellings are given the old one stays, and is refused as a key that is not known.
     """
-    found = dict(data)
-    if "rotate" in found and found.pop("rotate") is not None:
-        found["reduce"] = "slice"
+    recipe = dict(data)
+    if "rotate" in recipe and recipe.pop("rotate") is not None:
+        recipe["reduce"] = "slice"
     for old, new in _SPELLED.items():
         *table, old_key = old.split(".")
-        inner = found.get(table[0]) if table else found
+        inner = recipe.get(table[0]) if table else recipe
         if isinstance(inner, Mapping) and old_key in inner and (key := new.rpartition(".")[2]) not in inner:
             renamed = {key if name == old_key else name: value for name, value in inner.items()}
-            found = found | {table[0]: renamed} if table else renamed
-    return found
+            recipe = recipe | {table[0]: renamed} if table else renamed
+    return recipe
 
 
 def methods() -> dict[str, Path]:
@@ -502,13 +502,13 @@ def read(
 def differing(one: Recipe, other: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ; keys that do not change what a run computes are left out."""
     left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
-    found = []
+    keys = []
     for key, value in left.items():
         if key in _OF_THE_MACHINE or value == right[key]:
             continue
         inner = isinstance(value, dict) and isinstance(right[key], dict) and key in _TABLES
-        found += [f"{key}.{leaf}" for leaf in value if value[leaf] != right[key][leaf]] if inner else [key]
-    return found
+        keys += [f"{key}.{leaf}" for leaf in value if value[leaf] != right[key][leaf]] if inner else [key]
+    return keys
 
 
 def _read_yaml(name: str) -> dict[str, Any]:
