@@ -279,10 +279,10 @@ def shares_beginnings(model: Any) -> bool:
     ids = [7 * i * i % min(model.config.get_text_config().vocab_size, 997) for i in range(1, 15)]
     pairs: list[Pair] = [(ids[:9], ids[9:12]), (ids[:9], ids[10:14]), (ids[3:7], ids[8:9]), (ids[3:7], ids[5:8])]
     try:
-        found = loglikelihoods(model, pairs, max_length=64, batch_tokens=64)
+        likelihoods = loglikelihoods(model, pairs, max_length=64, batch_tokens=64)
     except Exception:  # a model may refuse in any way; whatever it is, whole forward passes remain
         return False
-    for (context, continuation), (value, _) in zip(pairs, found, strict=True):
+    for (context, continuation), (value, _) in zip(pairs, likelihoods, strict=True):
         read = torch.tensor([[*context, *continuation[:-1]]], device=device)
         logits = model(input_ids=read, use_cache=False).logits[0, len(context) - 1 :].float().log_softmax(-1)
         plain = float(logits[range(len(continuation)), list(continuation)].sum())

@@ -104,18 +104,18 @@ def _documents(folder: Path) -> Iterable[Row]:
 
 def _choices(folder: Path, field: str) -> Iterable[Row]:
     for doc in _documents(folder):
-        found = _QUESTION.fullmatch(doc["query"])
-        assert found is not None, f"{folder} holds a prompt of another form"
+        match = _QUESTION.fullmatch(doc["query"])
+        assert match is not None, f"{folder} holds a prompt of another form"
         labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
         choices = {"text": doc["choices"], "label": labels}
-        yield {"id": doc["id"], field: found[1], "choices": choices, "answerKey": labels[doc["gold"]]}
+        yield {"id": doc["id"], field: match[1], "choices": choices, "answerKey": labels[doc["gold"]]}
 
 
 def _boolq(folder: Path, answers: Iterable[Row]) -> Iterable[Row]:
     for doc, answer in zip(_documents(folder), answers, strict=True):
-        found = _PASSAGE.fullmatch(doc["query"])
-        assert found is not None, f"{folder} holds a prompt of another form"
-        yield {"question": found[2], "passage": found[1], "idx": doc["idx"], "label": int(answer["answer"])}
+        match = _PASSAGE.fullmatch(doc["query"])
+        assert match is not None, f"{folder} holds a prompt of another form"
+        yield {"question": match[2], "passage": match[1], "idx": doc["idx"], "label": int(answer["answer"])}
 
 
 def _write_mmlu(source: Path, folder: Path) -> None:

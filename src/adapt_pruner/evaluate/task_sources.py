@@ -136,8 +136,8 @@ def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_c
     with as_lm_eval_does():
         folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
         for name in _expanded(names):
-            found = folder.find(name) if folder is not None else None
-            wanted += found if found is not None else _stock(name, folder)
+            own = folder.find(name) if folder is not None else None
+            wanted += own if own is not None else _stock(name, folder)
     seen: set[str] = set()
     return [line for line in wanted if not (line.name in seen or seen.add(line.name))]  # type: ignore[func-returns-value]
 
@@ -216,12 +216,12 @@ def _offline_without_network() -> Iterator[None]:
 
 def _loaded(manager: Any, specs: list[str], data: str) -> list[Wanted]:
     """Load by name or path; groups without a figure of their own, and tags, stand for their tasks."""
-    found = manager.load(specs)
-    tasks = dict(found["tasks"])
+    loaded = manager.load(specs)
+    tasks = dict(loaded["tasks"])
     lines = []
-    for name, group in found["groups"].items():
-        parents = [other for other, names in found["group_map"].items() if name in names]
-        if group.aggregate_metric_list and not any(found["groups"][parent].aggregate_metric_list for parent in parents):
+    for name, group in loaded["groups"].items():
+        parents = [other for other, names in loaded["group_map"].items() if name in names]
+        if group.aggregate_metric_list and not any(loaded["groups"][parent].aggregate_metric_list for parent in parents):
             members = {task.task_name: tasks.pop(task.task_name) for task in group.get_all_tasks()}
             lines.append(Wanted(name, members, group, data))
     return lines + [Wanted(name, {name: task}, None, data) for name, task in tasks.items()]
@@ -328,14 +328,14 @@ class _Folder:
 
     def _found_data(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that name data, with the paths of what is there made absolute."""
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         if isinstance(config.get("dataset_path"), str):
-            found["dataset_path"] = self._absolute(config["dataset_path"])
+            settings["dataset_path"] = self._absolute(config["dataset_path"])
         options = config.get("dataset_kwargs")
         if isinstance(options, dict):
             keys = ("data_files", "data_dir")
-            found["dataset_kwargs"] = {key: self._absolute(value) if key in keys else value for key, value in options.items()}
-        return found
+            settings["dataset_kwargs"] = {key: self._absolute(value) if key in keys else value for key, value in options.items()}
+        return settings
 
     def _absolute(self, value: Any) -> Any:
         if isinstance(value, dict):

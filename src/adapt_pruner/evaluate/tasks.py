@@ -149,8 +149,8 @@ def evaluate_tasks(
         with as_lm_eval_does():
             made_from = {"format": _FORMAT, "model": whose, "precision": precision, "task": _task_fingerprint(task, limit)}
         path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
-        found = _kept(path)
-        if found is None:
+        score = _kept(path)
+        if score is None:
             current, began = name, time.perf_counter()
             told(0, 1)
             if asked is None:
@@ -161,10 +161,10 @@ def evaluate_tasks(
                 came = harness.evaluate(
                     asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
                 )
-            found = {**_figures(name, task, came), "seconds": time.perf_counter() - began}
-            _keep(path, {"made_from": made_from, "score": found})
-            found["again"] = False
-        scores[name] = found
+            score = {**_figures(name, task, came), "seconds": time.perf_counter() - began}
+            _keep(path, {"made_from": made_from, "score": score})
+            score["again"] = False
+        scores[name] = score
     return [_line(line, scores) for line in wanted]
 
 
@@ -225,16 +225,16 @@ def _line(line: Wanted, scores: Mapping[str, Mapping[str, Any]]) -> TaskScore:
     return _score(line.name, whole, line.data, parts)
 
 
-def _score(name: str, found: Mapping[str, Any], data: str, parts: Sequence[TaskScore] = ()) -> TaskScore:
-    metrics: Mapping[str, float | None] = found["metrics"]
+def _score(name: str, score: Mapping[str, Any], data: str, parts: Sequence[TaskScore] = ()) -> TaskScore:
+    metrics: Mapping[str, float | None] = score["metrics"]
     measured = [key for key in metrics if "_stderr," not in key]
     key = next((key for metric in _ACCURACIES for key in measured if key.split(",")[0] == metric), measured[0])
     metric, filtered = key.split(",", 1)
     value = metrics[key]
     assert value is not None
     return TaskScore(
-        name, metric if filtered == "none" else key, value, metrics.get(f"{metric}_stderr,{filtered}"), found["chance"],
-        found["items"], found["shots"], found["version"], data, metrics, found["seconds"], found["again"], parts,
+        name, metric if filtered == "none" else key, value, metrics.get(f"{metric}_stderr,{filtered}"), score["chance"],
+        score["items"], score["shots"], score["version"], data, metrics, score["seconds"], score["again"], parts,
     )  # fmt: skip
 
 
