@@ -86,15 +86,15 @@ def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: D
 
 def _lowest_first(scores: Scores, axes: Sequence[Axis]) -> dict[str, tuple[Axis, int]]:
     """The units that go whole, by name (`layers.3`, `layers.3.mlps`) with their axis and cost; of equals the first stays, as in Mask."""
-    found: list[tuple[float, str, Axis, int]] = []
+    units: list[tuple[float, str, Axis, int]] = []
     for axis in axes:
         if axis.modules:
-            found.append((float(scores[axis.name]), axis.name, axis, axis.cost))
+            units.append((float(scores[axis.name]), axis.name, axis, axis.cost))
         elif axis.gate.is_whole:
             worth = scores[axis.name].tolist()
-            found += [(worth[i], f"{axis.name}.{i}", axis, cost) for i, cost in enumerate(axis.costs)]
-    found.reverse()
-    return {unit: (axis, cost) for _, unit, axis, cost in sorted(found, key=lambda one: one[0])}
+            units += [(worth[i], f"{axis.name}.{i}", axis, cost) for i, cost in enumerate(axis.costs)]
+    units.reverse()
+    return {unit: (axis, cost) for _, unit, axis, cost in sorted(units, key=lambda one: one[0])}
 
 
 def _owner(unit: str) -> str:

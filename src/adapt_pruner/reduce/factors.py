@@ -105,8 +105,8 @@ def rescale_blocks(
             def on_batch(done: int, of: int, step: int = step) -> None:
                 tell((step + 0.75 * done / of) / steps)
 
-            found, _ = score(model, [], fitted, metrics=[_slopes(blocks)], task=task, dtype=dtype, on_batch=on_batch)
-            change, now = _solved(found["slopes"], found["squares"], pieces=pieces, predicted=predicted), factors.clone()
+            sums, _ = score(model, [], fitted, metrics=[_slopes(blocks)], task=task, dtype=dtype, on_batch=on_batch)
+            change, now = _solved(sums["slopes"], sums["squares"], pieces=pieces, predicted=predicted), factors.clone()
             for share in _SHARES:
                 factors.copy_(now * (1 - share * change))
                 after = mean_loss(model, held_out, task=task, dtype=dtype)
@@ -125,11 +125,11 @@ def rescale_blocks(
 
 def _every(batches: Sequence[Tensor], start: int, nth: int) -> list[Tensor]:
     """Of all sequences number `start` and each `nth` after it, in batches as they were."""
-    found, before = [], 0
+    chosen, before = [], 0
     for batch in batches:
-        found.append(batch[(start - before) % nth :: nth])
+        chosen.append(batch[(start - before) % nth :: nth])
         before += len(batch)
-    return [rows for rows in found if len(rows)]
+    return [rows for rows in chosen if len(rows)]
 
 
 def _solved(slopes: Tensor, squares: Tensor, *, pieces: int, predicted: int) -> Tensor:
@@ -171,9 +171,9 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
         with attached(end.register_forward_hook(watch(number)) for number, end in enumerate(ends)):
             yield Evidence.STREAM_GRADIENTS
         each = torch.stack([torch.cat([torch.zeros(0, dtype=torch.float64), *rows]) for rows in seen])  # [n, P]
-        found = {"slopes": each.sum(dim=1), "squares": each @ each.t()}
-        world.sum_in_place(*found.values())
-        return found
+        sums = {"slopes": each.sum(dim=1), "squares": each @ each.t()}
+        world.sum_in_place(*sums.values())
+        return sums
 
     return look
 

@@ -230,13 +230,13 @@ class HardConcrete(Reduction):
 
     def _expected(self, work: Work) -> dict[str, float]:
         """Axis name -> units that are open on average."""
-        found: dict[str, float] = {}
+        expected: dict[str, float] = {}
         for kind, log_alpha in self._held.items():
             if not kind.endswith(".multipliers"):
                 number = expected_open(log_alpha.detach()).sum(dim=-1).tolist()
                 names = [axis.name for axis in work.axes if axis.kind == kind]
-                found |= dict(zip(names, number, strict=True))
-        return found
+                expected |= dict(zip(names, number, strict=True))
+        return expected
 
     def state(self) -> dict[str, Any]:
         """Where learning began, and log α and the multipliers with their moments."""

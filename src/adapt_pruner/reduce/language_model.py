@@ -43,7 +43,7 @@ def language_model(
     Source: arXiv:2502.14413; its prompts are not public, these are ours.
     """
     used = mended = unusable = 0
-    found: list[Sizes] = []
+    proposed: list[Sizes] = []
     try:
         text = _asked(model, _prompt(population, space, number), seed=draw.randrange(2**31))
         for rates in read_rates(text)[:number]:
@@ -53,27 +53,27 @@ def language_model(
                 continue
             whole = space.mended(sizes, draw)
             used, mended = used + (whole == sizes), mended + (whole != sizes)
-            found.append(whole)
+            proposed.append(whole)
         told = f"the language model wrote {used} candidates that were used as they are, {mended} that were mended and {unusable} unusable"
     except Exception as error:  # of the network, of a server, of a model that reads too little
         told = f"the language model did not answer ({first_line(error)})"
-    if len(found) < number:
-        told += f"; evolution made {number - len(found)}"
+    if len(proposed) < number:
+        told += f"; evolution made {number - len(proposed)}"
     warn(told)
-    return found + evolution(population, space, draw, number - len(found))
+    return proposed + evolution(population, space, draw, number - len(proposed))
 
 
 def read_rates(text: str) -> list[list[float | None]]:
     """The lists in square brackets of an answer, with None for what is no number."""
-    found = []
+    lists = []
     for match in re.finditer(r"\[([^\[\]]*)\]", text[:_LONGEST]):
         values: list[float | None] = []
         for word in filter(None, (word.strip() for word in match[1].split(","))):
             number = re.fullmatch(r"([+-]?\d{1,6}(?:\.\d{0,6})?)\s*%?", word)
             values.append(float(number[1]) if number else None)
         if values:
-            found.append(values)
-    return found
+            lists.append(values)
+    return lists
 
 
 def _names(space: Space) -> list[str]:
@@ -114,11 +114,11 @@ def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
     names = _names(space)
     if len(rates) != len(names) or any(rate is None or not 0 <= rate <= 100 for rate in rates):
         return None
-    found = dict(space.base)
+    sizes = dict(space.base)
     for name, rate in zip(names, rates, strict=True):
         wanted = space.most[name] * (1 - (rate or 0.0) / 100)
-        found[name] = min(space.levels(name), key=lambda size: abs(size - wanted))
-    return found
+        sizes[name] = min(space.levels(name), key=lambda size: abs(size - wanted))
+    return sizes
 
 
 def _asked(model: str, prompt: str, *, seed: int) -> str:
@@ -135,8 +135,8 @@ def _asked(model: str, prompt: str, *, seed: int) -> str:
             headers={"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            found = json.loads(response.read(4 * _LONGEST))["choices"][0]["message"]["content"]
-        return str(found)
+            content = json.loads(response.read(4 * _LONGEST))["choices"][0]["message"]["content"]
+        return str(content)
     from adapt_pruner.evaluate.answer import answer
 
     loaded = _loaded(model)

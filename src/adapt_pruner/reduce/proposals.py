@@ -61,26 +61,26 @@ class Space:
 
     def swapped(self, sizes: Sizes, draw: chance.Random, times: int) -> Sizes:
         """Other sizes, `times` swaps away: one axis of a kind a level up, another a level down."""
-        found = dict(sizes)
+        swapped = dict(sizes)
         for _ in range(times):
-            kinds = [kind for kind in self.kinds if self._movable(found, kind, 1) and self._movable(found, kind, -1)]
+            kinds = [kind for kind in self.kinds if self._movable(swapped, kind, 1) and self._movable(swapped, kind, -1)]
             if not kinds:
                 break
             kind = draw.choice(kinds)
-            up = draw.choice(self._movable(found, kind, 1))
-            if down := [name for name in self._movable(found, kind, -1) if name != up]:
-                found[up] += self.level[kind]
-                found[draw.choice(down)] -= self.level[kind]
-        return found
+            up = draw.choice(self._movable(swapped, kind, 1))
+            if down := [name for name in self._movable(swapped, kind, -1) if name != up]:
+                swapped[up] += self.level[kind]
+                swapped[draw.choice(down)] -= self.level[kind]
+        return swapped
 
     def mended(self, sizes: Sizes, draw: chance.Random) -> Sizes:
         """Sizes brought back to the space: each to the nearest level, then each kind to as many units as `base` has."""
-        found = {name: min(self.levels(name), key=lambda size: (abs(size - sizes[name]), size)) for name in self.base}
+        mended = {name: min(self.levels(name), key=lambda size: (abs(size - sizes[name]), size)) for name in self.base}
         for kind, names in self.kinds.items():
-            while missing := sum(self.base[name] - found[name] for name in names):
+            while missing := sum(self.base[name] - mended[name] for name in names):
                 move = 1 if missing > 0 else -1
-                found[draw.choice(self._movable(found, kind, move))] += move * self.level[kind]
-        return found
+                mended[draw.choice(self._movable(mended, kind, move))] += move * self.level[kind]
+        return mended
 
     def _movable(self, sizes: Sizes, kind: str, move: int) -> list[str]:
         """The axes of a kind that may go a level up (1) or down (-1)."""
@@ -93,16 +93,16 @@ def evolution(population: Sequence[Candidate], space: Space, draw: chance.Random
 
     Parents are drawn by rank: the better of two that are drawn evenly.
     """
-    found = []
+    offspring = []
     for index in range(number):
         parent = _drawn(population, draw)
         if index % 2 == 0 or len(population) < 2:
-            found.append(space.swapped(parent.sizes, draw, min(draw.randint(1, _SWAPS), draw.randint(1, _SWAPS))))
+            offspring.append(space.swapped(parent.sizes, draw, min(draw.randint(1, _SWAPS), draw.randint(1, _SWAPS))))
         else:
             other = _drawn(population, draw)
             crossed = {name: draw.choice((size, other.sizes[name])) for name, size in parent.sizes.items()}
-            found.append(space.mended(crossed, draw))
-    return found
+            offspring.append(space.mended(crossed, draw))
+    return offspring
 
 
 @part("proposal")

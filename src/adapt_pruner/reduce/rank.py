@@ -86,11 +86,11 @@ def per_parameter(
 
 def _means_of_kinds(scores: Scores, axes: Sequence[Axis]) -> dict[str, float]:
     """Kind -> the mean worth per parameter of all its units; 1 where that is 0."""
-    found = {}
+    means = {}
     for kind in {axis.kind for axis in axes}:
         values = [scores[axis.name].double() * (axis.blocks / axis.cost) for axis in axes if axis.kind == kind]
-        found[kind] = float(torch.cat(values).abs().mean()) or 1.0
-    return found
+        means[kind] = float(torch.cat(values).abs().mean()) or 1.0
+    return means
 
 
 def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, float]:

@@ -141,15 +141,15 @@ class Search(Units):
         yield Change(mask, loss, {"sizes": dict(best)})
 
     def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", target: int) -> Iterator[Searched]:
-        found = self._found
+        so_far = self._found
         propose = parts.bind("proposal", self.proposals, model=self.model, warn=work.warn)
-        while found.done <= self.rounds:
-            draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + found.done)
-            if found.done == 0:  # the start and its neighbours
+        while so_far.done <= self.rounds:
+            draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + so_far.done)
+            if so_far.done == 0:  # the start and its neighbours
                 candidates = [space.base, *(space.swapped(space.base, draw, 4) for _ in range(self.population - 1))]
             else:
-                candidates = propose(found.population, space, draw, self.offspring)
-            known = {tuple(one.sizes.values()) for one in found.population}
+                candidates = propose(so_far.population, space, draw, self.offspring)
+            known = {tuple(one.sizes.values()) for one in so_far.population}
             candidates = [sizes for sizes in _distinct(candidates) if tuple(sizes.values()) not in known]
             tell = work.progress("search", stage=work.state.stage)
             measured = []
@@ -159,20 +159,20 @@ class Search(Units):
                 tell(number, len(candidates))
             best = sorted((one for one in measured if math.isfinite(one.loss)), key=lambda one: one.loss)[: self.finalists]
             whole = [Candidate(one.sizes, judge.whole(one.sizes)) for one in best]
-            found.evaluations += len(measured) + len(whole)
-            found.population = sorted(
-                (one for one in (*found.population, *whole) if math.isfinite(one.loss)), key=lambda one: one.loss
+            so_far.evaluations += len(measured) + len(whole)
+            so_far.population = sorted(
+                (one for one in (*so_far.population, *whole) if math.isfinite(one.loss)), key=lambda one: one.loss
             )[: self.population]
-            if not found.population:
+            if not so_far.population:
                 raise RunError(
                     f"none of {len(measured)} candidates has a finite loss; set dtype=float32, or keep more of the model"
                 )
-            found.done += 1
-            losses = [one.loss for one in measured if math.isfinite(one.loss)] or [found.population[0].loss]
+            so_far.done += 1
+            losses = [one.loss for one in measured if math.isfinite(one.loss)] or [so_far.population[0].loss]
             yield Searched(
-                stage=work.state.stage, done=found.done, of=self.rounds + 1, evaluations=found.evaluations,
-                best=found.population[0].loss, mean=sum(losses) / len(losses),
-                sizes={name: float(size) for name, size in found.population[0].sizes.items()},
+                stage=work.state.stage, done=so_far.done, of=self.rounds + 1, evaluations=so_far.evaluations,
+                best=so_far.population[0].loss, mean=sum(losses) / len(losses),
+                sizes={name: float(size) for name, size in so_far.population[0].sizes.items()},
             )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -271,19 +271,19 @@ def _repaired_weights(work: Work, axes: Sequence[Axis], scores: Scores, space: S
     if "factors" in repair.keywords:
         repair.keywords["factors"] = 0
     inside = [axis for axis in axes if axis.gate.is_linear]
-    found: _Weights = {axis.name: (f"{axis.gate.module}.weight", {}) for axis in inside}
-    whole = {name: work.model.get_parameter(name).detach().clone() for name, _ in found.values()}
+    weights: _Weights = {axis.name: (f"{axis.gate.module}.weight", {}) for axis in inside}
+    whole = {name: work.model.get_parameter(name).detach().clone() for name, _ in weights.values()}
     levels = list(zip(*(space.levels(axis.name) for axis in inside), strict=True))
     tell = work.progress("levels", stage=work.state.stage)
     for number, level in enumerate(levels, start=1):
         sizes = {axis.name: size for axis, size in zip(inside, level, strict=True)}
         repair(work.model, work.axes, Mask.of_sizes(inside, scores, sizes), batches)
-        for axis_name, (name, of_size) in found.items():
+        for axis_name, (name, of_size) in weights.items():
             parameter = work.model.get_parameter(name)
             of_size.setdefault(sizes[axis_name], parameter.detach().clone())
             parameter.data.copy_(whole[name])
         tell(number, len(levels))
-    return found
+    return weights
 
 
 @contextmanager

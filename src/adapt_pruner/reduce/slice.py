@@ -129,15 +129,15 @@ def slice_to(
 
 def _sliced_class(model: Any) -> Any:
     stock = type(model).__name__.removeprefix("Pruned")
-    found = getattr(modeling_sliced, f"Sliced{stock}", None)
-    if found is None:
+    sliced = getattr(modeling_sliced, f"Sliced{stock}", None)
+    if sliced is None:
         known = ", ".join(
             name.removeprefix("Sliced")
             for name in vars(modeling_sliced)
             if name.endswith("ForCausalLM") and name.startswith("Sliced")
         )
         raise UsageError(f"{stock} cannot be sliced, since there is no sliced class for it; known: {known}")
-    return found
+    return sliced
 
 
 def principal_directions(moment: Tensor, width: int) -> Tensor:

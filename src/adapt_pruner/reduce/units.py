@@ -296,18 +296,18 @@ def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
     whole = left = prunable(work)
     choose = within_widths(work, parts.bind("chooser", work.recipe.chooser, step=1.0, amplitude=0.0))
     total = work.num_params
-    found, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
+    reached, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
     while not keep or total > keep:
         alike = {axis.name: torch.zeros(axis.entries) for axis in (*work.axes, *left)}
         sizes, debt = choose(alike, left, Budget(keep=keep, total=total), debt=debt)
         if all(sizes[axis.name] == axis.size for axis in left):
             break
-        found |= sizes
+        reached |= sizes
         # Not what the axes cost: a channel and a neuron own a weight together.
-        total = num_left(work.model, work.axes, mask_to(whole, found))
+        total = num_left(work.model, work.axes, mask_to(whole, reached))
         num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
         gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
         left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
-    return found
+    return reached

@@ -45,31 +45,31 @@ def fitting(
         Axis name -> units to keep; none more than the axis has.
     """
     staying = _staying(sizes, axes, scores)
-    found = dict(sizes)
+    kept = dict(sizes)
     wanted = sum((axis.size - sizes[axis.name]) * axis.cost for axis in staying)  # parameters to remove
 
     def left() -> int:
-        """Parameters still to be removed, once heads went as `found` says, by neurons."""
-        return wanted - sum((axis.size - found[axis.name]) * axis.cost for axis in staying if axis.kind != "neurons")
+        """Parameters still to be removed, once heads went as `kept` says, by neurons."""
+        return wanted - sum((axis.size - kept[axis.name]) * axis.cost for axis in staying if axis.kind != "neurons")
 
     neurons = [axis for axis in staying if axis.kind == "neurons"]
     heads = [[axis for axis in staying if axis.kind == kind] for kind in ("kv_heads", "query_heads")]
     if not equal_widths:
-        return found | _rounded(neurons, {axis.name: sizes[axis.name] for axis in neurons}, left(), multiple_of)
+        return kept | _rounded(neurons, {axis.name: sizes[axis.name] for axis in neurons}, left(), multiple_of)
     for alike in heads:
         mean = -(-sum(sizes[axis.name] for axis in alike) // max(1, len(alike)))
-        found |= {axis.name: min([mean, *(other.size for other in alike)]) for axis in alike}
+        kept |= {axis.name: min([mean, *(other.size for other in alike)]) for axis in alike}
     room = sum((axis.size - min(axis.size, multiple_of)) * axis.cost for axis in neurons)
     for alike in heads:
-        while left() > room and alike and found[alike[0].name] > 1:
-            found |= {axis.name: found[axis.name] - 1 for axis in alike}
+        while left() > room and alike and kept[alike[0].name] > 1:
+            kept |= {axis.name: kept[axis.name] - 1 for axis in alike}
     if neurons:
         least = min(axis.size for axis in neurons)
         cost = sum(axis.cost for axis in neurons)
         width = (sum(axis.size * axis.cost for axis in neurons) - left()) // cost
         width = max(min(least, multiple_of), min(least, width))
-        found |= {axis.name: width // multiple_of * multiple_of or width for axis in neurons}
-    return found
+        kept |= {axis.name: width // multiple_of * multiple_of or width for axis in neurons}
+    return kept
 
 
 def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
@@ -103,13 +103,13 @@ def _staying(sizes: Mapping[str, int], axes: Sequence[Axis], scores: Scores) -> 
 
 def _rounded(neurons: Sequence[Axis], wanted: Mapping[str, int], removed: int, multiple: int) -> dict[str, int]:
     """Multiples near `wanted` that remove `removed` parameters, all down and then those up that lost most."""
-    found = {axis.name: max(wanted[axis.name] // multiple * multiple, min(axis.size, multiple)) for axis in neurons}
-    room = sum((axis.size - found[axis.name]) * axis.cost for axis in neurons) - removed
-    for axis in sorted(neurons, key=lambda axis: found[axis.name] - wanted[axis.name]):
-        up = found[axis.name] + multiple
-        if found[axis.name] < wanted[axis.name] and up <= axis.size and multiple * axis.cost <= room:
-            found[axis.name], room = up, room - multiple * axis.cost
-    for axis in sorted(neurons, key=lambda axis: wanted[axis.name] - found[axis.name]):
-        while room < 0 and found[axis.name] >= 2 * multiple:  # some were at their least
-            found[axis.name], room = found[axis.name] - multiple, room + multiple * axis.cost
-    return found
+    rounded = {axis.name: max(wanted[axis.name] // multiple * multiple, min(axis.size, multiple)) for axis in neurons}
+    room = sum((axis.size - rounded[axis.name]) * axis.cost for axis in neurons) - removed
+    for axis in sorted(neurons, key=lambda axis: rounded[axis.name] - wanted[axis.name]):
+        up = rounded[axis.name] + multiple
+        if rounded[axis.name] < wanted[axis.name] and up <= axis.size and multiple * axis.cost <= room:
+            rounded[axis.name], room = up, room - multiple * axis.cost
+    for axis in sorted(neurons, key=lambda axis: wanted[axis.name] - rounded[axis.name]):
+        while room < 0 and rounded[axis.name] >= 2 * multiple:  # some were at their least
+            rounded[axis.name], room = rounded[axis.name] - multiple, room + multiple * axis.cost
+    return rounded

@@ -340,10 +340,10 @@ class Work:
 
     def batches(self) -> list[Tensor]:
         """The calibration batches of the next step, int64 [batch, length]; adds their tokens to the figures."""
-        found = self.reads.calibration(self.iteration)
+        batches = self.reads.calibration(self.iteration)
         figures = self.state.figures
-        figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in found)
-        return found
+        figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
+        return batches
 
     def loss(self, gates: Mask | Mapping[str, Tensor], batches: Sequence[Tensor]) -> float:
         """Mean loss over `batches` with units shut as a mask or gates say, nats per token; the model is left as found."""
