@@ -72,8 +72,8 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad
     """
     check_form(to, quant=quant, pad=pad)
     write: Any = form_of(to).write
-    found: list[str] = write(loaded, path, quant=quant, **({} if pad is None else {"pad": pad}))
-    return found
+    notes: list[str] = write(loaded, path, quant=quant, **({} if pad is None else {"pad": pad}))
+    return notes
 
 
 def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
@@ -102,12 +102,12 @@ def _files() -> Iterator[Path]:
 
 def _names(form: str) -> set[str]:
     """The names that the file of a form has, its imports among them."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.parse(next(path for path in _files() if path.stem == form).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.ImportFrom):
-            found |= {alias.asname or alias.name for alias in node.names}
+            names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return found
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names

@@ -37,8 +37,8 @@ def torch_engine(model: Any, tokenizer: Any) -> Engine:
 
     @torch.no_grad()
     def logits(ids: list[int]) -> Tensor:
-        found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0].float()
-        return found
+        values: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        return values
 
     @torch.no_grad()
     def greedy(ids: list[int], count: int) -> list[int]:
@@ -49,11 +49,11 @@ def torch_engine(model: Any, tokenizer: Any) -> Engine:
             written = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=count)
         finally:
             model.generation_config = before
-        found: list[int] = written[0, len(ids) :].tolist()
-        return found
+        continuation: list[int] = written[0, len(ids) :].tolist()
+        return continuation
 
     def encode(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        return found
+        token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return token_ids
 
     return Engine(f"torch {torch.__version__}", "f32", model.get_input_embeddings().weight.shape[0], logits, greedy, encode)

@@ -166,16 +166,16 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     def greedy(ids: list[int], count: int) -> list[int]:
         llama.reset()
         llama.eval(ids)
-        found: list[int] = []
+        continuation: list[int] = []
         while True:
-            found.append(int(llama.scores[llama.n_tokens - 1].argmax()))
-            if len(found) == count:
-                return found
-            llama.eval(found[-1:])
+            continuation.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+            if len(continuation) == count:
+                return continuation
+            llama.eval(continuation[-1:])
 
     def encode(text: str) -> list[int]:
-        found: list[int] = llama.tokenize(text.encode(), add_bos=True, special=True)
-        return found
+        token_ids: list[int] = llama.tokenize(text.encode(), add_bos=True, special=True)
+        return token_ids
 
     kind = int(llama.metadata.get("general.file_type", 0))
     stored = next((quant for quant, value in llama_cpp.file_types(module).items() if value == kind), "f32")

@@ -58,9 +58,9 @@ def plain_kernels(module: Any) -> Iterator[None]:
     given = inner.llama_model_default_params
 
     def params() -> Any:
-        found = given()
-        found.use_extra_bufts = False  # llama-cpp-python before llama.cpp had it: an attribute of no effect
-        return found
+        settings = given()
+        settings.use_extra_bufts = False  # llama-cpp-python before llama.cpp had it: an attribute of no effect
+        return settings
 
     inner.llama_model_default_params = params
     try:
@@ -72,8 +72,8 @@ def plain_kernels(module: Any) -> Iterator[None]:
 def file_types(module: Any) -> dict[str, int]:
     """What files of quantised matrices are called -> their number in `general.file_type`; `f32` among them."""
     mostly = "LLAMA_FTYPE_MOSTLY_"
-    found = {name.removeprefix(mostly).lower(): getattr(module, name) for name in dir(module) if name.startswith(mostly)}
-    return found | {"f32": module.LLAMA_FTYPE_ALL_F32}
+    types = {name.removeprefix(mostly).lower(): getattr(module, name) for name in dir(module) if name.startswith(mostly)}
+    return types | {"f32": module.LLAMA_FTYPE_ALL_F32}
 
 
 def quantise(source: Path, target: Path, quant: str) -> None:

@@ -110,14 +110,14 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
 
     def logits(ids: list[int]) -> Tensor:
         asked = np.array([ids], dtype=np.int64)
-        (found,) = graph.run(None, {"input_ids": asked, "attention_mask": np.ones_like(asked)})
-        return torch.from_numpy(found[0])
+        (batch,) = graph.run(None, {"input_ids": asked, "attention_mask": np.ones_like(asked)})
+        return torch.from_numpy(batch[0])
 
     def greedy(ids: list[int], count: int) -> list[int]:
-        found: list[int] = []
-        while len(found) < count:
-            found.append(int(logits(ids + found)[-1].argmax()))
-        return found
+        continuation: list[int] = []
+        while len(continuation) < count:
+            continuation.append(int(logits(ids + continuation)[-1].argmax()))
+        return continuation
 
     encode = None
     if (path.parent / "tokenizer.json").is_file():
@@ -133,8 +133,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
             ) from error
 
         def encode(text: str) -> list[int]:
-            found: list[int] = tokenizer(text, verbose=False)["input_ids"]
-            return found
+            token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+            return token_ids
 
     yield Engine(f"onnxruntime {onnxruntime.__version__}", "f32", graph.get_outputs()[0].shape[-1], logits, greedy, encode)
 
@@ -205,10 +205,10 @@ def _check(model: Any, path: Path) -> None:
         ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, : length // 4] = 0  # text that is shorter than the batch
-        (found,) = opened.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        (logits,) = opened.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         there = mask.bool()
-        difference = float((torch.from_numpy(found)[there] - expected[there]).abs().max() / expected[there].std())
+        difference = float((torch.from_numpy(logits)[there] - expected[there]).abs().max() / expected[there].std())
         if not difference <= _TOLERANCE:
             raise RunError(
                 f"the graph's logits differ from the model's by {difference:.1e} of their deviation (at most {_TOLERANCE:.0e}) "

@@ -60,16 +60,16 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
 
         def logits(ids: list[int]) -> Tensor:
             length, vocab_size = child.ask({"logits": ids})
-            found = bytearray(child.read(4 * length * vocab_size))
-            return torch.frombuffer(found, dtype=torch.float32).view(length, vocab_size)
+            buffer = bytearray(child.read(4 * length * vocab_size))
+            return torch.frombuffer(buffer, dtype=torch.float32).view(length, vocab_size)
 
         def greedy(ids: list[int], count: int) -> list[int]:
-            found: list[int] = child.ask({"greedy": ids, "tokens": count})
-            return found
+            continuation: list[int] = child.ask({"greedy": ids, "tokens": count})
+            return continuation
 
         def encode(text: str) -> list[int]:
-            found: list[int] = child.ask({"encode": text})
-            return found
+            token_ids: list[int] = child.ask({"encode": text})
+            return token_ids
 
         hello = child.hear()
         if "error" in hello:

@@ -188,25 +188,25 @@ def _encoding(own: Engine, other: Engine, pieces: Sequence[str]) -> dict[str, An
 
 def _failures(figures: dict[str, Any], tolerance: Tolerance) -> list[str]:
     """A sentence for every figure beyond the tolerance."""
-    found = []
+    failures = []
     relative = figures["max_difference"] / (figures["deviation"] or 1.0)
     if tolerance.difference is not None and not relative <= tolerance.difference:
-        found.append(f"a logit is off by {relative:.2g} deviations (at most {tolerance.difference:g})")
+        failures.append(f"a logit is off by {relative:.2g} deviations (at most {tolerance.difference:g})")
     if figures["agreement"] < tolerance.agreement:
-        found.append(
+        failures.append(
             f"the likeliest token agrees at {figures['agreement']:.1%} of positions (at least {tolerance.agreement:.0%})"
         )
     model, artefact = figures["perplexity"]["model"], figures["perplexity"]["artefact"]
     change = abs(artefact / model - 1) if math.isfinite(artefact) else math.inf
     if not change <= tolerance.perplexity:
-        found.append(f"perplexity is {artefact:.4g} instead of {model:.4g} (at most {tolerance.perplexity:.1%} off)")
+        failures.append(f"perplexity is {artefact:.4g} instead of {model:.4g} (at most {tolerance.perplexity:.1%} off)")
     if tolerance.difference is not None and not figures["greedy"]["parts_only_where_undecided"]:
-        found.append(
+        failures.append(
             "greedy text parts from the model's where the model is decided, so the cache of its engine is at odds with it"
         )
     encoding = figures["encoding"]
     if encoding and encoding["same"] < tolerance.encoding * encoding["of"]:
-        found.append(
+        failures.append(
             f"{encoding['of'] - encoding['same']} of {encoding['of']} pieces of text become other tokens, for example {encoding['example']!r}"
         )
-    return found
+    return failures
