@@ -17,10 +17,10 @@ _NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-(?:search|step)-(\d+))?|-(prune
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not, in the order in which the run would write them, the last first."""
-    found = []
+    checkpoints = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):
             stage, cut, after, pruned, step = match.groups()
             phase = 0 if cut else 1 if pruned else 2 if step else 3
-            found.append((int(stage), phase, int(cut or step or 0), int(after or 0), path))
-    return [path for *_, path in sorted(found, reverse=True)]
+            checkpoints.append((int(stage), phase, int(cut or step or 0), int(after or 0), path))
+    return [path for *_, path in sorted(checkpoints, reverse=True)]

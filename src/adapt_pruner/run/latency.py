@@ -85,14 +85,14 @@ def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
     """
     if not recipe.latency:
         return None
-    found = figures.get("latency", {"asked": None, "of": None})
-    if (found["asked"], found["of"]) != (parse_latency(recipe.latency), recipe.latency_of):
+    latency = figures.get("latency", {"asked": None, "of": None})
+    if (latency["asked"], latency["of"]) != (parse_latency(recipe.latency), recipe.latency_of):
         raise UsageError(
             f"latency {recipe.latency} of {recipe.latency_of} has to be measured on the dense model, and the run has begun "
             "without it; "
             "leave it as it was, set a budget, or name another folder"
         )
-    params: int = found["params"]
+    params: int = latency["params"]
     return params
 
 
@@ -126,13 +126,13 @@ def table_of(work: Work) -> Table:
         points = {1.0: 1.0}
         for share in (*SHARES, 0.0):
             sizes = {axis.name: _width(axis, share, work.multiple_of) for axis in of_kind}
-            found = sum(sizes.values()) / sum(axis.size for axis in of_kind)
-            if found in points:
+            share_left = sum(sizes.values()) / sum(axis.size for axis in of_kind)
+            if share_left in points:
                 continue
-            work.tell(Progress(phase="time", what=f"{found:.0%} of {kind}", done=len(points), of=len(SHARES) + 1))
+            work.tell(Progress(phase="time", what=f"{share_left:.0%} of {kind}", done=len(points), of=len(SHARES) + 1))
             smaller = copy.deepcopy(dense)
             cut(smaller, families.axes(smaller), mask_to(of_kind, sizes))
-            points[found] = statistics.median(_in_turn(dense, smaller, recipe, rounds=ROUNDS)[0])
+            points[share_left] = statistics.median(_in_turn(dense, smaller, recipe, rounds=ROUNDS)[0])
         table[kind] = sorted(points.items())
     return table
 

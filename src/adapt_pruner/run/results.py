@@ -68,9 +68,9 @@ def measure_tasks(work: Work, *, stage: int) -> None:
         settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
         scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.reads.tasks, **settings))
     mean, stderr = average(scores) or (None, None)
-    found: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
-    figures["tasks"] = [*figures.get("tasks", [None] if stage else []), found]  # of the start and of the end
-    work.tell(Tasks(stage=stage, params=work.num_params, **found))
+    summary: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
+    figures["tasks"] = [*figures.get("tasks", [None] if stage else []), summary]  # of the start and of the end
+    work.tell(Tasks(stage=stage, params=work.num_params, **summary))
 
 
 def whole_mask(work: Work) -> Mask:
