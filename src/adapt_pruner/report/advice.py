@@ -31,17 +31,17 @@ def advice(figures: Figures, recipe: dict[str, Any], *, folder: str, checkpoint:
         folder: of the run, as a person would type it.
         checkpoint: name of the newest one; None where there is none.
     """
-    found: list[Advice] = []
+    remarks: list[Advice] = []
     if figures.status == "stopped":
         where = f"from {checkpoint}" if checkpoint else "from the beginning, since no checkpoint was complete"
-        found.append(
+        remarks.append(
             Advice(
                 f"The run was stopped. The same command goes on {where}.", f"adapt-pruner run {folder}/recipe.yaml -o {folder}"
             )
         )
     for rule in _RULES:
-        found += rule(figures, recipe)
-    return found
+        remarks += rule(figures, recipe)
+    return remarks
 
 
 def _budget(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:

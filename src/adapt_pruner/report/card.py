@@ -107,7 +107,7 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UsageError(f"{folder} is not a folder; name a checkpoint, such as prune or run writes")
     if (folder / "model" / "pruning.json").is_file():
         raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
-    found: list[dict[str, Any]] = []
+    contents: list[dict[str, Any]] = []
     for name in ("config.json", "pruning.json"):
         if not (folder / name).is_file():
             raise UsageError(f"{folder} is not a checkpoint of ours: it has no {name}; name a folder that prune or run wrote")
@@ -115,10 +115,10 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             data = read_json(folder / name)
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder / name} cannot be read ({type(error).__name__}); get the folder again") from error
-        found.append(data if isinstance(data, dict) else {})
-    if not {"recipe", "figures"} <= found[1].keys():
+        contents.append(data if isinstance(data, dict) else {})
+    if not {"recipe", "figures"} <= contents[1].keys():
         raise UsageError(f"{folder / 'pruning.json'} does not say how the model was made; get the folder again")
-    return found[0], found[1] | {"recipe": in_todays_keys(found[1]["recipe"])}
+    return contents[0], contents[1] | {"recipe": in_todays_keys(contents[1]["recipe"])}
 
 
 def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:
@@ -177,7 +177,7 @@ def _code(text: Any) -> str:
 
 def _block(language: str, text: str) -> str:
     """Text of others as a block of code, between more backticks than are in it."""
-    fence = "`" * max(3, *(1 + len(found) for found in re.findall("`+", text)), 3)
+    fence = "`" * max(3, *(1 + len(backticks) for backticks in re.findall("`+", text)), 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
 

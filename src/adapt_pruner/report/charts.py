@@ -99,14 +99,14 @@ class Lines:
         xs, ys = zip(*(point for series in self.series for point in series.points), strict=True)
         turn = math.log if self.log and min(ys) > 0 else float
         wide, high = max(xs) - min(xs) or 1.0, turn(max(ys)) - turn(min(ys)) or 1.0
-        found: list[tuple[float, float, str]] = []
+        labelled: list[tuple[float, float, str]] = []
         for x, y, text in sorted(
             ((*point, text) for series in self.series for point, text in zip(series.points, series.labels, strict=False) if text),
             key=lambda one: one[1],
         ):
-            if not any(abs(x - a) < 0.1 * wide and abs(turn(y) - turn(b)) < 0.1 * high for a, b, _ in found):
-                found.append((x, y, text))
-        return found
+            if not any(abs(x - a) < 0.1 * wide and abs(turn(y) - turn(b)) < 0.1 * high for a, b, _ in labelled):
+                labelled.append((x, y, text))
+        return labelled
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def sparsity(figures: Figures) -> HeatMap | None:
 
 def cut_lines(figures: Figures) -> list[Histogram]:
     """Scores about the cut line, at the first cut and the last, of every kind that lost more than a few."""
-    found = []
+    histograms = []
     with_scores = [cut for cut in figures.cuts if cut.scores]
     for cut in with_scores[:1] + with_scores[1:][-1:]:
         for kind, counts in cut.scores.items():
@@ -320,14 +320,14 @@ def cut_lines(figures: Figures) -> list[Histogram]:
             if sum(removed) >= 8 and len(kept) == len(removed):
                 half = len(kept) // 2
                 near = sum(kept[half : half + 4]) / max(1, sum(kept))
-                found.append(
+                histograms.append(
                     Histogram(
                         f"line-{cut.iteration}-{kind}", f"Scores of {KINDS.get(kind, kind)} at cut {_name(cut)}",
                         f"{sum(removed):,} of {sum(removed) + sum(kept):,} went: in each layer those that score below its cut line. {near:.0%} of those that stay score less than twice the line.",
                         kept, removed,
                     )
                 )  # fmt: skip
-    return found
+    return histograms
 
 
 def costs(figures: Figures) -> Lines | None:
@@ -415,7 +415,7 @@ def training(figures: Figures) -> list[Lines]:
             replace(lines[0], faint=True),
             Series("mean of a stage’s last steps", _running_mean(steps, window=max(5, len(steps) // 25))),
         ]
-    found = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
+    charts = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
     for key, title, y_label, form, points in (
         ("lr", "Learning rate", "learning rate", "lr", [(float(step.tokens), step.lr) for step in steps if step.lr is not None]),
         ("speed", "Training speed", "tokens/s", "count", _speeds(figures)),
@@ -429,8 +429,8 @@ def training(figures: Figures) -> list[Lines]:
     ):
         if len(points) > 1:
             line = [_averaged(title, points)]
-            found.append(Lines(key, title, "", line, "training tokens", y_label, "count", form, marks=places, short=True))
-    return found
+            charts.append(Lines(key, title, "", line, "training tokens", y_label, "count", form, marks=places, short=True))
+    return charts
 
 
 def perplexities(figures: Figures) -> Lines | None:
@@ -467,24 +467,24 @@ def tasks(figures: Figures) -> Scores | None:
 
 def _running_mean(steps: Sequence[Trained], *, window: int) -> list[tuple[float, float]]:
     """(tokens, mean loss of the last `window` steps of the same stage)."""
-    found: list[tuple[float, float]] = []
+    points: list[tuple[float, float]] = []
     recent: list[float] = []
     for before, step in zip([None, *steps], steps, strict=False):
         if before is not None and before.stage != step.stage:
             recent = []
         recent = [*recent, step.loss][-window:]
-        found.append((float(step.tokens), sum(recent) / len(recent)))
-    return found
+        points.append((float(step.tokens), sum(recent) / len(recent)))
+    return points
 
 
 def _speeds(figures: Figures) -> list[tuple[float, float]]:
     """(tokens, tokens/s from the step before), by the log's clock; pauses between stages and for checkpoints are left out."""
-    found = []
+    points = []
     for before, step in pairwise(figures.steps):
         seconds = (step.time or 0) - (before.time or 0)
         if step.follows and seconds > 0:
-            found.append((float(step.tokens), (step.tokens - before.tokens) / seconds))
-    return found
+            points.append((float(step.tokens), (step.tokens - before.tokens) / seconds))
+    return points
 
 
 def _averaged(name: str, points: Sequence[tuple[float, float]]) -> Series:

@@ -90,11 +90,11 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     for row in rows:
         if row["texts"]:
             largest[row["size"]] = max(largest.get(row["size"], 0.0), float(row["params"]))
-    found: list[float] = []
+    sizes: list[float] = []
     for size in sorted(largest.values(), reverse=True):
-        if not found or found[-1] - size > _APART * (max(largest.values()) - min(largest.values())):
-            found.append(size)
-    return found if len(found) <= _MOST_SIZES else []
+        if not sizes or sizes[-1] - size > _APART * (max(largest.values()) - min(largest.values())):
+            sizes.append(size)
+    return sizes if len(sizes) <= _MOST_SIZES else []
 
 
 def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Sequence[Sequence[str]], *, name: str) -> str:
@@ -152,8 +152,8 @@ def label(text: str, texts: Sequence[str]) -> str:
 
 
 def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
-    found = row["texts"].get(text) if row["texts"] else None
-    return number_of(found.get("perplexity")) if found else None
+    figures = row["texts"].get(text) if row["texts"] else None
+    return number_of(figures.get("perplexity")) if figures else None
 
 
 def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
@@ -174,9 +174,9 @@ def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, An
         if not row["texts"]:
             near.append(row)
         elif value is not None and value <= _FAR * dense:
-            found = row["texts"][text]
-            high = min(_FAR * dense, number_of(found["high"]) or math.inf)
-            near.append({**row, "texts": {**row["texts"], text: {**found, "high": high}}})
+            figures = row["texts"][text]
+            high = min(_FAR * dense, number_of(figures["high"]) or math.inf)
+            near.append({**row, "texts": {**row["texts"], text: {**figures, "high": high}}})
     return near if any(row["texts"] for row in near[1:]) else list(rows)
 
 
@@ -209,8 +209,8 @@ def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str) -> set[tuple[s
 
 
 def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, front: set[tuple[str, Any]]) -> Series:
-    found = [(float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None]
-    known = sorted(found, key=lambda one: one[:2])
+    points = [(float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None]
+    known = sorted(points, key=lambda one: one[:2])
     lows, highs = (
         [value for *_, row in known if (value := number_of(row["texts"][text][key])) is not None] for key in ("low", "high")
     )

@@ -221,12 +221,12 @@ _Staged = TypeVar("_Staged", Evaluation, Tasks)
 
 def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
     """The last of each stage, in their order."""
-    found = {event.stage: event for event in told}
-    return [found[stage] for stage in sorted(found)]
+    last = {event.stage: event for event in told}
+    return [last[stage] for stage in sorted(last)]
 
 
 def _cuts(record: Record) -> list[Cut]:
-    found: list[Cut] = []
+    cuts: list[Cut] = []
     tokens = 0
     left: list[int] | None = None
     for event in record.events:
@@ -235,15 +235,15 @@ def _cuts(record: Record) -> list[Cut]:
         elif isinstance(event, Start):
             left = event.layers_left
         elif isinstance(event, events.Cut) and event.params:
-            found.append(
+            cuts.append(
                 Cut(
-                    stage=event.stage or 1, iteration=event.iteration or len(found) + 1, params=event.params,
+                    stage=event.stage or 1, iteration=event.iteration or len(cuts) + 1, params=event.params,
                     target=event.target or event.params, tokens=tokens, loss=event.loss,
                     layers=left, distances=event.distances, scores=event.scores or {},
                 )
             )  # fmt: skip
             left = event.layers_left if event.layers_left is not None else left
-    return found
+    return cuts
 
 
 def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | None, list[State]]:
@@ -365,17 +365,19 @@ def _task_rows(tasks: Sequence[Tasks]) -> list[Row]:
 
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     figures = record.figures
-    found = {
+    by_phase = {
         phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if number_of(figures.get(f"seconds_{phase}")) is not None
     }
-    if not found and record.checkpoint is not None:
+    if not by_phase and record.checkpoint is not None:
         spent = record.state.get("spent")
-        found = {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
-        if found:
+        by_phase = (
+            {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
+        )
+        if by_phase:
             notes.append(
                 f"the seconds of the bill are those of {record.checkpoint.name}, the newest checkpoint, its tokens those of the log"
             )
-    return {phase: seconds for phase, seconds in found.items() if seconds > 0}
+    return {phase: seconds for phase, seconds in by_phase.items() if seconds > 0}
 
 
 def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> dict[str, int]:

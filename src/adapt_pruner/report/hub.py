@@ -93,8 +93,8 @@ def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
     shards = _shards(folder / "model.safetensors.index.json")
     files: dict[str, int] = {}
     left_out = []
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    for name, path in sorted((found | files_in(folder)).items()):
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    for name, path in sorted((paths | files_in(folder)).items()):
         if any(part.startswith((".", "__pycache__")) for part in name.split("/")):
             continue
         inside = [path, *path.parents][: len(Path(name).parts)]

@@ -91,7 +91,7 @@ def write_page(path: Path, text: str) -> Path:
 def pictures(figures: Figures) -> list[charts.Chart]:
     """All pictures of a run that there are figures for, in the order of the page."""
     single = (charts.anatomy(figures), charts.importance(figures), charts.sparsity(figures), charts.costs(figures))
-    found: list[charts.Chart | None] = [
+    possible: list[charts.Chart | None] = [
         *single,
         charts.search(figures),
         charts.widths(figures),
@@ -101,7 +101,7 @@ def pictures(figures: Figures) -> list[charts.Chart]:
         *charts.training(figures),
         charts.mixing(figures),
     ]
-    return [chart for chart in found if chart is not None]
+    return [chart for chart in possible if chart is not None]
 
 
 def page(record: Record) -> str:
@@ -215,8 +215,8 @@ def _remarks(figures: Figures) -> str:
 
 
 def _pair(drawings: dict[str, str], *keys: str, tag: str = "pair") -> str:
-    found = [drawings[key] for key in keys if key in drawings]
-    return f'<div class="{tag}">{"".join(found)}</div>' if found else ""
+    present = [drawings[key] for key in keys if key in drawings]
+    return f'<div class="{tag}">{"".join(present)}</div>' if present else ""
 
 
 def _why(record: Record) -> str:
@@ -321,18 +321,18 @@ def _when(record: Record) -> str | None:
 
 def _next(record: Record, figures: Figures) -> str:
     checkpoint = record.checkpoint.name if record.checkpoint is not None else None
-    found = advice(figures, record.recipe, folder=shlex.quote(str(record.path)), checkpoint=checkpoint)
+    remarks = advice(figures, record.recipe, folder=shlex.quote(str(record.path)), checkpoint=checkpoint)
     if figures.status == "running":
-        found.insert(
+        remarks.insert(
             0,
             Advice(
                 "The run is still at work; see it live, or make this page anew later.",
                 f"adapt-pruner watch {shlex.quote(str(record.path))}",
             ),
         )
-    if not found:
+    if not remarks:
         return "<p>No rule found anything amiss: the budget is met and the loss had settled. A smaller budget, or a second seed, would tell more.</p>"
     items = "".join(
-        f"<li>{escaped(one.text)}{f' <code>{escaped(one.try_it)}</code>' if one.try_it else ''}</li>" for one in found
+        f"<li>{escaped(one.text)}{f' <code>{escaped(one.try_it)}</code>' if one.try_it else ''}</li>" for one in remarks
     )
     return f'<ul class="next">{items}</ul>'

@@ -213,14 +213,14 @@ def _name_ends(axes: Any, chart: Lines) -> None:
         )  # fmt: skip
         x, y = place(end)
         wide, high = text.get_window_extent().width, 11 * scale
-        found = []
+        candidates = []
         for side, up in product((1, -1), range(-60, 61, 3)):
             left, middle = x + side * 9 * scale - (wide if side < 0 else 0), y + up * scale
             box = Bbox.from_bounds(left, middle - high / 2, wide, high)
             cost = abs(up) + (side < 0) * 6 + 6 * sum(map(box.padded(2 * scale).contains, *zip(*ink, strict=True)))
             cost += 1000 * (sum(map(box.overlaps, taken)) + (not (frame.contains(*box.min) and frame.contains(*box.max))))
-            found.append((cost, side, up, box))
-        _, side, up, box = min(found, key=lambda one: one[0])
+            candidates.append((cost, side, up, box))
+        _, side, up, box = min(candidates, key=lambda one: one[0])
         text.set(position=(9 * side, up), ha="left" if side > 0 else "right")
         text.set_in_layout(False)
         taken.append(box)

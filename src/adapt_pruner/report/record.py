@@ -60,8 +60,8 @@ class Record:
 
     def of(self, kind: type[_Kind]) -> list[_Kind]:
         """The events of one kind."""
-        found: list[_Kind] = self._by_kind.get(kind, [])
-        return found
+        of_kind: list[_Kind] = self._by_kind.get(kind, [])
+        return of_kind
 
     @cached_property
     def _by_kind(self) -> dict[type[Event], list[Any]]:

@@ -220,7 +220,7 @@ def _columns(panel: Panel, chart: Anatomy) -> str:
     """Each layer from the bottom: what is left, then what went, the last to go lowest; few units stand apart."""
     wide, peak = _FULL / len(chart.layers), max(panel.total)
     gap = wide * (0.14 if len(chart.layers) <= 64 else 0.0)
-    found = []
+    rects = []
     for i, layer in enumerate(chart.layers):
         went = [counts[i] for counts in panel.gone]
         course = f"layer {layer}: {panel.left[i]:,} of {panel.total[i]:,} {panel.name} left"
@@ -237,9 +237,9 @@ def _columns(panel: Panel, chart: Anatomy) -> str:
                 tag = "kept" if number is None else "gone"
                 extra = "" if number is None else f' data-group="{number + 1}"'
                 tint = None if number is None else _tint(number, len(chart.groups))
-                found.append(_rect(i * wide + gap / 2, y, wide - gap, height, tag, title, tint, extra))
+                rects.append(_rect(i * wide + gap / 2, y, wide - gap, height, tag, title, tint, extra))
             at += count
-    return "".join(found)
+    return "".join(rects)
 
 
 def _tint(group: int, groups: int) -> float:
