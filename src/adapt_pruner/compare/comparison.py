@@ -110,10 +110,10 @@ def _check_kind(out: Path) -> None:
     check_place(out, inside=True)
     if not is_marked(out, _KIND):
         try:
-            found = read_json(out / "compare.json")
+            data = read_json(out / "compare.json")
         except (OSError, ValueError, RecursionError):
-            found = None
-        if not (isinstance(found, dict) and {"made_by", "arguments", "dense", "rows", "cells"} <= found.keys()):
+            data = None
+        if not (isinstance(data, dict) and {"made_by", "arguments", "dense", "rows", "cells"} <= data.keys()):
             check_empty(out)
 
 
@@ -237,8 +237,8 @@ class _Comparison:
         """All that is not finished yet, then table and picture."""
         of = len(self._work.cells)
         for name in self._names:
-            if (found := self._stored(name)) is not None:
-                self._done[name] = found
+            if (stored := self._stored(name)) is not None:
+                self._done[name] = stored
         reused = len(self._done)
         if reused:
             self._listen(Reused(done=reused, of=of).told())
@@ -286,20 +286,20 @@ class _Comparison:
 
     def _stored(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = read_json(self._out / "cells" / f"{name}.json")
+            figures: dict[str, Any] = read_json(self._out / "cells" / f"{name}.json")
         except (OSError, ValueError):
             return None
-        return found
+        return figures
 
     def _measured_dense(self) -> dict[str, Any]:
         digest = hashlib.sha256(to_json(self._work.read).encode()).hexdigest()
         name = f"dense-{digest[:12]}"
-        found = self._stored(name)
-        if found is None:
-            found = measure(self._dense(), self._work.windows, dtype=self._asked.dtype, listen=self._listen)
-            write_whole(self._out / "cells" / f"{name}.json", to_json(found, indent=1) + "\n")
+        figures = self._stored(name)
+        if figures is None:
+            figures = measure(self._dense(), self._work.windows, dtype=self._asked.dtype, listen=self._listen)
+            write_whole(self._out / "cells" / f"{name}.json", to_json(figures, indent=1) + "\n")
             release()
-        return found
+        return figures
 
     def _seconds_left(self) -> float | None:
         """What the cells that are left will take: each as those of its method did, or of all; None where none is finished."""

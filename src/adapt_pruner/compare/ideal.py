@@ -81,11 +81,11 @@ def of_gguf(path: Path) -> Weights:
             number = rest.partition(".")[0]
             layers[number] = layers.get(number, 0) + int(tensor.n_elements)
     params = sum(int(tensor.n_elements) for tensor in tensors)
-    found = Shapes(
+    shapes = Shapes(
         params=params, decoder=sum(layers.values()), largest=max(layers.values(), default=0), layers=len(layers),
         vocabulary=vocabulary, width=width, queries=outputs("attn_q"), keys=outputs("attn_k"), neurons=outputs("ffn_up"),
     )  # fmt: skip
-    return Weights(found, sum(int(tensor.n_bytes) for tensor in tensors) / params, 2)
+    return Weights(shapes, sum(int(tensor.n_bytes) for tensor in tensors) / params, 2)
 
 
 def of_torch(facts: dict[str, Any]) -> Weights:

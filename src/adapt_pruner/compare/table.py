@@ -44,12 +44,12 @@ def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dens
     failed = [cell["error"] for cell in cells if "error" in cell]
     texts = {}
     for text in dense["nll"] if done else ():
-        found = [perplexity_of(cell["nll"][text]) for cell in done]
-        middle = statistics.median(found)
+        perplexities = [perplexity_of(cell["nll"][text]) for cell in done]
+        middle = statistics.median(perplexities)
         texts[text] = {
             "perplexity": middle,
-            "low": min(found),
-            "high": max(found),
+            "low": min(perplexities),
+            "high": max(perplexities),
             "ratio": middle / perplexity_of(dense["nll"][text]),
         }
 
@@ -89,12 +89,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 def _words(row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool) -> list[str]:
     words = [row["method"], _or_dash(row["params"], "{:,}"), _or_dash(row["removed"], "{:.1%}")]
     for text in texts:
-        found = row["texts"].get(text)
-        words.append(_perplexity(found["perplexity"]) if found else "–")
+        figures = row["texts"].get(text)
+        words.append(_perplexity(figures["perplexity"]) if figures else "–")
         if spread:
-            words.append(f"{_perplexity(found['low'])}–{_perplexity(found['high'])}" if found and row["draws"] > 1 else "–")
-        compares = found and math.isfinite(dense["texts"][text]["perplexity"] or math.inf)
-        words.append(_times(found["ratio"]) if compares else "–")
+            words.append(f"{_perplexity(figures['low'])}–{_perplexity(figures['high'])}" if figures and row["draws"] > 1 else "–")
+        compares = figures and math.isfinite(dense["texts"][text]["perplexity"] or math.inf)
+        words.append(_times(figures["ratio"]) if compares else "–")
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
     words += [_or_dash(row["seconds"], "{:,.1f}"), _or_dash(peak, "{:.1f} GiB"), _or_dash(row["speed_up"], "{:.2f}×")]
     if notes:
