@@ -30,15 +30,15 @@ class Bars:
 
     def lines(self, width: int) -> list[str]:
         """Bars of neurons, and of heads where one is gone: beside each other where `width` characters are enough."""
-        found = []
+        lines = []
         for kind, name in _NAMES.items():
             before = [sizes.get(kind, 0) for sizes in self._began.values()]
             now = [self._now.get(layer, {}).get(kind, 0) for layer in self._began]
             if any(before) and (kind == "neurons" or now != before):
-                found.append(f"{name} {''.join(map(_bar, now, before))} {sum(now) / sum(before):.0%}")
-        together = "  ".join(found)
+                lines.append(f"{name} {''.join(map(_bar, now, before))} {sum(now) / sum(before):.0%}")
+        together = "  ".join(lines)
         return (
-            [together] if len(together) <= width else [line[: width - 1] + "…" if len(line) > width else line for line in found]
+            [together] if len(together) <= width else [line[: width - 1] + "…" if len(line) > width else line for line in lines]
         )
 
 

@@ -54,14 +54,14 @@ def bench(
 
     quiet_libraries()
     with screen() as listen:
-        found = measure(
+        figures = measure(
             model, against, engine=engine, batches=batches, prompt=prompt, generate=generate, rounds=rounds, device=device,
             dtype=dtype, quant=quant, trust_remote_code=trust_remote_code, listen=listen,
         )  # fmt: skip
-    print(to_json(found)) if as_json else _print(found)
+    print(to_json(figures)) if as_json else _print(figures)
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(figures: dict[str, Any]) -> None:
     from adapt_pruner.cli.tables import print_table
 
     print_table(
@@ -71,7 +71,7 @@ def _print(found: dict[str, Any]) -> None:
                 row["phase"], str(row["batch"]), _spread(row["dense"], ",.0f"), _spread(row["pruned"], ",.0f"),
                 _spread(row["speed_up"], ".2f"), f"{row['ideal']:.2f}", f"{row['share']:.0%}",
             ]
-            for row in found["speeds"]
+            for row in figures["speeds"]
         ],
     )  # fmt: skip
     print()
@@ -82,12 +82,12 @@ def _print(found: dict[str, Any]) -> None:
                 row["model"], f"{row['params']:,}", row["stored"], f"{row['disk_bytes'] / 1e6:,.1f} MB",
                 _spread(row["load_seconds"], ".2f") + " s", f"{row['peak_bytes'] / 1e6:,.0f} MB",
             ]
-            for row in reversed(found["models"])
+            for row in reversed(figures["models"])
         ],
     )  # fmt: skip
     print(
-        f"\nmedian (quartiles) of {found['rounds']} rounds, pruned and dense in turn; prompts of {found['prompt']} tokens, "
-        f"{found['generate']} written after each; {found['engine']} on {found['device']}, threads: {found['threads']}"
+        f"\nmedian (quartiles) of {figures['rounds']} rounds, pruned and dense in turn; prompts of {figures['prompt']} tokens, "
+        f"{figures['generate']} written after each; {figures['engine']} on {figures['device']}, threads: {figures['threads']}"
     )
 
 

@@ -60,7 +60,7 @@ def chat(
     for name in names:
         locate(name)  # one that is not there is said before the other answers
     streams = against is None and not as_json
-    found: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for name in names:
         with screen() as listen:
             listen.hear(Load(model=name))
@@ -69,16 +69,16 @@ def chat(
             loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0,
             dtype=dtype, on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
         )  # fmt: skip
-        found.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})
+        answers.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})
     if as_json:
-        print(to_json(found[0] if against is None else {"answers": found}))
+        print(to_json(answers[0] if against is None else {"answers": answers}))
         return
     if streams:
         print()
-    _print(found, with_text=not streams)
+    _print(answers, with_text=not streams)
 
 
-def _print(found: list[dict[str, Any]], *, with_text: bool) -> None:
+def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel
@@ -89,16 +89,16 @@ def _print(found: list[dict[str, Any]], *, with_text: bool) -> None:
 
     out = console(highlight=False, markup=False)
     if with_text:
-        inner = [Group(Text(visible(one["text"]) or "(nothing)"), Text(f"\n{_note(one)}", style="dim")) for one in found]
+        inner = [Group(Text(visible(one["text"]) or "(nothing)"), Text(f"\n{_note(one)}", style="dim")) for one in answers]
         panels = [
-            Panel(body, title=Text(visible(one["model"])), title_align="left") for body, one in zip(inner, found, strict=True)
+            Panel(body, title=Text(visible(one["model"])), title_align="left") for body, one in zip(inner, answers, strict=True)
         ]
         if out.is_terminal and out.width >= _NARROW:
             out.print(Columns(panels, width=out.width // len(panels) - 1))
         else:
             out.print(Group(*panels))
     else:
-        console(stderr=True, highlight=False, markup=False).print(_note(found[0]), style="dim", soft_wrap=True)
+        console(stderr=True, highlight=False, markup=False).print(_note(answers[0]), style="dim", soft_wrap=True)
 
 
 def _note(one: dict[str, Any]) -> str:

@@ -32,17 +32,17 @@ def inspect(
 
     quiet_libraries()
     loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)
-    found = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
+    figures = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if as_json:
-        print(to_json({"model": model, **found}))
+        print(to_json({"model": model, **figures}))
         return
     rows = [
         [str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}", _share(row)]
-        for row in found["layers"]
+        for row in figures["layers"]
     ]
     print_table(["layer", "heads", "KV heads", "neurons", "parameters", "of dense"], rows)
-    whole = f", {_share(found)} of the dense model" if found["share_of_dense"] is not None else ""
-    print(f"\n{model}: {found['params']:,} parameters, {found['decoder_params']:,} of them in the layers{whole}")
+    whole = f", {_share(figures)} of the dense model" if figures["share_of_dense"] is not None else ""
+    print(f"\n{model}: {figures['params']:,} parameters, {figures['decoder_params']:,} of them in the layers{whole}")
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -25,6 +25,6 @@ def methods(as_json: Json = False) -> None:
         print(to_json({"methods": rows, "parts": kinds}))
         return
     print_table(["method", "what it does", "source"], [[name, row["about"], row["paper"]] for name, row in rows.items()], left=3)
-    for key, found in kinds.items():
+    for key, summaries in kinds.items():
         print()
-        print_table([key, ""], [[name, line] for name, line in found.items()], left=2)
+        print_table([key, ""], [[name, line] for name, line in summaries.items()], left=2)

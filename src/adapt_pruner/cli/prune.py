@@ -117,11 +117,11 @@ def prune(
             *tokens,
         ],
     )
-    if "reached" in (found := figures.get("latency") or {}):
+    if "reached" in (timing := figures.get("latency") or {}):
         print(
-            f"\n{found['of']} takes {found['reached']:.2f}x of the dense model's time, which is {found['dense_seconds']:.2f} s "
-            f"(timed in turn; quartiles {found['reached_low']:.2f}–{found['reached_high']:.2f}x); asked {found['asked']:g}x, "
-            f"predicted {found['predicted']:.2f}x"
+            f"\n{timing['of']} takes {timing['reached']:.2f}x of the dense model's time, which is {timing['dense_seconds']:.2f} s "
+            f"(timed in turn; quartiles {timing['reached_low']:.2f}–{timing['reached_high']:.2f}x); asked {timing['asked']:g}x, "
+            f"predicted {timing['predicted']:.2f}x"
         )
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")

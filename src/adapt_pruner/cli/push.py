@@ -40,10 +40,10 @@ def push(
     for note in packed.notes:
         print(f"warning: {note}", file=sys.stderr)
     size = sum(packed.files.values())
-    found = {"repo": repo, "branch": branch or "main", "private": private, "bytes": size, "files": packed.files}
+    summary = {"repo": repo, "branch": branch or "main", "private": private, "bytes": size, "files": packed.files}
     if dry_run:
         if as_json:
-            print(to_json({**found, "notes": packed.notes, "sent": None}))
+            print(to_json({**summary, "notes": packed.notes, "sent": None}))
             return
         print_table(["file", "bytes"], [[name, f"{count:,}"] for name, count in packed.files.items()])
         made = "a private repository" if private else "a public repository"
@@ -51,4 +51,4 @@ def push(
         print(f"and make {made} of that name if there is none{'; README.md would be written first' if packed.new_card else ''}")
         return
     sent = hub.push(packed, private=private, branch=branch)
-    print(to_json({**found, "notes": packed.notes, "sent": sent}) if as_json else f"sent {len(packed.files)} files to {sent}")
+    print(to_json({**summary, "notes": packed.notes, "sent": sent}) if as_json else f"sent {len(packed.files)} files to {sent}")

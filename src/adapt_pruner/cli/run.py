@@ -111,10 +111,10 @@ def _end(sentence: str) -> NoReturn:
 def _stamp(path: Path) -> tuple[int, int] | None:
     """Inode and time of a file, which change when it is written again; None where there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:  # no place for a file, which is said when it is to be written
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _print_plan(planned: dict[str, Any]) -> None:

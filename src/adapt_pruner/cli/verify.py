@@ -57,7 +57,7 @@ def verify(
         def told(done: int, of: int) -> None:
             listen.hear(Progress(phase="evaluate", done=done, of=of))
 
-        found = compare(
+        figures = compare(
             loaded,
             artefact,
             windows,
@@ -66,11 +66,11 @@ def verify(
             on_window=told,
         )
     if as_json:
-        print(to_json(found))
+        print(to_json(figures))
     else:
-        _print(found)
-    if not found["passed"]:
-        raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(found['failures'])}")
+        _print(figures)
+    if not figures["passed"]:
+        raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}")
 
 
 def _chat(tokenizer: Any) -> list[str]:
@@ -86,17 +86,17 @@ def _chat(tokenizer: Any) -> list[str]:
         return []
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(figures: dict[str, Any]) -> None:
     from adapt_pruner.cli.tables import print_table
 
-    tolerance, greedy, encoding = found["tolerance"], found["greedy"], found["encoding"]
-    deviation, perplexity = found["deviation"] or 1.0, found["perplexity"]
+    tolerance, greedy, encoding = figures["tolerance"], figures["greedy"], figures["encoding"]
+    deviation, perplexity = figures["deviation"] or 1.0, figures["perplexity"]
     most = "" if tolerance["difference"] is None else f"at most {tolerance['difference']:g}"
     change = perplexity["artefact"] / perplexity["model"] - 1
     rows = [
-        ["largest difference of a logit, in deviations", f"{found['max_difference'] / deviation:.2g}", most],
-        ["mean difference of a logit, in deviations", f"{found['mean_difference'] / deviation:.2g}", ""],
-        ["same token on top", f"{found['agreement']:.2%}", f"at least {tolerance['agreement']:.0%}"],
+        ["largest difference of a logit, in deviations", f"{figures['max_difference'] / deviation:.2g}", most],
+        ["mean difference of a logit, in deviations", f"{figures['mean_difference'] / deviation:.2g}", ""],
+        ["same token on top", f"{figures['agreement']:.2%}", f"at least {tolerance['agreement']:.0%}"],
         ["perplexity of the model", f"{perplexity['model']:.3f}", ""],
         [
             "perplexity of the artefact",
@@ -111,7 +111,7 @@ def _print(found: dict[str, Any]) -> None:
         )
     print_table(["", "found", "tolerance"], rows)
     print(
-        f"\n{found['artefact']} ({found['stored']}) in {found['engine']}, on {found['tokens']:,} tokens in {found['windows']} windows"
+        f"\n{figures['artefact']} ({figures['stored']}) in {figures['engine']}, on {figures['tokens']:,} tokens in {figures['windows']} windows"
     )
-    if found["passed"]:
+    if figures["passed"]:
         print("it computes what the model computes")
