@@ -88,7 +88,7 @@ def test_no_command_runs_a_file_of_the_current_folder(planted: Path, text_file: 
     ours = ["-P", "-m", "adapt_pruner"]
     text = ["--text", text_file, "--window", 64, "--max-windows", 2, "--dtype", "float32"]
     quick = ["--batch", 1, "--prompt", 8, "--generate", 4, "--rounds", 1]
-    started(planted, *ours, "compare", ".", "--methods", "magnitude", "--params", "80%", "-o", "../c", "--keep", *text, "--json")
+    started(planted, *ours, "compare", ".", "--methods", "magnitude-all", "--params", "80%", "-o", "../c", "--keep", *text, "--json")
     pruned = next((planted.parent / "c" / "models").glob("*/config.json")).parent
     started(planted, *ours, "bench", pruned, "--against", ".", *quick, "--json")
     started(planted, *ours, "export", pruned, "-o", "../padded", "--to", "padded")
@@ -102,7 +102,7 @@ def test_plain_python_m_takes_no_library_of_the_current_folder(planted: Path) ->
 def test_processes_that_train_together_run_no_file_of_the_current_folder(planted: Path, text_file: Path) -> None:
     """As torchrun starts them: `python -m adapt_pruner` in the current folder."""
     training = {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 32}
-    asked = {"model": ".", "budget": "80%", "method": "magnitude", "training": training, "device": "cpu"}
+    asked = {"model": ".", "budget": "80%", "method": "magnitude-all", "training": training, "device": "cpu"}
     (planted / "recipe.yaml").write_text(json.dumps(asked))
     launch = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "adapt_pruner"]
     started(planted, *launch, "run", "recipe.yaml", "-o", planted.parent / "run")
