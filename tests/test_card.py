@@ -160,7 +160,7 @@ def test_its_python_loads_that_very_folder(
     assert ("layers without attention" in text) == (kind == "silent")
     refused = False
     try:
-        gguf_form._planned(load(str(folder)).model, quantised=False)
+        gguf_form._planned(load(str(folder)).model, multiple=1)
     except UsageError:
         refused = True
     assert refused == (no_gguf(config) is not None)
@@ -412,7 +412,7 @@ def test_text_of_others_is_no_markup_of_the_card(trained: Path, tmp_path: Path) 
 def test_json_that_is_not_ours_is_refused_in_a_sentence(change: dict[str, Any], trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "foreign")
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(read_json(trained / "config.json") | change))
-    with pytest.raises(UsageError, match="is not as this package writes it"):
+    with pytest.raises(UsageError, match=r"config.json or pruning.json of .* is damaged"):
         card_of(tmp_path / "foreign")
 
 

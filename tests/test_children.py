@@ -88,7 +88,9 @@ def test_no_command_runs_a_file_of_the_current_folder(planted: Path, text_file: 
     ours = ["-P", "-m", "adapt_pruner"]
     text = ["--text", text_file, "--window", 64, "--max-windows", 2, "--dtype", "float32"]
     quick = ["--batch", 1, "--prompt", 8, "--generate", 4, "--rounds", 1]
-    started(planted, *ours, "compare", ".", "--methods", "magnitude-all", "--params", "80%", "-o", "../c", "--keep", *text, "--json")
+    started(
+        planted, *ours, "compare", ".", "--methods", "magnitude-all", "--params", "80%", "-o", "../c", "--keep", *text, "--json"
+    )
     pruned = next((planted.parent / "c" / "models").glob("*/config.json")).parent
     started(planted, *ours, "bench", pruned, "--against", ".", *quick, "--json")
     started(planted, *ours, "export", pruned, "-o", "../padded", "--to", "padded")

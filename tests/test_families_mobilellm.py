@@ -62,7 +62,9 @@ def test_pruned_from_the_command_line_it_is_an_ordinary_llama(folder: Path, text
     said = CliRunner().invoke(app, [str(word) for word in [*words, "--calibration-length", 16, "--set", "step=0.2"]])
     assert said.exit_code == 0, said.output
     config = read_json(out / "config.json")
-    assert config["model_type"] == "llama"
+    assert config["model_type"] == "pruned_llama", (
+        "which stock transformers does not take for a Llama without --trust-remote-code"
+    )
     assert config["tie_word_embeddings"]
     assert not {"share_embedding", "layer_sharing"} & set(config)
     assert all("mobilellm" not in where for where in config.get("auto_map", {}).values())

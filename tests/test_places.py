@@ -25,9 +25,9 @@ __all__ = ["ask"]  # a fixture
 
 Usage = namedtuple("Usage", "total used free")
 COMMANDS = {
-    "prune": ["prune", "TINY", "--params", "80%", "--method", "magnitude", "--set", "step=1", "-o"],
+    "prune": ["prune", "TINY", "--params", "80%", "--method", "magnitude-all", "--set", "step=1", "-o"],
     "run": ["run", "RECIPE", "-o"],
-    "compare": ["compare", "TINY", "--methods", "magnitude", "--params", "80%", "--text", "LONG", "--max-windows", "1", "-o"],
+    "compare": ["compare", "TINY", "--methods", "magnitude-all", "--params", "80%", "--text", "LONG", "--max-windows", "1", "-o"],
     "export": ["export", "TINY", "--to", "padded", "-o"],
 }
 
@@ -38,7 +38,7 @@ def words(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Callable[[str],
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     (inputs / "recipe.yaml").write_text(
-        f"model: {tiny_folder}\nmethod: magnitude\nbudget: 80%\nstep: 1\nstages: 2\nevaluation: {{source: {text_file}, max_windows: 1}}\n"
+        f"model: {tiny_folder}\nmethod: magnitude-all\nbudget: 80%\nstep: 1\nstages: 2\nevaluation: {{source: {text_file}, max_windows: 1}}\n"
     )
     things = {"TINY": str(tiny_folder), "LONG": str(text_file), "RECIPE": str(inputs / "recipe.yaml")}
     return lambda command: [things.get(word, word) for word in COMMANDS[command]]

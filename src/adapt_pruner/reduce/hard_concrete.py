@@ -18,6 +18,7 @@ from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import gated, num_left
+from adapt_pruner.core.task import CAUSAL_LM, CausalLM
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
 
@@ -327,7 +328,7 @@ def _params(work: Work, shape: Mapping[str, int]) -> int:
 
 
 @torch.no_grad()
-def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> None:
+def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor], *, task: CausalLM = CAUSAL_LM) -> None:
     """Multiply z into the weights, in place, so that the model computes the same without gates; where z is 0 nothing is done.
 
     Neurons and heads: the columns that read them. Layers: what their attention and MLP add to the stream. Channels: all that writes the
@@ -337,6 +338,7 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Non
         model: as it is under `gated` with these values.
         axes: its axes.
         z: kind -> [rows, entries], 0 for what is about to be cut.
+        task: what is predicted, which knows embeddings and head.
     """
     for axis in axes:
         if axis.kind not in z:
@@ -350,7 +352,7 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Non
         elif axis.name == "layers":
             _fold_layers(model, axes, values)
         else:
-            _fold_channels(model, axes, axis, values)
+            _fold_channels(model, axes, axis, values, task)
 
 
 def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None:
@@ -371,10 +373,10 @@ def _behind(model: nn.Module, block: Axis) -> str | None:
     return name if getattr(model.get_submodule(name), "weight", None) is not None else None
 
 
-def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor) -> None:
+def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor, task: CausalLM) -> None:
     """Multiply all that writes the stream, and what norms behind blocks read."""
-    any_model: Any = model
-    head, embeddings = any_model.lm_head, any_model.get_input_embeddings()
+    head: Any = task.head(model)
+    embeddings: Any = task.entrance(model)
     behind = [name for block in axes if block.kind in ("attentions", "mlps") and (name := _behind(model, block))]
     for piece in axis.slices:
         parameter = model.get_parameter(piece.parameter)
