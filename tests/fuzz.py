@@ -316,7 +316,9 @@ def model_attack(draw: Draw, folder: Path) -> list[str]:
                 " \n",
             ]
         )
-        (folder / "bad" / "chat_template.jinja").write_text(template)
+        path = folder / "bad" / "chat_template.jinja"
+        path.unlink(missing_ok=True)  # it may be a pipe by now
+        path.write_text(template)
     return draw.choice([line for line in model_commands("bad") if line[0] != "verify" or draw.random() < 0.3])
 
 
