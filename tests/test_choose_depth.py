@@ -198,7 +198,9 @@ def test_whole_runs(axes: list[str], step: float, recipe: Recipe, tmp_path: Path
     dense, left = load(asked.model).model, load(str(tmp_path / "out"))
     cost = {axis.kind: axis.cost for axis in families.axes(dense)}
     assert count_parameters(left.model) == outcome.figures["params_after"]
-    within = cost["neurons"] if "neurons" in axes else max(cost[kind] for kind in axes)
+    within = (
+        6 * cost["neurons"] if "neurons" in axes else max(cost[kind] for kind in axes)
+    )  # one of each layer, where all are alike
     assert outcome.figures["budget"] - within < outcome.figures["params_after"] <= outcome.figures["budget"]
     # The mask is right through all iterations: the dense model cut by it at once is the model that came out.
     assert left.mask == outcome.mask

@@ -142,6 +142,7 @@ def _life(words: Sequence[str], said: str, point: str | None, nth: int) -> None:
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, and no life would end by it
     torch.set_num_threads(1)
     if point is not None:
         POINTS[point](nth)
