@@ -192,3 +192,50 @@ def in_two_processes(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def log_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind in a run's log."""
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+class _Killed(BaseException):
+    """What no code of ours catches."""
+
+
+def break_off(recipe: Any, run_dir: Path, *, kind: str, nth: int) -> None:
+    """Run a recipe until the nth event of a kind is told, and no further."""
+    from adapt_pruner.report.documented import run
+
+    seen = 0
+
+    def kill(event: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += event["event"] == kind
+        if seen == nth:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(recipe, run_dir, listen=kill)
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    """Two runs have ended with the same mask and the same weights, to the last bit."""
+    from adapt_pruner.checkpoint.load import load
+
+    first, second = (load(str(run_dir / "model")) for run_dir in (one, other))
+    assert first.mask == second.mask
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, second.model.state_dict()[name]), name
+
+
+def assert_refused(made: Callable[[], Any], run_dir: Path, said: str) -> None:
+    """A recipe is refused in this sentence, as it is read or before its run begins, and nothing is left."""
+    from adapt_pruner.errors import UsageError
+    from adapt_pruner.report.documented import run
+
+    with pytest.raises(UsageError) as refused:
+        run(made(), run_dir)
+    assert said in str(refused.value)
+    assert not run_dir.exists()

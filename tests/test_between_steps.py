@@ -1,6 +1,5 @@
 """`reduce: between_steps`: units go by the gradients of the step, without a further pass, and a killed run goes on bit-equal."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.rank import per_parameter
 from adapt_pruner.report.documented import run
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
+from conftest import LAYOUTS, VOCAB, assert_refused, assert_same_model, break_off, byte_tokenizer, log_of, tiny_model
 
 
 def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
@@ -35,10 +33,6 @@ def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tiny_model(request.param, vocab_size=VOCAB).save_pretrained(tmp_path / "any")
     byte_tokenizer().save_pretrained(tmp_path / "any")
     return tmp_path / "any"
-
-
-def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["event"] == kind]
 
 
 def test_the_budget_is_met_halfway_and_training_goes_on(any_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -83,10 +77,6 @@ def test_what_goes_is_what_the_gradients_of_the_step_say(tiny_folder: Path, text
     assert load(str(first[0])).mask == Mask.of_sizes(axes, {axis.name: scores[axis.name] for axis in axes}, sizes)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("kind", "nth"), [("step", 3), ("cut", 3), ("step", 12)])
 @pytest.mark.parametrize("options", ["", "(every=3, batches=2, share=0.75)"])
 def test_a_killed_run_goes_on_bit_equal(
@@ -94,16 +84,7 @@ def test_a_killed_run_goes_on_bit_equal(
 ) -> None:
     recipe = recipe_of(tiny_folder, text_file, reduce=f"between_steps{options}")
     run(recipe, tmp_path / "whole")
-    seen = 0
-
-    def kill(event: dict[str, Any]) -> None:
-        nonlocal seen
-        seen += event["event"] == kind
-        if seen == nth:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, tmp_path / "broken", listen=kill)
+    break_off(recipe, tmp_path / "broken", kind=kind, nth=nth)
     run(recipe, tmp_path / "broken")
     logs = []
     for name in ("whole", "broken"):
@@ -111,10 +92,7 @@ def test_a_killed_run_goes_on_bit_equal(
         keep = ("step", "loss", "iteration", "params", "sizes", "lr")
         logs.append([[{key: line.get(key) for key in keep} for line in kind] for kind in lines])
     assert logs[0] == logs[1]
-    one, other = (load(str(tmp_path / name / "model")) for name in ("whole", "broken"))
-    assert one.mask == other.mask
-    for name, weight in one.model.state_dict().items():
-        assert torch.equal(weight, other.model.state_dict()[name]), name
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_stages_and_a_repair(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -143,7 +121,4 @@ def test_stages_and_a_repair(tiny_folder: Path, text_file: Path, tmp_path: Path)
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
-    assert said in str(refused.value)
-    assert not (tmp_path / "run").exists()
+    assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)

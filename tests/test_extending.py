@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import adapt_pruner
-from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import HANGS, VOCAB, byte_tokenizer, log_of, read_json, tiny_model
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLE = re.compile(r"```(?:python|yaml)\n# (src/\S+)\n(.*?)```\s+```sh\n(.*?)```", re.DOTALL)
@@ -26,11 +26,6 @@ RECIPE = re.search(r"```yaml\n# recipe.yaml\n(.*?)```", PAGE, re.DOTALL)
 def recipe_of(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = read_json(run / "model" / "pruning.json")["recipe"]
     return found
-
-
-def log_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == kind]
 
 
 def sizes_of(run: Path) -> dict[str, int]:

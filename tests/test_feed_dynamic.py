@@ -2,20 +2,19 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core import world
 from adapt_pruner.data.dynamic import Dynamic
 from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
-from conftest import byte_tokenizer
+from conftest import assert_refused, assert_same_model, break_off, byte_tokenizer, log_of
 
 
 @pytest.fixture
@@ -130,30 +129,16 @@ def recipe_of(folder: Path, texts: tuple[str, str], tmp_path: Path, **changes: A
     })  # fmt: skip
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_run_goes_on_with_the_same_rows(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:
     recipe = recipe_of(tiny_folder, texts, tmp_path)
     run(recipe, tmp_path / "whole")
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 6:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, tmp_path / "broken", listen=kill)
+    break_off(recipe, tmp_path / "broken", kind="step", nth=6)
     run(recipe, tmp_path / "broken")
-    logs = []
-    for name in ("whole", "broken"):
-        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        logs.append([{**line, "time": 0} for line in lines if line["event"] == "mixed"])
+    logs = [[line | {"time": 0} for line in log_of(tmp_path / name, "mixed")] for name in ("whole", "broken")]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 4
     assert logs[0][-1]["shares"][texts[0]] > 0.9, "the text above its reference takes over"
-    one, other = (load(str(tmp_path / name / "model")).model.state_dict() for name in ("whole", "broken"))
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
     page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
     assert "What was read" in page
     assert "a.jsonl" in page
@@ -165,7 +150,4 @@ def test_one_text_alone_and_no_references_are_refused(tiny_folder: Path, texts: 
         ({"feed": "dynamic"}, "feed dynamic needs reference losses; name a JSON file"),
         ({"feed": "dynamic(references=nowhere.json)"}, "the file of reference losses 'nowhere.json' does not exist"),
     ):
-        with pytest.raises(UsageError) as refused:
-            run(recipe_of(tiny_folder, texts, tmp_path, **changes), tmp_path / "run")
-        assert said in str(refused.value)
-        assert not (tmp_path / "run").exists()
+        assert_refused(partial(recipe_of, tiny_folder, texts, tmp_path, **changes), tmp_path / "run", said)

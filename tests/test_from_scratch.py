@@ -1,6 +1,5 @@
 """`init: random`: the control of pruning, a model of the same shape that begins with random weights on the same text."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
-from conftest import VOCAB, byte_tokenizer, half, tiny_model
+from conftest import VOCAB, assert_same_model, break_off, byte_tokenizer, half, tiny_model
 
 
 def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
@@ -62,24 +61,12 @@ def test_the_seed_draws_the_weights(tiny_folder: Path, shape: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_run_goes_on_bit_equal(shape: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(shape, text_file)
     run(recipe, tmp_path / "whole")
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, tmp_path / "broken", listen=kill)
-    shutil.copytree(shape, tmp_path / "same")
+    break_off(recipe, tmp_path / "broken", kind="step", nth=5)
     run(recipe, tmp_path / "broken")
-    one, other = (load(str(tmp_path / name / "model")).model.state_dict() for name in ("whole", "broken"))
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.surgery import cut, gated
-from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import hard_concrete
 from adapt_pruner.reduce.hard_concrete import expected_open, fold, sampled, settled
 from adapt_pruner.report.documented import run
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 
 def test_a_draw_is_open_as_often_as_is_expected() -> None:
@@ -68,10 +66,6 @@ def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
     return read(keys | changes)
 
 
-def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["event"] == kind]
-
-
 def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     shape = "hard_concrete(residual=36, kv_heads=2, neurons=30, layers=2, lr=0.2, share=0.8)"
     outcome = run(recipe_of(tiny_folder, text_file, reduce=shape, training={"tokens": 8192}), tmp_path / "run")
@@ -102,29 +96,16 @@ def test_a_shape_is_found_for_a_budget(tiny_folder: Path, text_file: Path, tmp_p
     assert len({sizes[name] for name in sizes if name.endswith("neurons")}) == 1
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("nth", [3, 12, 20])
 def test_a_killed_run_goes_on_bit_equal(nth: int, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_folder, text_file)
     run(recipe, tmp_path / "whole")
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == nth:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, tmp_path / "broken", listen=kill)
+    break_off(recipe, tmp_path / "broken", kind="step", nth=nth)
     run(recipe, tmp_path / "broken")
     for kind, keys in (("step", ("step", "loss", "lr")), ("cut", ("sizes", "params"))):
         one, other = ([[line.get(key) for key in keys] for line in log_of(tmp_path / name, kind)] for name in ("whole", "broken"))
         assert one == other
-    one, other = (load(str(tmp_path / name / "model")) for name in ("whole", "broken"))
-    assert one.mask == other.mask
-    for name, weight in one.model.state_dict().items():
-        assert torch.equal(weight, other.model.state_dict()[name]), name
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -140,7 +121,4 @@ def test_a_killed_run_goes_on_bit_equal(nth: int, tiny_folder: Path, text_file: 
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
-    assert said in str(refused.value)
-    assert not (tmp_path / "run").exists()
+    assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)

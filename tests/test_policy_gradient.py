@@ -1,6 +1,5 @@
 """`reduce: policy_gradient`: the formulas by hand, an exact budget on every layout, and a killed search that goes on bit-equal."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce.policy_gradient import PolicyGradient, projected, start_of
 from adapt_pruner.reduce.work import Reads, Stage, Work
 from adapt_pruner.report.documented import run
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 
 def work_of(model: Any, batches: list[torch.Tensor], **keys: Any) -> Work:
@@ -100,6 +98,13 @@ def test_it_finds_the_units_that_matter(batches: list[torch.Tensor], monkeypatch
     assert sum(losses[-1]) < sum(losses[0]) / 2, "masks that are drawn lose less in the end"
 
 
+def test_sequences_of_the_users_own_may_differ_in_length(batches: list[torch.Tensor]) -> None:
+    """`calibration.ids` has rows as they come: a step reads them in as many passes as there are lengths side by side."""
+    work = work_of(tiny_model(), [batches[0], batches[1][:, :7], batches[2]])
+    *_, change = PolicyGradient(updates=4, sequences=3).steps(work, work.stages[0].params)
+    assert math.isfinite(change.loss)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 def test_the_budget_is_met_to_the_unit(layout: tuple[str, str], batches: list[torch.Tensor]) -> None:
     work = work_of(tiny_model(layout), batches)
@@ -110,10 +115,6 @@ def test_the_budget_is_met_to_the_unit(layout: tuple[str, str], batches: list[to
     cheapest = min(axis.cost for axis in work.axes if axis.kind == "neurons")
     assert target - cheapest < count_parameters(work.model) <= target
     assert math.isfinite(work.state.history[-1]["loss"])
-
-
-class Killed(BaseException):
-    pass
 
 
 def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
@@ -130,28 +131,15 @@ def test_a_killed_search_goes_on_bit_equal(nth: int, tiny_folder: Path, text_fil
     recipe = recipe_of(tiny_folder, text_file, stages=2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(recipe, whole)
-    seen = 0
-
-    def kill(event: dict[str, Any]) -> None:
-        nonlocal seen
-        seen += event["event"] == "searched"
-        if seen == nth + 1:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, broken, listen=kill)
+    break_off(recipe, broken, kind="searched", nth=nth + 1)
     names = sorted(path.name for path in (broken / "checkpoints").iterdir())
     assert any("search" in name for name in names)
     told: list[dict[str, Any]] = []
     run(recipe, broken, listen=told.append)
     searched = [event["done"] for event in told if event["event"] == "searched" and event["stage"] == 1]
     assert searched[0] > 2, "what was done is not done again"
-    one, other = (load(str(folder / "model")) for folder in (whole, broken))
-    assert one.mask == other.mask
-    for name, weight in one.model.state_dict().items():
-        assert torch.equal(weight, other.model.state_dict()[name]), name
-    lines = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
-    rounds = [(line["stage"], line["done"]) for line in lines if line["event"] == "searched"]
+    assert_same_model(whole, broken)
+    rounds = [(line["stage"], line["done"]) for line in log_of(broken, "searched")]
     assert rounds == [(stage, done) for stage in (1, 2) for done in range(2, 13, 2)], "each round once in the log"
 
 
@@ -164,7 +152,4 @@ def test_a_killed_search_goes_on_bit_equal(nth: int, tiny_folder: Path, text_fil
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
-    assert said in str(refused.value)
-    assert not (tmp_path / "run").exists()
+    assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)

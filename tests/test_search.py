@@ -1,6 +1,5 @@
 """`reduce: search`: swaps keep the budget, candidates are what cutting gives, and a killed search goes on bit-equal."""
 
-import json
 import math
 import random
 from pathlib import Path
@@ -10,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut, gated
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import search
 from adapt_pruner.reduce.closed_form import least_squares
@@ -24,7 +22,7 @@ from adapt_pruner.reduce.search import Search
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.work import Reads, Stage, Work
 from adapt_pruner.report.documented import run
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 SMALL = {"population": 4, "offspring": 4, "rounds": 2, "tokens": 24, "finalists": 2}
 
@@ -150,10 +148,6 @@ def test_no_candidate_with_a_finite_loss(batches: list[torch.Tensor], monkeypatc
         list(Search(**SMALL).steps(work, work.stages[0].params))
 
 
-class Killed(BaseException):
-    pass
-
-
 def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
     options = ", ".join(f"{key}={value}" for key, value in SMALL.items())
     keys = {
@@ -168,28 +162,13 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     recipe = recipe_of(tiny_folder, text_file)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(recipe, whole)
-    seen: list[int] = []
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "searched":
-            seen.append(event["done"])
-            if len(seen) == 5:  # the second round of the second stage
-                raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, broken, listen=kill)
+    break_off(recipe, broken, kind="searched", nth=5)  # the second round of the second stage
     told: list[dict[str, Any]] = []
     run(recipe, broken, listen=told.append)
     assert [event["done"] for event in told if event["event"] == "searched"] == [2, 3], "what was done is not done again"
-    one, other = (load(str(folder / "model")) for folder in (whole, broken))
-    assert one.mask == other.mask
-    for name, weight in one.model.state_dict().items():
-        assert torch.equal(weight, other.model.state_dict()[name]), name
-    logs = [
-        [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["event"] == "searched"]
-        for folder in (whole, broken)
-    ]
-    assert [line | {"time": 0} for line in logs[0]] == [line | {"time": 0} for line in logs[1]]
+    assert_same_model(whole, broken)
+    logs = [[line | {"time": 0} for line in log_of(run_dir, "searched")] for run_dir in (whole, broken)]
+    assert logs[0] == logs[1]
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "The search" in page
     assert "best, stage 2" in page
@@ -208,7 +187,4 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        run(recipe_of(tiny_folder, text_file, **changes), tmp_path / "run")
-    assert said in str(refused.value)
-    assert not (tmp_path / "run").exists()
+    assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)

@@ -13,12 +13,11 @@ theirs wherever the weights happen to fit, and compute something else; of a type
 trust_remote_code.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.strict_json import read_json, to_json
 
 __all__ = ["name_for_others", "stock_type"]
 
@@ -31,8 +30,7 @@ def name_for_others(folder: Path) -> None:
     for name, change in (("config.json", _config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         if path.is_file():
-            said = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(to_json(dict(sorted(change(said).items())), indent=2) + "\n", encoding="utf-8")
+            path.write_text(to_json(dict(sorted(change(read_json(path)).items())), indent=2) + "\n", encoding="utf-8")
 
 
 def stock_type(config: Mapping[str, Any]) -> Any:

@@ -4,16 +4,16 @@ transformers would follow an index out of the folder and to pickles, apply an ad
 that a config names from the hub.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.files import check_regular
+from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["check_files", "check_weights", "code_in", "without_code"]
+__all__ = ["check_files", "check_weights", "code_in", "shards_in", "without_code"]
 
 _WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of what is read whole
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
@@ -63,12 +63,24 @@ def check_weights(folder: str, named: Any, name: str) -> None:
     if path is None:
         return
     try:
-        shards = sorted(set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{index} of {name} is damaged ({first_line(error)}); get the file again") from error
-    for shard in shards:
+        shards = shards_in(path)
+    except ValueError as error:
+        raise RunError(f"{index} of {name} is damaged ({error}); get the file again") from error
+    for shard in sorted(shards):
         if not _is_shard(shard):
             raise UsageError(f"{index} of {name} names the file {shard!r}; only *.safetensors files of the folder are read")
+
+
+def shards_in(index: Path) -> set[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        ValueError: it cannot be read, or is no index.
+    """
+    try:
+        return set(map(str, read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(first_line(error)) from error
 
 
 def _is_shard(name: Any) -> bool:

@@ -1,24 +1,23 @@
 """`feed: dynamic`: the shares of the texts of a mixture follow the model's losses on them (Sheared LLaMA's dynamic batch loading)."""
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from adapt_pruner.core.events import Event
+from adapt_pruner.core.files import expanded
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Mixed
-from adapt_pruner.data.feed import Taken
-from adapt_pruner.data.fixed import Rows, Span, stage_spans
+from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError
 
 __all__ = ["Dynamic"]
 
 
 @part("feed")
-class Dynamic:
+class Dynamic(Fixed):
     """Texts on which the model is far above a reference loss are read more often; shares move every few steps."""
 
     wants_losses = True
@@ -56,7 +55,8 @@ class Dynamic:
         Source: arXiv:2310.06694 and its released code, which takes the signed difference. Differs: l_i is of training rows, before
         they are trained on, instead of a held-out set.
         """
-        self._rows, self._every, self._eta, self._floor, self._seed = rows, every, eta, floor, seed
+        super().__init__(rows)
+        self._every, self._eta, self._floor, self._seed = every, eta, floor, seed
         self._places: dict[str, list[int]] = {}
         for place, name in enumerate(rows.domains(0, len(rows))):
             self._places.setdefault(name, []).append(place)
@@ -65,18 +65,13 @@ class Dynamic:
                 "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"
             )
         self._references = _references(references, sorted(self._places))
-        self.num_tokens = rows.num_tokens(0, len(rows))
-        self._next, self._steps = 0, 0
+        self._steps = 0
         self._taken = dict.fromkeys(self._places, 0)
         self._weights = {name: len(places) / len(rows) for name, places in self._places.items()}
         self._sums = {name: [0.0, 0.0] for name in self._places}
         self._news: list[Event] = []
 
-    def ends(self, stage_tokens: Sequence[int]) -> list[int]:
-        """As many rows in each stage as `feed: fixed` reads."""
-        return [span.stop for span in stage_spans(self._rows, stage_tokens)]
-
-    def take(self, num_rows: int) -> Taken:
+    def take(self, num_rows: int) -> Span:
         """The next rows, each of a text drawn by the present shares."""
         stop = min(len(self._rows), self._next + num_rows)
         names = list(self._weights)
@@ -124,22 +119,16 @@ class Dynamic:
     def state(self) -> dict[str, Any]:
         """Position, shares, and the losses since they moved last."""
         return {
-            "rows": self._next, "steps": self._steps, "taken": dict(self._taken), "weights": dict(self._weights),
+            **super().state(), "steps": self._steps, "taken": dict(self._taken), "weights": dict(self._weights),
             "sums": {name: list(both) for name, both in self._sums.items()},
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state` gave; of a run that began with another feed, at its row and with the shares of the start."""
-        self._next = int(state.get("rows", 0))
+        super().restore(state)
         if "weights" in state:
             self._steps, self._taken, self._weights = state["steps"], dict(state["taken"]), dict(state["weights"])
             self._sums = {name: list(both) for name, both in state["sums"].items()}
-
-    def skip_to(self, num_tokens: int) -> int:
-        """Go on after so many tokens, with the shares of the start."""
-        done = min(num_tokens, self.num_tokens)
-        self._next = stage_spans(self._rows, [done, self.num_tokens - done])[0].stop
-        return self._next
 
 
 def _shares(weights: Mapping[str, float]) -> dict[str, float]:
@@ -159,7 +148,7 @@ def _references(path: str, names: Sequence[str]) -> dict[str, float]:
             f"texts {', '.join(names)}"
         )
     try:
-        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        data = read_json(expanded(path))
         losses = {str(name): float(loss) for name, loss in data.items()}
     except FileNotFoundError as error:
         raise UsageError(f"the file of reference losses {path!r} does not exist; write it as {{SPEC: nats}}") from error

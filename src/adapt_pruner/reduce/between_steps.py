@@ -29,7 +29,7 @@ from adapt_pruner.reduce.units import (
     within_widths,
 )
 from adapt_pruner.reduce.work import Change, Looks, Work
-from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.score.calibrate import Evidence, finish
 
 __all__ = ["BetweenSteps"]
 
@@ -146,7 +146,7 @@ class BetweenSteps(Units):
             mask = Mask.of_sizes(axes, scores, sizes)
             if mask.num_removed() == 0:
                 continue  # less than a unit is due
-            if recipe.repair is not None:
+            if recipe.repair is not None:  # else no text is read
                 repaired(work, mask, work.batches(), stage=state.stage, iteration=work.iteration)
             yield Change(mask, step.loss, {"sizes": sizes})
         if work.num_params > target:
@@ -161,15 +161,10 @@ class BetweenSteps(Units):
         axes = scored(work)
         for metric in metrics_of(work, seed=work.recipe.seed + work.iteration):
             running = metric(work.model, axes)
-            scores: Scores = {}
-            try:
-                if next(running) is Evidence.GRADIENTS:
-                    for name in [name for name, weight in work.model.named_parameters() if weight.grad is not None]:
-                        running.send(name)
-                running.send(None)
-            except StopIteration as finished:
-                scores = finished.value
-            for name, values in scores.items():
+            if next(running) is Evidence.GRADIENTS:
+                for name in [name for name, weight in work.model.named_parameters() if weight.grad is not None]:
+                    running.send(name)
+            for name, values in finish(running).items():
                 self._sums[name] = values + self._sums[name] if name in self._sums else values
 
     def state(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
+from adapt_pruner.data.tokens import batches_of
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.rank import standardised
@@ -129,8 +130,8 @@ class PolicyGradient(Units):
         while self._done < self.updates:
             draw, place = divmod(self._done, per_draw)
             if not rows or place == 0:
-                rows = _rows(work, draw)
-            batches = [torch.cat(rows[place * self.sequences : (place + 1) * self.sequences])]
+                rows = [row for batch in work.batches(ahead=draw) for row in batch.split(1)]
+            batches = _together(rows[place * self.sequences : (place + 1) * self.sequences])
             losses += self._update(work, axes, keep, batches)
             if self._done % per_draw == 0 or self._done == self.updates:
                 whole = [loss for loss in losses if math.isfinite(loss)]
@@ -143,7 +144,7 @@ class PolicyGradient(Units):
                     best=min(whole), mean=sum(whole) / len(whole), sizes={axis.name: float(self._stay[axis.name].sum()) for axis in axes},
                 )  # fmt: skip
                 losses = []
-        return [torch.cat(rows[: self.sequences])] if rows else work.batches()[:1]
+        return _together(rows[: self.sequences]) if rows else work.batches()[:1]
 
     def _update(self, work: Work, axes: Sequence[Axis], keep: float, batches: Sequence[Tensor]) -> list[float]:
         """One step of s, in place; returns the losses of its masks."""
@@ -234,9 +235,6 @@ def _chooser(axes: Sequence[Axis], gone: float) -> Any:
     return partial(standardised, step=1.0, structure="AL-AM", by="feature")
 
 
-def _rows(work: Work, draw: int) -> list[Tensor]:
-    """The calibration sequences of a draw, one a tensor; its tokens are counted."""
-    figures = work.state.figures
-    batches = work.reads.calibration(work.iteration + draw)
-    figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
-    return [row for batch in batches for row in batch.split(1)]
+def _together(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The sequences of a step in as few passes as their lengths allow; ids of the user's own may differ in length."""
+    return batches_of(rows, max_tokens=sum(row.numel() for row in rows))

@@ -338,9 +338,9 @@ class Work:
         """Number of the next pruning step, from 1, over all stages."""
         return len(self.state.history) + 1
 
-    def batches(self) -> list[Tensor]:
-        """The calibration batches of the next step, int64 [batch, length]; adds their tokens to the figures."""
-        batches = self.reads.calibration(self.iteration)
+    def batches(self, *, ahead: int = 0) -> list[Tensor]:
+        """The calibration batches of the next step, or of one `ahead` of it, int64 [batch, length]; adds their tokens to the figures."""
+        batches = self.reads.calibration(self.iteration + ahead)
         figures = self.state.figures
         figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
         return batches

@@ -1,11 +1,11 @@
 """A checkpoint on the Hugging Face hub: what would be sent, and sending it."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.checkpoint.foreign import shards_in
 from adapt_pruner.core.files import check_regular, files_in
 from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -116,9 +116,9 @@ def _shards(index: Path) -> set[str]:
     if not index.is_file():
         return set()
     try:
-        named = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{index} is damaged ({first_line(error)}); get the folder again") from error
+        named = shards_in(index)
+    except ValueError as error:
+        raise UsageError(f"{index} is damaged ({error}); get the folder again") from error
     if strange := sorted(name for name in named if not _SHARD.fullmatch(name)):
         raise UsageError(f"{index} names the file {strange[0]!r}, which is no shard beside it; get the folder again")
     return named
