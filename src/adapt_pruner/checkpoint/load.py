@@ -128,7 +128,7 @@ def load(
         trust_remote_code: run Python code that a foreign checkpoint brings. Never needed for our own.
         any_family: take a causal LM of no known family too, which can be measured but not pruned.
         fresh: a seed: weights are drawn at random as the model's class initialises them, and those on disk are not read. The folder
-            may have none, and what its mask.json says is of weights that are not there.
+            needs no weights, and its mask.json is not read either.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
