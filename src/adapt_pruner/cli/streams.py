@@ -7,11 +7,12 @@ streams beneath, and what it is given to show has been through `visible`.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from adapt_pruner.core.visible import visible
+
+if TYPE_CHECKING:  # every command imports this file, and few show what rich draws
+    from rich.console import Console
 
 __all__ = ["console", "filtered"]
 
@@ -43,8 +44,10 @@ def filtered() -> Iterator[None]:
         yield
 
 
-def console(*, stderr: bool = False, **options: Any) -> Console:
+def console(*, stderr: bool = False, **options: Any) -> "Console":
     """Rich's console on the stream beneath the filter; what it is given to show must have been through `visible`."""
+    from rich.console import Console
+
     stream: Any = sys.stderr if stderr else sys.stdout
     while isinstance(stream, _Filtered):
         stream = stream.beneath
