@@ -124,8 +124,8 @@ class BetweenSteps(Units):
                 "steps": state.progress.steps,
             }
             self._sums = {}
-        first, end = self._began["rows"], work.reads.ends[state.stage - 1]
-        stop = min(end, first + max(1, round((end - first) * self.share)))
+        first = self._began["rows"]
+        stop = work.row_at(self.share, first=first)
         choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=1.0, amplitude=recipe.amplitude))
         for step in work.training(until=stop):
             into = (step.step - self._began["steps"] - 1) % self.every  # of the steps to the next removal, this one's number

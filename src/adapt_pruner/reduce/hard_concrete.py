@@ -149,8 +149,8 @@ class HardConcrete(Reduction):
         progress = work.state.progress
         if not self._began:
             self._began = {"rows": progress.rows}
-        first, end = self._began["rows"], work.reads.ends[work.state.stage - 1]
-        stop = min(end, first + max(1, round((end - first) * self.share)))
+        first = self._began["rows"]
+        stop = work.row_at(self.share, first=first)
         last = progress.steps - (-(stop - progress.rows) // (work.recipe.training.batch_tokens // work.recipe.training.length))
         rows = {kind: _rows_of(work.axes, kind) for kind in shape}
         goal = {kind: 1 - size / rows[kind].shape[1] for kind, size in shape.items()}

@@ -338,6 +338,11 @@ class Work:
         """Number of the next pruning step, from 1, over all stages."""
         return len(self.state.history) + 1
 
+    def row_at(self, share: float, *, first: int) -> int:
+        """The row of the feed at which this share of the stage's rows from `first` on has been read; at least one row."""
+        end = self.reads.ends[self.state.stage - 1]
+        return min(end, first + max(1, round((end - first) * share)))
+
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
         """The calibration batches of the next step, or of one `ahead` of it, int64 [batch, length]; adds their tokens to the figures."""
         batches = self.reads.calibration(self.iteration + ahead)
