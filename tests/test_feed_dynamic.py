@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapt_pruner.core import world
-from adapt_pruner.data.dynamic import Dynamic
+from adapt_pruner.data.dynamic import Dynamic, fitted
 from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
@@ -105,6 +105,7 @@ def test_every_process_takes_the_same_rows(texts: tuple[str, str], tmp_path: Pat
     ({"A": 2.0, "B": 1.0, "c.txt": 1.0}, "has a reference loss for c.txt, which is no text of training.source; leave it out"),
     ({"A": 2.0, "B": -1.0}, "gives -1.0 as reference loss of B; a loss is a positive number of nats"),
     ({"A": 2.0, "B": "many"}, "does not hold reference losses"),
+    ({"A": 2.0, "B": {"1M": 3.0, "4M": 2.0}}, "has losses of several sizes for B; say which size is wanted: dynamic("),
     ([1, 2], "does not hold reference losses"),
 ])  # fmt: skip
 def test_references_that_do_not_fit_are_refused(losses: Any, said: str, texts: tuple[str, str], tmp_path: Path) -> None:
@@ -117,7 +118,32 @@ def test_references_that_do_not_fit_are_refused(losses: Any, said: str, texts: t
     assert said in str(refused.value)
 
 
-def recipe_of(folder: Path, texts: tuple[str, str], tmp_path: Path, **changes: Any) -> Recipe:
+def test_references_of_other_sizes_are_fitted_by_a_power_law(texts: tuple[str, str], tmp_path: Path) -> None:
+    law = {size: 1.7 + 40 * size**-0.25 for size in (10**6, 10**7, 10**8)}
+    assert fitted(law, 10**9) == pytest.approx(1.7 + 40 * 10**-2.25, rel=0.02)
+    assert fitted({10**6: 4.0, 4 * 10**6: 2.0}, 16 * 10**6) == pytest.approx(1.0), "a line through the logarithms"
+    assert fitted({10**6: 2.0, 10**7: 3.0}, 10**8) == pytest.approx(6**0.5), "what rises with size is no law; the mean stands"
+    a, b = texts
+    sizes = {"1M": 4.0, "4M": 2.0}
+    feed = feed_of(texts, tmp_path, every=1, losses={a: sizes, b: 1.0}, size="16M", floor=0.0)
+    feed.tell({a: (2.0, 1.0), b: (1.0, 1.0)})
+    assert feed.news()[0].shares[a] == pytest.approx(math.e / (1 + math.e))
+    with pytest.raises(UsageError, match="no losses of two or more sizes"):
+        feed_of(texts, tmp_path, losses={a: {"1M": 4.0}, b: 1.0}, size="16M")
+
+
+def test_the_loss_on_each_held_out_text_is_told(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:
+    source = dict.fromkeys(texts, 1.0)
+    run(recipe_of(tiny_folder, texts, tmp_path, evaluation={"source": source, "window": 16, "max_windows": 8}), tmp_path / "run")
+    told = log_of(tmp_path / "run", "evaluation")
+    assert [set(one["by_text"]) for one in told] == [set(texts)] * 2
+    for one in told:
+        assert sum(one["by_text"].values()) / 2 == pytest.approx(one["nll"]), "texts of equal length"
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Loss on each held-out text" in page
+
+
+def recipe_of(folder: Path, texts: tuple[str, str], tmp_path: Path, *, evaluation: Any = None, **changes: Any) -> Recipe:
     path = references(tmp_path, dict(zip(texts, (1.0, 8.0), strict=True)))
     training = {
         "source": dict.fromkeys(texts, 1.0), "tokens": 16 * 16, "batch_tokens": 32, "length": 16, "lr": 1e-3,
@@ -125,7 +151,7 @@ def recipe_of(folder: Path, texts: tuple[str, str], tmp_path: Path, **changes: A
     }  # fmt: skip
     return read({
         "model": str(folder), "budget": "90%", "method": "magnitude", "chooser": "allocate.uniform", "dtype": "float32", "device": "cpu",
-        "checkpoint_minutes": 0, "training": training | changes,
+        "checkpoint_minutes": 0, "training": training | changes, "evaluation": evaluation or {},
     })  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adapt_pruner import families
+from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.saap import saap
 from adapt_pruner.score.weights import taylor
@@ -11,11 +12,12 @@ from conftest import in_two_processes, tiny_model
 
 
 @pytest.mark.parametrize("stability", [False, True])
-def test_scores_are_the_formula(stability: bool, batches: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize("terms", ["both", "vector", "element"])
+def test_scores_are_the_formula(terms: str, stability: bool, batches: list[torch.Tensor]) -> None:
     """Neurons of a layer, sequence by sequence, from the gradients of the stock loss."""
     model = tiny_model()
     axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]
-    found, _ = score(model, axes, batches, metrics=[lambda m, a: saap(m, a, stability=stability)], dtype="float32")
+    found, _ = score(model, axes, batches, metrics=[lambda m, a: saap(m, a, terms=terms, stability=stability)], dtype="float32")
     mixed, _ = score(model, axes, batches, metrics=[lambda m, a: taylor(m, a, form="mixed")], dtype="float32")
     sequences = [row for batch in batches for row in batch.split(1)]
     mlp = model.model.layers[1].mlp
@@ -32,6 +34,7 @@ def test_scores_are_the_formula(stability: bool, batches: list[torch.Tensor]) ->
     element = mixed["layers.1.neurons"]
     sigma = [(x.var(0, correction=0) / x.mean(0).square()).mean().sqrt() for x in (a.abs(), e)]
     expected = sum(x / x.mean() / (2 * s**2) + s.log() for x, s in zip((vector, element), sigma, strict=True))
+    expected = {"both": expected, "vector": vector, "element": element}[terms]
     if stability:
         expected = expected / (e.std(0, correction=0) / e.mean(0))
     assert torch.allclose(found["layers.1.neurons"], expected, rtol=1e-3)
@@ -45,3 +48,9 @@ def test_two_processes_find_the_same(batches: list[torch.Tensor], monkeypatch: p
     both, _ = in_two_processes(monkeypatch, lambda: score(model, axes, batches[:2], metrics=[saap], dtype="float32"))
     for name, values in alone.items():
         assert torch.allclose(both[name], values, rtol=1e-3), name
+
+
+def test_other_terms_are_refused(batches: list[torch.Tensor]) -> None:
+    model = tiny_model()
+    with pytest.raises(UsageError, match="saap has no terms 'fused'; known: both, vector, element"):
+        score(model, families.axes(model), batches, metrics=[lambda m, a: saap(m, a, terms="fused")], dtype="float32")

@@ -383,6 +383,7 @@ class Evaluation(Event):
     tokens_per_second: float | None = None
     bits_per_byte: float | None = None
     judged: dict[str, float] = Field(default_factory=dict)
+    by_text: dict[str, float] = Field(default_factory=dict)
 
     def line(self, begun: str = "dense") -> str:
         if self.params is None:
@@ -392,7 +393,7 @@ class Evaluation(Event):
         return f"{_whose(self.stage, begun)}: perplexity {value:.2f}{judged} on held-out text, {millions(self.params)} parameters"
 
     def figures(self) -> dict[str, float]:
-        return self._those("perplexity", "params") | self.judged
+        return self._those("perplexity", "params") | self.judged | {f"nll/{text}": nll for text, nll in self.by_text.items()}
 
 
 class Tasks(Event):

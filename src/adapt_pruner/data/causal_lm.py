@@ -10,7 +10,7 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.data.sources import Source
 from adapt_pruner.data.tokens import text_bytes
-from adapt_pruner.data.windows import calibration_feed, held_out_windows
+from adapt_pruner.data.windows import calibration_feed, held_out_by_text
 
 __all__ = ["CausalLM"]
 
@@ -29,9 +29,9 @@ class CausalLM(task.CausalLM):
         """Text packed into rows, and conversations; see `data.fixed.training_rows`."""
         return training_rows(tokenizer, source, **asked)
 
-    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
-        """Windows of text; see `data.windows.held_out_windows`."""
-        return held_out_windows(tokenizer, source=source, window=window, max_windows=max_windows)
+    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
+        """Windows of text; see `data.windows.held_out_by_text`."""
+        return held_out_by_text(tokenizer, source=source, window=window, max_windows=max_windows)
 
     def num_bytes(self, tokenizer: Any, batches: Sequence[Tensor]) -> int | None:
         """Bytes that the predicted tokens stand for; see `data.tokens.text_bytes`."""

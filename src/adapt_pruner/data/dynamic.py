@@ -5,6 +5,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
+
+from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import Event
 from adapt_pruner.core.files import expanded
 from adapt_pruner.core.parts import part
@@ -13,7 +16,7 @@ from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Dynamic"]
+__all__ = ["Dynamic", "fitted"]
 
 
 @part("feed")
@@ -27,6 +30,7 @@ class Dynamic(Fixed):
         rows: Rows,
         *,
         references: str = "",
+        size: str = "",
         every: Annotated[int, "1 or more"] = 50,
         eta: Annotated[float, "above 0"] = 1.0,
         floor: Annotated[float, "0 to 1"] = 1e-4,
@@ -36,7 +40,10 @@ class Dynamic(Fixed):
         Args:
             rows: all rows of the run; their mixture is that of the start.
             references: a JSON file, {SPEC of a text: loss in nats per token that a model of the target size reaches}, with one number
-                for each text of `training.source`. `adapt-pruner eval MODEL --text SPEC --json` measures one.
+                for each text of `training.source`. `adapt-pruner eval MODEL --text SPEC --json` measures one. In the place of a loss
+                there may be those of several sizes, {SPEC: {"30M": loss, "135M": loss}}; then `size` says which is wanted.
+            size: parameters of the model, such as 105M. Losses of two sizes N give L = A N^-α, of three or more L = E + A N^-α with
+                the E, A and α ≥ 0 of least squares.
             every: m, steps between two changes of the shares.
             eta: η, how fast they change.
             floor: c, what all texts share evenly.
@@ -64,7 +71,7 @@ class Dynamic(Fixed):
             raise UsageError(
                 "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"
             )
-        self._references = _references(references, sorted(self._places))
+        self._references = _references(references, sorted(self._places), size)
         self._steps = 0
         self._taken = dict.fromkeys(self._places, 0)
         self._weights = {name: len(places) / len(rows) for name, places in self._places.items()}
@@ -136,7 +143,43 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def _references(path: str, names: Sequence[str]) -> dict[str, float]:
+def fitted(losses: Mapping[int, float], size: int) -> float:
+    """The loss at `size` parameters by a power law through the losses of other sizes, two or more: E + A N^-α, or E = 0 for two.
+
+    E is sought in 400 steps from 0 to just below the lowest loss; for each, α and A are the line through the logarithms.
+    """
+    x = np.log(np.array(list(losses), dtype=np.float64))
+    y = np.array(list(losses.values()), dtype=np.float64)
+
+    def tried(floor: float) -> tuple[float, float]:
+        slope, start = np.polyfit(x, np.log(y - floor), 1)
+        slope = min(slope, 0.0)
+        if slope == 0:
+            start = np.log(y - floor).mean()
+        off = floor + np.exp(start + slope * x) - y
+        return float(off @ off), float(floor + np.exp(start + slope * math.log(size)))
+
+    floors = np.linspace(0, y.min(), 401)[:-1] if len(losses) > 2 else [0.0]
+    return min(tried(float(floor)) for floor in floors)[1]
+
+
+def _loss(told: Any, size: str, *, path: str, name: str) -> float:
+    """A reference loss as it stands in the file, or fitted to those of several sizes."""
+    if not isinstance(told, dict):
+        return float(told)
+    losses = {parse_count(params): float(loss) for params, loss in told.items()}
+    if not size:
+        raise UsageError(
+            f"{path} has losses of several sizes for {name}; say which size is wanted: dynamic(references=FILE, size=105M)"
+        )
+    if len(losses) < 2 or any(not (math.isfinite(loss) and loss > 0) for loss in losses.values()):
+        raise UsageError(
+            f"{path} has no losses of two or more sizes for {name} to fit a power law to; add some, positive, in nats"
+        )
+    return fitted(losses, parse_count(size))
+
+
+def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
     """The reference loss of each text.
 
     Raises:
@@ -149,7 +192,9 @@ def _references(path: str, names: Sequence[str]) -> dict[str, float]:
         )
     try:
         data = read_json(expanded(path))
-        losses = {str(name): float(loss) for name, loss in data.items()}
+        losses = {str(name): _loss(told, size, path=path, name=name) for name, told in data.items()}
+    except UsageError:
+        raise
     except FileNotFoundError as error:
         raise UsageError(f"the file of reference losses {path!r} does not exist; write it as {{SPEC: nats}}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:

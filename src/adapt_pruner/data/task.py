@@ -43,8 +43,8 @@ class TextTask(Task, Protocol):
     ) -> Rows:
         """All rows of a run's training; see `data.fixed.training_rows`."""
 
-    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
-        """The batches that the model is measured on; see `data.windows.held_out_windows`."""
+    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
+        """The batches that the model is measured on, by the SPEC of their text; see `data.windows.held_out_by_text`."""
 
     def num_bytes(self, tokenizer: Any, batches: Sequence[Tensor]) -> int | None:
         """Bytes of the text that is predicted; None where a loss per byte says nothing."""

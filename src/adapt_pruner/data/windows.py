@@ -13,7 +13,7 @@ from adapt_pruner.data.sources import SELF, Source, documents, domains, texts
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_windows", "too_long"]
+__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_by_text", "held_out_windows", "too_long"]
 
 MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
 
@@ -75,7 +75,13 @@ def too_long(config: Any, lengths: Mapping[str, int]) -> Iterator[str]:
 
 
 def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
-    """Evaluation windows of a text, or of each text of a mixture; see `data.tokens.evaluation_windows`.
+    """Those of `held_out_by_text`, of one text after the other."""
+    by_text = held_out_by_text(tokenizer, source=source, window=window, max_windows=max_windows)
+    return [ids for windows in by_text.values() for ids in windows]
+
+
+def held_out_by_text(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
+    """Evaluation windows of a text, or of each text of a mixture, by SPEC; see `data.tokens.evaluation_windows`.
 
     Each text of a mixture gives its share of `max_windows`, and all of itself where there is no such limit.
 
@@ -86,11 +92,7 @@ def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows
     if SELF in shares:
         raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
     counts = dict.fromkeys(shares) if max_windows is None else _apportioned(max_windows, shares, what="max_windows")
-    return [
-        ids
-        for spec, count in counts.items()
-        for ids in evaluation_windows(tokenizer, texts(spec), window=window, max_windows=count)
-    ]
+    return {spec: evaluation_windows(tokenizer, texts(spec), window=window, max_windows=count) for spec, count in counts.items()}
 
 
 def _apportioned(number: int, shares: Mapping[str, float], *, what: str) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ class Perplexity:
     `tokens_per_second` leaves out each process' first window, which also pays for making ready (kernels for a pruned model's many
     widths, caches); None where no process has two. `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the text: unlike the others it compares between
     tokenizers. None where the bytes are not known. `judged` has a task's own figures, each a mean over what is predicted.
+    `by_text` has the nll on each text of several.
     """
 
     perplexity: float
@@ -36,10 +37,11 @@ class Perplexity:
     tokens_per_second: float | None = None
     bits_per_byte: float | None = None
     judged: Mapping[str, float] = field(default_factory=dict)
+    by_text: Mapping[str, float] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
-        """The figures as plain data; `judged` only where there is something in it."""
-        return {name: value for name, value in asdict(self).items() if name != "judged" or value}
+        """The figures as plain data; `judged` and `by_text` only where there is something in them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("judged", "by_text") or value}
 
 
 @torch.no_grad()
@@ -50,6 +52,7 @@ def perplexity(
     task: Task = CAUSAL_LM,
     dtype: str = "float32",
     num_bytes: int | None = None,
+    texts: Sequence[str] = (),
     on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Sum of the losses over non-overlapping windows / number of predictions; nothing is carried between windows.
@@ -60,6 +63,7 @@ def perplexity(
         task: what is predicted, and at what loss.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         num_bytes: of the text that the predicted tokens stand for (see `data.tokens.text_bytes`).
+        texts: name of the text of each window, for the figures by text; none where all are of one.
         on_window: told (done, of).
 
     Returns:
@@ -73,16 +77,22 @@ def perplexity(
     began = time.perf_counter()
     warm = began
     total, count = torch.zeros((), dtype=torch.float64), task.num_predicted(windows)
-    mine = world.share(windows)
+    mine, names = world.share(windows), world.share(texts if len(set(texts)) > 1 else [""] * len(windows))
     losses = _nll_of_its_logits if task is CAUSAL_LM and not families.is_known(model.config) else task.loss
-    right = Counter[str]()
+    right: dict[str, float] = defaultdict(float)
+    nats: dict[str, float] = defaultdict(float)
+    predicted: dict[str, float] = defaultdict(float)
     try:
         model.eval()
         with casting_once(model):
-            for done, ids in enumerate(mine, start=1):
+            for done, (ids, name) in enumerate(zip(mine, names, strict=True), start=1):
                 with precision(device, dtype):
-                    total += losses(model, ids.to(device)).double().cpu()
-                    right.update({name: float(value) for name, value in task.judged(model, ids.to(device)).items()})
+                    loss = losses(model, ids.to(device)).double().cpu()
+                    total += loss
+                    nats[name] += float(loss)
+                    predicted[name] += task.num_predicted([ids])
+                    for figure, value in task.judged(model, ids.to(device)).items():
+                        right[figure] += float(value)
                 if done == 1:
                     warm = time.perf_counter()
                 if on_window is not None:
@@ -92,7 +102,8 @@ def perplexity(
     after, spent = task.num_predicted(mine[1:]), time.perf_counter() - warm
     rate = torch.tensor(after / spent if after else 0.0, dtype=torch.float64)
     judged = {name: torch.tensor(right[name], dtype=torch.float64) for name in world.agreed(sorted(right))}
-    world.sum_in_place(total, rate, *judged.values())
+    by_text = {name: torch.tensor([nats[name], predicted[name]], dtype=torch.float64) for name in sorted(set(texts))}
+    world.sum_in_place(total, rate, *judged.values(), *by_text.values())
     nll = float(total) / count
     if math.isnan(nll):
         raise spoiled(f"the loss on the text is {nll}", device, dtype)
@@ -107,6 +118,7 @@ def perplexity(
         float(rate) or None,
         bits,
         {name: float(value) / count for name, value in judged.items()},
+        {name: float(losses / number) for name, (losses, number) in by_text.items()} if len(by_text) > 1 else {},
     )
 
 

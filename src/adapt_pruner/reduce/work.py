@@ -75,6 +75,7 @@ class Reads:
         digests: name of the text for people -> fingerprint; of training text all rows and their order, of calibration text the
             first batches.
         held_out: evaluation windows; empty without an evaluation.
+        held_out_texts: of each of these, the SPEC of its text.
         held_out_bytes: bytes of the text that these windows predict; None if the task counts none.
         teacher: the model to distil from; None if the objective has none.
         tasks: scored at the start and the end, on the main process alone.
@@ -86,6 +87,7 @@ class Reads:
     ends: list[int] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     held_out: list[Tensor] = field(default_factory=list)
+    held_out_texts: list[str] = field(default_factory=list)
     held_out_bytes: int | None = None
     teacher: Any = None
     tasks: list[Wanted] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
@@ -10,8 +10,28 @@ from adapt_pruner.core.words import score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
-    "TONES", "Anatomy", "Beside", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "costs", "cut_lines",
-    "importance", "mixing", "perplexities", "search", "sparsity", "tasks", "training", "widths",
+    "TONES",
+    "Anatomy",
+    "Beside",
+    "Chart",
+    "HeatMap",
+    "Histogram",
+    "Lines",
+    "Panel",
+    "Scores",
+    "Series",
+    "anatomy",
+    "by_text",
+    "costs",
+    "cut_lines",
+    "importance",
+    "mixing",
+    "perplexities",
+    "search",
+    "sparsity",
+    "tasks",
+    "training",
+    "widths",
 ]  # fmt: skip
 
 KINDS = {
@@ -383,19 +403,40 @@ def mixing(figures: Figures) -> Lines | None:
     """The share of each text in the rows to come, over the tokens read; None where no feed moved them twice."""
     if len(figures.mixed) < 2:
         return None
-    names = sorted({name for one in figures.mixed for name in one.shares})
-    short = {name: name.rstrip("/").rpartition("/")[2] or name for name in names}
-    clear = len(set(short.values())) == len(names)
     lines = [
-        Series(
-            short[name] if clear else name, [(float(one.tokens), one.shares[name]) for one in figures.mixed if name in one.shares]
-        )
-        for name in names
+        Series(called, [(float(one.tokens), one.shares[name]) for one in figures.mixed if name in one.shares])
+        for name, called in _texts(name for one in figures.mixed for name in one.shares).items()
     ]
     return Lines(
         "mixing", "What was read", "Share of each text in the rows that come next: texts far above their reference loss gain.",
         lines, "training tokens", "share", "count", "share", short=True,
     )  # fmt: skip
+
+
+def by_text(figures: Figures) -> Lines | None:
+    """The loss on each held-out text of several, over the stages; None where it was measured fewer than twice."""
+    measured = [one for one in figures.evaluations if one.by_text]
+    if len(measured) < 2:
+        return None
+    lines = [
+        Series(called, [(float(one.stage), one.by_text[name]) for one in measured if name in one.by_text], dots=True)
+        for name, called in _texts(name for one in measured for name in one.by_text).items()
+    ]
+    return Lines(
+        "by-text", "Loss on each held-out text", f"After each stage; stage 0 is the {figures.begun} model. Lower is better.",
+        lines, "stage", "loss (nats)", "count", "loss", short=True,
+    )  # fmt: skip
+
+
+def _texts(specs: Iterable[str]) -> dict[str, str]:
+    """SPEC -> the least of it that tells it from the others: the end that is not alike, or the whole."""
+    names = sorted(set(specs))
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    for place in range(1, max(map(len, parts.values()), default=0) + 1):
+        short = {name: its[-place] if place <= len(its) else name for name, its in parts.items()}
+        if len(set(short.values())) == len(names):
+            return short
+    return dict(zip(names, names, strict=True))
 
 
 def training(figures: Figures) -> list[Lines]:

@@ -100,6 +100,7 @@ def pictures(figures: Figures) -> list[charts.Chart]:
         charts.tasks(figures),
         *charts.training(figures),
         charts.mixing(figures),
+        charts.by_text(figures),
     ]
     return [chart for chart in possible if chart is not None]
 
@@ -112,7 +113,7 @@ def page(record: Record) -> str:
     sections = [
         ("anatomy", "Anatomy", "What the model was, and what of it is left.", by_key.get("anatomy", "")),
         ("why", "Why there", _why(record), _pair(by_key, "search", "widths") + _pair(by_key, "importance", "sparsity") + _pair(by_key, *lines, tag="pair" if len(lines) % 3 else "trio") + by_key.get("costs", "")),
-        ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio") + by_key.get("mixing", "")),
+        ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio") + _pair(by_key, "mixing", "by-text")),
         ("tasks", "What it still can do", "", by_key.get("tasks", "")),
         ("bill", "The bill", "", _bill(figures) + _facts(record, figures)),
         ("next", "What to try next", "", _next(record, figures)),

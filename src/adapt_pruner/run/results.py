@@ -44,7 +44,7 @@ def measure_text(work: Work, *, stage: int) -> None:
     with work.state.clock("evaluate"):
         measured = perplexity(
             work.model, reads.held_out, task=work.task, dtype=work.recipe.dtype, num_bytes=reads.held_out_bytes,
-            on_window=work.progress("evaluate", stage=stage),
+            texts=reads.held_out_texts, on_window=work.progress("evaluate", stage=stage),
         )  # fmt: skip
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
         known = figures.setdefault(name, [])

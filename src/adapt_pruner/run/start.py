@@ -177,7 +177,8 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
         own = _own_text(work, folder, begun=begun) if write else []
     rows = _rows(work)
     feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed, seed=recipe.seed)(rows)
-    begins_with, held_out = calibration(0), _held_out(work)
+    begins_with, by_text = calibration(0), _held_out(work)
+    held_out = [window for windows in by_text.values() for window in windows]
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if looks_at_text else None, held_out)
     work.reads = Reads(
@@ -191,6 +192,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
             "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
         },
         held_out=held_out,
+        held_out_texts=[text for text, windows in by_text.items() for _ in windows],
         held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
         teacher=_teacher(work, begun=begun),
         tasks=tasks,
@@ -345,10 +347,10 @@ def _rows(work: Work) -> Rows | None:
     return rows[0] if rows else read_rows()
 
 
-def _held_out(work: Work) -> list[Tensor]:
+def _held_out(work: Work) -> dict[str, list[Tensor]]:
     asked = work.recipe.evaluation
     if asked.source is None:
-        return []
+        return {}
     return work.task.held_out(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
 
 

@@ -1,6 +1,7 @@
 """SAAP's importance: two second-order Taylor scores of a unit, fused by how uncertain each is, and how steady the unit is over the text."""
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
+from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.score.weights import taylor
 
@@ -16,7 +18,9 @@ __all__ = ["saap"]
 
 
 @part("metric", needs={"text"})
-def saap(model: nn.Module, axes: Sequence[Axis], *, stability: bool = True) -> Generator[Evidence, str | None, Scores]:
+def saap(
+    model: nn.Module, axes: Sequence[Axis], *, terms: str = "both", stability: bool = True
+) -> Generator[Evidence, str | None, Scores]:
     """Vector-wise and element-wise Taylor scores of second order, fused by their uncertainty over the text (SAAP).
 
     Of unit u, with g_n what sequence n of N adds to the gradient of the mean loss, and w the unit's weights in all its matrices:
@@ -31,14 +35,21 @@ def saap(model: nn.Module, axes: Sequence[Axis], *, stability: bool = True) -> G
     Args:
         model: causal LM; memory as of `weights.taylor(form=mixed)`, and two numbers a unit and sequence.
         axes: axes to score; those without slices are skipped.
+        terms: `both`, fused; or `vector` or `element` alone, the controls of the fusion: the score is V or E, or with `stability` V / f
+            or E / f.
         stability: divide by the fluctuation f, so that units whose worth depends on the text go earlier.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU. Comparable within an axis; `rank.standardised` compares across.
 
+    Raises:
+        UsageError: other terms.
+
     Source: arXiv:2412.15127, of which no code is public and of whose formulas reviews alone were read. The Taylor terms and the fusion
     I / (2σ²) + log σ are theirs; ours are how σ is estimated, the scaling to mean 1, and the fluctuation.
     """
+    if terms not in ("both", "vector", "element"):
+        raise UsageError(f"saap has no terms {terms!r}; known: both, vector, element")
     scored = [axis for axis in axes if axis.slices]
     lines: dict[str, list[list[Tensor]]] = {axis.name: [[], []] for axis in scored}  # a_n and e_n of each sequence
     pieces: dict[str, list[tuple[Axis, int]]] = {}
@@ -48,7 +59,8 @@ def saap(model: nn.Module, axes: Sequence[Axis], *, stability: bool = True) -> G
                 pieces.setdefault(piece.parameter, []).append((axis, number))
     with attached(model.get_parameter(name).register_hook(_watch(model, name, its, lines)) for name, its in pieces.items()):
         elements = yield from taylor(model, axes, form="mixed")
-    return {axis.name: _fused(elements[axis.name], *map(torch.stack, lines[axis.name]), stability=stability) for axis in scored}
+    fused = partial(_fused, terms=terms, stability=stability)
+    return {axis.name: fused(elements[axis.name], *map(torch.stack, lines[axis.name])) for axis in scored}
 
 
 def _watch(
@@ -76,22 +88,24 @@ def _watch(
     return hook
 
 
-def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, stability: bool) -> Tensor:
+def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, terms: str, stability: bool) -> Tensor:
     """The scores of an axis: elements [units], signed and absolute sums [sequences of this process, units]."""
     number = torch.tensor(float(len(signed)))
     first, second = signed.sum(dim=0), signed.square().sum(dim=0)
     spread = [torch.stack([values.sum(dim=0), values.square().sum(dim=0)]) for values in (signed.abs(), absolute)]
     world.sum_in_place(number, first, second, *spread)
     vector = (first - number / 2 * second).abs()
-    fused = torch.zeros_like(elements)
-    for values, (total, squares) in zip((vector, elements), spread, strict=True):
-        mean = total / number
-        variance = (squares / number - mean.square()).clamp_min(0)
-        sigma = (variance / mean.square().clamp_min(1e-30)).mean().clamp_min(1e-6).sqrt()
-        fused = fused + values / values.mean().clamp_min(1e-30) / (2 * sigma**2) + sigma.log()
+    score = elements if terms == "element" else vector
+    if terms == "both":
+        score = torch.zeros_like(elements)
+        for values, (total, squares) in zip((vector, elements), spread, strict=True):
+            mean = total / number
+            variance = (squares / number - mean.square()).clamp_min(0)
+            sigma = (variance / mean.square().clamp_min(1e-30)).mean().clamp_min(1e-6).sqrt()
+            score = score + values / values.mean().clamp_min(1e-30) / (2 * sigma**2) + sigma.log()
     if stability:
         total, squares = spread[1]
         mean = total / number
         fluctuation = (squares / number - mean.square()).clamp_min(0).sqrt() / mean.clamp_min(1e-30)
-        fused = fused / fluctuation.clamp_min(1e-6)
-    return fused.float()
+        score = score / fluctuation.clamp_min(1e-6)
+    return score.float()

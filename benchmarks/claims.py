@@ -1,0 +1,186 @@
+"""What the rows that search or learn claim, each beside its control, on SmolLM2-135M-Instruct.
+
+    python benchmarks/claims.py [GROUP | GROUP/JOB …] [--seeds 0] [--out runs/claims]
+
+Each job is one `adapt-pruner prune`, or one `run` of benchmarks/claims.yaml, and then `eval` on each of `TEXTS`. Call it from the project's
+folder, with ../shared/data beside it. A job that is done is skipped, and a stopped run goes on. Each job writes
+OUT/GROUP-JOB-SEED/figures.json when it ends; the table of all that is there goes to stdout at the end.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from command import command
+
+MODEL = "smollm2-135m-instruct"
+CORPUS = "../shared/data/corpus/{}/*.jsonl.gz#{}"
+TEXTS = {"wikitext2": "../shared/data/wikitext2/test_public.txt", "web_owt": CORPUS.format("web_owt", "heldout")}
+DOMAINS = ("web_c4", "wiki", "books", "stackexchange")
+
+_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M"}
+_SEARCH = "rounds=10,tokens=1024,finalists=3"
+_SHAPE = "residual=448,kv_heads=2,neurons=1152,layers=24"  # 70,211,008 parameters
+_CUTS = {  # the same shape by one cut of each kind, scored alike, to exactly these parameters
+    "104_622_784": "--method minitron --set axes=[residual]",
+    "97_741_504": "--method minitron --set axes=[kv_heads]",
+    "82_258_624": "--method minitron --set axes=[neurons]",
+    "70_211_008": "--method shortgpt",
+}
+
+
+def _searched(percent: int) -> dict[str, str]:
+    row = f"prune --params {_SIZES[percent]} --method self-pruner --calibration-samples 32"
+    repaired = "--set 'repair=closed_form.least_squares' --set multiple_of=1"
+    return {
+        "uniform": f"{row} --set reduce=units",
+        "evolution": f"{row} --set 'reduce=search({_SEARCH})'",
+        "random": f"{row} --set 'reduce=search(proposals=random,{_SEARCH})'",
+        "uniform, repaired": f"{row} --set reduce=units {repaired}",
+        "evolution, repaired": f"{row} --set 'reduce=search(repaired=true,{_SEARCH})' {repaired}",
+    }
+
+
+JOBS: dict[str, dict[str, str]] = {
+    "saap": {
+        "fused, stability": "prune --params 113.3M --method saap",
+        "fused": "prune --params 113.3M --method saap --set 'metric=saap.saap(stability=false)'",
+        "vector": "prune --params 113.3M --method saap --set 'metric=saap.saap(terms=vector,stability=false)'",
+        "element": "prune --params 113.3M --method saap --set 'metric=saap.saap(terms=element,stability=false)'",
+    },
+    "gisp": {
+        "llm-pruner": "prune --params 92M --method llm-pruner",
+        "gisp": "prune --params 92M --method gisp --calibration-samples 16",
+        "gisp, one shot": "prune --params 92M --method gisp --set step=1",
+    },
+    "search-20": _searched(20),
+    "bypass": {
+        "wanda-sp": "prune --params 102.7M --method wanda-sp",
+        "flap": "prune --params 102.7M --method flap",
+        "start": "prune --params 102.7M --method bypass --set 'reduce=policy_gradient(updates=1,lr=1.0e-9)'",
+        "learned": "prune --params 102.7M --method bypass --set 'reduce=policy_gradient(updates=500)'",
+    },
+    "evopress": {
+        "depth": "prune --params 92M --method shortgpt",
+        "evopress": "prune --params 92M --method evopress --calibration-samples 16 --set "
+        "'reduce=search(population=2,offspring=16,rounds=20,fitness=kl,finalists=2,tokens=1024)'",
+    },
+    "search-40": _searched(40),
+    "efficientllm": {
+        "between steps": "run --set method=efficientllm",
+        "one shot, then trained": "run --set method=efficientllm --set reduce=units --set step=1",
+        "5 stages": "run --set method=efficientllm --set reduce=units --set step=1 --set stages=5",
+        "trained, not pruned": "run --set method=efficientllm --set reduce=units --set budget=100%",
+    },
+    "sheared": {
+        "learnt masks": f"run --set method=sheared --set 'reduce=hard_concrete({_SHAPE})' --set budget=70_211_008",
+        "one uniform cut": "run --set method=efficientllm --set reduce=units --set budget=100% --set model={cut}",
+    },
+    "feed": {  # the fixed one is efficientllm/one shot, then trained
+        "dynamic": "run --set method=efficientllm --set reduce=units --set step=1 "
+        "--set 'training.feed=dynamic(references={references},every=10)'",
+    },
+}
+
+
+def _at(out: Path, *, group: str, job: str, seed: int) -> dict[str, Any]:
+    """The figures of a job; worked out unless they are there."""
+    folder = out / f"{group}-{job}-{seed}".replace(", ", "-").replace(" ", "-")
+    told = folder / "figures.json"
+    if told.exists():
+        return dict(json.loads(told.read_text(encoding="utf-8")))
+    words = shlex.split(JOBS[group][job].format(cut=out / f"cut-{seed}", references=out / "references.json"))
+    if "{cut}" in JOBS[group][job]:
+        _cut(out, seed)
+    if "{references}" in JOBS[group][job]:
+        _references(out / "references.json")
+    if words[0] == "prune":
+        if folder.exists():
+            shutil.rmtree(folder)
+        text = ["--calibration", CORPUS.format("web_c4", "train"), "--seed", seed]
+        run = json.loads(command("prune", MODEL, "-o", folder / "model", "--json", *text, *words[1:]))
+    else:
+        run = json.loads(command("run", "benchmarks/claims.yaml", "-o", folder, "--json", "--set", f"seed={seed}", *words[1:]))
+    texts = TEXTS if words[0] == "prune" else TEXTS | {name: CORPUS.format(name, "heldout") for name in DOMAINS}
+    figures = {
+        **{key: run[key] for key in ("params_after", "seconds", "peak_rss_bytes", "trained_tokens")},
+        "perplexity": {name: _perplexity(folder / "model", text) for name, text in texts.items()},
+        "widths": _widths(folder / "model"),
+        "command": shlex.join(words),
+    }
+    told.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "model")
+    return figures
+
+
+def _perplexity(model: Any, text: str) -> float:
+    return float(
+        json.loads(command("eval", model, "--text", text, "--max-windows", 40, "--dtype", "auto", "--json"))["perplexity"]
+    )
+
+
+def _widths(folder: Path) -> list[int]:
+    """The number of neurons of each layer."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers: list[dict[str, int]] = [{} for _ in range(config["num_hidden_layers"])]
+    for number, differing in config.get("per_layer_config", {}).items():
+        layers[int(number)] = differing
+    return [layer.get("intermediate_size", config["intermediate_size"]) for layer in layers]
+
+
+def _cut(out: Path, seed: int) -> None:
+    """SmolLM2 cut to `_SHAPE`, in OUT/cut-SEED."""
+    model: Any = MODEL
+    for params, how in _CUTS.items():
+        folder = out / (f"cut-{seed}" if params == list(_CUTS)[-1] else f"cut-{seed}-{params}")
+        if not folder.exists():
+            text = ["--calibration", CORPUS.format("web_c4", "train"), "--seed", seed, "--calibration-samples", 32]
+            command("prune", model, "-o", folder, "--params", params, "--json", *text, *shlex.split(how))
+        model = folder
+
+
+def _references(path: Path) -> None:
+    """The dense model's loss on each text of the training mixture, as reference."""
+    if not path.exists():
+        losses = {CORPUS.format(name, "train"): math.log(_perplexity(MODEL, CORPUS.format(name, "heldout"))) for name in DOMAINS}
+        path.write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+
+
+def _wanted(names: list[str]) -> Iterator[tuple[str, str]]:
+    for group, jobs in JOBS.items():
+        for job in jobs:
+            if not names or group in names or f"{group}/{job}" in names:
+                yield group, job
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="GROUP | GROUP/JOB")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    print(
+        "| group | job | seed | parameters | tokens | seconds | peak memory | WikiText-2 | web text | by domain |\n"
+        + "|---" * 10
+        + "|"
+    )
+    for seed in asked.seeds:
+        for group, job in _wanted(asked.names):
+            its = _at(asked.out, group=group, job=job, seed=seed)
+            domains = ", ".join(f"{name} {its['perplexity'][name]:.2f}" for name in DOMAINS if name in its["perplexity"])
+            print(
+                f"| {group} | {job} | {seed} | {its['params_after']:,} | {its['trained_tokens']:,} | {its['seconds']:,.0f} | "
+                f"{its['peak_rss_bytes'] / 2**30:.2f} GiB | {its['perplexity']['wikitext2']:.2f} | {its['perplexity']['web_owt']:.2f} | "
+                f"{domains or '–'} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
