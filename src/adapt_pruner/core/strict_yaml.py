@@ -1,5 +1,6 @@
 """YAML that holds keys: what YAML itself lets pass without a word, a key that is given twice, is refused, and what has no end, too."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,12 @@ class _Strict(yaml.SafeLoader):
             raise _Refused(None, None, f"{scalar[:40]!r} is no {kind}; quote it", node.start_mark) from error
 
 
-_Strict.yaml_implicit_resolvers = {  # a date is a word: no key of a recipe takes one
-    first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+_Strict.yaml_implicit_resolvers = {  # a date is a word, and so is 2:4, to YAML the number 124: no key of a recipe takes such
+    first: [
+        (tag, re.compile(f"(?!.*:){form.pattern}", form.flags) if tag.endswith((":int", ":float")) else form)
+        for tag, form in forms
+        if not tag.endswith(":timestamp")
+    ]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

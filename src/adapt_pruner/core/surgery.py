@@ -245,7 +245,14 @@ class _OwnConfig:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> None:
+def cut(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    *,
+    optimizer: Optimizer | None = None,
+    beside: dict[nn.Parameter, Tensor] | None = None,
+) -> None:
     """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
 
     Weights, biases, module sizes, layer numbers, norms whose mean runs over an axis and `model.config` follow. Every shortened parameter is a new
@@ -258,6 +265,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
         axes: the model's axes, all of them: sizes of untouched axes are written to the config too.
         mask: against the model as it is now. Names inside layers count the layers before the cut.
         optimizer: any torch optimiser over the model's parameters.
+        beside: a tensor of its shape for some parameters, a mask over its weights; changed in place to have the new parameters, and tensors
+            cut alike. Parameters that go are left out.
 
     Raises:
         ValueError: the mask does not fit the axes (`Mask.check`), or keeps more in one block of an axis than in another; the slices
@@ -284,6 +293,8 @@ def cut(model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimi
                 module.num_embeddings, module.embedding_dim = module.weight.shape
         if optimizer is not None:
             _follow(optimizer, old, new, index)
+        if beside is not None and old in beside:
+            beside[new] = _at(beside.pop(old), index)
     for axis in axes:
         for name in axis.attributes:
             owner, _, leaf = name.rpartition(".")

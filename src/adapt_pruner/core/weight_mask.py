@@ -1,0 +1,212 @@
+"""`WeightMask`: which single weights of a model's linear layers stay, while the others are zeros that keep the shapes as they are.
+
+A `Mask` names units that go; this mask names weights that become zero. Both go together: `WeightMask.cut` takes units away from a model and its mask
+alike, so that making zeros and then cutting gives what cutting and then making zeros by the cut mask gives.
+
+Masked are the linear layers inside decoder layers (fused ones, too). Embeddings, the head, norms and biases stay dense. Tensors here lie as
+[outputs, inputs], whichever way round the module's weight does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adapt_pruner.core import surgery
+from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.layerwise import decoder_layers
+from adapt_pruner.core.pattern import Pattern
+
+__all__ = ["WeightMask", "count_nonzero", "largest", "linear_layers", "oriented", "packed", "unpacked"]
+
+
+def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
+    """The linear layers inside the decoder layers, or inside decoder layer number `layer`: dotted name -> module, in the model's order."""
+    its = {id(module) for module in decoder_layers(model, axes)[slice(layer, None if layer is None else layer + 1)].modules()}
+    return {name: module for name, module in model.named_modules() if id(module) in its and _is_linear(module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def oriented(module: Any) -> Tensor:
+    """The weight of a linear layer as [outputs, inputs]; a view, to be changed in place, without a gradient."""
+    weight: Tensor = module.weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+def largest(scores: Tensor, pattern: Pattern, *, per_row: bool = False) -> Tensor:
+    """The weights to keep: the highest scores, as many as the pattern says; of equals the first stays.
+
+    Args:
+        scores: [outputs, inputs].
+        pattern: N:M takes the N highest of each group of M inputs.
+        per_row: whether an unstructured pattern compares the weights of each output only with each other.
+
+    Returns:
+        bool [outputs, inputs].
+    """
+    outputs, inputs = scores.shape
+    keep = inputs - pattern.zeros_of(inputs)
+    if pattern.m:
+        rows, keep = scores.reshape(-1, pattern.m), pattern.n
+    elif per_row:
+        rows = scores
+    else:
+        rows, keep = scores.reshape(1, -1), outputs * keep
+    best = rows.argsort(dim=1, descending=True, stable=True)[:, :keep]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best, True).view(outputs, inputs)
+
+
+@dataclass(frozen=True)
+class WeightMask:
+    """Which weights stay: name of a linear layer -> bool [outputs, inputs]. True stays, the others are zero; layers not named are dense.
+
+    Attributes:
+        kept: the masks.
+        pattern: what each of them holds exactly; None where a cut has broken it.
+    """
+
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    pattern: Pattern | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightMask):
+            return NotImplemented
+        alike = self.kept.keys() == other.kept.keys() and self.pattern == other.pattern
+        return alike and all(torch.equal(keep, other.kept[name]) for name, keep in self.kept.items())
+
+    @property
+    def num_zeros(self) -> int:
+        """Weights that are masked."""
+        return sum(keep.numel() - int(keep.sum()) for keep in self.kept.values())
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a mask that is of another model.
+
+        Raises:
+            ValueError: it names a linear layer that the model lacks, or has another shape than that.
+        """
+        there = linear_layers(model)
+        for name, keep in self.kept.items():
+            if name not in there:
+                raise ValueError(f"the mask over weights names {name!r}, which is no linear layer of this model's decoder")
+            if keep.shape != (shape := oriented(there[name]).shape):
+                raise ValueError(f"the mask over {name} is {tuple(keep.shape)}, the weight is {tuple(shape)}")
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Make the masked weights of `model` zero, in place."""
+        for name, keep in self.kept.items():
+            weight = oriented(model.get_submodule(name))
+            weight.masked_fill_(~keep.to(weight.device), 0)
+
+    def unmasked(self, model: nn.Module) -> list[str]:
+        """The layers in which a masked weight is not zero."""
+        return [name for name, keep in self.kept.items() if _not_zero(oriented(model.get_submodule(name)), keep)]
+
+    def broken(self, model: nn.Module) -> list[str]:
+        """A sentence for each linear layer of `model`, masked or not, that does not hold the pattern; none of a mask without one.
+
+        N:M holds where every group of M inputs has at most N weights that are not zero; a share, where at least as many weights are zero
+        as the share says. Both are counted in the weights themselves, and the mask itself must keep exactly what the pattern says.
+        """
+        said: list[str] = []
+        pattern = self.pattern
+        if pattern is None:
+            return said
+        for name, module in linear_layers(model).items():
+            weight = oriented(module)
+            outputs, inputs = weight.shape
+            if name not in self.kept:
+                said.append(f"{name} is dense")
+            elif not holds(self.kept[name], pattern):
+                said.append(f"the mask over {name} does not keep what {pattern} says")
+            elif pattern.m:
+                most = int((weight != 0).view(outputs, -1, pattern.m).sum(dim=-1).max())
+                if most > pattern.n:
+                    said.append(f"a group of {pattern.m} in {name} has {most} weights that are not zero")
+            elif (zeros := int((weight == 0).sum())) < (asked := outputs * pattern.zeros_of(inputs)):
+                said.append(f"{zeros:,} weights of {name} are zero, and {pattern} asks for {asked:,}")
+        return said
+
+    def cut(self, model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> "WeightMask":
+        """Cut `model`, in place (see `core.surgery.cut`), and return the mask over the weights that are left.
+
+        Its pattern is None where what is left does not hold it: a cut of single inputs leaves other groups of M.
+        """
+        modules = {name: model.get_submodule(name) for name in self.kept}
+        beside = {
+            modules[name].weight: keep if isinstance(modules[name], nn.Linear) else keep.t() for name, keep in self.kept.items()
+        }
+        surgery.cut(model, axes, mask, optimizer=optimizer, beside=beside)  # type: ignore[arg-type]
+        kept = {}
+        for name, module in linear_layers(model).items():
+            if module.weight in beside:
+                keep = beside[module.weight]
+                kept[name] = keep if isinstance(module, nn.Linear) else keep.t().contiguous()
+        pattern = self.pattern
+        return WeightMask(kept, pattern if pattern and all(holds(keep, pattern) for keep in kept.values()) else None)
+
+    @contextmanager
+    def held(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, masked weights get no gradient, so that training leaves those that are zero at zero.
+
+        AdamW moves a weight by its moments and by decay, which are zero where gradient and weight are.
+        """
+        hooks = []
+        for name, keep in self.kept.items():
+            module: Any = model.get_submodule(name)
+            here = (keep if isinstance(module, nn.Linear) else keep.t()).to(module.weight.device)
+            if module.weight.requires_grad:
+                hooks.append(module.weight.register_hook(lambda gradient, here=here: gradient * here))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def holds(keep: Tensor, pattern: Pattern) -> bool:
+    """Whether a mask [outputs, inputs] keeps exactly what a pattern says."""
+    outputs, inputs = keep.shape
+    if pattern.m:
+        return inputs % pattern.m == 0 and bool((keep.view(outputs, -1, pattern.m).sum(dim=-1) == pattern.n).all())
+    return keep.numel() - int(keep.sum()) == outputs * pattern.zeros_of(inputs)
+
+
+def _not_zero(weight: Tensor, keep: Tensor) -> bool:
+    return bool((weight[~keep.to(weight.device)] != 0).any())
+
+
+def count_nonzero(module: nn.Module) -> int:
+    """Parameters of a module that are not zero; one that is shared counts once. None are on the meta device."""
+    return sum(int(torch.count_nonzero(parameter)) for parameter in module.parameters() if not parameter.is_meta)
+
+
+def packed(keep: Tensor) -> Tensor:
+    """A mask as bits, uint8 [⌈entries / 8⌉]; the first entry is the highest bit of the first byte, and the last byte ends in zeros."""
+    bits = torch.zeros(-(-keep.numel() // 8) * 8, dtype=torch.uint8)
+    bits[: keep.numel()] = keep.flatten().to("cpu", torch.uint8)
+    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    return (bits.view(-1, 8) * places).sum(dim=1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask of a shape whose bits `packed` gave.
+
+    Raises:
+        ValueError: they are of another number of entries.
+    """
+    entries = 1
+    for length in shape:
+        entries *= length
+    if bits.dtype != torch.uint8 or bits.numel() != -(-entries // 8):
+        raise ValueError(f"{bits.numel()} bytes of {bits.dtype} are no mask of {entries} entries")
+    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    return (bits[:, None] & places).bool().flatten()[:entries].view(*shape)
