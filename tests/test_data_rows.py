@@ -95,8 +95,11 @@ def test_what_the_tokenizer_puts_before_a_text_it_puts_before_every_document(
     assert sorted(texts_of(rows)) == ["<s>" + chr(97 + i) * 15 + "</s>" for i in range(26)]
 
 
-def test_with_such_a_tokenizer_every_row_begins_as_a_text_does(letters: str, tmp_path: Path) -> None:
+def test_with_such_a_tokenizer_every_row_begins_as_a_text_does(
+    letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of 8: the 17 tokens of a document do not fill whole ones, so most rows begin inside a document."""
+    monkeypatch.setattr(packing, "_LEAST", 1)
     rows = texts_of(rows_of(letters, tmp_path, tokens=60 * 8, length=8, tokenizer=byte_tokenizer(opens=True)))
     assert len(rows) == 60
     assert all(row.startswith("<s>") and not row.startswith("<s><s>") for row in rows)
@@ -148,6 +151,7 @@ def test_order_is_of_the_seed_and_the_same_for_any_number_of_processes(letters: 
 
 def test_documents_are_drawn_at_random_and_only_as_many_as_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_CHARACTERS", 30)
+    monkeypatch.setattr(packing, "_LEAST", 1)
     spec = jsonl(tmp_path / "many.jsonl", [f"{i:015d}" for i in range(1000)])
     tokenizer = byte_tokenizer()
     tokenised: list[str] = []
@@ -216,9 +220,13 @@ def test_a_text_is_tokenised_once(letters: str, tmp_path: Path) -> None:
     padding = forbidden()
     padding.backend_tokenizer.enable_padding(length=7)
     rows_of(letters, tmp_path, tokens=400, tokenizer=padding)  # a setting of a call, not of the tokenizer
-    for change in ({"length": 8}, {"seed": 1}, {"tokens": 300}):
-        with pytest.raises(AssertionError, match="tokenised again"):
-            rows_of(letters, tmp_path, tokenizer=forbidden(), **({"tokens": 400} | change))
+    other_seed = rows_of(letters, tmp_path, tokens=400, tokenizer=forbidden(), seed=1)
+    fewer = rows_of(letters, tmp_path, tokens=300, tokenizer=forbidden())
+    assert (len(fewer), len({first.digest(), other_seed.digest(), fewer.digest()})) == (19, 3), (
+        "each its own rows, of the same store"
+    )
+    with pytest.raises(AssertionError, match="tokenised again"):
+        rows_of(letters, tmp_path, tokens=400, tokenizer=forbidden(), length=8)
     other = forbidden()
     other.add_tokens(["abc"])
     with pytest.raises(AssertionError, match="tokenised again"):
@@ -229,8 +237,30 @@ def test_a_text_is_tokenised_once(letters: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_hub_data_set_is_streamed_in_its_order_and_known_by_its_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked", "kept"), [(1, 1), (160, 160), (161, 176), (320, 320), (400_000, 425_984)])
+def test_a_store_holds_at_most_an_eighth_more_than_is_asked_for(
+    asked: int, kept: int, letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_LEAST", 1)
+    made_from: list[Any] = []
+
+    def stored(inputs: Any, make: Any, **_: Any) -> Any:
+        made_from.append(inputs)
+        return store.Store(np.zeros(1), np.zeros(1), None, "", 0)
+
+    monkeypatch.setattr(packing, "stored", stored)
+    packing.tokenised(byte_tokenizer(), letters, length=16, asked=asked, cache=tmp_path, warn=pytest.fail)
+    assert made_from[0]["limit"] == kept
+    assert asked <= kept <= asked * 9 / 8
+    monkeypatch.undo()
+    with_least = [rows_of(letters, tmp_path, tokens=tokens) for tokens in (16, 400)]
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1, "short runs share a store"
+    assert [len(rows) for rows in with_least] == [1, 25]
+
+
+def test_a_hub_data_set_is_streamed_in_its_order_and_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local folder stands in for the hub: the same call, no network."""
+    monkeypatch.setattr(packing, "_LEAST", 1)
     folder = tmp_path / "set"
     folder.mkdir()
     jsonl(folder / "train.jsonl", [f"{i:015d}" for i in range(1000)])
@@ -260,13 +290,13 @@ def test_a_damaged_store_is_made_anew_and_that_is_said(letters: str, tmp_path: P
 
 def test_ids_take_two_bytes_where_the_vocabulary_allows_and_four_where_not(letters: str, tmp_path: Path) -> None:
     rows_of(letters, tmp_path, tokens=400)
-    assert next((tmp_path / "cache").rglob("ids.bin")).stat().st_size == 400 * 2
+    assert next((tmp_path / "cache").rglob("ids.bin")).stat().st_size == 416 * 2, "the whole text"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({"</s>": 0} | {token: 70_000 + i for i, token in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     large = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     rows = rows_of(letters, tmp_path, tokens=400, tokenizer=large, cache=tmp_path / "large")
-    assert next((tmp_path / "large").rglob("ids.bin")).stat().st_size == 400 * 4
+    assert next((tmp_path / "large").rglob("ids.bin")).stat().st_size == 416 * 4
     ids = rows.batch(0, 25)[0]
     assert int(ids[:, :15].min()) >= 70_000
     assert (ids[:, :15] == ids[:, :1]).all()

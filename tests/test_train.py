@@ -14,7 +14,7 @@ from torch import Tensor
 from adapt_pruner.core import world
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.errors import RunError
-from adapt_pruner.train.loop import How, Progress, Step, _Batch, make_optimizer, stage_tokens, steps
+from adapt_pruner.train.loop import How, Progress, Step, _Batch, make_optimizer, stage_tokens, steps, whole_batches
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
@@ -90,6 +90,28 @@ def test_tokens_of_the_stages() -> None:
     assert stage_tokens(1000, stages=2, shards="cosine") == [292, 708]
     for shards in ("linear", "constant", "cosine"):
         assert sum(stage_tokens(997, stages=7, shards=shards)) == 997
+
+
+def test_stages_end_with_whole_batches_and_the_run_with_its_last_row() -> None:
+    ends = [104, 313, 626, 1044, 1566]  # five linear stages of 400,896 tokens in rows of 256
+    moved = whole_batches(ends, batch_rows=8)
+    assert moved == [104, 312, 624, 1048, 1566]
+    assert [end % 8 for end in moved[:-1]] == [0, 0, 0, 0]
+    assert whole_batches([5, 13, 25], batch_rows=8) == [5, 13, 25], "a stage shorter than a batch would lose its rows"
+    assert whole_batches([8, 8, 20], batch_rows=8) == [8, 8, 20]
+    assert whole_batches([12, 20, 28], batch_rows=8) == [16, 24, 28], "each keeps a row, also from the middle between two batches"
+    assert whole_batches([25], batch_rows=8) == [25]
+    assert whole_batches([], batch_rows=8) == []
+
+
+def test_betas_are_those_asked_for(blocks: Tensor) -> None:
+    model = tiny_model()
+    assert [group["betas"] for group in make_optimizer(model, lr=1e-3, weight_decay=0.0).param_groups] == [(0.9, 0.999)] * 2
+    asked = make_optimizer(model, lr=1e-3, weight_decay=0.0, betas=(0.8, 0.95))
+    run(model, blocks, optimizer=asked)
+    first = next(iter(asked.state.values()))
+    assert [group["betas"] for group in asked.param_groups] == [(0.8, 0.95)] * 2
+    assert first["step"] > 0
 
 
 def test_training_lowers_the_loss(blocks: Tensor) -> None:

@@ -18,7 +18,7 @@ from adapt_pruner.core import heartbeat
 from adapt_pruner.core.words import span
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["agreed", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
+__all__ = ["agreed", "any_of", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `heartbeat` tells whether it is alive
@@ -105,6 +105,13 @@ def sum_in_place(*tensors: Tensor) -> None:
     if size() > 1:
         for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             handle.wait()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is set on some process; every process calls this."""
+    count = torch.tensor(float(flag))
+    sum_in_place(count)
+    return bool(count)
 
 
 def on_main(do: Callable[[], T]) -> T:

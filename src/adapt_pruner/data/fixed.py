@@ -170,7 +170,8 @@ def training_rows(
     """As many rows as hold `tokens` tokens of a text or a mixture, tokenised once and kept on disk.
 
     Plain text: documents are shuffled, get an end-of-text token each and are cut into rows of `length`. Conversations: one per
-    row, cut at `length`; see `data.chat`. Then the rows are shuffled. A text that is too short is repeated, in another order
+    row, cut at `length`; see `data.chat`. These rows are the same for all seeds. `seed` draws which of them are read, where there
+    are more than were asked for, and in which order. A text that is too short is repeated, in another order
     each time. In a mixture each text gives its share of the tokens, and the k-th of its n rows comes within the k-th n-th of the
     run.
 
@@ -192,7 +193,7 @@ def training_rows(
                 "training.source 'self' would train the model on its own text; 'self' is for calibration only, name a text"
             )
         asked = max(1, round(tokens * share))
-        store = tokenised(tokenizer, spec, length=length, limit=asked, seed=seed, cache=cache, warn=warn)
+        store = tokenised(tokenizer, spec, length=length, asked=asked, cache=cache, warn=warn)
         there = len(store.ids)
         if there < asked:
             short = f"the training text {spec!r} has {there:,} tokens in rows of {length} and {asked:,} are asked for"

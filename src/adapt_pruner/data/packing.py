@@ -19,14 +19,16 @@ __all__ = ["tokenised"]
 
 T = TypeVar("T")
 _CHARACTERS = 2**20  # of text tokenised at one time
+_LEAST = 2**18  # tokens that are kept of a text, if it has as many
 
 
-def tokenised(
-    tokenizer: Any, spec: str, *, length: int, limit: int, seed: int, cache: Path | None, warn: Callable[[str], None]
-) -> Store:
-    """Rows of at most `length` tokens from one text, until they hold `limit` tokens or the text is at its end.
+def tokenised(tokenizer: Any, spec: str, *, length: int, asked: int, cache: Path | None, warn: Callable[[str], None]) -> Store:
+    """Rows of at most `length` tokens from one text: at least `asked` tokens of them, unless the text is at its end before.
 
-    Plain text: documents in a random order, an end-of-text token after each, cut into rows of `length`; what is left over
+    How many they are is `asked` rounded up by an eighth at most, and 2^18 at least. So runs of other seeds, and of about as many tokens, find their
+    rows on disk. They draw which of them they read, and in which order.
+
+    Plain text: documents in a random order, the same for all runs, an end-of-text token after each, cut into rows of `length`; what is left over
     at the end is dropped. Where the tokenizer puts a start-of-text token before a text by itself, every document and every row
     begins with one (see `data.tokens.opening`): a row is read like a text of its own. Conversations: one a row, cut at `length`; those without an answer by then are left out. A hub
     data set is taken in its own order.
@@ -40,7 +42,9 @@ def tokenised(
     if revision is None:
         there = list(documents)
         revision = _digest(there)
-        documents = (there[index] for index in np.random.default_rng(seed).permutation(len(there)))
+        documents = (there[index] for index in np.random.default_rng(0).permutation(len(there)))
+    unit = 1 << max(0, asked.bit_length() - 4)
+    limit = max(_LEAST, -(-asked // unit) * unit)
     made_from = {
         "text": revision,
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -48,7 +52,6 @@ def tokenised(
         "chat_template": tokenizer.chat_template,
         "length": length,
         "limit": limit,
-        "seed": seed,
     }
     largest = max(tokenizer.get_vocab().values(), default=0)
     store = stored(

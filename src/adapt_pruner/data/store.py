@@ -17,7 +17,7 @@ from adapt_pruner.errors import RunError
 
 __all__ = ["Chunk", "Store", "cache_folder", "stored"]
 
-_FORMAT = 2  # of the rows as well: another rule by which they are made is another number
+_FORMAT = 3  # of the rows as well: another rule by which they are made is another number
 _FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin"}
 
 

@@ -69,6 +69,8 @@ Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
 
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if value not in (None, "") else "")]
 """A budget as people write it; empty stands for no budget."""
 
@@ -166,6 +168,9 @@ class Training(_Frozen):
     decay: float = Field(0.10, gt=0, lt=1, description="share of the run in which the learning rate falls (wsd)")
     floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on matrices")
+    betas: tuple[Share, Share] = Field(
+        (0.9, 0.999), description="AdamW's betas: shares of the past in the running means of the gradient and of its square"
+    )
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     max_rise: float = Field(
         2.0, gt=0, description="the run stops if the smoothed loss rises this many nats above its lowest in a stage"

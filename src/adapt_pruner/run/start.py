@@ -39,7 +39,7 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.work import Listener, Reads, RunState, Stage, Work, reads_text
 from adapt_pruner.run import latency
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
-from adapt_pruner.train.loop import stage_tokens
+from adapt_pruner.train.loop import stage_tokens, whole_batches
 
 __all__ = ["begin", "plan", "read", "stage_targets", "writes_text"]
 
@@ -179,13 +179,14 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed, seed=recipe.seed)(rows)
     begins_with, by_text = calibration(0), _held_out(work)
     held_out = [window for windows in by_text.values() for window in windows]
+    batch_rows = recipe.training.batch_tokens // recipe.training.length
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if looks_at_text else None, held_out)
     work.reads = Reads(
         calibration=calibration,
         own=own,
         feed=feed,
-        ends=[] if feed is None else feed.ends([stage.tokens for stage in work.stages]),
+        ends=[] if feed is None else whole_batches(feed.ends([stage.tokens for stage in work.stages]), batch_rows=batch_rows),
         digests={
             "calibration text": _digest([*begins_with, *own]),
             "training text": "" if rows is None else rows.digest(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from adapt_pruner.core import events, world
+from adapt_pruner.core.interrupts import held
 from adapt_pruner.core.memory import peak_bytes
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
@@ -72,19 +73,25 @@ class Trainer:
     def told(self, *, until: int, around: Around = lambda objective: objective) -> Iterator[Step]:
         """Yield each step up to row `until` before it is taken; then take it, tell of it, and save a checkpoint if one is due.
 
+        An interrupt (Ctrl-C, SIGTERM, SIGHUP) waits until the step is taken, and a checkpoint is written first.
+
         A reduction that removes units between steps, or trains more than weights, has this as `work.training`. `around` makes of the
         recipe's objective the one to train by.
         """
         work, progress = self._work, self._work.state.progress
         assert work.reads.feed is not None
-        with work.state.clock("train"):
+        with work.state.clock("train"), held(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
             for step in self.steps(until=until, around=around):
                 step.afterwards(partial(self._tell, step, began, tokens))
                 yield step
                 step.take()
                 cuts = "" if work.state.pruned else f"-cut-{work.iteration - 1}"
-                self.save_if_due(f"stage-{work.state.stage}{cuts}-step-{step.step}")
+                name = f"stage-{work.state.stage}{cuts}-step-{step.step}"
+                if self._save is not None and world.any_of(interrupts.pending):
+                    self.save(name)
+                    interrupts.deliver()
+                self.save_if_due(name)
 
     def _tell(self, step: Step, began: float, tokens: int) -> None:
         """Tell of a step that was taken, in training that began at that time, after so many tokens."""
@@ -132,7 +139,7 @@ class Trainer:
 
     def _new_optimizer(self) -> AdamW:
         asked = self._work.recipe.training
-        optimizer = make_optimizer(self._work.model, lr=asked.lr, weight_decay=asked.weight_decay)
+        optimizer = make_optimizer(self._work.model, lr=asked.lr, weight_decay=asked.weight_decay, betas=asked.betas)
         load_moments(self._work.model, optimizer, self._tensors)
         return optimizer
 

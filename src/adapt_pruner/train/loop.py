@@ -21,7 +21,19 @@ from adapt_pruner.core.precision import precision
 from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.errors import RunError
 
-__all__ = ["MICRO_TOKENS", "Feeds", "How", "Objective", "Progress", "Rows", "Step", "make_optimizer", "stage_tokens", "steps"]
+__all__ = [
+    "MICRO_TOKENS",
+    "Feeds",
+    "How",
+    "Objective",
+    "Progress",
+    "Rows",
+    "Step",
+    "make_optimizer",
+    "stage_tokens",
+    "steps",
+    "whole_batches",
+]
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward and backward; a larger batch is accumulated
 _SMOOTHING = 0.9  # of the loss that the divergence guard watches
@@ -93,7 +105,6 @@ class How:
         dtype: precision of matrix products (see `core.precision.precision`); weights and moments stay float32.
         seed: of dropout, where there is any.
         task: what the model learns; it says how many predictions of a batch count.
-        task: what the model learns; it says how many predictions of a batch count.
     """
 
     objective: Objective
@@ -141,13 +152,16 @@ class Step:
         self._then = do
 
 
-def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> AdamW:
-    """AdamW as in the authors' scripts: betas (0.9, 0.999), eps 1e-8; decay on matrices only, frozen parameters left out."""
+def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:
+    """AdamW, by default as in the authors' scripts: eps 1e-8; decay on matrices only, frozen parameters left out.
+
+    `betas` are the shares of the past in the running means of the gradient and of its square.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     others = [parameter for parameter in trained if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
 
 
 def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
@@ -165,6 +179,19 @@ def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
     }
     tokens = [int(total * shares[shards](k)) for k in range(1, t + 1)]
     return tokens[:-1] + [total - sum(tokens[:-1])]
+
+
+def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
+    """The rows at which stages end, each but the last moved to the nearest whole batch, up from the middle between two.
+
+    So no stage but the last takes a step of fewer rows, which would have the same learning rate and a noisier gradient. The last
+    stage still ends with the last row: the run reads as many tokens as it was asked to. Where a stage is shorter than a batch no
+    end moves.
+    """
+    rows = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
+    if any(0 < each < batch_rows for each in rows):
+        return list(ends)
+    return [(end + batch_rows // 2) // batch_rows * batch_rows for end in ends[:-1]] + list(ends[-1:])
 
 
 def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:

@@ -1,0 +1,94 @@
+"""Ctrl-C and SIGTERM in the middle of training: a checkpoint is written first, and what goes on from it is the same to the last bit."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapt_pruner.core.interrupts import held
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.report.documented import run
+from conftest import assert_same_model
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
+    return read({
+        "method": "magnitude-all", "model": str(tiny_folder), "budget": "80%", "dtype": "float32",
+        "training": {"source": str(text_file), "tokens": 2_000, "batch_tokens": 256, "length": 64, "lr": 3e-3},
+    })  # fmt: skip
+
+
+@pytest.fixture
+def raising() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as on the command line."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("raising")
+def test_an_interrupted_run_keeps_the_step_it_was_in(sent: signal.Signals, recipe: Recipe, tmp_path: Path) -> None:
+    before = signal.getsignal(sent)
+    heard: list[dict[str, Any]] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        heard.append(event)
+        if event["event"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), sent)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run", listen=listen)
+    assert max(event["step"] for event in heard if event["event"] == "step") == 3
+    assert heard[-1]["event"] == "interrupted"
+    assert heard[-1]["message"].startswith(f"the last complete checkpoint is {tmp_path}/run/checkpoints/stage-1-step-3; the same")
+    assert signal.getsignal(sent) is before
+    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "whole")
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    with pytest.raises(KeyboardInterrupt), held() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.pending
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it waited")
+
+
+def test_a_signal_that_nobody_asked_for_comes_when_the_context_ends() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt), held():
+        os.kill(os.getpid(), signal.SIGINT)
+        done = True
+    assert done
+
+
+def test_what_the_system_handles_is_left_to_it() -> None:
+    with held():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with held(when=False):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_hold_nothing() -> None:
+    seen: list[Any] = []
+
+    def work() -> None:
+        with suppress(ValueError), held():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler]
