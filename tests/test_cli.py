@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner import cli
+from adapt_pruner import cli, recipe
+from adapt_pruner.cli import version
 from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
 
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
@@ -193,12 +194,33 @@ def test_methods_lists_rows_and_parts(ask: Any) -> None:
 
 
 def test_help_has_examples(ask: Any) -> None:
-    for command in ("prune", "run", "eval", "compare", "inspect", "methods"):
+    for command in ("prune", "run", "eval", "compare", "inspect", "methods", "recipes"):
         status, out, _ = ask(command, "--help")
         assert status == 0
         assert f"adapt-pruner {command}" in out
+        assert "<bool>" not in out, "a flag takes no value"
     assert ask()[0] == 0
-    assert re.match(r"adapt-pruner \d+\.\d+", ask("--version")[1])
+
+
+def test_the_version_names_its_commit_and_what_it_runs_with(ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = ask("--version")[1]
+    root = Path(__file__).parents[1]
+    asked = subprocess.run(["git", "rev-parse", "--short=9", "HEAD"], cwd=root, capture_output=True, text=True)
+    of = rf"commit {asked.stdout.strip()}(-dirty)?; " if asked.returncode == 0 else ""
+    assert re.match(rf"adapt-pruner \d+\.\d+\.\d+ \({of}Python 3\.\d+\.\d+, torch [\d.]+.*, transformers [\d.]+", told)
+    monkeypatch.setattr(version, "_HERE", tmp_path)
+    assert version.commit() == "", "an installed copy of a checkout without git"
+    (tmp_path / "commit.txt").write_text("abc123def\n")
+    assert version.commit() == "abc123def"
+
+
+def test_recipes_are_listed(ask: Any) -> None:
+    listed = json.loads(ask("recipes", "--json")[1])["recipes"]
+    out = ask("recipes")[1]
+    assert set(listed) == set(recipe.builtin())
+    for name, its in listed.items():
+        assert name in out
+        assert its["model"] in out
 
 
 # Bad input: a sentence, an exit status, nothing left behind.

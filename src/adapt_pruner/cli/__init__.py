@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
@@ -24,6 +25,7 @@ from adapt_pruner.cli.inspect import inspect
 from adapt_pruner.cli.methods import methods
 from adapt_pruner.cli.prune import prune
 from adapt_pruner.cli.push import push
+from adapt_pruner.cli.recipes import recipes
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
 from adapt_pruner.cli.streams import filtered
@@ -35,8 +37,24 @@ from adapt_pruner.errors import RunError, UsageError, is_out_of_memory
 __all__ = ["app", "main"]
 
 
+def _without_types(parameters: Iterable[Any]) -> None:
+    """Make, in place, --help show no <bool> beside the flags among them."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+
+
 class _Command(TyperCommand):
     """Refuse an option that takes one value and is given twice, of which the parser would take the last one; filter what is printed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _without_types(self.params)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        _without_types([option])
+        return option
 
     def invoke(self, ctx: Any) -> Any:
         with filtered():
@@ -77,22 +95,23 @@ for command, name in (
     (chat, "chat"),
     (inspect, "inspect"),
     (methods, "methods"),
+    (recipes, "recipes"),
 ):
     app.command(name, cls=_Command)(command)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from adapt_pruner.cli.version import described
 
-        typer.echo(f"adapt-pruner {version('adapt-pruner')}")
+        typer.echo(described())
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, for a bug report.")
     ] = False,
 ) -> None:
     pass
