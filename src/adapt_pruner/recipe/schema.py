@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _METHOD = "best"  # of a recipe that names none
-_OF_THE_MACHINE = ("device", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
+_OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that rows come from."""
 _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # once -> today
@@ -301,6 +301,13 @@ class Recipe(_Frozen):
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="what each of several processes holds while training: the whole model, or a share of it"
     )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=10**6,
+        description="minutes that the run may take from its start to its result: training ends in time, and the learning rate with it; "
+        "what is not pruned at half of them goes in one cut",
+    )
     checkpoint_minutes: float = Field(
         30.0, ge=0, description="minutes between checkpoints within a stage; 0 saves after every step"
     )
@@ -343,6 +350,11 @@ class Recipe(_Frozen):
             raise ValueError(f"reduce {self.reduce!r} can run only once, and stages is {self.stages}; set stages to 1")
         if self.vocabulary is not None:
             self._check_tokens()
+        if self.minutes is not None and self.stages > 1:
+            raise ValueError(
+                f"minutes {self.minutes:g} is the time of a run of one stage, and stages is {self.stages}; set stages to 1, or leave "
+                "minutes out"
+            )
         return self
 
     def _check_chosen(self) -> None:

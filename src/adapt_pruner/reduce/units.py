@@ -119,8 +119,8 @@ class Units(Reduction):
         if self._debt is None or (recipe.debt == "reset" and self._stage != work.state.stage):
             self._debt = Debt.none(prunable(work))
         self._stage = work.state.stage
-        choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=recipe.step, amplitude=recipe.amplitude))
         while (now := work.num_params) > target:
+            choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=work.step, amplitude=recipe.amplitude))
             where = {"stage": work.state.stage, "iteration": work.iteration}
             may_shrink = prunable(work)
             with work.state.clock("score"):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.core import events
+from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Event, Warned
@@ -40,6 +40,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
 """The phases to which the seconds of a run are counted."""
+_FOR_CUTS = 0.5  # share of a recipe's minutes after which pruning takes no more small steps
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,7 @@ class Work:
         budget: parameters at the start, and parameters to keep.
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
         dense: parameters of the model at the start, before its vocabulary was cut.
+        started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
         training: training up to row `until`, step by step (see `run.training.Trainer.told`), for a reduction that cuts between
             steps; None where there is no run.
         task: what the model learns, as the recipe names it.
@@ -290,11 +292,13 @@ class Work:
     budget: Budget = field(default_factory=lambda: Budget(keep=0, total=0))
     optimizer: Optimizer | None = None
     dense: int = 0
+    started: float = field(default_factory=time.perf_counter)
     training: Callable[..., Iterator[Step]] | None = None
     _axes: tuple[Axis, ...] | None = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
+        self._earlier = sum(self.state.spent.values())
         self.reduction: Reduction = parts.bind("reduce", self.recipe.reduce)()
         self.task: TextTask = parts.bind("task", self.recipe.task)()
 
@@ -319,6 +323,23 @@ class Work:
         if self._axes is None:
             self._axes = families.axes(self.model)
         return self._axes
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run has taken: this session since it `started`, and the phases of earlier ones."""
+        return self._earlier + time.perf_counter() - self.started
+
+    @property
+    def step(self) -> float:
+        """The recipe's `step`; once half of its `minutes` are over, 1, so that all that is still to go goes in one cut."""
+        minutes = self.recipe.minutes
+        if minutes is None or not world.agreed(self.elapsed > _FOR_CUTS * 60 * minutes):
+            return self.recipe.step
+        if self.recipe.step < 1:
+            self.warn_of_stage(
+                f"half of the {minutes:g} minutes are over at {self.num_params:,} parameters, so what is still to go goes in one cut"
+            )
+        return 1.0
 
     @property
     def multiple_of(self) -> int:

@@ -8,6 +8,7 @@ training, and within both whenever `checkpoint_minutes` have passed. A listener 
 key `event`. The library itself prints nothing.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,10 @@ def prune(
         UsageError: the budget or a text does not fit the model, or `out` is not empty.
         RunError: a loss is not finite, or the result cannot be written.
     """
-    out = Path(out)
+    started, out = time.perf_counter(), Path(out)
     check_target(out)
     work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code)
+    work.started = started
     read(work)
     check_result(work, out)
     _tell_start(work)
@@ -144,6 +146,7 @@ def run(
 
     `beside` writes more files into the result before the result gets its final name.
     """
+    started = time.perf_counter()
     with opened(Path(run_dir)) as folder:
         recipe = folder.as_begun(recipe)
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
@@ -153,6 +156,7 @@ def run(
         tell = _logged(listen, folder)
         try:
             work, trainer = _resumed(recipe.ready(), folder, tell, trust_remote_code, changed=changed, force=force_recipe)
+            work.started = started
             _tell_start(work)
             with work.state.clock("other"):
                 outcome = shrink(work, trainer)

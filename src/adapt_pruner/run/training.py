@@ -1,5 +1,6 @@
 """Train a run's model between its cuts, with optimiser, adapters, shards, kernels and checkpoints."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from torch.optim import AdamW
 from adapt_pruner.core import events, world
 from adapt_pruner.core.interrupts import held
 from adapt_pruner.core.memory import peak_bytes
+from adapt_pruner.core.words import compact
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.train.adapters import adapted
@@ -21,6 +23,9 @@ from adapt_pruner.train.loop import How, Objective, Step, make_optimizer, steps
 from adapt_pruner.train.spread import full_state, load_moments, spread
 
 __all__ = ["Save", "Trainer"]
+
+_SLOW = 2 / 3  # of the tokens asked for: what fits in the time; below it is said
+_AFTERWARDS = 3.0  # seconds for the model card and the page, which read no text
 
 Around = Callable[[Objective], Objective]
 
@@ -40,7 +45,7 @@ class Trainer:
             tensors: moments and low-rank additions of the checkpoint that the run continues.
         """
         self._work, self._save, self._tensors = work, save, dict(tensors or {})
-        self._saved = time.monotonic()
+        self._saved, self._last_save = time.monotonic(), 0.0
         if work.reads.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # which would take as much memory again
@@ -62,27 +67,43 @@ class Trainer:
             self.save(f"stage-{work.state.stage}-pruned")
 
     def train(self, *, until: int) -> None:
-        """Train the model, in place, up to row `until` of the text."""
+        """Train the model, in place, up to row `until` of the text, or until the recipe's time is up but for what comes after."""
         work, progress = self._work, self._work.state.progress
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the last step of the stage
         if work.reads.feed is None or (progress.rows >= until and not unmerged):
             return
-        for _ in self.told(until=until):
-            pass
+        asked, before = work.recipe.training.tokens, progress.tokens
+        in_time = None if work.recipe.minutes is None else self._seconds_left
+        for step in self.told(until=until, seconds_left=in_time):
+            if step.reach < _SLOW * asked:
+                work.warn_of_stage(
+                    f"there is time for about {compact(step.reach)} of the {compact(asked)} tokens at this machine's pace; the "
+                    "learning rate comes down by then"
+                )
+        if in_time is not None and progress.tokens == before:
+            work.warn(f"the {work.recipe.minutes:g} minutes were over before training began; give more minutes, or prune faster")
 
-    def told(self, *, until: int, around: Around = lambda objective: objective) -> Iterator[Step]:
+    def _seconds_left(self) -> float:
+        """Seconds until training has to end: measuring once more, as at the start, writing the result and its page come after it."""
+        work = self._work
+        after = work.state.spent["evaluate"] + self._last_save + _AFTERWARDS
+        return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after
+
+    def told(
+        self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
+    ) -> Iterator[Step]:
         """Yield each step up to row `until` before it is taken; then take it, tell of it, and save a checkpoint if one is due.
 
         An interrupt (Ctrl-C, SIGTERM, SIGHUP) waits until the step is taken, and a checkpoint is written first.
 
         A reduction that removes units between steps, or trains more than weights, has this as `work.training`. `around` makes of the
-        recipe's objective the one to train by.
+        recipe's objective the one to train by. With `seconds_left` training ends when no more time is left.
         """
         work, progress = self._work, self._work.state.progress
         assert work.reads.feed is not None
         with work.state.clock("train"), held(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
-            for step in self.steps(until=until, around=around):
+            for step in self.steps(until=until, around=around, seconds_left=seconds_left):
                 step.afterwards(partial(self._tell, step, began, tokens))
                 yield step
                 step.take()
@@ -104,7 +125,9 @@ class Trainer:
         for event in work.reads.feed.news() if work.reads.feed is not None else ():
             work.tell(event)
 
-    def steps(self, *, until: int, around: Around = lambda objective: objective) -> Iterator[Step]:
+    def steps(
+        self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
+    ) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
         assert feed is not None
@@ -112,7 +135,7 @@ class Trainer:
             objective=around(parts.bind("objective", asked.objective, teacher=work.reads.teacher, task=work.task)),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
-            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
+            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
         )  # fmt: skip
         with self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)
@@ -121,7 +144,7 @@ class Trainer:
         """Write a checkpoint called `name`."""
         if self._save is None:
             return
-        work = self._work
+        work, began = self._work, time.monotonic()
         with work.state.clock("save"):
             work.state.reduction = work.reduction.state()
             if work.reads.feed is not None:
@@ -130,6 +153,7 @@ class Trainer:
             write = self._save
             world.on_main(lambda: write(name, weights, moments))
         self._saved = time.monotonic()
+        self._last_save = self._saved - began
 
     def save_if_due(self, name: str) -> None:
         """Write a checkpoint called `name` if `checkpoint_minutes` have passed since the last one."""

@@ -20,6 +20,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.precision import precision
 from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.errors import RunError
+from adapt_pruner.train.pace import Pace
 
 __all__ = [
     "MICRO_TOKENS",
@@ -105,6 +106,8 @@ class How:
         dtype: precision of matrix products (see `core.precision.precision`); weights and moments stay float32.
         seed: of dropout, where there is any.
         task: what the model learns; it says how many predictions of a batch count.
+        seconds_left: how many seconds training may still take. It then ends early, and the curve with it: a share of the run done
+            is one of the tokens that fit. None for no deadline.
     """
 
     objective: Objective
@@ -117,6 +120,7 @@ class How:
     dtype: str = "auto"
     seed: int = 0
     task: Task = CAUSAL_LM
+    seconds_left: Callable[[], float] | None = None
 
 
 @dataclass
@@ -129,6 +133,7 @@ class Step:
         loss: mean of the objective over the predicted tokens of all processes, in nats.
         lr: learning rate of the step.
         gradient_norm: global norm of the gradient before clipping.
+        reach: tokens that will have been read when the time is up; infinite where no deadline is nearer than the text's end.
     """
 
     step: int
@@ -136,7 +141,8 @@ class Step:
     loss: float
     lr: float
     gradient_norm: float
-    _take: Callable[[], None] = field(repr=False, compare=False)
+    reach: float = math.inf
+    _take: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
     _taken: bool = field(default=False, repr=False, compare=False)
     _then: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
@@ -195,10 +201,10 @@ def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
 
 
 def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:
-    """Train, in place, on the next rows of `feed` until `until` rows have been read; `progress` moves along.
+    """Train, in place, on the next rows of `feed` until `until` rows have been read or time is up; `progress` moves along.
 
     A step takes `how.batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
-    predicted tokens. Its rate is lr · schedule(tokens at its middle / tokens of the run).
+    predicted tokens. Its rate is lr · schedule(tokens at its middle / tokens of the run), the latter those that fit in the time left.
 
     The optimiser may also hold groups of other parameters on which the objective depends (masks, multipliers). A
     group with `maximize` ascends; one with `scale` has its rate multiplied by that. Only the model's gradients are clipped.
@@ -220,8 +226,10 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
     device = next(model.parameters()).device
     was_training, random_state = model.training, torch.get_rng_state()
     model.train()
+    pace = Pace(how.seconds_left)
     try:
-        while progress.rows < until:
+        while progress.rows < until and not pace.is_up():
+            reach = pace.reach(progress.tokens)
             rows = feed.take(min(how.batch_rows, until - progress.rows))
             torch.manual_seed((how.seed * 1_000_003 + progress.steps) * 4099 + world.rank())
             optimizer.zero_grad(set_to_none=True)
@@ -230,7 +238,9 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
             norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
             _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
             # The rate in the middle of the step: neither the first nor the last step of a run is at an end of the curve.
-            rate = how.lr * how.schedule(min(1.0, (progress.tokens + rows.num_tokens / 2) / feed.num_tokens))
+            tokens = progress.tokens + rows.num_tokens
+            reach = max(tokens, reach)
+            rate = how.lr * how.schedule(min(1.0, (progress.tokens + rows.num_tokens / 2) / min(feed.num_tokens, reach)))
 
             def take(rows: Rows = rows, batch: _Batch = batch, rate: float = rate) -> None:
                 for group in optimizer.param_groups:
@@ -239,11 +249,11 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
                 optimizer.zero_grad(set_to_none=True)
                 progress.tokens += rows.num_tokens
                 progress.steps, progress.rows = progress.steps + 1, progress.rows + len(rows)
+                pace.taken(progress.tokens)
                 if feed.wants_losses:
                     feed.tell(batch.losses)
 
-            tokens = progress.tokens + rows.num_tokens
-            step = Step(progress.steps + 1, tokens, float(loss), rate, float(norm), take)
+            step = Step(progress.steps + 1, tokens, float(loss), rate, float(norm), reach, take)
             yield step
             step.take()
     finally:

@@ -1,0 +1,126 @@
+"""A run that has to end in time: training ends early and its learning rate with it, and pruning takes what is left in one cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce.work import Work
+from adapt_pruner.report.documented import run
+from adapt_pruner.train.loop import Progress, make_optimizer
+from adapt_pruner.train.objectives import lm
+from adapt_pruner.train.pace import Pace
+from conftest import assert_same_model, tiny_model, train
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self, left: float) -> None:
+        self.left = left
+
+    def __call__(self) -> float:
+        return self.left
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(11.0, 5), (100.0, 10), (0.0, 0)])
+def test_training_ends_in_time_and_its_rate_with_it(seconds: float, taken: int) -> None:
+    clock, heard = Clock(seconds), []
+    ids = (3 + (torch.arange(40)[:, None] + torch.arange(16)) % 90).int()
+
+    class Text:
+        def batch(self, start: int, stop: int) -> tuple[Any, None]:
+            return ids[start:stop].long(), None
+
+        def num_tokens(self, start: int, stop: int) -> int:
+            return (stop - start) * 16
+
+    def slow(*words: Any) -> Any:
+        clock.left -= 2  # a step takes two seconds
+        return lm(*words)
+
+    model, progress = tiny_model(), Progress()
+    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.0)
+    how: dict[str, Any] = {"objective": slow, "schedule": lambda done: 1 - done, "lr": 1.0, "batch_rows": 4, "dtype": "float32"}
+    how |= {"seconds_left": clock, "on_step": heard.append, "total_tokens": 640, "progress": progress}
+    train(model, Text(), until=40, optimizer=optimizer, **how)
+    assert (len(heard), progress.rows) == (taken, 4 * taken)
+    if taken == 5:
+        # no pace yet, then 5.5 steps fit: the curve of ten steps becomes one of five and a half
+        assert [step.lr for step in heard] == pytest.approx([0.95, 0.85, 1 - 2.5 / 5.5, 1 - 3.5 / 5.5, 1 - 4.5 / 5.5])
+        assert heard[-1].reach == pytest.approx(5.5 * 64)
+    if taken == 10:
+        assert [step.lr for step in heard] == pytest.approx([1 - (step + 0.5) / 10 for step in range(10)]), "time to spare"
+
+
+def test_the_pace_is_that_of_the_last_steps() -> None:
+    clock = Clock(1000.0)
+    pace = Pace(clock)
+    for step in range(1, 101):
+        pace.taken(10 * step)
+        clock.left -= 1 if step < 60 else 5  # something else takes the machine
+    assert clock.left == 1000 - 59 - 41 * 5
+    assert pace.reach(1000) == pytest.approx(1000 + 2 * clock.left, rel=0.05)
+    assert Pace(None).reach(5) == float("inf")
+    assert not Pace(None).is_up()
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
+    return read({
+        "method": "adapt-pruner", "model": str(tiny_folder), "budget": "70%", "step": 0.1, "amplitude": 0.05, "dtype": "float32",
+        "calibration": {"source": str(text_file), "samples": 8, "length": 32},
+        "training": {"source": str(text_file), "tokens": 6_000, "batch_tokens": 512, "length": 64, "lr": 3e-3, "decay": 0.5},
+    })  # fmt: skip
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, *, each: float) -> None:
+    """Let every look at the clock take so many seconds."""
+    passed = iter(range(10**6))
+    monkeypatch.setattr(Work, "elapsed", property(lambda work: each * next(passed)))
+
+
+def test_with_time_to_spare_a_deadline_changes_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "without")
+    run(recipe.model_copy(update={"minutes": 60.0}), tmp_path / "with")
+    assert_same_model(tmp_path / "without", tmp_path / "with")
+
+
+def test_a_run_that_is_late_trains_less_and_says_so(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[dict[str, Any]] = []
+    slowly(monkeypatch, each=1.0)
+    outcome = run(recipe.model_copy(update={"minutes": 0.5}), tmp_path / "run", listen=heard.append)
+    assert outcome is not None
+    steps = [event for event in heard if event["event"] == "step"]
+    assert 3 <= len(steps) < 12
+    assert outcome.figures["trained_tokens"] == steps[-1]["tokens"] < 6_016
+    assert steps[-1]["lr"] < 0.5 * max(step["lr"] for step in steps), "it has come down"
+    (said,) = [event["message"] for event in heard if event["event"] == "warning"]
+    assert said.startswith("stage 1: there is time for about ")
+    assert "of the 6.0\u00a0k tokens at this machine's pace" in said
+
+
+def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[dict[str, Any]] = []
+    slowly(monkeypatch, each=10.0)
+    outcome = run(recipe.model_copy(update={"minutes": 0.4}), tmp_path / "run", listen=heard.append)
+    assert outcome is not None
+    assert outcome.figures["params_after"] <= outcome.figures["budget"]
+    said = [event["message"] for event in heard if event["event"] == "warning"]
+    assert "half of the 0.4 minutes are over" in said[0]
+    assert "were over before training began" in said[1]
+    late = outcome.figures["iterations"]
+    monkeypatch.undo()
+    whole = run(recipe, tmp_path / "whole")
+    assert whole is not None
+    assert late < whole.figures["iterations"]
+
+
+def test_a_deadline_is_of_one_stage(recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="minutes 5 is the time of a run of one stage, and stages is 3; set stages to 1"):
+        read(recipe.model_dump() | {"stages": 3, "minutes": 5})
