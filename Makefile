@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 
-.PHONY: demo test check format fuzz golden matrix common-tests clean help
+.PHONY: demo docs test check format fuzz golden matrix common-tests clean help
 
 help:
 	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make fuzz    hostile recipes, texts, checkpoints, run folders and options for ten minutes: make fuzz SECONDS=600 SEED=7"
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
 	@echo "make common-tests  transformers' own tests of models, on our classes (needs a package index)"
+	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
 
 $(READY): pyproject.toml
@@ -58,6 +59,12 @@ fuzz: $(READY)
 
 matrix: $(READY)
 	$(BIN)/python .ci/matrix
+
+docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@mkdir -p docs/reference
+	$(BIN)/python -m typer adapt_pruner.cli utils docs --name adapt-pruner --output docs/reference/command-line.md
+	$(BIN)/zensical build --strict
 
 common-tests: $(READY)
 	$(BIN)/python .ci/common_tests
