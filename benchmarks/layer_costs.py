@@ -17,6 +17,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.windows import calibration_feed
+from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.closed_form import least_squares
 from adapt_pruner.reduce.rank import per_parameter
@@ -40,7 +41,8 @@ def main() -> None:
     axes = families.axes(model)
     neurons = [axis for axis in axes if axis.kind == "neurons"]
     scores, _ = score(model, neurons, batches, metrics=[kfac])
-    budget = Budget.parse(asked.params, dense=count_parameters(model))
+    dense, decoder = count_parameters(model), decoder_parameters(model)
+    budget = Budget.parse(asked.params, dense=dense, decoder=decoder, outside=dense - decoder)
     sizes, _ = per_parameter(scores, neurons, budget, debt=Debt.none(neurons), step=1.0)
     whole = mean_loss(model, unseen)
     total = [0.0, 0.0]

@@ -129,6 +129,19 @@ def test_a_debt_reset_each_stage_never_takes_a_head() -> None:
     assert axes[0].size < 600
 
 
+def test_a_share_of_the_decoder_leaves_the_rest_whole() -> None:
+    parsed = [
+        Budget.parse(text, dense=268, decoder=100, outside=168).keep
+        for text in ("80%", "80% of decoder", "100% of decoder", "200")
+    ]
+    assert parsed == [214, 248, 268, 200]
+    assert Budget.parse("50% of decoder", dense=268, decoder=100, outside=90).keep == 140, "tokens that go are not made up for"
+    with pytest.raises(
+        UsageError, match="'80% of layers' is not a share of the dense model; write it like 80% or '80% of decoder'"
+    ):
+        Budget.parse("80% of layers", dense=268, decoder=100, outside=168)
+
+
 @pytest.mark.parametrize(
     ("chooser", "options"),
     [(uniform, {}), (adaptive, {"amplitude": 0.02}), (adaptive, {"amplitude": 0.02, "heads_after": 0.5})],
@@ -295,8 +308,8 @@ def test_counts_are_read_as_people_write_them(text: str | int, count: int) -> No
 
 
 def test_budgets() -> None:
-    assert Budget.parse("80%", dense=1000) == Budget(keep=800, total=1000)
-    assert Budget.parse("113.3M", dense=134_515_008).keep == 113_300_000
+    assert Budget.parse("80%", dense=1000, decoder=600, outside=400) == Budget(keep=800, total=1000)
+    assert Budget.parse("113.3M", dense=134_515_008, decoder=106_202_880, outside=28_312_128).keep == 113_300_000
     for text, said in (
         ("2k", "above the 1,000"),
         ("0%", "not a share"),
@@ -305,7 +318,7 @@ def test_budgets() -> None:
         ("-5", "not a count"),
     ):
         with pytest.raises(UsageError, match=said):
-            Budget.parse(text, dense=1000)
+            Budget.parse(text, dense=1000, decoder=600, outside=400)
     axes = toy_axes((50, 50), (3, 3))
     with pytest.raises(UsageError, match="nearest that can be had is 3,020"):
         Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")

@@ -88,13 +88,24 @@ def test_a_kind_that_is_not_known_is_kept_as_it_is() -> None:
 def test_a_log_of_an_older_version_lacks_keys() -> None:
     start = parse({"event": "start", "params": 10, "target": 5})
     assert isinstance(start, Start)
-    assert start.line() == "pruning to 5 parameters by "
+    assert start.line() == "pruning to 5 parameters, 50% of all, by "
     assert start.begun == "dense"
     assert [Start(params=10, now=9).begun, Start(dense=False).begun, Start(params=9, now=9).begun] == [
         "at the start", "at the start", "dense",
     ]  # fmt: skip
     assert Start(params=10, now=9).given == "dense"
     assert Cut(params=3).line() == "", "nothing is said where what it would say is not there"
+
+
+def test_a_start_says_the_share_of_the_decoder_the_text_and_what_to_expect() -> None:
+    start = Start(
+        method="best", params=268_000_000, target=228_000_000, decoder=100_000_000, decoder_target=60_000_000, text="my.txt"
+    )
+    assert start.line() == "pruning to 228.0 M parameters, 85% of all and 60% of the decoder's, by best, calibrated on my.txt"
+    less = start.model_copy(update={"decoder_target": 49_000_000, "text": "python-docs:train"})
+    assert "calibrated on python-docs:train (Python's language reference; text of your own gives a better model)" in less.line()
+    assert less.line().endswith("untrained, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)")
+    assert "nonsense" not in less.model_copy(update={"training_tokens": 10**6}).line()
 
 
 class Moon(Event):

@@ -15,7 +15,9 @@ def prune(
         str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint, new or empty.")],
-    params: Annotated[str | None, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Parameters to keep: 110M, 110_000_000, 80% of the model, or '80% of decoder'.")
+    ] = None,
     latency: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +127,14 @@ def prune(
         )
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
-    print(
-        f"saved {out} ({millions(figures['params_after'])} parameters); try: adapt-pruner eval {out} --text python-docs:heldout"
+    print(f"saved {out} ({millions(figures['params_after'])} parameters)\n")
+    print_table(
+        ["next", ""],
+        [
+            ["measure it", f"adapt-pruner eval {model} {out} --text python-docs:heldout --max-windows 20"],
+            ["ask it", f'adapt-pruner chat {out} "What is the capital of France?" --against {model}'],
+            ["train it", f"adapt-pruner run smollm2-105m --set model={out} --set budget=100% --set training.source=FILE"],
+            ["for llama.cpp", f"adapt-pruner export {out} --to gguf -o {out}.gguf"],
+        ],
+        left=2,
     )

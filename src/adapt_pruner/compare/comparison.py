@@ -44,6 +44,7 @@ from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.reduce.work import Listener, Work, reads_text
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
@@ -136,7 +137,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         UsageError: a size is above the model's own, or a text is not there or too short.
     """
     params = count_parameters(loaded.model)
-    cells = asked.cells(params)
+    cells = asked.cells(params, decoder_parameters(loaded.model))
     windows = {
         text: held_out_windows(loaded.tokenizer, source=text, window=asked.window, max_windows=asked.max_windows)
         for text in asked.texts

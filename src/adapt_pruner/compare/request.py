@@ -71,7 +71,7 @@ class Request:
             if not any(words):
                 raise UsageError(f"{option} is empty; give at least one")
         for size in self.params:
-            Budget.parse(size, dense=_ANY_SIZE)
+            Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0)
         for text in self.overrides:
             key = text.partition("=")[0].strip()
             if key in _OWN_KEYS:
@@ -109,16 +109,19 @@ class Request:
             common["calibration.source"] = self.calibration
         return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
 
-    def cells(self, dense: int) -> list["Cell"]:
+    def cells(self, dense: int, decoder: int) -> list["Cell"]:
         """Every cell of the comparison: the first draw of all before the second of any, large sizes before small ones.
 
         Args:
             dense: parameters of the model.
+            decoder: those of them in its decoder layers.
 
         Raises:
             UsageError: a size is above the model's own.
         """
-        sizes = sorted({Budget.parse(size, dense=dense).keep for size in self.params}, reverse=True)
+        sizes = sorted(
+            {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}, reverse=True
+        )
         return list(self._cells(sizes))
 
     def _cells(self, sizes: list[int]) -> Iterator["Cell"]:

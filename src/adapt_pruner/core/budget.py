@@ -39,20 +39,26 @@ def parse_count(text: str | int) -> int:
 
 
 def check_written(budget: Any) -> str:
-    """A budget as people write it, `110M`, `110_000_000` or `80%`, if it is one of some model.
+    """A budget as people write it, `110M`, `110_000_000`, `80%` or `80% of decoder`, if it is one of some model.
 
     Raises:
         UsageError: it is neither a count nor a share.
     """
     written = str(budget).strip()
-    if written.endswith("%"):
-        if not (re.fullmatch(r"\d*\.?\d+", written[:-1].strip()) and 0 < float(written[:-1]) <= 100):
-            raise UsageError(f"budget {written!r} is not a share of the dense model; write it like 80%, above 0% and up to 100%")
+    number, percent, of = written.partition("%")
+    if percent:
+        known = of.strip() in ("", "of decoder") and re.fullmatch(r"\d*\.?\d+", number.strip())
+        if not (known and 0 < float(number) <= 100):
+            raise UsageError(
+                f"budget {written!r} is not a share of the dense model; write it like 80% or '80% of decoder', above 0% and up to 100%"
+            )
         return written
     try:
         parse_count(written)
     except UsageError as error:
-        raise UsageError(f"budget {written!r} is not a count, nor a share; write it like 110M, 110_000_000 or 80%") from error
+        raise UsageError(
+            f"budget {written!r} is not a count, nor a share; write it like 110M, 110_000_000, 80% or '80% of decoder'"
+        ) from error
     return written
 
 
@@ -83,14 +89,22 @@ class Budget:
         return self.total - self.keep
 
     @classmethod
-    def parse(cls, text: str | int, *, dense: int) -> Budget:
-        """Read `110M`, `110_000_000` or `80%` (of `dense` parameters).
+    def parse(cls, text: str | int, *, dense: int, decoder: int, outside: int) -> Budget:
+        """Read `110M`, `110_000_000`, `80%` (of `dense` parameters) or `80% of decoder`, which leaves what lies outside it whole.
+
+        Args:
+            text: the budget.
+            dense: parameters of the dense model.
+            decoder: those of them in its decoder layers.
+            outside: those outside, that is of embedding, head and final norm, as far as they stay.
 
         Raises:
             UsageError: not a count or a share, or above the model's own size.
         """
         written = check_written(text)
-        keep = int(dense * float(written[:-1]) / 100) if written.endswith("%") else parse_count(written)
+        number, percent, of = written.partition("%")
+        share = float(number) / 100 if percent else 1.0
+        keep = parse_count(written) if not percent else outside + int(decoder * share) if of.strip() else int(dense * share)
         if keep > dense:
             raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
         return cls(keep=keep, total=dense)

@@ -22,6 +22,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+_EVERYWHERE = "python-docs:train"  # the text of whoever names none
+_BROKEN = 0.5  # share of the decoder below which answers of an untrained model are broken
+
+
 class _Counted:
     """A count is a whole number from 0 on, which JSON may also have written as 7.0."""
 
@@ -170,9 +174,12 @@ class Start(Event):
 
     Attributes:
         method: of the recipe.
+        text: what importance is measured on; None where nothing is read.
         stages: of the whole run.
         params: of the model that the run was given, without tokens that had to go.
         target: parameters to reach.
+        decoder: of `params`, those in the decoder layers.
+        decoder_target: those of `target`, where the decoder alone gives them up.
         now: parameters at this moment.
         dense: whether nothing had gone before the run.
         calibration_tokens: still to be read for scoring.
@@ -189,9 +196,12 @@ class Start(Event):
 
     event: Literal["start"] = "start"
     method: str = ""
+    text: str | None = None
     stages: Count = 1
     params: Count | None = None
     target: Count | None = None
+    decoder: Count | None = None
+    decoder_target: Count | None = None
     now: Count | None = None
     dense: bool | None = None
     calibration_tokens: Count = 0
@@ -219,13 +229,23 @@ class Start(Event):
     def line(self, begun: str = "dense") -> str:
         if self.target is None:
             return ""
-        text = f"pruning to {millions(self.target)} parameters by {self.method}"
+        share = f", {self.target / self.params:.0%} of all" if self.params else ""
+        if self.decoder and self.decoder_target is not None:
+            share += f" and {self.decoder_target / self.decoder:.0%} of the decoder's"
+        text = f"pruning to {millions(self.target)} parameters{share}, by {self.method}"
+        if self.text:
+            text += f", calibrated on {self.text}"
+            if self.text == _EVERYWHERE:
+                text += " (Python's language reference; text of your own gives a better model)"
         if self.stages > 1:
             text += f" in {self.stages} stages"
         if self.training_tokens:
             text += f", training on {self.training_tokens:,} tokens in all"
         if self.processes > 1:
             text += f", on {self.processes} processes ({self.parallel})"
+        little = self.decoder and self.decoder_target is not None and self.decoder_target < _BROKEN * self.decoder
+        if little and not self.training_tokens:
+            text += "; untrained, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)"
         return text
 
 

@@ -25,10 +25,11 @@ from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.searched import Searched
+from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener, RunState, Stage, Work
+from adapt_pruner.reduce.work import Listener, RunState, Stage, Work, reads_text
 from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_tasks, measure_text
@@ -324,8 +325,13 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
 def _tell_start(work: Work) -> None:
     state, recipe, feed = work.state, work.recipe, work.reads.feed
     coming = work.stages[state.stage - 1 + state.pruned :]
+    source = recipe.calibration.ids or recipe.calibration.source
+    start = state.figures.get("params_after_vocabulary", work.budget.total)
+    decoder = state.figures.get("decoder_params_before") or decoder_parameters(work.model)
+    decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
     work.tell(Start(
-        method=recipe.method, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
+        method=recipe.method, text=", ".join(domains(source)) if reads_text(work) else None, decoder=decoder,
+        decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
         training_tokens=0 if feed is None else feed.num_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,

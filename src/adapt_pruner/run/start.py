@@ -33,6 +33,7 @@ from adapt_pruner.data.tokens import batches_of, calibration_ids
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
@@ -119,7 +120,9 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     recipe, figures = work.recipe, work.state.figures
     work.reduction.check(work)
     keep = latency.kept(recipe, figures)
-    budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense)
+    decoder = figures.get("decoder_params_before") or decoder_parameters(work.model)
+    start = figures.get("params_after_vocabulary", work.dense)
+    budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense, decoder=decoder, outside=start - decoder)
     total = work.num_params
     if total > budget.keep and families.is_sliced(work.model.config):
         raise UsageError(
@@ -129,7 +132,6 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     if total > budget.keep:
         floor, when = work.reduction.floor(work)
         budget.check_reachable(floor, when=when)
-    start = figures.get("params_after_vocabulary", work.dense)
     return _stages(work, start=start, end=min(start, budget.keep)), budget
 
 
