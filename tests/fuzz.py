@@ -524,9 +524,10 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def outputs(line: list[str]) -> tuple[str, ...]:
-    """Names in the folder that this command may write."""
+    """Names in the folder that this command may write: what it is told to, pictures beside it, and what is there by default."""
     given = [line[at + 1] for at, word in enumerate(line[:-1]) if word in ("-o", "--output")]
     given += [word.partition("=")[2] for word in line if word.startswith(("-o=", "--output="))]
+    given += [f"{Path(name).parent / Path(name).stem}-png" for name in given if line[0] == "report" and name]
     default = {
         "report": [f"{line[1]}/" if len(line) > 1 else ""],
         "run": ["runs"],
@@ -569,7 +570,8 @@ def faults(line: list[str], status: int, told: str, before: dict[str, Any], afte
     mine = outputs(line)
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name) and not any(
-            os.path.normpath(name) == own or name.startswith(f"{own}/") for own in mine
+            name == own or name.startswith(f"{own}/") or (status == 0 and name not in before and own.startswith(f"{name}/"))
+            for own in mine
         ):
             yield f"{name} was {'changed' if name in before and name in after else 'removed' if name in before else 'made'}"
         if ".partial-" in name and name not in before:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -58,6 +59,20 @@ def test_a_name_in_an_error_and_a_broken_template(ask: Any, tiny_folder: Path, t
         status, out, err = ask(*words)
         assert not STEERS & set(out + err), words
         assert out + err
+
+
+def test_an_error_is_one_line_of_words(ask: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """Whatever a name holds, and whatever kind of error another library raised and named in its sentence."""
+    for words in (["watch", "\n"], ["inspect", "no\nwhere"], ["inspect", tiny_folder, "--no\nsuch"]):
+        status, _, err = ask(*words)
+        assert (status, err.count("\n"), len(err) > 20) == (2, 1, True)
+    bad = tmp_path / "bad"
+    for name, key, value in (("config.json", "bos_token_id", "1"), ("tokenizer_config.json", "eos_token", 0.5)):
+        shutil.copytree(tiny_folder, bad, dirs_exist_ok=True)
+        (bad / name).write_text(json.dumps(read_json(bad / name) | {key: value}), encoding="utf-8")
+        status, _, err = ask("inspect", bad)
+        assert (status, key in err) == (2, True)
+        assert not re.search(r"<class|\w+Error\b", err)
 
 
 @pytest.mark.parametrize("against", [False, True])

@@ -23,12 +23,13 @@ class RunError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, without the rest; its kind where it says nothing."""
+    """What an error of another library says, in words for people and without the rest; its kind where it says nothing."""
     if isinstance(error, OSError) and error.strerror:  # without the number of the error
         return error.strerror[0].lower() + error.strerror[1:] + (f": {error.filename}" if error.filename else "")
     lines = [line.strip() for line in str(error).strip().splitlines()]
     announced = len(lines) > 1 and lines[0].endswith(":")  # by a line that says what follows
-    return " ".join(lines[: 1 + announced]) or type(error).__name__
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(lines[: 1 + announced]))
+    return re.sub(r"\b[A-Z]\w*Error: (?=\S)", "", said) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

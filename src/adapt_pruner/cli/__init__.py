@@ -186,7 +186,8 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _shortened(sentence: str) -> str:
-    """A sentence of a length that is read; what is cut out of the middle is a value somebody gave."""
+    """A sentence on one line and of a length that is read; line ends and what is cut out of the middle are of a value somebody gave."""
+    sentence = sentence.replace("\n", "\\n")
     return sentence if len(sentence) <= _LONGEST else f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
 
 
