@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 import zstandard
@@ -99,6 +100,29 @@ def test_a_packed_file_does_not_unfold_without_end(
     monkeypatch.setattr(readers, "_UNPACKED", 1000)
     with pytest.raises(UsageError, match=r"bytes unfolds to more than [\d,]+, which is more than 100 times its size; unpack it"):
         documents(str(path))
+
+
+def test_a_parquet_file_does_not_unfold_without_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pages may be packed beyond any use, which the file says itself, or one long row may stand for many, which it does not."""
+    packed, repeated = tmp_path / "packed.parquet", tmp_path / "repeated.parquet"
+    rows = pyarrow.table({"text": ["again and again"] * 100_000})
+    pyarrow.parquet.write_table(rows, packed, compression="zstd", use_dictionary=False)
+    indices = pyarrow.array([0] * 10_000, pyarrow.int32())
+    row = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["a" * 2**20]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": row}), repeated, compression="zstd", store_schema=False)
+    assert len(documents(str(packed))) == 100_000, "a small file may be packed as well as it can"
+    monkeypatch.setattr(readers, "_UNPACKED", 2**20)
+    said = (
+        r"bytes unfolds to more than [\d,]+, which is more than 100 times its size; write its rows to a .jsonl file if you trust"
+    )
+    with pytest.raises(UsageError, match=said):
+        next(readers.local(str(packed)))
+    monkeypatch.setattr(readers, "_UNPACKED", 2**22)
+    read = 0
+    with pytest.raises(UsageError, match=said):
+        for _ in readers.local(str(repeated)):
+            read += 1
+    assert 0 < read <= 4, "10 GB of rows; no more are in memory than may be read"
 
 
 def test_a_line_has_an_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

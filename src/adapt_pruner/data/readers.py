@@ -20,6 +20,7 @@ _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _LONGEST_LINE = 2**26  # characters
 _MOST_OF_ONE_TEXT = 2**32  # bytes of a file that is one document
 _UNPACKED, _UNFOLDS = 2**28, 100  # characters that any packed file may hold; times its size that a larger one may
+_ROWS = 1024  # of a parquet file that are read at one time, at the most
 _TEXT, _CHAT = "text", "messages"
 _FORMS = f'{{"{_TEXT}": "…"}} or {{"{_CHAT}": [{{"role": "user", "content": "…"}}, …]}}'
 
@@ -215,12 +216,18 @@ def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
         number, read = number + 1, read + len(line)
         if len(line) > _LONGEST_LINE:
             raise UsageError(f"{path}, line {number}, has more than {_LONGEST_LINE:,} characters, the most; divide its text")
-        if packed is not None and read > max(_UNPACKED, _UNFOLDS * packed):
-            raise UsageError(
-                f"{path} of {packed:,} bytes unfolds to more than {read:,}, which is more than {_UNFOLDS} times its size; "
-                "unpack it if you trust it, and name the unpacked file"
-            )
+        if packed is not None:
+            _check_unfolded(path, packed, read, remedy="unpack it")
         yield line
+
+
+def _check_unfolded(path: Path, packed: int, read: int, *, remedy: str) -> None:
+    """Refuse a file of `packed` bytes that has unfolded to more than a file of its size may."""
+    if read > max(_UNPACKED, _UNFOLDS * packed):
+        raise UsageError(
+            f"{path} of {packed:,} bytes unfolds to more than {read:,}, which is more than {_UNFOLDS} times its size; "
+            f"{remedy} if you trust it, and name the unpacked file"
+        )
 
 
 def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
@@ -237,6 +244,19 @@ def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
         yield f"{path} line {number}", content
 
 
+def _chunk_sizes(metadata: Any, column: str) -> list[int]:
+    """Bytes that a column takes in each row group of a parquet file once it is decompressed; values that repeat count once."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    return [
+        sum(
+            chunk.total_uncompressed_size
+            for chunk in map(group.column, range(group.num_columns))
+            if chunk.path_in_schema.split(".")[0] == column
+        )
+        for group in groups
+    ]
+
+
 def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -246,8 +266,15 @@ def _parquet(path: Path) -> Iterator[Row]:
         column = next((name for name in (_TEXT, _CHAT) if name in file.schema_arrow.names), None)
         if column is None:
             raise UsageError(f"{path} has no column {_TEXT!r} or {_CHAT!r}; rename the column that holds the text")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        packed, remedy = path.stat().st_size, "write its rows to a .jsonl file"
+        chunks = _chunk_sizes(file.metadata, column)
+        _check_unfolded(path, packed, sum(chunks), remedy=remedy)
+        # A row may be as long as a chunk, and every row of a batch the same one, which the file holds once.
+        rows = max(1, min(_ROWS, _UNPACKED // max([*chunks, 1])))
+        number = read = 0
+        for batch in file.iter_batches(batch_size=rows, columns=[column]):
+            read += batch.nbytes
+            _check_unfolded(path, packed, read, remedy=remedy)
             for value in batch.column(0).to_pylist():
                 number += 1
                 content = _content({column: value})
