@@ -139,6 +139,9 @@ def test_the_budget_is_met(layout: tuple[str, str], batches: list[torch.Tensor])
     assert [step.done for step in searched] == [1, 2, 3]
     assert [step.best for step in searched] == sorted((step.best for step in searched), reverse=True), "the best stay"
     assert math.isfinite(work.state.history[-1]["loss"])
+    assert work.state.figures["calibration_tokens"] == 2 * sum(batch.numel() for batch in batches), (
+        "scores and losses have a draw each"
+    )
 
 
 def test_no_candidate_with_a_finite_loss(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ class Search(Units):
         with work.state.clock("score"):
             batches = work.batches()
             scores, _ = scores_of(work, batches, **where)
-            text = work.reads.calibration(work.iteration + 1)
+            text = work.batches(ahead=1)
             space = Space.around(axes, sizes_alike(work, keep=target - repair_parameters(work)), level=self.level)
             weights = _repaired_weights(work, axes, scores, space, batches) if self.on_repaired else {}
             judge = _Judge(work, axes, scores, text, self, weights)
