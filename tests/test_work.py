@@ -135,7 +135,16 @@ def test_parts_say_what_they_need() -> None:
     assert parts.needs_if_known("metric", "of.another_version") == frozenset()
     assert parts.takes("schedule", "wsd", "decay")
     assert not parts.takes("schedule", "schedules.cosine", "decay")
-    assert parts.names("reduce") == ["between_steps", "hard_concrete", "policy_gradient", "search", "slice", "units"]
+    assert parts.names("reduce") == [
+        "between_steps",
+        "hard_concrete",
+        "policy_gradient",
+        "search",
+        "slice",
+        "sparse",
+        "sparse_training",
+        "units",
+    ]
     assert parts.names("feed") == ["dynamic", "fixed"]
 
 

@@ -23,6 +23,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.checkpoint.bits import read_bits
 from adapt_pruner.checkpoint.for_others import stock_type
 from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, without_code
 from adapt_pruner.checkpoint.save import needs_own_code, save
@@ -31,6 +32,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import expanded, folder_beside, remove
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, nearest
 
@@ -84,6 +86,7 @@ class Loaded:
         dense_params: parameters of that dense model.
         source: what was loaded, as a path or name.
         weight_bytes: size of its weights on disk as safetensors; a GGUF counts as the float32 weights it stands for.
+        weight_mask: which single weights stay, where the folder says that the others are zero.
     """
 
     model: Any
@@ -93,6 +96,7 @@ class Loaded:
     dense_params: int | None
     source: str
     weight_bytes: int
+    weight_mask: WeightMask | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -190,14 +194,17 @@ def _load(
         tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(Path(folder))
+    weight_mask = None if gguf is not None or fresh is not None else read_bits(Path(folder), name)
     if mask is not None:
         _check_mask(model, mask, name)
+    if weight_mask is not None:
+        _check_weight_mask(model, weight_mask, name)
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.weight.shape[0]:  # a token was added, and the model never learned it
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if gguf is None else 0
     weight_bytes = on_disk or count_parameters(model) * stored.itemsize
-    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes)
+    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes, weight_mask)
 
 
 def _kept(gguf: Path) -> Path:
@@ -558,3 +565,12 @@ def _check_mask(model: Any, mask: Mask, name: str) -> None:
             raise RunError(
                 f"mask.json of {name} is of another model: {dense} keeps {int(mask[dense].sum())} units, the weights have {axis.entries}"
             )
+
+
+def _check_weight_mask(model: Any, weight_mask: WeightMask, name: str) -> None:
+    try:
+        weight_mask.check(model)
+    except ValueError as error:
+        raise RunError(
+            f"sparsity/ of {name} is of another model: {error}; remove it to load the model without its mask"
+        ) from error

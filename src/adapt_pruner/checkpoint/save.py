@@ -7,6 +7,7 @@ generation_config.json  where the dense model has one
 modeling_pruned.py      where layers differ or a repair gave biases: what stock transformers needs to build them (`auto_map`)
 modeling_sliced.py      where the model is sliced, with the other
 mask.json               which units of the dense model stayed
+sparsity/               where single weights are zero: which (see `checkpoint.bits`)
 pruning.json            how the model was made
 README.md               of a result, the model card (see `report.card`)
 """
@@ -23,12 +24,14 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.checkpoint.bits import write_bits
 from adapt_pruner.checkpoint.for_others import name_for_others
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import folder_beside, named, no_room, sync, why
 from adapt_pruner.core.places import check_place, is_there, lacks_room
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
+from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["SHARD_BYTES", "check_empty", "check_fits", "check_target", "needs_own_code", "save", "whole_or_nothing"]
@@ -127,6 +130,7 @@ def save(
     pruning: dict[str, Any] | None = None,
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
+    weight_mask: WeightMask | None = None,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write model, tokenizer, mask and history to `path`; the model is left as found.
@@ -139,6 +143,7 @@ def save(
         pruning: how the model was made; plain data.
         dtype: of the saved weights.
         weights: by name, where they are not in the model (it is sharded, or adapted).
+        weight_mask: which single weights stay, where others are zero.
         beside: writes more files into the folder, at the end.
 
     Raises:
@@ -155,6 +160,8 @@ def save(
             shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
+        if weight_mask is not None:
+            write_bits(weight_mask, folder)
         if pruning is not None:
             (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
         beside(folder)

@@ -20,6 +20,7 @@ from adapt_pruner.checkpoint.save import check_fits, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import expanded, files_in
 from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
 
@@ -37,6 +38,7 @@ def save_state(
     mask: Mask,
     pruning: dict[str, Any],
     state: dict[str, Any],
+    weight_mask: WeightMask | None = None,
 ) -> None:
     """Write a checkpoint to `path`, whole or not at all.
 
@@ -47,6 +49,7 @@ def save_state(
         mask: against the dense model.
         pruning: how the model was made so far; plain data.
         state: plain data; `start` in it is what `start_of` says.
+        weight_mask: over the weights so far. While masks are learnt, weights that it masks may not be zero yet.
 
     Raises:
         RunError: it could not be written; nothing is left under `path`.
@@ -66,7 +69,7 @@ def save_state(
 
     save(
         loaded.model, loaded.tokenizer, path,
-        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, beside=beside,
+        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, weight_mask=weight_mask, beside=beside,
     )  # fmt: skip
 
 

@@ -94,6 +94,7 @@ def evaluate(
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.events import Find, Load, Progress, Warned
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.weight_mask import count_nonzero
     from adapt_pruner.data.sources import SELF, texts
     from adapt_pruner.data.tokens import opening
     from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -130,7 +131,7 @@ def evaluate(
             listen.hear(Load(model=name))
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
             row = {
-                "model": name, "params": count_parameters(loaded.model),
+                "model": name, "params": count_parameters(loaded.model), "nonzero": count_nonzero(loaded.model),
                 "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,
                 "weight_bytes": loaded.weight_bytes,
                 "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
@@ -200,13 +201,16 @@ def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskSc
 
 def _print(rows: list[dict[str, Any]]) -> None:
     from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.weight_mask import has_zeros
 
+    zeros = any(has_zeros(row["params"], row["nonzero"]) for row in rows)
     print_table(
-        ["model", "parameters", "on disk", "perplexity", "bits/byte", "tokens/s"],
+        ["model", "parameters", *(["not zero"] if zeros else []), "on disk", "perplexity", "bits/byte", "tokens/s"],
         [
             [
                 row["model"],
                 f"{row['params']:,}",
+                *([f"{row['nonzero']:,}"] if zeros else []),
                 f"{row['weight_bytes'] / 1e6:,.0f} MB",
                 f"{row['perplexity']:.2f}",
                 f"{row['bits_per_byte']:.4f}",

@@ -28,6 +28,7 @@ def inspect(
     from adapt_pruner.cli.screen import quiet_libraries
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.weight_mask import has_zeros
     from adapt_pruner.evaluate.anatomy import anatomy
 
     quiet_libraries()
@@ -36,13 +37,24 @@ def inspect(
     if as_json:
         print(to_json({"model": model, **figures}))
         return
+    zeros = has_zeros(figures["params"], figures["nonzero"])
     rows = [
-        [str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}", _share(row)]
+        [
+            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}",
+            *([f"{row['nonzero']:,}"] if zeros else []), _share(row),
+        ]
         for row in figures["layers"]
-    ]
-    print_table(["layer", "heads", "KV heads", "neurons", "parameters", "of dense"], rows)
+    ]  # fmt: skip
+    print_table(["layer", "heads", "KV heads", "neurons", "parameters", *(["not zero"] if zeros else []), "of dense"], rows)
     whole = f", {_share(figures)} of the dense model" if figures["share_of_dense"] is not None else ""
     print(f"\n{model}: {figures['params']:,} parameters, {figures['decoder_params']:,} of them in the layers{whole}")
+    if zeros:
+        pattern = (
+            "" if loaded.weight_mask is None or loaded.weight_mask.pattern is None else f", {loaded.weight_mask.pattern.words}"
+        )
+        print(
+            f"{figures['nonzero']:,} parameters are not zero, {figures['nonzero'] / figures['params']:.1%} of those stored{pattern}"
+        )
 
 
 def _share(row: dict[str, Any]) -> str:

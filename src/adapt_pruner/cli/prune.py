@@ -30,6 +30,14 @@ def prune(
         str | None,
         typer.Option(help="What --latency times: prefill (reading a prompt) or decode (writing the answer). [default: prefill]"),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="50%|2:4",
+            help="Instead of --params, with a method that makes zeros (wanda, sparsegpt, fistapruner, magnitude-sparse): share of the weights "
+            "of linear layers that become zero, or N of every M that stay.",
+        ),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Pruning method; `adapt-pruner methods` lists them. [default: best]")] = None,
     calibration: Annotated[
         str | None,
@@ -58,6 +66,8 @@ def prune(
 
         adapt-pruner prune smollm2-135m-instruct -o small --latency 0.7x --set multiple_of=64
 
+        adapt-pruner prune small -o small-2-4 --method wanda --sparsity 2:4
+
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --method adapt-pruner
     """
     from adapt_pruner import recipe as recipes
@@ -75,13 +85,15 @@ def prune(
         given["calibration.ids"] = str(calibration_ids)
     if params is not None and latency is not None:
         raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
-    further = {"method": method, "budget": params, "latency": latency, "latency_of": latency_of}
+    further = {"method": method, "budget": params, "sparsity": sparsity, "latency": latency, "latency_of": latency_of}
     given |= {key: value for key, value in further.items() if value is not None}
     if twice := sorted(given.keys() & {text.partition("=")[0].strip() for text in overrides or []}):
         raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
     common = {"model": model, "seed": seed, "device": device, "dtype": dtype}
     recipe = recipes.read({}, values=common | given, overrides=overrides or [])
-    if not (recipe.budget or recipe.latency):
+    if recipe.makes_zeros and not recipe.sparsity:
+        raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
+    if not (recipe.makes_zeros or recipe.budget or recipe.latency):
         raise UsageError("prune needs a size or a speed to reach; add --params 80% or --latency 0.7x")
     if latency_of is not None and not recipe.latency:
         raise UsageError(f"--latency-of {latency_of} has no effect without --latency; add --latency 0.7x, or leave it out")
@@ -106,6 +118,10 @@ def prune(
     if "vocabulary_after" in figures:
         before, after = figures["vocabulary_before"], figures["vocabulary_after"]
         tokens = [["tokens", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]]
+    zeros = []
+    if "nonzero_after" in figures:
+        before, after = figures["nonzero_before"], figures["nonzero_after"]
+        zeros = [["not zero", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]]
     print_table(
         ["", "before", "after", "kept"],
         [
@@ -117,6 +133,7 @@ def prune(
                 f"{kept_in_layers:.1%}",
             ],
             *tokens,
+            *zeros,
         ],
     )
     if "reached" in (timing := figures.get("latency") or {}):

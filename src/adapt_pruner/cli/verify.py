@@ -14,7 +14,13 @@ def verify(
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="The checkpoint that was exported: folder, .gguf file, hub id or packaged model.")
     ],
-    artefact: Annotated[Path, typer.Argument(metavar="ARTEFACT", help="What `export` wrote: a .gguf file or a folder.")],
+    artefact: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[ARTEFACT]",
+            help="What `export` wrote: a .gguf file or a folder. Without it the zeros of a sparse DIR are verified.",
+        ),
+    ] = None,
     text: Annotated[str, typer.Option(metavar="SPEC", help="Text to compare on: file, folder, glob, hub:NAME, …")] = (
         "python-docs:heldout"
     ),
@@ -25,7 +31,7 @@ def verify(
 ) -> None:
     """Check that ARTEFACT, in its own engine, computes what DIR computes in torch.
 
-    The exit status is 1 if a difference exceeds its tolerance. A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX
+    The exit status is 1 if a difference exceeds its tolerance, or if DIR is sparse and has other zeros than its mask over weights promises. A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX
     Runtime. Any other folder runs in stock transformers, in a process without adapt-pruner.
 
     Examples:
@@ -33,6 +39,8 @@ def verify(
         adapt-pruner verify small small.gguf
 
         adapt-pruner verify small small-plain --text wiki.test.txt --json
+
+        adapt-pruner verify small-2-4
     """
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.screen import quiet_libraries, screen
@@ -42,7 +50,20 @@ def verify(
     from adapt_pruner.data.windows import held_out_windows
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.export.verify import verify as compare
+    from adapt_pruner.export.verify import zeros_of
 
+    if artefact is None:
+        quiet_libraries()
+        zeros = zeros_of(load(model, trust_remote_code=trust_remote_code))
+        if zeros is None:
+            raise UsageError(
+                f"{model} has no mask over weights, so there is nothing to verify without an artefact; name what `export` wrote"
+            )
+        print(to_json({"model": model, "sparsity": zeros, "passed": not zeros["failures"]})) if as_json else _print_zeros(
+            model, zeros
+        )
+        _check_zeros(model, zeros)
+        return
     if text == SELF:
         raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
     lines = [line for document in documents(text) for line in document.splitlines() if line.strip()]
@@ -65,12 +86,41 @@ def verify(
             trust_remote_code=trust_remote_code,
             on_window=told,
         )
+    zeros = zeros_of(loaded)
+    figures |= {} if zeros is None else {"sparsity": zeros, "passed": figures["passed"] and not zeros["failures"]}
     if as_json:
         print(to_json(figures))
     else:
         _print(figures)
+        if zeros is not None:
+            _print_zeros(model, zeros)
+    _check_zeros(model, zeros)
     if not figures["passed"]:
         raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}")
+
+
+def _check_zeros(model: str, zeros: dict[str, Any] | None) -> None:
+    from adapt_pruner.errors import RunError
+
+    if zeros is not None and (failures := zeros["failures"]):
+        more = f", and {len(failures) - 1} other layers" if len(failures) > 1 else ""
+        raise RunError(f"{model} does not have the zeros that its mask over weights promises: {failures[0]}{more}; make it again")
+
+
+def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
+    if zeros["failures"]:
+        return
+    held = {
+        True: "each masked weight is zero; a cut has broken the pattern",
+        False: f"each has at least the share of zeros that {zeros['pattern']} promises",
+    }[zeros["pattern"] is None]
+    if ":" in (zeros["pattern"] or ""):
+        n, m = zeros["pattern"].split(":")
+        held = f"in each, every group of {m} inputs has at most {n} weights that are not zero"
+    print(
+        f"{model}: {zeros['zeros']:,} of {zeros['weights']:,} weights in {zeros['layers']} linear layers are zero "
+        f"({zeros['zeros'] / zeros['weights']:.2%}); {held}"
+    )
 
 
 def _chat(tokenizer: Any) -> list[str]:

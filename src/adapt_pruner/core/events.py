@@ -180,6 +180,7 @@ class Start(Event):
         target: parameters to reach.
         decoder: of `params`, those in the decoder layers.
         decoder_target: those of `target`, where the decoder alone gives them up.
+        sparsity: share of the weights that become zero, or their pattern; None where units go instead.
         now: parameters at this moment.
         dense: whether nothing had gone before the run.
         calibration_tokens: still to be read for scoring.
@@ -202,6 +203,7 @@ class Start(Event):
     target: Count | None = None
     decoder: Count | None = None
     decoder_target: Count | None = None
+    sparsity: str | None = None
     now: Count | None = None
     dense: bool | None = None
     calibration_tokens: Count = 0
@@ -233,6 +235,8 @@ class Start(Event):
         if self.decoder and self.decoder_target is not None:
             share += f" and {self.decoder_target / self.decoder:.0%} of the decoder's"
         text = f"pruning to {millions(self.target)} parameters{share}, by {self.method}"
+        if self.sparsity:
+            text = f"making weights of {millions(self.target)} parameters zero ({self.sparsity}) by {self.method}"
         if self.text:
             text += f", calibrated on {self.text}"
             if self.text == _EVERYWHERE:
@@ -325,6 +329,7 @@ class Cut(Event):
         layers_left: as in `Start`, after the cut.
         scores: kind of axis -> counts of entries by score over the cut line.
         read: calibration tokens so far.
+        zeros: weights that are masked; None where none is.
     """
 
     event: Literal["cut"] = "cut"
@@ -339,10 +344,13 @@ class Cut(Event):
     layers_left: list[Count] | None = None
     scores: dict[str, Split] | None = None
     read: Count | None = None
+    zeros: Count | None = None
 
     def line(self, begun: str = "dense") -> str:
         if self.target is None:
             return ""
+        if self.zeros is not None and self.params == self.target:
+            return f"stage {self.stage}: {self.zeros:,} of {self.params:,} parameters are zero"
         loss = "" if self.loss is None or not math.isfinite(self.loss) else f", calibration loss {self.loss:.3f}"
         return f"stage {self.stage}, iteration {self.iteration}: {self.params:,} parameters (target {self.target:,}){loss}"
 

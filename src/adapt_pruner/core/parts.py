@@ -16,7 +16,7 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
 
     Args:
         keys: of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`, `feed`,
-            `task`; `proposal` of `reduce: search`.
+            `task`; `proposal` of `reduce: search`; `solver` of `reduce: sparse`.
         needs: what the part cannot do without. A recipe that lacks it is refused or given it before any work is done:
 
             distance   scores of whole layers, so the recipe names a distance (choosers)
@@ -26,6 +26,9 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
             teacher    a second model, handed in as `teacher` (objectives)
             text       calibration text (metrics, reductions)
             chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without it goes by none of them
+            sparsity   the recipe's sparsity in the place of a budget (reductions)
+            gram       sums of products of a layer's inputs (solvers)
+            dense      those of the dense model beside those of the sparse one (solvers)
             one stage  a run of one stage, since it cannot go on from its own result (reductions)
     """
     return lambda function: function

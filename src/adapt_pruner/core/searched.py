@@ -1,4 +1,4 @@
-"""Events of what looks for something on its way: a search for what to cut, and a feed that moves the shares of its texts."""
+"""Events of what takes long on its way: a search for what to cut, zeros made layer by layer, a feed that moves the shares of its texts."""
 
 from typing import Literal
 
@@ -6,16 +6,31 @@ from pydantic import Field
 
 from adapt_pruner.core.events import Count, Event
 
-__all__ = ["Mixed", "Searched"]
+__all__ = ["Masked", "Mixed", "Searched", "Within"]
 
 
-class Searched(Event):
-    """A round of a search for what to cut is done.
+class Within(Event):
+    """A reduction is on its way to its next change; the run may write a checkpoint here.
 
     Attributes:
         stage: counted from 1.
-        done: rounds so far in this search.
-        of: rounds of this search.
+        done: rounds, layers or steps so far.
+        of: those of the whole.
+    """
+
+    stage: Count | None = None
+    done: Count
+    of: Count
+
+    @property
+    def often(self) -> bool:
+        return True
+
+
+class Searched(Within):
+    """A round of a search for what to cut is done.
+
+    Attributes:
         evaluations: times that a candidate's loss was measured, so far.
         best: lowest loss of a candidate of this round, in nats per prediction.
         mean: mean over the candidates of this round.
@@ -23,17 +38,10 @@ class Searched(Event):
     """
 
     event: Literal["searched"] = "searched"
-    stage: Count | None = None
-    done: Count
-    of: Count
     evaluations: Count = 0
     best: float | None = None
     mean: float | None = None
     sizes: dict[str, float] | None = None
-
-    @property
-    def often(self) -> bool:
-        return True
 
     def line(self, begun: str = "dense") -> str:
         if self.best is None or self.mean is None:
@@ -42,6 +50,32 @@ class Searched(Event):
 
     def figures(self) -> dict[str, float]:
         return self._those("best", "mean")
+
+
+class Masked(Within):
+    """Weights have become zero: those of further decoder layers, or as masks that are learnt say now.
+
+    Attributes:
+        unit: what `done` counts, `layer` or `step`.
+        zeros: weights that are masked now.
+        error: ‖W' Z - W X‖² / ‖W X‖², the mean over the linear layers of the decoder layer; None where it was not worked out.
+        flipped: share of the masks that differs from those before.
+    """
+
+    event: Literal["masked"] = "masked"
+    unit: str = "layer"
+    zeros: Count
+    error: float | None = None
+    flipped: float | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        text = f"stage {self.stage}: {self.unit} {self.done} of {self.of}, {self.zeros:,} weights are zero"
+        if self.error is not None:
+            text += f", {self.error:.1%} of the layers' output missed"
+        return text if self.flipped is None else f"{text}, {self.flipped:.2%} of the masks changed"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("error", "flipped")
 
 
 class Mixed(Event):

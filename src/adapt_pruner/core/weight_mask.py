@@ -21,7 +21,7 @@ from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.pattern import Pattern
 
-__all__ = ["WeightMask", "count_nonzero", "largest", "linear_layers", "oriented", "packed", "unpacked"]
+__all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers", "oriented", "packed", "unpacked"]
 
 
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
@@ -100,11 +100,15 @@ class WeightMask:
                 raise ValueError(f"the mask over {name} is {tuple(keep.shape)}, the weight is {tuple(shape)}")
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """Make the masked weights of `model` zero, in place."""
+    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> None:
+        """Make the masked weights of `model` zero, in place, and with them their moments, which would move them again."""
         for name, keep in self.kept.items():
-            weight = oriented(model.get_submodule(name))
-            weight.masked_fill_(~keep.to(weight.device), 0)
+            module: Any = model.get_submodule(name)
+            gone = ~(keep if isinstance(module, nn.Linear) else keep.t()).to(module.weight.device)
+            module.weight.masked_fill_(gone, 0)
+            for value in optimizer.state.get(module.weight, {}).values() if optimizer is not None else ():
+                if isinstance(value, Tensor) and value.shape == gone.shape:
+                    value.masked_fill_(gone, 0)
 
     def unmasked(self, model: nn.Module) -> list[str]:
         """The layers in which a masked weight is not zero."""
@@ -187,6 +191,11 @@ def _not_zero(weight: Tensor, keep: Tensor) -> bool:
 def count_nonzero(module: nn.Module) -> int:
     """Parameters of a module that are not zero; one that is shared counts once. None are on the meta device."""
     return sum(int(torch.count_nonzero(parameter)) for parameter in module.parameters() if not parameter.is_meta)
+
+
+def has_zeros(params: int, nonzero: int) -> bool:
+    """Whether a model has so many zeros that people are told of them: more than 1 % of its parameters. Padding alone has fewer."""
+    return nonzero < 0.99 * params
 
 
 def packed(keep: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from adapt_pruner import families
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.weight_mask import count_nonzero
 
 __all__ = ["anatomy", "decoder_parameters"]
 
@@ -33,7 +34,8 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
 
     Returns:
         `params`, `decoder_params`, `share_of_dense` (None where not known) and `layers`, one dict a layer with `layer`
-        (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `share_of_dense`.
+        (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `nonzero`,
+        `share_of_dense`. `nonzero` counts the parameters that are not zero, of each layer and of the model.
         Where its attention or MLP is gone, those sizes are 0, and its share is None: the mask does not tell how large it was.
     """
     axes = families.axes(model)
@@ -49,6 +51,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         )
         layers.append({
             "layer": i, "dense_layer": stayed[i], "heads": heads, "kv_heads": kv_heads, "neurons": neurons, "params": params,
+            "nonzero": count_nonzero(stack[i]),
             "share_of_dense": None
             if mask is None or families.is_sliced(model.config) or not (heads and neurons)
             else params / _dense_parameters(stack[i], f"{depth.gate.module}.{i}.", axes, mask, stayed[i]),
@@ -57,6 +60,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     return {
         "params": params,
         "decoder_params": decoder,
+        "nonzero": count_nonzero(model),
         "share_of_dense": dense_params and params / dense_params,
         "layers": layers,
     }

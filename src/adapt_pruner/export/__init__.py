@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # a form that is not known is said before torch is loaded
 
 __all__ = ["Form", "check_form", "export", "form_of", "forms"]
 
+_MOVES_ZERO = ("q5_k_m", "q5_k_s", "q5_1", "q4_k_m", "q4_k_s", "q4_1", "q2_k")
+"""Types of GGUF that store a block as minimum and steps, among which zero need not be."""
+
 
 class Form(Protocol):
     """What the file of a form has; the head of this file says of each name what it is."""
@@ -73,7 +76,18 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad
     check_form(to, quant=quant, pad=pad)
     write: Any = form_of(to).write
     notes: list[str] = write(loaded, path, quant=quant, **({} if pad is None else {"pad": pad}))
-    return notes
+    return [*notes, *_of_zeros(loaded, to, quant)]
+
+
+def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
+    """What becomes of the zeros of a sparse model."""
+    if loaded.weight_mask is None:
+        return
+    pattern = "" if loaded.weight_mask.pattern is None else f"{loaded.weight_mask.pattern} "
+    note = f"the {pattern}zeros of {loaded.source} are stored as numbers here, and what reads a {to} export multiplies by them: it is no smaller and no faster for them"
+    if quant is not None and quant.lower() in _MOVES_ZERO:
+        note += f"; {quant} has a minimum of its own in each block, so that most of them are not zero any more"
+    yield note
 
 
 def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:

@@ -5,6 +5,8 @@ agreement    share of positions at which both have the same token on top
 perplexity   of the same windows of text, on both sides
 greedy       tokens each writes after the same prompt
 encoding     share of pieces of text of which both make the same token ids
+
+Of a model with a mask over weights it also proves that every linear layer has the zeros that the mask's pattern promises.
 """
 
 import itertools
@@ -21,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.core.weight_mask import linear_layers, oriented
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import form_of, forms, plain
 from adapt_pruner.export.engines import Engine, torch_engine
 
-__all__ = ["TOLERANCES", "Tolerance", "opened", "verify"]
+__all__ = ["TOLERANCES", "Tolerance", "opened", "verify", "zeros_of"]
 
 _PROMPT, _WRITTEN = 16, 32  # tokens of the prompts and of what follows them
 _PROMPTS = 4
@@ -109,6 +112,27 @@ def verify(
             "model": loaded.source, "artefact": str(artefact), "engine": other.name, "stored": other.stored, **figures,
             "tolerance": asdict(tolerance), "passed": not failures, "failures": failures,
         }  # fmt: skip
+
+
+def zeros_of(loaded: Loaded) -> dict[str, Any] | None:
+    """Whether the weights have the zeros that the model's mask over weights promises; None of a model without such a mask.
+
+    Returns:
+        `pattern` (None where a cut has broken it), `layers` that are masked, `zeros` that they have, `weights` of theirs in all, and in
+        `failures` a sentence for each layer that does not hold what is promised.
+    """
+    mask, model = loaded.weight_mask, loaded.model
+    if mask is None:
+        return None
+    filled = [f"{name} has weights that are not zero where the mask says so" for name in mask.unmasked(model)]
+    masked = [oriented(module) for name, module in linear_layers(model).items() if name in mask.kept]
+    return {
+        "pattern": None if mask.pattern is None else str(mask.pattern),
+        "layers": len(masked),
+        "zeros": sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in masked),
+        "weights": sum(weight.numel() for weight in masked),
+        "failures": [*filled, *mask.broken(model)],
+    }
 
 
 def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> AbstractContextManager[Engine]:

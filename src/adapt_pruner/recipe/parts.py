@@ -33,6 +33,7 @@ FOLDERS = {
     "feed": "data",
     "task": "data",
     "proposal": "reduce",
+    "solver": "reduce",
 }
 """Recipe key -> the folder whose files hold such parts."""
 

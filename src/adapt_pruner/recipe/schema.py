@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner.core.budget import check_written, parse_count
+from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
@@ -70,6 +71,8 @@ Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Sparsity = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)) if value not in (None, "") else "")]
+"""A pattern of zeros as people write it; empty stands for none."""
 
 Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if value not in (None, "") else "")]
 """A budget as people write it; empty stands for no budget."""
@@ -243,6 +246,10 @@ class Recipe(_Frozen):
         description="weights at the start: those of the model, or random ones of its shape (with budget 100%, a model from scratch)",
     )
     budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
+    sparsity: Sparsity = Field(
+        "",
+        description="instead of budget, of methods that make zeros: the share of zeros in the linear layers, 50%, or a pattern, 2:4",
+    )
     latency: str = Field(
         "",
         description="instead of budget: time that the pruned model may take, as a share of the dense model's, like 0.7x; "
@@ -270,8 +277,9 @@ class Recipe(_Frozen):
     head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     repair: _optional_part("repair") = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
+    reduce: _part("reduce") = Field("units", description="how the model is brought down to a stage's budget: units or slice; or how its weights become zero: sparse")  # type: ignore[valid-type]
+    solver: _optional_part("solver") = Field(None, description="of reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
     # fmt: on
-    reduce: _part("reduce") = Field("units", description="how the model is brought down to a stage's budget: units or slice")  # type: ignore[valid-type]
     step: float = Field(
         0.02, ge=1e-4, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot"
     )
@@ -338,6 +346,7 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _fitting(self) -> "Recipe":
+        self._check_zeros()
         if self.latency:
             self._check_latency()
         if self.init == "random":
@@ -356,6 +365,23 @@ class Recipe(_Frozen):
                 "minutes out"
             )
         return self
+
+    def _check_zeros(self) -> None:
+        """Refuse a budget where weights become zero, and a pattern of zeros or a solver where none do."""
+        if not self.makes_zeros:
+            if self.sparsity:
+                raise ValueError(
+                    f"method {self.method!r} removes units and makes no zeros, so sparsity {self.sparsity!r} would be ignored; set method to one "
+                    "that makes zeros, such as wanda, and prune to a size in a command of its own"
+                )
+            if self.solver is not None:
+                raise ValueError(f"solver {self.solver!r} is of reduce=sparse, and reduce is {self.reduce!r}; leave solver out")
+            return
+        if asked := self.budget or self.latency:
+            raise ValueError(
+                f"method {self.method!r} makes weights zero and removes none, so it cannot reach {asked!r}; say how many become zero, "
+                "--sparsity 50% or --sparsity 2:4, and for both prune first, then make zeros in the result with a second command"
+            )
 
     def _check_chosen(self) -> None:
         """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
@@ -444,6 +470,11 @@ class Recipe(_Frozen):
         """The recipe as YAML that `read` takes back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    @property
+    def makes_zeros(self) -> bool:
+        """Whether weights become zero in the place of units that go."""
+        return "sparsity" in parts.needs("reduce", self.reduce)
+
     def ready(self) -> "Recipe":
         """This recipe, once it is known to name a model and a budget or a latency.
 
@@ -452,7 +483,12 @@ class Recipe(_Frozen):
         """
         if not self.model:
             raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
-        if not (self.budget or self.latency):
+        if self.makes_zeros:
+            if not self.sparsity:
+                raise UsageError(
+                    f"method {self.method!r} makes weights zero and the recipe does not say how many; add --set sparsity=50%, or --set sparsity=2:4"
+                )
+        elif not (self.budget or self.latency):
             raise UsageError("the recipe names no budget; add it, for example --set budget=80%, or a latency like 0.7x")
         return self
 

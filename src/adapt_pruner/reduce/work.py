@@ -21,8 +21,9 @@ from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.memory import give_back
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.searched import Within
 from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.data.feed import Feed
 from adapt_pruner.data.task import TextTask
 from adapt_pruner.evaluate.task_sources import Wanted
@@ -238,11 +239,11 @@ class Reduction:
         """What this reduction reads."""
         return Looks()
 
-    def steps(self, work: "Work", target: int) -> Iterator[Change | Searched]:
+    def steps(self, work: "Work", target: int) -> Iterator[Change | Within]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
 
-        A reduction that searches for long yields `Searched` now and then: nothing has changed but its state, the run says how far
-        the search is, and may write a checkpoint.
+        A reduction that takes long yields a `Within` now and then: `Searched`, where nothing has changed but its state, or `Masked`, where
+        weights have changed, too. The run says how far it is, and may write a checkpoint.
 
         Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model
         after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the
@@ -277,6 +278,7 @@ class Work:
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
         dense: parameters of the model at the start, before its vocabulary was cut.
         started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
+        weight_mask: which single weights stay, where others are zero; None of a model without such zeros.
         training: training up to row `until`, step by step (see `run.training.Trainer.told`), for a reduction that cuts between
             steps; None where there is no run.
         task: what the model learns, as the recipe names it.
@@ -294,6 +296,7 @@ class Work:
     dense: int = 0
     started: float = field(default_factory=time.perf_counter)
     training: Callable[..., Iterator[Step]] | None = None
+    weight_mask: WeightMask | None = None
     _axes: tuple[Axis, ...] | None = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
@@ -301,6 +304,7 @@ class Work:
         self._earlier = sum(self.state.spent.values())
         self.reduction: Reduction = parts.bind("reduce", self.recipe.reduce)()
         self.task: TextTask = parts.bind("task", self.recipe.task)()
+        self.weight_mask = self.weight_mask or self.loaded.weight_mask
 
     @classmethod
     def of(cls, model: Any, recipe: Recipe) -> "Work":
@@ -390,7 +394,16 @@ class Work:
 
     def shrink(self, mask: Mask) -> None:
         """Cut the model, in place, and with it the optimiser, the mask of the run and the axes."""
-        cut(self.model, self.axes, mask, optimizer=self.optimizer)
+        if self.weight_mask is None:
+            cut(self.model, self.axes, mask, optimizer=self.optimizer)
+        else:
+            pattern = self.weight_mask.pattern
+            self.weight_mask = self.weight_mask.cut(self.model, self.axes, mask, optimizer=self.optimizer)
+            if pattern and not self.weight_mask.pattern:
+                self.warn(
+                    f"the cut leaves the zeros where they are, and what is left is {pattern} no more; make zeros in the result of a cut, not "
+                    "before it, where an engine goes by the pattern"
+                )
         self._axes = None
         self.state.mask = self.state.mask.then(mask, self.axes)
 

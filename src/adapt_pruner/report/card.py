@@ -139,7 +139,8 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         raise ValueError("dense_params")
     recipe, figures = pruning["recipe"], pruning["figures"]
     base = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name})
-    title = f"{base['name'].rpartition('/')[2]} pruned to {_count(figures['params_after'])}"
+    how = f"with {recipe['sparsity']} zeros" if recipe.get("sparsity") else f"pruned to {_count(figures['params_after'])}"
+    title = f"{base['name'].rpartition('/')[2]} {how}"
     sections = [
         f"# {_plain(title)}",
         _summary(config, pruning, base, form=exported and exported[0]),
@@ -229,8 +230,17 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         f"| base model | {named}, {dense:,} parameters |",
         f"| method | {_code(recipe['method'])}: {row.get('about', 'a row of parts that this version does not have')} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
-        f"| budget | {_plain(_asked(recipe))}, that is at most {figures['budget']:,} parameters |",
+        f"| budget | {_plain(_asked(recipe))} |"
+        if recipe.get("sparsity")
+        else f"| budget | {_plain(_asked(recipe))}, that is at most {figures['budget']:,} parameters |",
         f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of the base model's |",
+        *(
+            [
+                f"| not zero | {figures['nonzero_after']:,} parameters, {figures['nonzero_after'] / figures['params_after']:.1%} of those stored |"
+            ]
+            if figures.get("nonzero_after")
+            else []
+        ),
         *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
         f"| weights | {_plain(config.get('dtype') or config.get('torch_dtype'))} |",
         f"| licence | {_license(base)} |",
@@ -373,13 +383,19 @@ def _command(recipe: Mapping[str, Any]) -> str | None:
     """The `prune` command that makes the same model; None where it trains, or the recipe is not one of this version."""
     try:
         asked = read(dict(recipe))
-        common = {key: getattr(asked, key) for key in ("method", "model", "budget", "latency", "latency_of", "seed")}
+        common = {key: getattr(asked, key) for key in ("method", "model", "budget", "sparsity", "latency", "latency_of", "seed")}
         changed = differing(read(common), asked)
     except UsageError:
         return None
     if asked.training.tokens or asked.stages > 1 or asked.evaluation.source is not None:
         return None
-    target = ["--params", asked.budget] if asked.budget else ["--latency", asked.latency, "--latency-of", asked.latency_of]
+    said = {"--params": asked.budget, "--sparsity": asked.sparsity}
+    target = [word for option, value in said.items() if value for word in (option, value)] or [
+        "--latency",
+        asked.latency,
+        "--latency-of",
+        asked.latency_of,
+    ]
     words = ["adapt-pruner", "prune", asked.model, "-o", "small", *target, "--method", asked.method]
     words += ["--seed", str(asked.seed)] if asked.seed else []
     for key in changed:
@@ -397,6 +413,15 @@ def _asked(recipe: Mapping[str, Any]) -> str:
     """How small the model was to be, in the words of the recipe."""
     if recipe["budget"]:
         return str(recipe["budget"])
+    if recipe.get("sparsity"):
+        return (
+            f"{recipe['sparsity']} of the weights of the linear layers in decoder layers zero"
+            if "%" in recipe["sparsity"]
+            else (
+                f"at most {recipe['sparsity'].partition(':')[0]} of every {recipe['sparsity'].partition(':')[2]} weights of the linear layers in "
+                "decoder layers not zero"
+            )
+        )
     work = {"prefill": "reading a prompt", "decode": "writing"}[recipe["latency_of"]]
     return f"{recipe['latency']} the base model's time of {work} on the machine it was made on"
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.checkpoint.bits import BITS
 from adapt_pruner.checkpoint.foreign import shards_in
 from adapt_pruner.core.files import check_regular, files_in
 from adapt_pruner.core.provenance import installed
@@ -15,7 +16,7 @@ __all__ = ["Parcel", "parcel", "push"]
 
 _WRITTEN = {
     "README.md", "config.json", "generation_config.json", "mask.json", "model.safetensors", "model.safetensors.index.json",
-    "modeling_pruned.py", "modeling_sliced.py", "pruning.json",
+    "modeling_pruned.py", "modeling_sliced.py", "pruning.json", BITS,
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip

@@ -175,7 +175,16 @@ def _lead(figures: Figures, before: float | None, now: float | None) -> str:
         cuts = len(figures.cuts)
         stages = len({cut.stage for cut in figures.cuts})
         many = f"{cuts} iteration{'s' * (cuts > 1)}" + (f" in {stages} stages" if stages > 1 else "")
-        said.append(f"{escaped(figures.method)} removed {1 - now / before:.1%} of the parameters{f' in {many}' if cuts else ''}")
+        zeros = next((row for row in figures.rows if row.name == "not zero"), None)
+        done = f"removed {1 - now / before:.1%} of the parameters"
+        if zeros is not None and now == before:
+            done = (
+                f"made {1 - zeros.now / zeros.before:.1%} of the parameters zero"
+                if zeros.now and zeros.before
+                else "makes parameters zero"
+            )
+            many = ""
+        said.append(f"{escaped(figures.method)} {done}{f' in {many}' if cuts and many else ''}")
         if figures.tokens.get("train"):
             said[-1] += f", with training on {compact(figures.tokens['train'])} tokens"
     row = next((row for row in figures.rows if row.name == "perplexity"), None)

@@ -24,7 +24,8 @@ from adapt_pruner.core.events import Cut, Finished, Interrupted, Resumed, Saved,
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.searched import Within
+from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -50,6 +51,8 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
     state, recipe = work.state, work.recipe
     if "params_before" not in state.figures:
         state.figures |= {"params_before": work.budget.total, "decoder_params_before": decoder_parameters(work.model)}
+        if recipe.makes_zeros or work.weight_mask is not None:
+            state.figures["nonzero_before"] = count_nonzero(work.model)
         measure_text(work, stage=0)
         measure_tasks(work, stage=0)
     for stage in work.stages[state.stage - 1 :]:
@@ -83,6 +86,8 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         "method": recipe.method,
         "seed": recipe.seed,
     }
+    if work.weight_mask is not None:
+        state.figures["nonzero_after"] = count_nonzero(work.model)
     return Outcome(work.loaded, state.mask, state.figures, state.history)
 
 
@@ -92,7 +97,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
     trainer.before_cuts()
     work.begin_stage()
     for change in work.reduction.steps(work, stage.params):
-        if isinstance(change, Searched):
+        if isinstance(change, Within):
             work.tell(change)
             trainer.save_if_due(f"stage-{stage.stage}-cut-{work.iteration - 1}-search-{change.done}")
             continue
@@ -248,6 +253,7 @@ def _resumed(
             mask=results.whole_mask(work),
             pruning=results.facts(work),
             state=facts,
+            weight_mask=work.weight_mask,
         )
         work.tell(Saved(path=str(target), stage=work.state.stage))
         folder.tidy(keep=recipe.keep_checkpoints)
@@ -332,6 +338,7 @@ def _tell_start(work: Work) -> None:
     work.tell(Start(
         method=recipe.method, text=", ".join(domains(source)) if reads_text(work) else None, decoder=decoder,
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
+        sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
         training_tokens=0 if feed is None else feed.num_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,

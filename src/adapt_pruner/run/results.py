@@ -118,6 +118,7 @@ def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
         mask=whole_mask(work),
         pruning=facts(work) | {"base": origin(work.recipe.model)},
         dtype=work.loaded.dtype,
+        weight_mask=work.weight_mask,
         beside=beside,
     )
     if interrupted:

@@ -58,6 +58,13 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
     listen(events.Loaded(model=recipe.model, params=dense).told())
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
+    if (zeros := loaded.weight_mask) is not None:
+        if unmasked := zeros.unmasked(loaded.model):
+            raise RunError(
+                f"the mask over weights of {recipe.model} is not of these weights: {unmasked[0]} is not zero where it says so; remove its "
+                "folder sparsity/ to begin with the weights as they are"
+            )
+        state.figures["sparsity_before"] = "" if zeros.pattern is None else str(zeros.pattern)
     if "vocabulary" in mask:
         state.figures |= {
             "vocabulary_before": mask["vocabulary"].numel(),
@@ -119,6 +126,9 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     """
     recipe, figures = work.recipe, work.state.figures
     work.reduction.check(work)
+    _check_zeros(work)
+    if recipe.makes_zeros:
+        return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
     keep = latency.kept(recipe, figures)
     decoder = figures.get("decoder_params_before") or decoder_parameters(work.model)
     start = figures.get("params_after_vocabulary", work.dense)
@@ -133,6 +143,29 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
         floor, when = work.reduction.floor(work)
         budget.check_reachable(floor, when=when)
     return _stages(work, start=start, end=min(start, budget.keep)), budget
+
+
+def _check_zeros(work: Work) -> None:
+    """Refuse what would fill the zeros of a model that has some.
+
+    Raises:
+        UsageError: the recipe asks for it.
+    """
+    recipe, asked = work.recipe, work.recipe.training
+    if not (recipe.makes_zeros or "sparsity_before" in work.state.figures):
+        return
+    trains = asked.source is not None
+    filling = {
+        "repair": (recipe.repair is not None, "set repair=null"),
+        "reduce=slice": (recipe.reduce.startswith("slice"), "prune the model that it was made from"),
+        "reduce=hard_concrete": (recipe.reduce.startswith("hard_concrete"), "prune the model that it was made from"),
+        "reduce=between_steps": (recipe.reduce.startswith("between_steps"), "prune the model that it was made from"),
+        "training.lora": (trains and asked.lora is not None, "set training.lora=null, which trains the weights that stay"),
+        "parallel=fsdp": (trains and recipe.parallel == "fsdp", "set parallel=ddp"),
+    }
+    for key, (given, remedy) in filling.items():
+        if given:
+            raise UsageError(f"{key} would fill the zeros of a sparse model, or cannot hold them; {remedy}")
 
 
 def _stages(work: Work, *, start: int, end: int) -> list[Stage]:

@@ -34,7 +34,10 @@ Save = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 class Trainer:
-    """Trains the model of a run between its cuts and saves checkpoints; trains nothing if the recipe has no training."""
+    """Trains the model of a run between its cuts and saves checkpoints; trains nothing if the recipe has no training.
+
+    Weights that are masked (`Work.weight_mask`) stay zero, but while a reduction still learns which these are.
+    """
 
     def __init__(self, work: Work, *, save: Save | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Start where the run stands.
@@ -194,6 +197,8 @@ class Trainer:
             model: Any = work.model
             if work.recipe.parallel == "fsdp":
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
+            if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):
+                stack.enter_context(work.weight_mask.held(model))
             how = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile, "liger": asked.liger}
             stack.enter_context(kernels(model, **how))
             self._working = (model, optimizer)

@@ -1,0 +1,60 @@
+"""The file of a mask over weights, in a folder beside the model: `sparsity/weight_mask.safetensors`.
+
+NAME       a linear layer's mask as bits, uint8 (see `core.weight_mask.packed`)
+metadata   `format`, `pattern` ("2:4", "50%", or "" where a cut has broken it) and `shapes`, JSON: NAME -> [outputs, inputs]
+
+It lies in a folder of its own since vLLM and SGLang read every `*.safetensors` file beside config.json as weights.
+"""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adapt_pruner.core.files import check_regular
+from adapt_pruner.core.pattern import Pattern
+from adapt_pruner.core.strict_json import of_json, to_json
+from adapt_pruner.core.weight_mask import WeightMask, packed, unpacked
+from adapt_pruner.errors import RunError, UsageError, first_line
+
+__all__ = ["BITS", "read_bits", "write_bits"]
+
+BITS = "sparsity/weight_mask.safetensors"
+"""Where the file lies in a model folder."""
+
+
+def write_bits(mask: WeightMask, folder: Path) -> None:
+    """Write a mask into a model folder that is being made."""
+    path = folder / BITS
+    path.parent.mkdir()
+    shapes = {name: list(keep.shape) for name, keep in mask.kept.items()}
+    about = {"format": "1", "pattern": "" if mask.pattern is None else str(mask.pattern), "shapes": to_json(shapes)}
+    save_file({name: packed(keep) for name, keep in mask.kept.items()}, path, metadata=about)
+
+
+def read_bits(folder: Path, name: str) -> WeightMask | None:
+    """The mask of a model folder; None where it has none.
+
+    Args:
+        folder: of the model.
+        name: what the user calls it.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / BITS
+    check_regular(path, most=None)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != "1":
+                raise ValueError(f"format {about.get('format')!r} is not known to this version; known: 1")
+            shapes = of_json(about["shapes"])
+            kept = {layer: unpacked(file.get_tensor(layer), shape) for layer, shape in shapes.items()}
+        return WeightMask(kept, Pattern.parse(about["pattern"]) if about["pattern"] else None)
+    except (SafetensorError, UsageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{BITS} of {name} is damaged ({first_line(error)}); remove it to load the model as one whose zeros are ordinary weights"
+        ) from error

@@ -1,0 +1,132 @@
+"""FISTAPruner's solver: each linear layer is a convex problem, whose solution is rounded to the pattern.
+
+    min over W'   1/2 ‖W' Z - W X‖² + λ ‖W'‖₁
+
+FISTA solves it for a λ; the share of the error that rounding adds says whether the next λ is higher or lower.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.core.parts import part
+from adapt_pruner.core.pattern import Pattern
+from adapt_pruner.core.weight_mask import largest
+from adapt_pruner.recipe import parts
+from adapt_pruner.reduce.solvers import Inputs
+
+__all__ = ["fista", "iterated", "lipschitz"]
+
+_LOWEST = 1e-6  # λ that is looked at, as a share of the one at which nothing is left
+
+
+@part("solver", needs={"text", "gram", "dense"})
+def fista(
+    weight: Tensor,
+    pattern: Pattern,
+    inputs: Inputs,
+    *,
+    warm_start: str = "wanda",
+    correction: bool = True,
+    rounds: Annotated[int, "1 or more"] = 12,
+    steps: Annotated[int, "1 or more"] = 20,
+    tolerance: Annotated[float, "0 or more"] = 1e-4,
+    rounding: Annotated[float, "0 to 1"] = 0.3,
+) -> tuple[Tensor, Tensor]:
+    """1/2 ‖W' Z - W X‖² + λ ‖W'‖₁ is minimised by FISTA and rounded to the pattern, for a λ found by bisection (FISTAPruner).
+
+    A round takes up to `steps` of FISTA from the best weight so far, and rounds: of the matrix, or of each group, the largest |W'_ij| stay.
+    With E the error ‖round(W') Z - W X‖ after rounding and R = ‖(W' - round(W')) Z‖ what rounding changes, λ rises where R > `rounding` · E,
+    and falls elsewhere: bisection of log λ between 10⁻⁶ and 1 of max |W X Zᵀ|, above which nothing is left. The rounded weight with the least
+    error is taken, the warm start among them.
+
+    Args:
+        weight: float32 [outputs, inputs].
+        pattern: how many become zero.
+        inputs: of the layer.
+        warm_start: the solver whose result is the first weight: wanda, sparsegpt or magnitude.
+        correction: let each layer make up for what those before it in its decoder layer have changed; else Z is X.
+        rounds: values of λ.
+        steps: most steps of FISTA in a round.
+        tolerance: a round ends when a step changes the weight by less, as a share of its norm.
+        rounding: ξ.
+
+    Returns:
+        The new weight, and which of its entries stay, bool.
+
+    Source: FISTAPruner, arXiv:2408.03728; ξ = 0.3 and the warm start from Wanda are the paper's for LLaMA. There is no official code: the
+    bracket of λ, the numbers of rounds and steps and the tolerance are ours.
+    """
+    assert inputs.gram is not None
+    best, keep = parts.bind("solver", warm_start)(weight, pattern, inputs)
+    gram = inputs.gram
+    wanted = weight @ (gram if inputs.cross is None else inputs.cross)  # W X Zᵀ
+    whole = float(((weight @ (gram if inputs.dense is None else inputs.dense)) * weight).sum(dtype=torch.float64))
+
+    def error(solved: Tensor) -> float:
+        """‖W' Z - W X‖²."""
+        return max(0.0, float((solved * (solved @ gram - 2 * wanted)).sum(dtype=torch.float64)) + whole)
+
+    least, bound = error(best), lipschitz(gram)
+    high = float(wanted.abs().max())
+    if bound <= 0 or high <= 0 or least == 0:  # nothing enters the layer, or nothing is missed
+        return best, keep
+    low, high = math.log(high * _LOWEST), math.log(high)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        solved = iterated(best, gram, wanted, penalty=math.exp(middle), bound=bound, steps=steps, tolerance=tolerance)
+        stays = largest(solved.abs(), pattern)
+        rounded = solved * stays
+        missed, apart = error(rounded), solved - rounded
+        changed = max(0.0, float((apart * (apart @ gram)).sum(dtype=torch.float64)))
+        if missed < least:
+            best, keep, least = rounded, stays, missed
+        if changed > rounding**2 * missed:
+            low = middle
+        else:
+            high = middle
+    return best, keep
+
+
+def iterated(
+    start: Tensor, gram: Tensor, wanted: Tensor, *, penalty: float, bound: float, steps: int, tolerance: float
+) -> Tensor:
+    """FISTA: up to `steps` steps of 1 / L from `start`, with t' = (1 + √(1 + 4 t²)) / 2, on 1/2 ‖W' Z - W X‖² + λ ‖W'‖₁.
+
+    Args:
+        start: float32 [outputs, inputs].
+        gram: Z Zᵀ.
+        wanted: W X Zᵀ.
+        penalty: λ.
+        bound: L, at least the largest eigenvalue of `gram`.
+        steps: most steps.
+        tolerance: see `fista`.
+    """
+    now = ahead = start
+    t = 1.0
+    for _ in range(steps):
+        moved = ahead - (ahead @ gram - wanted) / bound
+        after = torch.nn.functional.softshrink(moved, penalty / bound)
+        t_after = (1 + math.sqrt(1 + 4 * t * t)) / 2
+        change = after - now
+        ahead = after + (t - 1) / t_after * change
+        now, t = after, t_after
+        if float(change.norm()) <= tolerance * float(now.norm()):
+            break
+    return now
+
+
+def lipschitz(gram: Tensor) -> float:
+    """The largest eigenvalue of a Gram matrix, by power iteration from its diagonal, and 1 % more to be on the safe side."""
+    vector = gram.diagonal().double() + 1e-30
+    matrix, largest_so_far = gram.double(), 0.0
+    for _ in range(200):
+        vector = vector / vector.norm()
+        vector = matrix @ vector
+        value = float(vector.norm())
+        if abs(value - largest_so_far) <= 1e-5 * value:
+            return 1.01 * value
+        largest_so_far = value
+    return 1.01 * largest_so_far

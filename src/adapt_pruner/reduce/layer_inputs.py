@@ -1,0 +1,274 @@
+"""What enters the linear layers of a model, decoder layer by decoder layer, while they are solved one after the other.
+
+    onward       a decoder layer is entered by what the layers before it give once they are sparse (Wanda, SparseGPT)
+    from_dense   every decoder layer is entered by what the dense model gives, so that they can be solved in any order (FISTAPruner)
+
+Both are generators that solve a decoder layer, change its weights in place, and yield. Of layers solved in an earlier session of the run only
+their number is needed: `onward` takes them from the first on, `from_dense` from the last on, so that those below are dense still.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.layerwise import Stream, decoder_layers, streams
+from adapt_pruner.core.precision import casting_once
+from adapt_pruner.core.task import Task
+from adapt_pruner.core.weight_mask import linear_layers, oriented
+from adapt_pruner.reduce.solvers import Inputs
+
+__all__ = ["Solved", "Walk", "from_dense", "onward"]
+
+Solve = Callable[[Tensor, Inputs | None], tuple[Tensor, Tensor]]
+"""(weight float32 [outputs, inputs], its inputs; None without text) -> the new weight, and which entries stay."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What came of one or several decoder layers.
+
+    Attributes:
+        kept: the masks of their linear layers, by name.
+        errors: ‖W' Z - W X‖² / ‖W X‖² of each, where it was worked out.
+        layers: decoder layers.
+    """
+
+    kept: dict[str, Tensor]
+    errors: list[float]
+    layers: int = 1
+
+
+@dataclass
+class Walk:
+    """What a walk works on.
+
+    Attributes:
+        model: causal LM; its weights change.
+        axes: its axes.
+        batches: calibration text, int64 [batch, length]; empty where no solver reads any.
+        solve: solves one linear layer.
+        gram: whether it needs Z Zᵀ.
+        done: decoder layers that were solved before.
+        task: what the model learns.
+        dtype: precision of the matrix products.
+    """
+
+    model: nn.Module
+    axes: Sequence[Axis]
+    batches: Sequence[Tensor]
+    solve: Solve
+    gram: bool
+    done: int
+    task: Task
+    dtype: str
+    layers: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = decoder_layers(self.model, self.axes)
+
+    def flows(self, batches: Sequence[Tensor]) -> list[Stream]:
+        """Batches as they enter the first layer."""
+        return streams(self.model, batches, axes=self.axes, task=self.task, dtype=self.dtype)
+
+    def through(self, flows: Sequence[Stream], index: int) -> None:
+        """Bring the text past a layer, in place."""
+        with casting_once(self.layers[index]):
+            for flow in flows:
+                flow.hidden = flow.through(self.layers[index], index)
+
+    def solved(self, name: str, module: Any, inputs: Inputs | None, kept: dict[str, Tensor], errors: list[float]) -> None:
+        """Solve a linear layer and change its weight, in place; `kept` and `errors` are added to."""
+        weight = oriented(module)
+        wide = weight.float()
+        after, keep = self.solve(wide, inputs)
+        if inputs is not None and (error := inputs.error(wide, after)) is not None:
+            errors.append(error)
+        weight.copy_(after.to(weight.dtype))
+        kept[name] = keep.cpu()
+
+
+@torch.no_grad()
+def onward(walk: Walk) -> Iterator[Solved]:
+    """Solve layer after layer, each on the outputs of the sparse ones before it; within a decoder layer inputs are those before it changes.
+
+    Several processes share the text.
+    """
+    flows = walk.flows(world.share(walk.batches))
+    for index in range(len(walk.layers)):
+        if index >= walk.done:
+            linear, kept, errors = linear_layers(walk.model, walk.axes, layer=index), dict[str, Tensor](), list[float]()
+            sums, owner = _Sums(linear, gram=walk.gram), {}
+            if walk.batches:
+                with casting_once(walk.layers[index]):
+                    for flow in flows:
+                        with _watching(linear, sums.add) as owner_now:
+                            flow.through(walk.layers[index], index)
+                        owner = owner_now
+                owner = world.agreed(owner)
+                sums.gather(sorted(set(owner.values())))
+            for name, module in linear.items():
+                walk.solved(name, module, sums.of(owner[name]) if walk.batches else None, kept, errors)
+            del sums
+        if walk.batches:
+            walk.through(flows, index)
+        if index >= walk.done:
+            yield Solved(kept, errors)
+
+
+@torch.no_grad()
+def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
+    """Solve layer after layer from the last to the first, each entered by what the dense model gives.
+
+    With `correction` the linear layers of a decoder layer are solved in the order in which they are called, and Z of a later one is what
+    the solved ones before it leave; those with the same input count as one. Several processes each solve a layer at a time, on the whole text.
+    """
+    flows, todo = walk.flows(walk.batches), len(walk.layers) - walk.done
+    every = max(1, round(math.sqrt(todo)))  # hidden states before so many layers are kept, and those between worked out again
+    entered: dict[int, list[Tensor]] = {}
+    for index in range(todo):
+        if index % every == 0:
+            entered[index] = [flow.hidden for flow in flows]
+        if index < (todo - 1) // every * every:
+            walk.through(flows, index)
+    for start in reversed(list(entered)):
+        its: dict[int, list[Tensor]] = {}
+        group = range(start, min(todo, start + every))
+        _put(flows, entered.pop(start))
+        for index in group:
+            its[index] = [flow.hidden for flow in flows]
+            if index < group[-1]:
+                walk.through(flows, index)
+        down = list(reversed(group))
+        for first in range(0, len(down), world.size()):
+            chunk = down[first : first + world.size()]
+            kept, errors = dict[str, Tensor](), list[float]()
+            if world.rank() < len(chunk):
+                mine = chunk[world.rank()]
+                _put(flows, its[mine])
+                _solve_layer(walk, mine, flows, kept, errors, correction=correction)
+            kept = _exchanged(walk, chunk, kept)
+            total = torch.tensor([sum(errors), float(len(errors))], dtype=torch.float64)
+            world.sum_in_place(total)
+            yield Solved(kept, [float(total[0] / total[1])], layers=len(chunk))
+
+
+def _put(flows: Sequence[Stream], hidden: Sequence[Tensor]) -> None:
+    for flow, entering in zip(flows, hidden, strict=True):
+        flow.hidden = entering
+
+
+def _solve_layer(
+    walk: Walk, index: int, flows: Sequence[Stream], kept: dict[str, Tensor], errors: list[float], *, correction: bool
+) -> None:
+    """Solve the linear layers of a decoder layer, in place, one group of those with the same input after the other."""
+    layer, linear = walk.layers[index], linear_layers(walk.model, walk.axes, layer=index)
+    dense = copy.deepcopy(layer)
+    by_path = dict(dense.named_modules())
+    paths = {id(module): path for path, module in layer.named_modules()}
+    twins = {name: by_path[paths[id(module)]] for name, module in linear.items()}
+    with _watching(linear, lambda name, values: None) as owner:
+        flows[0].through(layer, index)
+    for number, leader in enumerate(dict.fromkeys(owner.values())):
+        changed = correction and number > 0
+        sums = _Sums({leader: linear[leader]}, gram=walk.gram, cross=changed)
+        with casting_once(layer), casting_once(dense):
+            for flow in flows:
+                seen: dict[str, Tensor] = {}
+                with _watching({leader: twins[leader]}, seen.__setitem__):
+                    flow.through(dense, index)
+                before = seen[leader]
+                if changed:
+                    with _watching({leader: linear[leader]}, seen.__setitem__):
+                        flow.through(layer, index)
+                sums.add(leader, seen[leader], before)
+        for name in [name for name, its in owner.items() if its == leader]:
+            walk.solved(name, linear[name], sums.of(leader), kept, errors)
+
+
+def _exchanged(walk: Walk, chunk: Sequence[int], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of the layers that all processes have solved; their weights are copied to every process, in place."""
+    if world.size() == 1:
+        return dict(kept)
+    every: dict[str, Tensor] = {}
+    for number, index in enumerate(chunk):
+        for name, module in linear_layers(walk.model, walk.axes, layer=index).items():
+            weight = oriented(module)
+            keep = (
+                kept[name].to(weight.device, torch.int32)
+                if number == world.rank()
+                else torch.zeros_like(weight, dtype=torch.int32)
+            )
+            solved = weight.contiguous() if number == world.rank() else torch.zeros_like(weight)
+            world.sum_in_place(keep, solved)
+            weight.copy_(solved)
+            every[name] = keep.bool().cpu()
+    return every
+
+
+class _Sums:
+    """Sums over tokens of what enters linear layers, by the layer that enters first of those with the same input."""
+
+    def __init__(self, linear: Mapping[str, Any], *, gram: bool, cross: bool = False) -> None:
+        self._linear, self._gram, self._cross = linear, gram, cross
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, before: Tensor | None = None) -> None:
+        """Add the input of a layer, float32 [tokens, inputs]; `before` is that of the dense layer."""
+        squares, *grams = self._of(name)
+        squares += values.square().sum(dim=0, dtype=torch.float64)
+        pairs = [(values, values), (before, values), (before, before)]
+        for sums, (left, right) in zip(grams, pairs, strict=False):
+            assert left is not None
+            assert right is not None
+            sums.addmm_(left.t(), right)
+
+    def gather(self, names: Sequence[str]) -> None:
+        """Sum over all processes, in place, those of these names."""
+        world.sum_in_place(*(sums for name in names for sums in self._of(name)))
+
+    def of(self, name: str) -> Inputs:
+        """What a solver is told."""
+        return Inputs(*self._of(name))
+
+    def _of(self, name: str) -> list[Tensor]:
+        if name not in self._sums:
+            weight = oriented(self._linear[name])
+            inputs = weight.shape[1]
+            grams = (self._gram or self._cross) + 2 * self._cross
+            self._sums[name] = [
+                torch.zeros(inputs, dtype=torch.float64, device=weight.device),
+                *(torch.zeros(inputs, inputs, device=weight.device) for _ in range(grams)),
+            ]
+        return self._sums[name]
+
+
+@contextmanager
+def _watching(linear: Mapping[str, Any], add: Callable[[str, Tensor], None]) -> Iterator[dict[str, str]]:
+    """While it lasts, `add` is given what enters the linear layers, float32 [tokens, inputs], once for those that are given the same tensor.
+
+    Yields:
+        Name of each layer that was called -> the first that was called with its input; filled as they are.
+    """
+    owner: dict[str, str] = {}
+    last: list[Any] = [None, ""]
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0] is not last[0]:
+                last[:] = [args[0], name]
+                add(name, args[0].detach().float().flatten(0, -2))
+            owner[name] = last[1]
+
+        return hook
+
+    with attached(module.register_forward_pre_hook(watch(name)) for name, module in linear.items()):
+        yield owner

@@ -1,0 +1,133 @@
+"""`reduce: sparse`: single weights of the linear layers become zero, layer by layer, and the shapes stay as they are.
+
+    sparsity   how many weights become zero, and in which pattern (`core.pattern`)
+    solver     which they are, and what the others become (`reduce.solvers`, `reduce.fista`)
+
+The model's mask over weights (`Work.weight_mask`) grows by the linear layers of each decoder layer. A run may be stopped after any of these.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.core.parts import part
+from adapt_pruner.core.pattern import Pattern
+from adapt_pruner.core.searched import Masked, Within
+from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import parts
+from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
+from adapt_pruner.reduce.solvers import Inputs
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.score.calibrate import Evidence
+
+__all__ = ["Sparse", "check_dense", "check_pattern"]
+
+
+@part("reduce", needs={"sparsity", "one stage"})
+class Sparse(Reduction):
+    """Make single weights zero by the recipe's solver, a share of them or N of every M, and keep all shapes."""
+
+    def __init__(self) -> None:
+        self._done = 0
+
+    def check(self, work: Work) -> None:
+        """Refuse a model that has zeros or is sliced, a layer that the pattern does not fit, and a recipe without a solver."""
+        solver = work.recipe.solver
+        if solver is None:
+            known = ", ".join(parts.names("solver"))
+            raise UsageError(f"reduce sparse goes by a solver and the recipe names none; set solver to one of {known}")
+        warm = parts.bind("solver", solver).keywords.get("warm_start")
+        if warm is not None and "dense" in parts.needs("solver", warm):
+            raise UsageError(f"solver {solver} cannot begin with {warm}; give warm_start=wanda, sparsegpt or magnitude")
+        check_dense(work)
+        check_pattern(work)
+
+    def floor(self, work: Work) -> tuple[int, str]:
+        """All parameters: zeros are parameters."""
+        return work.num_params, "weights become zero"
+
+    def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
+        """One: the text is drawn once."""
+        return 1
+
+    def looks(self, work: Work) -> Looks:
+        """The calibration text, once, where the solver reads any."""
+        needs = parts.needs("solver", work.recipe.solver or "")
+        beside = ("solving the layers",) if "gram" in needs else ()
+        return Looks(text="text" in needs, evidence=Evidence.FORWARD if "text" in needs else Evidence.WEIGHTS, beside=beside)
+
+    def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
+        """Solve the linear layers of one decoder layer after the other, and tell of each; then yield that all are done."""
+        recipe, pattern = work.recipe, Pattern.parse(work.recipe.sparsity)
+        assert recipe.solver is not None
+        needs, solver = parts.needs("solver", recipe.solver), parts.bind("solver", recipe.solver)
+
+        def solve(weight: Tensor, inputs: Inputs | None) -> tuple[Tensor, Tensor]:
+            after, keep = solver(weight, pattern) if inputs is None else solver(weight, pattern, inputs)
+            return after, keep
+
+        kept = {} if work.weight_mask is None else dict(work.weight_mask.kept)
+        with work.state.clock("score"):
+            batches = work.batches() if "text" in needs else []
+            walk = Walk(work.model, work.axes, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
+            depth = len(walk.layers)
+            corrects = bool(solver.keywords.get("correction", True))
+            for solved in from_dense(walk, correction=corrects) if "dense" in needs else onward(walk):
+                kept |= solved.kept
+                work.weight_mask = WeightMask(kept, pattern)
+                self._done += solved.layers
+                error = sum(solved.errors) / len(solved.errors) if solved.errors else None
+                yield Masked(stage=work.state.stage, done=self._done, of=depth, error=error, zeros=work.weight_mask.num_zeros)
+        self._done = 0
+        yield Change(None, told={"zeros": 0 if work.weight_mask is None else work.weight_mask.num_zeros})
+
+    def state(self) -> dict[str, Any]:
+        """How many decoder layers are done."""
+        return {"done": self._done}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on behind those."""
+        self._done = state.get("done", 0)
+
+    def fit(self, work: Work) -> None:
+        """Refuse a change of the recipe while some layers have zeros and others have none.
+
+        Raises:
+            UsageError: that is so.
+        """
+        if self._done:
+            raise UsageError(
+                f"{self._done} decoder layers of this run have their zeros already, by the recipe that it began with; leave the recipe as it "
+                "was, or name another folder"
+            )
+
+
+def check_dense(work: Work) -> None:
+    """Refuse a model that had zeros when the run began, or is sliced.
+
+    Raises:
+        UsageError: it had, or is.
+    """
+    if (pattern := work.state.figures.get("sparsity_before")) is not None:
+        raise UsageError(
+            f"{work.recipe.model} has zeros already ({pattern or 'in a pattern that a cut has broken'}), and {work.recipe.method} begins with "
+            "dense weights; name the model it was made from"
+        )
+    if families.is_sliced(work.model.config):
+        raise UsageError(
+            f"{work.recipe.model} is sliced, and its shortcut matrices are not made for zeros; name the model that it came from"
+        )
+
+
+def check_pattern(work: Work) -> None:
+    """Refuse a layer that the recipe's pattern does not fit.
+
+    Raises:
+        UsageError: there is one.
+    """
+    pattern = Pattern.parse(work.recipe.sparsity)
+    for name, module in linear_layers(work.model, work.axes).items():
+        pattern.check_inputs(name, oriented(module).shape[1])

@@ -1,0 +1,238 @@
+"""`reduce: sparse_training`: the model trains under masks over its weights that are renewed as it goes (AST).
+
+    forward    with W ⊙ M; M keeps what the recipe's sparsity says
+    backward   the gradient of W ⊙ M is taken for that of W, so that masked weights learn on (straight-through)
+    step       of masked weights the gradient g becomes g + λ W; λ rises from 0, so that what is masked settles at zero
+    every ten steps M is chosen anew, by |W| or |W| ‖x‖
+
+At the end W ⊙ M takes the place of W. What is left of the training goes on with the last masks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core import world
+from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.parts import part
+from adapt_pruner.core.pattern import Pattern
+from adapt_pruner.core.precision import casting_once
+from adapt_pruner.core.searched import Masked, Within
+from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented
+from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.sparse import check_dense, check_pattern
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.score.calibrate import Evidence
+
+__all__ = ["SparseTraining", "masked"]
+
+_SCORES = ("magnitude", "wanda")
+
+
+@part("reduce", needs={"sparsity", "one stage"})
+class SparseTraining(Reduction):
+    """Train under masks over the weights that are renewed as the model learns, and keep all shapes (AST)."""
+
+    def __init__(
+        self,
+        *,
+        scores: str = "magnitude",
+        every: Annotated[int, "1 or more"] = 10,
+        decay: Annotated[float, "0 or more"] = 6e-5,
+        ramp: Annotated[float, "0 to 1"] = 0.2,
+        share: Annotated[float, "0 to 1"] = 1.0,
+    ) -> None:
+        """
+        Args:
+            scores: by which masks keep weights: `magnitude`, |W_ij|, or `wanda`, |W_ij| ‖x_j‖ of each output. Norms are those of the inputs
+                in the step before; the first masks read calibration text.
+            every: steps between two choices of the masks.
+            decay: λ at its highest.
+            ramp: share of the rows in which λ rises from 0, linearly.
+            share: share of the stage's rows in which masks change.
+
+        The optimiser's step is AdamW's, on g + λ (1 - M) ⊙ W.
+
+        Source: AST, arXiv:2407.20584 and its released code: every = 10, λ = 6e-5 and a fifth of the steps to rise are those of its LLaMA runs.
+        Differs: masks are bool, so that decay acts on masked weights alone (the authors' GPT-2 code takes `~` of an int mask, which does
+        not); λ is added once gradients are clipped; SLoRB's additional matrices are left out.
+        """
+        self.scores, self.every, self.decay, self.ramp, self.share = scores, every, decay, ramp, share
+        self._began: dict[str, int] = {}
+
+    def check(self, work: Work) -> None:
+        """Refuse a recipe without training, or one whose training masks do not go with, and a model that has zeros."""
+        recipe, asked = work.recipe, work.recipe.training
+        if self.scores not in _SCORES:
+            raise UsageError(f"scores {self.scores!r} of reduce sparse_training are not known; known: {', '.join(_SCORES)}")
+        if asked.source is None:
+            raise UsageError(
+                "reduce sparse_training learns masks while the model trains, and the recipe trains nothing; set training.source and "
+                "training.tokens in a recipe, and use: adapt-pruner run RECIPE.yaml"
+            )
+        unfit = {
+            "training.lora": asked.lora is not None,
+            "training.compile": asked.compile,
+            "training.gradient_checkpointing": asked.gradient_checkpointing,
+            "parallel=fsdp": recipe.parallel == "fsdp",
+        }
+        if wrong := [key for key, given in unfit.items() if given]:
+            raise UsageError(
+                f"reduce sparse_training cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out"
+            )
+        check_dense(work)
+        check_pattern(work)
+
+    def floor(self, work: Work) -> tuple[int, str]:
+        """All parameters: zeros are parameters."""
+        return work.num_params, "weights become zero"
+
+    def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
+        """One draw of text at most."""
+        return int(self.scores == "wanda")
+
+    def looks(self, work: Work) -> Looks:
+        """The calibration text, once, for the first masks by Wanda."""
+        text = self.scores == "wanda"
+        return Looks(text=text, evidence=Evidence.FORWARD if text else Evidence.WEIGHTS)
+
+    def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
+        """Train under masks, and tell of each renewal; then make the masked weights zero."""
+        assert work.training is not None
+        progress, asked = work.state.progress, work.recipe.training
+        if not self._began:
+            self._began = {"rows": progress.rows, "steps": progress.steps}
+        if work.weight_mask is None:
+            with work.state.clock("score"):
+                work.weight_mask = self._chosen(work, _squares_of_text(work) if self.scores == "wanda" else {})
+        first, stop = self._began["rows"], work.row_at(self.share, first=self._began["rows"])
+        last = -(-(stop - first) // (asked.batch_tokens // asked.length))
+        squares: dict[str, Tensor] = {}
+
+        def around(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def loss(model: Any, ids: Tensor, predicted: Tensor | None = None) -> Tensor:
+                assert work.weight_mask is not None
+                with masked(model, work.weight_mask), _watched(model, squares if self.scores == "wanda" else None):
+                    total: Tensor = objective(model, ids, predicted)
+                return total
+
+            return loss
+
+        for step in work.training(until=stop, around=around):
+            _draw_to_zero(work.model, work.weight_mask, self._strength(progress.rows - first, stop - first))
+            step.take()
+            done = progress.steps - self._began["steps"]
+            if done % self.every == 0 or progress.rows >= stop:
+                before, work.weight_mask = work.weight_mask, self._chosen(work, squares)
+                yield Masked(
+                    stage=work.state.stage, unit="step", done=done, of=last, zeros=work.weight_mask.num_zeros,
+                    flipped=_flipped(before, work.weight_mask),
+                )  # fmt: skip
+            squares.clear()
+        work.weight_mask.apply(work.model, optimizer=work.optimizer)
+        self._began = {}
+        yield Change(None, told={"zeros": work.weight_mask.num_zeros})
+
+    def _strength(self, read: int, of: int) -> float:
+        """λ, after so many of the rows."""
+        return self.decay * min(1.0, read / (self.ramp * of)) if self.ramp else self.decay
+
+    def _chosen(self, work: Work, squares: Mapping[str, Tensor]) -> WeightMask:
+        """The masks that the weights have earned now; `squares` are ‖x_j‖² of this process's inputs, by layer."""
+        pattern, kept = Pattern.parse(work.recipe.sparsity), {}
+        for name, module in linear_layers(work.model, work.axes).items():
+            scores = oriented(module).abs()
+            if self.scores == "wanda":
+                norms = squares[name].clone()
+                world.sum_in_place(norms)
+                scores = scores * norms.sqrt().to(scores.dtype)
+            kept[name] = largest(scores, pattern, per_row=self.scores == "wanda").cpu()
+        return WeightMask(kept, pattern)
+
+    def state(self) -> dict[str, Any]:
+        """Where the training under masks began; the masks themselves are in the checkpoint."""
+        return {"began": dict(self._began)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._began = dict(state.get("began", {}))
+
+    def fit(self, work: Work) -> None:
+        """Count rows and steps anew, since what they go by has changed."""
+        self._began = {}
+
+
+@contextmanager
+def masked(model: nn.Module, mask: WeightMask) -> Iterator[None]:
+    """While it lasts, linear layers multiply by W ⊙ M, whose gradient is taken for that of W.
+
+    A tensor in the module's own namespace stands before its parameter, which stays where it is.
+    """
+    modules: list[Any] = []
+    try:
+        for name, keep in mask.kept.items():
+            module: Any = model.get_submodule(name)
+            weight = module.weight
+            here = (keep if isinstance(module, nn.Linear) else keep.t()).to(weight.device)
+            module.__dict__["weight"] = torch.where(here, weight, weight - weight.detach())
+            modules.append(module)
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["weight"]
+
+
+@torch.no_grad()
+def _draw_to_zero(model: nn.Module, mask: WeightMask, strength: float) -> None:
+    """Add λ W to the gradients of masked weights, in place."""
+    for name, keep in mask.kept.items():
+        module: Any = model.get_submodule(name)
+        weight = module.weight
+        if weight.grad is not None:
+            here = (keep if isinstance(module, nn.Linear) else keep.t()).to(weight.device)
+            weight.grad.addcmul_(weight, (~here).to(weight.dtype), value=strength)
+
+
+def _flipped(before: WeightMask, after: WeightMask) -> float:
+    """Share of the masks' entries that differ."""
+    differing = sum(int((keep != after.kept[name]).sum()) for name, keep in before.kept.items())
+    return differing / sum(keep.numel() for keep in before.kept.values())
+
+
+@contextmanager
+def _watched(model: nn.Module, squares: dict[str, Tensor] | None) -> Iterator[None]:
+    """While it lasts, ‖x_j‖² of what enters each linear layer is added to `squares`, in place; of no layer where that is None."""
+    if squares is None:
+        yield
+        return
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            added = args[0].detach().float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+            squares[name] = squares[name] + added if name in squares else added
+
+        return hook
+
+    with attached(module.register_forward_pre_hook(watch(name)) for name, module in linear_layers(model).items()):
+        yield
+
+
+@torch.no_grad()
+def _squares_of_text(work: Work) -> dict[str, Tensor]:
+    """‖x_j‖² of what enters each linear layer of the model as it is, on this process's share of the calibration text."""
+    model = work.model
+    squares = {
+        name: torch.zeros(oriented(module).shape[1], dtype=torch.float64, device=module.weight.device)  # type: ignore[arg-type]
+        for name, module in linear_layers(model, work.axes).items()
+    }
+    flows = streams(model, world.share(work.batches()), axes=work.axes, task=work.task, dtype=work.recipe.dtype)
+    with _watched(model, squares):
+        for index, layer in enumerate(decoder_layers(model, work.axes)):
+            with casting_once(layer):
+                for flow in flows:
+                    flow.hidden = flow.through(layer, index)
+    return squares

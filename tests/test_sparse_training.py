@@ -1,0 +1,115 @@
+"""`reduce: sparse_training`: what a step learns, the masks at the end, runs that are broken off, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.pattern import Pattern
+from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented
+from adapt_pruner.recipe import read
+from adapt_pruner.reduce.sparse_training import masked
+from adapt_pruner.report.documented import prune, run
+from conftest import assert_refused, assert_same_model, break_off, log_of, tiny_model
+
+TWO_OF_FOUR = Pattern.parse("2:4")
+
+
+def recipe_of(folder: Path, text: Path, **more: Any) -> Any:
+    training = {"source": str(text), "tokens": 1024, "batch_tokens": 128, "length": 32, "lr": 3e-3, "micro_batch_tokens": 64}
+    return read({
+        "model": str(folder), "method": "ast", "dtype": "float32", "reduce": "sparse_training(every=2)",
+        "calibration": {"source": str(text), "samples": 8, "length": 32}, "training": training | more.pop("training", {}), **more,
+    })  # fmt: skip
+
+
+def test_masked_weights_do_not_count_and_learn_all_the_same() -> None:
+    model, twin = tiny_model(), tiny_model()
+    mask = WeightMask(
+        {name: largest(oriented(module).abs(), TWO_OF_FOUR) for name, module in linear_layers(model).items()}, TWO_OF_FOUR
+    )
+    mask.apply(twin)
+    ids = torch.arange(3, 27)[None]
+    with masked(model, mask):
+        logits = model(ids).logits
+    expected = twin(ids).logits
+    assert torch.equal(logits, expected)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5), name  # type: ignore[arg-type]
+    name = "model.layers.1.mlp.down_proj"
+    assert model.get_submodule(name).weight.grad[~mask.kept[name]].abs().max() > 0
+    assert list(dict(model.named_parameters())) == list(dict(twin.named_parameters()))
+    assert not torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("scores", ["magnitude", "wanda"])
+def test_it_ends_with_exact_masks_and_a_killed_run_ends_the_same(
+    scores: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny_folder, text_file, reduce=f"sparse_training(every=3, scores={scores})", checkpoint_minutes=0)
+    run(recipe, tmp_path / "whole")
+    break_off(recipe, tmp_path / "broken", kind="step", nth=5)
+    run(recipe, tmp_path / "broken")
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+    loaded = load(str(tmp_path / "whole" / "model"))
+    assert loaded.weight_mask is not None
+    assert loaded.weight_mask.broken(loaded.model) == []
+    assert loaded.weight_mask.unmasked(loaded.model) == []
+    assert loaded.weight_mask == load(str(tmp_path / "broken" / "model")).weight_mask
+    told = log_of(tmp_path / "whole", "masked")
+    assert [line["done"] for line in told] == [3, 6, 8]
+    assert all(0 < line["flipped"] < 0.5 for line in told)
+
+
+def test_masks_rest_for_the_rest_of_the_rows(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run(recipe_of(tiny_folder, text_file, reduce="sparse_training(every=2, share=0.5)"), tmp_path / "run")
+    assert [line["done"] for line in log_of(tmp_path / "run", "masked")] == [2, 4]
+    assert [line["step"] for line in log_of(tmp_path / "run", "step")] == list(range(1, 9))
+    loaded = load(str(tmp_path / "run" / "model"))
+    assert loaded.weight_mask is not None
+    assert loaded.weight_mask.broken(loaded.model) == []
+
+
+def test_decay_acts_on_masked_weights_alone_and_rises(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """With gradients that are next to nothing beside it, decay brings masked weights down step by step and leaves the others."""
+    from adapt_pruner.reduce.sparse_training import SparseTraining, _draw_to_zero
+
+    model = tiny_model()
+    mask = WeightMask({"model.layers.0.mlp.down_proj": torch.arange(48 * 40).view(48, 40) % 4 < 2}, TWO_OF_FOUR)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.grad = torch.ones_like(weight)
+    _draw_to_zero(model, mask, 0.5)
+    keep = mask.kept["model.layers.0.mlp.down_proj"]
+    assert torch.equal(weight.grad[keep], torch.ones(int(keep.sum())))
+    assert torch.allclose(weight.grad[~keep], 1 + 0.5 * weight.detach()[~keep])
+    learner = SparseTraining(decay=1.0, ramp=0.5)
+    assert [learner._strength(read, 8) for read in (0, 2, 4, 8)] == [0.0, 0.5, 1.0, 1.0]
+    assert SparseTraining(decay=1.0, ramp=0.0)._strength(0, 8) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"source": None, "tokens": 0}}, "the recipe trains nothing; set training.source"),
+        ({"training": {"lora": {"rank": 2}}}, "cannot mask with training.lora; leave it out"),
+        ({"training": {"compile": True, "gradient_checkpointing": True}}, "training.compile and training.gradient_checkpointing"),
+        ({"parallel": "fsdp"}, "cannot mask with parallel=fsdp"),
+        ({"reduce": "sparse_training(scores=size)"}, "scores 'size' of reduce sparse_training are not known"),
+        ({"sparsity": "8:32"}, "no multiple of 32"),
+        ({"budget": "80%"}, "makes weights zero and removes none"),
+    ],
+)
+def test_what_masks_do_not_go_with_is_refused(
+    changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
+
+
+def test_a_sparse_model_is_no_start(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    start = read({"model": str(tiny_folder), "method": "magnitude-sparse", "sparsity": "2:4"})
+    prune(start, tmp_path / "sparse")
+    assert_refused(lambda: recipe_of(tmp_path / "sparse", text_file), tmp_path / "run", "has zeros already (2:4), and ast begins")
