@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
@@ -270,3 +271,39 @@ def test_a_loss_beyond_numbers_stops_nothing(
     assert "nan" not in said
     assert "| ∞ | – |" in (out / "compare.md").read_text(), "there is nothing to be a multiple of"
     assert ask("report", out)[0] == 0
+
+
+def test_methods_that_make_zeros_have_a_table_of_their_own(
+    ask: Ask, pruned_here: list[Sequence[str]], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = words(
+        tiny_folder, text_file, out, "--sparsity", "2:4,50%", "--draws", 1, "--calibration", text_file, "--set", "calibration.samples=4",
+        "--set", "calibration.length=32", methods="random,magnitude-sparse,wanda",
+    )  # fmt: skip
+    status, said, err = ask(*command)
+    assert status == 0, err
+    options = [[word for word in command if word.startswith(("--params", "--sparsity"))] for command in pruned_here]
+    assert options == [["--params"], *[["--sparsity"]] * 4]
+    result = read_json(out / "compare.json")
+    assert [(row["method"], row["sparsity"]) for row in result["rows"]] == [("dense", None), ("random", None)]
+    sparse = result["sparse_rows"]
+    assert {(row["method"], row["sparsity"]) for row in sparse[1:]} == set(
+        itertools.product(("magnitude-sparse", "wanda"), ("2:4", "50%"))
+    )
+    assert all(row["params"] == result["dense"]["params"] for row in sparse)
+    assert {row["nonzero"] for row in sparse[1:]} == {
+        result["dense"]["nonzero"] - (result["dense"]["decoder_params"] - 6 * 48) // 2
+    }
+    for text in (said, (out / "compare.md").read_text(encoding="utf-8"), (out / "compare.html").read_text(encoding="utf-8")):
+        assert "not zero" in text
+        assert "2:4 zeros" in text
+    for changed, wrong in (
+        ({"params": "80%", "methods": "wanda"}, "wanda needs --sparsity"),
+        ({"methods": "random"}, "no method takes --sparsity 2:4"),
+        ({"methods": "random,ast"}, "ast learns its zeros in training"),
+    ):
+        status, _, err = ask(
+            *words(tiny_folder, text_file, tmp_path / "no", *([] if "params" in changed else ["--sparsity", "2:4"]), **changed)
+        )
+        assert (status, wrong in one_sentence(err)) == (2, True), err

@@ -19,8 +19,12 @@ def compare(
         typer.Option("--output", "-o", help="Folder for figures, table and picture. Name it again to continue a comparison."),
     ],
     methods: Annotated[str, typer.Option(help="Names from `adapt-pruner methods`, with commas: magnitude,random.")],
-    params: Annotated[str, typer.Option(help="Parameters to keep, with commas: 113.3M,92M or 80%,60%.")],
     text: Annotated[list[str], typer.Option(metavar="SPEC", help="Text to measure on: file, folder, glob, …; can be repeated.")],
+    params: Annotated[str | None, typer.Option(help="Parameters to keep, with commas: 113.3M,92M or 80%,60%.")] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="50%,2:4", help="For methods that make zeros, such as wanda: shares or patterns, with commas."),
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text to measure importance on, for every method. [default: each method's own]")
     ] = None,
@@ -50,16 +54,23 @@ def compare(
 
         adapt-pruner compare smollm2-135m-instruct --methods magnitude,random --params 113.3M --text python-docs:heldout -o compared
 
+        adapt-pruner compare ./llama --methods wanda,sparsegpt --sparsity 50%,2:4 --text wiki.test.txt -o zeros
+
         adapt-pruner compare ./llama --methods adapt-pruner,uniform --params 80%,60% --text wiki.test.txt --text books/ --draws 5 -o compared
     """
     from adapt_pruner.errors import RunError, UsageError
 
     if calibration_ids and draws is not None:
         raise UsageError(f"each file of --calibration-ids is a draw, so --draws {draws} would be ignored; leave one out")
+    if params is None and sparsity is None:
+        raise UsageError(
+            "compare needs sizes to compare at; add --params 80%,60%, or --sparsity 50%,2:4 for methods that make zeros"
+        )
     from adapt_pruner.compare.request import Request
 
     asked = Request(
-        model=model, methods=tuple(methods.split(",")), params=tuple(params.split(",")), texts=tuple(text), calibration=calibration,
+        model=model, methods=tuple(methods.split(",")), params=tuple(params.split(",")) if params is not None else (),
+        sparsity=tuple(sparsity.split(",")) if sparsity is not None else (), texts=tuple(text), calibration=calibration,
         calibration_ids=tuple(map(str, calibration_ids or [])), draws=3 if draws is None else draws, window=window,
         max_windows=max_windows, overrides=tuple(overrides or []), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     ).checked()  # fmt: skip
@@ -75,9 +86,11 @@ def compare(
     if as_json:
         print(to_json(result | {"path": str(out)}))
     else:
-        header, lines = table(result["rows"])
         texts = "; ".join(f"{text['text']}, {text['tokens']:,} tokens in {text['windows']} windows" for text in result["texts"])
-        print_table(header, lines)
+        shown = [rows for rows in (result["rows"], result["sparse_rows"]) if len(rows) > 1] or [result["rows"]]
+        for number, rows in enumerate(shown):
+            print("\n" * (number > 0), end="")
+            print_table(*table(rows))
         print(f"\nperplexity on {texts}, {result['precision']}; written to {out}")
     failed = sum("error" in cell for cell in result["cells"])
     if failed:

@@ -75,7 +75,9 @@ def _of_comparison(folder: Path) -> "tuple[str, list[Chart]]":
 
     result = read_comparison(folder)
     try:
-        return comparison_page(result, *table(result["rows"]), name=folder.resolve().name), [*comparison_pictures(result)]
+        zeros = table(result["sparse_rows"]) if result.get("sparse_rows") else None
+        page = comparison_page(result, *table(result["rows"]), name=folder.resolve().name, sparse=zeros)
+        return page, [*comparison_pictures(result)]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # nothing but the file is at work here
         raise UsageError(
             f"{folder / 'compare.json'} is damaged ({type(error).__name__}: {first_line(error)}); "

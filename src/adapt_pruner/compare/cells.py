@@ -19,6 +19,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
 from adapt_pruner.core.events import Progress, Said, Warned
 from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -112,7 +113,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         listen: told of progress.
 
     Returns:
-        `params`, `decoder_params`, and `nll`: SPEC -> nats a token.
+        `params`, `decoder_params`, `nonzero` (parameters that are not zero), and `nll`: SPEC -> nats a token.
 
     Raises:
         RunError: a loss is not finite.
@@ -126,7 +127,12 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=told).nll
         if not math.isfinite(losses[text]):
             raise RunError(f"the loss on {text} is infinite; the pruned model overflows")
-    return {"params": count_parameters(loaded.model), "decoder_params": decoder_parameters(loaded.model), "nll": losses}
+    return {
+        "params": count_parameters(loaded.model),
+        "decoder_params": decoder_parameters(loaded.model),
+        "nonzero": count_nonzero(loaded.model),
+        "nll": losses,
+    }
 
 
 def measure_beside(

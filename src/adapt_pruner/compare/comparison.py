@@ -69,7 +69,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
 
     Returns:
         What compare.json holds: `made_by`, `arguments`, `device`, `precision`, `texts`, `dense`, `rows` as
-        `table.rows_of` says, and `cells`.
+        `table.rows_of` says, `sparse_rows`, those of methods that make zeros, and `cells`.
 
     Raises:
         UsageError: the request cannot be met as it stands; no cell has been run.
@@ -260,7 +260,11 @@ class _Comparison:
         result = self._result()
         picture = draw(result, self._out, warn=self._warn)
         write_whole(self._out / "compare.md", markdown(result, picture=picture))
-        write_page(self._out / "compare.html", comparison_page(result, *table(result["rows"]), name=self._out.resolve().name))
+        zeros = table(result["sparse_rows"]) if result["sparse_rows"] else None
+        write_page(
+            self._out / "compare.html",
+            comparison_page(result, *table(result["rows"]), name=self._out.resolve().name, sparse=zeros),
+        )
         if not any((self._out / "models").iterdir()):
             (self._out / "models").rmdir()
         return result
@@ -317,7 +321,9 @@ class _Comparison:
     def _result(self) -> dict[str, Any]:
         asked = self._asked
         cells = [
-            {"method": cell.method, "size": cell.size, "draw": cell.draw, **self._done[name]}
+            {"method": cell.method, "size": cell.size, "draw": cell.draw}
+            | ({"sparsity": cell.sparsity} if cell.sparsity else {})
+            | self._done[name]
             for name, cell in zip(self._names, self._work.cells, strict=True)
             if name in self._done
         ]
@@ -331,7 +337,8 @@ class _Comparison:
                 for text, its in self._work.windows.items()
             ],
             "dense": self._own,
-            "rows": rows_of(cells, self._own),
+            "rows": rows_of([cell for cell in cells if "sparsity" not in cell], self._own),
+            "sparse_rows": rows_of(zeros, self._own) if (zeros := [cell for cell in cells if "sparsity" in cell]) else [],
             "cells": cells,
         }  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
@@ -15,7 +17,7 @@ from adapt_pruner.recipe import Recipe, read
 __all__ = ["Cell", "Request"]
 
 _OWN_KEYS = {
-    "model": "MODEL", "budget": "--params", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
+    "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
 _ANY_SIZE = 10**18  # parameters; no count is larger
@@ -29,7 +31,8 @@ class Request:
     Attributes:
         model: as `checkpoint.load` takes it.
         methods: rows of `adapt-pruner methods`.
-        params: sizes, as `Budget.parse` takes them.
+        params: sizes, as `Budget.parse` takes them, for the methods that remove units.
+        sparsity: shares of zeros and patterns, as `Pattern.parse` takes them, for the methods that make zeros.
         texts: SPECs of the texts that perplexity is measured on.
         calibration: SPEC of the calibration text; None for what each recipe says.
         calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
@@ -46,6 +49,7 @@ class Request:
     methods: tuple[str, ...]
     params: tuple[str, ...]
     texts: tuple[str, ...]
+    sparsity: tuple[str, ...] = ()
     calibration: str | None = None
     calibration_ids: tuple[str, ...] = ()
     draws: int = 3
@@ -67,11 +71,12 @@ class Request:
         Raises:
             UsageError: a method, size or key is not known or missing, or one option makes another idle.
         """
-        for words, option in ((self.methods, "--methods"), (self.params, "--params"), (self.texts, "--text")):
+        for words, option in ((self.methods, "--methods"), (self.params or self.sparsity, "--params"), (self.texts, "--text")):
             if not any(words):
                 raise UsageError(f"{option} is empty; give at least one")
-        for size in self.params:
+        for size in filter(None, self.params):
             Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0)
+        patterns = tuple(str(Pattern.parse(written)) for written in self.sparsity)
         for text in self.overrides:
             key = text.partition("=")[0].strip()
             if key in _OWN_KEYS:
@@ -83,10 +88,13 @@ class Request:
                 f"--calibration-ids fix every token, so --calibration {self.calibration} would be ignored; leave one out"
             )
         asked = replace(
-            self, methods=_once(self.methods), params=_once(self.params), texts=_once(self.texts),
+            self, methods=_once(self.methods), params=_once(self.params), texts=_once(self.texts), sparsity=_once(patterns),
             calibration_ids=_once(self.calibration_ids),
         )  # fmt: skip
+        asked._check_sizes()
         for method, recipe in asked.recipes.items():
+            if recipe.makes_zeros and recipe.solver is None:
+                raise UsageError(f"compare prunes and does not train, and {method} learns its zeros in training; leave it out")
             if recipe.latency:
                 raise UsageError(f"compare goes by --params, and the recipe of {method} has a latency; leave it out")
             if recipe.vocabulary is not None:
@@ -96,6 +104,22 @@ class Request:
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")
         return asked
+
+    def _check_sizes(self) -> None:
+        """Refuse methods that lack their kind of size, and sizes that no method takes.
+
+        Raises:
+            UsageError: there are such.
+        """
+        zeros = [method for method, recipe in self.recipes.items() if recipe.makes_zeros]
+        units = [method for method in self.methods if method not in zeros]
+        kinds = ((units, self.params, "--params", "80%"), (zeros, self.sparsity, "--sparsity", "50%,2:4"))
+        for methods, sizes, option, example in kinds:
+            if methods and not sizes:
+                raise UsageError(f"{', '.join(methods)} needs {option}; add it, for example {option} {example}")
+        for methods, sizes, option, _ in kinds:
+            if sizes and not methods:
+                raise UsageError(f"no method takes {option} {','.join(sizes)}; leave it out, or name a method that does")
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -122,27 +146,30 @@ class Request:
         sizes = sorted(
             {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}, reverse=True
         )
-        return list(self._cells(sizes))
+        return list(self._cells([*((size, "") for size in sizes), *((dense, pattern) for pattern in self.sparsity)]))
 
-    def _cells(self, sizes: list[int]) -> Iterator["Cell"]:
-        for draw, size, method in itertools.product(range(self.num_draws), sizes, self.methods):
+    def _cells(self, sizes: list[tuple[int, str]]) -> Iterator["Cell"]:
+        for draw, (size, sparsity), method in itertools.product(range(self.num_draws), sizes, self.methods):
             ids = self.calibration_ids[draw] if self.calibration_ids else None
             recipe = self.recipes[method]
+            if recipe.makes_zeros is not bool(sparsity):
+                continue
             recipe = recipe.model_copy(
                 update={
-                    "budget": str(size), "seed": draw,
+                    **({"sparsity": sparsity} if sparsity else {"budget": str(size)}), "seed": draw,
                     "calibration": recipe.calibration.model_copy(update={"ids": ids} if ids else {}),
                 }
             )  # fmt: skip
             words = [
-                "prune", self.model, "--params", str(size), "--method", method, "--seed", str(draw),
+                "prune", self.model, *(["--sparsity", sparsity] if sparsity else ["--params", str(size)]), "--method", method,
+                "--seed", str(draw),
                 "--device", self.device, "--dtype", self.dtype,
             ]  # fmt: skip
             words += ["--calibration-ids", ids] if ids else []
             words += ["--calibration", self.calibration] if self.calibration is not None else []
             words += [word for override in self.overrides for word in ("--set", override)]
             words += ["--trust-remote-code"] if self.trust_remote_code else []
-            yield Cell(method, size, draw, recipe, tuple(words))
+            yield Cell(method, size, draw, recipe, tuple(words), sparsity)
 
 
 @dataclass(frozen=True)
@@ -155,6 +182,7 @@ class Cell:
         draw: its number, from 0.
         recipe: what is run.
         words: the command that runs it, but for the program's name and where its result goes.
+        sparsity: of a method that makes zeros; empty of others.
     """
 
     method: str
@@ -162,6 +190,7 @@ class Cell:
     draw: int
     recipe: Recipe
     words: tuple[str, ...]
+    sparsity: str = ""
 
     def name(self, read_by_it: dict[str, Any]) -> str:
         """The cell's own name: method, size, draw, and a fingerprint of the recipe and of everything that the cell reads.
@@ -172,7 +201,8 @@ class Cell:
         recipe = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in _SAYS_NOTHING}
         recipe["calibration"] |= {"ids": None}  # the ids themselves are in `read_by_it`, wherever the file lies
         digest = hashlib.sha256(to_json({"recipe": recipe, **read_by_it}).encode()).hexdigest()
-        return f"{self.method}-{self.size}-{self.draw}-{digest[:12]}"
+        far = re.sub(r"\W", "", self.sparsity.replace(":", "of")) or str(self.size)
+        return f"{self.method}-{far}-{self.draw}-{digest[:12]}"
 
 
 def _once(words: tuple[str, ...]) -> tuple[str, ...]:

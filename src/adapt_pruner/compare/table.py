@@ -25,21 +25,31 @@ def rows_of(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> lis
         dense: `params`, `decoder_params` and `nll` of the model all were made from.
 
     Returns:
-        Plain data: `method`, `size` (None for dense), `params`, `decoder_params`, `removed` (share of the decoder),
+        Plain data: `method`, `size` (None for dense), `sparsity` (None but of methods that make zeros), `params`, `nonzero`, `decoder_params`, `removed` (share of the decoder),
         `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio`), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
         to figures, `failed` that did not, and `error`, the first reason or None. What no draw tells is None or empty.
     """
-    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
     for cell in cells:
-        groups.setdefault((cell["size"], cell["method"]), []).append(cell)
-    rows = [_row(method, size, its, dense) for (size, method), its in groups.items()]
+        groups.setdefault((cell["size"], cell["method"], cell.get("sparsity")), []).append(cell)
+    rows = [_row(method, size, its, dense, sparsity=sparsity) for (size, method, sparsity), its in groups.items()]
     first = next(iter(dense["nll"]))
-    rows.sort(key=lambda row: (-row["size"], row["texts"][first]["perplexity"] if row["texts"] else math.inf, not row["texts"]))
+    patterns = list(dict.fromkeys(row["sparsity"] for row in rows))
+    rows.sort(
+        key=lambda row: (
+            -row["size"],
+            patterns.index(row["sparsity"]),
+            row["texts"][first]["perplexity"] if row["texts"] else math.inf,
+            not row["texts"],
+        )
+    )
     own = _row("dense", None, [{**dense, "speed_up": 1.0, "seconds": None, "peak_bytes": None}], dense)
     return [own, *rows]
 
 
-def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> dict[str, Any]:
+def _row(
+    method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], *, sparsity: str | None = None
+) -> dict[str, Any]:
     done = [cell for cell in cells if "error" not in cell]
     failed = [cell["error"] for cell in cells if "error" in cell]
     texts = {}
@@ -54,12 +64,13 @@ def _row(method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dens
         }
 
     def of(key: str, how: Callable[[list[float]], float]) -> Any:
-        values = [cell[key] for cell in done if cell[key] is not None]
+        values = [cell[key] for cell in done if cell.get(key) is not None]
         return how(values) if values else None
 
     decoder = of("decoder_params", max)
     return {
-        "method": method, "size": size, "params": of("params", max), "decoder_params": decoder,
+        "method": method, "size": size, "sparsity": sparsity, "params": of("params", max), "nonzero": of("nonzero", max),
+        "decoder_params": decoder,
         "removed": None if decoder is None else 1 - decoder / dense["decoder_params"], "texts": texts,
         "seconds": of("seconds", statistics.median), "peak_bytes": of("peak_bytes", max),
         "speed_up": of("speed_up", statistics.median), "draws": len(done), "failed": len(failed),
@@ -72,22 +83,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     texts = list(rows[0]["texts"])
     spread = any(row["draws"] > 1 for row in rows)
     notes = any(row["error"] for row in rows)
-    header = ["method", "parameters", "removed"]
+    zeros = any(row.get("sparsity") for row in rows)
+    header = ["method", "parameters", "not zero" if zeros else "removed"]
     for text in texts:
         header.append("perplexity" if len(texts) == 1 else f"perplexity, {label(text, texts)}")
         header += [*(["spread"] if spread else []), "× dense"]
     header += ["seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
-    lines, size = [], None
+    lines, size = [], (None, None)
     for row in rows:
-        if row["size"] != size:
-            size = row["size"]
-            lines += [[""] * len(header), [f"at most {size:,}", *[""] * (len(header) - 1)]]
-        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes))
+        if (row["size"], row.get("sparsity")) != size:
+            size = row["size"], row.get("sparsity")
+            lines += [[""] * len(header), [f"{size[1]} zeros" if size[1] else f"at most {size[0]:,}", *[""] * (len(header) - 1)]]
+        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros))
     return header, lines
 
 
-def _words(row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool) -> list[str]:
-    words = [row["method"], _or_dash(row["params"], "{:,}"), _or_dash(row["removed"], "{:.1%}")]
+def _words(
+    row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool, zeros: bool
+) -> list[str]:
+    removed = _or_dash(row["nonzero"], "{:,}") if zeros else _or_dash(row["removed"], "{:.1%}")
+    words = [row["method"], _or_dash(row["params"], "{:,}"), removed]
     for text in texts:
         figures = row["texts"].get(text)
         words.append(_perplexity(figures["perplexity"]) if figures else "–")
@@ -119,8 +134,7 @@ def _times(ratio: float | None) -> str:
 
 def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     """The comparison as a page: what was measured and how, the table, the picture, and every reason in full."""
-    asked, rows = result["arguments"], result["rows"]
-    header, lines = table(rows)
+    asked = result["arguments"]
     texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
     count = num_draws(asked)
     drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
@@ -138,14 +152,17 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
         "",
         f"Made by {result['made_by']}.",
         "",
-        f"| {' | '.join(header)} |",
-        f"|---|{'---:|' * (len(header) - 1)}",
     ]
-    page += [f"| {' | '.join(line)} |" for line in lines if any(line)]
+    for rows in (result["rows"], result.get("sparse_rows") or []):
+        if len(rows) > 1 or rows is result["rows"]:
+            header, lines = table(rows)
+            page += [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
+            page += [*(f"| {' | '.join(line)} |" for line in lines if any(line)), ""]
+    page.pop()
     if picture:
         page += ["", "![Perplexity against parameters](compare.svg)"]
     failed = [
-        f"* {cell['method']}, at most {cell['size']:,}, draw {cell['draw']}: {cell['error']}"
+        f"* {cell['method']}, {cell.get('sparsity') or 'at most ' + format(cell['size'], ',')}, draw {cell['draw']}: {cell['error']}"
         for cell in result["cells"]
         if "error" in cell
     ]

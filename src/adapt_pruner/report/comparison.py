@@ -97,7 +97,14 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return sizes if len(sizes) <= _MOST_SIZES else []
 
 
-def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Sequence[Sequence[str]], *, name: str) -> str:
+def comparison_page(
+    result: Mapping[str, Any],
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    *,
+    name: str,
+    sparse: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+) -> str:
     """The page as HTML.
 
     Args:
@@ -105,14 +112,15 @@ def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Seq
         header: of the full table, as `compare.table.table` words it.
         lines: its rows; a row whose first cell alone is filled names those below it.
         name: of the folder.
+        sparse: header and rows of the table of methods that make zeros, where there are any.
     """
     asked, rows = result["arguments"], result["rows"]
     model, methods = Path(asked["model"]).name, [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense"]
     sizes = [size for size in dict.fromkeys(row["size"] for row in rows) if size is not None]
     pictures = "".join(map(drawn, comparison_pictures(result)))
-    tables = "".join(_matrix(result, text, methods, sizes) for text in _texts(result))
+    tables = "".join(_matrix(result, text, methods, sizes) for text in _texts(result) if sizes)
     failed = [
-        f"{cell['method']}, at most {cell['size']:,}, draw {cell['draw']}: {cell['error']}"
+        f"{cell['method']}, {cell.get('sparsity') or 'at most ' + format(cell['size'], ',')}, draw {cell['draw']}: {cell['error']}"
         for cell in result.get("cells", [])
         if "error" in cell
     ]
@@ -120,7 +128,7 @@ def comparison_page(result: Mapping[str, Any], header: Sequence[str], lines: Seq
     sections = [
         ("table", "Methods by budgets", tables),
         ("pictures", "Quality against size and speed", f'<div class="wide">{pictures}</div>'),
-        ("all", "All figures", _grouped(header, lines)),
+        ("all", "All figures", _grouped(header, lines) + ("" if sparse is None else _grouped(*sparse))),
         ("failed", "What failed", f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in failed)}</ul>" if failed else ""),
         ("how", "How it was measured", _facts(result, texts)),
     ]  # fmt: skip
