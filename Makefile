@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 
-.PHONY: demo docs test check format fuzz golden matrix common-tests clean help
+.PHONY: demo docs test check format fuzz golden matrix common-tests ladder ladder-quick clean help
 
 help:
 	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
 	@echo "make common-tests  transformers' own tests of models, on our classes (needs a package index)"
 	@echo "make docs    the documentation as a site, in build/site"
+	@echo "make ladder-quick  claims about training after pruning on tiny models, about 15 CPU-minutes; make ladder: a night (docs/ladder.md)"
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
 
 $(READY): pyproject.toml
@@ -68,6 +69,12 @@ docs: $(READY)
 
 common-tests: $(READY)
 	$(BIN)/python .ci/common_tests
+
+ladder-quick: $(READY)
+	$(BIN)/python benchmarks/ladder/ladder.py run quick
+
+ladder: $(READY)
+	$(BIN)/python benchmarks/ladder/ladder.py run night
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build dist src/*.egg-info $(DEMO)

@@ -217,7 +217,7 @@ def _name_ends(axes: Any, chart: Lines) -> None:
         for side, up in product((1, -1), range(-60, 61, 3)):
             left, middle = x + side * 9 * scale - (wide if side < 0 else 0), y + up * scale
             box = Bbox.from_bounds(left, middle - high / 2, wide, high)
-            cost = abs(up) + (side < 0) * 6 + 6 * sum(map(box.padded(2 * scale).contains, *zip(*ink, strict=True)))
+            cost = abs(up) + (side < 0) * 6 + 6 * sum(box.padded(2 * scale).contains(*point) for point in ink)
             cost += 1000 * (sum(map(box.overlaps, taken)) + (not (frame.contains(*box.min) and frame.contains(*box.max))))
             candidates.append((cost, side, up, box))
         _, side, up, box = min(candidates, key=lambda one: one[0])

@@ -1,0 +1,241 @@
+"""Which jobs a plan has, what each is made of, and doing one: a base model, or an arm on a base."""
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.budget import count_parameters, parse_count
+from adapt_pruner.core.files import write_whole
+from adapt_pruner.core.provenance import made_by
+from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.data.sources import texts
+from adapt_pruner.data.tokens import evaluation_windows, text_bytes
+from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.recipe import Recipe
+from adapt_pruner.recipe import read as read_recipe
+from adapt_pruner.run import loop
+
+__all__ = ["Job", "Ladder", "lr_of"]
+
+END = "<|endoftext|>"
+BYTES_A_TOKEN = 4  # of text kept for training, at least: tokens of these vocabularies have 2.5 to 3.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm on a base, at so many tokens a parameter, with a seed; of the sweep also a learning rate."""
+
+    rung: str
+    base: int
+    arm: str
+    at: float
+    seed: int
+    lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its file: X-0-b-1-0, with the learning rate where one is given."""
+        return f"{self.rung}-{self.base}-{self.arm}-{self.at:g}-{self.seed}" + (f"-lr{self.lr:g}" if self.lr is not None else "")
+
+
+class Ladder:
+    """The table, and the folder where bases and results are kept.
+
+    FOLDER/RUNG/text/{train,heldout}.jsonl  the documents that bases and arms read, drawn once
+    FOLDER/RUNG/tokenizer/                  byte-level BPE trained on them
+    FOLDER/RUNG/base-N/                     a run folder: model/, recipe.yaml, log.jsonl
+    FOLDER/results/NAME.json                what came of a job
+    FOLDER/runs/NAME/                       a job's run folder, removed once its result is written
+    """
+
+    def __init__(self, folder: Path, *, text: Mapping[str, str] | None = None, table: Path | None = None) -> None:
+        path = table or Path(__file__).with_name("ladder.yaml")
+        self.table: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        self.folder = folder
+        self.results = folder / "results"
+        self.text = dict(text or self.table["text"])
+
+    def jobs(self, plan: str) -> list[Job]:
+        """The jobs of a plan, in order, each once."""
+        jobs: dict[Job, None] = {}
+        for group in self.table["plans"][plan]:
+            jobs.update(dict.fromkeys(self._of_group(group)))
+        return list(jobs)
+
+    def _of_group(self, group: Mapping[str, Any]) -> Iterator[Job]:
+        rung, rates = group["rung"], self.table["learning_rates"]
+        if group.get("rates"):
+            for arm in ("b", "d5"):
+                for lr in rates["tried"]:
+                    yield Job(rung, rates["base"], arm, rates["at"], rates["seed"], lr)
+            return
+        for at in group["at"]:
+            for base in group["bases"]:
+                for seed in group["seeds"]:
+                    for arm in group["arms"]:
+                        yield Job(rung, base, arm, at, seed)
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """What came of a job; None if it has not been done."""
+        path = self.results / f"{job.name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def sweep(self, rung: str, arm: str) -> list[Job]:
+        """The jobs that try learning rates for an arm."""
+        return [job for job in self._of_group({"rung": rung, "rates": True}) if job.arm == arm]
+
+    def prepare(self, rung: str) -> None:
+        """Write the text and the tokenizer of a rung, unless they are there."""
+        where = self.folder / rung / "text"
+        tokens = parse_count(self.table["rungs"][rung]["base_tokens"])
+        most = {"train": tokens * BYTES_A_TOKEN, "heldout": self.table["heldout_windows"] * self.table["length"] * 8}
+        for part, spec in self.text.items():
+            if not (where / f"{part}.jsonl").exists():
+                documents = list(texts(spec))
+                random.Random(0).shuffle(documents)
+                kept, characters = [], 0
+                for document in documents:
+                    kept.append(json.dumps({"text": document}) + "\n")
+                    characters += len(document)
+                    if characters >= most[part]:
+                        break
+                where.mkdir(parents=True, exist_ok=True)
+                write_whole(where / f"{part}.jsonl", "".join(kept))
+        folder = self.folder / rung / "tokenizer"
+        if not (folder / "config.json").exists():
+            tokenizer = _tokenizer(texts(str(where / "train.jsonl")), size=self.table["rungs"][rung]["vocabulary"])
+            tokenizer.save_pretrained(folder)
+            _config(self.table["rungs"][rung], len(tokenizer)).save_pretrained(folder)
+
+    def base(self, rung: str, number: int) -> Path:
+        """The folder of a base model, trained from random weights unless it is there."""
+        folder = self.folder / rung / f"base-{number}"
+        if not (folder / "model").exists():
+            recipe = self._trained(rung, self.folder / rung / "tokenizer", seed=number)
+            loop.run(recipe, folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return folder / "model"
+
+    def _trained(self, rung: str, shape: Path, *, seed: int, **training: Any) -> Recipe:
+        """The recipe of a model of a folder's shape, trained from random weights; by default as bases are."""
+        tokens = _whole(parse_count(self.table["rungs"][rung]["base_tokens"]), self.table["base"]["batch_tokens"])
+        asked = {**self.table["base"], "tokens": tokens} | training
+        return read_recipe({
+            "method": "magnitude-all", "model": str(shape), "init": "random", "budget": "100%", "seed": seed,
+            "dtype": self.table["rungs"][rung]["dtype"], "checkpoint_minutes": 5, "keep_checkpoints": 1,
+            "training": {"source": self._train_text(rung), "length": self.table["length"], **asked},
+        })  # fmt: skip
+
+    def recipe(self, job: Job, base: Path) -> Recipe:
+        """The recipe of a job."""
+        arm, rung = self.table["arms"][job.arm], self.table["rungs"][job.rung]
+        target = parse_count(rung["target"])
+        batch = self.table["arm"]["batch_tokens"]
+        tokens = _whole(job.at * target, batch) if job.at else 0
+        training = {**self.table["arm"], "tokens": tokens, "lr": lr_of(self, job), "batch_tokens": min(batch, tokens or batch)}
+        if arm.get("scratch"):
+            shape = self.folder / job.rung / "scratch"
+            if not (shape / "config.json").exists():
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / job.rung / "tokenizer")
+                tokenizer.save_pretrained(shape)
+                _config(rung | {"mlp": rung["scratch_mlp"]}, len(tokenizer)).save_pretrained(shape)
+            return self._trained(job.rung, shape, seed=1000 * (job.base + 1) + job.seed, **training)
+        how = self.table["pruning"]
+        calibration = {"source": self._train_text(job.rung), "samples": how["samples"], "length": how["calibration_length"]}
+        values = (
+            {"training": {"source": self._train_text(job.rung), "length": self.table["length"], **training}} if tokens else {}
+        )
+        if not arm.get("uncut"):
+            values |= {key: how[key] for key in ("method", "step", "amplitude", "head_metric")}
+        data = {
+            "method": "magnitude-all", "model": str(base), "budget": "100%" if arm.get("uncut") else str(target),
+            "stages": arm.get("stages", 1), "seed": job.seed, "dtype": rung["dtype"], "checkpoint_minutes": 5,
+            "keep_checkpoints": 1, "calibration": calibration, **values,
+        }  # fmt: skip
+        return read_recipe(
+            data, values=arm.get("set", {}) if tokens else {k: v for k, v in arm.get("set", {}).items() if "." not in k}
+        )
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """Run a job and keep its result; the base must be there."""
+        began = time.process_time(), time.perf_counter()
+        folder = self.folder / "runs" / job.name
+        recipe = self.recipe(job, self.folder / job.rung / f"base-{job.base}" / "model")
+        loop.run(recipe, folder)
+        done = self.measured(job.rung, folder / "model") | {
+            "rung": job.rung, "base": job.base, "arm": job.arm, "at": job.at, "seed": job.seed, "lr": recipe.training.lr,
+            "tokens": recipe.training.tokens, "cpu_seconds": time.process_time() - began[0],
+            "seconds": time.perf_counter() - began[1], "made_by": made_by(),
+        }  # fmt: skip
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_whole(self.results / f"{job.name}.json", to_json(done) + "\n")
+        shutil.rmtree(folder)
+        return done
+
+    def measured(self, rung: str, model: Path) -> dict[str, Any]:
+        """Parameters and held-out loss, in nats a token and bits a byte, of a model."""
+        loaded = load(str(model))
+        held_out = texts(str(self.folder / rung / "text" / "heldout.jsonl"))
+        windows = list(
+            evaluation_windows(loaded.tokenizer, held_out, window=self.table["length"], max_windows=self.table["heldout_windows"])
+        )
+        figures = perplexity(loaded.model, windows, num_bytes=text_bytes(loaded.tokenizer, windows))
+        return {
+            "params": count_parameters(loaded.model), "loss": figures.nll, "bits_per_byte": figures.bits_per_byte,
+            "predicted": figures.tokens,
+        }  # fmt: skip
+
+    def _train_text(self, rung: str) -> str:
+        return str(self.folder / rung / "text" / "train.jsonl")
+
+
+def lr_of(ladder: Ladder, job: Job) -> float:
+    """The learning rate of a job: its own, its arm's, or the best that was tried for the arm that its arm names.
+
+    Where no job has tried any, the middle one of those that would be tried.
+    """
+    if job.lr is not None:
+        return job.lr
+    named = ladder.table["arms"][job.arm]["lr"]
+    if not isinstance(named, str):
+        return float(named)
+    tried = [result for one in ladder.sweep(job.rung, named) if (result := ladder.result(one)) is not None]
+    if not tried:
+        rates = ladder.table["learning_rates"]["tried"]
+        return float(rates[len(rates) // 2])
+    return float(min(tried, key=lambda result: result["loss"])["lr"])
+
+
+def _whole(tokens: float, batch: int) -> int:
+    """The nearest number of whole batches, at least one."""
+    return max(1, round(tokens / batch)) * batch
+
+
+def _tokenizer(documents: Iterator[str], *, size: int) -> Any:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    inner.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END)
+
+
+def _config(rung: Mapping[str, Any], vocabulary: int) -> Any:
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=rung["width"], num_hidden_layers=rung["layers"], num_attention_heads=rung["heads"],
+        num_key_value_heads=rung["kv_heads"], intermediate_size=rung["mlp"], max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0, architectures=["LlamaForCausalLM"], dtype="float32",
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""What the results of the ladder say: a table of claims judged by paired differences, curves, and tokens saved."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from adapt_pruner.core.budget import parse_count
+from adapt_pruner.core.files import write_whole
+from adapt_pruner.core.words import compact
+from adapt_pruner.report.charts import Lines, Series
+from adapt_pruner.report.page import framed
+from adapt_pruner.report.paper import has_matplotlib, write_pictures
+from adapt_pruner.report.svg import drawn, escaped
+
+__all__ = ["Judged", "judged", "tables", "write_report"]
+
+Result = Mapping[str, Any]
+Key = tuple[str, str, float]  # rung, arm, tokens a parameter
+
+# Student's t: 97.5 % quantiles for 1, 2, … degrees of freedom; beyond these the last one, which is a little wide.
+_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]
+
+
+class Judged:
+    """Paired differences of a claim: the loss of the arm that should be worse, less that of the better, in nats; above 0 for the claim.
+
+    Attributes:
+        differences: one a pair of runs on one base with one seed.
+        mean: of them.
+        half: half the width of their 95 % interval (Student's t); infinite for one pair.
+        verdict: true, false, or undecided where the interval holds 0.
+    """
+
+    def __init__(self, differences: Sequence[float]) -> None:
+        self.differences = list(differences)
+        self.mean, number = mean(differences), len(differences)
+        spread = _T[min(number - 2, len(_T) - 1)] * stdev(differences) / math.sqrt(number) if number > 1 else math.inf
+        self.half = spread
+        self.verdict = "true" if self.mean - spread > 0 else "false" if self.mean + spread < 0 else "undecided"
+
+
+def _by_key(results: Sequence[Result]) -> dict[Key, dict[tuple[int, int], Result]]:
+    """Results of the main jobs by rung, arm and tokens, then by base and seed; those of failed jobs are left out."""
+    by_key: dict[Key, dict[tuple[int, int], Result]] = defaultdict(dict)
+    for result in results:
+        if "error" not in result:
+            by_key[result["rung"], result["arm"], result["at"]][result["base"], result["seed"]] = result
+    return by_key
+
+
+def judged(results: Sequence[Result], table: Mapping[str, Any]) -> dict[tuple[str, str, float], Judged]:
+    """(claim, rung, tokens a parameter) -> what the pairs say of it; nothing where there is no pair."""
+    by_key, found = _by_key(results), {}
+    for claim in table["claims"]:
+        for rung, arm, at in sorted(by_key, key=str):
+            if arm not in claim["better"] or bool(claim.get("untrained")) != (at == 0):
+                continue
+            for than in claim["than"]:
+                better, worse = by_key[rung, arm, at], by_key.get((rung, than, at), {})
+                pairs = sorted(better.keys() & worse.keys())
+                if pairs:
+                    found[claim["says"], rung, at] = Judged([worse[pair]["loss"] - better[pair]["loss"] for pair in pairs])
+    return found
+
+
+def tables(results: Sequence[Result], table: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Markdown tables: claims, arms, and tokens saved against training from scratch."""
+    by_key = _by_key(results)
+    claims = [
+        "| claim | rung | tokens a parameter | pairs | difference, nats | 95 % interval | verdict |",
+        "|---|---|---:|---:|---:|---|---|",
+    ]
+    for (says, rung, at), found in sorted(
+        judged(results, table).items(), key=lambda item: (_place(table, item[0][0]), item[0][1:])
+    ):
+        interval = f"{found.mean - found.half:+.4f} to {found.mean + found.half:+.4f}" if math.isfinite(found.half) else "–"
+        claims.append(
+            f"| {says} | {rung} | {at:g} | {len(found.differences)} | {found.mean:+.4f} | {interval} | {found.verdict} |"
+        )
+    arms = [
+        "| rung | arm | tokens a parameter | runs | parameters | loss, nats | spread | bits a byte | CPU-s |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for (rung, arm, at), runs in sorted(by_key.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])):
+        losses = [run["loss"] for run in runs.values()]
+        spread = f"{min(losses):.4f}–{max(losses):.4f}" if len(losses) > 1 else "–"
+        first = next(iter(runs.values()))
+        arms.append(
+            f"| {rung} | {arm}, {table['arms'][arm]['says']} | {at:g} | {len(runs)} | {first['params']:,} | {mean(losses):.4f} | {spread} "
+            f"| {mean(run['bits_per_byte'] for run in runs.values()):.4f} | {mean(run['cpu_seconds'] for run in runs.values()):.0f} |"
+        )
+    return {"claims": claims, "arms": arms, "saved": _saved(by_key, table)}
+
+
+def _place(table: Mapping[str, Any], says: str) -> int:
+    return next(number for number, claim in enumerate(table["claims"]) if claim["says"] == says)
+
+
+def _saved(by_key: Mapping[Key, Mapping[tuple[int, int], Result]], table: Mapping[str, Any]) -> list[str]:
+    """How many times more tokens training from scratch takes to the loss of one cut; with and without what the base has read."""
+    lines = [
+        "| rung | tokens a parameter | loss of one cut | tokens from scratch / tokens after the cut | … with those of the base |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for rung in sorted({key[0] for key in by_key}):
+        scratch = sorted(
+            (next(iter(runs.values()))["tokens"], mean(run["loss"] for run in runs.values()))
+            for (its, arm, at), runs in by_key.items() if (its, arm) == (rung, "a") and at
+        )  # fmt: skip
+        for (its, arm, at), runs in sorted(by_key.items()):
+            if (its, arm) != (rung, "b") or not at or len(scratch) < 2:
+                continue
+            loss, tokens = mean(run["loss"] for run in runs.values()), next(iter(runs.values()))["tokens"]
+            base = parse_count(table["rungs"][rung]["base_tokens"])
+            needed, sign = _tokens_to(loss, scratch)
+            lines.append(f"| {rung} | {at:g} | {loss:.4f} | {sign}{needed / tokens:.1f} | {sign}{needed / (tokens + base):.2g} |")
+    return lines if len(lines) > 2 else []
+
+
+def _tokens_to(loss: float, curve: Sequence[tuple[float, float]]) -> tuple[float, str]:
+    """The tokens at which a falling curve reaches a loss, linear in log tokens between its points; `> ` where it does not get there."""
+    for (left, above), (right, below) in pairwise(curve):
+        if below <= loss <= above:
+            share = (above - loss) / (above - below)
+            return math.exp(math.log(left) + share * (math.log(right) - math.log(left))), ""
+    return (curve[-1][0], "> ") if loss < curve[-1][1] else (curve[0][0], "< ")
+
+
+def pictures(results: Sequence[Result], table: Mapping[str, Any]) -> list[Lines]:
+    """Of each rung: loss against tokens, and the paired difference of each arm to one cut."""
+    by_key, charts = _by_key(results), []
+    for rung in dict.fromkeys(key[0] for key in by_key):
+        losses, differences = [], []
+        for arm in table["arms"]:
+            runs = {at: by_key[its, a, at] for its, a, at in sorted(by_key, key=str) if (its, a) == (rung, arm) and at}
+            runs = dict(sorted(runs.items()))
+            if runs:
+                losses.append(_series(arm, {at: [run["loss"] for run in of.values()] for at, of in runs.items()}))
+            paired = {
+                at: [run["loss"] - cut[pair]["loss"] for pair, run in of.items() if pair in cut]
+                for at, of in runs.items() if arm not in ("a", "b") and (cut := by_key.get((rung, "b", at), {}))
+            }  # fmt: skip
+            if any(paired.values()):
+                differences.append(_series(arm, {at: values for at, values in paired.items() if values}))
+        about = "Bars run from the lowest to the highest run. " + "; ".join(
+            f"{a}: {of['says']}" for a, of in table["arms"].items() if any(s.name == a for s in losses)
+        )
+        if sum(len(series.points) for series in losses) > 1:
+            charts.append(
+                Lines(
+                    f"ladder-{rung}",
+                    f"Held-out loss against training tokens, rung {rung}",
+                    about,
+                    losses,
+                    "tokens a parameter",
+                    "nats a token",
+                    y_form="loss",
+                    log=False,
+                )
+            )
+        if sum(len(series.points) for series in differences) > 1:
+            charts.append(
+                Lines(
+                    f"ladder-{rung}-paired",
+                    f"Paired difference to one cut, rung {rung}",
+                    "Above 0: one cut is better. " + about,
+                    differences,
+                    "tokens a parameter",
+                    "nats above one cut",
+                    y_form="plain",
+                )
+            )
+    return charts
+
+
+def _series(arm: str, by_tokens: Mapping[float, Sequence[float]]) -> Series:
+    several = all(len(values) > 1 for values in by_tokens.values())
+    points = [(at, mean(values)) for at, values in by_tokens.items()]
+    low, high = ([pick(values) for values in by_tokens.values()] if several else [] for pick in (min, max))
+    return Series(arm, points, low, high, dots=True)
+
+
+def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Path, *, plan: str, planned: int) -> str:
+    """Write ladder.md, ladder.html and the pictures; returns a sentence that says where."""
+    made, charts = tables(results, table), pictures(results, table)
+    done = sum("error" not in result for result in results)
+    cpu = sum(result.get("cpu_seconds", 0.0) for result in results)
+    head = f"{done} of {planned} jobs of the plan `{plan}` are done, in {cpu / 3600:.2f} CPU-hours without the bases."
+    text = "\n\n".join([head, *("\n".join(lines) for lines in made.values() if lines)]) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "ladder.md", text)
+    listed = "".join(f"<pre>{escaped(chr(10).join(lines))}</pre>" for lines in made.values() if lines)
+    body = f'<section id="pictures">{"".join(map(drawn, charts))}</section><section id="tables">{listed}</section>'
+    page = framed(
+        title=f"ladder: {plan}",
+        head=f"<h1>The ladder: {escaped(plan)}</h1><p>{escaped(head)}</p>",
+        links=[("pictures", "Curves"), ("tables", "Tables")],
+        body=body,
+        foot="",
+    )
+    write_whole(folder / "ladder.html", page)
+    if charts and has_matplotlib():
+        write_pictures(charts, folder, endings=("svg",))
+    return f"{head} {compact(sum(result.get('tokens', 0) for result in results))} training tokens. The report is {folder / 'ladder.md'}"

@@ -1,0 +1,130 @@
+"""benchmarks/ladder: the table holds together, a job is done once and resumed, and verdicts follow from paired differences."""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from adapt_pruner.core.files import write_whole
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "ladder"
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Any]:
+    """jobs, reporting and ladder, which import each other as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield [importlib.import_module(name) for name in ("jobs", "reporting", "ladder")]
+        for name in ("jobs", "reporting", "ladder"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def ladder(modules: Any, tmp_path: Path) -> Any:
+    words = ("The quick brown fox", "A lazy dog", "Sphinx of black quartz", "Two plus two", "Pack my box")
+    rows = [json.dumps({"text": f"{words[i % 5]} number {i} sees {words[(i * 3) % 5]} {i * i} times. " * 8}) for i in range(400)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[:300]) + "\n")
+    (tmp_path / "heldout.jsonl").write_text("\n".join(rows[300:]) + "\n")
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8")) | {"heldout_windows": 4}
+    (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(table))
+    text = {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "heldout")}
+    return modules[0].Ladder(tmp_path / "kept", text=text, table=tmp_path / "ladder.yaml")
+
+
+def test_every_job_of_every_plan_has_a_recipe(modules: Any, ladder: Any) -> None:
+    jobs, _, _ = modules
+    for rung in ladder.table["rungs"]:
+        shape = ladder.folder / rung / "tokenizer"
+        shape.mkdir(parents=True)
+        (shape / "config.json").write_text("{}")
+        (ladder.folder / rung / "scratch").mkdir()
+        (ladder.folder / rung / "scratch" / "config.json").write_text("{}")
+    for plan in ladder.table["plans"]:
+        for job in ladder.jobs(plan):
+            recipe = ladder.recipe(job, Path("base"))
+            assert recipe.training.tokens % 2048 == 0
+            assert bool(recipe.training.tokens) == bool(job.at)
+            arm = ladder.table["arms"][job.arm]
+            assert recipe.stages == arm.get("stages", 1)
+            assert (recipe.init == "random", recipe.budget == "100%") == (
+                "scratch" in arm,
+                bool({"scratch", "uncut"} & arm.keys()),
+            )
+    assert ladder.recipe(jobs.Job("S", 0, "c20", 4, 0), Path("base")).moments == "reset"
+    assert ladder.recipe(jobs.Job("S", 0, "u5", 4, 0), Path("base")).chooser == "allocate.uniform"
+    assert ladder.recipe(jobs.Job("S", 0, "b", 1, 0, 5e-4), Path("base")).training.lr == 5e-4
+    arms = {arm for plan in ladder.table["plans"] for job in ladder.jobs(plan) for arm in [job.arm]}
+    assert arms == set(ladder.table["arms"])
+    assert {arm for claim in ladder.table["claims"] for arm in [*claim["better"], *claim["than"]]} <= arms
+
+
+def test_arms_take_the_learning_rate_that_won(modules: Any, ladder: Any) -> None:
+    jobs, _, _ = modules
+    job = jobs.Job("X", 0, "u1", 1, 2)
+    assert jobs.lr_of(ladder, job) == 1e-3, "where none was tried"
+    ladder.results.mkdir(parents=True)
+    for one, loss in zip(ladder.sweep("X", "b"), (4.2, 4.3, 4.1), strict=True):
+        write_whole(ladder.results / f"{one.name}.json", json.dumps({"lr": one.lr, "loss": loss}))
+    assert jobs.lr_of(ladder, job) == 2e-3
+    assert jobs.lr_of(ladder, jobs.Job("X", 0, "a", 1, 2)) == 4e-3
+
+
+def test_jobs_are_done_once_and_reported(modules: Any, ladder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    jobs, reporting, script = modules
+    todo = [jobs.Job("T", 0, arm, at, 0) for arm, at in (("b", 0), ("u1", 0), ("b", 1), ("d5", 1))]
+    script.work(ladder, todo)
+    results = [ladder.result(job) for job in todo]
+    assert [(result["arm"], result["tokens"]) for result in results] == [("b", 0), ("u1", 0), ("b", 8192), ("d5", 8192)]
+    assert all(7_800 < result["params"] <= 8_000 for result in results)
+    assert all(0 < result["loss"] < math.log(300) + 0.5 for result in results)
+    assert results[2]["loss"] < results[0]["loss"], "it was trained"
+    assert not list((ladder.folder / "runs").glob("*/"))
+    monkeypatch.setattr(jobs.loop, "run", lambda *_: pytest.fail("it was done again"))
+    script.work(ladder, todo)
+    said = reporting.write_report(results, ladder.table, tmp_path / "report", plan="test", planned=5)
+    assert "4 of 5 jobs of the plan `test` are done" in said
+    assert "Interleaving in 5 stages beats one cut" in (tmp_path / "report" / "ladder.md").read_text()
+    assert "<svg" in (tmp_path / "report" / "ladder.html").read_text()
+
+
+def results_of(arms: dict[str, list[float]], *, at: float = 1) -> list[dict[str, Any]]:
+    return [
+        {"rung": "S", "base": 0, "arm": arm, "at": at, "seed": seed, "loss": loss, "tokens": int(at * 800_000), "bits_per_byte": 1.0,
+         "params": 800_000, "cpu_seconds": 1.0}
+        for arm, losses in arms.items() for seed, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+def test_a_verdict_is_of_pairs_and_says_when_it_cannot_tell(modules: Any) -> None:
+    _, reporting, _ = modules
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
+    # seeds differ by far more than arms do; pairs tell
+    found = reporting.judged(results_of({"b": [4.0, 4.5, 5.0], "u1": [4.031, 4.529, 5.030], "d5": [4.01, 4.49, 5.002]}), table)
+    adaptive = found["Adaptive shares beat uniform ones after one cut and training", "S", 1]
+    assert (adaptive.verdict, len(adaptive.differences)) == ("true", 3)
+    assert adaptive.mean == pytest.approx(0.030)
+    assert adaptive.half == pytest.approx(4.303 * 0.001 / math.sqrt(3))
+    assert found["Interleaving in 5 stages beats one cut", "S", 1].verdict == "undecided"
+    lost = reporting.judged(results_of({"b": [4.0, 4.5], "d5": [4.1, 4.6001]}), table)
+    assert lost["Interleaving in 5 stages beats one cut", "S", 1].verdict == "false"
+    alone = reporting.judged(results_of({"b": [4.0], "d5": [3.0, 3.1]}), table)["Interleaving in 5 stages beats one cut", "S", 1]
+    assert (alone.verdict, alone.differences) == ("undecided", [1.0]), "one pair decides nothing"
+    untrained = reporting.judged(results_of({"b": [4.0, 4.1], "u1": [5.0, 5.1]}, at=0), table)
+    assert list(untrained) == [("Adaptive shares beat uniform ones before training", "S", 0)]
+
+
+def test_tokens_saved_are_read_off_the_curve_from_scratch(modules: Any) -> None:
+    _, reporting, _ = modules
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
+    scratch = results_of({"a": [6.0]}, at=1) + results_of({"a": [5.0]}, at=4)
+    (row,) = reporting.tables(scratch + results_of({"b": [5.5]}), table)["saved"][2:]
+    assert row == f"| S | 1 | 5.5000 | 2.0 | {2 * 0.8 / 24.8:.2g} |", "half of the way in log tokens from 1 to 4"
+    (beyond,) = reporting.tables(scratch + results_of({"b": [4.5]}), table)["saved"][2:]
+    assert "| > 4.0 |" in beyond
