@@ -28,6 +28,7 @@ from adapt_pruner.cli.push import push
 from adapt_pruner.cli.recipes import recipes
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
+from adapt_pruner.cli.shrink import shrink
 from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
@@ -81,6 +82,7 @@ app = typer.Typer(
     "`adapt-pruner COMMAND --help` explains a command.",
 )
 for command, name in (
+    (shrink, "shrink"),
     (prune, "prune"),
     (run, "run"),
     (watch, "watch"),

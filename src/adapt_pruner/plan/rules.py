@@ -1,0 +1,259 @@
+"""The rules by which `shrink` plans; docs/shrink.md says which measurement each is read off.
+
+planned(machine, model, asked) -> Plan: settings of a recipe, the lines that say them, and what takes how long
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapt_pruner.core.words import compact, millions, span
+from adapt_pruner.errors import UsageError
+
+__all__ = ["Asked", "Machine", "Model", "Plan", "planned"]
+
+_FOR_PRUNING = 1 / 3  # of the time, at most
+_FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
+_SPARE = 0.02  # of the time, for what no probe foresees
+_MORE = 1.25  # tokens laid ready for one that should fit: the deadline ends training, not the text
+_READ_OFTEN = 4  # times a text may be read before it is said: up to here repeats are nearly as good as fresh text
+_DISTIL_FROM = 0.35  # share of the decoder that goes
+_REPAIR = 1.4  # seconds of a repair for one of scoring the same text
+_FEWEST_STEPS = 10
+_ROW, _LENGTH, _BATCH, _WINDOW = 128, 256, 2048, 512  # tokens: of a calibration sequence, a training row, a step, a window
+_WINDOWS = (40, 20, 8)
+_LARGE = {500e6: 2e-4, 2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
+_AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured on this machine with the dense model.
+
+    Attributes:
+        read: tokens a second of a forward pass.
+        scored: tokens a second of scoring by first-order Taylor.
+        trained: tokens a second of a training step.
+        load: seconds to load the model.
+        words: what it is, for people: `2 threads, bfloat16`.
+        memory: bytes that are free; None where that is not known.
+    """
+
+    read: float
+    scored: float
+    trained: float
+    load: float
+    words: str
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model to be pruned.
+
+    Attributes:
+        name: as the user gave it.
+        params: parameters, tied weights once.
+        decoder: of them in decoder layers.
+        target: parameters that may stay.
+        longest: tokens it reads at once; None where it says nothing of that.
+        training: bytes that training it takes, and with gradient checkpointing.
+    """
+
+    name: str
+    params: int
+    decoder: int
+    target: int
+    longest: int | None = None
+    training: tuple[int, int] = (0, 0)
+
+    @property
+    def share(self) -> float:
+        """The share of the decoder that goes."""
+        return (self.params - self.target) / self.decoder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for.
+
+    Attributes:
+        train: SPEC of the text to train and calibrate on.
+        held_out: SPEC of the part that is held out.
+        text_tokens: about how many tokens `train` has.
+        own: whether the user named the text.
+        minutes: that it may take; None where `tokens` says how long.
+        tokens: to train on; None where `minutes` says how long.
+    """
+
+    train: str
+    held_out: str
+    text_tokens: int
+    own: bool
+    minutes: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's keys, dotted; what to say of them; and seconds by what takes them."""
+
+    settings: Mapping[str, Any]
+    lines: tuple[str, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """A way to prune by `best`: its step, the sequences of 128 tokens that it reads in each iteration, and whether it repairs."""
+
+    step: float
+    samples: int
+    repairs: bool = True
+
+    def iterations(self, model: Model) -> int:
+        return 1 if self.step == 1 else math.ceil(model.share / self.step) + 1
+
+    def seconds(self, model: Model, machine: Machine) -> float:
+        passes = 1 + _REPAIR * self.repairs
+        return self.iterations(model) * passes * self.samples * _ROW / machine.scored
+
+    def settings(self) -> dict[str, Any]:
+        bare = {} if self.repairs else {"repair": None}
+        return {"method": "best", "step": self.step, "calibration.samples": self.samples, "calibration.self_generated": 0, **bare}
+
+
+# From the most thorough on: the first that fits is taken.
+_WAYS = (
+    _Pruning(0.1, 64),
+    _Pruning(0.1, 32),
+    _Pruning(0.1, 16),
+    _Pruning(1.0, 16),
+    _Pruning(1.0, 16, repairs=False),
+)
+
+
+def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
+    """The plan for a machine, a model and a time or a number of tokens.
+
+    Raises:
+        UsageError: the time is too short for anything, or the model does not fit.
+    """
+    checkpointing = _fitting(machine, model)
+    if checkpointing:
+        machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
+    distilled = model.share >= _DISTIL_FROM or not asked.own
+    total = math.inf if asked.minutes is None else 60 * asked.minutes
+    speed = _training_speed(machine, model, distilled)
+    windows, way, left = _thoroughness(total, model, machine, least=_FEWEST_STEPS * _BATCH / speed)
+    pruning = way.seconds(model, machine)
+    tokens = asked.tokens if asked.tokens is not None else left * speed
+    settings = {
+        **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
+        "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
+        "training.source": asked.train, "training.tokens": _whole(tokens * (1 if asked.tokens is not None else _MORE)),
+        "training.batch_tokens": _BATCH, "training.length": min(_LENGTH, model.longest or _LENGTH),
+        "training.lr": next(lr for most, lr in _LARGE.items() if model.params <= most),
+        "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
+        "training.gradient_checkpointing": checkpointing,
+        "evaluation.source": asked.held_out, "evaluation.window": min(_WINDOW, model.longest or _WINDOW),
+        "evaluation.max_windows": windows,
+        "checkpoint_minutes": _checkpoints(total),
+        **({} if asked.minutes is None else {"minutes": asked.minutes}),
+    }  # fmt: skip
+    seconds = {"load": machine.load, "measure": _measuring(windows, model, machine), "prune": pruning, "train": tokens / speed}
+    plan = Plan(settings, (), seconds)
+    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, distilled=distilled))
+
+
+def _thoroughness(total: float, model: Model, machine: Machine, *, least: float) -> tuple[int, _Pruning, float]:
+    """How many windows to measure, how to prune, and the seconds that are left for training: the most that fit their shares.
+
+    Raises:
+        UsageError: even of the least of both fewer than `least` seconds are left.
+    """
+    for windows in _WINDOWS:
+        for way in _WAYS:
+            measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
+            left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - pruning
+            barest = windows == _WINDOWS[-1] and way is _WAYS[-1]
+            if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
+                return windows, way, left
+    needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)
+    raise UsageError(
+        f"{total / 60:.3g} minutes are too few: to load {model.name}, prune it in one cut, train {_FEWEST_STEPS} steps and measure it takes "
+        f"about {_minutes_up(needed):g} minutes on this machine; give as many"
+    )
+
+
+def _fitting(machine: Machine, model: Model) -> bool:
+    """Whether activations have to be worked out again for the model to fit.
+
+    Raises:
+        UsageError: it does not fit even so.
+    """
+    plain, again = model.training
+    if machine.memory is None or plain <= machine.memory:
+        return False
+    if again > machine.memory:
+        raise UsageError(
+            f"{model.name} needs {again / _GIB:.1f} GiB of memory to be trained and {machine.memory / _GIB:.1f} GiB are free; take a smaller "
+            f"model or a larger machine, or prune without training: adapt-pruner prune {model.name} -o DIR --params {model.target}"
+        )
+    return True
+
+
+def _measuring(windows: int, model: Model, machine: Machine) -> float:
+    """Seconds to measure the dense model and the pruned one."""
+    return windows * _WINDOW / machine.read * (1 + model.target / model.params)
+
+
+def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:
+    """Tokens a second of training the pruned model; a teacher's forward pass comes on top of three of the student's."""
+    student = machine.trained * model.params / model.target
+    return student / (1 + (model.params / model.target / 3 if distilled else 0))
+
+
+def _whole(tokens: float) -> int:
+    return max(1, round(tokens / _BATCH)) * _BATCH
+
+
+def _checkpoints(total: float) -> float:
+    """Minutes between checkpoints: a twelfth of the time, at least one and at most ten."""
+    return round(min(10.0, max(1.0, total / 60 / 12)), 1)
+
+
+def _minutes_up(seconds: float) -> float:
+    """Minutes, rounded up to a tenth, or to a whole one above ten."""
+    minutes = seconds / 60
+    return math.ceil(minutes) if minutes > 10 else math.ceil(10 * minutes) / 10
+
+
+def _lines(
+    plan: Plan, machine: Machine, model: Model, asked: Asked, way: _Pruning, *, tokens: float, distilled: bool
+) -> tuple[str, ...]:
+    """The plan in five lines."""
+    settings, seconds = plan.settings, plan.seconds
+    often = tokens / max(1, asked.text_tokens)
+    repeats = (
+        f", each about {often:.1f} times; a text of {compact(tokens / _READ_OFTEN)} tokens would do"
+        if often > _READ_OFTEN
+        else ""
+    )
+    taught = "learning what the dense model says of" if distilled else "on"
+    cuts = way.iterations(model)
+    when = (
+        f"ends within {span(60 * asked.minutes)}" if asked.minutes is not None else f"takes about {span(sum(seconds.values()))}"
+    )
+    return (
+        f"machine: {machine.words}; it reads {machine.read:,.0f} tokens a second of this model and trains on {machine.trained:,.0f}",
+        f"prune: {millions(model.params)} → {millions(model.target)} parameters by best, about {cuts} cut{'s' * (cuts != 1)}, each "
+        f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
+        f"train: about {compact(tokens)} tokens in steps of {_BATCH:,} at a rate of {settings['training.lr']:g}, {taught} the text{repeats}: "
+        f"about {span(seconds['train'])}",
+        f"text: {asked.train}" + ("" if asked.own else " (comes with Python and teaches little else; name yours with --text)")
+        + f"; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",
+        f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the best so far, and the same command goes on",
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Measure in less than a minute how fast this machine reads, scores and trains a model, and whether it fits."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.plan.rules import Machine, Model
+from adapt_pruner.recipe import Recipe
+from adapt_pruner.reduce.work import Listener, Work
+from adapt_pruner.run.estimate import Setup, held, shapes, training_memory
+from adapt_pruner.run.start import begin
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.weights import taylor
+from adapt_pruner.train.loop import MICRO_TOKENS, make_optimizer
+from adapt_pruner.train.objectives import lm
+
+__all__ = ["probed"]
+
+_TOKENS, _LENGTH = 512, 128  # of a pass of reading and of scoring
+_ROW = 256  # tokens of a training row
+_ENOUGH = 15.0  # seconds after which a pass is not repeated: the first of a process is slow, but not for so long
+_MEMORY = Path("/proc/meminfo")
+_KIB = 1024
+
+
+def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False) -> tuple[Machine, Model, Work]:
+    """What this machine and the model of a recipe are like.
+
+    Args:
+        recipe: its model, budget, device and number format count.
+        listen: told of events.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Returns:
+        Speeds and memory, the model's sizes, and the work with the model, whose weights are as they were.
+
+    Raises:
+        UsageError: the model cannot be loaded, or is smaller than the budget.
+    """
+    began = time.perf_counter()
+    work = begin(recipe, listen, trust_remote_code=trust_remote_code)
+    load = time.perf_counter() - began
+    model, config = work.model, work.model.config
+    device, dense = next(model.parameters()).device, shapes(work.model)
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
+    how = Setup(kind, narrow, _ROW, batch_tokens=MICRO_TOKENS[kind])
+    needs = tuple(held(training_memory(dense, each), kind) for each in (how, Setup(**{**vars(how), "checkpointing": True})))
+    target = Budget.parse(recipe.budget, dense=dense.params).keep
+    measured = Model(recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]))
+    free = _free_bytes(device)
+    words = (
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+        if kind == "cpu"
+        else torch.cuda.get_device_name(device)
+    )
+    batch = torch.randint(config.vocab_size, (_TOKENS // _LENGTH, _LENGTH), generator=torch.Generator().manual_seed(0))
+    axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in recipe.axes]
+    read = _TOKENS / _seconds(lambda: perplexity(model, batch.split(1), dtype=recipe.dtype), device)
+    scored = _TOKENS / _seconds(lambda: score(model, axes, [batch], metrics=[taylor], dtype=recipe.dtype), device)
+    fits = free is None or needs[1] <= free
+    trained = _trained(work, device, narrow=narrow) if fits else scored
+    machine = Machine(read, scored, trained, load, f"{words}, {'bfloat16' if narrow else 'float32'}", free)
+    return machine, measured, work
+
+
+def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
+    """Tokens a second of a training step; its rate is 0, so that the weights stay as they are."""
+    model, rows = work.model, MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"] // _ROW
+    ids = torch.randint(model.config.vocab_size, (rows, _ROW), generator=torch.Generator().manual_seed(1)).to(device)
+    optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
+            loss = lm(model, ids, None)
+        (loss / ids.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model.train()
+    try:
+        return ids.numel() / _seconds(step, device)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        model.eval()
+
+
+def _seconds(do: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a second call; of the first, if that took long already."""
+    span = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        do()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        span = max(time.perf_counter() - began, 1e-6)
+        if span > _ENOUGH:
+            break
+    return span
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that is free for this process beside what it holds; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    if not _MEMORY.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="utf-8").splitlines() if ":" in line)
+    status = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if ":" in line
+    )
+    return (int(lines["MemAvailable"].split()[0]) + int(status["VmRSS"].split()[0])) * _KIB

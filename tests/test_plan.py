@@ -1,0 +1,109 @@
+"""The rules of `shrink`, on machines and models that are numbers."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from adapt_pruner.errors import UsageError
+from adapt_pruner.plan.rules import Asked, Machine, Model, Plan, planned
+from adapt_pruner.recipe import read
+
+MACHINE = Machine(read=1_500, scored=360, trained=570, load=10, words="2 threads, bfloat16", memory=16 * 2**30)
+"""Two idle cores of a Xeon with AMX and SmolLM2-135M."""
+SMOLLM2 = Model("smollm2-135m-instruct", 134_515_008, 106_203_456, 113_300_000, 8192, (3 * 2**30, 2 * 2**30))
+TEXT = Asked("corpus#train", "corpus#heldout", 40_000_000, True)
+
+
+def plan_of(minutes: float | None = None, **changes: Any) -> Plan:
+    asked = {key: value for key, value in changes.items() if hasattr(TEXT, key)}
+    machine = {key: value for key, value in changes.items() if hasattr(MACHINE, key)}
+    model = {key: value for key, value in changes.items() if hasattr(SMOLLM2, key)}
+    return planned(replace(MACHINE, **machine), replace(SMOLLM2, **model), replace(TEXT, minutes=minutes, **asked))
+
+
+@pytest.mark.parametrize("minutes", [4, 15, 60, 150, 600])
+@pytest.mark.parametrize("target", [113_300_000, 92_000_000, 70_800_000])
+def test_a_plan_is_a_recipe_that_fits_its_time(minutes: float, target: int) -> None:
+    plan = plan_of(minutes, target=target)
+    recipe = read({}, values=plan.settings)
+    assert (recipe.minutes, recipe.budget, recipe.stages) == (minutes, str(target), 1)
+    assert 0.85 * 60 * minutes < sum(plan.seconds.values()) < 60 * minutes
+    assert plan.seconds["prune"] <= 20 * minutes, "a third at most"
+    assert recipe.training.tokens % recipe.training.batch_tokens == 0
+    assert recipe.calibration.self_generated == 0
+    assert len(plan.lines) == 5
+    assert all("\n" not in line for line in plan.lines)
+
+
+def test_more_time_buys_thoroughness_and_then_tokens() -> None:
+    plans = [plan_of(minutes) for minutes in (2, 4, 8, 15, 60)]
+    looked_at = [plan.settings["calibration.samples"] for plan in plans]
+    tokens = [plan.settings["training.tokens"] for plan in plans]
+    assert [plan.settings["method"] for plan in plans] == ["best"] * 5
+    assert [plan.settings["step"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1]
+    assert looked_at == [16, 16, 32, 64, 64]
+    assert tokens == sorted(tokens)
+    assert 3 < tokens[4] / tokens[3] < 6
+
+
+def test_a_slower_machine_gets_a_smaller_plan() -> None:
+    fast, slow = plan_of(15), plan_of(15, read=300, scored=72, trained=114)
+    assert slow.settings["calibration.samples"] < fast.settings["calibration.samples"]
+    assert slow.settings["training.tokens"] < fast.settings["training.tokens"] / 4
+    assert slow.settings["evaluation.max_windows"] < fast.settings["evaluation.max_windows"]
+
+
+def test_who_loses_much_or_has_no_text_learns_from_the_dense_model() -> None:
+    assert plan_of(60).settings["training.objective"] == "objectives.lm"
+    for plan in (plan_of(60, target=92_000_000), plan_of(60, own=False)):
+        assert plan.settings["training.objective"] == "objectives.distil(temperature=1)"
+        assert "what the dense model says" in plan.lines[2]
+    assert "name yours with --text" in plan_of(60, own=False).lines[3]
+
+
+def test_tokens_in_the_place_of_minutes() -> None:
+    plan = plan_of(tokens=2_000_000)
+    assert plan.settings["training.tokens"] == 2_000_896, "whole batches"
+    assert "minutes" not in plan.settings
+    assert plan.settings["calibration.samples"] == 64
+    assert plan.lines[4].startswith("it takes about ")
+
+
+@pytest.mark.parametrize("target", [113_300_000, 70_800_000])
+def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -> None:
+    with pytest.raises(UsageError, match=r"0\.5 minutes are too few: .* takes about [\d.]+ minutes on this machine") as refused:
+        plan_of(0.5, target=target)
+    least = re.search(r"about ([\d.]+) minutes", str(refused.value))
+    assert least is not None
+    plan_of(float(least[1]), target=target)
+    with pytest.raises(UsageError, match="are too few"):
+        plan_of(0.8 * float(least[1]), target=target)
+
+
+def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:
+    line = plan_of(60, text_tokens=50_000).lines[2]
+    often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).k tokens would do", line)
+    assert often is not None, line
+    tokens = plan_of(60).settings["training.tokens"] / 1.25
+    assert float(often[1]) == pytest.approx(tokens / 50_000, rel=0.01)
+    assert 1000 * float(often[2]) == pytest.approx(tokens / 4, rel=0.01)
+    assert "times" not in plan_of(60).lines[2]
+
+
+def test_a_model_that_does_not_fit_is_refused_and_one_that_hardly_does_works_twice() -> None:
+    assert not plan_of(60).settings["training.gradient_checkpointing"]
+    hardly = plan_of(60, memory=int(2.5 * 2**30))
+    assert hardly.settings["training.gradient_checkpointing"]
+    assert hardly.settings["training.tokens"] < plan_of(60).settings["training.tokens"]
+    with pytest.raises(UsageError, match=r"needs 2\.0 GiB of memory to be trained and 1\.0 GiB are free; take a smaller model"):
+        plan_of(60, memory=2**30)
+    plan_of(60, memory=None)
+
+
+def test_large_models_learn_more_slowly() -> None:
+    rates = [
+        plan_of(600, params=n, decoder=n // 2, target=n * 8 // 10).settings["training.lr"] for n in (10**8, 10**9, 4 * 10**9)
+    ]
+    assert rates == [2e-4, 1e-4, 5e-5]

@@ -1,0 +1,179 @@
+"""`shrink` on a tiny model: plan, run, page; interrupted and gone on with; text in two parts; and what is refused."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapt_pruner import cli
+from adapt_pruner.data.apart import apart
+from adapt_pruner.data.sources import documents
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import read
+from adapt_pruner.run.training import Trainer
+from conftest import assert_same_model
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command line in this process: exit status, stdout, stderr."""
+
+    def call(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["adapt-pruner", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 documents."""
+    path = tmp_path_factory.mktemp("own") / "own.jsonl"
+    fox = "the quick brown fox jumps over {} lazy dogs"
+    rows = ("".join(f"Line {i}.{j}: {fox.format(i * j)}.\n" for j in range(40)) for i in range(60))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def shrink(model: Path, text: Path, out: Path, *words: Any) -> list[Any]:
+    given = words if any(str(word) in ("--minutes", "--hours", "--tokens") for word in words) else ("--tokens", "10k", *words)
+    return ["shrink", model, "--params", "70%", "--text", text, "-o", out, *given]
+
+
+def test_a_plan_in_five_lines_a_model_its_page_and_a_recipe_that_runs_again(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    status, said, lines = ask(*shrink(tiny_folder, text, out))
+    assert status == 0, lines
+    plan = [line.partition(":")[0] for line in lines.splitlines() if line.startswith(("machine:", "prune:", "train:", "text:"))]
+    assert plan == ["machine", "prune", "train", "text"]
+    assert "it takes about" in lines
+    assert "parameters, trained on 10.2" in said
+    assert f"saved {out / 'model'}; its page is {out / 'report.html'}" in said
+    assert (out / "report.html").exists()
+    assert (out / "model" / "README.md").exists()
+    recipe = read(str(out / "recipe.yaml"))
+    assert recipe.training.source == f"{text}#train" == recipe.calibration.source
+    assert recipe.evaluation.source == f"{text}#heldout"
+    assert int(recipe.budget) <= 0.7 * 50_784
+    assert ask("run", out / "recipe.yaml", "-o", tmp_path / "again")[0] == 0
+    assert_same_model(out, tmp_path / "again")
+    status, again, lines = ask(*shrink(tiny_folder, text, out))
+    assert (status, again) == (0, said)
+    assert "this run is finished" in lines
+    status, _, lines = ask(*shrink(tiny_folder, text, out), "--set", "training.lr=1e-3")
+    assert (status, lines.count("\n")) == (2, 1)
+
+
+def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, told = tmp_path / "small", Trainer._tell
+
+    def tell(self: Trainer, step: Any, *rest: Any) -> None:
+        told(self, step, *rest)
+        if step.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_tell", tell)
+        status, said, lines = ask(*shrink(tiny_folder, text, out))
+    assert (status, said) == (1, "")
+    assert f"the best so far is {out / 'checkpoints' / 'stage-1-step-2'}, a model of 35," in lines
+    assert "parameters, trained on 4.1" in lines
+    status, said, lines = ask(*shrink(tiny_folder, text, out))
+    assert status == 0, lines
+    assert "going on from" in lines
+    assert "machine:" not in lines, "the plan stays"
+    assert ask("run", out / "recipe.yaml", "-o", tmp_path / "whole")[0] == 0
+    assert_same_model(out, tmp_path / "whole")
+
+
+def test_minutes_become_the_run_s_less_what_the_probe_took(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    status, said, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run"))
+    assert (status, said) == (0, "")
+    assert "it ends within 1" in lines, "not the whole two hours"
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "shrink needs to know how long it may take; give one of --minutes 60, --hours 1 and --tokens 2M"),
+        (["--minutes", "5", "--tokens", "2M"], "--minutes and --tokens all say how long"),
+        (["--minutes", "0"], "--minutes 0 is no time for this; give minutes above 0"),
+        (["--minutes", "nan"], "--minutes nan is no time for this"),
+        (["--hours", "-1"], "--hours -1 is no time for this"),
+        (["--tokens", "many"], "'many' is not a count"),
+        (["--minutes", "0.00001"], "minutes are too few: to load"),
+        (["--tokens", "10k", "--text", "self"], "--text self would train the model on its own text"),
+        (["--tokens", "10k", "--text", "nothing.txt"], "nothing.txt"),
+        (["--tokens", "10k", "--params", "200M"], "is above the 50,784 parameters the model has"),
+        (["--tokens", "10k", "--set", "stages=0"], "stages"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(
+    words: list[str], said: str, ask: Any, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    given = ["--text", text, *words] if "--text" not in words else words
+    given = ["--params", "70%", *given] if "--params" not in words else given
+    status, out, lines = ask("shrink", tiny_folder, "-o", tmp_path / "small", *given)
+    assert (status, out) == (2, "")
+    assert said in lines.splitlines()[-1]
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    out.mkdir()
+    begun = read({"model": str(tiny_folder), "budget": "40000", "training": {"source": f"{text}#train", "tokens": 4096}})
+    (out / "recipe.yaml").write_text(begun.to_yaml())
+    command = ["shrink", tiny_folder, "--text", text, "-o", out, "--tokens", "10k", "--params"]
+    assert f"{out} was begun with another --params; name another folder" in ask(*command, "41k")[2]
+    command[3] = tiny_folder / "config.json"
+    (tmp_path / "other.txt").write_text("another text. " * 3_000)
+    command[3] = tmp_path / "other.txt"
+    assert f"{out} was begun with another --text; name another folder" in ask(*command, "40k")[2]
+
+
+def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:
+    train, held_out, characters = apart(str(text), cache=tmp_path)
+    assert (train, held_out) == (f"{text}#train", f"{text}#heldout")
+    assert apart(train, cache=tmp_path) == (train, held_out, characters)
+    assert characters == sum(map(len, documents(train)))
+    assert not list(tmp_path.iterdir())
+    assert apart("python-docs:train")[:2] == ("python-docs:train", "python-docs:heldout")
+
+
+def test_one_long_document_is_parted_in_pieces(tmp_path: Path) -> None:
+    whole = "".join(f"Paragraph {i}. " + "words " * 100 + "\n\n" for i in range(300))
+    (tmp_path / "book.txt").write_text(whole)
+    train, held_out, characters = apart(str(tmp_path / "book.txt"), cache=tmp_path / "cache")
+    learnt, kept = documents(train), documents(held_out)
+    assert characters == sum(map(len, learnt))
+    assert sorted("".join([*learnt, *kept])) == sorted(whole), "nothing is lost"
+    assert not set(learnt) & set(kept)
+    assert 0.05 < sum(map(len, kept)) / len(whole) < 0.15
+    assert all(piece.startswith(("Paragraph", "\n\nParagraph")) for piece in [*learnt, *kept]), "cut between paragraphs"
+    assert apart(str(tmp_path / "book.txt"), cache=tmp_path / "cache")[:2] == (train, held_out)
+
+
+def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("A short note. " * 100)
+    with pytest.raises(
+        UsageError, match=r"has 1,400 characters, too few to train on one part and hold out another; give at least"
+    ):
+        apart(str(tmp_path / "note.txt"), cache=tmp_path)
+    chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    with pytest.raises(UsageError, match="has only 1 conversations, of which none can be held out; give at least 40"):
+        apart(str(tmp_path / "chat.jsonl"), cache=tmp_path)
