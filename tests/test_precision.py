@@ -13,16 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapt_pruner import families
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.loss import through_head
-from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.precision import casting_once, linears_cast, precision
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
+from adapt_pruner.reduce import factors
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.factors import rescale_blocks
 from adapt_pruner.reduce.slice import directions
-from adapt_pruner.score import activations
+from adapt_pruner.score import activations, blocks, calibrate
+from adapt_pruner.score.blocks import loss_drop
 from adapt_pruner.score.calibrate import mean_loss, score, score_behind
+from adapt_pruner.score.curvature import kfac
 from conftest import byte_tokenizer, tiny_model
 
 BATCHES = [torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(number)) for number in range(3)]
@@ -92,6 +96,54 @@ def test_weights_are_cast_once(reader: str, frozen: bool) -> None:
     assert casts.counts["model.embed_tokens.weight"] <= 1, "as the head"
     assert all(casts.counts[name] <= 1 for name in heads)
     assert all(parameter.requires_grad is not frozen for parameter in before)
+
+
+def heads_shut(model: Any) -> object:
+    heads = [axis for axis in families.axes(model) if axis.kind == "kv_heads"]
+    return [scores.tolist() for scores in loss_drop(model, heads, BATCHES, dtype="bfloat16").values()]
+
+
+def rescaled(model: Any) -> object:
+    axes = families.axes(model)
+    mask = Mask({axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes if axis.kind == "neurons"})
+    return rescale_blocks(model, axes, mask, BATCHES, dtype="bfloat16")
+
+
+def by_streams(model: Any) -> object:
+    scores, loss = score(model, families.axes(model), BATCHES, metrics=[kfac], dtype="bfloat16")
+    return loss, [one.tolist() for one in scores.values()]
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3-untied"])
+@pytest.mark.parametrize("read", [heads_shut, rescaled, by_streams])
+def test_linear_layers_hold_casts_for_many_passes(
+    read: Callable[[Any], object], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each weight is cast once for all of them, figures are those of casts in every pass, and the weights are what they were."""
+    model, again = (tiny_model(("llama", layout), vocab_size=256) for _ in range(2))
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with Casts(model) as casts:
+        found = read(model)
+    assert {name for name in casts.names.values() if casts.counts[name] != 1} <= {"model.embed_tokens.weight"}
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.float32
+        assert weight.data_ptr() == before[name] or read is rescaled  # which multiplies some in the end
+    for module in (calibrate, blocks, factors):
+        monkeypatch.setattr(module, "linears_cast", lambda model, dtype: nullcontext())
+    with Casts(again) as casts:
+        assert read(again) == found
+    assert min(casts.counts[name] for name in casts.names.values() if "embed" not in name) > 1
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())
+
+
+def test_linear_layers_in_float32_are_left_alone() -> None:
+    model = tiny_model()
+    with pytest.raises(KeyboardInterrupt), linears_cast(model, "bfloat16"):
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert model.model.embed_tokens.weight.dtype == torch.float32, "it is the head, too"
+        raise KeyboardInterrupt
+    with linears_cast(model, "float32"):
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_a_head_without_a_gradient_is_cast_once_a_call() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["casting_once", "native_bfloat16", "numbers", "precision", "spoiled", "uses_bfloat16"]
+__all__ = ["casting_once", "linears_cast", "native_bfloat16", "numbers", "precision", "spoiled", "uses_bfloat16"]
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -72,3 +72,27 @@ def casting_once(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
+
+
+@contextmanager
+def linears_cast(model: nn.Module, dtype: str) -> Iterator[None]:
+    """While it lasts, linear layers hold their weights as `precision` would cast them in every pass; none may want a gradient or change.
+
+    For many passes, and for backward passes by what flows, in which autocast keeps no cast for the next pass: half the weights' float32 size comes
+    and goes each time, which takes time and leaves pieces that the allocator cannot join. A weight that something else reads too, as a tied
+    embedding, stays as it is.
+    """
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    alone = [weight for weight, its in owners.items() if weight.ndim == 2 and all(isinstance(one, nn.Linear) for one in its)]
+    narrow = bool(alone) and uses_bfloat16(alone[0].device, dtype)
+    wide = {weight: weight.data for weight in alone if narrow and weight.dtype == torch.float32}
+    try:
+        for weight, there in wide.items():
+            weight.data = there.to(torch.bfloat16)
+        yield
+    finally:
+        for weight, there in wide.items():
+            weight.data = there

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.memory import give_back
+from adapt_pruner.core.precision import linears_cast
 from adapt_pruner.core.surgery import first, gated, multiply, with_first
 from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
@@ -98,7 +100,8 @@ def rescale_blocks(
             f"{len(blocks) / pieces:.1f} times as much, set calibration.samples higher"
         )
     factors = torch.ones(len(blocks), dtype=torch.float64)
-    with gated(model, axes, mask), _multiplied(model, blocks, factors):
+    give_back()  # what the phase before has freed, or the copies of all weights come on top of it
+    with gated(model, axes, mask), _multiplied(model, blocks, factors), linears_cast(model, dtype):
         losses = [mean_loss(model, held_out, task=task, dtype=dtype)]
         for step in range(steps):
 

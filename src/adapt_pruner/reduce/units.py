@@ -20,6 +20,7 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.cutline import cut_line
 from adapt_pruner.core.layerwise import decoder_layers
+from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import num_left
@@ -205,6 +206,7 @@ def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor]
     losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
     if recipe.head_metric is None or not losing:
         return {}
+    give_back()  # what scoring has freed, or the copies of all weights come on top of it
     measure = parts.bind(
         "head_metric", recipe.head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where)
     )

@@ -37,7 +37,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
-from adapt_pruner.core.precision import casting_once, precision, spoiled
+from adapt_pruner.core.precision import casting_once, linears_cast, precision, spoiled
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
@@ -204,7 +204,7 @@ def _passes(
     """
     device = next(model.parameters()).device
     wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
-    only = _streams_only(model, task.entrance(model)) if need is Evidence.STREAM_GRADIENTS else nullcontext()
+    only = _streams_only(model, task.entrance(model), dtype) if need is Evidence.STREAM_GRADIENTS else nullcontext()
     # With gradients, casts that all passes share would hold the narrow gradients of all weights at the end of each.
     once = nullcontext() if wants_gradient else casting_once(model)
     total = torch.zeros((), dtype=torch.float64)
@@ -235,10 +235,13 @@ def _in_batches(on_batch: Callable[[int, int], None] | None, number: int) -> Cal
 
 
 @contextmanager
-def _streams_only(model: nn.Module, entrance: nn.Module) -> Iterator[None]:
+def _streams_only(model: nn.Module, entrance: nn.Module, dtype: str) -> Iterator[None]:
     """While it lasts, gradients are those of what flows from `entrance` on, and no weight gets one; for inside `_as_found`."""
     model.requires_grad_(False)
-    with attached([entrance.register_forward_hook(lambda module, args, output: output.requires_grad_(output.is_leaf))]):
+    with (
+        linears_cast(model, dtype),
+        attached([entrance.register_forward_hook(lambda module, args, output: output.requires_grad_(output.is_leaf))]),
+    ):
         yield
 
 
