@@ -21,7 +21,7 @@ def shrink(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
-    params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000 or 80% of the model.")],
+    params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000, 80% of the model, or '80% of decoder'.")],
     out: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run. Name the folder of a stopped one to continue it.")
     ],

@@ -51,7 +51,8 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
     how = Setup(kind, narrow, _ROW, batch_tokens=MICRO_TOKENS[kind])
     needs = tuple(held(training_memory(dense, each), kind) for each in (how, Setup(**{**vars(how), "checkpointing": True})))
-    target = Budget.parse(recipe.budget, dense=dense.params).keep
+    outside = dense.params - dense.decoder
+    target = Budget.parse(recipe.budget, dense=dense.params, decoder=dense.decoder, outside=outside).keep
     measured = Model(recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]))
     free = _free_bytes(device)
     words = (
