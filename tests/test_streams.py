@@ -13,7 +13,8 @@ import pytest
 from adapt_pruner.cli.screen import screen
 from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.tables import print_table
-from adapt_pruner.core.events import Cell, Progress, Said, Warned
+from adapt_pruner.core.compared import Cell, Said
+from adapt_pruner.core.events import Progress, Warned
 from adapt_pruner.core.visible import one_line, visible
 from adapt_pruner.evaluate import answer
 from conftest import read_json

@@ -15,7 +15,8 @@ from adapt_pruner.cli.bars import Bars
 from adapt_pruner.cli.streams import console as console_on
 from adapt_pruner.cli.streams import filtered
 from adapt_pruner.core import events, searched  # noqa: F401 (its events are known once it is imported)
-from adapt_pruner.core.events import Cell, Cut, Evaluation, Event, Start, Step, Tasks, parse
+from adapt_pruner.core.compared import Cell
+from adapt_pruner.core.events import Cut, Evaluation, Event, Start, Step, Tasks, parse
 from adapt_pruner.core.visible import visible
 from adapt_pruner.core.words import millions, span
 

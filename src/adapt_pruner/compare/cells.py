@@ -17,7 +17,8 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
-from adapt_pruner.core.events import Progress, Said, Warned
+from adapt_pruner.core.compared import Said
+from adapt_pruner.core.events import Progress, Warned
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.errors import RunError

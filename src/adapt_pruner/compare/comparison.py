@@ -31,7 +31,9 @@ from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core import events
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.events import CellDone, Interrupted, Load, Reused, Warned
+from adapt_pruner.core.compared import Cell as CellBegun
+from adapt_pruner.core.compared import CellDone, Reused
+from adapt_pruner.core.events import Interrupted, Load, Warned
 from adapt_pruner.core.files import tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import is_marked, mark
@@ -251,7 +253,7 @@ class _Comparison:
                 continue
             where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
             where |= {"draws": self._asked.num_draws}
-            self._listen(events.Cell(**where, seconds_left=self._seconds_left()).told())
+            self._listen(CellBegun(**where, seconds_left=self._seconds_left()).told())
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
             nll = self._done[name].get("nll", {}).get(first)
