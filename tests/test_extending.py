@@ -71,6 +71,13 @@ def is_half(place: Path, _: str) -> None:
     assert {tensor.dtype for tensor in load_file(place / "exported" / "model.safetensors").values()} == {torch.float16}
 
 
+def is_half_zero(place: Path, _: str) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(place / "runs/by-row" / "model" / "model.safetensors")
+    assert ((weights["model.layers.0.mlp.down_proj.weight"] == 0).sum(dim=1) == 20).all()
+
+
 def named(run: str, key: str, value: str) -> Callable[[Path, str], None]:
     def check(place: Path, _: str) -> None:
         found: Any = recipe_of(place / "runs" / run)
@@ -96,6 +103,7 @@ CHECKS: dict[str, list[Callable[[Path, str], None]]] = {
     "src/adapt_pruner/reduce/tapered.py": [named("tapered", "chooser", "tapered.tapered(ends=0.25)"), tapers],
     "src/adapt_pruner/reduce/same_norm.py": [named("same-norm", "repair", "same_norm.same_norm")],
     "src/adapt_pruner/reduce/trim.py": [named("trim", "reduce", "trim(at_once=3)"), trims],
+    "src/adapt_pruner/reduce/by_row.py": [named("by-row", "solver", "by_row.by_row"), is_half_zero],
     "src/adapt_pruner/train/matching.py": [named("matching", "training.objective", "matching.matching"), differs("matching")],
     "src/adapt_pruner/data/backwards.py": [named("backwards", "training.feed", "backwards"), differs("backwards")],
     "src/adapt_pruner/data/labels.py": [labels],

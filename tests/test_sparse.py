@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.bits import BITS
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli import app
+from adapt_pruner.core import world
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
@@ -25,6 +27,7 @@ from adapt_pruner.recipe import read
 from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
 from adapt_pruner.reduce.solvers import Inputs, magnitude
 from adapt_pruner.report.documented import prune, run
+from adapt_pruner.run import forecast
 from conftest import (
     VOCAB,
     assert_refused,
@@ -138,6 +141,25 @@ def test_processes_share_the_text(batches: list[torch.Tensor], monkeypatch: pyte
     in_two_processes(monkeypatch, lambda: walked(tiny_model(), batches, together, layers=1))
     for name, inputs in alone.items():
         assert torch.allclose(inputs.gram, together[name].gram, rtol=1e-4), name  # type: ignore[arg-type]
+
+
+def test_processes_solve_a_layer_each_where_layers_are_entered_by_the_dense_model(
+    batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, ranks = partial(from_dense, correction=True), iter((0, 1))
+    alone, together = tiny_model(num_hidden_layers=5), [tiny_model(num_hidden_layers=5) for _ in range(2)]
+    walked(alone, batches, {}, steps=steps)
+
+    def work() -> None:
+        rank = next(ranks)
+        monkeypatch.setattr(world, "rank", lambda: rank)
+        told = dict[str, Inputs]()
+        walked(together[rank], batches, told, steps=steps)
+        assert {int(name.split(".")[2]) for name in told} == ({4, 3, 1} if rank == 0 else {2, 0})  # 4 stands alone
+
+    in_two_processes(monkeypatch, work)
+    for (name, one), other in zip(alone.named_parameters(), together[1].parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", "60%"])
@@ -375,3 +397,13 @@ def test_exports_say_that_their_engines_skip_no_zeros(sparse_folder: Path, tmp_p
     assert load(str(tmp_path / "plain")).weight_mask == load(str(sparse_folder)).weight_mask
     loaded = load(str(sparse_folder))
     assert ["any more" in note for quant in ("q4_k_m", "q8_0") for note in _of_zeros(loaded, "gguf", quant)] == [True, False]
+
+
+@pytest.mark.parametrize(("method", "words"), [("magnitude-sparse", []), ("sparsegpt", ["solving the layers"])])
+def test_a_dry_run_foretells_it(method: str, words: list[str], tiny_folder: Path, text_file: Path) -> None:
+    planned = forecast.dry_run(recipe_of(tiny_folder, text_file, method))
+    assert planned["params_before"] == planned["params_after"]
+    assert [stage["iterations"] for stage in planned["stages"]] == [1]
+    assert planned["time_without"] == words
+    with pytest.raises(UsageError, match="no multiple of 32"):
+        forecast.dry_run(recipe_of(tiny_folder, text_file, method, sparsity="8:32"))

@@ -236,7 +236,7 @@ class Start(Event):
             share += f" and {self.decoder_target / self.decoder:.0%} of the decoder's"
         text = f"pruning to {millions(self.target)} parameters{share}, by {self.method}"
         if self.sparsity:
-            text = f"making weights of {millions(self.target)} parameters zero ({self.sparsity}) by {self.method}"
+            text = f"making {self.sparsity} zeros in a model of {millions(self.target)} parameters by {self.method}"
         if self.text:
             text += f", calibrated on {self.text}"
             if self.text == _EVERYWHERE:

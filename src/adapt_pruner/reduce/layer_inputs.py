@@ -132,7 +132,9 @@ def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
     the solved ones before it leave; those with the same input count as one. Several processes each solve a layer at a time, on the whole text.
     """
     flows, todo = walk.flows(walk.batches), len(walk.layers) - walk.done
-    every = max(1, round(math.sqrt(todo)))  # hidden states before so many layers are kept, and those between worked out again
+    every = max(
+        world.size(), round(math.sqrt(todo))
+    )  # hidden states before so many layers are kept, and those between worked out again
     entered: dict[int, list[Tensor]] = {}
     for index in range(todo):
         if index % every == 0:
