@@ -70,6 +70,20 @@ def test_rows_are_medians_by_size_with_the_best_first() -> None:
     assert "failed" not in table(rows_of(cells[:3], DENSE))[0]
 
 
+def test_bits_per_byte_stand_beside_perplexity_where_the_bytes_are_known() -> None:
+    cells = [cell("good", 900, nll) for nll in (2.0, 3.0, 2.5)] + [{"method": "lame", "size": 900, "error": "it cannot"}]
+    rows = rows_of(cells, DENSE, bytes_a_token={"a": 4.0, "b": 5.0})
+    assert rows[0]["texts"]["a"]["bits_per_byte"] == pytest.approx(math.log2(10) / 4)
+    assert rows[1]["texts"]["b"]["bits_per_byte"] == pytest.approx(3.5 / math.log(2) / 5), "of the median loss"
+    header, lines = table(rows)
+    assert header.count("bits/byte") == 2
+    good, lame = (next(line for line in lines if line[0] == name) for name in ("good", "lame"))
+    assert good[header.index("bits/byte")] == f"{2.5 / math.log(2) / 4:.4f}"
+    assert lame[header.index("bits/byte")] == "–"
+    assert len(good) == len(lame) == len(header)
+    assert "bits/byte" not in table(rows_of(cells, DENSE))[0]
+
+
 def test_labels_tell_texts_apart() -> None:
     texts = ["/data/wiki/test.jsonl.gz", "/other/books", "python-docs:heldout", "/a/x/same.txt", "/b/x/same.txt"]
     wanted = ["wiki/test", "other/books", "python-docs:heldout", "/a/x/same.txt", "/b/x/same.txt"]

@@ -73,13 +73,16 @@ def test_tokens_in_the_place_of_minutes() -> None:
 
 @pytest.mark.parametrize("target", [113_300_000, 70_800_000])
 def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -> None:
-    with pytest.raises(UsageError, match=r"0\.5 minutes are too few: .* takes about [\d.]+ minutes on this machine") as refused:
+    with pytest.raises(UsageError, match=r"0\.5 minutes are too few: .* takes about [\d.]+ minutes here") as refused:
         plan_of(0.5, target=target)
     least = re.search(r"about ([\d.]+) minutes", str(refused.value))
     assert least is not None
     plan_of(float(least[1]), target=target)
     with pytest.raises(UsageError, match="are too few"):
         plan_of(0.8 * float(least[1]), target=target)
+    with pytest.raises(UsageError, match=r"^2\.5 minutes are too few") as late:
+        plan_of(0.5, target=target, gone=2.0)
+    assert f"about {float(least[1]) + 2:.1f} minutes" in str(late.value), "what the probe took is a part of it"
 
 
 def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:

@@ -25,7 +25,7 @@ def comparison_result() -> dict[str, Any]:
         texts = {} if ppl is None else {"t.txt": {"perplexity": ppl, "low": ppl - 1, "high": ppl + 1, "ratio": ppl / 10}}
         return {
             "method": method, "size": size, "params": params, "decoder_params": params, "removed": 0.1, "texts": texts,
-            "seconds": 1.0, "peak_bytes": 2**30, "speed_up": speed, "draws": 0 if error else 2, "failed": int(bool(error)), "error": error,
+            "seconds": None if size is None else 1.0, "peak_bytes": 2**30, "speed_up": speed, "draws": 0 if error else 2, "failed": int(bool(error)), "error": error,
         }  # fmt: skip
 
     return {
@@ -44,12 +44,12 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     result = comparison_result()
     text = comparison_page(result, ["method", "parameters"], [["dense", "100"]], name="cmp")
     seen = Seen(text)
-    assert seen.figures == ["size-0", "speed-0"]
+    assert seen.figures == ["size-0", "speed-0", "seconds-0"]
     assert all(address.startswith(("#", "data:")) for address in seen.addresses)
     assert "★ 12.00 (1.20×)" in text
     assert ">30.00 (3.00×)" in text
     assert "out of &lt;memory&gt;" in text
-    size, speed = comparison_pictures(result)
+    size, speed, _ = comparison_pictures(result)
     assert text.count('<i class="star" style=') == 2, "the dense model in both pictures"
     drawn = text.partition('id="speed-0"')[0]
     assert drawn.count('class="thin tone') == drawn.count('class="whisker tone') == 2, (
@@ -61,6 +61,18 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
         "the small good one is smaller and better than bad"
     )
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
+
+
+def test_a_picture_shows_quality_against_the_seconds_of_pruning() -> None:
+    result = comparison_result()
+    for row, seconds in zip(result["rows"][1:], (5.0, 60.0, 2.0), strict=False):
+        row["seconds"] = seconds
+    *_, picture = comparison_pictures(result)
+    assert (picture.key, picture.x_label) == ("seconds-0", "seconds of pruning")
+    points = {series.name: [x for x, _ in series.points] for series in picture.series}
+    assert "dense" not in points, "which takes none"
+    assert set().union(*points.values()) <= {5.0, 60.0, 2.0, 1.0}
+    assert 5.0 in points["good"]
 
 
 def many_methods() -> dict[str, Any]:
@@ -79,10 +91,10 @@ def test_many_methods_can_be_told_apart() -> None:
     """Twice through the colours the dots have another form; a ruin is named and does not squeeze the rest together."""
     result = many_methods()
     text = comparison_page(result, *table(result["rows"]), name="cmp")
-    size, speed = comparison_pictures(result)
+    size, speed, _ = comparison_pictures(result)
     assert [series.name for series in size.series] == ["dense", *(f"m{i}" for i in range(9))]
     assert size.note == speed.note == "Beyond 100 times the dense model, and not shown: m9 at 80."
-    assert text.count(size.note) == 2
+    assert text.count(size.note) == 3, "under each picture"
     assert ">4,000,000 (400,000×)</td>" in text
     keys = re.findall(r'<i class="(?:key )?([^"]*)"></i>([^<]*)</span>', text.partition('id="speed-0"')[0])
     assert len({look for look, _ in keys}) == len(keys) == 10
@@ -92,12 +104,12 @@ def test_many_methods_can_be_told_apart() -> None:
     lost = [result["rows"][0], result["rows"][-1]]
     assert within(lost, "t.txt") == lost, "a picture of ruins alone shows them"
     assert dict(map(reversed, keys))["m6"] == "round tone0 second"
-    assert text.count('class="dot tone0 second"') == 2
+    assert text.count('class="dot tone0 second"') == 3
 
 
 def test_names_are_not_written_over_another() -> None:
     """The lowest of those that lie close together keeps its name; of one size only the best has one, however few parameters another has."""
-    size, speed = comparison_pictures(many_methods())
+    size, speed, _ = comparison_pictures(many_methods())
     assert [name for *_, name in size.named()] == ["dense 10.00", "m0"]
     named = [name for *_, name in speed.named()]
     assert named[:2] == ["dense 10.00", "m1"]
@@ -110,7 +122,7 @@ def test_two_sizes_of_a_method_may_give_one_model() -> None:
     """As where whole layers go: both budgets leave as many."""
     result = comparison_result()
     result["rows"].append(result["rows"][1] | {"size": 81})
-    size, _ = comparison_pictures(result)
+    size, *_ = comparison_pictures(result)
     assert next(series for series in size.series if series.name == "good").points == [(60.0, 20.0), (80.0, 12.0), (80.0, 12.0)]
 
 
@@ -126,7 +138,7 @@ def test_a_perplexity_beyond_numbers_is_infinite(
         bad = dict(zip(header, next(line for line in lines if line[0] == "bad"), strict=True))
         assert (bad["perplexity"], bad["spread"], bad["× dense"]) == ("∞", "∞–∞", "∞")
         text = comparison_page(result, header, lines, name="cmp")
-        assert Seen(text).figures == ["size-0", "speed-0"]
+        assert Seen(text).figures == ["size-0", "speed-0", "seconds-0"]
         assert ">∞</td>" in text
         assert not re.search(r"\b(inf|nan)\b", text)
     (tmp_path / "compare.json").write_text(to_json(result))

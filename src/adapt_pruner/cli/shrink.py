@@ -123,7 +123,7 @@ def _planned(
     del work
     spent = (time.perf_counter() - started) / 60
     left = None if minutes is None else max(1e-3, minutes - spent)
-    plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens))
+    plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
     for line in plan.lines:
         listen.say(line)
     return recipes.read({}, values=common | dict(plan.settings), overrides=overrides or [])

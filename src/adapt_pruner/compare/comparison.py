@@ -43,7 +43,7 @@ from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, documents, domains, read
-from adapt_pruner.data.tokens import calibration_ids
+from adapt_pruner.data.tokens import calibration_ids, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -122,7 +122,7 @@ def _check_kind(out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe, bytes of a weight on disk."""
+    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe, bytes of a weight on disk and of the predicted text."""
 
     cells: list[Cell]
     windows: dict[str, list[Tensor]]
@@ -130,6 +130,7 @@ class _Work:
     read: dict[str, Any]
     calibration: Callable[[Cell], Any]
     itemsize: int
+    text_bytes: dict[str, int]
 
 
 def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
@@ -177,7 +178,8 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         "bfloat16": uses_bfloat16(device, asked.dtype),
         "device": device.type,
     }
-    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize)
+    predicted = {text: text_bytes(loaded.tokenizer, its) for text, its in windows.items()}
+    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted)
 
 
 def _text_digest(spec: str) -> str:
@@ -329,18 +331,25 @@ class _Comparison:
             for name, cell in zip(self._names, self._work.cells, strict=True)
             if name in self._done
         ]
+        tokens = {text: sum(ids.numel() - 1 for ids in its) for text, its in self._work.windows.items()}
+        a_token = {text: self._work.text_bytes[text] / tokens[text] for text in tokens}
         return {
             "made_by": made_by(),
             "arguments": asdict(asked),
             "device": self._work.read["device"],
             "precision": "bfloat16" if self._work.read["bfloat16"] else "float32",
             "texts": [
-                {"text": text, "windows": len(its), "tokens": sum(ids.numel() - 1 for ids in its), "digest": self._work.read["windows"][text]}
+                {
+                    "text": text, "windows": len(its), "tokens": tokens[text], "bytes": self._work.text_bytes[text],
+                    "digest": self._work.read["windows"][text],
+                }
                 for text, its in self._work.windows.items()
             ],
             "dense": self._own,
-            "rows": rows_of([cell for cell in cells if "sparsity" not in cell], self._own),
-            "sparse_rows": rows_of(zeros, self._own) if (zeros := [cell for cell in cells if "sparsity" in cell]) else [],
+            "rows": rows_of([cell for cell in cells if "sparsity" not in cell], self._own, bytes_a_token=a_token),
+            "sparse_rows": rows_of(zeros, self._own, bytes_a_token=a_token)
+            if (zeros := [cell for cell in cells if "sparsity" in cell])
+            else [],
             "cells": cells,
         }  # fmt: skip
 

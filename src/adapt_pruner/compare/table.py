@@ -15,7 +15,9 @@ __all__ = ["markdown", "rows_of", "table"]
 _NOTE = 72  # characters of a reason in the table; compare.md has it in full
 
 
-def rows_of(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(
+    cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], *, bytes_a_token: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Rows of the table, the dense model first, then by size from large to small, the best on the first text first.
 
     Perplexity is exp(loss), of each draw by itself; then medians. Parameters are those of the largest model of a row.
@@ -23,16 +25,19 @@ def rows_of(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> lis
     Args:
         cells: figures of each, or its `error`, with `method` and `size`.
         dense: `params`, `decoder_params` and `nll` of the model all were made from.
+        bytes_a_token: SPEC of a text -> bytes of it that a predicted token stands for, on average; all models read the same tokens.
 
     Returns:
-        Plain data: `method`, `size` (None for dense), `sparsity` (None but of methods that make zeros), `params`, `nonzero`, `decoder_params`, `removed` (share of the decoder),
-        `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio`), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
+        Plain data: `method`, `size` (None for dense), `sparsity` (None but of methods that make zeros), `params`, `nonzero`, `decoder_params`,
+        `removed` (share of the decoder), `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio` and, with `bytes_a_token`,
+        `bits_per_byte`), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
         to figures, `failed` that did not, and `error`, the first reason or None. What no draw tells is None or empty.
     """
     groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((cell["size"], cell["method"], cell.get("sparsity")), []).append(cell)
-    rows = [_row(method, size, its, dense, sparsity=sparsity) for (size, method, sparsity), its in groups.items()]
+    each = bytes_a_token or {}
+    rows = [_row(method, size, its, dense, each, sparsity=sparsity) for (size, method, sparsity), its in groups.items()]
     first = next(iter(dense["nll"]))
     patterns = list(dict.fromkeys(row["sparsity"] for row in rows))
     rows.sort(
@@ -43,12 +48,18 @@ def rows_of(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> lis
             not row["texts"],
         )
     )
-    own = _row("dense", None, [{**dense, "speed_up": 1.0, "seconds": None, "peak_bytes": None}], dense)
+    own = _row("dense", None, [{**dense, "speed_up": 1.0, "seconds": None, "peak_bytes": None}], dense, each)
     return [own, *rows]
 
 
 def _row(
-    method: str, size: int | None, cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], *, sparsity: str | None = None
+    method: str,
+    size: int | None,
+    cells: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, Any],
+    bytes_a_token: Mapping[str, float],
+    *,
+    sparsity: str | None = None,
 ) -> dict[str, Any]:
     done = [cell for cell in cells if "error" not in cell]
     failed = [cell["error"] for cell in cells if "error" in cell]
@@ -62,6 +73,10 @@ def _row(
             "high": max(perplexities),
             "ratio": middle / perplexity_of(dense["nll"][text]),
         }
+        if text in bytes_a_token:
+            texts[text]["bits_per_byte"] = (
+                statistics.median(cell["nll"][text] for cell in done) / math.log(2) / bytes_a_token[text]
+            )
 
     def of(key: str, how: Callable[[list[float]], float]) -> Any:
         values = [cell[key] for cell in done if cell.get(key) is not None]
@@ -87,7 +102,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     header = ["method", "parameters", "not zero" if zeros else "removed"]
     for text in texts:
         header.append("perplexity" if len(texts) == 1 else f"perplexity, {label(text, texts)}")
-        header += [*(["spread"] if spread else []), "× dense"]
+        header += [*(["spread"] if spread else []), "× dense", *(["bits/byte"] if _has_bits(rows, text) else [])]
     header += ["seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
     lines, size = [], (None, None)
     for row in rows:
@@ -96,6 +111,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
             lines += [[""] * len(header), [f"{size[1]} zeros" if size[1] else f"at most {size[0]:,}", *[""] * (len(header) - 1)]]
         lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros))
     return header, lines
+
+
+def _has_bits(rows: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether bits per byte are known of a text: not in comparisons of versions that did not count them."""
+    return "bits_per_byte" in rows[0]["texts"][text]
 
 
 def _words(
@@ -110,6 +130,8 @@ def _words(
             words.append(f"{_perplexity(figures['low'])}–{_perplexity(figures['high'])}" if figures and row["draws"] > 1 else "–")
         compares = figures and math.isfinite(dense["texts"][text]["perplexity"] or math.inf)
         words.append(_times(figures["ratio"]) if compares else "–")
+        if _has_bits([dense], text):
+            words.append(f"{figures['bits_per_byte']:.4f}" if figures else "–")
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
     words += [_or_dash(row["seconds"], "{:,.1f}"), _or_dash(peak, "{:.1f} GiB"), _or_dash(row["speed_up"], "{:.2f}×")]
     if notes:

@@ -84,8 +84,9 @@ class Asked:
         held_out: SPEC of the part that is held out.
         text_tokens: about how many tokens `train` has.
         own: whether the user named the text.
-        minutes: that it may take; None where `tokens` says how long.
+        minutes: that it may take, from now on; None where `tokens` says how long.
         tokens: to train on; None where `minutes` says how long.
+        gone: minutes of those that the user gave which are over: the probe took them.
     """
 
     train: str
@@ -94,6 +95,7 @@ class Asked:
     own: bool
     minutes: float | None = None
     tokens: int | None = None
+    gone: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     distilled = model.share >= _DISTIL_FROM or not asked.own
     total = math.inf if asked.minutes is None else 60 * asked.minutes
     speed = _training_speed(machine, model, distilled)
-    windows, way, left = _thoroughness(total, model, machine, least=_FEWEST_STEPS * _BATCH / speed)
+    windows, way, left = _thoroughness(total, model, machine, least=_FEWEST_STEPS * _BATCH / speed, gone=asked.gone)
     pruning = way.seconds(model, machine)
     tokens = asked.tokens if asked.tokens is not None else left * speed
     settings = {
@@ -168,7 +170,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, distilled=distilled))
 
 
-def _thoroughness(total: float, model: Model, machine: Machine, *, least: float) -> tuple[int, _Pruning, float]:
+def _thoroughness(total: float, model: Model, machine: Machine, *, least: float, gone: float) -> tuple[int, _Pruning, float]:
     """How many windows to measure, how to prune, and the seconds that are left for training: the most that fit their shares.
 
     Raises:
@@ -183,8 +185,8 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, least: float)
                 return windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)
     raise UsageError(
-        f"{total / 60:.3g} minutes are too few: to load {model.name}, prune it in one cut, train {_FEWEST_STEPS} steps and measure it takes "
-        f"about {_minutes_up(needed):g} minutes on this machine; give as many"
+        f"{total / 60 + gone:.3g} minutes are too few: to look at this machine, load {model.name}, prune it in one cut, train {_FEWEST_STEPS} "
+        f"steps and measure it takes about {_minutes_up(needed + 60 * gone):g} minutes here; give as many"
     )
 
 

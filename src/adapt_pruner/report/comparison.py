@@ -39,8 +39,8 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
 
 
 def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
-    """Perplexity over parameters, and over speed, a picture a text; what no other beats bears its name."""
-    every = (_picture(result, number, of) for number in range(len(_texts(result))) for of in ("params", "speed_up"))
+    """Perplexity over parameters, over speed and over the seconds of pruning, a picture a text; what no other beats bears its name."""
+    every = (_picture(result, number, of) for number in range(len(_texts(result))) for of in ("params", "speed_up", "seconds"))
     return [picture for picture in every if picture is not None]
 
 
@@ -61,7 +61,7 @@ def comparison_panels(result: Mapping[str, Any]) -> Beside | None:
 
 
 def _picture(result: Mapping[str, Any], number: int, of: str) -> Lines | None:
-    """Perplexity on a text over `params` or `speed_up`; None below two points."""
+    """Perplexity on a text over `params`, `speed_up` or `seconds`; None below two points."""
     texts = _texts(result)
     text = texts[number]
     rows = within(result["rows"], text)
@@ -75,6 +75,7 @@ def _picture(result: Mapping[str, Any], number: int, of: str) -> Lines | None:
     key, title, x_label, x_form = {
         "params": ("size", "Quality against size", "parameters", "params"),
         "speed_up": ("speed", "Quality against speed", "times as fast as dense", "ratio"),
+        "seconds": ("seconds", "Quality against time", "seconds of pruning", "plain"),
     }[of]
     return Lines(
         f"{key}-{number}", title + (f" on {label(text, texts)}" if len(texts) > 1 else ""),
@@ -127,7 +128,7 @@ def comparison_page(
     texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
     sections = [
         ("table", "Methods by budgets", tables),
-        ("pictures", "Quality against size and speed", f'<div class="wide">{pictures}</div>'),
+        ("pictures", "Quality against size, speed and time", f'<div class="wide">{pictures}</div>'),
         ("all", "All figures", _grouped(header, lines) + ("" if sparse is None else _grouped(*sparse))),
         ("failed", "What failed", f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in failed)}</ul>" if failed else ""),
         ("how", "How it was measured", _facts(result, texts)),
@@ -203,7 +204,7 @@ def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str) -> set[tuple[s
     """(method, size) of the rows that no other row beats in both perplexity and `of`; models of one size count as equally small."""
 
     def cost(row: Mapping[str, Any]) -> float:
-        return float(row["size"] or row["params"]) if of == "params" else -float(row[of])
+        return float(row["size"] or row["params"]) if of == "params" else float(row[of]) * (-1 if of == "speed_up" else 1)
 
     known = [
         (row["method"], row["size"], cost(row), value)

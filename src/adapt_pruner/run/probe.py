@@ -23,7 +23,7 @@ __all__ = ["probed"]
 
 _TOKENS, _LENGTH = 512, 128  # of a pass of reading and of scoring
 _ROW = 256  # tokens of a training row
-_ENOUGH = 15.0  # seconds after which a pass is not repeated: the first of a process is slow, but not for so long
+_ENOUGH = 4.0  # seconds after which a pass is not repeated: the first of a process is slow, but not for so long
 _MEMORY = Path("/proc/meminfo")
 _KIB = 1024
 
@@ -71,30 +71,31 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
-    """Tokens a second of a training step; its rate is 0, so that the weights stay as they are."""
+    """Tokens a second of a training step, of one row where that takes long; its rate is 0, so that the weights stay as they are."""
     model, rows = work.model, MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"] // _ROW
     ids = torch.randint(model.config.vocab_size, (rows, _ROW), generator=torch.Generator().manual_seed(1)).to(device)
     optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
 
-    def step() -> None:
+    def step(rows: int) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss = lm(model, ids, None)
-        (loss / ids.numel()).backward()
+            loss = lm(model, ids[:rows], None)
+        (loss / ids[:rows].numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     model.train()
     try:
-        return ids.numel() / _seconds(step, device)
+        one = _seconds(lambda: step(1), device)
+        return _ROW / one if one > _ENOUGH / 2 else ids.numel() / _seconds(lambda: step(rows), device, times=1)
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
 
 
-def _seconds(do: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a second call; of the first, if that took long already."""
+def _seconds(do: Callable[[], object], device: torch.device, *, times: int = 2) -> float:
+    """Seconds of the last of so many calls; of the first, if that took long already."""
     span = 0.0
-    for _ in range(2):
+    for _ in range(times):
         began = time.perf_counter()
         do()
         if device.type == "cuda":
