@@ -192,6 +192,8 @@ def test_a_run_that_was_killed_between_layers_ends_the_same(
     break_off(recipe, tmp_path / "broken", kind="masked", nth=3)
     run(recipe, tmp_path / "broken")
     assert [line["done"] for line in log_of(tmp_path / "broken", "masked")] == [1, 2, 3]
+    read = [log_of(tmp_path / name, "cut")[-1]["read"] for name in ("whole", "broken")]
+    assert read == [8 * 32, 8 * 32]
     assert len(log_of(tmp_path / "broken", "resumed")) == 1
     assert_same_model(tmp_path / "whole", tmp_path / "broken")
     one, other = (load(str(tmp_path / name / "model")).weight_mask for name in ("whole", "broken"))
@@ -215,6 +217,19 @@ def test_recovery_keeps_the_zeros_and_a_killed_one_ends_the_same(tiny_folder: Pa
     assert trained.weight_mask is not None
     assert trained.weight_mask.unmasked(trained.model) == []
     assert not torch.equal(trained.model.model.layers[0].mlp.up_proj.weight, before.model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_sparse_model_recovers_in_a_run_of_its_own(
+    sparse_folder: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    training = {"source": str(text_file), "tokens": 512, "batch_tokens": 128, "length": 32, "lr": 1e-3, "objective": "distil"}
+    asked = {"method": "best", "budget": "100%", "sparsity": "", "training": training | {"teacher": str(tiny_folder)}}
+    run(recipe_of(sparse_folder, text_file, **asked), tmp_path / "run")  # type: ignore[arg-type]
+    before, after = load(str(sparse_folder)), load(str(tmp_path / "run" / "model"))
+    assert after.weight_mask == before.weight_mask
+    assert after.weight_mask is not None
+    assert after.weight_mask.broken(after.model) == []
+    assert not torch.equal(after.model.model.layers[0].mlp.up_proj.weight, before.model.model.layers[0].mlp.up_proj.weight)
 
 
 def test_units_go_from_a_sparse_model_and_zeros_come_to_a_pruned_one(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -300,6 +315,11 @@ def test_what_makes_no_sense_is_refused(
             {"method": "uniform", "budget": "80%", "sparsity": "", "repair": None,
              "training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "lora": {"rank": 4}}},
             "training.lora would fill the zeros",
+        ),
+        (
+            {"method": "uniform", "budget": "100%", "sparsity": "",
+             "training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "objective": "distil"}},
+            "would be taught by it; name the dense model as training.teacher",
         ),
     ],
 )  # fmt: skip

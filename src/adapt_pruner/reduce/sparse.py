@@ -71,7 +71,7 @@ class Sparse(Reduction):
 
         kept = {} if work.weight_mask is None else dict(work.weight_mask.kept)
         with work.state.clock("score"):
-            batches = work.batches() if "text" in needs else []
+            batches = self._batches(work) if "text" in needs else []
             walk = Walk(work.model, work.axes, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
             depth = len(walk.layers)
             corrects = bool(solver.keywords.get("correction", True))
@@ -83,6 +83,10 @@ class Sparse(Reduction):
                 yield Masked(stage=work.state.stage, done=self._done, of=depth, error=error, zeros=work.weight_mask.num_zeros)
         self._done = 0
         yield Change(None, told={"zeros": 0 if work.weight_mask is None else work.weight_mask.num_zeros})
+
+    def _batches(self, work: Work) -> list[Tensor]:
+        """The calibration batches; their tokens are counted once, however often the run is gone on with."""
+        return work.reads.calibration(work.iteration) if self._done else work.batches()
 
     def state(self) -> dict[str, Any]:
         """How many decoder layers are done."""

@@ -44,6 +44,9 @@ from adapt_pruner.train.loop import stage_tokens, whole_batches
 
 __all__ = ["begin", "plan", "read", "stage_targets", "writes_text"]
 
+_FILLING = ("slice", "hard_concrete", "between_steps")
+"""Reductions that change weights as they cut, or put others in their place between two steps."""
+
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
     """A run at its start: load the model, cut its vocabulary and find the number of parameters for a latency.
@@ -126,14 +129,15 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     """
     recipe, figures = work.recipe, work.state.figures
     work.reduction.check(work)
-    _check_zeros(work)
     if recipe.makes_zeros:
+        _check_zeros(work, cuts=False)
         return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
     keep = latency.kept(recipe, figures)
     decoder = figures.get("decoder_params_before") or decoder_parameters(work.model)
     start = figures.get("params_after_vocabulary", work.dense)
     budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense, decoder=decoder, outside=start - decoder)
     total = work.num_params
+    _check_zeros(work, cuts=total > budget.keep)
     if total > budget.keep and families.is_sliced(work.model.config):
         raise UsageError(
             f"the model is sliced and has {total:,} parameters, more than the budget {budget.keep:,}, and a sliced model cannot be "
@@ -145,8 +149,8 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     return _stages(work, start=start, end=min(start, budget.keep)), budget
 
 
-def _check_zeros(work: Work) -> None:
-    """Refuse what would fill the zeros of a model that has some.
+def _check_zeros(work: Work, *, cuts: bool) -> None:
+    """Refuse what would fill the zeros of a model that has some, and a sparse model that would teach itself; `cuts` if units go.
 
     Raises:
         UsageError: the recipe asks for it.
@@ -156,16 +160,21 @@ def _check_zeros(work: Work) -> None:
         return
     trains = asked.source is not None
     filling = {
-        "repair": (recipe.repair is not None, "set repair=null"),
-        "reduce=slice": (recipe.reduce.startswith("slice"), "prune the model that it was made from"),
-        "reduce=hard_concrete": (recipe.reduce.startswith("hard_concrete"), "prune the model that it was made from"),
-        "reduce=between_steps": (recipe.reduce.startswith("between_steps"), "prune the model that it was made from"),
+        "repair": (cuts and recipe.repair is not None, "set repair=null"),
+        **{
+            f"reduce={way}": (cuts and recipe.reduce.startswith(way), "prune the model that it was made from") for way in _FILLING
+        },
         "training.lora": (trains and asked.lora is not None, "set training.lora=null, which trains the weights that stay"),
         "parallel=fsdp": (trains and recipe.parallel == "fsdp", "set parallel=ddp"),
     }
     for key, (given, remedy) in filling.items():
         if given:
             raise UsageError(f"{key} would fill the zeros of a sparse model, or cannot hold them; {remedy}")
+    taught = trains and "teacher" in parts.needs("objective", asked.objective) and asked.teacher is None
+    if taught and "sparsity_before" in work.state.figures:
+        raise UsageError(
+            f"{recipe.model} is sparse, and training.objective {asked.objective!r} would be taught by it; name the dense model as training.teacher"
+        )
 
 
 def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
