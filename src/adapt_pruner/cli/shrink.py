@@ -152,7 +152,7 @@ def _begun(out: Path, overrides: list[str] | None, *, model: str, params: str, t
         return None
     recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides or [])
     others = {"MODEL": recipe.model != model, "--text": apart(text or _BUILT_IN)[0] != recipe.training.source}
-    others["--params"] = not params.strip().endswith("%") and str(parse_count(params)) != recipe.budget
+    others["--params"] = "%" not in params and str(parse_count(params)) != recipe.budget
     if wrong := [name for name, differs in others.items() if differs]:
         raise UsageError(f"{out} was begun with another {' and another '.join(wrong)}; name another folder, or go on as it began")
     return recipe
