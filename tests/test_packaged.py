@@ -167,6 +167,7 @@ def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(weight, again.model.state_dict()[name])
     assert again.tokenizer("he").input_ids == first.tokenizer("he").input_ids
     assert (again.weight_bytes, again.dtype, again.source) == (first.weight_bytes, first.dtype, str(file))
+    assert first.dequantised == again.dequantised == "tiny.gguf", "what a dense figure is of is said wherever one stands"
 
     (kept / "model.safetensors").write_bytes(written[:-100])
     assert torch.equal(load(str(file)).model.lm_head.weight, first.model.lm_head.weight)

@@ -87,6 +87,7 @@ class Loaded:
         source: what was loaded, as a path or name.
         weight_bytes: size of its weights on disk as safetensors; a GGUF counts as the float32 weights it stands for.
         weight_mask: which single weights stay, where the folder says that the others are zero.
+        dequantised: the GGUF file that the weights come from, which are not quite those that it was made of.
     """
 
     model: Any
@@ -97,6 +98,7 @@ class Loaded:
     source: str
     weight_bytes: int
     weight_mask: WeightMask | None = None
+    dequantised: str | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -148,13 +150,13 @@ def load(
     if kept.is_dir():
         try:
             loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
-            return replace(loaded, weight_bytes=count_parameters(loaded.model) * 4)
+            return replace(loaded, weight_bytes=count_parameters(loaded.model) * 4, dequantised=gguf)
         except RunError:  # it is damaged
             remove(kept)
     loaded = _load(folder, gguf, name, torch.device("cpu"), dtype, trust_remote_code, any_family)
     _keep(loaded, kept)
     loaded.model.to(device)
-    return loaded
+    return replace(loaded, dequantised=gguf)
 
 
 def _load(

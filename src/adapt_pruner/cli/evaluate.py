@@ -133,7 +133,7 @@ def evaluate(
             row = {
                 "model": name, "params": count_parameters(loaded.model), "nonzero": count_nonzero(loaded.model),
                 "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,
-                "weight_bytes": loaded.weight_bytes,
+                "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
                 "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
             }  # fmt: skip
             if text is not None:
@@ -220,6 +220,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ],
     )
     first = rows[0]
+    for row in rows:
+        if row["dequantised"]:
+            print(
+                f"\n{row['model']} is dequantised from {row['dequantised']}, so it is not quite the model that its makers published"
+            )
     print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights on disk as safetensors")
 
 

@@ -131,6 +131,7 @@ class _Work:
     calibration: Callable[[Cell], Any]
     itemsize: int
     text_bytes: dict[str, int]
+    dequantised: str | None = None
 
 
 def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
@@ -179,7 +180,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         "device": device.type,
     }
     predicted = {text: text_bytes(loaded.tokenizer, its) for text, its in windows.items()}
-    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted)
+    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, loaded.dequantised)
 
 
 def _text_digest(spec: str) -> str:
@@ -336,6 +337,7 @@ class _Comparison:
         return {
             "made_by": made_by(),
             "arguments": asdict(asked),
+            "dequantised": self._work.dequantised,
             "device": self._work.read["device"],
             "precision": "bfloat16" if self._work.read["bfloat16"] else "float32",
             "texts": [

@@ -137,9 +137,12 @@ class Loaded(Event):
     logged = False
     model: str
     params: Count
+    dequantised: str | None = None
 
     def line(self, begun: str = "dense") -> str:
-        return f"loaded {self.model}: {millions(self.params)} parameters"
+        return f"loaded {self.model}: {millions(self.params)} parameters" + (
+            f", dequantised from {self.dequantised}" if self.dequantised else ""
+        )
 
 
 class Find(Event):
@@ -174,6 +177,7 @@ class Start(Event):
 
     Attributes:
         method: of the recipe.
+        dequantised: the GGUF file that the weights come from.
         text: what importance is measured on; None where nothing is read.
         stages: of the whole run.
         params: of the model that the run was given, without tokens that had to go.
@@ -197,6 +201,7 @@ class Start(Event):
 
     event: Literal["start"] = "start"
     method: str = ""
+    dequantised: str | None = None
     text: str | None = None
     stages: Count = 1
     params: Count | None = None

@@ -286,7 +286,7 @@ def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
 def _facts(result: Mapping[str, Any], texts: str) -> str:
     asked = result["arguments"]
     facts = [
-        ("model", asked["model"]), ("text", texts), ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"),
+        ("model", asked["model"]), ("dequantised from", result.get("dequantised")), ("text", texts), ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"),
         ("draws", num_draws(asked)), ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])),
         ("made by", result["made_by"]),
     ]  # fmt: skip

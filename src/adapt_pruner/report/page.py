@@ -277,11 +277,17 @@ def _bill(figures: Figures) -> str:
     )
 
 
+def _dequantised(record: Record) -> str | None:
+    """What the dense model is, where it is not quite what its makers published."""
+    files = [event.dequantised for event in record.of(Start) if event.dequantised]
+    return f"dequantised from {files[0]}: every figure of the dense model is of these" if files else None
+
+
 def _facts(record: Record, figures: Figures) -> str:
     recipe = record.recipe
     training, evaluation = recipe.get("training") or {}, recipe.get("evaluation") or {}
     facts = [
-        ("model", recipe.get("model")), ("made by", record.made_by), ("seed", recipe.get("seed")),
+        ("model", recipe.get("model")), ("its weights", _dequantised(record)), ("made by", record.made_by), ("seed", recipe.get("seed")),
         ("device, precision", _machine(record)),
         ("calibration text", _source((recipe.get("calibration") or {}).get("source"))), ("training text", _source(training.get("source"))),
         ("held-out text", _source(evaluation.get("source"))), ("began", _when(record)),

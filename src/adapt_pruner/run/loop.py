@@ -336,7 +336,7 @@ def _tell_start(work: Work) -> None:
     decoder = state.figures.get("decoder_params_before") or decoder_parameters(work.model)
     decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
     work.tell(Start(
-        method=recipe.method, text=", ".join(domains(source)) if reads_text(work) else None, decoder=decoder,
+        method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if reads_text(work) else None, decoder=decoder,
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
