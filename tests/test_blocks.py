@@ -13,7 +13,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.cli import app
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
@@ -84,6 +84,26 @@ def test_loss_drop_is_the_loss_without_the_block(batches: list[torch.Tensor]) ->
         cut(smaller, families.axes(smaller), Mask({axis.name: torch.tensor([False])}))
         assert measured[axis.name].tolist() == pytest.approx([mean_loss(smaller, batches, dtype="float32")], rel=1e-6)
     assert len({float(value) for value in measured.values()}) == 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_loss_drop_runs_no_layer_below_the_unit(layout: tuple[str, str], dtype: str, batches: list[torch.Tensor]) -> None:
+    """And gives the loss of the whole model with the unit shut, to the last bit, whatever kind of unit it is."""
+    model, ran, told = tiny_model(layout), [0] * 3, []
+    axes = [axis for axis in families.axes(model) if axis.kind in ("kv_heads", "mlps", "layers")]
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda module, args, output, number=number: ran.__setitem__(number, ran[number] + 1))
+    found = blocks.loss_drop(model, axes, batches, dtype=dtype, on_axis=lambda *done: told.append(done))
+    units = [1 + 1 + sum(axis.size for axis in axes if axis.kind == "kv_heads" and axis.layer == n) for n in range(3)]
+    whole = 1  # on the way to the next layer; a shut layer or block may be run, too
+    assert [count <= len(batches) * (sum(units[: n + 1]) + whole) for n, count in enumerate(ran)] == [True] * 3
+    assert told == [(done, len(axes)) for done in range(1, len(axes) + 1)]
+    for axis in axes:
+        for entry in range(axis.entries) if axis.size > axis.least else ():
+            with gated(model, axes, Mask({axis.name: torch.arange(axis.entries) != entry})):
+                expected = mean_loss(model, batches, dtype=dtype)
+            assert found[axis.name][entry] == torch.tensor(expected), axis.name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])

@@ -15,7 +15,7 @@ from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import first
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
-__all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "streams"]
+__all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "loss_above", "streams"]
 
 LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, whose peak may be in its loss
 
@@ -78,6 +78,22 @@ def streams(
             _read(model, batch, task, dtype)
         inputs.append(Stream(entered[0], keywords, dtype))
     return inputs
+
+
+@torch.no_grad()
+def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str = "auto") -> Tensor:
+    """The summed loss of a batch whose hidden states leave the last of the model's decoder layers as `leaving`; no layer is run.
+
+    Args:
+        model: causal LM; left as found.
+        batch: token ids, int64 [batch, length].
+        leaving: [batch, length, width].
+        task: what the model learns.
+        dtype: precision of the matrix products.
+    """
+    device = next(model.parameters()).device
+    with _standing_in(decoder_layers(model), leaving), precision(device, dtype):
+        return task.loss(model, batch.to(device))
 
 
 def _read(model: nn.Module, batch: Tensor, task: Task, dtype: str) -> None:

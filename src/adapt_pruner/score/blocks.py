@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Mask, Scores
+from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.precision import linears_cast
-from adapt_pruner.core.surgery import first, gated
+from adapt_pruner.core.surgery import first
 from adapt_pruner.core.task import CAUSAL_LM, Task
-from adapt_pruner.score.calibrate import Evidence, mean_loss
+from adapt_pruner.score.calibrate import Evidence, losses_shut
 
 __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
 
@@ -108,16 +107,7 @@ def loss_drop(
 
     Source: ours; removal as a measure is that of MoPE-CLIP (arXiv:2403.07839) and of layer-dropping work.
     """
-    scores: Scores = {}
-    with linears_cast(model, dtype):
-        for done, axis in enumerate(axes, start=1):
-            scores[axis.name] = torch.zeros(axis.entries)
-            for entry in range(axis.entries) if axis.size > axis.least else ():
-                keep = torch.arange(axis.entries) != entry
-                with gated(model, axes, Mask({axis.name: keep})):
-                    scores[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
-            on_axis(done, len(axes))
-    return scores
+    return losses_shut(model, axes, batches, task=task, dtype=dtype, on_axis=on_axis)
 
 
 def _mean_over_tokens(
