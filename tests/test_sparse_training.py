@@ -7,12 +7,17 @@ import pytest
 import torch
 
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
+from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export import export
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.sparse_training import masked
 from adapt_pruner.report.documented import prune, run
-from conftest import assert_refused, assert_same_model, break_off, log_of, tiny_model
+from conftest import assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
+from strangers import ask_a_stranger
 
 TWO_OF_FOUR = Pattern.parse("2:4")
 
@@ -100,6 +105,7 @@ def test_decay_acts_on_masked_weights_alone_and_rises(tiny_folder: Path, text_fi
         ({"parallel": "fsdp"}, "cannot mask with parallel=fsdp"),
         ({"reduce": "sparse_training(scores=size)"}, "scores 'size' of reduce sparse_training are not known"),
         ({"sparsity": "8:32"}, "no multiple of 32"),
+        ({"reduce": "sparse_training(slorb=16)"}, "mlp.down_proj has 40 inputs, no multiple of slorb=16"),
         ({"budget": "80%"}, "makes weights zero and removes none"),
     ],
 )
@@ -113,3 +119,59 @@ def test_a_sparse_model_is_no_start(tiny_folder: Path, text_file: Path, tmp_path
     start = read({"model": str(tiny_folder), "method": "magnitude-sparse", "sparsity": "2:4"})
     prune(start, tmp_path / "sparse")
     assert_refused(lambda: recipe_of(tmp_path / "sparse", text_file), tmp_path / "run", "has zeros already (2:4), and ast begins")
+
+
+STRANGER = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(sum(parameter.numel() for parameter in model.parameters()), float(model(torch.arange(3, 27)[None]).logits.double().abs().sum()))
+"""
+
+
+def test_sums_of_blocks_stay_in_the_checkpoint_and_load_anywhere(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file, reduce="sparse_training(every=3, slorb=8)", checkpoint_minutes=0)
+    run(recipe, tmp_path / "whole")
+    break_off(recipe, tmp_path / "broken", kind="step", nth=5)
+    run(recipe, tmp_path / "broken")
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+    made, dense = load(str(tmp_path / "whole" / "model")), load(str(tiny_folder)).model
+    assert made.weight_mask is not None
+    assert made.weight_mask.broken(made.model) == []
+    weights = sum(keep.numel() for keep in made.weight_mask.kept.values())
+    assert count_parameters(made.model) == count_parameters(dense) + weights // 8
+    figures = read_json(tmp_path / "whole" / "model" / "pruning.json")["figures"]
+    assert figures["params_after"] == count_parameters(made.model)
+    assert figures["nonzero_after"] == figures["params_after"] - weights // 2
+    said = ask_a_stranger(STRANGER, tmp_path / "whole" / "model", folder=tmp_path).split()
+    with torch.no_grad():
+        logits = made.model(torch.arange(3, 27)[None]).logits
+    assert int(said[0]) == count_parameters(made.model)
+    assert float(said[1]) == pytest.approx(float(logits.double().abs().sum()), rel=1e-5)
+    again = {
+        "method": "uniform",
+        "budget": "80%",
+        "sparsity": "",
+        "reduce": "units",
+        "repair": None,
+        "training": {"objective": "lm"},
+    }
+    assert_refused(lambda: recipe_of(tmp_path / "whole" / "model", text_file, **again), tmp_path / "no", "which cannot be cut")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"maps of sums beside its zeros \(slorb\), and a stock class has no place"):
+        export(made, tmp_path / "plain", to="uniform")
+
+
+def test_sums_of_blocks_begin_as_what_comes_nearest_to_the_masked_weights() -> None:
+    model = tiny_model()
+    layer = model.model.layers[1]
+    add_block_sums(layer, 8)
+    ids = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, tiny_model()(ids).logits, atol=1e-5)
+        module = layer.mlp.down_proj
+        x = torch.randn(5, 40)
+        module.block_sums.copy_(torch.arange(48 * 5).view(48, 5).float())
+        wide = module.weight + module.block_sums.repeat_interleave(8, dim=1)  # what it would be, folded into the weight
+        assert torch.allclose(module(x), x @ wide.t(), rtol=1e-4, atol=1e-2)

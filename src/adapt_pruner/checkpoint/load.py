@@ -417,7 +417,7 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
 
 
 def _is_ours(raw: dict[str, Any]) -> bool:
-    ours = raw.get("per_layer_config") or raw.get("output_bias") or raw.get("sliced_hidden_size")
+    ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
     return bool(ours) and raw.get("model_type") in families.model_types()
 
 

@@ -2,7 +2,8 @@
 
 Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.14 and nothing else. Each class
 is the stock one with decoder layers built from that layer's own config, whose `skip` names the blocks (attention, mlp) that the layer
-lacks, with their norms; `output_bias` says that what writes to the stream has a bias. Load with
+lacks, with their norms; `output_bias` says that what writes to the stream has a bias, and `block_sums` that linear layers add a map of sums
+of so many inputs each. Load with
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
@@ -158,6 +159,22 @@ class _OwnConfig:
         return getattr(self.whole, name)
 
 
+class BlockSumLinear(nn.Linear):
+    """y = W x + b + B s with s_j the sum of block j of the inputs: what zeros in W took away, given back block by block (SLoRB of AST)."""
+
+    def forward(self, x):
+        sums = x.unflatten(-1, (self.block_sums.shape[1], -1)).sum(-1)
+        return super().forward(x) + nn.functional.linear(sums, self.block_sums)
+
+
+def add_block_sums(layer, size):
+    """Let every linear layer inside `layer`, in place, add a map of sums of `size` consecutive inputs, which is zero for now."""
+    for module in layer.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = BlockSumLinear
+            module.block_sums = nn.Parameter(module.weight.new_zeros(module.out_features, module.in_features // size))
+
+
 class _Pruned(_WithoutLayers):
     layer_class = None
     blocks = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
@@ -171,6 +188,8 @@ class _Pruned(_WithoutLayers):
             if getattr(config, "output_bias", False):
                 layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
                 layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
+            if getattr(config, "block_sums", 0):
+                add_block_sums(layer, config.block_sums)
             for block, *norms in (self.blocks[name] for name in getattr(own, "skip", ())):
                 setattr(layer, block, _Nothing(getattr(getattr(layer, block), "layer_idx", None)))
                 for norm in norms:

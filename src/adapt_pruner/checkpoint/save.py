@@ -4,7 +4,7 @@ config.json             the dense config with sizes as they are; `per_layer_conf
 model*.safetensors      weights
 tokenizer*, …           the tokenizer
 generation_config.json  where the dense model has one
-modeling_pruned.py      where layers differ or a repair gave biases: what stock transformers needs to build them (`auto_map`)
+modeling_pruned.py      where layers differ, or have biases of a repair or sums of AST: what stock transformers needs to build them (`auto_map`)
 modeling_sliced.py      where the model is sliced, with the other
 mask.json               which units of the dense model stayed
 sparsity/               where single weights are zero: which (see `checkpoint.bits`)
@@ -169,7 +169,8 @@ def save(
 
 def needs_own_code(config: Any) -> bool:
     """Whether the classes of modeling_pruned.py or modeling_sliced.py build a model of this config, since no stock class does."""
-    return bool(config.is_heterogeneous or getattr(config, "output_bias", False) or families.is_sliced(config))
+    added = getattr(config, "output_bias", False) or getattr(config, "block_sums", 0)
+    return bool(config.is_heterogeneous or added or families.is_sliced(config))
 
 
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:

@@ -49,7 +49,7 @@ def widest(sizes: Sequence[LayerSizes]) -> LayerSizes:
 
 
 def check_layers(config: Any, form: str) -> None:
-    """Refuse a model whose layers are of another make than a stock one's: sliced, or without attention or MLP.
+    """Refuse a model whose layers are of another make than a stock one's: sliced, with sums of blocks, or without attention or MLP.
 
     Raises:
         UsageError: it is one.
@@ -58,6 +58,10 @@ def check_layers(config: Any, form: str) -> None:
         raise UsageError(
             f"the model is sliced (reduce: slice), and {form} has no place for the maps beside its layers; "
             "export it --to onnx, or prune heads and neurons instead"
+        )
+    if getattr(config, "block_sums", 0):
+        raise UsageError(
+            f"the model has maps of sums beside its zeros (slorb), and {form} has no place for them; export it --to onnx, or train with slorb=0"
         )
     lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]
     if lacking:

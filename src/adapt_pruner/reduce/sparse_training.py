@@ -5,7 +5,8 @@
     step       of masked weights the gradient g becomes g + λ W; λ rises from 0, so that what is masked settles at zero
     every ten steps M is chosen anew, by |W| or |W| ‖x‖
 
-At the end W ⊙ M takes the place of W. What is left of the training goes on with the last masks.
+At the end W ⊙ M takes the place of W. What is left of the training goes on with the last masks. With `slorb` each linear layer also adds B s,
+s the sums of k consecutive inputs each, which stays in the checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.core import world
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import decoder_layers, streams
@@ -45,6 +47,7 @@ class SparseTraining(Reduction):
         decay: Annotated[float, "0 or more"] = 6e-5,
         ramp: Annotated[float, "0 to 1"] = 0.2,
         share: Annotated[float, "0 to 1"] = 1.0,
+        slorb: Annotated[int, "0 or more"] = 0,
     ) -> None:
         """
         Args:
@@ -54,14 +57,17 @@ class SparseTraining(Reduction):
             decay: λ at its highest.
             ramp: share of the rows in which λ rises from 0, linearly.
             share: share of the stage's rows in which masks change.
+            slorb: k, inputs of a block; 0 leaves B out. B is [outputs, inputs / k], begins as the mean of (1 - M) ⊙ W over each block, which is
+                what comes nearest to the masked weights, and is trained. It adds 1 / k of a layer's weights, none of them zero, which count as
+                parameters.
 
         The optimiser's step is AdamW's, on g + λ (1 - M) ⊙ W.
 
         Source: AST, arXiv:2407.20584 and its released code: every = 10, λ = 6e-5 and a fifth of the steps to rise are those of its LLaMA runs.
         Differs: masks are bool, so that decay acts on masked weights alone (the authors' GPT-2 code takes `~` of an int mask, which does
-        not); λ is added once gradients are clipped; SLoRB's additional matrices are left out.
+        not); λ is added once gradients are clipped; the projection P of SLoRB is the sums of blocks and is not trained.
         """
-        self.scores, self.every, self.decay, self.ramp, self.share = scores, every, decay, ramp, share
+        self.scores, self.every, self.decay, self.ramp, self.share, self.slorb = scores, every, decay, ramp, share, slorb
         self._began: dict[str, int] = {}
 
     def check(self, work: Work) -> None:
@@ -86,6 +92,11 @@ class SparseTraining(Reduction):
             )
         check_dense(work)
         check_pattern(work)
+        for name, module in linear_layers(work.model, work.axes).items() if self.slorb else ():
+            if (inputs := oriented(module).shape[1]) % self.slorb:
+                raise UsageError(
+                    f"{name} has {inputs:,} inputs, no multiple of slorb={self.slorb}; give a divisor, such as 16, or 0"
+                )
 
     def floor(self, work: Work) -> tuple[int, str]:
         """All parameters: zeros are parameters."""
@@ -109,6 +120,8 @@ class SparseTraining(Reduction):
         if work.weight_mask is None:
             with work.state.clock("score"):
                 work.weight_mask = self._chosen(work, _squares_of_text(work) if self.scores == "wanda" else {})
+            if self.slorb:
+                _add_block_sums(work, self.slorb)
         first, stop = self._began["rows"], work.row_at(self.share, first=self._began["rows"])
         last = -(-(stop - first) // (asked.batch_tokens // asked.length))
         squares: dict[str, Tensor] = {}
@@ -164,6 +177,21 @@ class SparseTraining(Reduction):
     def fit(self, work: Work) -> None:
         """Count rows and steps anew, since what they go by has changed."""
         self._began = {}
+
+
+@torch.no_grad()
+def _add_block_sums(work: Work, size: int) -> None:
+    """Give each linear layer its map of sums, in place, and the optimiser these maps beside the other matrices."""
+    assert work.weight_mask is not None
+    assert work.optimizer is not None
+    for layer in decoder_layers(work.model, work.axes):
+        add_block_sums(layer, size)
+    work.model.config.block_sums = size
+    for name, keep in work.weight_mask.kept.items():
+        module: Any = work.model.get_submodule(name)
+        gone = module.weight.masked_fill(keep.to(module.weight.device), 0)
+        module.block_sums.copy_(gone.unflatten(-1, (-1, size)).mean(dim=-1))
+        work.optimizer.param_groups[0]["params"].append(module.block_sums)
 
 
 @contextmanager

@@ -138,6 +138,10 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense, decoder=decoder, outside=start - decoder)
     total = work.num_params
     _check_zeros(work, cuts=total > budget.keep)
+    if total > budget.keep and getattr(work.model.config, "block_sums", False):
+        raise UsageError(
+            f"{recipe.model} has maps of sums beside its zeros (slorb), which cannot be cut; prune first, and train zeros in the result"
+        )
     if total > budget.keep and families.is_sliced(work.model.config):
         raise UsageError(
             f"the model is sliced and has {total:,} parameters, more than the budget {budget.keep:,}, and a sliced model cannot be "
