@@ -45,7 +45,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shrink(model: Path, text: Path, out: Path, *words: Any) -> list[Any]:
     given = words if any(str(word) in ("--minutes", "--hours", "--tokens") for word in words) else ("--tokens", "10k", *words)
-    return ["shrink", model, "--params", "70%", "--text", text, "-o", out, *given]
+    quick = ["--set", "calibration.samples=8", "--set", "evaluation.max_windows=4"]
+    return ["shrink", model, "--params", "70%", "--text", text, "-o", out, *given, *quick]
 
 
 def test_a_plan_in_five_lines_a_model_its_page_and_a_recipe_that_runs_again(
@@ -114,7 +115,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(ask: Any, tiny_folder
         (["--minutes", "nan"], "--minutes nan is no time for this"),
         (["--hours", "-1"], "--hours -1 is no time for this"),
         (["--tokens", "many"], "'many' is not a count"),
-        (["--minutes", "0.00001"], "minutes are too few: to load"),
+        (["--minutes", "0.00001"], "minutes are too few: to look at this machine, load"),
         (["--tokens", "10k", "--text", "self"], "--text self would train the model on its own text"),
         (["--tokens", "10k", "--text", "nothing.txt"], "nothing.txt"),
         (["--tokens", "10k", "--params", "200M"], "is above the 50,784 parameters the model has"),
