@@ -14,6 +14,7 @@ from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
+from adapt_pruner.run import probe
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model
 
@@ -140,10 +141,21 @@ def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Pat
     (out / "recipe.yaml").write_text(begun.to_yaml())
     command = ["shrink", tiny_folder, "--text", text, "-o", out, "--tokens", "10k", "--params"]
     assert f"{out} was begun with another --params; name another folder" in ask(*command, "41k")[2]
-    command[3] = tiny_folder / "config.json"
+    assert f"{out} was begun with another --seed; name another folder" in ask(*command, "40k", "--seed", 1)[2]
     (tmp_path / "other.txt").write_text("another text. " * 3_000)
     command[3] = tmp_path / "other.txt"
     assert f"{out} was begun with another --text; name another folder" in ask(*command, "40k")[2]
+
+
+def test_somebody_else_s_folder_is_refused_before_the_probe(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("Dear")
+    monkeypatch.setattr(probe, "probed", lambda *_, **__: pytest.fail("it was probed"))
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "letters"))
+    assert (status, lines.count("\n")) == (2, 1)
+    assert str(tmp_path / "letters") in lines
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`adapt-pruner shrink`: a smaller model in a given time; the machine is probed, a plan is made of it, and the plan is a recipe."""
 
-import sys
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +64,7 @@ def shrink(
     quiet_libraries()
     common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}
     with screen() as listen:
-        recipe = _begun(out, overrides, model=model, params=params, text=text)
+        recipe = _begun(out, overrides, common, text=text)
         if recipe is None:
             recipe = _planned(
                 common, text, asked_minutes, asked_tokens, overrides, started=started, listen=listen,
@@ -75,7 +75,7 @@ def shrink(
         try:
             outcome = documented.run(recipe, out, listen=listen, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
-            _say_what_there_is(out)
+            _say_what_there_is(out, listen)
             raise
     figures = outcome.figures if outcome is not None else figures_of(out)
     if as_json:
@@ -137,29 +137,33 @@ def _tokens_a_character(tokenizer: Any, spec: str) -> float:
     return len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
 
 
-def _begun(out: Path, overrides: list[str] | None, *, model: str, params: str, text: str | None) -> "Recipe | None":
+def _begun(out: Path, overrides: list[str] | None, common: dict[str, Any], *, text: str | None) -> "Recipe | None":
     """The recipe of a run that was begun in this folder, with what is overridden; None where none was.
 
     Raises:
-        UsageError: that run is of another model, size or text.
+        UsageError: that run is of another model, size, text, seed or number format, or the folder holds something else.
     """
     from adapt_pruner import recipe as recipes
     from adapt_pruner.core.budget import parse_count
     from adapt_pruner.data.apart import apart
     from adapt_pruner.errors import UsageError
+    from adapt_pruner.run.folder import check_folder
 
     if not (out / "recipe.yaml").exists():
+        check_folder(out, recipes.read({}, values=common), force=False)  # before the probe
         return None
     recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides or [])
-    others = {"MODEL": recipe.model != model, "--text": apart(text or _BUILT_IN)[0] != recipe.training.source}
+    others = {"MODEL": recipe.model != common["model"], "--text": apart(text or _BUILT_IN)[0] != recipe.training.source}
+    params = common["budget"]
     others["--params"] = "%" not in params and str(parse_count(params)) != recipe.budget
+    others |= {f"--{key}": common[key] != getattr(recipe, key) for key in ("seed", "dtype")}
     if wrong := [name for name, differs in others.items() if differs]:
         raise UsageError(f"{out} was begun with another {' and another '.join(wrong)}; name another folder, or go on as it began")
     return recipe
 
 
-def _say_what_there_is(out: Path) -> None:
-    """Say on stderr what an interrupted run has come to."""
+def _say_what_there_is(out: Path, listen: Any) -> None:
+    """Say what an interrupted run has come to."""
     from adapt_pruner.core.words import compact, millions
     from adapt_pruner.run.folder import RunFolder
 
@@ -171,7 +175,7 @@ def _say_what_there_is(out: Path) -> None:
         (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"],
     )
     whole = f"trained on {compact(trained)} tokens, its learning rate not yet down" if trained else "not trained"
-    print(f"the best so far is {newest}, a model of {millions(params)} parameters, {whole}", file=sys.stderr)
+    listen.say(f"the best so far is {newest}, a model of {millions(params)} parameters, {whole}")
 
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
@@ -182,10 +186,12 @@ def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
         f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters, trained on "
         f"{compact(figures['trained_tokens'])} tokens, in {span(figures['seconds'])}"
     )
-    dense, now = figures["perplexities"][0], figures["perplexities"][-1]
-    print(f"perplexity on held-out text: {dense:.2f} → {now:.2f}")
+    measured = ["–" if value is None else f"{value:.2f}" for value in figures.get("perplexities") or []]
+    if measured:
+        print(f"perplexity on held-out text: {' → '.join(measured)}")
     print(f"saved {model}; its page is {out / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: adapt-pruner chat {model}")
-    print(f"     adapt-pruner eval {recipe.model} {model} --text '{recipe.evaluation.source}'")
+    if isinstance(recipe.evaluation.source, str):
+        print(f"     adapt-pruner eval {recipe.model} {model} --text {shlex.quote(recipe.evaluation.source)}")
     print(f"     adapt-pruner export {model} --to gguf -o {out / 'model.gguf'}")
     print(f"     adapt-pruner run {out / 'recipe.yaml'} -o ANOTHER_DIR")
