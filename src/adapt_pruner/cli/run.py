@@ -87,6 +87,8 @@ def run(
         print(to_json(figures | {"path": str(run_dir / "model")}))
         return
     print(f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters in {span(figures['seconds'])}")
+    if "nonzero_after" in figures:
+        print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
         print(
             "perplexity on held-out text: "

@@ -15,7 +15,7 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.weight_mask import largest
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.solvers import Inputs
+from adapt_pruner.reduce.solvers import Inputs, quadratic
 
 __all__ = ["fista", "iterated", "lipschitz"]
 
@@ -63,7 +63,7 @@ def fista(
     best, keep = parts.bind("solver", warm_start)(weight, pattern, inputs)
     gram = inputs.gram
     wanted = weight @ (gram if inputs.cross is None else inputs.cross)  # W X Zᵀ
-    whole = float(((weight @ (gram if inputs.dense is None else inputs.dense)) * weight).sum(dtype=torch.float64))
+    whole = quadratic(weight, gram if inputs.dense is None else inputs.dense)
 
     def error(solved: Tensor) -> float:
         """‖W' Z - W X‖²."""
@@ -79,8 +79,7 @@ def fista(
         solved = iterated(best, gram, wanted, penalty=math.exp(middle), bound=bound, steps=steps, tolerance=tolerance)
         stays = largest(solved.abs(), pattern)
         rounded = solved * stays
-        missed, apart = error(rounded), solved - rounded
-        changed = max(0.0, float((apart * (apart @ gram)).sum(dtype=torch.float64)))
+        missed, changed = error(rounded), max(0.0, quadratic(solved - rounded, gram))
         if missed < least:
             best, keep, least = rounded, stays, missed
         if changed > rounding**2 * missed:

@@ -19,7 +19,7 @@ from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.weight_mask import largest
 from adapt_pruner.errors import RunError
 
-__all__ = ["Inputs", "magnitude", "sparsegpt", "wanda"]
+__all__ = ["Inputs", "magnitude", "quadratic", "sparsegpt", "wanda"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,17 @@ class Inputs:
         """‖W' Z - W X‖² / ‖W X‖²; None without `gram`."""
         if self.gram is None:
             return None
-        gram = self.gram.double()
-        cross, dense = (gram if one is None else one.double() for one in (self.cross, self.dense))
-        before, after = weight.double(), solved.double()
-        whole = float(((before @ dense) * before).sum())
-        missed = float(((after @ gram) * after).sum() - 2 * (after * (before @ cross)).sum()) + whole
+        whole = quadratic(weight, self.gram if self.dense is None else self.dense)
+        if self.cross is None:
+            missed = quadratic(solved - weight, self.gram)
+        else:
+            missed = float((solved * (solved @ self.gram - 2 * (weight @ self.cross))).sum(dtype=torch.float64)) + whole
         return max(0.0, missed) / whole if whole > 0 else 0.0
+
+
+def quadratic(weight: Tensor, gram: Tensor) -> float:
+    """tr(W G Wᵀ)."""
+    return float(((weight @ gram) * weight).sum(dtype=torch.float64))
 
 
 @part("solver")
