@@ -72,7 +72,7 @@ class Request:
             UsageError: a method, size or key is not known or missing, or one option makes another idle.
         """
         for words, option in ((self.methods, "--methods"), (self.params or self.sparsity, "--params"), (self.texts, "--text")):
-            if not any(words):
+            if not any(map(str.strip, words)):
                 raise UsageError(f"{option} is empty; give at least one")
         for size in filter(None, self.params):
             Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0)
