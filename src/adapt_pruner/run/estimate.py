@@ -33,7 +33,7 @@ __all__ = [
 
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
 _HOLES = 0.5  # on a CPU, of activations: what glibc keeps where they lay, between gradients and moments that stay
-_PROCESS = 450 * 2**20  # Python with torch, transformers and a tokenizer, less the model
+_PROCESS = 450 * 2**20  # Python with torch, transformers and a tokenizer, beside the model
 
 
 @dataclass(frozen=True)
