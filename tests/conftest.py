@@ -29,7 +29,7 @@ from adapt_pruner.train.loop import How, Progress, steps
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
-LONGEST = {"test_forecast.py", "test_readme.py"}
+LONGEST = {"test_forecast.py", "test_processes.py", "test_readme.py", "test_resume.py"}
 """Begun first, so that no process is left alone with them at the end; see `make test`."""
 
 LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families.all_families() for name in family.tiny()]
