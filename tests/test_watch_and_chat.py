@@ -130,6 +130,8 @@ def pruned(time: float, params: int) -> dict[str, Any]:
 
 def test_an_estimate_is_made_of_the_work_that_is_estimated() -> None:
     assert time_left([start(5000.0), pruned(5100.0, 750)]) == "1 min 40 s left"
+    assert time_left([start(5000.0, seconds_left=130.0), pruned(5100.0, 750)]) == "30 s left", "a deadline is the end"
+    assert time_left([start(5000.0, seconds_left=900.0), pruned(5100.0, 750)]) == "1 min 40 s left"
     tasks = {"event": "progress", "time": 8600.0, "phase": "task", "task": "arc", "done": 9, "of": 9}
     first = {"event": "evaluation", "time": 8700.0, "stage": 0, "params": 1000, "perplexity": 9.0}
     assert time_left([start(5000.0), tasks, first, pruned(8800.0, 750)]) == "1 min 40 s left", (

@@ -1,5 +1,6 @@
 """What a user sees while work goes on: on a terminal bars and figures that move, plain lines elsewhere, all on stderr."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ class Screen:
         self._bars = Bars()
         self._figures: dict[str, str] = {}  # what is said beside the stage
         self._now = 0.0  # Unix seconds of the newest event
+        self._deadline = math.inf  # the same, of when the run is to be over
 
     def __call__(self, data: dict[str, Any]) -> None:
         """Show what a listener is told, as it happens."""
@@ -122,7 +124,8 @@ class Screen:
         if share != self._share and share > 0:
             self._due = max(self._spent / share, self._spent + at_least)
             self._share, self._got_on = share, self._spent
-        left = f"{span(self._due - self._spent)} left" if 0.02 < share < 1 and self._due - self._spent > 0.5 else ""
+        seconds = min(self._due - self._spent, self._deadline - self._now)
+        left = f"{span(seconds)} left" if 0.02 < share < 1 and seconds > 0.5 else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=visible(description), left=left)
         return f", {left}" if left else ""
@@ -151,6 +154,7 @@ class Screen:
     def _begin(self, start: Start) -> None:
         self._work, self._trained, self._pruned = start, start.trained_tokens, 0.0
         self._spent = self._share = self._got_on = 0.0
+        self._deadline = math.inf if start.seconds_left is None else self._now + start.seconds_left
         self._figures = {
             "stage": f"{start.stages} stages" if start.stages > 1 else "",
             "params": f"to {millions(start.target)}" if start.target is not None else "",

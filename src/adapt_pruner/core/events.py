@@ -197,6 +197,7 @@ class Start(Event):
         layers_left: the numbers, in the model at the start, of the layers that are left; None where none has gone.
         device: kind of device.
         precision: of the products.
+        seconds_left: until the run is to be over, if it has a deadline.
     """
 
     event: Literal["start"] = "start"
@@ -221,6 +222,7 @@ class Start(Event):
     layers_left: list[Count] | None = None
     device: str | None = None
     precision: str | None = None
+    seconds_left: Seconds | None = None
 
     @property
     def given(self) -> str:

@@ -335,6 +335,7 @@ def _tell_start(work: Work) -> None:
     start = state.figures.get("params_after_vocabulary", work.budget.total)
     decoder = state.figures.get("decoder_params_before") or decoder_parameters(work.model)
     decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
+    left: dict[str, Any] = {} if recipe.minutes is None else {"seconds_left": max(0.0, 60 * recipe.minutes - work.elapsed)}
     work.tell(Start(
         method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if reads_text(work) else None, decoder=decoder,
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
@@ -343,4 +344,5 @@ def _tell_start(work: Work) -> None:
         training_tokens=0 if feed is None else feed.num_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
+        **left,
     ))  # fmt: skip
