@@ -78,8 +78,8 @@ JOBS: dict[str, dict[str, str]] = {
         "trained, not pruned": "run --set method=efficientllm --set reduce=units --set budget=100%",
     },
     "sheared": {
-        "learnt masks": f"run --set method=sheared --set 'reduce=hard_concrete({_SHAPE})' --set budget=70_211_008",
-        "one uniform cut": "run --set method=efficientllm --set reduce=units --set budget=100% --set model={cut}",
+        "learnt masks": f"run --set method=sheared --set 'reduce=hard_concrete({_SHAPE})' --set budget=70_211_008 --set training.tokens=100k",
+        "one uniform cut": "run --set method=efficientllm --set reduce=units --set budget=100% --set training.tokens=100k --set model={cut}",
     },
     "feed": {  # the fixed one is efficientllm/one shot, then trained
         "dynamic": "run --set method=efficientllm --set reduce=units --set step=1 "
