@@ -27,7 +27,7 @@ def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
         "method": "adapt-pruner",
         "model": str(tiny_folder), "budget": "80%", "stages": 2, "step": 0.1, "dtype": "float32", "checkpoint_minutes": 0,
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
-        "training": {"source": str(text_file), "tokens": 2_000, "batch_tokens": 512, "length": 64, "lr": 3e-3},
+        "training": {"source": str(text_file), "tokens": 2_560, "batch_tokens": 512, "length": 64, "lr": 3e-3},
         "evaluation": {"source": str(text_file), "window": 64, "max_windows": 2},
     })  # fmt: skip
 
