@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adapt_pruner import cli, recipe
-from adapt_pruner.cli import version
+from adapt_pruner.core import provenance
 from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
 
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
@@ -206,12 +206,13 @@ def test_the_version_names_its_commit_and_what_it_runs_with(ask: Any, monkeypatc
     told = ask("--version")[1]
     root = Path(__file__).parents[1]
     asked = subprocess.run(["git", "rev-parse", "--short=9", "HEAD"], cwd=root, capture_output=True, text=True)
-    of = rf"commit {asked.stdout.strip()}(-dirty)?; " if asked.returncode == 0 else ""
-    assert re.match(rf"adapt-pruner \d+\.\d+\.\d+ \({of}Python 3\.\d+\.\d+, torch [\d.]+.*, transformers [\d.]+", told)
-    monkeypatch.setattr(version, "_HERE", tmp_path)
-    assert version.commit() == "", "an installed copy of a checkout without git"
-    (tmp_path / "commit.txt").write_text("abc123def\n")
-    assert version.commit() == "abc123def"
+    of = rf", commit {asked.stdout.strip()}(-dirty)?" if asked.returncode == 0 else ""
+    assert re.match(rf"adapt-pruner \d+\.\d+\.\d+, torch [\d.]+\S*, transformers [\d.]+, Python 3\.\d+\.\d+{of}, Linux", told)
+    monkeypatch.setattr(provenance, "_PACKAGE", tmp_path / "site" / "packages")
+    (tmp_path / "site" / "packages").mkdir(parents=True)
+    assert provenance.commit() == "", "an installed copy of a checkout without git"
+    (tmp_path / "site" / "packages" / "commit.txt").write_text("abc123def\n")
+    assert provenance.commit() == "abc123def"
 
 
 def test_recipes_are_listed(ask: Any) -> None:

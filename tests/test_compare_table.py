@@ -92,14 +92,14 @@ def test_labels_tell_texts_apart() -> None:
 
 def test_the_first_draw_of_all_comes_before_the_second_of_any() -> None:
     asked = Request(model="m", methods=("random", "magnitude"), params=("50%", "90", "50"), texts=("t",), draws=2).checked()
-    order = [(each.draw, each.size, each.method) for each in asked.cells(100)]
+    order = [(each.draw, each.size, each.method) for each in asked.cells(100, 80)]
     wanted = [(draw, size, method) for draw in (0, 1) for size in (90, 50) for method in ("random", "magnitude")]
     assert order == wanted
-    for each in asked.cells(100):
+    for each in asked.cells(100, 80):
         assert each.recipe.seed == int(each.words[each.words.index("--seed") + 1]) == each.draw
         assert each.recipe.budget == each.words[each.words.index("--params") + 1] == str(each.size)
-    assert not any("--trust-remote-code" in each.words for each in asked.cells(100))
-    assert all("--trust-remote-code" in each.words for each in replace(asked, trust_remote_code=True).cells(100))
+    assert not any("--trust-remote-code" in each.words for each in asked.cells(100, 80))
+    assert all("--trust-remote-code" in each.words for each in replace(asked, trust_remote_code=True).cells(100, 80))
 
 
 # The picture.

@@ -66,6 +66,14 @@ def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
     return read(keys | changes)
 
 
+def test_a_loss_that_rises_while_masks_close_is_no_divergence(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file, reduce="hard_concrete(share=1.0)", training={"max_rise": 1e-6})
+    outcome = run(recipe, tmp_path / "run")
+    assert outcome is not None
+    losses = [step["loss"] for step in log_of(tmp_path / "run", "step")]
+    assert max(losses[1:]) > losses[0] + 1e-6, "which would have ended a training without masks"
+
+
 def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     shape = "hard_concrete(residual=36, kv_heads=2, neurons=30, layers=2, lr=0.2, share=0.8)"
     outcome = run(recipe_of(tiny_folder, text_file, reduce=shape, training={"tokens": 8192}), tmp_path / "run")

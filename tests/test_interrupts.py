@@ -75,10 +75,15 @@ def test_a_signal_that_nobody_asked_for_comes_when_the_context_ends() -> None:
 
 
 def test_what_the_system_handles_is_left_to_it() -> None:
-    with held():
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with held():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    handler = signal.getsignal(signal.SIGINT)
     with held(when=False):
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_other_threads_hold_nothing() -> None:
@@ -91,4 +96,4 @@ def test_other_threads_hold_nothing() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [signal.default_int_handler]
+    assert seen == [signal.getsignal(signal.SIGINT)]

@@ -26,7 +26,7 @@ RECIPES = {
     "another encoding": ("model: m\n".encode("utf-16"), "is not text in UTF-8 .*save it as UTF-8"),
     "a share without %": (
         b"model: m\nbudget: 0.8\n",
-        "budget '0.8' is not a count, nor a share; write it like 110M, 110_000_000 or 80%",
+        "budget '0.8' is not a count, nor a share; write it like 110M, 110_000_000, 80% or '80% of decoder'",
     ),
     "a negative count": (b"model: m\ntraining: {tokens: -1}\n", "recipe key 'training.tokens': -1 is not a count"),
 }

@@ -104,9 +104,11 @@ for command, name in (
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from adapt_pruner.cli.version import described
+        import platform
 
-        typer.echo(described())
+        from adapt_pruner.core.provenance import made_by
+
+        typer.echo(f"{made_by()}, {platform.system()} {platform.machine()}")
         raise typer.Exit
 
 

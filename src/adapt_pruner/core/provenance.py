@@ -7,7 +7,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["installed", "made_by"]
+__all__ = ["commit", "installed", "made_by"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def installed(name: str) -> str:
@@ -20,12 +22,21 @@ def installed(name: str) -> str:
 
 @functools.cache
 def made_by() -> str:
-    """Versions of what makes a result, and the commit when the package lies in its own git checkout."""
+    """Versions of what makes a result, and the commit."""
     versions = [f"{name} {installed(name)}" for name in ("adapt-pruner", "torch", "transformers")]
-    text = ", ".join([*versions, f"Python {platform.python_version()}"])
-    checkout = Path(__file__).parents[3]
-    if (checkout / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        text += f", commit {commit}" if commit else ""
-    return text
+    of = [f"commit {known}"] if (known := commit()) else []
+    return ", ".join([*versions, f"Python {platform.python_version()}", *of])
+
+
+def commit() -> str:
+    """The commit that this code is of, with `-dirty` where it was changed since; empty where nothing says it.
+
+    A distribution says it in commit.txt, which its build wrote. In a checkout git is asked.
+    """
+    written, checkout = _PACKAGE / "commit.txt", _PACKAGE.parents[1]
+    if written.is_file():
+        return written.read_text(encoding="utf-8").strip()
+    if not ((checkout / ".git").exists() and shutil.which("git")):
+        return ""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=9", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -8,7 +8,7 @@ parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
+from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
     "PAPERS",
@@ -45,7 +46,6 @@ PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # once -> today
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
-_LONGEST_SHOWN = 200  # characters
 _WIDEST = 2**20  # neurons
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
@@ -549,7 +549,7 @@ def read(
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_sentence(error)) from error
+        raise UsageError(sentence(error, Recipe)) from error
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
@@ -581,34 +581,3 @@ def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
         data[key] = dict(inner) if isinstance(inner, Mapping) else {}
         data = data[key]
     data[leaf] = value
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-    if first["type"] == "extra_forbidden":
-        model = _model_at(first["loc"][:-1])
-        return f"recipe key {key!r} is not known; {nearest(str(first['loc'][-1]), model.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key or first["type"] == "value_error":
-        return message if key.rpartition(".")[2] in message else f"recipe key {key!r}: {message}"
-    return f"recipe key {key!r} is {_shown(first['input'])}: {message[0].lower() + message[1:]}"
-
-
-def _shown(value: Any) -> str:
-    """A value in a sentence, which ends."""
-    try:
-        written = repr(value)
-    except (ValueError, RecursionError):  # a number of many thousand digits, a list in lists in lists
-        return f"a {type(value).__name__} that is too long to be shown"
-    return written if len(written) <= _LONGEST_SHOWN else f"{written[:_LONGEST_SHOWN]}…"
-
-
-def _model_at(path: Sequence[Any]) -> type[BaseModel]:
-    model: type[BaseModel] = Recipe
-    for key in path:
-        annotation = model.model_fields[str(key)].annotation
-        for kind in get_args(annotation) or (annotation,):  # a table may be optional
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                model = kind
-    return model

@@ -162,6 +162,7 @@ class HardConcrete(Reduction):
             losses: list[float] = []
             for step in work.training(until=stop, around=lambda objective: _masked(work, objective, self._held, lagrangian)):
                 step.take()
+                progress.begin_stage()  # the loss rises while masks close, which is no divergence
                 with torch.no_grad():
                     for kind in shape:
                         self._held[kind].clamp_(-_BOUND, _BOUND)

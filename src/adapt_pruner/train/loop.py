@@ -87,7 +87,7 @@ class Progress:
     lowest: float = math.inf
 
     def begin_stage(self) -> None:
-        """Forget, in place, the losses of the stage before."""
+        """Forget, in place, the losses so far: of the stage before, or of a model that had more units."""
         self.smoothed, self.lowest = None, math.inf
 
 
