@@ -62,7 +62,6 @@ matrix: $(READY)
 	$(BIN)/python .ci/matrix
 
 docs: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@mkdir -p docs/reference
 	$(BIN)/python -m typer adapt_pruner.cli utils docs --name adapt-pruner --output docs/reference/command-line.md
 	$(BIN)/zensical build --strict

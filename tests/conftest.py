@@ -1,8 +1,10 @@
 """Tiny random models, a byte-level tokenizer and small texts; nothing here needs a network or a real model."""
 
+import atexit
 import gc
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.train.loop import How, Progress, steps
 
+atexit.register(shutil.rmtree, os.environ["ADAPT_PRUNER_CACHE"], ignore_errors=True)  # it may hold a real model
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
 LONGEST = {"test_forecast.py", "test_processes.py", "test_readme.py", "test_resume.py"}
