@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from adapt_pruner import cli
+from adapt_pruner.core.words import span
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
@@ -17,21 +19,9 @@ from adapt_pruner.recipe import read
 from adapt_pruner.run import probe
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model
+from test_cli import ask
 
-
-@pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line in this process: exit status, stdout, stderr."""
-
-    def call(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["adapt-pruner", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return call
+__all__ = ["ask"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +90,15 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
     assert_same_model(out, tmp_path / "whole")
 
 
-def test_minutes_become_the_run_s_less_what_the_probe_took(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_minutes_become_the_run_s_less_what_the_probe_took(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count(0, 600)  # ten minutes between two looks, whatever the machine
+    monkeypatch.setattr(sys.modules["adapt_pruner.cli.shrink"], "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     status, said, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run"))
     assert (status, said) == (0, "")
     assert "it ends within 1" in lines, "not the whole two hours"
+    assert f"it ends within {span(6600)}" in lines
     assert not (tmp_path / "small").exists()
 
 
