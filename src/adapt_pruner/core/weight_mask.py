@@ -10,6 +10,7 @@ Masked are the linear layers inside decoder layers (fused ones, too). Embeddings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.optim import Optimizer
 
 from adapt_pruner.core import surgery
 from adapt_pruner.core.axes import Axis, Mask
+from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.pattern import Pattern
 
-__all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers", "oriented", "packed", "unpacked"]
+__all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers", "oriented", "packed", "stored", "unpacked"]
 
 
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
@@ -38,6 +40,11 @@ def oriented(module: Any) -> Tensor:
     """The weight of a linear layer as [outputs, inputs]; a view, to be changed in place, without a gradient."""
     weight: Tensor = module.weight.detach()
     return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+def stored(module: Any, tensor: Tensor) -> Tensor:
+    """A tensor [outputs, inputs] as the weight of a linear layer lies, on its device; the inverse of `oriented`."""
+    return (tensor if isinstance(module, nn.Linear) else tensor.t()).to(module.weight.device)
 
 
 def largest(scores: Tensor, pattern: Pattern, *, per_row: bool = False) -> Tensor:
@@ -104,7 +111,7 @@ class WeightMask:
         """Make the masked weights of `model` zero, in place, and with them their moments, which would move them again."""
         for name, keep in self.kept.items():
             module: Any = model.get_submodule(name)
-            gone = ~(keep if isinstance(module, nn.Linear) else keep.t()).to(module.weight.device)
+            gone = ~stored(module, keep)
             module.weight.masked_fill_(gone, 0)
             for value in optimizer.state.get(module.weight, {}).values() if optimizer is not None else ():
                 if isinstance(value, Tensor) and value.shape == gone.shape:
@@ -163,17 +170,13 @@ class WeightMask:
 
         AdamW moves a weight by its moments and by decay, which are zero where gradient and weight are.
         """
-        hooks = []
-        for name, keep in self.kept.items():
-            module: Any = model.get_submodule(name)
-            here = (keep if isinstance(module, nn.Linear) else keep.t()).to(module.weight.device)
-            if module.weight.requires_grad:
-                hooks.append(module.weight.register_hook(lambda gradient, here=here: gradient * here))
-        try:
+        modules: list[tuple[Any, Tensor]] = [(model.get_submodule(name), keep) for name, keep in self.kept.items()]
+        with attached(
+            module.weight.register_hook(partial(torch.mul, stored(module, keep)))
+            for module, keep in modules
+            if module.weight.requires_grad
+        ):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def holds(keep: Tensor, pattern: Pattern) -> bool:

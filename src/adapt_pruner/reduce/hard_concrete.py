@@ -20,7 +20,7 @@ from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import gated, num_left
 from adapt_pruner.core.task import CAUSAL_LM, CausalLM
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work, check_masks_learn
 
 __all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
 
@@ -95,22 +95,7 @@ class HardConcrete(Reduction):
 
     def check(self, work: Work) -> None:
         """Refuse a shape that the model cannot get, and training that masks do not go with."""
-        recipe, asked = work.recipe, work.recipe.training
-        if asked.source is None:
-            raise UsageError(
-                "reduce hard_concrete learns masks while the model trains, and the recipe trains nothing; set training.source and "
-                "training.tokens"
-            )
-        unfit = {
-            "training.lora": asked.lora is not None,
-            "training.compile": asked.compile,
-            "training.gradient_checkpointing": asked.gradient_checkpointing,
-            "parallel=fsdp": recipe.parallel == "fsdp",
-        }
-        if wrong := [key for key, given in unfit.items() if given]:
-            raise UsageError(
-                f"reduce hard_concrete cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out"
-            )
+        check_masks_learn(work, "hard_concrete")
         for kind, size in self.shape.items():
             if size is None:
                 continue
@@ -124,7 +109,7 @@ class HardConcrete(Reduction):
                 raise UsageError(
                     f"the shape has {size:,} {kind}, and the model has {min(began or here):,}; give that many or fewer"
                 )
-        if not any(self.shape.values()) and (others := [kind for kind in recipe.axes if kind not in KINDS]):
+        if not any(self.shape.values()) and (others := [kind for kind in work.recipe.axes if kind not in KINDS]):
             raise UsageError(
                 f"reduce hard_concrete masks {', '.join(KINDS)}, and axes names {', '.join(others)}; leave that out of axes"
             )

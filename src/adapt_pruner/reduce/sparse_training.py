@@ -24,10 +24,10 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.searched import Masked, Within
-from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented
+from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.sparse import check_dense, check_pattern
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.reduce.work import Change, Looks, Reduction, Work, check_masks_learn
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["SparseTraining", "masked"]
@@ -72,24 +72,9 @@ class SparseTraining(Reduction):
 
     def check(self, work: Work) -> None:
         """Refuse a recipe without training, or one whose training masks do not go with, and a model that has zeros."""
-        recipe, asked = work.recipe, work.recipe.training
         if self.scores not in _SCORES:
             raise UsageError(f"scores {self.scores!r} of reduce sparse_training are not known; known: {', '.join(_SCORES)}")
-        if asked.source is None:
-            raise UsageError(
-                "reduce sparse_training learns masks while the model trains, and the recipe trains nothing; set training.source and "
-                "training.tokens in a recipe, and use: adapt-pruner run RECIPE.yaml"
-            )
-        unfit = {
-            "training.lora": asked.lora is not None,
-            "training.compile": asked.compile,
-            "training.gradient_checkpointing": asked.gradient_checkpointing,
-            "parallel=fsdp": recipe.parallel == "fsdp",
-        }
-        if wrong := [key for key, given in unfit.items() if given]:
-            raise UsageError(
-                f"reduce sparse_training cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out"
-            )
+        check_masks_learn(work, "sparse_training", where=" in a recipe, and use: adapt-pruner run RECIPE.yaml")
         check_dense(work)
         check_pattern(work)
         for name, module in linear_layers(work.model, work.axes).items() if self.slorb else ():
@@ -205,7 +190,7 @@ def masked(model: nn.Module, mask: WeightMask) -> Iterator[None]:
         for name, keep in mask.kept.items():
             module: Any = model.get_submodule(name)
             weight = module.weight
-            here = (keep if isinstance(module, nn.Linear) else keep.t()).to(weight.device)
+            here = stored(module, keep)
             module.__dict__["weight"] = torch.where(here, weight, weight - weight.detach())
             modules.append(module)
         yield
@@ -221,7 +206,7 @@ def _draw_to_zero(model: nn.Module, mask: WeightMask, strength: float) -> None:
         module: Any = model.get_submodule(name)
         weight = module.weight
         if weight.grad is not None:
-            here = (keep if isinstance(module, nn.Linear) else keep.t()).to(weight.device)
+            here = stored(module, keep)
             weight.grad.addcmul_(weight, (~here).to(weight.dtype), value=strength)
 
 

@@ -26,12 +26,13 @@ from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.data.feed import Feed
 from adapt_pruner.data.task import TextTask
+from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.task_sources import Wanted
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.score.calibrate import Evidence, mean_loss
 from adapt_pruner.train.loop import Progress, Step
 
-__all__ = ["Change", "Listener", "Looks", "Reads", "Reduction", "RunState", "Stage", "Work", "reads_text"]
+__all__ = ["Change", "Listener", "Looks", "Reads", "Reduction", "RunState", "Stage", "Work", "check_masks_learn", "reads_text"]
 
 _WIDTHS = ((1024, 64), (256, 32))
 """Neurons of the narrowest layer, and what `multiple_of: auto` is from there on."""
@@ -433,3 +434,30 @@ class Work:
 def reads_text(work: Work) -> bool:
     """Whether the reduction reads the calibration text."""
     return work.reduction.looks(work).text
+
+
+def check_masks_learn(work: Work, way: str, *, where: str = "") -> None:
+    """Refuse a recipe without training, or with training that masks do not go with, for a reduction that learns masks.
+
+    Args:
+        work: the run.
+        way: name of the reduction.
+        where: what the remedy adds.
+
+    Raises:
+        UsageError: it has none, or such.
+    """
+    recipe, asked = work.recipe, work.recipe.training
+    if asked.source is None:
+        raise UsageError(
+            f"reduce {way} learns masks while the model trains, and the recipe trains nothing; set training.source and "
+            f"training.tokens{where}"
+        )
+    unfit = {
+        "training.lora": asked.lora is not None,
+        "training.compile": asked.compile,
+        "training.gradient_checkpointing": asked.gradient_checkpointing,
+        "parallel=fsdp": recipe.parallel == "fsdp",
+    }
+    if wrong := [key for key, given in unfit.items() if given]:
+        raise UsageError(f"reduce {way} cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out")
