@@ -5,7 +5,8 @@ scores lowest. Of a block, the attention or MLP of a layer, X is the stream that
 gives {"layers": float32 [num_layers]} and, of each axis of a block that it is asked for, float32 [1].
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.layerwise import decoder_layers, loss_above, streams
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.surgery import first
+from adapt_pruner.core.precision import casting_once
+from adapt_pruner.core.surgery import first, gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
-from adapt_pruner.score.calibrate import Evidence, losses_shut
+from adapt_pruner.score.calibrate import Evidence, as_found, mean_loss
 
 __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
 
@@ -77,6 +80,7 @@ def manhattan(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
 
 
 @part("distance", "head_metric")
+@torch.no_grad()
 def loss_drop(
     model: nn.Module,
     axes: Sequence[Axis],
@@ -89,7 +93,7 @@ def loss_drop(
     """The loss with only this unit switched off: each unit is shut alone and the loss is measured.
 
     score[u] = L(u shut), the mean loss (of a causal LM in nats per token); within an axis that ranks like
-    L(u shut) - L. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers and blocks,
+    L(u shut) - L. No layer runs below the one that a unit lies in. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers and blocks,
     where a shut one adds nothing to its input. First-order scores can miss heads by far: in SmolLM2-135M the KV head of layer 1 that Taylor
     ranks last costs 2.5 nats.
 
@@ -107,7 +111,44 @@ def loss_drop(
 
     Source: ours; removal as a measure is that of MoPE-CLIP (arXiv:2403.07839) and of layer-dropping work.
     """
-    return losses_shut(model, axes, batches, task=task, dtype=dtype, on_axis=on_axis)
+    losses, done = {axis.name: torch.zeros(axis.entries) for axis in axes}, 0
+    may_go = [axis for axis in axes if axis.size > axis.least]
+    outside = [axis for axis in may_go if axis.layer is None and axis.name != "layers"]
+    for axis, entry in [(one, entry) for one in outside for entry in range(one.entries)]:
+        with _shut(model, axes, axis, entry):
+            losses[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
+    mine, predicted = world.share(batches), task.num_predicted(batches)
+    stack = list(decoder_layers(model))
+    with as_found(model, set()), casting_once(model):
+        flows = streams(model, mine, task=task, dtype=dtype)
+        for index, layer in enumerate(stack):
+            for axis, entry in [(one, entry) for one in may_go for entry in _lying_in(one, index)]:
+                total = torch.zeros((), dtype=torch.float64)
+                with _shut(model, axes, axis, entry):
+                    for flow, batch in zip(flows, mine, strict=True):
+                        hidden = flow.hidden
+                        for above in range(index, len(stack)):
+                            hidden = flow.run(stack[above], above, hidden)
+                        total += loss_above(model, batch, hidden, task=task, dtype=dtype).double().cpu()
+                world.sum_in_place(total)
+                losses[axis.name][entry] = float(total) / predicted
+            for _ in (axis for axis in axes if axis.layer == index):
+                done += 1
+                on_axis(done, len(axes))
+            for flow in flows:
+                flow.hidden = flow.through(layer, index)
+    for rest in range(done + 1, len(axes) + 1):
+        on_axis(rest, len(axes))
+    return losses
+
+
+def _shut(model: nn.Module, axes: Sequence[Axis], axis: Axis, entry: int) -> AbstractContextManager[None]:
+    return gated(model, axes, Mask({axis.name: torch.arange(axis.entries) != entry}))
+
+
+def _lying_in(axis: Axis, index: int) -> Iterable[int]:
+    """The entries of an axis that lie in layer number `index`."""
+    return range(axis.entries) if axis.layer == index else [index] if axis.name == "layers" else []
 
 
 def _mean_over_tokens(

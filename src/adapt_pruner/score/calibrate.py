@@ -25,7 +25,7 @@ outside them may be called more often, and not with the stream that leaves the l
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from itertools import product
 from typing import Any
@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
-from adapt_pruner.core.layerwise import Sweep, decoder_layers, loss_above, streams
+from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
 from adapt_pruner.core.precision import casting_once, linears_cast, precision, spoiled
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
-__all__ = ["Evidence", "Metric", "evidence_needed", "finish", "losses_shut", "mean_loss", "score", "score_behind"]
+__all__ = ["Evidence", "Metric", "as_found", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
 
 
 class Evidence(Enum):
@@ -63,7 +63,7 @@ Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]
 
 
 @contextmanager
-def _as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
+def as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
     """In eval mode, with gradients for the parameters named only; afterwards everything is as it was."""
     training = {module: module.training for module in model.modules()}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
@@ -86,7 +86,7 @@ def _as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
 def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Metric]) -> Evidence:
     """The most that any of `metrics` needs to see, found by asking each and letting it go."""
     axes, needs = _scored(axes), []
-    with _as_found(model, _on(axes)):
+    with as_found(model, _on(axes)):
         for metric in metrics:
             asked = metric(model, axes)
             needs.append(next(asked))
@@ -143,7 +143,7 @@ def score(
     running = [metric(model, axes) for metric in metrics]
     total, finished = float("nan"), {}
     try:
-        with _as_found(model, _on(axes)):
+        with as_found(model, _on(axes)):
             needs = [next(metric) for metric in running]
             need = max(needs, key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
             of_weights = [metric for metric, its in zip(running, needs, strict=True) if its.value >= Evidence.GRADIENTS.value]
@@ -236,7 +236,7 @@ def _in_batches(on_batch: Callable[[int, int], None] | None, number: int) -> Cal
 
 @contextmanager
 def _streams_only(model: nn.Module, entrance: nn.Module, dtype: str) -> Iterator[None]:
-    """While it lasts, gradients are those of what flows from `entrance` on, and no weight gets one; for inside `_as_found`."""
+    """While it lasts, gradients are those of what flows from `entrance` on, and no weight gets one; for inside `as_found`."""
     model.requires_grad_(False)
     with (
         linears_cast(model, dtype),
@@ -260,74 +260,11 @@ def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSA
     device = next(model.parameters()).device
     predicted = task.num_predicted(batches)
     total = torch.zeros((), dtype=torch.float64)
-    with _as_found(model, set()), casting_once(model), precision(device, dtype):
+    with as_found(model, set()), casting_once(model), precision(device, dtype):
         for batch in world.share(batches):
             total += task.loss(model, batch.to(device)).double().cpu()
     world.sum_in_place(total)
     return float(total) / predicted
-
-
-@torch.no_grad()
-def losses_shut(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    batches: Sequence[Tensor],
-    *,
-    task: Task = CAUSAL_LM,
-    dtype: str = "auto",
-    on_axis: Callable[[int, int], None] = lambda done, of: None,
-) -> Scores:
-    """For each unit of `axes` the `mean_loss` with it alone shut, to the last bit; no layer runs below the one that it lies in.
-
-    Args:
-        model: causal LM; left as found.
-        axes: the axes whose units to shut; one that has no more units than must stay gets 0.
-        batches: token ids, int64 [batch, length].
-        task: what the model learns.
-        dtype: precision of the matrix products.
-        on_axis: told (done, of) after each axis.
-
-    Returns:
-        axis name -> float32 [axis.entries] on the CPU.
-    """
-    losses, done = {axis.name: torch.zeros(axis.entries) for axis in axes}, 0
-    may_go = [axis for axis in axes if axis.size > axis.least]
-    outside = [axis for axis in may_go if axis.layer is None and axis.name != "layers"]
-    for axis, entry in [(one, entry) for one in outside for entry in range(one.entries)]:
-        with _shut(model, axes, axis, entry):
-            losses[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
-    mine, predicted = world.share(batches), task.num_predicted(batches)
-    stack = list(decoder_layers(model))
-    with _as_found(model, set()), casting_once(model):
-        flows = streams(model, mine, task=task, dtype=dtype)
-        for index, layer in enumerate(stack):
-            for axis, entry in [(one, entry) for one in may_go for entry in _lying_in(one, index)]:
-                total = torch.zeros((), dtype=torch.float64)
-                with _shut(model, axes, axis, entry):
-                    for flow, batch in zip(flows, mine, strict=True):
-                        hidden = flow.hidden
-                        for above in range(index, len(stack)):
-                            hidden = flow.run(stack[above], above, hidden)
-                        total += loss_above(model, batch, hidden, task=task, dtype=dtype).double().cpu()
-                world.sum_in_place(total)
-                losses[axis.name][entry] = float(total) / predicted
-            for _ in (axis for axis in axes if axis.layer == index):
-                done += 1
-                on_axis(done, len(axes))
-            for flow in flows:
-                flow.hidden = flow.through(layer, index)
-    for rest in range(done + 1, len(axes) + 1):
-        on_axis(rest, len(axes))
-    return losses
-
-
-def _shut(model: nn.Module, axes: Sequence[Axis], axis: Axis, entry: int) -> AbstractContextManager[None]:
-    return gated(model, axes, Mask({axis.name: torch.arange(axis.entries) != entry}))
-
-
-def _lying_in(axis: Axis, index: int) -> Iterable[int]:
-    """The entries of an axis that lie in layer number `index`."""
-    return range(axis.entries) if axis.layer == index else [index] if axis.name == "layers" else []
 
 
 @torch.no_grad()
