@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["shrink"]
 
-_BUILT_IN = "python-docs:train"
-
 
 def shrink(
     model: Annotated[
@@ -112,11 +110,12 @@ def _planned(
 ) -> "Recipe":  # fmt: skip
     """The recipe that fits the time, by a probe; what the probe took is off its minutes."""
     from adapt_pruner import recipe as recipes
+    from adapt_pruner.core.events import EVERYWHERE
     from adapt_pruner.data.apart import apart
     from adapt_pruner.plan.rules import Asked, planned
     from adapt_pruner.run.probe import probed
 
-    train, held_out, characters = apart(text or _BUILT_IN)
+    train, held_out, characters = apart(text or EVERYWHERE)
     plain = recipes.read({}, values=common, overrides=overrides or [])
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
@@ -145,6 +144,7 @@ def _begun(out: Path, overrides: list[str] | None, common: dict[str, Any], *, te
     """
     from adapt_pruner import recipe as recipes
     from adapt_pruner.core.budget import parse_count
+    from adapt_pruner.core.events import EVERYWHERE
     from adapt_pruner.data.apart import apart
     from adapt_pruner.errors import UsageError
     from adapt_pruner.run.folder import check_folder
@@ -153,7 +153,7 @@ def _begun(out: Path, overrides: list[str] | None, common: dict[str, Any], *, te
         check_folder(out, recipes.read({}, values=common), force=False)  # before the probe
         return None
     recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides or [])
-    others = {"MODEL": recipe.model != common["model"], "--text": apart(text or _BUILT_IN)[0] != recipe.training.source}
+    others = {"MODEL": recipe.model != common["model"], "--text": apart(text or EVERYWHERE)[0] != recipe.training.source}
     params = common["budget"]
     others["--params"] = "%" not in params and str(parse_count(params)) != recipe.budget
     others |= {f"--{key}": common[key] != getattr(recipe, key) for key in ("seed", "dtype")}

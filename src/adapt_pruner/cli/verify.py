@@ -59,9 +59,10 @@ def verify(
             raise UsageError(
                 f"{model} has no mask over weights, so there is nothing to verify without an artefact; name what `export` wrote"
             )
-        print(to_json({"model": model, "sparsity": zeros, "passed": not zeros["failures"]})) if as_json else _print_zeros(
-            model, zeros
-        )
+        if as_json:
+            print(to_json({"model": model, "sparsity": zeros, "passed": not zeros["failures"]}))
+        else:
+            _print_zeros(model, zeros)
         _check_zeros(model, zeros)
         return
     if text == SELF:
@@ -110,13 +111,13 @@ def _check_zeros(model: str, zeros: dict[str, Any] | None) -> None:
 def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
     if zeros["failures"]:
         return
-    held = {
-        True: "each masked weight is zero; a cut has broken the pattern",
-        False: f"each has at least the share of zeros that {zeros['pattern']} promises",
-    }[zeros["pattern"] is None]
-    if ":" in (zeros["pattern"] or ""):
+    if zeros["pattern"] is None:
+        held = "each masked weight is zero; a cut has broken the pattern"
+    elif ":" in zeros["pattern"]:
         n, m = zeros["pattern"].split(":")
         held = f"in each, every group of {m} inputs has at most {n} weights that are not zero"
+    else:
+        held = f"each has at least the share of zeros that {zeros['pattern']} promises"
     print(
         f"{model}: {zeros['zeros']:,} of {zeros['weights']:,} weights in {zeros['layers']} linear layers are zero "
         f"({zeros['zeros'] / zeros['weights']:.2%}); {held}"

@@ -17,12 +17,13 @@ from adapt_pruner.core.strict_json import MOST, of_json
 from adapt_pruner.core.words import millions
 
 __all__ = [
-    "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
+    "EVERYWHERE", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
     "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
-_EVERYWHERE = "python-docs:train"  # the text of whoever names none
+EVERYWHERE = "python-docs:train"
+"""The text of whoever names none."""
 _BROKEN = 0.5  # share of the decoder below which answers of an untrained model are broken
 
 
@@ -246,7 +247,7 @@ class Start(Event):
             text = f"making {self.sparsity} zeros in a model of {millions(self.target)} parameters by {self.method}"
         if self.text:
             text += f", calibrated on {self.text}"
-            if self.text == _EVERYWHERE:
+            if self.text == EVERYWHERE:
                 text += " (Python's language reference; text of your own gives a better model)"
         if self.stages > 1:
             text += f" in {self.stages} stages"

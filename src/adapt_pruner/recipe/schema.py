@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner.core.budget import check_written, parse_count
+from adapt_pruner.core.events import EVERYWHERE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -127,7 +128,7 @@ class Calibration(_Frozen):
     """The text on which importance is measured."""
 
     source: Source = Field(
-        "python-docs:train",
+        EVERYWHERE,
         description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model "
         "writes once",
     )

@@ -35,7 +35,7 @@ from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_tasks, measure_text
 from adapt_pruner.run.room import check_result, check_run
-from adapt_pruner.run.start import begin, read
+from adapt_pruner.run.start import begin, read, sizes_begun
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
 
@@ -332,8 +332,7 @@ def _tell_start(work: Work) -> None:
     state, recipe, feed = work.state, work.recipe, work.reads.feed
     coming = work.stages[state.stage - 1 + state.pruned :]
     source = recipe.calibration.ids or recipe.calibration.source
-    start = state.figures.get("params_after_vocabulary", work.budget.total)
-    decoder = state.figures.get("decoder_params_before") or decoder_parameters(work.model)
+    start, decoder = sizes_begun(work)
     decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
     left: dict[str, Any] = {} if recipe.minutes is None else {"seconds_left": max(0.0, 60 * recipe.minutes - work.elapsed)}
     work.tell(Start(

@@ -42,7 +42,7 @@ from adapt_pruner.run import latency
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "read", "stage_targets", "writes_text"]
+__all__ = ["begin", "plan", "read", "sizes_begun", "stage_targets", "writes_text"]
 
 _FILLING = ("slice", "hard_concrete", "between_steps")
 """Reductions that change weights as they cut, or put others in their place between two steps."""
@@ -133,8 +133,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
         _check_zeros(work, cuts=False)
         return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
     keep = latency.kept(recipe, figures)
-    decoder = figures.get("decoder_params_before") or decoder_parameters(work.model)
-    start = figures.get("params_after_vocabulary", work.dense)
+    start, decoder = sizes_begun(work)
     budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense, decoder=decoder, outside=start - decoder)
     total = work.num_params
     _check_zeros(work, cuts=total > budget.keep)
@@ -179,6 +178,14 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
         raise UsageError(
             f"{recipe.model} is sparse, and training.objective {asked.objective!r} would be taught by it; name the dense model as training.teacher"
         )
+
+
+def sizes_begun(work: Work) -> tuple[int, int]:
+    """Parameters when pruning began, once tokens had gone, and those of them in the decoder layers; also of a run that goes on."""
+    figures = work.state.figures
+    return figures.get("params_after_vocabulary", work.dense), figures.get("decoder_params_before") or decoder_parameters(
+        work.model
+    )
 
 
 def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
