@@ -1,6 +1,6 @@
 """Writes into a distribution which commit it was built from, so that `adapt-pruner --version` can say it."""
 
-import subprocess
+import runpy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ class CommitHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add commit.txt, if this is a checkout and git is there."""
-        if version == "editable" or not (Path(self.root) / ".git").exists():
+        if version == "editable" or (Path(self.root) / FILE).exists():
             return
-        asked = ["git", "-C", self.root, "describe", "--always", "--dirty", "--abbrev=9", "--exclude", "*"]
-        try:
-            commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
+        commit = runpy.run_path(str(Path(self.root) / "src/adapt_pruner/core/provenance.py"))["commit"]()
+        if not commit:
             return
         path = Path(tempfile.mkdtemp()) / "commit.txt"
         path.write_text(commit)
