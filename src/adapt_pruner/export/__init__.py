@@ -84,7 +84,10 @@ def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
     if loaded.weight_mask is None:
         return
     pattern = "" if loaded.weight_mask.pattern is None else f"{loaded.weight_mask.pattern} "
-    note = f"the {pattern}zeros of {loaded.source} are stored as numbers here, and what reads a {to} export multiplies by them: it is no smaller and no faster for them"
+    note = (
+        f"the {pattern}zeros of {loaded.source} are stored as numbers, and an engine that reads a {to} export multiplies by them; the zeros make it "
+        "neither smaller nor faster"
+    )
     if quant is not None and quant.lower() in _MOVES_ZERO:
         note += f"; {quant} has a minimum of its own in each block, so that most of them are not zero any more"
     yield note

@@ -1,6 +1,7 @@
 """The rules by which `shrink` plans; docs/shrink.md says which measurement each is read off.
 
-planned(machine, model, asked) -> Plan: settings of a recipe, the lines that say them, and what takes how long
+`planned` takes what the machine, the model and the user are like. It returns the settings of a recipe, five lines that explain them, and the
+seconds of each phase.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Solvers of `reduce: sparse`: which weights of one linear layer become zero, and what the others become.
+"""Solvers of `reduce: sparse`: each chooses the weights of one linear layer that become zero, and sets the weights that stay.
 
 Symbols: W the weight, [outputs, inputs]; Z what enters the layer at all calibration tokens, [inputs, tokens], while earlier layers are sparse
 already; X the same in the dense model. A solver is a function (W, pattern, inputs) -> (W', mask) and says what it needs:
