@@ -1,6 +1,6 @@
 """What pruning costs: its time against plain forward and backward passes, its peak memory against the model's size.
 
-    python benchmarks/prune_cost.py [MODEL] [--method best] [--params 120M] [--samples 64] [--length 128]
+    python benchmarks/prune_cost.py [MODEL] [--method adaptive-ls-v1] [--params 120M] [--samples 64] [--length 128]
 
 Time: what `adapt-pruner prune` spends on scoring, layer distances, choosing, measuring heads, repair and cutting, divided by (iterations × one
 plain forward and backward with transformers' own loss over the same calibration tokens in the same batches and precision). The plain
@@ -44,7 +44,7 @@ def plain_pass(model: Any, batches: list[torch.Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
-    parser.add_argument("--method", default="best")
+    parser.add_argument("--method", default="adaptive-ls-v1")
     parser.add_argument("--params", default="120M")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)

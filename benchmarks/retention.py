@@ -3,7 +3,7 @@
     python benchmarks/retention.py [--only dense,113.3M-pruned] [--measure text,arc_easy,mmlu] [-o FOLDER]
     python benchmarks/retention.py --table [-o FOLDER]
 
-Prunes SmolLM2-135M-Instruct to 113.3 M, 92 M and 70.8 M parameters with `adapt-pruner prune --method best`, trains each on 200,000 tokens as the
+Prunes SmolLM2-135M-Instruct to 113.3 M, 92 M and 70.8 M parameters with `adapt-pruner prune --method adaptive-ls-v1`, trains each on 200,000 tokens as the
 recipe smollm2-105m does (but on the six domains of interleaving.yaml, for its own text teaches Python's manual and no more), and measures
 the dense model and those of each size, before and after, with `adapt-pruner eval`: perplexity on WikiText-2's test text and on held-out
 documents of `corpus/web_owt`, the eight commonsense tasks and MMLU (four letters, no examples), all items of the local files.
@@ -51,7 +51,7 @@ class Bench:
         if state == "pruned":
             if not folder.exists():
                 ids = self.data / "calibration_c4_64x128.json"
-                command("prune", MODEL, "-o", folder, "--params", size, "--method", "best", "--calibration-ids", ids)
+                command("prune", MODEL, "-o", folder, "--params", size, "--method", "adaptive-ls-v1", "--calibration-ids", ids)
             return str(folder)
         if not (folder / "model").exists():
             pruned = self.model(f"{size}-pruned")

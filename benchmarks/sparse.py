@@ -55,7 +55,7 @@ def lines(draws: list[int]) -> Iterator[Line]:
     for draw in draws:
         for size in SPARSITY:
             yield from (Line(name, size, draw) for name in SOLVERS)
-        yield from (Line("best", size, draw) for size in ("113.3M", "92M", "81.4M"))
+        yield from (Line("adaptive-ls-v1", size, draw) for size in ("113.3M", "92M", "81.4M"))
         yield from (Line("sparsegpt", size, draw) for size in ("20%", "40%"))
 
 

@@ -37,7 +37,7 @@ SHARED = {
     "evaluation": {"window": 32, "max_windows": 4},
 }  # fmt: skip
 FURTHER: dict[str, dict[str, Any]] = {  # what a row cannot do without
-    "best": {"calibration": {"own": 4}},
+    "adaptive-ls-v1": {"calibration": {"own": 4}},
     "slicegpt": {"stages": 1},
     "shortgpt": {"training": {"objective": "objectives.distil"}},
     "flap": {"training": {"lora": {"rank": 4}}},
@@ -136,8 +136,11 @@ def run(work: Path, side: str) -> None:
 
 def resume(work: Path, side: str) -> None:
     """Runs that the base commit left after their first cuts, finished by the code here."""
-    for name in ("llama-adapt-pruner", "llama-slicegpt", "gemma3-best"):
+    for name in ("llama-adapt-pruner", "llama-slicegpt", "gemma3-adaptive-ls-v1"):
         out = work / side / f"{name}-resumed"
+        if not (work / "before" / name).exists():  # a row that the base commit calls otherwise, or has not
+            print(f"not resumed: {name}, which the base commit does not have")
+            continue
         shutil.copytree(work / "before" / name, out)
         shutil.rmtree(out / "model")
         for path in (out / "checkpoints").iterdir():

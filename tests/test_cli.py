@@ -47,7 +47,7 @@ def test_prune_eval_and_inspect_in_json(ask: Any, tiny_folder: Path, text_file: 
     assert status == 0
     wanted = "params_before params_after decoder_params_before decoder_params_after seconds peak_rss_bytes method seed"
     assert set(wanted.split()) <= figures.keys()
-    assert figures["method"] == "best", "what wins is the default"
+    assert figures["method"] == "adaptive-ls-v1", "what wins is the default"
     assert figures["seed"] == 3
     assert figures["params_after"] <= 0.8 * figures["params_before"]
     gone = figures["params_before"] - figures["params_after"]

@@ -287,7 +287,7 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
         ({"head_metric": None}, []),
         ({}, ["KV heads shut one by one"]),
         ({"axes": ["neurons"]}, []),
-        ({"method": "best"}, ["text that the model writes itself", "KV heads shut one by one", "repair"]),
+        ({"method": "adaptive-ls-v1"}, ["text that the model writes itself", "KV heads shut one by one", "repair"]),
         ({"method": "wanda-sp"}, ["measuring behind pruned layers"]),
         (
             {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"},

@@ -233,7 +233,7 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
 
     monkeypatch.setattr(closed_form, "least_squares", watched)
     monkeypatch.setattr(start, "selfwritten_windows", slowly)
-    common = {"model": recipe.model, "budget": "85%", "method": "best", "step": 1, "dtype": "float32"}
+    common = {"model": recipe.model, "budget": "85%", "method": "adaptive-ls-v1", "step": 1, "dtype": "float32"}
     text = recipe.calibration.model_dump()
     asked, more = (read({**common, "calibration": text | {"self_generated": own}}) for own in (0, 6))
     plain = prune(asked, tmp_path / "plain")

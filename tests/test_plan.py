@@ -41,7 +41,7 @@ def test_more_time_buys_thoroughness_and_then_tokens() -> None:
     plans = [plan_of(minutes) for minutes in (2, 4, 8, 15, 60)]
     looked_at = [plan.settings["calibration.samples"] for plan in plans]
     tokens = [plan.settings["training.tokens"] for plan in plans]
-    assert [plan.settings["method"] for plan in plans] == ["best"] * 5
+    assert [plan.settings["method"] for plan in plans] == ["adaptive-ls-v1"] * 5
     assert [plan.settings["step"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1]
     assert looked_at == [16, 16, 32, 64, 64]
     assert tokens == sorted(tokens)

@@ -11,9 +11,10 @@ import torch
 
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.checkpoint.save import save
+from adapt_pruner.compare.request import Request
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import builtin, read
+from adapt_pruner.recipe import builtin, differing, methods, read
 from adapt_pruner.report import documented
 from adapt_pruner.run.forecast import dry_run
 from conftest import byte_tokenizer
@@ -152,6 +153,16 @@ def test_keys_of_before_still_read() -> None:
     assert (again.calibration.self_generated, again.sequential_scoring) == (5, False)
     assert read(SPELLED_OTHERWISE, overrides=["calibration.self_generated=6"]).calibration.self_generated == 6
     assert read({}, overrides=["calibration={own: 7}"]).calibration.self_generated == 7
+
+
+def test_best_stands_for_a_method_with_a_version() -> None:
+    """Whoever writes `best` has the versioned name in the recipe that is kept, so a later version does not change the run."""
+    for of_it in (read({"method": "best"}), read("best"), read({})):
+        assert differing(of_it, read({"method": "adaptive-ls-v1"})) == []
+        assert "method: adaptive-ls-v1\n" in of_it.to_yaml()
+    assert "best" not in methods(), "one row, one name"
+    asked = Request(model="m", methods=("best", "adaptive-ls-v1", "random"), params=("80%",), texts=("python-docs",)).checked()
+    assert asked.methods == ("adaptive-ls-v1", "random")
 
 
 def test_a_key_in_both_spellings_is_refused() -> None:

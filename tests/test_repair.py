@@ -286,7 +286,7 @@ def test_one_batch_to_choose_a_ridge_on_takes_a_stronger_one_and_says_so(text: l
 def test_a_run_with_too_little_text_says_so_once_a_stage(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
     recipe = read({
-        "model": str(tiny_folder), "budget": "60%", "method": "best", "dtype": "float32", "stages": 2,
+        "model": str(tiny_folder), "budget": "60%", "method": "adaptive-ls-v1", "dtype": "float32", "stages": 2,
         "calibration": {"source": str(text_file), "samples": 1, "length": 32, "self_generated": 0},
     })  # fmt: skip
     prune(recipe, tmp_path / "out", listen=heard.append)

@@ -22,9 +22,11 @@ def methods(as_json: Json = False) -> None:
     rows = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in recipe.methods().items()}
     kinds = {key: parts.summaries(key) for key in parts.FOLDERS}
     if as_json:
-        print(to_json({"methods": rows, "parts": kinds}))
+        print(to_json({"methods": rows, "aliases": recipe.ALIASES, "parts": kinds}))
         return
     print_table(["method", "what it does", "source"], [[name, row["about"], row["paper"]] for name, row in rows.items()], left=3)
+    for alias, name in recipe.ALIASES.items():
+        print(f"{alias} stands for {name}, and for what leads in later versions")
     for key, summaries in kinds.items():
         print()
         print_table([key, ""], [[name, line] for name, line in summaries.items()], left=2)

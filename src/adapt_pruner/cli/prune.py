@@ -38,7 +38,10 @@ def prune(
             "of linear layers that become zero, or N of every M that stay.",
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Pruning method; `adapt-pruner methods` lists them. [default: best]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Pruning method; `adapt-pruner methods` lists them. [default: best, which stands for adaptive-ls-v1]"),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(

@@ -12,7 +12,7 @@ from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.recipe import ALIASES, Recipe, read
 
 __all__ = ["Cell", "Request"]
 
@@ -88,8 +88,8 @@ class Request:
                 f"--calibration-ids fix every token, so --calibration {self.calibration} would be ignored; leave one out"
             )
         asked = replace(
-            self, methods=_once(self.methods), params=_once(self.params), texts=_once(self.texts), sparsity=_once(patterns),
-            calibration_ids=_once(self.calibration_ids),
+            self, methods=_once(tuple(ALIASES.get(name, name) for name in self.methods)), params=_once(self.params), texts=_once(self.texts),
+            sparsity=_once(patterns), calibration_ids=_once(self.calibration_ids),
         )  # fmt: skip
         asked._check_sizes()
         for method, recipe in asked.recipes.items():

@@ -110,7 +110,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Pruning:
-    """A way to prune by `best`: its step, the sequences of 128 tokens that it reads in each iteration, and whether it repairs."""
+    """A way to prune by `adaptive-ls-v1`: its step, the sequences of 128 tokens that it reads in each iteration, and whether it repairs."""
 
     step: float
     samples: int
@@ -125,7 +125,13 @@ class _Pruning:
 
     def settings(self) -> dict[str, Any]:
         bare = {} if self.repairs else {"repair": None}
-        return {"method": "best", "step": self.step, "calibration.samples": self.samples, "calibration.self_generated": 0, **bare}
+        return {
+            "method": "adaptive-ls-v1",
+            "step": self.step,
+            "calibration.samples": self.samples,
+            "calibration.self_generated": 0,
+            **bare,
+        }
 
 
 # From the most thorough on: the first that fits is taken.
@@ -252,7 +258,7 @@ def _lines(
     )
     return (
         f"machine: {machine.words}; it reads {machine.read:,.0f} tokens a second of this model and trains on {machine.trained:,.0f}",
-        f"prune: {millions(model.params)} → {millions(model.target)} parameters by best, about {cuts} cut{'s' * (cuts != 1)}, each "
+        f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {cuts} cut{'s' * (cuts != 1)}, each "
         f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {_BATCH:,} at a rate of {settings['training.lr']:g}, {taught} the text{repeats}: "
         f"about {span(seconds['train'])}",

@@ -23,6 +23,7 @@ from adapt_pruner.recipe import parts
 from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
+    "ALIASES",
     "PAPERS",
     "WHOLE",
     "Calibration",
@@ -40,7 +41,9 @@ __all__ = [
     "read",
 ]
 
-_METHOD = "best"  # of a recipe that names none
+ALIASES = {"best": "adaptive-ls-v1"}
+"""Name that stays -> the method that it stands for in this version."""
+_METHOD = ALIASES["best"]  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that rows come from."""
@@ -337,8 +340,9 @@ class Recipe(_Frozen):
             return data
         data = in_todays_keys(data)
         name = data.get("method", _METHOD)
+        name = data["method"] = ALIASES.get(name, name) if isinstance(name, str) else name
         if name not in list(methods()):
-            raise ValueError(f"method {name!r} is not known; {nearest(str(name), methods())}")
+            raise ValueError(f"method {name!r} is not known; {nearest(str(name), [*methods(), *ALIASES])}")
         below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
         for key, value in data.items():
             inner = below.get(key)
@@ -567,7 +571,7 @@ def differing(one: Recipe, other: Recipe) -> list[str]:
 
 def _read_yaml(name: str) -> dict[str, Any]:
     try:
-        return read_keys(builtin().get(name) or methods().get(name) or Path(name), name)
+        return read_keys(builtin().get(name) or methods().get(ALIASES.get(name, name)) or Path(name), name)
     except FileNotFoundError as error:
         raise UsageError(
             f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"

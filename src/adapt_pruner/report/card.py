@@ -24,7 +24,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
-from adapt_pruner.recipe import PAPERS, differing, in_todays_keys, methods, parts, read
+from adapt_pruner.recipe import ALIASES, PAPERS, differing, in_todays_keys, methods, parts, read
 
 __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 
@@ -465,7 +465,7 @@ def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
 
 
 def _row(method: str) -> dict[str, Any]:
-    path = methods().get(method)
+    path = methods().get(ALIASES.get(method, method))
     row: dict[str, Any] = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
     return row
 
