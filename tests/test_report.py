@@ -68,6 +68,11 @@ def stopped(copied: Path) -> Path:
     return copied
 
 
+def unbroken(text: str) -> str:
+    """A page whose commands are not split into words."""
+    return re.sub("</?span>", "", text)
+
+
 class Seen(HTMLParser):
     """What a page holds: tags that are open, addresses that it would ask, pictures by their names."""
 
@@ -228,12 +233,13 @@ def test_the_bill_counts_the_calibration_text_that_was_read(tiny_folder: Path, t
     assert figures_of(read_record(tmp_path / "run")).tokens["score"] == 60 * len(record.of(Cut)), "from the log alone"
 
 
-def test_a_run_that_was_killed_shows_what_there_is(stopped: Path) -> None:
+def test_a_run_that_was_killed_shows_what_there_is(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stopped.parent)
     text = page.page(read_record(stopped))
     seen = Seen(text)
     assert "stopped before its end" in text
     assert "the last line of log.jsonl is broken off" in text
-    assert f"adapt-pruner run {stopped}/recipe.yaml -o {stopped}" in text
+    assert "adapt-pruner run run/recipe.yaml -o run" in unbroken(text)
     assert {"anatomy", "loss"} <= set(seen.figures)
     assert "after stage 1" in text, "perplexity is of the stage that it was measured after"
 
@@ -257,14 +263,15 @@ def test_the_bill_of_a_stopped_run_adds_up(stopped: Path) -> None:
     assert {name for name, cells in rows.items() if cells[2] != "–"} == {"scoring", "training", "evaluation", "together"}
 
 
-def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path) -> None:
+def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stopped.parent)
     assert read_record(stopped).status == "stopped"
     with (stopped / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert read_record(stopped).status == "running"
         text = page.page(read_record(stopped))
     assert "still running" in text
-    assert f"adapt-pruner watch {stopped}" in text
+    assert "adapt-pruner watch run" in unbroken(text)
 
 
 def test_a_glance_at_the_lock_does_not_stop_a_run_from_beginning(tmp_path: Path) -> None:

@@ -145,6 +145,11 @@ def prune(
             f"(timed in turn; quartiles {timing['reached_low']:.2f}–{timing['reached_high']:.2f}x); asked {timing['asked']:g}x, "
             f"predicted {timing['predicted']:.2f}x"
         )
+    if "answers" in figures:
+        first, last = ([one["text"] for one in said["answers"]] for said in (figures["answers"][0], figures["answers"][-1]))
+        prompts = [one["prompt"] for one in figures["answers"][-1]["answers"]]
+        print()
+        print_table(["asked", "before", "after"], list(zip(prompts, first, last, strict=True)), left=3)
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
     print(f"saved {out} ({millions(figures['params_after'])} parameters)\n")

@@ -11,7 +11,12 @@ from transformers import LogitsProcessorList, TextStreamer
 from adapt_pruner.core.precision import numbers, precision
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
-__all__ = ["Answer", "answer"]
+__all__ = ["LONGEST", "PROMPTS", "Answer", "answer"]
+
+PROMPTS = ("What is the capital of France?", "Why is the sky blue?", "Write a sentence about a rainy day.")
+"""What a run asks a model that chats, unless its recipe has prompts."""
+LONGEST = 48
+"""Tokens of an answer on the page of a run, at most."""
 
 _LEAST_TEMPERATURE = 1e-3
 

@@ -227,6 +227,10 @@ class Evaluation(_Frozen):
         None, description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks"
     )
 
+    prompts: list[str] | None = Field(
+        None, description="prompts answered at the start and the end; null takes three of ours if the model chats, [] none"
+    )
+
     @model_validator(mode="after")
     def _together(self) -> "Evaluation":
         for key in ("limit", "task_dir"):

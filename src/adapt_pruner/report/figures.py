@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
+from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.searched import Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
@@ -95,6 +96,7 @@ class Figures:
     steps: list[Trained]
     evaluations: list[Evaluation]
     tasks: list[Tasks]
+    answers: list[Answered]
     searched: list[Searched]
     mixed: list[Mixed]
     seconds: dict[str, float]
@@ -142,6 +144,7 @@ def figures_of(record: Record) -> Figures:
         steps=_steps(record.events),
         evaluations=evaluations,
         tasks=tasks,
+        answers=_by_stage(record.of(Answered)),
         searched=record.of(Searched),
         mixed=record.of(Mixed),
         seconds=_seconds(record, notes),
@@ -216,7 +219,7 @@ def _steps(told: Sequence[Event]) -> list[Trained]:
     ]
 
 
-_Staged = TypeVar("_Staged", Evaluation, Tasks)
+_Staged = TypeVar("_Staged", Evaluation, Tasks, Answered)
 
 
 def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
@@ -335,7 +338,6 @@ def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> list[Ro
         for name, key, form, note in (
             ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
             ("bits per byte", "bits_per_byte", "bits", ""),
-            ("tokens/s, reading", "tokens_per_second", "speed", "seen once, while evaluating"),
         ):
             rows.append(Row(name, getattr(first, key, None), getattr(last, key, None), form, note))
     return [row for row in rows if row.before is not None or row.now is not None]

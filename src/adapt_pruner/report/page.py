@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterable
@@ -115,6 +116,7 @@ def page(record: Record) -> str:
         ("why", "Why there", _why(record), _pair(by_key, "search", "widths") + _pair(by_key, "importance", "sparsity") + _pair(by_key, *lines, tag="pair" if len(lines) % 3 else "trio") + by_key.get("costs", "")),
         ("recovery", "Recovery", _recovery(figures), by_key.get("perplexity", "") + by_key.get("loss", "") + _pair(by_key, "lr", "speed", "memory", tag="trio") + _pair(by_key, "mixing", "by-text")),
         ("tasks", "What it still can do", "", by_key.get("tasks", "")),
+        ("answers", "What it says", "", _answers(figures)),
         ("bill", "The bill", "", _bill(figures) + _facts(record, figures)),
         ("next", "What to try next", "", _next(record, figures)),
     ]  # fmt: skip
@@ -129,7 +131,7 @@ def page(record: Record) -> str:
         head=_head(figures),
         links=[(f"s-{key}", title) for key, title in links],
         body=_tiles(figures.rows) + _remarks(figures) + body,
-        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve()}. This page asks nothing of a network.",
+        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve().name}. This page asks nothing of a network.",
     )
 
 
@@ -146,6 +148,19 @@ def framed(*, title: str, head: str, links: list[tuple[str, str]], body: str, fo
         f'<nav aria-label="On this page"><ul>{items}</ul></nav>\n<main>{body}</main>\n'
         f'<footer>{escaped(foot)}</footer><div id="tip" role="status" hidden></div><script>{script}</script></body></html>\n'
     )
+
+
+def _unbroken(command: str) -> str:
+    """A command whose words a narrow screen does not break at their hyphens."""
+    return " ".join(f"<span>{escaped(word)}</span>" for word in command.split(" "))
+
+
+_ABSOLUTE = re.compile(r"(?<![\w.~*/-])/(?:[^\s'\",:/]+/)+(?=[^\s'\",:/])")
+
+
+def _placeless(text: object) -> str:
+    """Text without the folders of the machine: an absolute path keeps its last name, as `…/notes.txt`; what lies in the folder of the moment stays whole."""
+    return _ABSOLUTE.sub("…/", str(text).replace(f"{Path.cwd()}{os.sep}", ""))
 
 
 def _short(model: str) -> str:
@@ -218,7 +233,7 @@ def _remarks(figures: Figures) -> str:
     parts = ""
     for name, lines in (("About this page", figures.notes), ("The run warned", figures.warnings)):
         if lines:
-            items = "".join(f"<li>{escaped(line)}</li>" for line in lines[:12])
+            items = "".join(f"<li>{escaped(_placeless(line))}</li>" for line in lines[:12])
             more = f"<li>and {len(lines) - 12} more in log.jsonl</li>" if len(lines) > 12 else ""
             parts += f'<div class="aside"><strong>{name}</strong><ul>{items}{more}</ul></div>'
     return parts
@@ -250,6 +265,23 @@ def _recovery(figures: Figures) -> str:
         return "What training gave back. One learning-rate curve runs over all stages."
     yet = "" if figures.status == "finished" else " yet"
     return f"Nothing was trained{yet}; this is what the cuts left." if figures.evaluations else ""
+
+
+def _answers(figures: Figures) -> str:
+    """Each prompt with the answers of the model at the start and of the model now, beside each other."""
+    if not figures.answers:
+        return ""
+    names = [(one, figures.begun if one.stage == 0 else "now") for one in (figures.answers[0], figures.answers[-1])]
+    said = ""
+    for number, prompt in enumerate(answer["prompt"] for answer in figures.answers[-1].answers):
+        texts = [
+            (name, one.answers[number]["text"])
+            for one, name in dict(zip((name for _, name in names), names, strict=True)).values()
+            if number < len(one.answers) and one.answers[number]["prompt"] == prompt
+        ]
+        cells = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(text) or '(nothing)'}</dd></div>" for name, text in texts)
+        said += f'<figure class="said" id="said-{number + 1}"><figcaption>{escaped(prompt)}</figcaption><dl>{cells}</dl></figure>'
+    return said + '<p class="legend">The likeliest token each time, cut off at 48 tokens.</p>'
 
 
 def _bill(figures: Figures) -> str:
@@ -292,13 +324,13 @@ def _facts(record: Record, figures: Figures) -> str:
         ("calibration text", _source((recipe.get("calibration") or {}).get("source"))), ("training text", _source(training.get("source"))),
         ("held-out text", _source(evaluation.get("source"))), ("began", _when(record)),
     ]  # fmt: skip
-    listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))
-    folder = shlex.quote(str(record.path))
+    listed = "".join(f"<dt>{name}</dt><dd>{escaped(_placeless(value))}</dd>" for name, value in facts if value not in (None, ""))
+    folder = shlex.quote(_placeless(record.path))
     again = f"adapt-pruner run {folder}/recipe.yaml -o again"
     result = f"{folder}/model" if figures.status == "finished" else None
     lines = [again]
     if result:
-        dense = shlex.quote(figures.model)
+        dense = shlex.quote(_placeless(figures.model))
         lines += [
             f"adapt-pruner eval {dense} {result} --text SPEC",
             f"adapt-pruner inspect {result}",
@@ -307,10 +339,10 @@ def _facts(record: Record, figures: Figures) -> str:
     commands = f'<pre tabindex="0"><code>{escaped(chr(10).join(lines))}</code></pre>'
     text = ""
     if record.recipe_text:
-        data = base64.b64encode(record.recipe_text.encode()).decode()
+        data = base64.b64encode(_placeless(record.recipe_text).encode()).decode()
         text = (
             f'<details><summary>The whole recipe</summary><p><a download="recipe.yaml" href="data:text/yaml;base64,{data}">Save recipe.yaml</a></p>'
-            f'<pre tabindex="0"><code>{escaped(record.recipe_text)}</code></pre></details>'
+            f'<pre tabindex="0"><code>{escaped(_placeless(record.recipe_text))}</code></pre></details>'
         )
     return f'<h3>What it was made of</h3><dl class="facts">{listed}</dl><h3>The same again, and what to do with it</h3>{commands}{text}'
 
@@ -337,18 +369,18 @@ def _when(record: Record) -> str | None:
 
 def _next(record: Record, figures: Figures) -> str:
     checkpoint = record.checkpoint.name if record.checkpoint is not None else None
-    remarks = advice(figures, record.recipe, folder=shlex.quote(str(record.path)), checkpoint=checkpoint)
+    remarks = advice(figures, record.recipe, folder=shlex.quote(_placeless(record.path)), checkpoint=checkpoint)
     if figures.status == "running":
         remarks.insert(
             0,
             Advice(
                 "The run is still at work; see it live, or make this page anew later.",
-                f"adapt-pruner watch {shlex.quote(str(record.path))}",
+                f"adapt-pruner watch {shlex.quote(_placeless(record.path))}",
             ),
         )
     if not remarks:
         return "<p>No rule found anything amiss: the budget is met and the loss had settled. A smaller budget, or a second seed, would tell more.</p>"
     items = "".join(
-        f"<li>{escaped(one.text)}{f' <code>{escaped(one.try_it)}</code>' if one.try_it else ''}</li>" for one in remarks
+        f"<li>{escaped(one.text)}{f' <code>{_unbroken(one.try_it)}</code>' if one.try_it else ''}</li>" for one in remarks
     )
     return f'<ul class="next">{items}</ul>'

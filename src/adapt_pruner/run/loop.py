@@ -33,7 +33,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, RunState, Stage, Work, reads_text
 from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
-from adapt_pruner.run.results import Outcome, measure_tasks, measure_text
+from adapt_pruner.run.results import Outcome, measure_answers, measure_tasks, measure_text
 from adapt_pruner.run.room import check_result, check_run
 from adapt_pruner.run.start import begin, read, sizes_begun
 from adapt_pruner.run.training import Trainer
@@ -55,6 +55,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
             state.figures["nonzero_before"] = count_nonzero(work.model)
         measure_text(work, stage=0)
         measure_tasks(work, stage=0)
+        measure_answers(work, stage=0)
     for stage in work.stages[state.stage - 1 :]:
         state.stage = stage.stage
         went_on, steps = state.pruned, state.progress.steps
@@ -69,6 +70,8 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         measure_text(work, stage=stage.stage)
         if scores_tasks:
             measure_tasks(work, stage=stage.stage)
+        if stage.stage == recipe.stages:
+            measure_answers(work, stage=stage.stage)
         state.stage, state.pruned = stage.stage + 1, False
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")

@@ -1,6 +1,6 @@
 """Measure a run's model on the way, and write its checkpoint at the end.
 
-`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["judged"]` what else its task measures, `figures["tasks"]` at
+`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["judged"]` what else its task measures, `figures["tasks"]` and `figures["answers"]` at
 the start and at the end. None means not measured, because the recipe asked for it only later. In JSON, null can also mean
 infinity.
 """
@@ -14,16 +14,18 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core import world
+from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
 from adapt_pruner.core.provenance import made_by
-from adapt_pruner.errors import first_line
+from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run import latency
 
-__all__ = ["Outcome", "facts", "measure_tasks", "measure_text", "whole_mask", "write"]
+__all__ = ["Outcome", "facts", "measure_answers", "measure_tasks", "measure_text", "whole_mask", "write"]
 
 
 @dataclass
@@ -71,6 +73,39 @@ def measure_tasks(work: Work, *, stage: int) -> None:
     summary: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
     figures["tasks"] = [*figures.get("tasks", [None] if stage else []), summary]  # of the start and of the end
     work.tell(Tasks(stage=stage, params=work.num_params, **summary))
+
+
+def measure_answers(work: Work, *, stage: int) -> None:
+    """Let the model answer the recipe's prompts, or three of ours if it chats; the likeliest token each time.
+
+    A model that cannot answer, as one that pruning ruined, is warned of and no error.
+    """
+    prompts = work.recipe.evaluation.prompts
+    if prompts is None:
+        prompts = list(PROMPTS) if getattr(work.tokenizer, "chat_template", None) else []
+    if not prompts or not work.model.can_generate():
+        return
+
+    def said() -> list[dict[str, str]] | str:
+        try:
+            return [
+                {
+                    "prompt": prompt,
+                    "text": answer(work.model, work.tokenizer, prompt, max_new_tokens=LONGEST, dtype=work.recipe.dtype).text,
+                }
+                for prompt in prompts
+            ]
+        except (RunError, UsageError) as error:
+            return str(error)
+
+    with work.state.clock("evaluate"):
+        answers = world.on_main(said)
+    if isinstance(answers, str):
+        work.warn(f"the prompts were not answered: {answers}")
+        return
+    figures = work.state.figures
+    figures["answers"] = [*figures.get("answers", []), {"stage": stage, "answers": answers}]
+    work.tell(Answered(stage=stage, answers=answers))  # type: ignore[arg-type]
 
 
 def whole_mask(work: Work) -> Mask:
