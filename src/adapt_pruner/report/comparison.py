@@ -279,8 +279,11 @@ def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
             if row["size"] == size and (value := _perplexity(row, text)) is not None
         ]
         if len(known) > 1:
-            said.append(f"{min(known)[1]} at {shown(size, 'params')}")
-    return f"Lowest perplexity: {escaped(', '.join(said))}." if said else ""
+            said.append((min(known)[1], shown(size, "params")))
+    winners = {method for method, _ in said}
+    if len(winners) == 1 and len(said) > 1:
+        return f"{escaped(winners.pop())} has the lowest perplexity at each of them."
+    return f"Lowest perplexity: {escaped(', '.join(f'{method} at {size}' for method, size in said))}." if said else ""
 
 
 def _facts(result: Mapping[str, Any], texts: str) -> str:

@@ -47,8 +47,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str 
         f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])}</tr>'
         for row in rows
     )
-    above = f"<caption>{escaped(caption)}</caption>" if caption else ""
-    return f'<div class="scroll" tabindex="0"><table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    above, named = (f'<p class="caption">{escaped(caption)}</p>', f' aria-label="{escaped(caption)}"') if caption else ("", "")
+    return (
+        f'{above}<div class="scroll" tabindex="0"><table{named}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _svg(label: str, inner: str, *, extra: str = "") -> str:
