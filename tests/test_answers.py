@@ -1,18 +1,33 @@
-"""What a run's model answers at the start and the end: in its log, its figures and on its page."""
+"""What a run's model answers at the start and the end: in its log, its figures and on its page; and conversations."""
 
+import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapt_pruner import recipe
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.errors import RunError
-from adapt_pruner.evaluate.answer import PROMPTS
+from adapt_pruner.evaluate import answer as answers
+from adapt_pruner.evaluate.answer import PROMPTS, answer
 from adapt_pruner.report import documented, page
 from adapt_pruner.report.record import read_record
 from adapt_pruner.run import results
 from conftest import read_json
+from test_cli import ask
 from test_report import Seen, small_recipe
+
+__all__ = ["ask"]  # a fixture
+
+
+def chatting(tiny_folder: Path, to: Path) -> Path:
+    """The tiny model with a template that tells turns apart."""
+    shutil.copytree(tiny_folder, to)
+    (to / "chat_template.jinja").write_text("{% for one in messages %}[{{ one.role }}]{{ one.content }}{% endfor %}")
+    return to
 
 
 def answering(model: Path, text: Path, **evaluation: Any) -> recipe.Recipe:
@@ -51,11 +66,7 @@ def test_the_page_has_the_answers_of_both_beside_each_other(
 def test_only_a_model_that_chats_is_asked_unasked(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     silent = documented.prune(recipe.read({"method": "random", "model": str(tiny_folder), "budget": "80%"}), tmp_path / "silent")
     assert "answers" not in silent.figures
-    chats = tmp_path / "chats"
-    for path in tiny_folder.iterdir():
-        (chats / path.name).parent.mkdir(exist_ok=True)
-        (chats / path.name).write_bytes(path.read_bytes())
-    (chats / "chat_template.jinja").write_text("{% for one in messages %}{{ one.content }}{% endfor %}")
+    chats = chatting(tiny_folder, tmp_path / "chats")
     asked = documented.prune(recipe.read({"method": "random", "model": str(chats), "budget": "80%"}), tmp_path / "asked")
     assert [one["prompt"] for one in asked.figures["answers"][1]["answers"]] == list(PROMPTS)
     none = recipe.read({"method": "random", "model": str(chats), "budget": "80%", "evaluation": {"prompts": []}})
@@ -75,3 +86,55 @@ def test_a_model_that_cannot_answer_is_no_error(
     assert "answers" not in outcome.figures
     warned = [event["message"] for event in told if event["event"] == "warning"]
     assert warned == ["the prompts were not answered: no answer can be read from logits of nan"] * 2
+
+
+def test_a_conversation_remembers_what_was_said(
+    tiny_folder: Path, tmp_path: Path, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, told = chatting(tiny_folder, tmp_path / "chats"), []
+    real = answers.answer
+
+    def heard(*words: Any, **how: Any) -> Any:
+        said = real(*words, **how)
+        told.append((words[2], list(how["before"]), said.text))
+        return said
+
+    monkeypatch.setattr(answers, "answer", heard)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Line 7\nLine 8\n\nnot read\n"))
+    assert ask("chat", folder, "--max-new-tokens", 4, "--dtype", "float32")[0] == 0
+    (first, before, text), (second, then, _) = told
+    assert (first, before) == ("Line 7", [])
+    assert (second, then) == ("Line 8", [("Line 7", text)])
+
+
+def test_what_was_said_before_stands_before_the_prompt(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    for folder in (tiny_folder, chatting(tiny_folder, tmp_path / "chats")):
+        loaded = load(str(folder))
+        monkeypatch.setattr(
+            loaded.model,
+            "generate",
+            lambda ids, of=loaded.tokenizer, **_: read.append(of.decode(ids[0])) or torch.cat([ids, ids], 1),
+        )
+        answer(loaded.model, loaded.tokenizer, "And then?", before=[("Who?", "A fox.")], max_new_tokens=4)
+    assert "Who?\nA fox.\nAnd then?" in read[0]
+    assert "[user]Who?[assistant]A fox.[user]And then?" in read[1]
+
+
+def test_a_conversation_too_long_for_the_model_begins_anew(
+    tiny_folder: Path, tmp_path: Path, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = chatting(tiny_folder, tmp_path / "chats")
+    limit = load(str(folder)).model.config.max_position_embeddings
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'a' * (limit - 40)}\n{'b' * (limit - 40)}\n"))
+    status, _, told = ask("chat", folder, "--max-new-tokens", 4)
+    assert status == 0
+    assert "it forgets what was said" in told
+
+
+def test_json_needs_a_prompt(tiny_folder: Path, ask: Any) -> None:
+    status, _, said = ask("chat", tiny_folder, "--json")
+    assert status == 2
+    assert "there is no prompt" in said

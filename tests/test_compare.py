@@ -191,6 +191,22 @@ def test_each_file_of_ids_is_a_draw(
     assert len(pruned_here) == 3, "the same ids in another place are the same draw"
 
 
+def test_samples_and_length_are_options_here_too(
+    ask: Ask, pruned_here: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    given = ["--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--draws", 1]
+    assert ask(*words(tiny_folder, text_file, tmp_path / "out", *given, methods="uniform"))[0] == 0
+    (command,) = pruned_here
+    assert command[command.index("--calibration-samples") + 1] == "4"
+    assert command[command.index("--calibration-length") + 1] == "16"
+    assert "evaluation.prompts=[]" in command, "nothing is answered that nobody sees"
+    status, _, err = ask(
+        *words(tiny_folder, text_file, tmp_path / "ids", "--calibration-ids", "x.json", "--calibration-samples", 4)
+    )
+    assert status == 2
+    assert "--calibration-ids fix every token, so --calibration-samples" in err
+
+
 def test_a_failure_is_a_row_and_the_others_go_on(
     ask: Ask,
     tiny_folder: Path,

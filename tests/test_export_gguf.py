@@ -1,5 +1,6 @@
 """GGUF files compute in llama.cpp what the model computes in torch, and what llama.cpp cannot hold is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,27 @@ def test_a_gguf_file_is_complete(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.eot_token_id"] == 5
     assert found["tokenizer.ggml.add_bos_token"] is False
     assert found["tokenizer.chat_template"] == TEMPLATE
+
+
+def test_a_file_says_what_it_is_and_under_which_licence(tmp_path: Path) -> None:
+    """As its checkpoint has it from the model that was pruned."""
+    folder = tmp_path / "runs" / "model"
+    model = unequal()
+    base = {"name": "Fox-1B", "hub": "foxes/Fox-1B", "license": "mit", "license_from": "README.md"}
+    save(
+        model,
+        bpe(),
+        folder,
+        mask=Mask({}),
+        dtype=torch.float32,
+        pruning={"dense_params": 10**9, "base": base, "recipe": {}, "figures": {}, "history": []},
+    )
+    loaded = replace(as_loaded(model, bpe()), source=str(folder), mask=Mask({}))
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = fields(tmp_path / "x.gguf")
+    assert found["general.name"].startswith("Fox-1B pruned to ")
+    assert found["general.license"] == "mit"
+    assert found["general.base_model.0.repo_url"] == "https://huggingface.co/foxes/Fox-1B"
 
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

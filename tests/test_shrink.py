@@ -154,25 +154,24 @@ def test_somebody_else_s_folder_is_refused_before_the_probe(
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:
-    train, held_out, characters = apart(str(text), cache=tmp_path)
+    train, held_out, characters = apart(str(text))
     assert (train, held_out) == (f"{text}#train", f"{text}#heldout")
-    assert apart(train, cache=tmp_path) == (train, held_out, characters)
+    assert apart(train) == (train, held_out, characters)
     assert characters == sum(map(len, documents(train)))
-    assert not list(tmp_path.iterdir())
     assert apart("python-docs:train")[:2] == ("python-docs:train", "python-docs:heldout")
 
 
 def test_one_long_document_is_parted_in_pieces(tmp_path: Path) -> None:
     whole = "".join(f"Paragraph {i}. " + "words " * 100 + "\n\n" for i in range(300))
     (tmp_path / "book.txt").write_text(whole)
-    train, held_out, characters = apart(str(tmp_path / "book.txt"), cache=tmp_path / "cache")
+    train, held_out, characters = apart(str(tmp_path / "book.txt"))
     learnt, kept = documents(train), documents(held_out)
     assert characters == sum(map(len, learnt))
     assert sorted("".join([*learnt, *kept])) == sorted(whole), "nothing is lost"
     assert not set(learnt) & set(kept)
     assert 0.05 < sum(map(len, kept)) / len(whole) < 0.15
     assert all(piece.startswith(("Paragraph", "\n\nParagraph")) for piece in [*learnt, *kept]), "cut between paragraphs"
-    assert apart(str(tmp_path / "book.txt"), cache=tmp_path / "cache")[:2] == (train, held_out)
+    assert apart(str(tmp_path / "book.txt"))[:2] == (train, held_out)
 
 
 def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
@@ -180,8 +179,10 @@ def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"has 1,400 characters, too few to train on one part and hold out another; give at least"
     ):
-        apart(str(tmp_path / "note.txt"), cache=tmp_path)
+        apart(str(tmp_path / "note.txt"))
     chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
-    with pytest.raises(UsageError, match="has only 1 conversations, of which none can be held out; give at least 40"):
-        apart(str(tmp_path / "chat.jsonl"), cache=tmp_path)
+    with pytest.raises(
+        UsageError, match="none of the 1 documents of .* falls in that part, one in 20 is held out; give a text of more documents"
+    ):
+        apart(str(tmp_path / "chat.jsonl"))

@@ -1,4 +1,4 @@
-"""`adapt-pruner chat`: a model's answer to a prompt, and a second model's beside it."""
+"""`adapt-pruner chat`: a model's answer to a prompt, a second model's beside it, or a conversation."""
 
 from typing import Annotated, Any
 
@@ -15,7 +15,10 @@ def chat(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
     ],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What you ask the model, in quotes.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="What you ask the model, in quotes. Without it you have a conversation."),
+    ] = None,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Second model, which answers the same prompt.")] = None,
     system: Annotated[str | None, typer.Option(help="System message before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 200,
@@ -32,7 +35,11 @@ def chat(
 ) -> None:
     """Ask MODEL something in its own chat template. With --against DENSE, both models answer side by side.
 
+    Without PROMPT each line that you write is answered, and the model remembers what was said. An empty line, or Ctrl-D, ends it.
+
     Examples:
+
+        adapt-pruner chat runs/demo/model
 
         adapt-pruner chat runs/demo/model "Why is the sky blue?"
 
@@ -50,7 +57,9 @@ def chat(
 
     quiet_libraries()
     check_precision(dtype)
-    if not prompt.strip():
+    if prompt is None and as_json:
+        raise UsageError("--json prints one answer, and there is no prompt; write what the model is to answer, in quotes")
+    if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
     if seed is not None and not temperature:
         raise UsageError(
@@ -59,6 +68,17 @@ def chat(
     names = [model] if against is None else [model, against]
     for name in names:
         locate(name)  # one that is not there is said before the other answers
+    how: dict[str, Any] = {
+        "system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "dtype": dtype,
+    }  # fmt: skip
+    if prompt is None:
+        models = {}
+        for name in names:
+            with screen() as listen:
+                listen.hear(Load(model=name))
+                models[name] = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
+        _converse(models, how)
+        return
     streams = against is None and not as_json
     answers: list[dict[str, Any]] = []
     for name in names:
@@ -66,9 +86,12 @@ def chat(
             listen.hear(Load(model=name))
             loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
         said = answer(
-            loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0,
-            dtype=dtype, on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
-        )  # fmt: skip
+            loaded.model,
+            loaded.tokenizer,
+            prompt,
+            on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
+            **how,
+        )
         answers.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})
     if as_json:
         print(to_json(answers[0] if against is None else {"answers": answers}))
@@ -76,6 +99,51 @@ def chat(
     if streams:
         print()
     _print(answers, with_text=not streams)
+
+
+def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
+    """Answer line after line of stdin, by each model, which remembers what it said itself."""
+    import sys
+
+    from adapt_pruner.cli.streams import console
+    from adapt_pruner.core.visible import visible
+    from adapt_pruner.errors import UsageError
+    from adapt_pruner.evaluate.answer import answer
+
+    asks = sys.stdin.isatty()
+    told = console(stderr=True, highlight=False, markup=False)
+    if asks:
+        told.print("Write a line to the model. An empty line ends the conversation.", style="dim")
+    said: dict[str, list[tuple[str, str]]] = {name: [] for name in models}
+    while True:
+        if asks:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline().rstrip("\n")
+        if not line.strip():
+            print(end="\n" if asks and not line else "")
+            return
+        for name, loaded in models.items():
+            if len(models) > 1:
+                told.print(visible(name), style="dim")
+            try:
+                text = answer(
+                    loaded.model,
+                    loaded.tokenizer,
+                    line,
+                    before=said[name],
+                    on_text=lambda piece: print(piece, end="", flush=True),
+                    **how,
+                ).text
+            except UsageError as error:  # what was said fills what the model can read
+                if not said[name]:
+                    raise
+                told.print(f"{error}; it forgets what was said", style="dim")
+                said[name].clear()
+                text = answer(
+                    loaded.model, loaded.tokenizer, line, on_text=lambda piece: print(piece, end="", flush=True), **how
+                ).text
+            print("\n")
+            said[name].append((line, text))
 
 
 def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:

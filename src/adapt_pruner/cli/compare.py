@@ -34,6 +34,12 @@ def compare(
             metavar="FILE", help="JSON file with input_ids, instead of --calibration. Can be repeated: each file is one draw."
         ),
     ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences per iteration. [default: each method's own, mostly 64]", min=1)
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens per calibration sequence. [default: each method's own, mostly 128]", min=1)
+    ] = None,
     draws: Annotated[
         int | None, typer.Option(help="Seeds per method and size, counted from 0. [default: 3]", min=1, max=1000)
     ] = None,
@@ -71,7 +77,8 @@ def compare(
     asked = Request(
         model=model, methods=tuple(methods.split(",")), params=tuple(params.split(",")) if params is not None else (),
         sparsity=tuple(sparsity.split(",")) if sparsity is not None else (), texts=tuple(text), calibration=calibration,
-        calibration_ids=tuple(map(str, calibration_ids or [])), draws=3 if draws is None else draws, window=window,
+        calibration_ids=tuple(map(str, calibration_ids or [])), calibration_samples=calibration_samples,
+        calibration_length=calibration_length, draws=3 if draws is None else draws, window=window,
         max_windows=max_windows, overrides=tuple(overrides or []), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     ).checked()  # fmt: skip
     from adapt_pruner.cli.screen import quiet_libraries, screen

@@ -52,7 +52,7 @@ def evaluate(
         ),
     ] = None,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:

@@ -20,6 +20,7 @@ _OWN_KEYS = {
     "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
+_UNASKED = "evaluation.prompts=[]"  # answers take time, and a comparison shows none
 _ANY_SIZE = 10**18  # parameters; no count is larger
 _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "evaluation"}
 
@@ -36,6 +37,8 @@ class Request:
         texts: SPECs of the texts that perplexity is measured on.
         calibration: SPEC of the calibration text; None for what each recipe says.
         calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
+        calibration_samples: sequences per iteration; None for what each recipe says.
+        calibration_length: tokens of each; None likewise.
         draws: number of draws where there are no such files; draw n has the seed n.
         window: tokens in an evaluation window.
         max_windows: the most windows that are read of each text; None for all.
@@ -52,6 +55,8 @@ class Request:
     sparsity: tuple[str, ...] = ()
     calibration: str | None = None
     calibration_ids: tuple[str, ...] = ()
+    calibration_samples: int | None = None
+    calibration_length: int | None = None
     draws: int = 3
     window: int = 512
     max_windows: int | None = 40
@@ -83,6 +88,10 @@ class Request:
                 raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
             if key == "calibration.source" and self.calibration is not None:
                 raise UsageError(f"{key} is said by --calibration and by --set; leave one of them out")
+        if self.calibration_ids and (self.calibration_samples or self.calibration_length):
+            raise UsageError(
+                "--calibration-ids fix every token, so --calibration-samples and --calibration-length would be ignored; leave them out"
+            )
         if self.calibration is not None and self.calibration_ids:
             raise UsageError(
                 f"--calibration-ids fix every token, so --calibration {self.calibration} would be ignored; leave one out"
@@ -128,9 +137,11 @@ class Request:
         Raises:
             UsageError: there is no such method or key, or a value is out of range.
         """
-        common = {"model": self.model, "device": self.device, "dtype": self.dtype}
+        common: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype}
         if self.calibration is not None:
             common["calibration.source"] = self.calibration
+        given = {"samples": self.calibration_samples, "length": self.calibration_length}
+        common |= {f"calibration.{key}": value for key, value in given.items() if value is not None}
         return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:
@@ -167,7 +178,10 @@ class Request:
             ]  # fmt: skip
             words += ["--calibration-ids", ids] if ids else []
             words += ["--calibration", self.calibration] if self.calibration is not None else []
-            words += [word for override in self.overrides for word in ("--set", override)]
+            given = (("--calibration-samples", self.calibration_samples), ("--calibration-length", self.calibration_length))
+            words += [word for option, value in given if value is not None for word in (option, str(value))]
+            quiet = () if any(text.startswith("evaluation.prompts") for text in self.overrides) else (_UNASKED,)
+            words += [word for override in (*self.overrides, *quiet) for word in ("--set", override)]
             words += ["--trust-remote-code"] if self.trust_remote_code else []
             yield Cell(method, size, draw, recipe, tuple(words), sparsity)
 

@@ -9,6 +9,9 @@ python-docs[:train|:heldout]  Python's own language reference, which comes with 
 self                          text the model writes itself (see data.selfwritten; needs the model)
 
 SPEC#train  SPEC#heldout      of any of these but `self`, the part that is trained on, or the document in 20 that is not
+
+A text of fewer than 100 documents that are no conversations is parted by pieces instead: each document is cut at blank lines into
+pieces of about 4,000 characters, and one piece in ten is held out.
 """
 
 import hashlib
@@ -30,6 +33,8 @@ Source = str | Mapping[str, float]
 
 _PARTS = ("train", "heldout")
 _HELD_OUT = 20  # one document in so many
+_FEW = 100  # documents, below which pieces are parted
+_PIECE, _HELD_OUT_PIECE = 4_000, 10  # characters of a piece, and one piece in so many
 _MAX_HUB_DOCUMENTS = 200_000
 
 
@@ -87,6 +92,12 @@ def read(spec: str) -> Iterator[Document]:
         whole, part = _python_docs(":".join(filter(None, (rest, part))) or "all"), ""
     else:
         whole = itertools.starmap(_document, readers.hub(base) if kind == "hub" else readers.local(base))
+        if part and kind != "hub":
+            begun = list(itertools.islice(whole, _FEW))
+            if len(begun) < _FEW and not any(document.messages for document in begun):
+                yield from _of_few(spec, part, begun)
+                return
+            whole = itertools.chain(begun, whole)
     yielded = there = 0
     for document in whole:
         if document.text.strip():
@@ -140,6 +151,38 @@ def _split(spec: str) -> tuple[str, str]:
     if part not in _PARTS:
         raise UsageError(f"text {spec!r} has no part {part!r}; known: {', '.join(_PARTS)}")
     return base, part
+
+
+def _of_few(spec: str, part: str, documents: Iterable[Document]) -> Iterator[Document]:
+    """The pieces of a part of a few documents."""
+    pieces = [
+        Document(f"{document.name}, piece {number}", piece)
+        for document in documents
+        for number, piece in enumerate(_pieces(document.text), start=1)
+    ]
+    held_out = pieces[_HELD_OUT_PIECE // 2 :: _HELD_OUT_PIECE]
+    if not held_out:
+        raise UsageError(
+            f"the text {spec!r} has {sum(len(piece.text) for piece in pieces):,} characters, too few to train on one part and hold out "
+            f"another; give at least {_HELD_OUT_PIECE * _PIECE:,}"
+        )
+    yield from (
+        held_out
+        if part == "heldout"
+        else (piece for number, piece in enumerate(pieces) if number % _HELD_OUT_PIECE != _HELD_OUT_PIECE // 2)
+    )
+
+
+def _pieces(text: str) -> list[str]:
+    """A text in pieces of `_PIECE` characters or a little more, cut at a blank line, else at a line's end or a blank."""
+    pieces, start = [], 0
+    while start < len(text):
+        stop = start + _PIECE
+        cuts = [text.find(mark, stop, stop + _PIECE) for mark in ("\n\n", "\n", " ")]
+        stop = next((cut for cut in cuts if cut >= 0), stop)
+        pieces.append(text[start:stop])
+        start = stop
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _part(document: Document) -> str:

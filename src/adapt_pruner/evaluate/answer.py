@@ -1,7 +1,7 @@
 """What a model answers: one turn of a conversation in its own chat template."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ def answer(
     prompt: str,
     *,
     system: str | None = None,
+    before: Sequence[tuple[str, str]] = (),
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -66,6 +67,7 @@ def answer(
         tokenizer: of transformers.
         prompt: what the user says.
         system: what stands before it, in the template's own place.
+        before: what was said before, as (prompt, answer); without a template it stands above the prompt.
         max_new_tokens: tokens at most.
         temperature: 0 takes the likeliest token each time; else tokens are drawn at that temperature, by `seed`.
         seed: of the draw.
@@ -80,7 +82,10 @@ def answer(
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
-        said = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+        said = [{"role": "system", "content": system}] if system else []
+        for asked, told in before:
+            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+        said.append({"role": "user", "content": prompt})
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs of their own
@@ -89,7 +94,8 @@ def answer(
             ) from error
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     else:
-        ids = tokenizer(f"{system}\n{prompt}" if system else prompt, return_tensors="pt").input_ids
+        above = [*([system] if system else []), *(line for turn in before for line in turn)]
+        ids = tokenizer("\n".join([*above, prompt]), return_tensors="pt").input_ids
     if not ids.shape[1]:
         made = "chat template writes nothing" if templated else "tokenizer makes no tokens"
         raise UsageError(f"the model's {made} for this prompt; mend its files, or write another prompt")

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import file_beside, no_room, whole_file, why
 from adapt_pruner.core.places import check_place, is_there, lacks_room
+from adapt_pruner.core.words import millions
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
@@ -294,7 +296,20 @@ def _write(gguf: Any, loaded: Loaded, path: Path, plan: _Plan, dtype: torch.dtyp
 def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.dtype) -> None:
     config, sizes = loaded.model.config, plan.sizes
     writer.add_type("model")
-    writer.add_name(Path(loaded.source).name)
+    base = origin(loaded.source)
+    params = count_parameters(loaded.model)
+    writer.add_name(f"{base['name']} pruned to {millions(params)}" if loaded.mask is not None else base["name"])
+    for add, key in (
+        (writer.add_license, "license"),
+        (writer.add_license_name, "license_name"),
+        (writer.add_license_link, "license_link"),
+    ):
+        if base.get(key):
+            add(base[key])
+    if loaded.mask is not None and base["hub"]:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base["name"])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base['hub']}")
     writer.add_description("pruned by adapt-pruner" if loaded.mask is not None else "written by adapt-pruner")
     kinds = gguf.LlamaFileType
     writer.add_file_type({torch.float16: kinds.MOSTLY_F16, torch.bfloat16: kinds.MOSTLY_BF16}.get(dtype, kinds.ALL_F32))
