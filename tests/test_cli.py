@@ -78,7 +78,9 @@ def test_perplexity_is_what_it_says(ask: Any, tiny_folder: Path, tmp_path: Path)
 
     text = "Some text, as it is.\r\n\tWith its odd  spaces and é.\n" * 9
     (tmp_path / "t.txt").write_bytes(text.encode())
-    measured = json.loads(ask("eval", tiny_folder, "--text", tmp_path / "t.txt", "--window", 50, "--json")[1])
+    measured = json.loads(
+        ask("eval", tiny_folder, "--text", tmp_path / "t.txt", "--window", 50, "--dtype", "float32", "--json")[1]
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
     ids = torch.tensor(byte_tokenizer()(text)["input_ids"])
     total, count = 0.0, 0

@@ -61,7 +61,7 @@ def test_all_are_measured_on_equal_terms(ask: Ask, tiny_folder: Path, text_file:
     assert status == 0, err
     result = json.loads(said)
     dense, *rows = result["rows"]
-    measure = ["--text", text_file, "--window", 64, "--max-windows", 4, "--json"]
+    measure = ["--text", text_file, "--window", 64, "--max-windows", 4, "--dtype", "float32", "--json"]
     own = json.loads(ask("eval", tiny_folder, *measure)[1])
     assert (dense["method"], dense["params"], dense["removed"]) == ("dense", own["params"], 0)
     assert dense["texts"][str(text_file)]["perplexity"] == pytest.approx(own["perplexity"], rel=1e-6)
