@@ -130,7 +130,7 @@ class Cloud(Event):
 
 def test_a_new_event_is_its_class(tmp_path: Path) -> None:
     """It is said, logged or not, and told to trackers, by code that does not name it."""
-    shown = Screen(Console(file=io.StringIO(), width=100), None)
+    shown = Screen(Console(file=io.StringIO(), width=100))
     folder = RunFolder(tmp_path)
     folder._begun = True
     for told in (Moon(phase=0.5).told(), Cloud().told()):

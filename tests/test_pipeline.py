@@ -259,7 +259,7 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
 def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "_EVERY", 0.0)
     heard: list[dict[str, Any]] = []
-    shown = screen.Screen(Console(file=io.StringIO(), width=200), None)
+    shown = screen.Screen(Console(file=io.StringIO(), width=200))
 
     def listen(event: dict[str, Any]) -> None:
         heard.append(event)
@@ -275,13 +275,16 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     prune(asked, tmp_path / "out", listen=listen)
     layers = load(recipe.model).model.config.num_hidden_layers
     told = [(event["phase"], event["done"], event["of"]) for event in heard if event["event"] == "progress"]
-    assert [one for one in told if one[0] == "write"] == [("write", 1, 2), ("write", 2, 2)], "batches of 32"
+    written, of = [done for phase, done, _ in told if phase == "write"], 33 * recipe.calibration.length
+    assert written == sorted(written)
+    assert (written[0], written[-1]) == (0, of)
+    assert {32 * 8, 32 * 16} < set(written), "of the first batch, a few tokens at a time"
     for phase in ("heads", "repair"):
-        assert [one for one in told if one[0] == phase] == [(phase, done + 1, layers) for done in range(layers)]
+        assert [one for one in told if one[0] == phase] == [(phase, 0, 0), *((phase, done + 1, layers) for done in range(layers))]
     said = shown._console.file.getvalue()  # type: ignore[attr-defined]
-    assert "writing text of its own, batch 2 of 2" in said
-    assert f"stage 1: shutting heads one by one, iteration 1, layer {layers} of {layers}" in said
-    assert f"stage 1: repairing, iteration 1, step {layers} of {layers}" in said
+    assert f"writing text of its own {of:,}/{of:,}\n" in said
+    assert f"stage 1, iteration 1: shutting heads one by one {layers}/{layers}" in said
+    assert f"stage 1, iteration 1: repairing {layers}/{layers}" in said
 
 
 @pytest.mark.parametrize("source", ["self", {"self": 1.0}], ids=["named", "with its weight"])

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.cli.screen import Screen
@@ -86,13 +85,14 @@ def test_a_run_that_goes_on_shows_what_it_had_lost() -> None:
 
 def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple[Path, list[dict[str, Any]]]) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
-    shown = Screen(console, Progress("{task.description} {task.fields[left]}", console=console))
+    shown = Screen(console, moves=True)
     middle = next(i for i, event in enumerate(heard[1]) if event["event"] == "step" and event["stage"] == 2)
+    now = time.time()
     for number, event in enumerate(heard[1][: middle + 1]):
-        shown(event | {"time": 1000.0 + number})
+        shown(event | {"time": now + number - middle})
     with console.capture() as captured:
         console.print(shown.render())
-    anatomy, figures, bar = captured.get().splitlines()
+    anatomy, figures, bar = captured.get().replace("\u00a0", " ").splitlines()
     step, cut = heard[1][middle], [event for event in heard[1][:middle] if event["event"] == "cut"][-1]
     assert anatomy.startswith("neurons ")
     for words in (
@@ -102,70 +102,8 @@ def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple
         f"{step['tokens_per_second']:,.0f} tokens/s",
     ):
         assert words in figures
-    assert "stage 2: training" in bar
-    assert "left" in bar
-
-
-def time_left(events: list[dict[str, Any]]) -> str:
-    """What the bar says is left after these events."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
-    shown = Screen(console, Progress("{task.fields[left]}", console=console))
-    for event in events:
-        shown(event)
-    with console.capture() as captured:
-        console.print(shown.render())
-    return captured.get().splitlines()[-1].strip().replace("\u00a0", " ")
-
-
-def start(time: float, **changes: Any) -> dict[str, Any]:
-    return {
-        "event": "start", "time": time, "method": "m", "stages": 1, "params": 1000, "now": 1000, "target": 500, "dense": True,
-        "calibration_tokens": 1000, "training_tokens": 0, "trained_tokens": 0, "processes": 1, "parallel": "ddp",
-    } | changes  # fmt: skip
-
-
-def pruned(time: float, params: int) -> dict[str, Any]:
-    return {"event": "cut", "time": time, "stage": 1, "iteration": 1, "params": params, "target": 500, "loss": None, "sizes": {}}
-
-
-def test_an_estimate_is_made_of_the_work_that_is_estimated() -> None:
-    assert time_left([start(5000.0), pruned(5100.0, 750)]) == "1 min 40 s left"
-    assert time_left([start(5000.0, seconds_left=130.0), pruned(5100.0, 750)]) == "30 s left", "a deadline is the end"
-    assert time_left([start(5000.0, seconds_left=900.0), pruned(5100.0, 750)]) == "1 min 40 s left"
-    tasks = {"event": "progress", "time": 8600.0, "phase": "task", "task": "arc", "done": 9, "of": 9}
-    first = {"event": "evaluation", "time": 8700.0, "stage": 0, "params": 1000, "perplexity": 9.0}
-    assert time_left([start(5000.0), tasks, first, pruned(8800.0, 750)]) == "1 min 40 s left", (
-        "measuring the dense model is no part"
-    )
-    assert time_left([start(5000.0), pruned(5100.0, 500), tasks | {"time": 5200.0}]) == "", "nothing is left but to score"
-
-
-def test_an_estimate_counts_down_within_an_iteration() -> None:
-    """It is no longer half way through the next one than it was when the last had ended."""
-    half_way = {"event": "progress", "time": 5150.0, "phase": "score", "stage": 1, "iteration": 2, "done": 9, "of": 18}
-    events = [start(5000.0), pruned(5100.0, 750)]
-    assert time_left(events) == "1 min 40 s left"
-    assert time_left([*events, half_way]) == "50 s left"
-    assert time_left([*events, half_way | {"time": 5199.8}]) == "", "nothing is left that has a figure"
-    assert time_left([*events, half_way | {"time": 5300.0}]) == "", "it is late, and nobody knows how late"
-    assert time_left([*events, half_way, pruned(5150.0, 625)]) == "50 s left"
-
-
-def test_an_estimate_has_room_for_one_more_iteration() -> None:
-    """However little is still to go; once nothing is, what is left is training."""
-    events = [start(5000.0, training_tokens=1000), pruned(5100.0, 505)]
-    assert time_left(events) == "1 min 42 s left"
-    events = [start(5000.0), pruned(5100.0, 600), pruned(5200.0, 505)]
-    assert time_left(events) == "1 min 40 s left"
-    assert time_left([start(5000.0, training_tokens=250), pruned(5100.0, 500)]) == "25 s left"
-
-
-def test_an_estimate_of_a_run_that_goes_on_is_of_what_is_left_of_it() -> None:
-    """Half is pruned already; a tenth of the rest takes 10 seconds."""
-    before = [start(5000.0), pruned(5100.0, 750)]
-    resumed = start(6000.0, now=750, calibration_tokens=500)
-    assert time_left([*before, resumed, pruned(6010.0, 725)]) == "1 min 30 s left"
-    assert time_left([resumed, pruned(6010.0, 725)]) == "1 min 30 s left"
+    assert f"stage 2: training {step['tokens']:,}/" in bar
+    assert " left" in bar
 
 
 def test_watching_a_finished_run_says_so(heard: tuple[Path, list[dict[str, Any]]], ask: Any) -> None:

@@ -1,7 +1,11 @@
-"""What a user sees while work goes on: on a terminal bars and figures that move, plain lines elsewhere, all on stderr."""
+"""What a user sees while work goes on: on a terminal bars and figures that move, plain lines elsewhere, all on stderr.
 
-import math
+What is done, for how long and for how much longer is asked of `core.standing`; this file lays it out. No line is wider than the terminal,
+and none ends within a number: lines break between figures.
+"""
+
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,21 +13,28 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from adapt_pruner.cli.bars import Bars
 from adapt_pruner.cli.streams import console as console_on
-from adapt_pruner.cli.streams import filtered
-from adapt_pruner.core import events, searched  # noqa: F401 (its events are known once it is imported)
-from adapt_pruner.core.compared import Cell
-from adapt_pruner.core.events import Cut, Evaluation, Event, Start, Step, Tasks, parse
+from adapt_pruner.cli.streams import filtered, fitted, wrapped
+from adapt_pruner.core.compared import InCell
+from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step, parse
+from adapt_pruner.core.searched import Within
+from adapt_pruner.core.standing import Course, Standing
+from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.visible import visible
-from adapt_pruner.core.words import millions, span
+from adapt_pruner.core.words import compact, millions, span
 
 __all__ = ["Screen", "quiet_libraries", "screen"]
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
+_TOLD_EVERY = 0.25  # the same, of lines of JSON
+_FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_BAR = 12  # fewest columns of a bar; where there is less room, there is none
+_WIDEST = 40  # most of them
 
 
 def quiet_libraries() -> None:
@@ -40,36 +51,29 @@ def quiet_libraries() -> None:
 def screen(*, quiet: bool = False) -> Iterator["Screen"]:
     """A listener for the events of a run; a quiet one shows nothing."""
     console = console_on(stderr=True, quiet=quiet)
-    if quiet or not console.is_terminal:
-        yield Screen(console, None)
+    if os.environ.get(TOLD_AS) == "json":
+        yield _Teller(console)
         return
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-        TextColumn("{task.fields[left]}", markup=False),
-    )  # fmt: skip
-    shown = Screen(console, Progress(*columns, console=console))
-    with Live(console=console, transient=True, refresh_per_second=4, get_renderable=shown.render), filtered():
+    if quiet or not console.is_terminal:
+        yield Screen(console)
+        return
+    shown = Screen(console, moves=True)
+    with Live(console=console, transient=True, refresh_per_second=8, get_renderable=shown.render), filtered():
         yield shown
 
 
 class Screen:
     """Turns events into a few lines that move, or into lines below each other; call it with each event."""
 
-    def __init__(self, console: Console, bar: Progress | None) -> None:
+    def __init__(self, console: Console, *, moves: bool = False) -> None:
         self._console = console
-        self._bar = bar
-        self._task = None if bar is None else bar.add_task("starting", total=1.0, left="")
+        self._moves = moves
         self._last_line = 0.0
         self._work: Start | None = None
-        self._spent = 0.0  # seconds on the work since it started, asides left out
-        self._pruned = 0.0  # share that is done of the pruning that was left at the start
-        self._trained = 0  # tokens
-        self._share = 0.0  # of the work, when it last got on
-        self._got_on = self._due = 0.0  # seconds spent until then, and until the end as foreseen then
         self._bars = Bars()
-        self._figures: dict[str, str] = {}  # what is said beside the stage
-        self._now = 0.0  # Unix seconds of the newest event
-        self._deadline = math.inf  # the same, of when the run is to be over
+        self._course = Course()
+        self._figures: dict[str, str] = {}  # what is said beside the phase
+        self._kept: tuple[Standing, float] | None = None  # where a run stands that is watched, and when that was so
 
     def __call__(self, data: dict[str, Any]) -> None:
         """Show what a listener is told, as it happens."""
@@ -78,13 +82,16 @@ class Screen:
 
     def hear(self, event: Event) -> None:
         """Show one event, as it happens or, with its `time`, from a log."""
-        before, self._now = self._now, event.time or time.time()
-        if not _is_aside(event):
-            self._spent += self._now - before
+        self._course.hear(event)
         self._bars.hear(event)
-        left = self._follow(event)
+        self._follow(event)
         if line := event.line(self._work.begun if self._work is not None else "dense"):
-            self.say(line + left, often=event.often)
+            self.say(line + self._standing_of(event), often=event.often)
+
+    def stand(self, standing: Standing, when: float) -> None:
+        """Show where a run stands that works elsewhere, as it said at a time (Unix seconds); nothing is asked of its events."""
+        self._kept = (standing, when)
+        self.say(", ".join(part for part in (_doing(standing), _times(standing)) if part), often=True)
 
     @contextmanager
     def hushed(self) -> Iterator[None]:
@@ -95,96 +102,102 @@ class Screen:
         finally:
             self._console.quiet = quiet
 
-    def standing(self) -> str:
+    def figures(self) -> str:
         """How far the run has come, in a line."""
         return visible(" · ".join(value for value in self._figures.values() if value))
 
     def render(self) -> RenderableType:
         """The lines that move: the model, figures, and how far the work is."""
-        assert self._bar is not None
-        anatomy = [Text(line, style="cyan", no_wrap=True) for line in self._bars.lines(self._console.width)]
-        figures = [Text(self.standing(), no_wrap=True, overflow="ellipsis")] if self._figures else []
-        return Group(*anatomy, *figures, self._bar.get_renderable())
+        now, width = time.time(), self._console.width
+        anatomy = [Text(line, style="cyan", no_wrap=True) for line in self._bars.lines(width)]
+        figures = [
+            Text(line, no_wrap=True) for line in fitted([visible(value) for value in self._figures.values() if value], width)
+        ]
+        return Group(*anatomy, *figures, *_bar(self._stands(now), width, now))
 
     def say(self, text: str, *, often: bool = False) -> None:
         """A line; `often` marks one of many, shown now and then, and not at all under a bar."""
-        if often and (self._bar is not None or time.monotonic() - self._last_line < _EVERY):
+        if often and (self._moves or time.monotonic() - self._last_line < _EVERY):
             return
         if often:
             self._last_line = time.monotonic()
-        self._console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
+        shown = visible(text)
+        if self._console.is_terminal:  # which breaks a line anywhere
+            shown = "\n".join(wrapped(shown, self._console.width, indent="  "))
+        self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
-    def _advance(self, description: str, *, at_least: float = 0.0) -> str:
-        """Move the bar; returns the estimate as text, of `at_least` so many seconds where work got on, from where it counts down."""
-        if self._work is None:
+    def _stands(self, now: float | None) -> Standing:
+        if self._kept is not None:
+            standing, when = self._kept
+            return standing.later(max(0.0, (time.time() if now is None else now) - when))
+        return self._course.at(now)
+
+    def _standing_of(self, event: Event) -> str:
+        """How long it has been and will be, behind the line of an event that says how far something is."""
+        if self._moves or self._kept is not None or not isinstance(event, Progress | Step | Cut | InCell | Within):
             return ""
-        weight, before = self._work.calibration_tokens, self._work.trained_tokens
-        total = weight + self._work.training_tokens - before
-        share = (weight * self._pruned + self._trained - before) / total if total else 1.0
-        if share != self._share and share > 0:
-            self._due = max(self._spent / share, self._spent + at_least)
-            self._share, self._got_on = share, self._spent
-        seconds = min(self._due - self._spent, self._deadline - self._now)
-        left = f"{span(seconds)} left" if 0.02 < share < 1 and seconds > 0.5 else ""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, description=visible(description), left=left)
-        return f", {left}" if left else ""
+        return f" ({times})" if (times := _times(self._course.at(event.time))) else ""
 
-    def _follow(self, event: Event) -> str:
-        """Move bar and figures along; what is left of the time, to be put behind the event's line."""
+    def _follow(self, event: Event) -> None:
+        """Bring the figures up to date."""
         match event:
             case Start():
-                self._begin(event)
-            case events.Progress():
-                return self._follow_progress(event)
-            case Cut():
-                return self._follow_cut(event)
+                self._work = event
+                self._figures = {
+                    "stage": f"{event.stages} stages" if event.stages > 1 else "",
+                    "params": f"to {millions(event.target)}" if event.target is not None else "",
+                }
+            case Cut() if (work := self._work) is not None and work.params is not None and work.target is not None:
+                self._figures |= {
+                    "stage": f"stage {event.stage} of {work.stages}",
+                    "params": f"{millions(event.params)} of {millions(work.params)} parameters, to {millions(work.target)}",
+                }
             case Step():
-                self._trained = event.tokens
-                self._figures |= {"tokens": f"{event.tokens:,} tokens", "loss": f"loss {event.said_loss}", "speed": event.speed}
-                return self._advance(f"stage {event.stage}: training")
-            case Evaluation():
-                self._figures["perplexity"] = f"perplexity {event.perplexity:.2f}" if event.perplexity is not None else ""
-            case Cell() if self._bar is not None and self._task is not None:
-                self._bar.update(
-                    self._task, completed=(event.cell - 1) / max(1, event.of), description=visible(event.name), left=event.left
-                )
-        return ""
-
-    def _begin(self, start: Start) -> None:
-        self._work, self._trained, self._pruned = start, start.trained_tokens, 0.0
-        self._spent = self._share = self._got_on = 0.0
-        self._deadline = math.inf if start.seconds_left is None else self._now + start.seconds_left
-        self._figures = {
-            "stage": f"{start.stages} stages" if start.stages > 1 else "",
-            "params": f"to {millions(start.target)}" if start.target is not None else "",
-        }
-
-    def _follow_progress(self, event: events.Progress) -> str:
-        if event.phase != "task":
-            return self._advance(event.doing)
-        if self._work is not None:
-            self._advance(event.doing)
-        elif self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=event.done / max(1, event.of), description=visible(event.task or ""), left="")
-        return ""
-
-    def _follow_cut(self, cut: Cut) -> str:
-        work = self._work
-        if work is not None and work.params is not None and work.target is not None:
-            began = work.params if work.now is None else work.now
-            self._pruned = min(1.0, (began - cut.params) / max(1, began - work.target))
-            self._figures |= {
-                "stage": f"stage {cut.stage} of {work.stages}",
-                "params": f"{millions(cut.params)} of {millions(work.params)} parameters, to {millions(work.target)}",
-            }
-        another = self._spent - self._got_on if cut.target is not None and cut.params > cut.target else 0.0
-        return self._advance(f"stage {cut.stage}: pruning", at_least=another)
+                tokens = f"{compact(event.tokens)} tokens"
+                self._figures |= {"tokens": tokens, "loss": f"loss {event.said_loss}", "speed": event.speed}
+            case Evaluation() if event.perplexity is not None:
+                self._figures["perplexity"] = f"perplexity {event.perplexity:.2f}"
+            case InCell() if event.inner is not None:
+                self._follow(event.inner)
 
 
-def _is_aside(event: Event) -> bool:
-    """Whether the time before it went into what no estimate is made of: the model measured before anything else, and tasks."""
-    match event:
-        case Tasks() | events.Progress(phase="task") | events.Progress(phase="evaluate", stage=0) | Evaluation(stage=0):
-            return True
-    return False
+class _Teller(Screen):
+    """Tells each event as a line of JSON."""
+
+    def hear(self, event: Event) -> None:
+        middle = isinstance(event, Progress) and 0 < event.done < event.of
+        if middle and time.monotonic() - self._last_line < _TOLD_EVERY:
+            return
+        if middle:
+            self._last_line = time.monotonic()
+        print(to_json(event.told()), file=sys.stderr, flush=True)
+
+    def say(self, text: str, *, often: bool = False) -> None:
+        print(visible(text), file=sys.stderr, flush=True)
+
+
+def _doing(standing: Standing) -> str:
+    """What is done, and where: stage 1, iteration 2: repairing 12/60."""
+    return visible(": ".join(part for part in (standing.where, standing.doing) if part))
+
+
+def _times(standing: Standing) -> str:
+    """How long it has been, and how long it will be."""
+    return ", ".join(
+        part for part in (f"{span(standing.seconds)} so far" if standing.seconds >= 1 else "", standing.said_left) if part
+    )
+
+
+def _bar(standing: Standing, width: int, now: float) -> list[RenderableType]:
+    """Spinner, phase, bar, share, seconds: in one line where that is wide enough, without a bar or in two where it is not."""
+    what = f"{_FRAMES[int(8 * now) % len(_FRAMES)]} {_doing(standing) or 'starting'}"
+    share = "" if standing.share is None else f"{standing.share:.0%}"
+    figures = [part for part in (share, span(standing.seconds), standing.said_left) if part]
+    after = " · ".join(figures)
+    room = width - len(what) - len(after) - 4
+    if room >= _BAR:
+        line = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=1.0, completed=standing.share or 0.0, width=min(_WIDEST, room), pulse=standing.share is None)
+        line.add_row(Text(what, no_wrap=True), bar, Text(after, no_wrap=True))
+        return [line]
+    return [Text(line, no_wrap=True) for line in fitted([what, *figures], width, between=" · ")]

@@ -5,7 +5,8 @@ streams beneath, and what it is given to show has been through `visible`.
 """
 
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from adapt_pruner.core.visible import visible
 if TYPE_CHECKING:  # every command imports this file, and few show what rich draws
     from rich.console import Console
 
-__all__ = ["console", "filtered"]
+__all__ = ["console", "filtered", "fitted", "wrapped"]
 
 
 class _Filtered:
@@ -52,3 +53,22 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
     while isinstance(stream, _Filtered):
         stream = stream.beneath
     return Console(file=stream, stderr=stderr, **options)
+
+
+def fitted(parts: Sequence[str], width: int, *, between: str = " · ") -> list[str]:
+    """Figures in as few lines of a width as they take; one that is wider than a line breaks between its words."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(between) + len(part) <= width:
+            lines[-1] += between + part
+        else:
+            lines += wrapped(part, width)
+    return lines
+
+
+def wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
+    """A text in lines that break between words; a word that is wider than a line, such as a path, stays whole."""
+    return textwrap.wrap(
+        text, max(1, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, expand_tabs=False,
+        replace_whitespace=False,
+    ) or [""]  # fmt: skip

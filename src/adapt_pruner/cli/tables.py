@@ -1,23 +1,62 @@
-"""Results as tables on stdout."""
+"""Results as tables on stdout. No number is ever broken: where a terminal is too narrow for a table, each row becomes a paragraph."""
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
-from adapt_pruner.cli.streams import console
+from adapt_pruner.cli.streams import console, fitted, wrapped
 from adapt_pruner.core.visible import visible
 
 __all__ = ["print_table"]
 
+_GAP = 2  # columns between two of a table
+_WORDS = 24  # columns that words get at least, where they have as many
+
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1) -> None:
-    """Print a table. The first `left` columns are words, the others are numbers."""
-    table = Table(title=title and visible(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(header):
-        table.add_column(visible(name), justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(visible, row))
+    """Print a table. The first `left` columns are words, the others are numbers; a row with its first cell alone is a heading."""
+    header, rows = list(map(visible, header)), [list(map(visible, row)) for row in rows]
     out = console(highlight=False, markup=False)
     if not out.is_terminal:  # a pipe or file has no width of its own
         out = console(highlight=False, markup=False, width=200)
+    whole = [row for row in rows if any(row[1:]) or len(row) == 1]
+    widest = [max([len(row[index]) for row in whole], default=0) for index in range(len(header))]
+    least = [
+        min(_WORDS, max(widest[index], len(name))) if index < left else max(widest[index], *map(len, name.split() or [""]))
+        for index, name in enumerate(header)
+    ]
+    if title:
+        out.print(visible(title), style="italic")
+    if sum(least) + _GAP * (len(header) - 1) > out.width:
+        _print_paragraphs(out, header, rows, left)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    narrow = sum(max(*pair) for pair in zip(widest, map(len, header), strict=True)) + _GAP * (len(header) - 1) > out.width
+    for index, name in enumerate(header):
+        words = index < left
+        folded = name if words or not narrow else "\n".join(wrapped(name, least[index]))
+        table.add_column(folded, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for row in rows:
+        table.add_row(*row)
     out.print(table)
+
+
+def _print_paragraphs(out: Console, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
+    """Each row as its words, and below them its numbers with their names, in as many lines as they take."""
+    for row in rows:
+        if not any(row[1:]):
+            out.print(row[0], style="bold", soft_wrap=True)
+            continue
+        words = [
+            cell if index == 0 else f"{name} {cell}"
+            for index, (name, cell) in enumerate(zip(header[:left], row[:left], strict=True))
+            if cell
+        ]
+        numbers = [
+            f"{name} {cell}".strip() for name, cell in zip(header[left:], row[left:], strict=True) if cell not in ("", "–")
+        ]
+        for line in fitted([word.strip() for word in words], out.width):
+            out.print(line, soft_wrap=True)
+        for line in fitted(numbers, out.width - _GAP):
+            out.print(" " * _GAP + line, soft_wrap=True)

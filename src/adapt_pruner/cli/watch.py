@@ -20,9 +20,9 @@ _SILENT = 600.0  # seconds without a line after which that is said
 def watch(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, at work or ended.")],
 ) -> None:
-    """Show the progress of the run in RUN_DIR until it ends. Ctrl-C stops watching, not the run.
+    """Show the progress of the run in RUN_DIR until it ends: the phase it is in, and the time left. Ctrl-C stops watching, not the run.
 
-    `watch` reads the log of the run and changes nothing.
+    `watch` reads the log of the run and its progress.json, and changes nothing.
 
     Examples:
 
@@ -31,18 +31,20 @@ def watch(
     from adapt_pruner.cli.screen import screen
     from adapt_pruner.core.words import span
     from adapt_pruner.errors import RunError
-    from adapt_pruner.report.record import check_is_run, is_worked_in
+    from adapt_pruner.report.record import check_is_run, is_worked_in, standing
 
     check_is_run(run_dir)
     tail = _Tail(run_dir / "log.jsonl")
     with screen() as show:
         with show.hushed():
             last, ended = _told(show, tail.read())
-        if standing := show.standing():
-            show.say(standing)
+        if figures := show.figures():
+            show.say(figures)
         silence_said = wait_said = False
         while not ended:
             at_work = is_worked_in(run_dir)  # asked before the log is read, so that its last lines are not missed
+            if at_work and (stands := standing(run_dir)) is not None:
+                show.stand(*stands)
             fresh = list(tail.read())
             last, ended = _told(show, fresh, last=last, ended=ended)
             if fresh:
@@ -60,7 +62,7 @@ def watch(
                     f"`adapt-pruner run {run_dir / 'recipe.yaml'} -o {run_dir}` goes on, `adapt-pruner report {run_dir}` shows what there is"
                 )
             elif last is None and not wait_said:
-                show.say(f"the run in {run_dir} is preparing: it loads the model and reads its text, and has logged nothing yet")
+                show.say(f"the run in {run_dir} is preparing, and has logged nothing yet")
                 wait_said = True
             elif not silence_said and last and last.time and time.time() - last.time > _SILENT:
                 show.say(f"the last line of the log is {span(time.time() - last.time)} old; the run may be in a long step")

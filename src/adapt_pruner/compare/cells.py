@@ -17,8 +17,8 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
-from adapt_pruner.core.compared import Said
-from adapt_pruner.core.events import Progress, Warned
+from adapt_pruner.core.compared import InCell, Said
+from adapt_pruner.core.events import TOLD_AS, Progress, Warned, parse_line
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.errors import RunError
@@ -49,7 +49,7 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.
             process = after.enter_context(subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
-                start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1", TOLD_AS: "json"},
             ))  # fmt: skip
             after.callback(_stop, process)
         reason = _heard(process, listen)
@@ -83,12 +83,15 @@ def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
     reason = ""
     assert process.stderr is not None
     for line in map(str.strip, process.stderr):
+        event = parse_line(line) if line.startswith("{") else None
         kind, _, text = line.partition(": ")
-        if kind == "error":
+        if isinstance(event, Warned):
+            listen(event.told())
+        elif event is not None:
+            listen(InCell(said=event.told()).told())
+        elif kind == "error":
             reason = text
-        elif kind == "warning":
-            listen(Warned(message=text).told())
-        else:
+        elif line:
             listen(Said(text=line).told())
     return reason
 

@@ -256,7 +256,7 @@ class _Comparison:
                 continue
             where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
             where |= {"draws": self._asked.num_draws}
-            self._listen(CellBegun(**where, seconds_left=self._seconds_left()).told())
+            self._listen(CellBegun(**where, **self._foreseen(cell)).told())
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
             nll = self._done[name].get("nll", {}).get(first)
@@ -311,17 +311,18 @@ class _Comparison:
             release()
         return figures
 
-    def _seconds_left(self) -> float | None:
-        """What the cells that are left will take: each as those of its method did, or of all; None where none is finished."""
+    def _foreseen(self, cell: Cell) -> dict[str, Any]:
+        """Seconds of a cell and of all that are left: each as those of its method took, or as all did; none where none is finished."""
         took: dict[str, list[float]] = {}
-        for name, cell in zip(self._names, self._work.cells, strict=True):
+        for name, done in zip(self._names, self._work.cells, strict=True):
             if "cell_seconds" in self._done.get(name, {}):
-                took.setdefault(cell.method, []).append(self._done[name]["cell_seconds"])
+                took.setdefault(done.method, []).append(self._done[name]["cell_seconds"])
         if not took:
-            return None
+            return {}
         means = {method: statistics.fmean(seconds) for method, seconds in took.items()}
-        left = [cell.method for name, cell in zip(self._names, self._work.cells, strict=True) if name not in self._done]
-        return sum(means.get(method, statistics.fmean(means.values())) for method in left)
+        every = statistics.fmean(means.values())
+        left = [one.method for name, one in zip(self._names, self._work.cells, strict=True) if name not in self._done]
+        return {"seconds_left": sum(means.get(method, every) for method in left), "seconds_here": means.get(cell.method, every)}
 
     def _result(self) -> dict[str, Any]:
         asked = self._asked

@@ -108,7 +108,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     for row in rows:
         if (row["size"], row.get("sparsity")) != size:
             size = row["size"], row.get("sparsity")
-            lines += [[""] * len(header), [f"{size[1]} zeros" if size[1] else f"at most {size[0]:,}", *[""] * (len(header) - 1)]]
+            lines += [
+                [""] * len(header),
+                [f"{size[1]} zeros" if size[1] else f"at most {shown(size[0], 'params')}", *[""] * (len(header) - 1)],
+            ]
         lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros))
     return header, lines
 

@@ -1,13 +1,13 @@
 """The events of a comparison, which has no log."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from adapt_pruner.core import words
-from adapt_pruner.core.events import Count, Event
+from adapt_pruner.core.events import Count, Event, Seconds, parse
 from adapt_pruner.core.strict_json import perplexity_of
 from adapt_pruner.core.words import millions, shown
 
-__all__ = ["Cell", "CellDone", "Reused", "Said"]
+__all__ = ["Cell", "CellDone", "InCell", "Reused", "Said"]
 
 
 class Reused(Event):
@@ -41,18 +41,19 @@ class _OfCell(Event):
 
 
 class Cell(_OfCell):
-    """A cell begins; `seconds_left` are those until all cells are done, None while nobody knows."""
+    """A cell begins.
+
+    Attributes:
+        seconds_left: until all cells are done; None while nobody knows.
+        seconds_here: those of them that this cell takes.
+    """
 
     event: Literal["cell"] = "cell"
-    seconds_left: float | None = None
-
-    @property
-    def left(self) -> str:
-        """What is left of the time, for people."""
-        return "" if self.seconds_left is None else f"about {words.span(self.seconds_left)} left"
+    seconds_left: Seconds | None = None
+    seconds_here: Seconds | None = None
 
     def line(self, begun: str = "dense") -> str:
-        return self.name + (f", {self.left}" if self.left else "")
+        return self.name + ("" if self.seconds_left is None else f", about {words.span(self.seconds_left)} left")
 
 
 class CellDone(_OfCell):
@@ -81,3 +82,24 @@ class Said(Event):
 
     def line(self, begun: str = "dense") -> str:
         return f"  {self.text}"
+
+
+class InCell(Event):
+    """What the process of a cell tells: an event, as a listener is told it."""
+
+    event: Literal["in_cell"] = "in_cell"
+    logged = False
+    said: dict[str, Any]
+
+    @property
+    def inner(self) -> Event | None:
+        """The event; None where it is none."""
+        return parse(self.said)
+
+    @property
+    def often(self) -> bool:
+        return True
+
+    def line(self, begun: str = "dense") -> str:
+        text = "" if self.inner is None else self.inner.line(begun)
+        return text and f"  {text}"

@@ -17,13 +17,15 @@ from adapt_pruner.core.strict_json import MOST, of_json
 from adapt_pruner.core.words import millions
 
 __all__ = [
-    "EVERYWHERE", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
+    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
     "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
 EVERYWHERE = "python-docs:train"
 """The text of whoever names none."""
+TOLD_AS = "ADAPT_PRUNER_EVENTS"
+"""Name of the variable of the environment that, set to `json`, has a command tell its events on stderr as lines of JSON, for a program."""
 _BROKEN = 0.5  # share of the decoder below which answers of an untrained model are broken
 
 
@@ -277,9 +279,9 @@ class Resumed(Event):
 
 
 class Progress(Event):
-    """How far something is that takes long: `done` of `of`.
+    """How far something is that takes long: `done` of `of`. It begins with 0 of 0, and so it stays where nothing can be counted.
 
-    `phase` is one of `_DOING`, or `task` with its name in `task`; `what` is timed in `time`.
+    `phase` is one of `_DOING`; `task` is the name of a task, and `what` is timed in `time`.
     """
 
     event: Literal["progress"] = "progress"
@@ -292,15 +294,24 @@ class Progress(Event):
     task: str | None = None
     what: str | None = None
 
-    _DOING: ClassVar[dict[str, tuple[str, str]]] = {  # phase -> what is being done, in figures of the event, and what is counted
-        "write": ("writing text of its own", "batch"),
-        "score": ("scoring, iteration {iteration}", "batch"),
-        "heads": ("shutting heads one by one, iteration {iteration}", "layer"),
-        "repair": ("repairing, iteration {iteration}", "step"),
-        "evaluate": ("evaluating", "batch"),
-        "search": ("searching", "candidate"),
-        "levels": ("repairing for each level", "level"),
-        "time": ("timing, {what}", "round"),
+    _DOING: ClassVar[dict[str, str]] = {  # phase -> what is being done, in figures of the event
+        "read": "reading text",
+        "write": "writing text of its own",
+        "score": "scoring",
+        "heads": "shutting heads one by one",
+        "blocks": "shutting blocks one by one",
+        "choose": "choosing what goes",
+        "repair": "repairing",
+        "levels": "repairing for each level",
+        "search": "searching",
+        "layers": "making zeros",
+        "cut": "cutting",
+        "train": "training",
+        "evaluate": "evaluating",
+        "task": "scoring {task}",
+        "time": "timing {what}",
+        "save": "writing a checkpoint",
+        "finish": "writing the model",
     }
 
     @property
@@ -309,17 +320,18 @@ class Progress(Event):
 
     @property
     def doing(self) -> str:
-        """What is being done, and in which stage."""
-        if self.phase == "task":
-            return f"scoring {self.task}"
-        where = f"stage {self.stage}: " if self.stage else ""
-        return where + self._DOING.get(self.phase, (self.phase, ""))[0].format(iteration=self.iteration, what=self.what)
+        """What is being done, and how far it is: repairing 12/60."""
+        doing = self._DOING.get(self.phase, self.phase).format(task=self.task, what=self.what)
+        return f"{doing} {words.progress(self.done, self.of)}".rstrip()
+
+    @property
+    def where(self) -> str:
+        """In which stage and iteration."""
+        parts = {"stage": self.stage, "iteration": self.iteration}
+        return ", ".join(f"{name} {number}" for name, number in parts.items() if number)
 
     def line(self, begun: str = "dense") -> str:
-        if self.phase == "task":
-            return f"{self.task}, request {self.done:,} of {self.of:,}"
-        unit = self._DOING.get(self.phase, ("", "part"))[1]
-        return f"{self.doing}, {unit} {self.done} of {self.of}"
+        return f"{self.where}: {self.doing}" if self.where else self.doing
 
 
 class Cut(Event):
@@ -358,9 +370,9 @@ class Cut(Event):
         if self.target is None:
             return ""
         if self.zeros is not None and self.params == self.target:
-            return f"stage {self.stage}: {self.zeros:,} of {self.params:,} parameters are zero"
+            return f"stage {self.stage}: {millions(self.zeros)} of {millions(self.params)} parameters are zero"
         loss = "" if self.loss is None or not math.isfinite(self.loss) else f", calibration loss {self.loss:.3f}"
-        return f"stage {self.stage}, iteration {self.iteration}: {self.params:,} parameters (target {self.target:,}){loss}"
+        return f"stage {self.stage}, iteration {self.iteration}: {millions(self.params)} parameters (target {millions(self.target)}){loss}"
 
     def figures(self) -> dict[str, float]:
         return self._those("params", "loss")

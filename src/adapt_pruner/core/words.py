@@ -5,7 +5,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NARROW", "compact", "duration", "millions", "num_draws", "score", "shots", "shown", "span", "tick", "ticks"]
+__all__ = [
+    "NARROW",
+    "compact",
+    "duration",
+    "millions",
+    "num_draws",
+    "progress",
+    "score",
+    "shots",
+    "shown",
+    "span",
+    "tick",
+    "ticks",
+]
 
 NARROW = "\u00a0"
 """What stands between a number and its unit, which stay on one line."""
@@ -67,6 +80,11 @@ def millions(count: int) -> str:
 def span(seconds: float) -> str:
     """A span of time in a line of text, as `duration` has it."""
     return duration(seconds).replace(NARROW, " ")
+
+
+def progress(done: int, of: int) -> str:
+    """How much is done of a count: 12/60, 1,024/16,256; nothing where the whole is not known."""
+    return f"{done:,}/{of:,}" if of else ""
 
 
 def score(value: float, error: float | None, *, share: bool) -> str:

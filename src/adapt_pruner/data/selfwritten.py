@@ -13,6 +13,7 @@ from adapt_pruner.data.tokens import opening
 __all__ = ["selfwritten_windows"]
 
 _BATCH = 32
+_TOLD = 8  # tokens of each sequence after which it is told how far the text is
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def selfwritten_windows(
     length: int,
     seed: int,
     dtype: str = "float32",
-    on_batch: Callable[[int, int], None] = lambda done, of: None,
+    on_tokens: Callable[[int, int], None] = lambda done, of: None,
 ) -> torch.Tensor:
     """`samples` sequences of `length` tokens sampled from the model itself, at temperature 1 from the start-of-text token.
 
@@ -38,7 +39,7 @@ def selfwritten_windows(
         length: tokens of each.
         seed: of the draws.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_batch: told (done, of) after each batch of sequences.
+        on_tokens: told (done, of), in tokens that are written, at first (0, of).
 
     Returns:
         int64 [samples, length] on the CPU.
@@ -57,9 +58,15 @@ def selfwritten_windows(
             # The model's own settings (penalties, end-of-text ids) would bend what it writes.
             model.generation_config = GenerationConfig(pad_token_id=start)
             torch.manual_seed(seed)
-            rows = []
-            starts = range(0, samples, _BATCH)
-            for done, first in enumerate(starts, start=1):
+            rows: list[torch.Tensor] = []
+            of = samples * (length - shown)
+
+            def count(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+                if (ids.shape[1] - 1) % _TOLD == 0:
+                    on_tokens(sum(len(one) for one in rows) * (length - shown) + len(ids) * (ids.shape[1] - 1), of)
+                return logits
+
+            for first in range(0, samples, _BATCH):
                 ids = torch.full((min(_BATCH, samples - first), 1), start, device=device)
                 written = model.generate(  # type: ignore[operator]
                     ids,
@@ -70,11 +77,11 @@ def selfwritten_windows(
                     top_p=1.0,
                     max_new_tokens=length - shown,
                     logits_processor=LogitsProcessorList(
-                        [numbers("no text can be drawn from logits of nan or inf", device, dtype)]
+                        [count, numbers("no text can be drawn from logits of nan or inf", device, dtype)]
                     ),
                 )
                 rows.append(written[:, 1 - shown :].cpu())
-                on_batch(done, len(starts))
+            on_tokens(of, of)
             return torch.cat(rows)
         finally:
             model.generation_config = own_config

@@ -34,7 +34,7 @@ class TextTask(Task, Protocol):
         ids: str | None,
         seed: int,
         dtype: str,
-        on_batch: Callable[[int, int], None],
+        on_tokens: Callable[[int, int], None],
     ) -> Callable[[int], list[Tensor]]:
         """A function from the number of an iteration to its batches; see `data.windows.calibration_feed`."""
 

@@ -28,13 +28,13 @@ def calibration_feed(
     ids: str | None,
     seed: int,
     dtype: str = "float32",
-    on_batch: Callable[[int, int], None] = lambda done, of: None,
+    on_tokens: Callable[[int, int], None] = lambda done, of: None,
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
     Every iteration draws anew from a text; fixed `ids` and text the model wrote itself (once, as it is now) stay the same.
     Each text of a mixture gives its share of the samples. Where the model writes it, `dtype` is the precision of its matrix products
-    and `on_batch` is told (done, of).
+    and `on_tokens` is told (done, of), in tokens.
 
     Raises:
         UsageError: a text does not exist, is too short, or has a share below one sample.
@@ -43,7 +43,9 @@ def calibration_feed(
     if ids is not None:
         rows: Sequence[Tensor] = calibration_ids(ids, vocab_size=model.config.vocab_size)
     elif SELF in shares:
-        written = selfwritten_windows(model, tokenizer, samples=samples, length=length, seed=seed, dtype=dtype, on_batch=on_batch)
+        written = selfwritten_windows(
+            model, tokenizer, samples=samples, length=length, seed=seed, dtype=dtype, on_tokens=on_tokens
+        )
         rows = written.split(1)
     else:
         there = {spec: documents(spec) for spec in shares}

@@ -28,7 +28,7 @@ from adapt_pruner.reduce.units import (
     scored,
     within_widths,
 )
-from adapt_pruner.reduce.work import Change, Looks, Work
+from adapt_pruner.reduce.work import Change, Looks, Passes, Work
 from adapt_pruner.score.calibrate import Evidence, finish
 
 __all__ = ["BetweenSteps"]
@@ -109,6 +109,10 @@ class BetweenSteps(Units):
         """Calibration text for the repair alone."""
         repairs = work.recipe.repair is not None
         return Looks(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs, beside=("repair",) if repairs else ())
+
+    def phases(self, work: Work, target: int) -> dict[str, Passes]:
+        """The repair alone."""
+        return {name: passes for name, passes in super().phases(work, target).items() if name == "repair"}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Train, and yield a cut whenever one is due, until the model has at most `target` parameters."""

@@ -9,6 +9,7 @@ At the end the units with the highest s stay, and one cut is made.
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ from adapt_pruner.reduce.units import (
     scores_of,
     within_widths,
 )
-from adapt_pruner.reduce.work import Change, Looks, Work
+from adapt_pruner.reduce.work import Change, Looks, Passes, Work
 from adapt_pruner.score.calibrate import Evidence, score_behind
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
@@ -100,6 +101,14 @@ class PolicyGradient(Units):
         its = super().looks(work)
         return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
 
+    def phases(self, work: Work, target: int) -> dict[str, Passes]:
+        """Scoring once, draws of text, and the repair; how long a draw takes, the first tells."""
+        its = {
+            name: replace(passes, times=1) for name, passes in super().phases(work, target).items() if name in ("score", "repair")
+        }
+        last = {name: its.pop(name) for name in ("repair",) if name in its}
+        return {**its, "search": Passes(flops=None, times=self.updates), **last}
+
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Learn s, then yield one cut; after every draw of text yield how far the search is."""
         now, axes = work.num_params, prunable(work)
@@ -125,6 +134,7 @@ class PolicyGradient(Units):
     def _learn(self, work: Work, axes: Sequence[Axis], keep: float) -> Generator[Searched, None, list[Tensor]]:
         """Take the steps that are left, in place; returns the text of the last."""
         rows: list[Tensor] = []
+        work.begins("search", stage=work.state.stage)
         per_draw = max(1, sum(len(batch) for batch in work.reads.calibration(work.iteration)) // self.sequences)
         losses: list[float] = []
         while self._done < self.updates:

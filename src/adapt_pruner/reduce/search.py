@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -36,7 +36,7 @@ from adapt_pruner.reduce.units import (
     scores_of,
     sizes_alike,
 )
-from adapt_pruner.reduce.work import Change, Work
+from adapt_pruner.reduce.work import Change, Passes, Work
 from adapt_pruner.train.objectives import kl_of_logits
 
 __all__ = ["Search"]
@@ -113,6 +113,17 @@ class Search(Units):
             raise UsageError(
                 "reduce search(repaired=true) takes neurons and kv_heads, and axes names query_heads; leave that out of axes"
             )
+
+    def phases(self, work: Work, target: int) -> dict[str, Passes]:
+        """Scoring once, rounds, and the repair of what was found; how long a round takes, the first tells."""
+        levels = {"levels": Passes(flops=None, times=1)} if self.on_repaired else {}
+        its = {
+            name: replace(passes, times=1)
+            for name, passes in super().phases(work, target).items()
+            if name in ("score", "blocks", "repair")
+        }
+        last = {name: its.pop(name) for name in ("repair",) if name in its}
+        return {**its, **levels, "search": Passes(flops=None, times=self.rounds + 1), **last}
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Draws of calibration text: one for the scores, one to measure on."""

@@ -20,7 +20,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
 from adapt_pruner.reduce.solvers import Inputs
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.reduce.work import Change, Looks, Passes, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["Sparse", "check_dense", "check_pattern"]
@@ -57,7 +57,12 @@ class Sparse(Reduction):
         """The calibration text, once, where the solver reads any."""
         needs = parts.needs("solver", work.recipe.solver or "")
         beside = ("solving the layers",) if "gram" in needs else ()
-        return Looks(text="text" in needs, evidence=Evidence.FORWARD if "text" in needs else Evidence.WEIGHTS, beside=beside)
+        evidence = Evidence.FORWARD if "text" in needs else Evidence.WEIGHTS
+        return Looks(text="text" in needs, evidence=evidence, beside=beside)
+
+    def phases(self, work: Work, target: int) -> dict[str, Passes]:
+        """One decoder layer after the other; how long a solver takes for one, the first tells."""
+        return {"layers": Passes(flops=None)}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
         """Solve the linear layers of one decoder layer after the other, and tell of each; then yield that all are done."""
@@ -75,6 +80,7 @@ class Sparse(Reduction):
             walk = Walk(work.model, work.axes, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
             depth = len(walk.layers)
             corrects = bool(solver.keywords.get("correction", True))
+            work.begins("layers", stage=work.state.stage)
             for solved in from_dense(walk, correction=corrects) if "dense" in needs else onward(walk):
                 kept |= solved.kept
                 work.weight_mask = WeightMask(kept, pattern)

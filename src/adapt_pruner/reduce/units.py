@@ -29,7 +29,7 @@ from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.closed_form import without_bias
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.reduce.work import Change, Looks, Passes, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
 
 __all__ = [
@@ -114,6 +114,34 @@ class Units(Reduction):
             beside=tuple(what for what, is_taken in taken.items() if is_taken),
         )
 
+    def phases(self, work: Work, target: int) -> dict[str, Passes]:
+        """Scoring, measuring what is shut alone, choosing and the repair.
+
+        A KV head or a block that is shut runs the layers above it, half of them on average; heads are measured if some go where all
+        scores are equal. A repair sums up what enters each gate's linear layer, 2 · features² operations a token, and solves for its
+        weights, features³ / 3 in float64, here counted twice.
+        """
+        recipe, evidence = work.recipe, evidence_of(work)
+        tokens = recipe.calibration.samples * recipe.calibration.length
+        phases = {"score": Passes(both=tokens) if evidence.value >= Evidence.GRADIENTS.value else Passes(forward=tokens)}
+        if evidence is Evidence.WEIGHTS:
+            phases["score"] = Passes()
+        if _layer_measure(work) is not None:
+            phases["blocks"] = Passes(forward=tokens * sum(axis.size for axis in _measured_whole(work)) / 2)
+        heads = [axis for axis in prunable(work) if axis.kind == "kv_heads"]
+        if recipe.head_metric is not None and heads:
+            sizes = sizes_alike(work, keep=target)
+            measured = sum(axis.size for axis in heads if sizes[axis.name] < axis.size)
+            phases["heads"] = Passes(forward=min(tokens, _HEAD_TOKENS) * measured / 2)
+        phases["choose"] = Passes()
+        if recipe.repair is not None:
+            text = tokens + recipe.calibration.self_generated * recipe.calibration.length
+            features = [axis.size * axis.gate.width for axis in prunable(work) if axis.gate.is_linear]
+            flops = sum(2 * text * size**2 + 2 * size**3 / 3 for size in features)
+            steps = int(parts.bind("repair", recipe.repair).keywords.get("factors") or 0)
+            phases["repair"] = Passes(forward=text * (1 + steps / 4), both=steps * text / 2, flops=flops)
+        return phases
+
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Score, choose, repair and yield the mask, until the model has at most `target` parameters."""
         recipe, model = work.recipe, work.model
@@ -127,6 +155,7 @@ class Units(Reduction):
             with work.state.clock("score"):
                 batches = work.batches()
                 scores, loss = scores_of(work, batches, **where)
+                work.begins("choose", **where)
                 budget = Budget(keep=target, total=now + repair_parameters(work))
                 sizes, debt = choose(scores, may_shrink, budget, debt=self._debt)
                 if recipe.sequential_scoring:
@@ -179,7 +208,7 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
     metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
     tell = work.progress("score", **where)
     scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
-    if (measure_layers := _layer_measure(work)) is not None:
+    if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
         scores |= measure_layers(work.model, _measured_whole(work), batches)
     if unscored := sorted({axis.kind for axis in prunable(work) if axis.name not in scores}):
         raise UsageError(
@@ -242,12 +271,12 @@ def metrics_of(work: Work, *, seed: int) -> list[Metric]:
     return metrics
 
 
-def _layer_measure(work: Work) -> Callable[..., Scores] | None:
+def _layer_measure(work: Work, **told: Callable[[int, int], None]) -> Callable[..., Scores] | None:
     """The recipe's distance if it makes passes of its own, as `blocks.loss_drop` does; None if it shares the metric's pass."""
     recipe = work.recipe
     if recipe.distance is None:
         return None
-    distance = parts.bind("distance", recipe.distance, task=work.task, dtype=recipe.dtype)
+    distance = parts.bind("distance", recipe.distance, task=work.task, dtype=recipe.dtype, **told)
     return None if inspect.isgeneratorfunction(distance) else distance
 
 

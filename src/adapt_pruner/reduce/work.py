@@ -32,7 +32,19 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.score.calibrate import Evidence, mean_loss
 from adapt_pruner.train.loop import Progress, Step
 
-__all__ = ["Change", "Listener", "Looks", "Reads", "Reduction", "RunState", "Stage", "Work", "check_masks_learn", "reads_text"]
+__all__ = [
+    "Change",
+    "Listener",
+    "Looks",
+    "Passes",
+    "Reads",
+    "Reduction",
+    "RunState",
+    "Stage",
+    "Work",
+    "check_masks_learn",
+    "reads_text",
+]
 
 _WIDTHS = ((1024, 64), (256, 32))
 """Neurons of the narrowest layer, and what `multiple_of: auto` is from there on."""
@@ -197,6 +209,23 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """What a phase of one iteration runs, for an estimate of its time.
+
+    Attributes:
+        forward: tokens that are read.
+        both: tokens that are read, and differentiated as for scoring.
+        flops: operations besides; None where nobody knows how many.
+        times: how often it comes in a stage; None for once an iteration.
+    """
+
+    forward: float = 0.0
+    both: float = 0.0
+    flops: float | None = 0.0
+    times: int | None = None
+
+
+@dataclass(frozen=True)
 class Looks:
     """What a reduction reads; a dry run computes memory and time from it.
 
@@ -239,6 +268,11 @@ class Reduction:
     def looks(self, work: "Work") -> Looks:
         """What this reduction reads."""
         return Looks()
+
+    def phases(self, work: "Work", target: int) -> dict[str, Passes]:
+        """Phase of an iteration (see `core.events.Progress`) -> what it runs on the way to `target` parameters, in their order."""
+        asked = work.recipe.calibration
+        return {"score": Passes(both=asked.samples * asked.length)} if self.looks(work).text else {}
 
     def steps(self, work: "Work", target: int) -> Iterator[Change | Within]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
@@ -413,8 +447,17 @@ class Work:
         self.listen(event.told())
 
     def progress(self, phase: str, **where: Any) -> Callable[[int, int], None]:
-        """A function of (done, of) that tells the listener how far a phase is."""
+        """Tell the listener that a phase begins; returns a function of (done, of) that tells how far it is."""
+        self.begins(phase, **where)
+        return self.counts(phase, **where)
+
+    def counts(self, phase: str, **where: Any) -> Callable[[int, int], None]:
+        """The same of a phase that may not begin."""
         return lambda done, of: self.tell(events.Progress(phase=phase, done=done, of=of, **where))
+
+    def begins(self, phase: str, **where: Any) -> None:
+        """Tell the listener that a phase begins (see `core.events.Progress`)."""
+        self.tell(events.Progress(phase=phase, done=0, of=0, **where))
 
     def warn(self, message: str) -> None:
         """Tell the listener of a warning."""

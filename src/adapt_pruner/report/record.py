@@ -9,13 +9,15 @@ from typing import Any, Literal, TypeVar
 from adapt_pruner.core.events import Event, parse_line
 from adapt_pruner.core.files import read_plain
 from adapt_pruner.core.locks import is_held
+from adapt_pruner.core.standing import Standing
 from adapt_pruner.core.strict_json import is_count, is_number, read_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
+from adapt_pruner.run.folder import PROGRESS
 
-__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record"]
+__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record", "standing"]
 
 Status = Literal["finished", "running", "stopped"]
 _Kind = TypeVar("_Kind", bound=Event)
@@ -142,6 +144,15 @@ def check_is_run(path: Path) -> None:
     inside = sorted(child.parent for child in path.glob("*/log.jsonl"))
     hint = f"; did you mean {inside[0]}?" if inside else "; name the folder that `adapt-pruner run` wrote"
     raise UsageError(f"{path} is not the folder of a run: it holds neither recipe.yaml nor log.jsonl{hint}")
+
+
+def standing(path: Path) -> tuple[Standing, float] | None:
+    """Where the run stands that works here, as it said last, and when that was, in Unix seconds; None where it has not said, or is saying it."""
+    try:
+        data = read_json(path / PROGRESS)
+        return Standing.from_json(data), float(data["time"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _prepares(path: Path) -> bool:

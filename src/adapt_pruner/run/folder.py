@@ -11,36 +11,41 @@ repair_self.json         the text that the model wrote for the repair
 model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)
+progress.json            where the run stands (see `core.standing`), while a process works here: written over about once a second
 .lock                    held by the process that works here
 .adapt-pruner            says that this is the folder of a run; a folder that is not empty and has no such file is refused
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
-from adapt_pruner.core.events import Other, is_logged, parse_line
+from adapt_pruner.core.events import Other, is_logged, parse, parse_line
 from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import MARK, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
+from adapt_pruner.core.standing import Course
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first
 
-__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "opened"]
+__all__ = ["OWN_TEXT", "PROGRESS", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "opened"]
 
+PROGRESS = "progress.json"
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
 _OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
+_STANDS_EVERY = 1.0  # seconds
 _FIRST_LINE = 2**20  # bytes to look at for it
 
 
@@ -53,6 +58,7 @@ class RunFolder:
         self.result = path / "model"
         self._begun = False
         self._early: list[str] = []  # lines of the log that wait for the run to begin
+        self._course, self._stood = Course(), -math.inf
 
     @property
     def is_new(self) -> bool:
@@ -125,6 +131,17 @@ class RunFolder:
             self._early = []
         except OSError as error:
             raise RunError(f"{self.path / 'log.jsonl'} could not be written: {why(error)}") from error
+
+    def stand(self, event: dict[str, Any]) -> None:
+        """Write down where the run stands after an event, for who watches it; where that cannot be written, the run goes on."""
+        if (heard := parse(event)) is not None:
+            self._course.hear(heard)
+        if time.monotonic() - self._stood < _STANDS_EVERY:
+            return
+        self._stood = time.monotonic()
+        with suppress(OSError):
+            text = to_json({"time": time.time(), **self._course.at().told()})
+            (self.path / PROGRESS).write_text(text, encoding="utf-8")
 
     @property
     def log_size(self) -> int:
@@ -239,6 +256,7 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
     until.enter_context(locked(path / ".lock"))
 
     def leave() -> None:
+        (path / PROGRESS).unlink(missing_ok=True)
         if not folder.is_new:
             return
         for name in (OWN_TEXT, REPAIR_TEXT, ".lock"):

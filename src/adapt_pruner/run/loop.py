@@ -104,6 +104,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
             work.tell(change)
             trainer.save_if_due(f"stage-{stage.stage}-cut-{work.iteration - 1}-search-{change.done}")
             continue
+        work.begins("cut", stage=stage.stage, iteration=work.iteration)
         with state.clock("cut"):
             work.apply(change)
         layers = {} if change.mask is None else {"layers_left": state.layers_left}
@@ -321,11 +322,12 @@ def _sentences(
 
 
 def _logged(listen: Listener, folder: RunFolder) -> Listener:
-    """A listener that also writes the log; on processes other than the main one it does nothing."""
+    """A listener that also writes the log and where the run stands; on processes other than the main one it does nothing."""
 
     def tell(event: dict[str, Any]) -> None:
         if world.is_main():
             folder.log(event)
+            folder.stand(event)
             listen(event)
 
     return tell

@@ -64,7 +64,7 @@ def measure_tasks(work: Work, *, stage: int) -> None:
         return
 
     def told(task: str, done: int, of: int) -> None:
-        work.tell(Progress(phase="task", task=task, done=done, of=of))
+        work.tell(Progress(phase="task", task=task, done=done, of=of, stage=stage or None))
 
     with work.state.clock("evaluate"):
         settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
@@ -140,6 +140,7 @@ def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
         RunError: the checkpoint cannot be written.
     """
     interrupted = False
+    work.begins("finish")
     try:
         work.state.figures |= latency.reach(work)
     except Exception as error:  # out of memory, too

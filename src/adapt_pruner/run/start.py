@@ -39,6 +39,7 @@ from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.work import Listener, Reads, RunState, Stage, Work, reads_text
 from adapt_pruner.run import latency
+from adapt_pruner.run.ahead import ahead
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
@@ -225,11 +226,16 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
         )
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
+    if write:
+        work.tell(ahead(work, writes=() if begun else _to_write(recipe, scores=reads_text(work))))
+        work.begins("read")
     looks_at_text = reads_text(work)
     with work.state.clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
         own = _own_text(work, folder, begun=begun) if write else []
+    if write:
+        work.begins("read")  # the model may have written in between
     rows = _rows(work)
     feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed, seed=recipe.seed)(rows)
     begins_with, by_text = calibration(0), _held_out(work)
@@ -258,6 +264,15 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
 def writes_text(recipe: Recipe) -> bool:
     """Whether the model writes its calibration text itself."""
     return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
+
+
+def _to_write(recipe: Recipe, *, scores: bool) -> tuple[int, ...]:
+    """Sequences of each text that the model writes before a run begins."""
+    asked = recipe.calibration
+    return (
+        *((asked.samples,) if scores and writes_text(recipe) else ()),
+        *((asked.self_generated,) if asked.self_generated and recipe.repair is not None else ()),
+    )
 
 
 def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[Tensor]) -> None:
@@ -333,7 +348,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
         asked["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, samples=asked["samples"], seed=recipe.seed, begun=begun))
     return work.task.calibration(
-        work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_batch=work.progress("write")
+        work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
     )
 
 
@@ -356,7 +371,7 @@ def _written(work: Work, writer: Any, *, samples: int, seed: int) -> Tensor:
     """Text that a model writes, int64 [samples, calibration.length]."""
     return selfwritten_windows(
         writer, work.tokenizer, samples=samples, length=work.recipe.calibration.length, seed=seed,
-        dtype=work.recipe.dtype, on_batch=work.progress("write"),
+        dtype=work.recipe.dtype, on_tokens=work.counts("write"),
     )  # fmt: skip
 
 

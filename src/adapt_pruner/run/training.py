@@ -104,6 +104,7 @@ class Trainer:
         """
         work, progress = self._work, self._work.state.progress
         assert work.reads.feed is not None
+        work.begins("train", stage=work.state.stage)
         with work.state.clock("train"), held(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
             for step in self.steps(until=until, around=around, seconds_left=seconds_left):
@@ -148,6 +149,7 @@ class Trainer:
         if self._save is None:
             return
         work, began = self._work, time.monotonic()
+        work.begins("save", stage=work.state.stage)
         with work.state.clock("save"):
             work.state.reduction = work.reduction.state()
             if work.reads.feed is not None:

@@ -1,0 +1,100 @@
+"""What a run has before it: its phases in their order, with the operations that each takes, for whoever foretells its end."""
+
+from dataclasses import replace
+
+from adapt_pruner.core import world
+from adapt_pruner.core.ahead import Item, Planned
+from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.recipe import parts
+from adapt_pruner.reduce.work import Stage, Work
+from adapt_pruner.run.estimate import Setup, Shapes, operations, shapes
+
+__all__ = ["ahead"]
+
+
+def ahead(work: Work, *, writes: tuple[int, ...] = ()) -> Planned:
+    """The phases that a run has before it, of one that goes on those that are left.
+
+    Args:
+        work: the run, with its stages.
+        writes: sequences of each text that the model writes first.
+    """
+    recipe, state, now = work.recipe, work.state, shapes(work.model)
+    items: list[Item] = []
+
+    def add(phase: str, stage: int, flops: float | None = 0.0, *, times: int = 1, repeats: bool = False) -> None:
+        items.append(Item(phase=phase, stage=stage, times=times, flops=flops, repeats=repeats))
+
+    held_out = 0 if recipe.evaluation.source is None else recipe.evaluation.window * (recipe.evaluation.max_windows or 64)
+    tasks = recipe.evaluation.tasks is not None
+    setup = _setup(work)
+    asked = recipe.calibration
+    read = replace(setup, length=recipe.evaluation.window)
+    for samples in writes:  # on a GPU a token takes what its kernels take, which no operations tell
+        slow = setup.device == "cuda"
+        add(
+            "write",
+            0,
+            None if slow else samples * asked.length * operations(now, replace(setup, length=asked.length), kind="read"),
+        )
+    if "params_before" not in state.figures:
+        if held_out:
+            add("evaluate", 0, held_out * operations(now, read, kind="read"))
+        if tasks:
+            add("task", 0, None)
+    trained = state.progress.tokens
+    tokens = []
+    for stage in work.stages:
+        done = stage.stage < state.stage
+        left = 0 if done else min(stage.tokens, sum(one.tokens for one in work.stages[: stage.stage]) - trained)
+        tokens.append(max(0, left))
+        if done:
+            continue
+        if stage.stage > 1:
+            add("save", stage.stage)
+        of = now.cut_to(min(now.params, stage.params))
+        if not (state.pruned and stage.stage == state.stage):
+            for phase, flops, times in _reducing(work, stage, now, setup):
+                add(phase, stage.stage, flops, times=times, repeats=True)
+        if stage.tokens:
+            add("save", stage.stage)
+            add("train", stage.stage, left * operations(of, setup, kind="train"))
+        if held_out:
+            add("evaluate", stage.stage, held_out * operations(of, read, kind="read"))
+        if tasks and stage.stage == recipe.stages:
+            add("task", stage.stage, None)
+    add("finish", 0)
+    return Planned(targets=[stage.params for stage in work.stages], tokens=tokens, items=items)
+
+
+def _setup(work: Work) -> Setup:
+    """How the run trains, as one process of several does a share of the work."""
+    recipe, asked = work.recipe, work.recipe.training
+    device = work.model.device
+    taught = asked.source is not None and "teacher" in parts.needs("objective", asked.objective)
+    return Setup(
+        device="cpu" if device.type == "cpu" else "cuda", narrow=uses_bfloat16(device, recipe.dtype), length=asked.length,
+        batch_tokens=asked.batch_tokens, checkpointing=asked.gradient_checkpointing,
+        lora=0 if asked.lora is None else asked.lora.rank, teacher=shapes(work.model) if taught else None,
+        processes=world.size(), parallel=recipe.parallel,
+    )  # fmt: skip
+
+
+def _reducing(work: Work, stage: Stage, now: Shapes, setup: Setup) -> list[tuple[str, float | None, int]]:
+    """Of each phase of an iteration: its name, its operations, and how often it comes in a stage."""
+    start = work.state.figures.get("params_after_vocabulary", work.dense)
+    before = [one.params for one in work.stages if one.stage < stage.stage]
+    planned = min(before, default=start)
+    begin = min(now.params, planned)
+    of, how = (
+        now.cut_to((begin + min(begin, stage.params)) // 2),
+        replace(setup, length=work.recipe.calibration.length, teacher=None),
+    )
+    goes_on = begin < planned  # some of its cuts are done
+    iterations = work.reduction.num_steps(work, start=start, reached=begin, target=stage.params) if goes_on else stage.iterations
+    found: list[tuple[str, float | None, int]] = []
+    for phase, passes in work.reduction.phases(work, stage.params).items():
+        read, both = operations(of, how, kind="read"), operations(of, how, kind="score")
+        flops = None if passes.flops is None else passes.forward * read + passes.both * both + passes.flops
+        found.append((phase, flops, iterations if passes.times is None else passes.times))
+    return [*found, ("cut", 0.0, iterations)]
