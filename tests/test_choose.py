@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.budget import Budget, count_parameters, parse_count
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.recipe import read
 from adapt_pruner.reduce.allocate import Debt, adaptive, layer_importance, uniform
+from adapt_pruner.reduce.work import Work
 from conftest import tiny_model
 
 NEURON, HEAD = 10, 1000
@@ -323,3 +326,26 @@ def test_budgets() -> None:
     with pytest.raises(UsageError, match="nearest that can be had is 3,020"):
         Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")
     Budget(keep=3_020, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")
+
+
+@pytest.mark.parametrize(("step", "wanted"), [(0.1, [2, 2, 2]), (0.05, [3, 3, 3])])
+def test_a_chooser_that_keeps_heads_at_first_takes_more_steps(step: float, wanted: list[int]) -> None:
+    """As `smollm2-demo` does: the first step removes a tenth of the neurons, 8.0 M of the 9.8 M that a stage removes."""
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    work = Work.of(model, read({"method": "best", "model": "smollm2", "step": step}))
+    targets = [134_515_008, 124_676_672, 114_838_336, 105_000_000]
+    found = [
+        work.reduction.num_steps(work, start=targets[0], reached=reached, target=target)
+        for reached, target in zip(targets, targets[1:], strict=False)
+    ]
+    assert found == wanted
+    late = [
+        work.reduction.num_steps(work, start=targets[0], reached=reached, target=reached - 10**7)
+        for reached in (92_000_000, 134_515_008)
+    ]
+    assert late[0] < late[1], "heads go along"

@@ -8,6 +8,7 @@ The recipe names the parts: `metric`, `distance` and `head_metric` from `score/`
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -38,6 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
+_NEARLY = 0.05  # of a step: what is left of less is taken by the one before
 
 
 @part("reduce", needs={"chosen"})
@@ -81,7 +83,10 @@ class Units(Reduction):
         return least, f"{work.recipe.chooser} has taken all that it may ({kinds})"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
-        """Estimate of the iterations: each removes a share `step`, or one whole layer or block if that is more."""
+        """Estimate of the iterations: each removes a share `step`, or one whole layer or block if that is more.
+
+        Where the chooser keeps heads at first (`heads_after`), a step removes less at first, and more once they go.
+        """
         if reached <= target:
             return 0
         recipe, axes = work.recipe, prunable(work)
@@ -91,8 +96,15 @@ class Units(Reduction):
         may_go = sum(axis.size * axis.cost for axis in outer)
         whole = [axis.cost for axis in outer if axis.gate.is_whole]
         least = sum(whole) / len(whole) if whole else 1  # one of them goes in any case
-        counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
-        return max(1, round((reached - target) / max(recipe.step * counted_from, least)))
+        after = float(parts.bind("chooser", recipe.chooser).keywords.get("heads_after") or 0.0)
+        if after and recipe.debt != "reset":
+            heads = sum(axis.size * axis.cost for axis in outer if axis.kind in ("kv_heads", "query_heads"))
+            shares = [_share_of(gone, may_go - heads, heads, after) for gone in (start - reached, start - target)]
+            steps = (shares[1] - shares[0]) / recipe.step
+        else:
+            counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
+            steps = (reached - target) / max(recipe.step * counted_from, least)
+        return max(1, math.ceil(steps - _NEARLY))
 
     def looks(self, work: Work) -> Looks:
         """What the metrics, the distance, the head metric and the repair read."""
@@ -196,6 +208,13 @@ class Units(Reduction):
         if self._debt is not None:
             none = Debt.none(prunable(work))
             self._debt = Debt({**none.start, **self._debt.start}, {**none.sparsity, **self._debt.sparsity})
+
+
+def _share_of(gone: int, others: int, heads: int, after: float) -> float:
+    """The share s of all but heads that is gone once `gone` parameters are: heads give (s - after) / (1 - after), from `after` on."""
+    if gone <= after * others:
+        return gone / max(1, others)
+    return after + (gone - after * others) / (others + heads / (1 - after))
 
 
 def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores, float]:
