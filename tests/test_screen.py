@@ -85,10 +85,13 @@ def test_the_bar_says_phase_count_time_so_far_and_time_left() -> None:
     events: list[Event] = [Load(model="m"), plan, Start(params=100, target=50)]
     events += [Progress(phase=phase, done=done, of=60 if done else 0, stage=1, iteration=1) for phase, done in phases]
     _, lines = seen(events[:-4], width=100, each=4.0)  # it is the 64th second: 4 events of repairing, no more heard since 40
-    assert "stage 1, iteration 1: repairing 12/60" in lines[-1]
-    assert "1 min 04 s" in lines[-1]
+    assert "stage 1, iteration 1: repairing 12/60" in lines[-2]
+    assert "1 min 04 s so far, " in lines[-1]
     assert lines[-1].rstrip().endswith("left")
     assert "━" in lines[-1]
+    _, wide = seen(events[:-4], width=120, each=4.0)
+    assert "repairing 12/60" in wide[-1]
+    assert "━" in wide[-1]
     _, narrow = seen(events[:-4], width=46, each=4.0)
     assert "━" not in "".join(narrow), "there is no room"
     assert "repairing 12/60" in "".join(narrow)
@@ -97,8 +100,8 @@ def test_the_bar_says_phase_count_time_so_far_and_time_left() -> None:
 
 def test_before_anything_is_measured_nothing_is_promised() -> None:
     plan = Planned(targets=[50], tokens=[0], items=[{"phase": "write", "stage": 0, "times": 1, "flops": None, "repeats": False}])
-    assert "starting" in seen([], width=80)[1][-1]
-    assert "loading m" in seen([Load(model="m")], width=80)[1][-1]
+    assert "starting" in seen([], width=80)[1][-2]
+    assert "loading m" in seen([Load(model="m")], width=80)[1][-2]
     _, lines = seen([Load(model="m"), plan, Progress(phase="write", done=0, of=64)], width=80)
     assert lines[-1].rstrip().endswith("estimating")
 
@@ -139,13 +142,13 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
 
 
 def test_a_watched_run_stands_where_it_says() -> None:
-    shown, _ = seen(STAGES, width=100)
+    shown, _ = seen(STAGES, width=120)
     shown.stand(Standing("repairing 12/60", "stage 2", 50.0, 100.0, 100.0, 100.0, ends=True, share=0.3), 1060.0)
     with shown._console.capture() as captured:
         shown._console.print(shown.render())
     line = captured.get().splitlines()[-1]
     assert "stage 2: repairing 12/60" in line
-    assert "54 s · 1 min 36 s left" in line, "it is four seconds later"
+    assert "54 s so far, 1 min 36 s left" in line, "it is four seconds later"
 
 
 HEADER = [

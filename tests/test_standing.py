@@ -11,6 +11,11 @@ from adapt_pruner.core.ahead import Planned
 from adapt_pruner.core.events import Cut, Evaluation, Event, Progress, Saved, Start, Step, Tasks, parse
 from adapt_pruner.core.searched import Masked, Searched
 from adapt_pruner.core.standing import Course, Standing
+from adapt_pruner.recipe import read
+from adapt_pruner.reduce.work import Work
+from adapt_pruner.run.ahead import ahead
+from adapt_pruner.run.start import plan as run_plan
+from conftest import tiny_model
 
 RECORDED = Path(__file__).parent / "recorded"
 FLOPS = 1e9
@@ -168,6 +173,31 @@ def test_a_run_that_goes_on_is_estimated_by_what_is_left_of_it() -> None:
     again = plan(*ITERATION[:1])
     resumed = [*before, (1000, again), (1000, Start(params=1000, now=750, target=500)), (1000, phase("score"))]
     assert followed([*resumed, (1010, Cut(stage=1, iteration=2, params=725, target=500))]).left == pytest.approx(90)
+
+
+def test_a_run_that_goes_on_plans_what_is_left() -> None:
+    recipe = read({
+        "method": "adapt-pruner", "model": "m", "budget": "70%", "stages": 3, "step": 0.05, "dtype": "float32",
+        "calibration": {"source": "a.txt"}, "training": {"source": "a.txt", "tokens": 6_144, "batch_tokens": 512, "length": 64},
+        "evaluation": {"source": "b.txt", "window": 64, "max_windows": 4},
+    })  # fmt: skip
+    work = Work.of(tiny_model(), recipe)
+    work.stages, work.budget = run_plan(work)
+    whole = ahead(work, writes=(8,))
+    assert [item["phase"] for item in whole.items][:3] == ["write", "evaluate", "score"]
+    assert sum(whole.tokens) == sum(stage.tokens for stage in work.stages)
+    first = work.stages[0]
+    work.state.stage, work.state.pruned, work.state.progress.tokens = 2, True, first.tokens + 512
+    work.state.figures["params_before"] = work.dense
+    rest = ahead(work)
+    assert ("score", 2) not in {(item["phase"], item["stage"]) for item in rest.items}, "its cuts are done"
+    assert {item["stage"] for item in rest.items} == {0, 2, 3}
+    assert rest.tokens == [0, work.stages[1].tokens - 512, work.stages[2].tokens]
+    before, now = (
+        {(item["phase"], item["stage"]): float(item["flops"] or 0) for item in planned.items} for planned in (whole, rest)
+    )
+    assert 0 < now["train", 2] < before["train", 2], "512 tokens are done"
+    assert now["train", 3] == before["train", 3]
 
 
 def test_a_standing_is_plain_data_and_back() -> None:

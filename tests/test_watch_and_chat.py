@@ -54,6 +54,17 @@ def test_all_that_a_run_tells_is_an_event_with_no_key_beside(heard: tuple[Path, 
         assert event.told() == json.loads(line)
 
 
+def test_every_phase_that_a_run_tells_was_planned(heard: tuple[Path, list[dict[str, Any]]]) -> None:
+    (planned,) = [told for told in heard[1] if told["event"] == "planned"]
+    ahead = {(item["phase"], item["stage"]): item["times"] for item in planned["items"]}
+    told = {(told["phase"], told.get("stage", 0)) for told in heard[1] if told["event"] == "progress"}
+    assert told - {("read", 0)} <= ahead.keys()
+    assert ahead.keys() - told <= {("heads", 1), ("heads", 2)}, "and what was planned came"
+    for stage in (1, 2):
+        cuts = sum(event["event"] == "cut" and event["stage"] == stage for event in heard[1])
+        assert abs(ahead["cut", stage] - cuts) <= 2, "units of a tiny model are coarse"
+
+
 def test_bars_are_as_high_as_what_is_left() -> None:
     bars = Bars()
     assert bars.lines(80) == [""], "before anything is known"

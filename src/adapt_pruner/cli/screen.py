@@ -35,6 +35,7 @@ _TOLD_EVERY = 0.25  # the same, of lines of JSON
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _BAR = 12  # fewest columns of a bar; where there is less room, there is none
 _WIDEST = 40  # most of them
+_WIDE = 110  # columns of a terminal from which on phase and bar stand in one line
 
 
 def quiet_libraries() -> None:
@@ -189,15 +190,17 @@ def _times(standing: Standing) -> str:
 
 
 def _bar(standing: Standing, width: int, now: float) -> list[RenderableType]:
-    """Spinner, phase, bar, share, seconds: in one line where that is wide enough, without a bar or in two where it is not."""
+    """Spinner and phase; bar, share and seconds: beside each other where `width` is enough, else below; without room there is no bar."""
     what = f"{_FRAMES[int(8 * now) % len(_FRAMES)]} {_doing(standing) or 'starting'}"
     share = "" if standing.share is None else f"{standing.share:.0%}"
-    figures = [part for part in (share, span(standing.seconds), standing.said_left) if part]
+    figures = [part for part in (share, _times(standing)) if part]
     after = " · ".join(figures)
-    room = width - len(what) - len(after) - 4
-    if room >= _BAR:
-        line = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=1.0, completed=standing.share or 0.0, width=min(_WIDEST, room), pulse=standing.share is None)
-        line.add_row(Text(what, no_wrap=True), bar, Text(after, no_wrap=True))
-        return [line]
-    return [Text(line, no_wrap=True) for line in fitted([what, *figures], width, between=" · ")]
+    beside = width >= _WIDE
+    room = width - len(after) - 2 - (len(what) + 2 if beside else 0)
+    if room < _BAR:
+        return [Text(line, no_wrap=True) for line in fitted([what, *figures], width)]
+    line = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=1.0, completed=standing.share or 0.0, width=min(_WIDEST, room), pulse=standing.share is None)
+    cells: list[RenderableType] = [bar, Text(after, no_wrap=True)]
+    line.add_row(*([Text(what, no_wrap=True)] if beside else []), *cells)
+    return [line] if beside else [*(Text(one, no_wrap=True) for one in fitted([what], width)), line]
