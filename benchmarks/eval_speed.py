@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.cli.screen import quiet_libraries
 from adapt_pruner.cli.tables import print_table
 from adapt_pruner.evaluate.task_sources import as_lm_eval_does, find_tasks, lm_eval
 from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
+from adapt_pruner.report.screen import quiet_libraries
 
 
 def measure() -> int:

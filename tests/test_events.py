@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from adapt_pruner.cli.screen import Screen
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Cut, Evaluation, Event, Other, Start, Step, Tasks, Warned, parse, parse_line
+from adapt_pruner.report.screen import Screen
 from adapt_pruner.run.folder import RunFolder
 
 KINDS = dict(Event._kinds)

@@ -18,7 +18,6 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
-from adapt_pruner.cli import screen
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.windows import calibration_feed
@@ -28,6 +27,7 @@ from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import closed_form
 from adapt_pruner.reduce.units import scored
 from adapt_pruner.reduce.work import Work
+from adapt_pruner.report import screen
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run import loop, start
 from adapt_pruner.run.forecast import dry_run

@@ -19,7 +19,6 @@ import torch
 
 from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.cli.bars import Bars
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.core.events import Cut, Warned
@@ -28,6 +27,7 @@ from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, documented, page, paper
 from adapt_pruner.report.advice import advice
+from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.cli.screen import screen
-from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.tables import print_table
 from adapt_pruner.core.compared import Cell, Said
 from adapt_pruner.core.events import Progress, Warned
+from adapt_pruner.core.streams import filtered
 from adapt_pruner.core.visible import one_line, visible
 from adapt_pruner.evaluate import answer
+from adapt_pruner.report.screen import screen
 from conftest import read_json
 from test_cli import call
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from adapt_pruner.cli.bars import Bars
-from adapt_pruner.cli.screen import Screen
 from adapt_pruner.core.events import Cut, Start, parse, parse_line
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.report import documented
+from adapt_pruner.report.bars import Bars
+from adapt_pruner.report.screen import Screen
 from conftest import byte_tokenizer, tiny_model
 from test_cli import call
 from test_report import small_recipe

@@ -23,12 +23,12 @@ import torch
 from jobs import Job, Ladder
 from reporting import write_report
 
-from adapt_pruner.cli.screen import quiet_libraries
 from adapt_pruner.core.files import write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.report.screen import quiet_libraries
 
 _GLANCE = 2.0  # seconds until a process that has nothing to do looks again
 

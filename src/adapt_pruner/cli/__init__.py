@@ -29,10 +29,10 @@ from adapt_pruner.cli.recipes import recipes
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
 from adapt_pruner.cli.shrink import shrink
-from adapt_pruner.cli.streams import filtered
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
 from adapt_pruner.core.files import no_room
+from adapt_pruner.core.streams import filtered
 from adapt_pruner.errors import RunError, UsageError, is_out_of_memory
 
 __all__ = ["app", "main"]

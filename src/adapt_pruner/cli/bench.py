@@ -48,9 +48,9 @@ def bench(
     batches = [int(number) if number.strip().isdecimal() and len(number) < 20 else 0 for number in batch.split(",")]
     if not all(1 <= count <= _MOST_ROWS for count in batches):
         raise UsageError(f"--batch {batch!r} is not a list of row counts from 1 to {_MOST_ROWS:,}; write it like 1,8")
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.compare.turns import bench as measure
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:

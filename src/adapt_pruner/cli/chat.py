@@ -48,12 +48,12 @@ def chat(
     from dataclasses import asdict
 
     from adapt_pruner.checkpoint.load import load, locate, pick_device
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.events import Load
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     check_precision(dtype)
@@ -105,7 +105,7 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
     """Answer line after line of stdin, by each model, which remembers what it said itself."""
     import sys
 
-    from adapt_pruner.cli.streams import console
+    from adapt_pruner.core.streams import console
     from adapt_pruner.core.visible import visible
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
@@ -152,7 +152,7 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from adapt_pruner.cli.streams import console
+    from adapt_pruner.core.streams import console
     from adapt_pruner.core.visible import visible
 
     out = console(highlight=False, markup=False)

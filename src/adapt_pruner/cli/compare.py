@@ -81,11 +81,11 @@ def compare(
         calibration_length=calibration_length, draws=3 if draws is None else draws, window=window,
         max_windows=max_windows, overrides=tuple(overrides or []), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     ).checked()  # fmt: skip
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.compare.comparison import compare as run
     from adapt_pruner.compare.table import table
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:

@@ -90,7 +90,6 @@ def evaluate(
 
     from adapt_pruner import families
     from adapt_pruner.checkpoint.load import load, locate, pick_device
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.events import Find, Load, Progress, Warned
     from adapt_pruner.core.strict_json import to_json
@@ -98,6 +97,7 @@ def evaluate(
     from adapt_pruner.data.sources import SELF, texts
     from adapt_pruner.data.tokens import opening
     from adapt_pruner.evaluate.anatomy import decoder_parameters
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     if text is not None and text != SELF:

@@ -53,10 +53,10 @@ def export(
     check_form(to, quant=quant, pad=pad)
     check_place(out)
     from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.events import Load, Warned
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report.card import write_card_of_export
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:

@@ -25,11 +25,11 @@ def inspect(
         adapt-pruner inspect smollm2-135m-instruct --json
     """
     from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.cli.screen import quiet_libraries
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.weight_mask import has_zeros
     from adapt_pruner.evaluate.anatomy import anatomy
+    from adapt_pruner.report.screen import quiet_libraries
 
     quiet_libraries()
     loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)

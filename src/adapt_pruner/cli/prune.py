@@ -103,11 +103,11 @@ def prune(
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.words import millions, span
     from adapt_pruner.report import documented
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:

@@ -57,11 +57,11 @@ def run(
     from adapt_pruner import recipe as recipes
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core import world
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.words import millions, span
     from adapt_pruner.report import documented
+    from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run import folder, forecast, trackers
 
     quiet_libraries()

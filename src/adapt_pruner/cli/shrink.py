@@ -54,9 +54,9 @@ def shrink(
     """
     started = time.perf_counter()
     asked_minutes, asked_tokens = _how_long(minutes, hours, tokens)
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report import documented
+    from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
 
     quiet_libraries()

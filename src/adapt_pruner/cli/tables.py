@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from adapt_pruner.cli.streams import console, fitted, wrapped
+from adapt_pruner.core.streams import console, fitted, wrapped
 from adapt_pruner.core.visible import visible
 
 __all__ = ["print_table"]

@@ -43,7 +43,6 @@ def verify(
         adapt-pruner verify small-2-4
     """
     from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.cli.screen import quiet_libraries, screen
     from adapt_pruner.core.events import Load, Progress
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.data.sources import SELF, documents
@@ -51,6 +50,7 @@ def verify(
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.export.verify import verify as compare
     from adapt_pruner.export.verify import zeros_of
+    from adapt_pruner.report.screen import quiet_libraries, screen
 
     if artefact is None:
         quiet_libraries()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from adapt_pruner.cli.screen import Screen
     from adapt_pruner.core.events import Event
+    from adapt_pruner.report.screen import Screen
 
 __all__ = ["watch"]
 
@@ -28,10 +28,10 @@ def watch(
 
         adapt-pruner watch runs/demo
     """
-    from adapt_pruner.cli.screen import screen
     from adapt_pruner.core.words import span
     from adapt_pruner.errors import RunError
     from adapt_pruner.report.record import check_is_run, is_worked_in, standing
+    from adapt_pruner.report.screen import screen
 
     check_is_run(run_dir)
     tail = _Tail(run_dir / "log.jsonl")

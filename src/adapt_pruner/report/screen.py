@@ -17,16 +17,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adapt_pruner.cli.bars import Bars
-from adapt_pruner.cli.streams import console as console_on
-from adapt_pruner.cli.streams import filtered, fitted, wrapped
 from adapt_pruner.core.compared import InCell
 from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step, parse
 from adapt_pruner.core.searched import Within
 from adapt_pruner.core.standing import Course, Standing
+from adapt_pruner.core.streams import console as console_on
+from adapt_pruner.core.streams import filtered, fitted, wrapped
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.visible import visible
 from adapt_pruner.core.words import compact, millions, span
+from adapt_pruner.report.bars import Bars
 
 __all__ = ["Screen", "quiet_libraries", "screen"]
 
