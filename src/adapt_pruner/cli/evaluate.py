@@ -1,8 +1,6 @@
 """`adapt-pruner eval`: perplexity, reading speed and task scores, of one model or of several side by side."""
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,76 +84,19 @@ def evaluate(
     only_text = {"--window": window, "--max-windows": max_windows}
     if text is None and (given := [name for name, value in only_text.items() if value is not None]):
         raise UsageError(f"{given[0]} is about a text; name it with --text")
-    window = 512 if window is None else window
-
-    from adapt_pruner import families
-    from adapt_pruner.checkpoint.load import load, locate, pick_device
-    from adapt_pruner.core.budget import count_parameters
-    from adapt_pruner.core.events import Find, Load, Progress, Warned
+    from adapt_pruner.compare.models import Measures, measured
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.weight_mask import count_nonzero
-    from adapt_pruner.data.sources import SELF, texts
-    from adapt_pruner.data.tokens import opening
-    from adapt_pruner.evaluate.anatomy import decoder_parameters
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
-    if text is not None and text != SELF:
-        for _ in itertools.islice(texts(text), None if max_windows is None else 1):
-            pass  # a text that is not there is said before a model is loaded
     if against is not None:
         models = [against, *(name for name in models if name != against)]
-    for name in models:
-        locate(name)  # one that is not there is said before hours go into another
-    rows: list[dict[str, Any]] = []
-    scores: list[Sequence[TaskScore]] = []
-    held = []
+    how = Measures(
+        text=text, window=512 if window is None else window, max_windows=max_windows, tasks=tasks, num_fewshot=num_fewshot,
+        limit=limit, task_dir=task_dir, cache_dir=cache_dir, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     with screen() as listen:
-
-        def told(task: str, done: int, of: int) -> None:
-            listen.hear(Progress(phase="task", task=task, done=done, of=of))
-
-        def warn(message: str) -> None:
-            listen.hear(Warned(message=message))
-
-        wanted = None
-        if tasks is not None:
-            from adapt_pruner.evaluate.task_sources import find_tasks
-            from adapt_pruner.evaluate.tasks import average, evaluate_tasks, set_shots
-
-            listen.hear(Find(tasks=tasks))
-            wanted = find_tasks(tasks, task_dir=task_dir, trust_remote_code=trust_remote_code)
-            if kept := set_shots(wanted, num_fewshot):
-                warn(f"{', '.join(kept)}: scored without examples, as lm-eval defines it")
-        for name in models:
-            listen.hear(Load(model=name))
-            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
-            row = {
-                "model": name, "params": count_parameters(loaded.model), "nonzero": count_nonzero(loaded.model),
-                "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,
-                "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
-                "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
-            }  # fmt: skip
-            if text is not None:
-                measured, ids = _perplexity(loaded, text, window, max_windows, dtype, listen)
-                row |= measured
-                held.append((loaded.model, ids))
-            if wanted is not None:
-                scored = evaluate_tasks(
-                    loaded.model, loaded.tokenizer, wanted, limit=limit, dtype=dtype, cache=cache_dir, on_task=told, warn=warn
-                )
-                scores.append(scored)
-                row["tasks"], mean = [asdict(score) for score in scored], average(scored)
-                row["average"] = None if mean is None else {"value": mean[0], "stderr": mean[1]}
-            rows.append(row)
-            del loaded  # before the next one is loaded
-    if held:
-        from adapt_pruner.evaluate.speed import forward_speed
-
-        # The same ids for all: other vocabularies would read other text, but every model has these few ids.
-        ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
-        for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=dtype), strict=True):
-            row["tokens_per_second"] = speed
+        rows, scores = measured(models, how, listen=listen)
     if against is not None:
         _add_retention(rows, scores)
     if as_json:
@@ -168,26 +109,6 @@ def evaluate(
             print()
         _print_tasks(rows, scores, limit=limit, against=against is not None)
     _print_starts(rows, what="windows" if scores == [] else "texts")
-
-
-def _perplexity(
-    loaded: Any, text: str, window: int, max_windows: int | None, dtype: str, listen: Any
-) -> tuple[dict[str, Any], Any]:
-    """The figures of a model on a text, and the ids of the first window."""
-    from adapt_pruner.core.events import Progress, Warned
-    from adapt_pruner.data.tokens import text_bytes
-    from adapt_pruner.data.windows import held_out_windows, too_long
-    from adapt_pruner.evaluate.perplexity import perplexity
-
-    windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
-    for sentence in too_long(loaded.model.config, {"--window": window}):
-        listen.hear(Warned(message=f"{loaded.source}: {sentence}"))
-
-    def told(done: int, of: int) -> None:
-        listen.hear(Progress(phase="evaluate", done=done, of=of))
-
-    num_bytes = text_bytes(loaded.tokenizer, windows)
-    return perplexity(loaded.model, windows, dtype=dtype, num_bytes=num_bytes, on_window=told).told(), windows[0]
 
 
 def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]") -> None:

@@ -73,36 +73,17 @@ def prune(
 
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --method adapt-pruner
     """
-    from adapt_pruner import recipe as recipes
-    from adapt_pruner.errors import UsageError
+    from adapt_pruner.recipe.asked import to_prune
 
-    given = {
-        "calibration.source": calibration,
-        "calibration.samples": calibration_samples,
-        "calibration.length": calibration_length,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    if calibration_ids is not None:
-        if given:
-            raise UsageError(f"--calibration-ids fixes every token, so {', '.join(given)} would be ignored; leave one out")
-        given["calibration.ids"] = str(calibration_ids)
-    if params is not None and latency is not None:
-        raise UsageError(f"--params {params} and --latency {latency} both say how far to prune; leave one of them out")
-    further = {"method": method, "budget": params, "sparsity": sparsity, "latency": latency, "latency_of": latency_of}
-    given |= {key: value for key, value in further.items() if value is not None}
-    if twice := sorted(given.keys() & {text.partition("=")[0].strip() for text in overrides or []}):
-        raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
-    common = {"model": model, "seed": seed, "device": device, "dtype": dtype}
-    recipe = recipes.read({}, values=common | given, overrides=overrides or [])
-    if recipe.makes_zeros and not recipe.sparsity:
-        raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
-    if not (recipe.makes_zeros or recipe.budget or recipe.latency):
-        raise UsageError("prune needs a size or a speed to reach; add --params 80% or --latency 0.7x")
-    if latency_of is not None and not recipe.latency:
-        raise UsageError(f"--latency-of {latency_of} has no effect without --latency; add --latency 0.7x, or leave it out")
-    recipe = recipe.ready()
-    if recipe.training.tokens:
-        raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
+    recipe = to_prune(
+        {
+            "model": model, "budget": params, "latency": latency, "latency_of": latency_of, "sparsity": sparsity, "method": method,
+            "calibration.source": calibration, "calibration.samples": calibration_samples, "calibration.length": calibration_length,
+            "calibration.ids": None if calibration_ids is None else str(calibration_ids), "seed": seed, "device": device,
+            "dtype": dtype,
+        },
+        overrides=overrides or [],
+    )  # fmt: skip
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.words import millions, span

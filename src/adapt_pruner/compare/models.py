@@ -1,0 +1,151 @@
+"""Several models measured alike, one after the other: perplexity and reading speed on a text, scores on tasks, or both."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
+from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.events import Find, Load, Progress, Warned
+from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.data.sources import SELF, texts
+from adapt_pruner.data.tokens import opening, text_bytes
+from adapt_pruner.data.windows import held_out_windows, too_long
+from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.evaluate.speed import forward_speed
+from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
+from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, set_shots
+from adapt_pruner.reduce.work import Listener
+
+__all__ = ["Measures", "measured"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What models are measured on, and how.
+
+    Attributes:
+        text: SPEC of the text for perplexity and speed; None measures neither.
+        window: tokens in an evaluation window.
+        max_windows: the most windows that are read; None for all.
+        tasks: names of tasks, with commas; None scores none.
+        num_fewshot: examples before each item; None for what the task says.
+        limit: the most items of each task; None for all.
+        task_dir: folder of lm-eval YAML files.
+        cache_dir: folder that keeps scores; None for the usual one.
+        device: as a recipe has it.
+        dtype: precision of the matrix products.
+        trust_remote_code: whether Python code that comes with a model or a task may run.
+    """
+
+    text: str | None = None
+    window: int = 512
+    max_windows: int | None = None
+    tasks: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    task_dir: Path | None = None
+    cache_dir: Path | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+def measured(
+    models: Sequence[str], how: Measures, *, listen: Listener = lambda event: None
+) -> tuple[list[dict[str, Any]], list[Sequence[TaskScore]]]:
+    """The figures of each model, and its scores on the tasks.
+
+    Models are loaded one after the other. Those whose speed is measured, which takes turns, are held together.
+
+    Args:
+        models: as `checkpoint.load` takes them; of known families or not.
+        how: what is measured.
+        listen: told of every event.
+
+    Returns:
+        For each model `model`, `params`, `nonzero`, `decoder_params` (None of unknown families), `weight_bytes`, `dequantised`,
+        `windows_start_with`; with a text what `Perplexity.told` gives, and `tokens_per_second`; with tasks `tasks` and `average`.
+        And the scores of each model, none without tasks.
+
+    Raises:
+        UsageError: a model, text or task is not there.
+        RunError: a model's files are damaged, or its loss is not a number.
+    """
+    if how.text is not None and how.text != SELF:
+        for _ in itertools.islice(texts(how.text), None if how.max_windows is None else 1):
+            pass  # a text that is not there is said before a model is loaded
+    for name in models:
+        locate(name)  # one that is not there is said before hours go into another
+    wanted = _wanted(how, listen)
+    rows, scores, held = [], [], []
+    for name in models:
+        listen(Load(model=name).told())
+        loaded = load(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
+        row = _described(name, loaded)
+        if how.text is not None:
+            figures, ids = _on_text(loaded, how.text, how, listen)
+            row |= figures
+            held.append((loaded.model, ids))
+        if wanted is not None:
+            scored = _on_tasks(loaded, wanted, how, listen)
+            scores.append(scored)
+            row["tasks"], mean = [asdict(score) for score in scored], average(scored)
+            row["average"] = None if mean is None else {"value": mean[0], "stderr": mean[1]}
+        rows.append(row)
+        del loaded  # before the next one is loaded
+    if held:
+        # The same ids for all: other vocabularies would read other text, but every model has these few ids.
+        ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
+        for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=how.dtype), strict=True):
+            row["tokens_per_second"] = speed
+    return rows, scores
+
+
+def _wanted(how: Measures, listen: Listener) -> list[Wanted] | None:
+    if how.tasks is None:
+        return None
+    listen(Find(tasks=how.tasks).told())
+    wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
+    if kept := set_shots(wanted, how.num_fewshot):
+        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as lm-eval defines it").told())
+    return wanted
+
+
+def _described(name: str, loaded: Loaded) -> dict[str, Any]:
+    """What a model is, before anything is measured."""
+    return {
+        "model": name, "params": count_parameters(loaded.model), "nonzero": count_nonzero(loaded.model),
+        "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,
+        "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
+        "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
+    }  # fmt: skip
+
+
+def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tuple[dict[str, Any], Tensor]:
+    """The figures of a model on a text, and the ids of the first window."""
+    windows = held_out_windows(loaded.tokenizer, source=text, window=how.window, max_windows=how.max_windows)
+    for sentence in too_long(loaded.model.config, {"--window": how.window}):
+        listen(Warned(message=f"{loaded.source}: {sentence}").told())
+
+    def told(done: int, of: int) -> None:
+        listen(Progress(phase="evaluate", done=done, of=of).told())
+
+    num_bytes = text_bytes(loaded.tokenizer, windows)
+    return perplexity(loaded.model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=told).told(), windows[0]
+
+
+def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Listener) -> Sequence[TaskScore]:
+    def told(task: str, done: int, of: int) -> None:
+        listen(Progress(phase="task", task=task, done=done, of=of).told())
+
+    return evaluate_tasks(
+        loaded.model, loaded.tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, on_task=told,
+        warn=lambda message: listen(Warned(message=message).told()),
+    )  # fmt: skip

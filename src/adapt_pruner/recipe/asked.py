@@ -1,0 +1,47 @@
+"""The recipe of whoever asks for one model and one size: what `adapt-pruner prune` and `adapt_pruner.prune` carry out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe.schema import Recipe, read
+
+__all__ = ["to_prune"]
+
+
+def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that prunes a model once and does not train.
+
+    Args:
+        asked: dotted key of a recipe -> value; None where nothing was asked.
+        overrides: further keys as `KEY=VALUE`, as `recipe.read` takes them.
+        settings: further keys with their values, dotted key -> value.
+
+    Raises:
+        UsageError: it names no size to reach or two, a key is set twice or has no effect, or the recipe trains.
+    """
+    settings = settings or {}
+    given = {key: value for key, value in asked.items() if value is not None}
+    text = [key for key in ("calibration.source", "calibration.samples", "calibration.length") if key in given]
+    if text and "calibration.ids" in given:
+        raise UsageError(f"--calibration-ids fixes every token, so {', '.join(text)} would be ignored; leave one out")
+    if "budget" in given and "latency" in given:
+        raise UsageError(
+            f"--params {given['budget']} and --latency {given['latency']} both say how far to prune; leave one of them out"
+        )
+    further = {written.partition("=")[0].strip() for written in overrides} | settings.keys()
+    if twice := sorted((given.keys() - {"model", "seed", "device", "dtype"}) & further):
+        raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
+    recipe = read({}, values=given | dict(settings), overrides=overrides)
+    if recipe.makes_zeros and not recipe.sparsity:
+        raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
+    if not (recipe.makes_zeros or recipe.budget or recipe.latency):
+        raise UsageError("prune needs a size or a speed to reach; add --params 80% or --latency 0.7x")
+    if "latency_of" in given and not recipe.latency:
+        raise UsageError(
+            f"--latency-of {given['latency_of']} has no effect without --latency; add --latency 0.7x, or leave it out"
+        )
+    recipe = recipe.ready()
+    if recipe.training.tokens:
+        raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
+    return recipe
