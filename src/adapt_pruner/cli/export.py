@@ -46,27 +46,16 @@ def export(
 
         adapt-pruner export small --to padded -o small-plain
     """
-    from adapt_pruner.core.places import check_place
+    from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.export import check_form
-    from adapt_pruner.export import export as write
 
     check_form(to, quant=quant, pad=pad)
-    check_place(out)
-    from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.core.events import Load, Warned
-    from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.report.card import write_card_of_export
+    from adapt_pruner.report import documented
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:
-        listen.hear(Load(model=model))
-        loaded = load(model, trust_remote_code=trust_remote_code)
-        notes = write(loaded, out, to=to, quant=quant, pad=pad)
-        if out.is_dir():
-            write_card_of_export(Path(loaded.source), out, to)
-        for note in notes:
-            listen.hear(Warned(message=note))
+        notes = documented.export(model, out, to=to, quant=quant, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
     size = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
     if as_json:
         print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))

@@ -42,57 +42,22 @@ def verify(
 
         adapt-pruner verify small-2-4
     """
-    from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.core.events import Load, Progress
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.data.sources import SELF, documents
-    from adapt_pruner.data.windows import held_out_windows
-    from adapt_pruner.errors import RunError, UsageError
-    from adapt_pruner.export.verify import verify as compare
-    from adapt_pruner.export.verify import zeros_of
+    from adapt_pruner.errors import RunError
+    from adapt_pruner.export.proof import prove
     from adapt_pruner.report.screen import quiet_libraries, screen
 
-    if artefact is None:
-        quiet_libraries()
-        zeros = zeros_of(load(model, trust_remote_code=trust_remote_code))
-        if zeros is None:
-            raise UsageError(
-                f"{model} has no mask over weights, so there is nothing to verify without an artefact; name what `export` wrote"
-            )
-        if as_json:
-            print(to_json({"model": model, "sparsity": zeros, "passed": not zeros["failures"]}))
-        else:
-            _print_zeros(model, zeros)
-        _check_zeros(model, zeros)
-        return
-    if text == SELF:
-        raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
-    lines = [line for document in documents(text) for line in document.splitlines() if line.strip()]
-    if not artefact.exists():
-        raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
     quiet_libraries()
     with screen() as listen:
-        listen.hear(Load(model=model))
-        loaded = load(model, trust_remote_code=trust_remote_code)
-        windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
-
-        def told(done: int, of: int) -> None:
-            listen.hear(Progress(phase="evaluate", done=done, of=of))
-
-        figures = compare(
-            loaded,
-            artefact,
-            windows,
-            pieces=[*_chat(loaded.tokenizer), *lines],
-            trust_remote_code=trust_remote_code,
-            on_window=told,
+        figures = prove(
+            model, artefact, text=text, window=window, max_windows=max_windows, trust_remote_code=trust_remote_code, listen=listen
         )
-    zeros = zeros_of(loaded)
-    figures |= {} if zeros is None else {"sparsity": zeros, "passed": figures["passed"] and not zeros["failures"]}
+    zeros = figures.get("sparsity")
     if as_json:
         print(to_json(figures))
     else:
-        _print(figures)
+        if artefact is not None:
+            _print(figures)
         if zeros is not None:
             _print_zeros(model, zeros)
     _check_zeros(model, zeros)
@@ -122,19 +87,6 @@ def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
         f"{model}: {zeros['zeros']:,} of {zeros['weights']:,} weights in {zeros['layers']} linear layers are zero "
         f"({zeros['zeros'] / zeros['weights']:.2%}); {held}"
     )
-
-
-def _chat(tokenizer: Any) -> list[str]:
-    """A conversation as the chat template writes it, so that special tokens are compared too."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        return []
-    try:
-        talk = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
-        return [tokenizer.apply_chat_template(talk, tokenize=False)]
-    except (TemplateError, LookupError, TypeError, ValueError):
-        return []
 
 
 def _print(figures: dict[str, Any]) -> None:

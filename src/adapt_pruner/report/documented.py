@@ -1,18 +1,22 @@
-"""`prune` and `run` as users call them: `run.loop` does the work, and the card and the page are written of what it saves."""
+"""`prune`, `run` and `export` as users call them: rooms below do the work, and the card and the page are written of what they save."""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.events import Interrupted, Saved, Warned, parse
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.events import Interrupted, Load, Saved, Warned, parse
+from adapt_pruner.core.places import check_place
+from adapt_pruner.export import check_form
+from adapt_pruner.export import export as write
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener
-from adapt_pruner.report.card import try_card
+from adapt_pruner.report.card import try_card, write_card_of_export
 from adapt_pruner.report.page import try_report
 from adapt_pruner.run import loop
 from adapt_pruner.run.results import Outcome
 
-__all__ = ["prune", "run"]
+__all__ = ["export", "prune", "run"]
 
 
 def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
@@ -70,3 +74,44 @@ def run(
 
     beside = partial(try_card, path=folder / "model", listen=listen)
     return loop.run(recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, beside=beside)
+
+
+def export(
+    model: str,
+    out: str | Path,
+    *,
+    to: str,
+    quant: str | None = None,
+    pad: int | None = None,
+    listen: Listener = lambda event: None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Write a checkpoint in the form of another tool, with its model card where that is a folder.
+
+    Args:
+        model: as `checkpoint.load` takes it.
+        out: a new folder; of `gguf` a new file.
+        to: a name of `export.forms()`.
+        quant: of `gguf`, the type its matrices are stored in; None keeps the checkpoint's.
+        pad: of `gguf`, 32 or 256: MLPs are zero-padded to multiples of it.
+        listen: told of every event.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Returns:
+        Sentences about what came out that a user should read; the listener hears them too.
+
+    Raises:
+        UsageError: there is no such model or form, the form cannot hold the model, or `out` is taken.
+        RunError: the model's files are damaged, or the result could not be written.
+    """
+    out = Path(out)
+    check_form(to, quant=quant, pad=pad)
+    check_place(out)
+    listen(Load(model=model).told())
+    loaded = load(model, trust_remote_code=trust_remote_code)
+    notes = write(loaded, out, to=to, quant=quant, pad=pad)
+    if out.is_dir():
+        write_card_of_export(Path(loaded.source), out, to)
+    for note in notes:
+        listen(Warned(message=note).told())
+    return notes

@@ -1,0 +1,81 @@
+"""From names to the proof: load a checkpoint and its text, and compare with an artefact (`export.verify`) or count its zeros."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.events import Load, Progress
+from adapt_pruner.data.sources import SELF, documents
+from adapt_pruner.data.windows import held_out_windows
+from adapt_pruner.errors import UsageError
+from adapt_pruner.export.verify import verify, zeros_of
+
+__all__ = ["prove"]
+
+
+def prove(
+    model: str,
+    artefact: Path | None,
+    *,
+    text: str,
+    window: int = 256,
+    max_windows: int = 8,
+    trust_remote_code: bool = False,
+    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Compare an artefact, in its own engine, with the checkpoint that it was made from; without one, prove the zeros of the checkpoint.
+
+    Args:
+        model: the checkpoint, as `checkpoint.load` takes it.
+        artefact: what `export` wrote.
+        text: SPEC of the text to compare on.
+        window: tokens in a window.
+        max_windows: the most windows that are read.
+        trust_remote_code: run Python code that a foreign folder brings.
+        listen: told of every event.
+
+    Returns:
+        Plain data: what `verify` gives, and of a sparse model `sparsity` as `zeros_of` gives it. Without an artefact `model`,
+        `sparsity` and `passed` alone.
+
+    Raises:
+        UsageError: there is no such model, artefact or text, an engine is not installed, or there is nothing to prove.
+        RunError: files are damaged, or the artefact is of another model.
+    """
+    if artefact is None:
+        zeros = zeros_of(load(model, trust_remote_code=trust_remote_code))
+        if zeros is None:
+            raise UsageError(
+                f"{model} has no mask over weights, so there is nothing to verify without an artefact; name what `export` wrote"
+            )
+        return {"model": model, "sparsity": zeros, "passed": not zeros["failures"]}
+    if text == SELF:
+        raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
+    lines = [line for document in documents(text) for line in document.splitlines() if line.strip()]
+    if not artefact.exists():
+        raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
+    listen(Load(model=model).told())
+    loaded = load(model, trust_remote_code=trust_remote_code)
+    windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
+
+    def told(done: int, of: int) -> None:
+        listen(Progress(phase="evaluate", done=done, of=of).told())
+
+    pieces = [*_chat(loaded.tokenizer), *lines]
+    figures = verify(loaded, artefact, windows, pieces=pieces, trust_remote_code=trust_remote_code, on_window=told)
+    zeros = zeros_of(loaded)
+    return figures if zeros is None else figures | {"sparsity": zeros, "passed": figures["passed"] and not zeros["failures"]}
+
+
+def _chat(tokenizer: Any) -> list[str]:
+    """A conversation as the chat template writes it, so that special tokens are compared too."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        talk = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+        return [tokenizer.apply_chat_template(talk, tokenize=False)]
+    except (TemplateError, LookupError, TypeError, ValueError):
+        return []
