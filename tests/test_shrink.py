@@ -16,7 +16,7 @@ from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.run import probe
+from adapt_pruner.run import in_time, probe
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model
 from test_cli import ask
@@ -94,7 +94,8 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count(0, 600)  # ten minutes between two looks, whatever the machine
-    monkeypatch.setattr(sys.modules["adapt_pruner.cli.shrink"], "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for module in (sys.modules["adapt_pruner.cli.shrink"], in_time):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     status, said, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run"))
     assert (status, said) == (0, "")
     assert "it ends within 1" in lines, "not the whole two hours"

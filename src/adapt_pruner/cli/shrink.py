@@ -53,21 +53,24 @@ def shrink(
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
     started = time.perf_counter()
-    asked_minutes, asked_tokens = _how_long(minutes, hours, tokens)
+    from adapt_pruner.plan.rules import how_long
+
+    long = how_long(minutes, hours, tokens)
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report import documented
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
+    from adapt_pruner.run.in_time import recipe_in_time
 
     quiet_libraries()
     common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}
     with screen() as listen:
-        recipe = _begun(out, overrides, common, text=text)
-        if recipe is None:
-            recipe = _planned(
-                common, text, asked_minutes, asked_tokens, overrides, started=started, listen=listen,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        recipe, lines = recipe_in_time(
+            common, out, text=text, long=long, overrides=overrides or [], started=started, listen=listen,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        for line in lines:
+            listen.say(line)
         if dry_run:
             return
         try:
@@ -80,86 +83,6 @@ def shrink(
         print(to_json(figures | {"path": str(out / "model")}))
     else:
         _tell(figures, out, recipe)
-
-
-def _how_long(minutes: float | None, hours: float | None, tokens: str | None) -> tuple[float | None, int | None]:
-    """Minutes, or tokens.
-
-    Raises:
-        UsageError: none of the three is given or more than one, or it is no time.
-    """
-    from adapt_pruner.core.budget import parse_count
-    from adapt_pruner.errors import UsageError
-
-    given = {"--minutes": minutes, "--hours": hours, "--tokens": tokens}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        said = f"{' and '.join(named)} all say how long it may take" if named else "shrink needs to know how long it may take"
-        raise UsageError(f"{said}; give one of --minutes 60, --hours 1 and --tokens 2M")
-    if tokens is not None:
-        return None, parse_count(tokens)
-    asked = float(minutes if minutes is not None else 60 * (hours or 0.0))
-    if not 0 < asked <= 10**6:
-        raise UsageError(f"{named[0]} {given[named[0]]:g} is no time for this; give minutes above 0 and up to 1,000,000")
-    return asked, None
-
-
-def _planned(
-    common: dict[str, Any], text: str | None, minutes: float | None, tokens: int | None, overrides: list[str] | None, *,
-    started: float, listen: Any, trust_remote_code: bool,
-) -> "Recipe":  # fmt: skip
-    """The recipe that fits the time, by a probe; what the probe took is off its minutes."""
-    from adapt_pruner import recipe as recipes
-    from adapt_pruner.core.events import EVERYWHERE
-    from adapt_pruner.data.apart import apart
-    from adapt_pruner.plan.rules import Asked, planned
-    from adapt_pruner.run.probe import probed
-
-    train, held_out, characters = apart(text or EVERYWHERE)
-    plain = recipes.read({}, values=common, overrides=overrides or [])
-    machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
-    text_tokens = characters * _tokens_a_character(work.tokenizer, train)
-    del work
-    spent = (time.perf_counter() - started) / 60
-    left = None if minutes is None else max(1e-3, minutes - spent)
-    plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
-    for line in plan.lines:
-        listen.say(line)
-    return recipes.read({}, values=common | dict(plan.settings), overrides=overrides or [])
-
-
-def _tokens_a_character(tokenizer: Any, spec: str) -> float:
-    """How many tokens a character of a text is, by the beginning of its first document."""
-    from adapt_pruner.data.sources import texts
-
-    sample = next(iter(texts(spec)))[:100_000]
-    return len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
-
-
-def _begun(out: Path, overrides: list[str] | None, common: dict[str, Any], *, text: str | None) -> "Recipe | None":
-    """The recipe of a run that was begun in this folder, with what is overridden; None where none was.
-
-    Raises:
-        UsageError: that run is of another model, size, text, seed or number format, or the folder holds something else.
-    """
-    from adapt_pruner import recipe as recipes
-    from adapt_pruner.core.budget import parse_count
-    from adapt_pruner.core.events import EVERYWHERE
-    from adapt_pruner.data.apart import apart
-    from adapt_pruner.errors import UsageError
-    from adapt_pruner.run.folder import check_folder
-
-    if not (out / "recipe.yaml").exists():
-        check_folder(out, recipes.read({}, values=common), force=False)  # before the probe
-        return None
-    recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides or [])
-    others = {"MODEL": recipe.model != common["model"], "--text": apart(text or EVERYWHERE)[0] != recipe.training.source}
-    params = common["budget"]
-    others["--params"] = "%" not in params and str(parse_count(params)) != recipe.budget
-    others |= {f"--{key}": common[key] != getattr(recipe, key) for key in ("seed", "dtype")}
-    if wrong := [name for name, differs in others.items() if differs]:
-        raise UsageError(f"{out} was begun with another {' and another '.join(wrong)}; name another folder, or go on as it began")
-    return recipe
 
 
 def _say_what_there_is(out: Path, listen: Any) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.words import compact, millions, span
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Asked", "Machine", "Model", "Plan", "planned"]
+__all__ = ["Asked", "Machine", "Model", "Plan", "how_long", "planned"]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
@@ -142,6 +143,25 @@ _WAYS = (
     _Pruning(1.0, 16),
     _Pruning(1.0, 16, repairs=False),
 )
+
+
+def how_long(minutes: float | None, hours: float | None, tokens: str | None) -> tuple[float | None, int | None]:
+    """How long it may take, in minutes or in tokens; the other is None.
+
+    Raises:
+        UsageError: none of the three is given or more than one, or it is no time.
+    """
+    given = {"--minutes": minutes, "--hours": hours, "--tokens": tokens}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        said = f"{' and '.join(named)} all say how long it may take" if named else "shrink needs to know how long it may take"
+        raise UsageError(f"{said}; give one of --minutes 60, --hours 1 and --tokens 2M")
+    if tokens is not None:
+        return None, parse_count(tokens)
+    asked = float(minutes if minutes is not None else 60 * (hours or 0.0))
+    if not 0 < asked <= 10**6:
+        raise UsageError(f"{named[0]} {given[named[0]]:g} is no time for this; give minutes above 0 and up to 1,000,000")
+    return asked, None
 
 
 def planned(machine: Machine, model: Model, asked: Asked) -> Plan:

@@ -9,18 +9,16 @@ from adapt_pruner.recipe.schema import Recipe, read
 __all__ = ["to_prune"]
 
 
-def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
+def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that prunes a model once and does not train.
 
     Args:
         asked: dotted key of a recipe -> value; None where nothing was asked.
         overrides: further keys as `KEY=VALUE`, as `recipe.read` takes them.
-        settings: further keys with their values, dotted key -> value.
 
     Raises:
         UsageError: it names no size to reach or two, a key is set twice or has no effect, or the recipe trains.
     """
-    settings = settings or {}
     given = {key: value for key, value in asked.items() if value is not None}
     text = [key for key in ("calibration.source", "calibration.samples", "calibration.length") if key in given]
     if text and "calibration.ids" in given:
@@ -29,10 +27,10 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = (), setting
         raise UsageError(
             f"--params {given['budget']} and --latency {given['latency']} both say how far to prune; leave one of them out"
         )
-    further = {written.partition("=")[0].strip() for written in overrides} | settings.keys()
+    further = {written.partition("=")[0].strip() for written in overrides}
     if twice := sorted((given.keys() - {"model", "seed", "device", "dtype"}) & further):
         raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
-    recipe = read({}, values=given | dict(settings), overrides=overrides)
+    recipe = read({}, values=given, overrides=overrides)
     if recipe.makes_zeros and not recipe.sparsity:
         raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
     if not (recipe.makes_zeros or recipe.budget or recipe.latency):
