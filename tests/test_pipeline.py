@@ -33,7 +33,8 @@ from adapt_pruner.run import loop, start
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
-from conftest import read_json
+from adapt_pruner.score.calibrate import mean_loss
+from conftest import VOCAB, read_json
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
 
@@ -254,6 +255,29 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
     assert (len(kept["input_ids"]), len(kept["input_ids"][0])) == (6, length)
     again = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights[1].items()), "a run reads what prune reads"
+
+
+def test_the_loss_before_and_after_is_of_the_same_text(recipe: Recipe, tmp_path: Path) -> None:
+    rows = torch.randint(3, VOCAB, (70, 32), generator=torch.Generator().manual_seed(3))
+    (tmp_path / "ids.json").write_text(json.dumps({"input_ids": rows.tolist()}))
+    asked = without_training(recipe, calibration={"ids": str(tmp_path / "ids.json")}, budget="90%")
+    figures = prune(asked, tmp_path / "out").figures
+    first = [rows[:64]]  # 2,048 tokens
+    for name, loss in zip((recipe.model, str(tmp_path / "out")), figures["calibration_losses"], strict=True):
+        assert mean_loss(load(name).model, first, dtype="float32") == pytest.approx(loss, rel=1e-6)
+    scoreless = prune(
+        without_training(
+            recipe,
+            metric="weights.magnitude",
+            axes=["neurons"],
+            distance=None,
+            head_metric=None,
+            chooser="allocate.uniform",
+            budget="90%",
+        ),
+        tmp_path / "unread",
+    ).figures
+    assert "calibration_losses" not in scoreless, "no text is read"
 
 
 def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,8 @@ def prune(
             f"(timed in turn; quartiles {timing['reached_low']:.2f}–{timing['reached_high']:.2f}x); asked {timing['asked']:g}x, "
             f"predicted {timing['predicted']:.2f}x"
         )
+    if losses := figures.get("calibration_losses"):
+        print(f"\nloss on the calibration text: {' → '.join(f'{loss:.3f}' for loss in losses)} nats a token")
     if "answers" in figures:
         first, last = ([one["text"] for one in said["answers"]] for said in (figures["answers"][0], figures["answers"][-1]))
         prompts = [one["prompt"] for one in figures["answers"][-1]["answers"]]

@@ -33,7 +33,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, RunState, Stage, Work, reads_text
 from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
-from adapt_pruner.run.results import Outcome, measure_answers, measure_tasks, measure_text
+from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
 from adapt_pruner.run.room import check_result, check_run
 from adapt_pruner.run.start import begin, read, sizes_begun
 from adapt_pruner.run.training import Trainer
@@ -53,6 +53,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         state.figures |= {"params_before": work.budget.total, "decoder_params_before": decoder_parameters(work.model)}
         if recipe.makes_zeros or work.weight_mask is not None:
             state.figures["nonzero_before"] = count_nonzero(work.model)
+        measure_calibration(work)
         measure_text(work, stage=0)
         measure_tasks(work, stage=0)
         measure_answers(work, stage=0)
@@ -76,6 +77,8 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
 
+    if "calibration_losses" in state.figures:
+        measure_calibration(work)
     state.figures |= {
         "params_after": work.num_params,
         "decoder_params_after": decoder_parameters(work.model),

@@ -1,7 +1,8 @@
 """Measure a run's model on the way, and write its checkpoint at the end.
 
-`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["judged"]` what else its task measures, `figures["tasks"]` and `figures["answers"]` at
-the start and at the end. None means not measured, because the recipe asked for it only later. In JSON, null can also mean
+`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["judged"]` what
+else its task measures, `figures["tasks"]` and `figures["answers"]` at the start and at the end, `figures["calibration_losses"]` the loss
+on calibration text there. None means not measured, because the recipe asked for it only later. In JSON, null can also mean
 infinity.
 """
 
@@ -24,8 +25,11 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run import latency
+from adapt_pruner.score.calibrate import mean_loss
 
-__all__ = ["Outcome", "facts", "measure_answers", "measure_tasks", "measure_text", "whole_mask", "write"]
+__all__ = ["Outcome", "facts", "measure_answers", "measure_calibration", "measure_tasks", "measure_text", "whole_mask", "write"]
+
+_ENOUGH = 2048  # calibration tokens on which the loss is compared
 
 
 @dataclass
@@ -36,6 +40,19 @@ class Outcome:
     mask: Mask
     figures: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure_calibration(work: Work) -> None:
+    """Add the loss on the first calibration text, in nats per token, to the figures: once before the first cut, once at the end."""
+    batches, tokens = [], 0
+    for batch in work.reads.calibration(1):
+        if tokens < _ENOUGH:
+            batches.append(batch)
+            tokens += batch.numel()
+    if batches:
+        with work.state.clock("evaluate"):
+            loss = mean_loss(work.model, batches, task=work.task, dtype=work.recipe.dtype)
+        work.state.figures["calibration_losses"] = [*work.state.figures.get("calibration_losses", []), loss]
 
 
 def measure_text(work: Work, *, stage: int) -> None:
