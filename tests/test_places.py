@@ -14,6 +14,7 @@ import pytest
 
 from adapt_pruner.checkpoint import save
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.compare import comparison
 from adapt_pruner.core import files
 from adapt_pruner.core.marks import mark
 from adapt_pruner.errors import RunError
@@ -162,7 +163,7 @@ def test_a_disk_without_room_is_said_before_the_work(
     if "gguf" in command:
         pytest.importorskip("gguf")
         given = [*given[:2], "--to", "gguf", "-o"]
-    monkeypatch.setattr("adapt_pruner.compare.comparison.prune_apart", _nothing)
+    monkeypatch.setattr(comparison, "prune_apart", _nothing)
     status, out, err = ask(*given, tmp_path / "out.gguf")
     assert "iteration" not in err
     assert "the disk is full: it has 1,000 bytes left" in (out + err)

@@ -1,8 +1,12 @@
 """Small language models out of larger ones: adaptive structured pruning, with training in between.
 
+    import adapt_pruner as ap
+
+    small = ap.prune("smollm2-135m-instruct", params="80%", text="my.txt", progress=True)
+
 The names below are imported when they are first used, so that `import adapt_pruner` loads neither torch nor transformers.
-Two of them, `run` and `score`, are also folders of the package: `adapt_pruner.run` is the function, and what lies in the folder is
-imported with `from adapt_pruner.run import loop`.
+Some of them, such as `run` and `export`, are also folders of the package: `adapt_pruner.run` is the function, and what lies in the
+folder is imported with `from adapt_pruner.run import loop`.
 """
 
 import importlib
@@ -11,6 +15,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapt_pruner.api.exporting import export
+    from adapt_pruner.api.measuring import Comparison, Evaluation, Verification, chat, compare, evaluate, verify
+    from adapt_pruner.api.pruning import prune, run, shrink
+    from adapt_pruner.api.result import Result
     from adapt_pruner.checkpoint.load import Loaded, load
     from adapt_pruner.checkpoint.save import save
     from adapt_pruner.core.axes import Axis, Gate, Mask, Scores, Slice
@@ -20,49 +28,66 @@ if TYPE_CHECKING:
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.families import axes
     from adapt_pruner.recipe import Recipe
-    from adapt_pruner.report.documented import prune, run
     from adapt_pruner.run.forecast import dry_run
     from adapt_pruner.score.calibrate import score
 
 _HOMES = {
     "Axis": "core.axes",
     "Budget": "core.budget",
+    "Comparison": "api.measuring",
+    "Evaluation": "api.measuring",
     "Gate": "core.axes",
     "Loaded": "checkpoint.load",
     "Mask": "core.axes",
     "Recipe": "recipe",
+    "Result": "api.result",
     "RunError": "errors",
     "Scores": "core.axes",
     "Slice": "core.axes",
     "UsageError": "errors",
+    "Verification": "api.measuring",
     "axes": "families",
+    "chat": "api.measuring",
+    "compare": "api.measuring",
     "count_parameters": "core.budget",
     "cut": "core.surgery",
-    "gated": "core.surgery",
     "dry_run": "run.forecast",
+    "evaluate": "api.measuring",
+    "export": "api.exporting",
+    "gated": "core.surgery",
     "load": "checkpoint.load",
     "perplexity": "evaluate.perplexity",
-    "prune": "report.documented",
-    "run": "report.documented",
+    "prune": "api.pruning",
+    "run": "api.pruning",
     "save": "checkpoint.save",
     "score": "score.calibrate",
+    "shrink": "api.pruning",
+    "verify": "api.measuring",
 }
 
 __all__ = [
     "Axis",
     "Budget",
+    "Comparison",
+    "Evaluation",
     "Gate",
     "Loaded",
     "Mask",
     "Recipe",
+    "Result",
     "RunError",
     "Scores",
     "Slice",
     "UsageError",
+    "Verification",
     "axes",
+    "chat",
+    "compare",
     "count_parameters",
     "cut",
     "dry_run",
+    "evaluate",
+    "export",
     "gated",
     "load",
     "perplexity",
@@ -70,6 +95,8 @@ __all__ = [
     "run",
     "save",
     "score",
+    "shrink",
+    "verify",
 ]
 
 

@@ -65,12 +65,10 @@ def shrink(
     quiet_libraries()
     common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}
     with screen() as listen:
-        recipe, lines = recipe_in_time(
+        recipe = recipe_in_time(
             common, out, text=text, long=long, overrides=overrides or [], started=started, listen=listen,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        for line in lines:
-            listen.say(line)
         if dry_run:
             return
         try:

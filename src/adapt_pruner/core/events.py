@@ -17,7 +17,7 @@ from adapt_pruner.core.strict_json import MOST, of_json
 from adapt_pruner.core.words import millions
 
 __all__ = [
-    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Progress", "Resumed",
+    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Planned", "Progress", "Resumed",
     "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
@@ -157,6 +157,17 @@ class Find(Event):
 
     def line(self, begun: str = "dense") -> str:
         return f"getting the tasks {self.tasks}"
+
+
+class Planned(Event):
+    """A line of the plan that `shrink` has made."""
+
+    event: Literal["planned"] = "planned"
+    logged = False
+    text: str
+
+    def line(self, begun: str = "dense") -> str:
+        return self.text
 
 
 class VocabularyCut(Event):

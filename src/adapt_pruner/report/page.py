@@ -327,8 +327,8 @@ def _facts(record: Record, figures: Figures) -> str:
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(_placeless(value))}</dd>" for name, value in facts if value not in (None, ""))
     folder = shlex.quote(_placeless(record.path))
     again = f"adapt-pruner run {folder}/recipe.yaml -o again"
-    result = f"{folder}/model" if figures.status == "finished" else None
-    lines = [again]
+    result = folder if not record.kept else f"{folder}/model" if figures.status == "finished" else None
+    lines = [again] if record.kept else []
     if result:
         dense = shlex.quote(_placeless(figures.model))
         lines += [

@@ -1,12 +1,14 @@
 """What a run's folder holds: recipe, log, newest figures, and whether somebody works there; as it is, also where it is broken."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from adapt_pruner.core.events import Event, parse_line
+import yaml
+
+from adapt_pruner.core.events import Event, is_logged, parse, parse_line
 from adapt_pruner.core.files import read_plain
 from adapt_pruner.core.locks import is_held
 from adapt_pruner.core.standing import Standing
@@ -17,7 +19,7 @@ from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
 from adapt_pruner.run.folder import PROGRESS
 
-__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record", "standing"]
+__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record", "record_of_result", "standing"]
 
 Status = Literal["finished", "running", "stopped"]
 _Kind = TypeVar("_Kind", bound=Event)
@@ -44,6 +46,7 @@ class Record:
         mask: axis name -> (entries in the model at the start, indices that stayed), from beside pruning.json.
         checkpoint: the folder they were read from; None where there is none.
         weight_bytes: of the result's weights on disk, or None.
+        kept: whether `path` is the folder of a run; else it is the result itself, of a run that kept nothing else.
         trouble: sentences about what could not be read.
     """
 
@@ -58,6 +61,7 @@ class Record:
     mask: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     checkpoint: Path | None = None
     weight_bytes: int | None = None
+    kept: bool = True
     trouble: list[str] = field(default_factory=list)
 
     def of(self, kind: type[_Kind]) -> list[_Kind]:
@@ -109,9 +113,31 @@ def read_record(run_dir: str | Path) -> Record:
         state={} if place is None or finished else _json(place / "state.json", trouble),
         mask={} if place is None else _mask(_json(place / "mask.json", trouble)),
         checkpoint=place,
-        weight_bytes=sum(file.stat().st_size for file in place.glob("model*.safetensors")) if finished and place else None,
+        weight_bytes=_weight_bytes(place) if finished and place else None,
         trouble=trouble,
     )
+
+
+def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
+    """The record of a run that kept nothing but its result.
+
+    Args:
+        path: the result.
+        events: what its listener was told, each with its `time` in Unix seconds.
+    """
+    trouble: list[str] = []
+    pruning = _json(path / "pruning.json", trouble)
+    recipe = pruning.get("recipe") or {}
+    return Record(
+        path=path, status="finished", recipe=recipe, recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        made_by=str(pruning.get("made_by") or ""), events=[event for told in events if is_logged(told) and (event := parse(told))],
+        pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=_weight_bytes(path), kept=False,
+        trouble=trouble,
+    )  # fmt: skip
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("model*.safetensors"))
 
 
 def parse_lines(lines: list[str]) -> tuple[list[Event], list[int]]:

@@ -1,9 +1,10 @@
-"""What a user sees while work goes on: on a terminal bars and figures that move, plain lines elsewhere, all on stderr.
+"""What a user sees while work goes on: on a terminal and in a notebook bars and figures that move, plain lines elsewhere; on stderr.
 
 What is done, for how long and for how much longer is asked of `core.standing`; this file lays it out. No line is wider than the terminal,
 and none ends within a number: lines break between figures.
 """
 
+import io
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.visible import visible
 from adapt_pruner.core.words import compact, millions, span
 from adapt_pruner.report.bars import Bars
+from adapt_pruner.report.notebook import WIDTH, displayed
 
 __all__ = ["Screen", "quiet_libraries", "screen"]
 
@@ -54,6 +56,12 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
     console = console_on(stderr=True, quiet=quiet)
     if os.environ.get(TOLD_AS) == "json":
         yield _Teller(console)
+        return
+    if console.is_jupyter and not quiet:
+        said = io.StringIO()
+        shown = Screen(Console(file=said, width=WIDTH, force_jupyter=False, force_terminal=False, color_system=None), moves=True)
+        with displayed(said, shown.render):
+            yield shown
         return
     if quiet or not console.is_terminal:
         yield Screen(console)

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapt_pruner import recipe as recipes
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.events import EVERYWHERE
+from adapt_pruner.core.events import EVERYWHERE, Planned
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
@@ -30,8 +30,8 @@ def recipe_in_time(
     started: float,
     listen: Listener,
     trust_remote_code: bool = False,
-) -> tuple[Recipe, Sequence[str]]:
-    """The recipe that is run in the folder `out`, and lines that explain the plan; none where a run goes on there.
+) -> Recipe:
+    """The recipe that is run in the folder `out`; the listener is told the plan, line by line, unless a run goes on there.
 
     Args:
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
@@ -49,7 +49,7 @@ def recipe_in_time(
     """
     begun = _begun(out, overrides, common, text=text)
     if begun is not None:
-        return begun, ()
+        return begun
     minutes, tokens = long
     train, held_out, characters = apart(text or EVERYWHERE)
     plain = recipes.read({}, values=common, overrides=overrides)
@@ -59,7 +59,9 @@ def recipe_in_time(
     spent = (time.perf_counter() - started) / 60  # the probe is off the minutes
     left = None if minutes is None else max(1e-3, minutes - spent)
     plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
-    return recipes.read({}, values={**common, **plan.settings}, overrides=overrides), plan.lines
+    for line in plan.lines:
+        listen(Planned(text=line).told())
+    return recipes.read({}, values={**common, **plan.settings}, overrides=overrides)
 
 
 def _tokens_a_character(tokenizer: Any, spec: str) -> float:

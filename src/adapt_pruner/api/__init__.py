@@ -1,0 +1,10 @@
+"""The package from Python: what each command does, as one call on a name, a folder, a model in memory or a result.
+
+arguments.py   what callers give, in the words of the rooms below; what is none of it is refused in a sentence
+pruning.py     prune, run, shrink
+result.py      what they return
+measuring.py   evaluate, compare, verify, chat, and what they return
+exporting.py   export
+
+Errors of the rooms below name options of the command line. Here they name arguments (`arguments.in_python`).
+"""

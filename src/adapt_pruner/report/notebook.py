@@ -1,0 +1,52 @@
+"""What a notebook shows while work goes on: one output of the cell that is replaced as it changes, without widgets."""
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+
+__all__ = ["WIDTH", "displayed"]
+
+WIDTH = 100
+"""Columns of the output."""
+_EVERY = 0.5  # seconds
+_FORM = '<pre style="white-space:pre-wrap;line-height:1.3;margin:0">{code}</pre>'
+
+
+@contextmanager
+def displayed(said: io.StringIO, moving: Callable[[], RenderableType]) -> Iterator[None]:
+    """Show the lines `said` so far and, below them until the end, what `moving` gives."""
+    from IPython.display import display  # any notebook has it
+
+    def drawn(*, last: bool) -> dict[str, str]:
+        page = Console(
+            file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, color_system="standard", legacy_windows=False
+        )
+        page.print(said.getvalue(), end="", markup=False, highlight=False, soft_wrap=True)
+        if not last:
+            page.print(moving())
+        html = page.export_html(inline_styles=True, code_format=_FORM, clear=False)
+        return {"text/plain": page.export_text(), "text/html": html}
+
+    shown = drawn(last=False)
+    handle = display(shown, raw=True, display_id=True)
+    over = threading.Event()
+
+    def follow() -> None:
+        before = shown
+        while not over.wait(_EVERY):
+            now = drawn(last=False)
+            if now != before:
+                handle.update(now, raw=True)
+            before = now
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        handle.update(drawn(last=True), raw=True)

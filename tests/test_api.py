@@ -1,0 +1,317 @@
+"""From Python: each command is one call on a name, a model in memory or a result; what it cannot take it refuses in a sentence."""
+
+import copy
+import gc
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+import adapt_pruner as ap
+from adapt_pruner.api.arguments import _respelled, as_overrides, heard, named
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.events import Warned
+from adapt_pruner.errors import UsageError
+from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from test_cli import call
+
+QUICK: dict[str, Any] = {"method": "adapt-pruner", "calibration_samples": 4, "calibration_length": 32, "settings": {"step": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder: Path, text_file: Path) -> Any:
+    """A result in a temporary folder."""
+    return ap.prune(str(tiny_folder), params="80%", text=text_file, **QUICK)
+
+
+def test_prune_does_what_the_command_does(
+    tiny_folder: Path,
+    text_file: Path,
+    small: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--params", "80%", "--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 32]
+    status, *_ = call(
+        monkeypatch, capsys, "prune", tiny_folder, "-o", tmp_path / "out", *words, "--method", "adapt-pruner", "--set", "step=0.1"
+    )
+    assert status == 0
+    same = ap.prune(tiny_folder, tmp_path / "same", params="80%", text=str(text_file), **QUICK)
+    assert same.path == tmp_path / "same"
+    recipe = read_json(tmp_path / "out" / "pruning.json")["recipe"]
+    assert read_json(same.path / "pruning.json")["recipe"] == recipe
+    assert read_json(small.path / "pruning.json")["recipe"] == recipe
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (same.path, tmp_path / "out"))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    again = ap.prune(same.recipe, tmp_path / "again")
+    assert (again.mask, again.figures["params_after"]) == (same.mask, same.figures["params_after"])
+
+
+def test_a_model_in_memory_is_pruned_and_left_as_it_is(tiny_folder: Path, text_file: Path, small: Any) -> None:
+    loaded = load(str(tiny_folder))
+    weights, config = copy.deepcopy(loaded.model.state_dict()), loaded.model.config.to_dict()
+    loaded.model.train()
+    result = ap.prune(loaded.model, tokenizer=loaded.tokenizer, params="80%", text=[text_file], **QUICK)
+    assert result.mask == small.mask
+    assert result.figures["params_after"] == small.figures["params_after"]
+    assert loaded.model.training
+    assert loaded.model.config.to_dict() == config
+    assert all(torch.equal(weights[name], weight) for name, weight in loaded.model.state_dict().items())
+    assert not Path(result.recipe.model).exists(), "the copy has gone"
+    half = ap.prune(loaded.model.half(), tokenizer=loaded.tokenizer, params="80%", text=text_file, **QUICK)
+    assert load(str(half.path)).dtype == torch.float16
+
+
+def test_a_result_says_in_five_lines_what_it_is(small: Any, tiny_folder: Path) -> None:
+    what, size, loss, cost, place = repr(small).splitlines()
+    figures = small.figures
+    assert what == f"{tiny_folder.name} pruned by adapt-pruner"
+    assert f"50,784 → {figures['params_after']:,}" in size
+    before, after = figures["calibration_losses"]
+    assert f"{before:.3f} → {after:.3f} nats a token on the calibration text" in loss
+    assert "GiB" in cost
+    assert str(small.path) in place
+    assert ".save(folder)" in place
+
+
+def test_a_temporary_result_lives_as_long_as_its_object(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    result = ap.prune(tiny_folder, params=48_000, text={str(text_file): 2.0}, **QUICK)
+    assert result.figures["params_after"] <= 48_000
+    temporary = result.path
+    kept = result.save(tmp_path / "kept")
+    assert result.path == kept
+    assert ".save(folder)" not in repr(result)
+    assert {file.name for file in kept.iterdir()} == {file.name for file in temporary.iterdir()} >= {"README.md", "mask.json"}
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        result.save(tmp_path / "kept")
+    del result
+    gc.collect()
+    assert not temporary.exists()
+    assert load(str(kept)).mask is not None
+
+
+def test_a_result_is_measured_asked_exported_and_reported(
+    small: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = small.evaluate(text_file, window=64, max_windows=4)
+    words = ["--text", text_file, "--window", 64, "--max-windows", 4, "--json"]
+    status, said, _ = call(monkeypatch, capsys, "eval", small.path, *words)
+    assert status == 0
+    assert f'"perplexity": {measured.perplexity}' in said
+    assert measured.params == small.figures["params_after"] == sum(one.numel() for one in small.model.parameters())
+    assert f"perplexity {measured.perplexity:.2f}" in repr(measured)
+    assert ap.evaluate(small.model, tokenizer=small.tokenizer, text=text_file, window=64, max_windows=4).nll == measured.nll
+    answer = ap.chat(small, "Hello", max_new_tokens=4)
+    assert isinstance(answer, str)
+    assert answer == small.chat("Hello", max_new_tokens=4)
+    with pytest.warns(UserWarning, match="padding brings") as warned:
+        assert small.export("padded", tmp_path / "plain") == tmp_path / "plain"
+    assert Path(warned[0].filename) == Path(__file__), "a warning is of the line that called"
+    same = ap.verify(small, tmp_path / "plain", text=text_file, window=64, max_windows=1)
+    assert same
+    assert same.figures["agreement"] == 1.0
+    assert "it computes what the model computes" in repr(same)
+    page = small.report(tmp_path / "page.html").read_text()
+    assert f"adapt-pruner eval {small.recipe.model} {small.path} --text SPEC" in page
+    assert "recipe.yaml -o again" not in page, "there is no folder of a run"
+    assert small.report() == small.path.with_name("model.html")
+
+
+def test_a_failed_proof_is_false_and_says_why() -> None:
+    failed = ap.Verification(passed=False, failures=["one", "two"], figures={"agreement": 0.5})
+    assert not failed
+    assert repr(failed).splitlines() == ["it failed:", "one", "two"]
+
+
+def test_a_run_gives_the_same_kind_of_result_and_again_when_it_is_finished(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = ap.Recipe(
+        model=str(tiny_folder), budget="85%", method="adapt-pruner", calibration={"source": str(text_file), "samples": 4, "length": 32},
+        training={"source": str(text_file), "tokens": 2048, "batch_tokens": 512, "length": 64},
+        evaluation={"source": str(text_file), "window": 64, "max_windows": 2},
+    )  # fmt: skip
+    heard_of: list[dict[str, Any]] = []
+    first = ap.run(recipe, tmp_path / "run", listen=heard_of.append)
+    assert {"start", "step", "saved"} <= {event["event"] for event in heard_of}
+    before, after = first.figures["perplexities"]
+    assert f"perplexity {before:.2f} → {after:.2f} on held-out text" in repr(first)
+    assert "trained on 2,048 tokens" in repr(first)
+    assert first.path == tmp_path / "run" / "model"
+    second = ap.run(recipe, tmp_path / "run")
+    assert second.figures == first.figures
+    assert second.mask == first.mask
+    assert second.report() == tmp_path / "run" / "report.html"
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    third = ap.run(tmp_path / "recipe.yaml", settings={"training": {}, "evaluation": {}})
+    assert third.figures["trained_tokens"] == 0
+    assert third.path.is_dir()
+
+
+def test_shrink_plans_and_trains(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = {"method": "magnitude-all", "calibration.samples": 2, "evaluation.max_windows": 2, "step": 0.1}
+    (tmp_path / "text.txt").write_text("\n\n".join([text_file.read_text()] * 3))
+    result = ap.shrink(tiny_folder, params="80%", tokens=4096, text=tmp_path / "text.txt", progress=True, settings=quick)
+    assert result.figures["params_after"] <= 0.8 * 50_784
+    assert result.figures["trained_tokens"] >= 4096
+    assert "machine:" in capsys.readouterr().err, "the plan is told"
+
+
+def test_compare_gives_a_table(tiny_folder: Path, text_file: Path) -> None:
+    loaded = load(str(tiny_folder))
+    compared = ap.compare(
+        loaded.model, tokenizer=loaded.tokenizer, methods=["random"], params=["80%"], text=text_file, calibration=text_file, draws=1,
+        window=64, max_windows=2,
+    )  # fmt: skip
+    assert [row["method"] for row in compared.rows] == ["dense", "random"]
+    shown = repr(compared).splitlines()
+    assert shown[0].split()[:3] == ["method", "parameters", "removed"]
+    assert "50,784" in shown[1]
+    assert compared.page.is_file()
+
+
+MODEL = object()  # stands for the folder
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        (3, {}, "model 3 is an int; give a folder, a .gguf file, a hub id or a packaged model as str or Path, a result, or a model"),
+        (MODEL, {}, 'prune needs a size or a speed to reach; add params="80%" or latency="0.7x"'),
+        (MODEL, {"params": [1]}, 'params [1] is a list; give a share such as "80%", or a number of parameters such as "110M" or 110_000_000'),
+        (MODEL, {"params": 0.8}, "params 0.8 is a float; give a share"),
+        (MODEL, {"params": True}, "params True is a bool; give a share"),
+        (MODEL, {"params": "80%", "text": 3}, "text 3 is an int; give a file, a folder or another text as str or Path, a list of them"),
+        (MODEL, {"params": "80%", "text": [b"x"]}, "text b'x' is a bytes; give one text"),
+        (MODEL, {"params": "80%", "text": []}, "the mixture names no text"),
+        (MODEL, {"params": "80%", "text": "gone.txt"}, "gone.txt"),
+        (MODEL, {"params": "80%", "latency": "0.7x"}, 'params="80%" and latency="0.7x" both say how far to prune'),
+        (MODEL, {"params": "80%", "settings": {"stepp": 1}}, "recipe key 'stepp' is not known; did you mean 'step'?"),
+        (MODEL, {"params": "80%", "settings": 7}, "settings 7 is an int; give a dict"),
+        (MODEL, {"params": "80%", "settings": {"budget": "70%"}}, "budget is set by its own option and by settings; leave one of them out"),
+        (MODEL, {"params": "80%", "tokenizer": byte_tokenizer()}, "has its own; leave tokenizer out"),
+        (MODEL, {"params": "80%", "method": "nothing"}, "method 'nothing' is not known"),
+        (MODEL, {"params": "80%", "method": 3}, "method 3 is an int; give a name from `adapt-pruner methods`"),
+        (MODEL, {"params": "80%", "method": "wanda"}, 'sparsity="50%" or sparsity="2:4"'),
+        (MODEL, {"params": "80%", "output": 5}, "output 5 is an int; give a path, as str or Path"),
+        ("nothing", {"params": "80%"}, "model 'nothing' does not exist"),
+        (ap.Recipe(model="x", budget="80%"), {"params": "70%", "seed": 1}, "params and seed would be ignored, since a recipe says by itself"),
+    ],
+)  # fmt: skip
+def test_what_prune_cannot_take_is_refused_in_a_sentence(model: Any, given: dict[str, Any], said: str, tiny_folder: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        ap.prune(str(tiny_folder) if model is MODEL else model, **given)
+    assert said in str(refused.value)
+
+
+def test_a_model_in_memory_that_cannot_be_taken_is_refused() -> None:
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    stranger = type(model)(model.config)
+    stranger.config = copy.deepcopy(model.config)
+    stranger.config.model_type = "gpt2"
+    quantised = tiny_model(vocab_size=VOCAB)
+    quantised.config.quantization_config = {"quant_method": "gptq"}
+    adapted = tiny_model(vocab_size=VOCAB)
+    adapted.peft_config = {}
+    cases = [
+        (model, None, "model is a LlamaForCausalLM without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(…)"),
+        (model, "llama", "model is a LlamaForCausalLM with a str as tokenizer"),
+        (stranger, tokenizer, "of type 'gpt2', which is of no known family; known: "),
+        (quantised, tokenizer, "model is a quantised LlamaForCausalLM"),
+        (adapted, tokenizer, "merge it first: model = model.merge_and_unload()"),
+        (tiny_model(vocab_size=VOCAB).to("meta"), tokenizer, "with weights on the device meta"),
+        (torch.nn.Linear(2, 2), tokenizer, "is a Linear; give a folder"),
+    ]
+    for one, its, said in cases:
+        with pytest.raises(UsageError) as refused, named(one, its):
+            pass
+        assert said in str(refused.value)
+
+
+def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_file: Path, tmp_path: Path) -> None:
+    for refused, said in (
+        (lambda: ap.evaluate(small), "nothing to measure; give text for perplexity, tasks for scores, or both"),
+        (lambda: ap.evaluate(small, text=[text_file]), "give one text, as str or Path"),
+        (lambda: ap.evaluate(small, text=text_file, window="8"), "window '8' is a str; give a whole number from 2 on"),
+        (lambda: ap.evaluate(small, text=text_file, window=1), "window 1 is too small"),
+        (lambda: ap.evaluate(small, text=text_file, dtype="int8"), "dtype 'int8' is not known"),
+        (lambda: ap.export(small, "gguff", tmp_path / "x"), "form 'gguff' is not known; did you mean 'gguf'?"),
+        (lambda: ap.export(small, "padded", tmp_path / "x", quant="q8_0"), 'quant="q8_0" is of to gguf'),
+        (lambda: ap.verify(small), "has no mask over weights, so there is nothing to verify without an artefact"),
+        (lambda: ap.chat(small, " "), "the prompt is empty; write what the model is to answer"),
+        (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),
+        (lambda: ap.chat(small, "x", seed=1), "seed 1 has no effect at temperature 0"),
+        (lambda: ap.shrink(small, params="80%"), 'give one of minutes=60, hours=1 and tokens="2M"'),
+        (lambda: ap.run("nothing.yaml"), "recipe 'nothing.yaml' does not exist"),
+        (lambda: ap.run(7), "recipe 7 is an int; give a Recipe, a YAML file or a name"),
+        (lambda: ap.compare(small, methods="random", text=text_file), "compare needs sizes to compare at"),
+        (lambda: ap.compare(small, methods=["x"], params="80%", text=text_file), "method 'x' is not known"),
+    ):
+        with pytest.raises(UsageError) as raised:
+            refused()
+        assert said in str(raised.value)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'prams'"):
+        ap.prune(small, prams="80%")  # type: ignore[call-arg]
+
+
+def test_errors_name_arguments_where_they_named_options() -> None:
+    names, flags = (
+        {"--params": "params", "--calibration-ids": "calibration_ids", "--trust-remote-code": "trust_remote_code"},
+        {"trust_remote_code"},
+    )
+    for said, heard_as in (
+        ("add --params 80%, or not", 'add params="80%", or not'),
+        ("--calibration-ids fixes every token", "calibration_ids fixes every token"),
+        ("pass --trust-remote-code if you trust it", "pass trust_remote_code=True if you trust it"),
+        ("add --set sparsity=50%, or --set step=0.1", 'add settings={"sparsity": "50%"}, or settings={"step": 0.1}'),
+        ("set by --set; leave it", "set by settings; leave it"),
+        ("with --other 3 and a--params", "with --other 3 and a--params"),
+    ):
+        assert _respelled(said, names, flags) == heard_as
+    assert as_overrides({"a.b": None, "c": "80%", "d": [1]}) == ["a.b=null", 'c="80%"', "d=[1]"]
+
+
+def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def loading(name: str, *, trust_remote_code: bool, **others: Any) -> Any:
+        seen.append(trust_remote_code)
+        raise UsageError("pass --trust-remote-code if you trust it")
+
+    for home in ("run.start", "compare.models", "export.proof", "report.documented", "api.measuring"):
+        monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
+    calls: list[Callable[..., Any]] = [
+        lambda **how: ap.prune(tiny_folder, params="80%", **how),
+        lambda **how: ap.shrink(tiny_folder, params="80%", tokens=9, **how),
+        lambda **how: ap.evaluate(tiny_folder, text=text_file, **how),
+        lambda **how: ap.verify(tiny_folder, tiny_folder, text=text_file, **how),
+        lambda **how: ap.export(tiny_folder, "padded", "x", **how),
+        lambda **how: ap.chat(tiny_folder, "Hi", **how),
+    ]
+    for one in calls:
+        for how in ({}, {"trust_remote_code": True}):
+            with pytest.raises(UsageError, match="pass trust_remote_code=True if you trust it"):
+                one(**how)
+    assert seen == [False, True] * len(calls)
+
+
+def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> None:
+    before = logging.get_verbosity()
+    logging.enable_progress_bar()
+    with heard(None, progress=False) as tell:
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+        with pytest.warns(UserWarning, match="^window of 9 is long$"):
+            tell(Warned(message="--window of 9 is long").told())
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
+    heard_of: list[dict[str, Any]] = []
+    with warnings.catch_warnings(), heard(heard_of.append, progress=False) as tell:
+        warnings.simplefilter("error")
+        tell(Warned(message="told").told())
+    assert heard_of == [{"event": "warning", "message": "told"}]
