@@ -119,7 +119,9 @@ def test_a_result_is_measured_asked_exported_and_reported(
     assert same.figures["agreement"] == 1.0
     assert "it computes what the model computes" in repr(same)
     page = small.report(tmp_path / "page.html").read_text()
-    assert f"adapt-pruner eval {small.recipe.model} {small.path} --text SPEC" in page
+    assert f"adapt-pruner eval FOLDER/{Path(str(small.recipe.model)).name} FOLDER/model --text SPEC" in page, (
+        "whose folders are told to nobody"
+    )
     assert "recipe.yaml -o again" not in page, "there is no folder of a run"
     assert small.report() == small.path.with_name("model.html")
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from adapt_pruner.cli import screen as screens
 from adapt_pruner.cli import tables
 from adapt_pruner.compare.cells import prune_apart
 from adapt_pruner.core.ahead import Planned
 from adapt_pruner.core.compared import Cell, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Load, Progress, Start, Step
 from adapt_pruner.core.standing import Standing
+from adapt_pruner.report import screen as screens
 from adapt_pruner.report.screen import Screen
 
 LARGE = {

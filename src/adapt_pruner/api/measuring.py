@@ -164,7 +164,7 @@ def evaluate(
     task_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
     listen: Listener | None = None,

@@ -17,7 +17,7 @@ from adapt_pruner.core.strict_json import MOST, of_json
 from adapt_pruner.core.words import millions
 
 __all__ = [
-    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "Planned", "Progress", "Resumed",
+    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "PlanLine", "Progress", "Resumed",
     "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
@@ -159,10 +159,10 @@ class Find(Event):
         return f"getting the tasks {self.tasks}"
 
 
-class Planned(Event):
+class PlanLine(Event):
     """A line of the plan that `shrink` has made."""
 
-    event: Literal["planned"] = "planned"
+    event: Literal["plan_line"] = "plan_line"
     logged = False
     text: str
 

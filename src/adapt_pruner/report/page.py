@@ -159,8 +159,8 @@ _ABSOLUTE = re.compile(r"(?<![\w.~*/-])/(?:[^\s'\",:/]+/)+(?=[^\s'\",:/])")
 
 
 def _placeless(text: object) -> str:
-    """Text without the folders of the machine: an absolute path keeps its last name, as `…/notes.txt`; what lies in the folder of the moment stays whole."""
-    return _ABSOLUTE.sub("…/", str(text).replace(f"{Path.cwd()}{os.sep}", ""))
+    """Text without the folders of the machine: an absolute path keeps its last name, as `FOLDER/notes.txt`; what lies in the folder of the moment stays whole."""
+    return _ABSOLUTE.sub("FOLDER/", str(text).replace(f"{Path.cwd()}{os.sep}", ""))
 
 
 def _short(model: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapt_pruner import recipe as recipes
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.events import EVERYWHERE, Planned
+from adapt_pruner.core.events import EVERYWHERE, PlanLine
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
@@ -60,7 +60,7 @@ def recipe_in_time(
     left = None if minutes is None else max(1e-3, minutes - spent)
     plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
     for line in plan.lines:
-        listen(Planned(text=line).told())
+        listen(PlanLine(text=line).told())
     return recipes.read({}, values={**common, **plan.settings}, overrides=overrides)
 
 
