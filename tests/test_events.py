@@ -103,7 +103,10 @@ def test_a_start_says_the_share_of_the_decoder_the_text_and_what_to_expect() -> 
     )
     assert start.line() == "pruning to 228.0 M parameters, 85% of all and 60% of the decoder's, by best, calibrated on my.txt"
     less = start.model_copy(update={"decoder_target": 49_000_000, "text": "python-docs:train"})
-    assert "calibrated on python-docs:train (Python's language reference; text of your own gives a better model)" in less.line()
+    assert (
+        "calibrated on python-docs:train (Python's language reference; text of your own gives a better model: --calibration FILE)"
+        in less.line()
+    )
     assert less.line().endswith("untrained, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)")
     assert "nonsense" not in less.model_copy(update={"training_tokens": 10**6}).line()
 
@@ -154,3 +157,8 @@ def test_a_writer_that_forgets_a_key_is_stopped() -> None:
 def test_events_are_read_without_torch() -> None:
     code = f"import sys, {events.__name__}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_run_says_that_its_model_writes_the_text() -> None:
+    line = Start(method="flap", params=100, target=80, text="self").line()
+    assert "calibrated on text that the model writes itself (text of your own gives a better model: --calibration FILE)" in line

@@ -302,6 +302,7 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
 )
 def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: list[str]) -> None:
     common = {"method": "adapt-pruner", "model": str(CONFIGS / "mobilellm-350m"), "budget": "80%", "device": "cpu"}
+    asked = asked | {"calibration": {"source": "python-docs:train"} | asked.get("calibration", {})}
     planned = dry_run(read(common | asked))
     assert planned["time_without"] == left_out
 

@@ -46,7 +46,7 @@ def prune(
         str | None,
         typer.Option(
             help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self`, which the model "
-            "writes. [default: python-docs:train]"
+            "writes. [default: self]"
         ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Calibration sequences per iteration. [default: 64]")] = None,

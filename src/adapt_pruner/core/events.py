@@ -259,9 +259,11 @@ class Start(Event):
         if self.sparsity:
             text = f"making {self.sparsity} zeros in a model of {millions(self.target)} parameters by {self.method}"
         if self.text:
-            text += f", calibrated on {self.text}"
-            if self.text == EVERYWHERE:
-                text += " (Python's language reference; text of your own gives a better model)"
+            own = self.text == "self"
+            text += f", calibrated on {'text that the model writes itself' if own else self.text}"
+            if own or self.text == EVERYWHERE:
+                what = "" if own else "Python's language reference; "
+                text += f" ({what}text of your own gives a better model: --calibration FILE)"
         if self.stages > 1:
             text += f" in {self.stages} stages"
         if self.training_tokens:

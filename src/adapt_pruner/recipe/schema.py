@@ -14,7 +14,6 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner.core.budget import check_written, parse_count
-from adapt_pruner.core.events import EVERYWHERE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -131,7 +130,7 @@ class Calibration(_Frozen):
     """The text on which importance is measured."""
 
     source: Source = Field(
-        EVERYWHERE,
+        "self",
         description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model "
         "writes once",
     )
