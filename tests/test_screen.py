@@ -138,6 +138,17 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
     assert "14 min 30 s left" in visible_words(lines), "a cell that is late takes nothing off the others"
     _, lines = seen([Cell(**where), scoring], width=100)
     assert "left" not in visible_words(lines), "nobody knows before a cell is done"
+    item: Any = {"stage": 1, "times": 1, "repeats": True, "flops": 1e9}
+    plan = Planned(targets=[50], tokens=[0], items=[{"phase": "score", **item}])
+    half = [
+        InCell(said={**event.told(), "time": 1001.0 + 20 * n})
+        for n, event in enumerate([plan, Progress(phase="score", done=0, of=0, stage=1)])
+    ]
+    half.append(InCell(said={**Progress(phase="score", done=5, of=10, stage=1).told(), "time": 1063.9}))
+    _, lines = seen([Cell(**where, seconds_left=60.0, seconds_here=30.0), *half], width=100)
+    assert "1 min 13 s left" in visible_words(lines), (
+        "what the cell itself says, where it takes longer: 43 s, and 30 s for the others"
+    )
     assert "left" not in visible_words(seen([Cell(**where), scoring, CellDone(**where, nll=1.0)], width=100)[1])
 
 

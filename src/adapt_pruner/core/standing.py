@@ -215,7 +215,10 @@ class Course:
         plain = Standing(inner.doing, cell.name, max(0.0, now - (self._began or now)), ends=True)
         spent, others = max(0.0, now - self._cell_began), cell.of - cell.cell
         if cell.seconds_left is not None and cell.seconds_here is not None:
-            return _within(plain, cell.seconds_left - cell.seconds_here + max(0.0, cell.seconds_here - spent), 0.0, math.inf)
+            here = max(0.0, cell.seconds_here - spent)
+            if inner.left is not None and inner.low == inner.high:  # another method takes another time
+                here = max(here, inner.left)
+            return _within(plain, cell.seconds_left - cell.seconds_here + here, 0.0, math.inf)
         if inner.left is None:
             return replace(plain, ends=inner.ends)
         return _within(plain, inner.left, others * (spent + inner.left), math.inf)
