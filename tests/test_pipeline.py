@@ -306,7 +306,7 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     for phase in ("heads", "repair"):
         assert [one for one in told if one[0] == phase] == [(phase, 0, 0), *((phase, done + 1, layers) for done in range(layers))]
     said = shown._console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"writing text of its own {of:,}/{of:,}\n" in said
+    assert f"writing text of its own {of:,}/{of:,}" in said
     assert f"stage 1, iteration 1: shutting heads one by one {layers}/{layers}" in said
     assert f"stage 1, iteration 1: repairing {layers}/{layers}" in said
 

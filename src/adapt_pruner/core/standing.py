@@ -203,10 +203,8 @@ class Course:
             return replace(plain, share=shown.done / shown.of if shown is not None and shown.of else None)
         sure = guessed = 0.0
         for known, rest in self._rests(max(0.0, now - self._now)):
-            if known:
-                sure += math.inf if rest is None else rest
-            else:
-                guessed += math.inf if rest is None else rest
+            seconds = math.inf if rest is None else rest
+            sure, guessed = (sure + seconds, guessed) if known else (sure, guessed + seconds)
         until = max(0.0, self._deadline - now)
         return plain if math.isinf(min(until, sure + guessed)) else _within(plain, sure, guessed, until)
 

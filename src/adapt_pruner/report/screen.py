@@ -126,7 +126,7 @@ class Screen:
 
     def say(self, text: str, *, often: bool = False) -> None:
         """A line; `often` marks one of many, shown now and then, and not at all under a bar."""
-        if often and (self._moves or time.monotonic() - self._last_line < _EVERY):
+        if self._console.quiet or (often and (self._moves or time.monotonic() - self._last_line < _EVERY)):
             return
         if often:
             self._last_line = time.monotonic()
