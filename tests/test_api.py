@@ -1,11 +1,19 @@
 """From Python: each command is one call on a name, a model in memory or a result; what it cannot take it refuses in a sentence."""
 
+import ast
 import copy
 import gc
 import importlib
+import inspect
+import json
+import re
+import shutil
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +22,18 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 import adapt_pruner as ap
+from adapt_pruner import cli
+from adapt_pruner.api import pruning
 from adapt_pruner.api.arguments import _respelled, as_overrides, heard, named
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Warned
 from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe.asked import to_prune
+from adapt_pruner.report import notebook
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
+ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {"method": "adapt-pruner", "calibration_samples": 4, "calibration_length": 32, "settings": {"step": 0.1}}
 
 
@@ -52,6 +65,19 @@ def test_prune_does_what_the_command_does(
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     again = ap.prune(same.recipe, tmp_path / "again")
     assert (again.mask, again.figures["params_after"]) == (same.mask, same.figures["params_after"])
+
+
+@pytest.mark.parametrize("name", ["prune", "shrink", "run", "evaluate", "compare", "export", "verify", "chat"])
+def test_arguments_and_defaults_are_those_of_the_command(name: str) -> None:
+    called = {"out": "output", "overrides": "settings", "models": "model", **({"calibration": "text"} if name == "prune" else {})}
+    screen_only = {"as_json", "dry_run", "against"}
+    command = next(one.callback for one in cli.app.registered_commands if one.callback and one.callback.__name__ == name)
+    options = {called.get(option, option): one.default for option, one in inspect.signature(command).parameters.items()}
+    taken = inspect.signature(getattr(ap, name)).parameters
+    assert options.keys() - screen_only <= taken.keys()
+    assert taken.keys() - options.keys() <= {"tokenizer", "progress", "listen"}
+    for option in options.keys() & taken.keys() - {"output", "prompt"}:
+        assert taken[option].default == options[option], option
 
 
 def test_a_model_in_memory_is_pruned_and_left_as_it_is(tiny_folder: Path, text_file: Path, small: Any) -> None:
@@ -104,7 +130,7 @@ def test_a_result_is_measured_asked_exported_and_reported(
     words = ["--text", text_file, "--window", 64, "--max-windows", 4, "--json"]
     status, said, _ = call(monkeypatch, capsys, "eval", small.path, *words)
     assert status == 0
-    assert f'"perplexity": {measured.perplexity}' in said
+    assert json.loads(said)["perplexity"] == pytest.approx(measured.perplexity, rel=1e-6)
     assert measured.params == small.figures["params_after"] == sum(one.numel() for one in small.model.parameters())
     assert f"perplexity {measured.perplexity:.2f}" in repr(measured)
     assert ap.evaluate(small.model, tokenizer=small.tokenizer, text=text_file, window=64, max_windows=4).nll == measured.nll
@@ -114,10 +140,6 @@ def test_a_result_is_measured_asked_exported_and_reported(
     with pytest.warns(UserWarning, match="padding brings") as warned:
         assert small.export("padded", tmp_path / "plain") == tmp_path / "plain"
     assert Path(warned[0].filename) == Path(__file__), "a warning is of the line that called"
-    same = ap.verify(small, tmp_path / "plain", text=text_file, window=64, max_windows=1)
-    assert same
-    assert same.figures["agreement"] == 1.0
-    assert "it computes what the model computes" in repr(same)
     page = small.report(tmp_path / "page.html").read_text()
     assert f"adapt-pruner eval FOLDER/{Path(str(small.recipe.model)).name} FOLDER/model --text SPEC" in page, (
         "whose folders are told to nobody"
@@ -304,6 +326,48 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
     assert seen == [False, True] * len(calls)
 
 
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_examples_of_the_python_page_run(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- executed by tests/test_api.py -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    shutil.copytree(tiny_folder, tmp_path / "my-model")
+    lines = text_file.read_text().splitlines(keepends=True)
+    (tmp_path / "my.txt").write_text("".join(lines[:300]))
+    (tmp_path / "held-out.txt").write_text("".join(lines[300:]))
+    monkeypatch.chdir(tmp_path)
+    quick = ["calibration.samples=2", "calibration.length=32", "step=0.3"]
+    monkeypatch.setattr(pruning, "to_prune", lambda asked, overrides: to_prune(asked, overrides=[*overrides, *quick]))
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # windows longer than the tiny model reads, padding that grows
+        for block in blocks:
+            exec(compile(block, "docs/api.md", "exec"), names)
+    assert names["small"].path == Path("small")
+    assert names["smaller"].figures["params_after"] <= 0.7 * 50_784
+    assert {"small", "small-plain", "small-stock", "small.html", "as-the-recipe-says"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert "parameters  50,784 → " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_call_on_a_page_can_be_made(page: Path) -> None:
+    """The names are there, and take these arguments."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+        for call_ in calls:
+            spelled = ast.unparse(call_.func)
+            if spelled.startswith(("ap.", "adapt_pruner.")) and spelled.count(".") == 1 and spelled != "ap.Recipe":
+                inspect.signature(getattr(ap, spelled.partition(".")[2])).bind(
+                    *call_.args, **{key.arg or "": key for key in call_.keywords}
+                )
+
+
 def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> None:
     before = logging.get_verbosity()
     logging.enable_progress_bar()
@@ -317,3 +381,35 @@ def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> Non
         warnings.simplefilter("error")
         tell(Warned(message="told").told())
     assert heard_of == [{"event": "warning", "message": "told"}]
+
+
+def test_a_notebook_shows_one_output_that_changes_and_keeps_its_lines(
+    tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[dict[str, str]] = []
+    handle = SimpleNamespace(update=lambda data, raw: shown.append(data))
+    made: list[Any] = []
+
+    def display(data: dict[str, str], *, raw: bool, display_id: bool) -> Any:
+        made.append(display_id)
+        shown.append(data)
+        return handle
+
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))  # type: ignore[arg-type]
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr(notebook, "_EVERY", 0.01)
+    ap.prune(tiny_folder, params="80%", text=text_file, progress=True, listen=lambda event: time.sleep(0.02), **QUICK)
+    assert made == [True], "one output"
+    assert "starting" in shown[0]["text/plain"]
+    moving = [one for one in shown if "neurons" in one["text/plain"]]
+    assert len(moving) > 3
+    assert "%" in moving[-1]["text/plain"].splitlines()[-1], "the bar is below the lines"
+    assert "<pre" in moving[0]["text/html"]
+    assert "span style" in moving[0]["text/html"]
+    last = shown[-1]["text/plain"].splitlines()
+    assert last[0] == f"loading {tiny_folder}"
+    assert last[-1].startswith("stage 1, iteration"), "the bar is gone"
+    assert not any("scoring" in line for line in last), "lines that come often are the bar's"
+    said = capsys.readouterr()
+    assert said.out + said.err == ""

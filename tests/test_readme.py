@@ -47,11 +47,42 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
     assert 10 < perplexity < 60, "the dense model reads this text at about 17"
     assert "nothing was written" in dry_run
     assert "weights.taylor" in methods
-    assert 122_000_000 - 1728 < int(again) <= 122_000_000
+    smaller = int(re.search(r"parameters  [\d,]+ → ([\d,]+) ", again)[1].replace(",", ""))  # type: ignore[index]
+    assert 122_000_000 - 1728 < smaller <= 122_000_000
     assert "saved small.gguf" in as_gguf
     assert "saved small-plain" in as_plain
     assert "it computes what the model computes" in verified
     assert {path.name for path in tmp_path.iterdir()} == {"small", "smaller", "small.gguf", "small-plain"}
+
+
+def test_the_first_notebook_as_written(tmp_path: Path) -> None:
+    """Its cells run in order, show what they promise, and are committed without outputs; here, as its model is in the cache by now."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "first-hour.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = {cell.id: cell for cell in notebook.cells}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+
+    def said(name: str) -> list[str]:
+        return [output.get("text") or output["data"].get("text/plain", "") for output in cells[name].outputs]
+
+    assert said("install") == [], "all is there"
+    progress, result = said("prune")
+    assert progress.startswith("loading smollm2-135m-instruct\nloaded smollm2-135m-instruct: 134.5 M parameters")
+    assert "stage 1, iteration 1: " in progress
+    assert "%" not in progress.splitlines()[-1], "the bar is gone"
+    assert [line.split()[0] for line in result.splitlines()[1:]] == ["parameters", "loss", "time", "folder"]
+    assert "134,515,008 → 121,0" in result
+    assert "<iframe srcdoc=" in cells["page"].outputs[-1]["data"]["text/html"]
+    dense, small = re.findall(r"perplexity ([\d.]+) ", "".join(said("evaluate")))
+    assert 8 < float(dense) < float(small) < 60
+    assert "".join(said("chat")).count("Paris") == 2
+    assert {"small", "small.gguf"} <= {path.name for path in tmp_path.iterdir()}
+    assert said("keep")[-1].endswith("folder      small")
 
 
 def test_the_make_targets_in_the_readme_exist() -> None:

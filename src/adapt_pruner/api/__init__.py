@@ -8,3 +8,9 @@ exporting.py   export
 
 Errors of the rooms below name options of the command line. Here they name arguments (`arguments.in_python`).
 """
+
+import warnings
+
+with warnings.catch_warnings():  # other libraries import it, and in a notebook it asks for widgets, which nothing here needs
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import tqdm.auto  # noqa: F401

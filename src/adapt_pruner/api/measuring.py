@@ -183,7 +183,7 @@ def evaluate(
         task_dir: folder of lm-eval YAML files.
         cache_dir: folder that keeps task scores.
         device: auto, cpu, cuda, …
-        dtype: number format of matrix products: float32, bfloat16 or auto.
+        dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model or a task.
         progress: show a bar.
         listen: told of every event.
@@ -218,10 +218,12 @@ def compare(
     params: str | int | Sequence[str | int] | None = None,
     sparsity: str | Sequence[str] | None = None,
     calibration: Spec | None = None,
-    calibration_ids: Sequence[str | Path] = (),
+    calibration_ids: Sequence[str | Path] | None = None,
+    calibration_samples: int | None = None,
+    calibration_length: int | None = None,
     draws: int | None = None,
     window: int = 512,
-    max_windows: int | None = 40,
+    max_windows: int = 40,
     settings: Mapping[str, Any] | None = None,
     keep: bool = False,
     device: str = "auto",
@@ -244,6 +246,8 @@ def compare(
         sparsity: shares of zeros or patterns, such as ["50%", "2:4"], for methods that make zeros.
         calibration: text to measure importance on, for every method; None for each method's own.
         calibration_ids: JSON files of token ids instead of it; each is one draw.
+        calibration_samples: sequences of it per iteration; None for each method's own, mostly 64.
+        calibration_length: tokens per sequence; None for each method's own, mostly 128.
         draws: seeds per method and size, counted from 0; 3 by default.
         window: tokens per window.
         max_windows: the most windows to read of each text.
@@ -274,7 +278,8 @@ def compare(
         asked = Request(
             model=name, methods=as_words("methods", methods, _word), params=sizes, sparsity=patterns, texts=tuple(texts),
             calibration=None if calibration is None else as_spec("calibration", calibration),
-            calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in calibration_ids),
+            calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in calibration_ids or ()), calibration_samples=calibration_samples,
+            calibration_length=calibration_length,
             draws=3 if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=max_windows,
             overrides=tuple(as_overrides(settings)), device=device, dtype=_precision(dtype), trust_remote_code=trust_remote_code,
         )  # fmt: skip

@@ -53,7 +53,7 @@ class Measures:
     task_dir: Path | None = None
     cache_dir: Path | None = None
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str = "auto"
     trust_remote_code: bool = False
 
 

@@ -22,7 +22,13 @@ def displayed(said: io.StringIO, moving: Callable[[], RenderableType]) -> Iterat
 
     def drawn(*, last: bool) -> dict[str, str]:
         page = Console(
-            file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, color_system="standard", legacy_windows=False
+            file=io.StringIO(),
+            record=True,
+            width=WIDTH,
+            force_jupyter=False,
+            force_terminal=True,
+            color_system="standard",
+            legacy_windows=False,
         )
         page.print(said.getvalue(), end="", markup=False, highlight=False, soft_wrap=True)
         if not last:
