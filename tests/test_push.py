@@ -227,6 +227,33 @@ def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Pa
         parcel(tmp_path, "me/small")
 
 
+def test_an_export_is_sent_with_its_own_card(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "padded"
+    assert (
+        subprocess.run(
+            [sys.executable, "-m", "adapt_pruner", "export", folder, "--to", "padded", "-o", out], check=False
+        ).returncode
+        == 0
+    )
+    (out / "notes.txt").write_text("mine")
+    (out / "small.gguf").write_bytes(b"GGUF")
+    status, _, err = push(out, "me/small", endpoint=hub.address)
+    assert status == 0, err
+    assert hub.files == {path.name: path.read_bytes() for path in out.iterdir() if path.name != "notes.txt"}
+    assert "notes.txt" in err
+    assert b"pruned by adapt-pruner" in hub.files["README.md"]
+
+
+def test_a_folder_with_a_card_of_somebody_else_is_no_export(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("---\ntags:\n- llama\n---\nNot made by adapt-pruner\n- adapt-pruner\n")
+    with pytest.raises(UsageError, match=r"no pruning\.json"):
+        parcel(tmp_path / "theirs", "me/small")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="put it into the folder of its checkpoint"):
+        parcel(tmp_path / "small.gguf", "me/small")
+
+
 def test_only_what_we_wrote_is_sent_and_the_rest_is_named(folder: Path, hub: Hub, tmp_path: Path) -> None:
     """Neither files that lie there, nor links, nor what they lead to; whatever patterns their names may be."""
     shutil.copytree(folder, tmp_path / "mine")

@@ -134,7 +134,9 @@ def prune(
         print()
         print_table(["asked", "before", "after"], list(zip(prompts, first, last, strict=True)), left=3)
     peak = figures["peak_rss_bytes"] / 2**30
-    print(f"\n{figures['iterations']} iterations in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
+    print(
+        f"\n{figures['iterations']} iteration{'s' * (figures['iterations'] != 1)} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB"
+    )
     print(f"saved {out} ({millions(figures['params_after'])} parameters)\n")
     print_table(
         ["next", ""],

@@ -11,7 +11,9 @@ __all__ = ["push"]
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `prune` or `run` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Checkpoint that `prune` or `run` wrote, or a folder that `export` made of one.")
+    ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; created if it does not exist.")],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository visible to you and your organisation only.")
@@ -22,7 +24,7 @@ def push(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send DIR with its model card to the Hugging Face hub, in one commit.
+    """Send DIR with its model card to the Hugging Face hub, in one commit. GGUF files that lie in DIR are sent with it.
 
     Examples:
 

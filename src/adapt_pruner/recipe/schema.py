@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner.core.budget import check_written, parse_count
+from adapt_pruner.core.events import EVERYWHERE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -350,6 +351,9 @@ class Recipe(_Frozen):
         for key, value in data.items():
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+        calibration = below.get("calibration", {})
+        if below.get("vocabulary") and isinstance(calibration, dict):  # what the model writes would be of its tokens before
+            below["calibration"] = {"source": EVERYWHERE, **calibration}
         return below
 
     @model_validator(mode="after")

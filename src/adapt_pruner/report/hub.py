@@ -21,6 +21,9 @@ _WRITTEN = {
     "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
 """What `checkpoint.save` and `report.card` write, but for shards; the last two lines are what tokenizers of transformers write."""
+_EXPORTED = {"configuration_decilm.py", "modeling_decilm.py", "model.onnx", "model.onnx.data"}
+"""What `export` writes besides."""
+_WEIGHTS = (".safetensors", ".onnx", ".gguf")
 
 _TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")  # of a tokenizer that has several
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors")
@@ -50,7 +53,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
     """What `push` would send; nothing is written, and neither network nor token is needed.
 
     Raises:
-        UsageError: `folder` is not a finished checkpoint of ours, or `repo` is no name of a repository.
+        UsageError: `folder` is neither a finished checkpoint of ours nor an export of one, or `repo` is no name of a repository.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -63,7 +66,12 @@ def parcel(folder: Path, repo: str) -> Parcel:
         ) from error
     if (folder / "state.json").is_file():
         raise UsageError(f"{folder} is a checkpoint in the middle of a run; let the run end and name its folder model")
-    text = card_of(folder)
+    if folder.is_file():
+        raise UsageError(
+            f"{folder} is a file, and only a folder has a card; put it into the folder of its checkpoint, which is sent with it, and name that"
+        )
+    exported = not (folder / "pruning.json").exists() and _is_export(folder / "README.md")
+    text = "" if exported else card_of(folder)
     files, left_out = _ours(folder)
     readme = folder / "README.md"
     new_card = "README.md" not in files
@@ -71,7 +79,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
         files["README.md"] = len(text.encode())
     else:
         text = readme.read_text(encoding="utf-8", errors="replace")
-    if not any(name.endswith(".safetensors") for name in files):
+    if not any(name.endswith(_WEIGHTS) for name in files):
         raise UsageError(f"{folder} holds no weights (*.safetensors); get the folder again")
     notes = []
     if left_out:
@@ -83,6 +91,14 @@ def parcel(folder: Path, repo: str) -> Parcel:
     if "\nlicense:" not in text.partition("\n---")[0]:
         notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
     return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
+
+
+def _is_export(card: Path) -> bool:
+    """Whether it is the card that `export` writes into a folder."""
+    check_regular(card)
+    return (
+        card.is_file() and "\n- adapt-pruner\n" in card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0] + "\n"
+    )
 
 
 def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
@@ -99,7 +115,7 @@ def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
         if any(part.startswith((".", "__pycache__")) for part in name.split("/")):
             continue
         inside = [path, *path.parents][: len(Path(name).parts)]
-        if name not in _WRITTEN | shards and not _TEMPLATE.fullmatch(name):
+        if name not in _WRITTEN | _EXPORTED | shards and not _TEMPLATE.fullmatch(name) and not name.endswith(".gguf"):
             left_out.append(name)
         elif any(part.is_symlink() for part in inside):
             raise UsageError(f"{path} is a link, and what it leads to may be no part of the model; put the file itself there")
