@@ -80,7 +80,7 @@ def test_the_first_notebook_as_written(tmp_path: Path) -> None:
     assert "<iframe srcdoc=" in cells["page"].outputs[-1]["data"]["text/html"]
     dense, small = re.findall(r"perplexity ([\d.]+) ", "".join(said("evaluate")))
     assert 8 < float(dense) < float(small) < 60
-    assert "".join(said("chat")).count("Paris") == 2
+    assert "".join(said("chat")).count("Paris") >= 2
     assert {"small", "small.gguf"} <= {path.name for path in tmp_path.iterdir()}
     assert said("keep")[-1].endswith("folder      small")
 

@@ -263,7 +263,7 @@ def test_the_command_line(ask: Any, folder: Path, tiny_folder: Path, tmp_path: P
     one = json.loads(out)
     assert status == 0
     assert "getting the tasks" in err
-    assert "tiny_choices, request" in err
+    assert "scoring tiny_choices" in err
     assert "perplexity" not in one
     assert [task["metric"] for task in one["tasks"]] == ["acc_norm", "acc", "word_perplexity"]
     assert one["average"]["value"] == pytest.approx(sum(task["value"] for task in one["tasks"][:2]) / 2)

@@ -352,7 +352,9 @@ class Recipe(_Frozen):
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
         calibration = below.get("calibration", {})
-        if below.get("vocabulary") and isinstance(calibration, dict):  # what the model writes would be of its tokens before
+        if (below.get("vocabulary") or below.get("init") == "random") and isinstance(
+            calibration, dict
+        ):  # it cannot write yet, or other tokens
             below["calibration"] = {"source": EVERYWHERE, **calibration}
         return below
 
