@@ -671,7 +671,11 @@ def test_a_lock_that_is_left_behind(live: Lives, place: Path, whole: tuple[Path,
 
 
 def contents(run: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "log.jsonl", "progress.json")}
+    return {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in (".lock", "log.jsonl", "progress.json")
+    }
 
 
 def refused(live: Lives, run: Path, *words: Any) -> str:

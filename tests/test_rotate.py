@@ -295,7 +295,9 @@ def test_a_recipe_slices_to_its_budget(recipe: Recipe, tmp_path: Path) -> None:
     assert sliced_parameters(dense, width + 8) > figures["budget"]
     assert (figures["iterations"], figures["method"]) == (1, "slicegpt")
     assert [event["sizes"] for event in heard if event["event"] == "cut"] == [{"width": width}]
-    assert [event["of"] for event in heard if event["event"] == "progress" and event["phase"] == "score" and event["of"]] == [6] * 6
+    assert [event["of"] for event in heard if event["event"] == "progress" and event["phase"] == "score" and event["of"]] == [
+        6
+    ] * 6
     assert saved.dense_params == count_parameters(dense)
 
     found = anatomy(saved.model, mask=saved.mask, dense_params=saved.dense_params)
