@@ -63,7 +63,7 @@ JOBS: dict[str, dict[str, str]] = {
         "wanda-sp": "prune --params 102.7M --method wanda-sp",
         "flap": "prune --params 102.7M --method flap",
         "start": "prune --params 102.7M --method bypass --set 'reduce=policy_gradient(updates=1,lr=1.0e-9)'",
-        "learned": "prune --params 102.7M --method bypass --set 'reduce=policy_gradient(updates=500)'",
+        "learned": "prune --params 102.7M --method bypass --set 'reduce=policy_gradient(updates=200)'",
     },
     "evopress": {
         "depth": "prune --params 92M --method shortgpt",
