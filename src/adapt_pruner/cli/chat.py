@@ -47,7 +47,7 @@ def chat(
     """
     from dataclasses import asdict
 
-    from adapt_pruner.checkpoint.load import load, locate, pick_device
+    from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
     from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.events import Load
     from adapt_pruner.core.strict_json import to_json
@@ -71,27 +71,20 @@ def chat(
     how: dict[str, Any] = {
         "system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "dtype": dtype,
     }  # fmt: skip
+
+    def loaded_of(name: str) -> Loaded:
+        with screen() as listen:
+            listen.hear(Load(model=name))
+            return load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
+
     if prompt is None:
-        models = {}
-        for name in names:
-            with screen() as listen:
-                listen.hear(Load(model=name))
-                models[name] = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
-        _converse(models, how)
+        _converse({name: loaded_of(name) for name in names}, how)
         return
     streams = against is None and not as_json
     answers: list[dict[str, Any]] = []
     for name in names:
-        with screen() as listen:
-            listen.hear(Load(model=name))
-            loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
-        said = answer(
-            loaded.model,
-            loaded.tokenizer,
-            prompt,
-            on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
-            **how,
-        )
+        loaded = loaded_of(name)
+        said = answer(loaded.model, loaded.tokenizer, prompt, on_text=_say if streams else None, **how)
         answers.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})
     if as_json:
         print(to_json(answers[0] if against is None else {"answers": answers}))
@@ -101,9 +94,14 @@ def chat(
     _print(answers, with_text=not streams)
 
 
+def _say(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
 def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
     """Answer line after line of stdin, by each model, which remembers what it said itself."""
     import sys
+    from functools import partial
 
     from adapt_pruner.core.streams import console
     from adapt_pruner.core.visible import visible
@@ -125,23 +123,15 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
         for name, loaded in models.items():
             if len(models) > 1:
                 told.print(visible(name), style="dim")
+            ask = partial(answer, loaded.model, loaded.tokenizer, line, on_text=_say, **how)
             try:
-                text = answer(
-                    loaded.model,
-                    loaded.tokenizer,
-                    line,
-                    before=said[name],
-                    on_text=lambda piece: print(piece, end="", flush=True),
-                    **how,
-                ).text
+                text = ask(before=said[name]).text
             except UsageError as error:  # what was said fills what the model can read
                 if not said[name]:
                     raise
                 told.print(f"{error}; it forgets what was said", style="dim")
                 said[name].clear()
-                text = answer(
-                    loaded.model, loaded.tokenizer, line, on_text=lambda piece: print(piece, end="", flush=True), **how
-                ).text
+                text = ask(before=[]).text
             print("\n")
             said[name].append((line, text))
 

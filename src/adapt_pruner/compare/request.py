@@ -66,6 +66,12 @@ class Request:
     trust_remote_code: bool = False
 
     @property
+    def _drawn(self) -> dict[str, int]:
+        """How much calibration text is drawn, as far as this request says so."""
+        given = {"samples": self.calibration_samples, "length": self.calibration_length}
+        return {key: value for key, value in given.items() if value is not None}
+
+    @property
     def num_draws(self) -> int:
         """Cells of each method and size."""
         return len(self.calibration_ids) or self.draws
@@ -88,7 +94,7 @@ class Request:
                 raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
             if key == "calibration.source" and self.calibration is not None:
                 raise UsageError(f"{key} is said by --calibration and by --set; leave one of them out")
-        if self.calibration_ids and (self.calibration_samples or self.calibration_length):
+        if self.calibration_ids and self._drawn:
             raise UsageError(
                 "--calibration-ids fix every token, so --calibration-samples and --calibration-length would be ignored; leave them out"
             )
@@ -140,8 +146,7 @@ class Request:
         common: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype}
         if self.calibration is not None:
             common["calibration.source"] = self.calibration
-        given = {"samples": self.calibration_samples, "length": self.calibration_length}
-        common |= {f"calibration.{key}": value for key, value in given.items() if value is not None}
+        common |= {f"calibration.{key}": value for key, value in self._drawn.items()}
         return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:
@@ -178,8 +183,7 @@ class Request:
             ]  # fmt: skip
             words += ["--calibration-ids", ids] if ids else []
             words += ["--calibration", self.calibration] if self.calibration is not None else []
-            given = (("--calibration-samples", self.calibration_samples), ("--calibration-length", self.calibration_length))
-            words += [word for option, value in given if value is not None for word in (option, str(value))]
+            words += [word for key, value in self._drawn.items() for word in (f"--calibration-{key}", str(value))]
             quiet = () if any(text.startswith("evaluation.prompts") for text in self.overrides) else (_UNASKED,)
             words += [word for override in (*self.overrides, *quiet) for word in ("--set", override)]
             words += ["--trust-remote-code"] if self.trust_remote_code else []

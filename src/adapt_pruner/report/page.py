@@ -271,14 +271,13 @@ def _answers(figures: Figures) -> str:
     """Each prompt with the answers of the model at the start and of the model now, beside each other."""
     if not figures.answers:
         return ""
-    names = [(one, figures.begun if one.stage == 0 else "now") for one in (figures.answers[0], figures.answers[-1])]
+    by_name = {
+        figures.begun if one.stage == 0 else "now": {said["prompt"]: said["text"] for said in one.answers}
+        for one in figures.answers
+    }
     said = ""
     for number, prompt in enumerate(answer["prompt"] for answer in figures.answers[-1].answers):
-        texts = [
-            (name, one.answers[number]["text"])
-            for one, name in dict(zip((name for _, name in names), names, strict=True)).values()
-            if number < len(one.answers) and one.answers[number]["prompt"] == prompt
-        ]
+        texts = [(name, answers[prompt]) for name, answers in by_name.items() if prompt in answers]
         cells = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(text) or '(nothing)'}</dd></div>" for name, text in texts)
         said += f'<figure class="said" id="said-{number + 1}"><figcaption>{escaped(prompt)}</figcaption><dl>{cells}</dl></figure>'
     return said + '<p class="legend">The likeliest token each time, cut off at 48 tokens.</p>'
