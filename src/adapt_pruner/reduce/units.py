@@ -348,6 +348,8 @@ def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
     total = work.num_params
     reached, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
     while not keep or total > keep:
+        if not keep:  # axes cost more than the model has where a channel and a neuron own a weight together
+            total = max(total, sum(axis.size * axis.cost for axis in left))
         alike = {axis.name: torch.zeros(axis.entries) for axis in (*work.axes, *left)}
         sizes, debt = choose(alike, left, Budget(keep=keep, total=total), debt=debt)
         if all(sizes[axis.name] == axis.size for axis in left):
