@@ -399,6 +399,23 @@ def test_an_unexpected_fault_is_still_a_sentence(ask: Any, monkeypatch: pytest.M
     assert "unexpected ZeroDivisionError: of ours" in one_sentence(err)
 
 
+def test_an_interrupt_that_python_drops_comes_again(ask: Any, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    class Group:  # as in regex, which transformers compiles patterns with
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def slow(*_: Any, **__: Any) -> None:
+        Group()
+        time.sleep(5)
+        went_on.append(True)
+
+    went_on: list[bool] = []
+
+    monkeypatch.setattr("adapt_pruner.checkpoint.load.load", slow)
+    status, _, err = ask("inspect", tiny_folder)
+    assert (status, went_on, "interrupted" in one_sentence(err)) == (1, [], True)
+
+
 @pytest.mark.parametrize("when", ["scoring", "training", "start"])
 def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """A real SIGINT while it scores, while it trains, and while it starts."""

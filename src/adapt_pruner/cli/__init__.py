@@ -3,9 +3,11 @@
 Results go to stdout, everything else goes to stderr.
 """
 
+import _thread
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -129,6 +131,7 @@ def main() -> None:
         signal.signal(sent, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which a terminal sends when it closes, and nohup has ignored
         signal.signal(signal.SIGHUP, _interrupt)
+    before, sys.unraisablehook = sys.unraisablehook, _lost
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
@@ -145,6 +148,8 @@ def main() -> None:
         if status == _SIGINT_STATUS:
             _stop(_INTERRUPTED, 1)
         sys.exit(status if isinstance(status, int) else 0)
+    finally:
+        sys.unraisablehook = before
 
 
 _interrupts: list[object] = []
@@ -156,6 +161,18 @@ def _interrupt(sent: object, _: object) -> None:
     _interrupts.append(sent)
     if not again or sent == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def _lost(told: Any) -> None:
+    """Interrupt again where an interrupt came in code whose errors Python drops, such as a library's `__del__`."""
+    if not issubclass(told.exc_type, KeyboardInterrupt) or not _interrupts:
+        sys.__unraisablehook__(told)
+        return
+    sent = _interrupts[-1]
+    _interrupts.clear()
+    again = threading.Timer(0.05, _thread.interrupt_main, (sent,))  # an error raised here would be dropped, too
+    again.daemon = True
+    again.start()
 
 
 _LONGEST = 1000  # characters of a sentence
