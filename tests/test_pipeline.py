@@ -68,8 +68,14 @@ def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> No
 
     # linear parameter targets, each met from below within one neuron
     targets = stage_targets(dense, int(dense * 0.7), 3)
-    evaluations = [event for event in heard if event["event"] == "evaluation"]
-    assert [event["stage"] for event in evaluations] == [0, 1, 2, 3]
+    measured = [event for event in heard if event["event"] == "evaluation"]
+    assert [(event["stage"], event["after_cuts"]) for event in measured] == [
+        (0, False), *((stage, cut) for stage in (1, 2, 3) for cut in (True, False))
+    ]  # fmt: skip
+    evaluations = [event for event in measured if not event["after_cuts"]]
+    cut = figures["perplexities_after_cuts"]
+    assert cut == [None, *(event["perplexity"] for event in measured if event["after_cuts"])]
+    assert all(after > trained for after, trained in zip(cut[1:], figures["perplexities"][1:], strict=True))
     for target, event in zip(targets, evaluations[1:], strict=True):
         assert target - neuron < event["params"] <= target
 

@@ -57,6 +57,7 @@ def run(
     from adapt_pruner import recipe as recipes
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
+    from adapt_pruner.cli.tables import said_perplexities
     from adapt_pruner.core import world
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.words import millions, span
@@ -90,10 +91,7 @@ def run(
     if "nonzero_after" in figures:
         print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
-        print(
-            "perplexity on held-out text: "
-            + " → ".join("–" if value is None else f"{value:.2f}" for value in figures["perplexities"])
-        )
+        print(f"perplexity on held-out text: {said_perplexities(figures)}")
     stale = (None,) if outcome is None else (None, before)  # the report may have failed, and that of an earlier stop be there
     report = f", the report {page}" if _stamp(page) not in stale else ""
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")

@@ -100,6 +100,7 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
 
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
+    from adapt_pruner.cli.tables import said_perplexities
     from adapt_pruner.core.words import compact, millions, span
 
     model = out / "model"
@@ -107,9 +108,8 @@ def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
         f"{millions(figures['params_before'])} → {millions(figures['params_after'])} parameters, trained on "
         f"{compact(figures['trained_tokens'])} tokens, in {span(figures['seconds'])}"
     )
-    measured = ["–" if value is None else f"{value:.2f}" for value in figures.get("perplexities") or []]
-    if measured:
-        print(f"perplexity on held-out text: {' → '.join(measured)}")
+    if figures.get("perplexities"):
+        print(f"perplexity on held-out text: {said_perplexities(figures)}")
     print(f"saved {model}; its page is {out / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: adapt-pruner chat {model}")
     if isinstance(recipe.evaluation.source, str):

@@ -1,6 +1,7 @@
 """Results as tables on stdout. No number is ever broken: where a terminal is too narrow for a table, each row becomes a paragraph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +9,7 @@ from rich.table import Table
 from adapt_pruner.core.streams import console, fitted, wrapped
 from adapt_pruner.core.visible import visible
 
-__all__ = ["print_table"]
+__all__ = ["print_table", "said_perplexities"]
 
 _GAP = 2  # columns between two of a table
 _WORDS = 24  # columns that words get at least, where they have as many
@@ -60,3 +61,14 @@ def _print_paragraphs(out: Console, header: Sequence[str], rows: Sequence[Sequen
             out.print(line, soft_wrap=True)
         for line in fitted(numbers, out.width - _GAP):
             out.print(" " * _GAP + line, soft_wrap=True)
+
+
+def said_perplexities(figures: Mapping[str, Any]) -> str:
+    """A run's perplexities at the start and after each stage, with that after the stage's cuts: `28.50 → 61.20 after the cuts → 32.10`."""
+    untrained = figures.get("perplexities_after_cuts") or []
+    said = []
+    for stage, value in enumerate(figures["perplexities"]):
+        cut = untrained[stage] if stage < len(untrained) else None
+        said += [] if cut is None else [f"{cut:.2f} after the cuts"]
+        said.append("–" if value is None else f"{value:.2f}")
+    return " → ".join(said)

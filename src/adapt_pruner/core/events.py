@@ -430,11 +430,12 @@ class Step(Event):
 class Evaluation(Event):
     """The perplexity of held-out text was measured after a stage, 0 for the model at the start; what else is as `evaluate.perplexity` has it.
 
-    In JSON a perplexity of infinity is None.
+    In JSON a perplexity of infinity is None. Where a stage trains, there is one `after_cuts`, before that training, too.
     """
 
     event: Literal["evaluation"] = "evaluation"
     stage: Count
+    after_cuts: bool = False
     params: Count | None = None
     perplexity: float | None = None
     nll: float | None = None
@@ -451,9 +452,12 @@ class Evaluation(Event):
             return ""
         value = math.inf if self.perplexity is None else self.perplexity
         judged = "".join(f", {name} {figure:.4g}" for name, figure in self.judged.items())
-        return f"{_whose(self.stage, begun)}: perplexity {value:.2f}{judged} on held-out text, {millions(self.params)} parameters"
+        whose = _whose(self.stage, begun) + (" after the cuts" if self.after_cuts else "")
+        return f"{whose}: perplexity {value:.2f}{judged} on held-out text, {millions(self.params)} parameters"
 
     def figures(self) -> dict[str, float]:
+        if self.after_cuts:
+            return {f"{name}_after_cuts": value for name, value in self._those("perplexity").items()}
         return self._those("perplexity", "params") | self.judged | {f"nll/{text}": nll for text, nll in self.by_text.items()}
 
 

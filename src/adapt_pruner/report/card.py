@@ -316,7 +316,12 @@ def _perplexities(
     params[-1] = figures["params_after"]
     names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
     lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
+    untrained = [figures.get(f"{key}_after_cuts") or [] for key in ("perplexities", "bits_per_byte")]
     for index, (name, size, measured) in enumerate(zip(names, params, perplexities, strict=True)):
+        cut, bits_of_cut = (known[index] if index < len(known) else None for known in untrained)
+        if cut is not None:
+            where = "" if len(perplexities) == 2 else f", stage {index}"
+            lines.append(f"| pruned, after the cuts{where} | {size:,} | {_figure(cut, 2)} | {_figure(bits_of_cut, 4)} |")
         per_byte = bits[index] if index < len(bits) else None
         lines.append(f"| {name} | {size:,} | {_figure(measured, 2)} | {_figure(per_byte, 4)} |")
     yield "\n".join(lines)

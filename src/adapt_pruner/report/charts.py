@@ -475,18 +475,33 @@ def training(figures: Figures) -> list[Lines]:
 
 
 def perplexities(figures: Figures) -> Lines | None:
-    """Perplexity on held-out text after each stage, the model at the start first, over the parameters; None below two."""
-    points = sorted(
-        (float(one.params), one.perplexity, f"stage {one.stage}" if one.stage else figures.begun)
-        for one in figures.evaluations
-        if one.perplexity is not None and one.params
-    )
-    if len(points) < 2:
+    """Perplexity on held-out text after each stage, the model at the start first, over the parameters; None below two.
+
+    Where stages train there is a second line: what it was after the cuts.
+    """
+    lines: list[Series] = []
+    for called, measured in (
+        ("after training" if figures.steps else "perplexity", figures.evaluations),
+        ("after the cuts", figures.untrained),
+    ):
+        points = sorted(
+            (float(one.params), one.perplexity, f"stage {one.stage}" if one.stage else figures.begun)
+            for one in measured
+            if one.perplexity is not None and one.params
+        )
+        if points:
+            labels = [name for *_, name in points] if not lines else []
+            lines.append(Series(called, [(x, y) for x, y, _ in points], dots=True, labels=labels))
+    if not lines or len(lines[0].points) < 2:
         return None
+    after = (
+        "after the stage’s cuts and after its training"
+        if figures.untrained
+        else f"after the stage’s {'training' if figures.steps else 'cuts'}"
+    )
     return Lines(
-        "perplexity", "Perplexity after each stage", f"On held-out text, after the stage’s {'training' if figures.steps else 'cuts'}; lower is better.",
-        [Series("perplexity", [(x, y) for x, y, _ in points], dots=True, labels=[name for *_, name in points])],
-        "parameters", "perplexity", "params", "perplexity", falls=True,
+        "perplexity", "Perplexity after each stage", f"On held-out text, {after}; lower is better.", lines,
+        "parameters", "perplexity", "params", "perplexity", falls=True, log=bool(figures.untrained),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.searched import Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import shots
+from adapt_pruner.core.words import shots, shown
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
@@ -95,6 +95,7 @@ class Figures:
     cuts: list[Cut]
     steps: list[Trained]
     evaluations: list[Evaluation]
+    untrained: list[Evaluation]
     tasks: list[Tasks]
     answers: list[Answered]
     searched: list[Searched]
@@ -127,7 +128,9 @@ def figures_of(record: Record) -> Figures:
     starts = record.of(Start)
     called = starts[0].begun if starts else "dense"
     began, states = _anatomy(record, notes, called)
-    evaluations, tasks = _by_stage(record.of(Evaluation)), _by_stage(record.of(Tasks))
+    measured, tasks = record.of(Evaluation), _by_stage(record.of(Tasks))
+    evaluations = _by_stage([event for event in measured if not event.after_cuts])
+    untrained = _by_stage([event for event in measured if event.after_cuts])
     figures = record.figures
     target = figures.get("budget") or (starts[-1].target if starts else None)
     return Figures(
@@ -137,18 +140,19 @@ def figures_of(record: Record) -> Figures:
         status=record.status,
         target=target,
         begun=called,
-        rows=_headline(record, cuts, evaluations, tasks, called),
+        rows=_headline(record, cuts, evaluations, untrained, tasks, called),
         began=began,
         states=states,
         cuts=cuts,
         steps=_steps(record.events),
         evaluations=evaluations,
+        untrained=untrained,
         tasks=tasks,
         answers=_by_stage(record.of(Answered)),
         searched=record.of(Searched),
         mixed=record.of(Mixed),
         seconds=_seconds(record, notes),
-        tokens=_tokens(record, cuts, evaluations),
+        tokens=_tokens(record, cuts, [*evaluations, *untrained]),
         wall=_wall(record.events),
         peak_bytes=max((step.peak_bytes for step in record.of(Step) if step.peak_bytes), default=figures.get("peak_bytes")),
         asked={name.rpartition(".")[2] for cut in record.of(events.Cut) for name in cut.sizes or ()},
@@ -291,14 +295,19 @@ def _grouped(cuts: Sequence[events.Cut], states: Sequence[State], *, most: int =
 
 
 def _headline(
-    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation], tasks: Sequence[Tasks], called: str
+    record: Record,
+    cuts: Sequence[Cut],
+    evaluations: Sequence[Evaluation],
+    untrained: Sequence[Evaluation],
+    tasks: Sequence[Tasks],
+    called: str,
 ) -> list[Row]:
     """Counts of the model that the run was given, and measures of it once tokens that were to go had gone."""
     starts = record.of(Start)
     given = starts[0].given if starts else "dense"
     return [
         *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
-        *(replace(row, begun=called) for row in [*_measures(cuts, evaluations), *_task_rows(tasks)]),
+        *(replace(row, begun=called) for row in [*_measures(cuts, evaluations, untrained), *_task_rows(tasks)]),
     ]
 
 
@@ -329,14 +338,16 @@ def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> lis
     return [row for row in rows if row.before is not None or row.now is not None]
 
 
-def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> list[Row]:
+def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], untrained: Sequence[Evaluation]) -> list[Row]:
     rows = []
     if evaluations:
         first = evaluations[0] if evaluations[0].stage == 0 else None
         last = evaluations[-1] if evaluations[-1].stage else None
         when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
+        cut = next((one.perplexity for one in untrained if last and one.stage == last.stage), None)
+        trained = "" if cut is None else f"; {shown(cut, 'perplexity')} after the cuts"
         for name, key, form, note in (
-            ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
+            ("perplexity", "perplexity", "perplexity", f"on held-out text{when}{trained}"),
             ("bits per byte", "bits_per_byte", "bits", ""),
         ):
             rows.append(Row(name, getattr(first, key, None), getattr(last, key, None), form, note))

@@ -56,6 +56,8 @@ def ahead(work: Work, *, writes: tuple[int, ...] = ()) -> Planned:
         if not (state.pruned and stage.stage == state.stage):
             for phase, flops, times in _reducing(work, stage, now, setup):
                 add(phase, stage.stage, flops, times=times, repeats=True)
+            if held_out and stage.tokens:
+                add("evaluate", stage.stage, held_out * operations(of, read, kind="read"))
         if stage.tokens:
             add("save", stage.stage)
             add("train", stage.stage, left * operations(of, setup, kind="train"))

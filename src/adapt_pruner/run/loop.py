@@ -57,11 +57,14 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         measure_text(work, stage=0)
         measure_tasks(work, stage=0)
         measure_answers(work, stage=0)
+        state.figures["seconds_measuring"] = state.spent["evaluate"]
     for stage in work.stages[state.stage - 1 :]:
         state.stage = stage.stage
         went_on, steps = state.pruned, state.progress.steps
         if not state.pruned:
             reduce(work, stage, trainer)
+            if stage.tokens:
+                measure_text(work, stage=stage.stage, after_cuts=True)
             state.pruned = True
             trainer.begin_stage()
         trainer.train(until=work.reads.ends[stage.stage - 1] if work.reads.ends else 0)

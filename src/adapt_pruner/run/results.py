@@ -55,8 +55,11 @@ def measure_calibration(work: Work) -> None:
         work.state.figures["calibration_losses"] = [*work.state.figures.get("calibration_losses", []), loss]
 
 
-def measure_text(work: Work, *, stage: int) -> None:
-    """Measure the perplexity on the recipe's held-out text, if it names one; `stage` 0 is the model at the start."""
+def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
+    """Measure the perplexity on the recipe's held-out text, if it names one; `stage` 0 is the model at the start.
+
+    With `after_cuts` the model has been cut, and most of the training is still to come, and its figures go by names of their own.
+    """
     reads, figures = work.reads, work.state.figures
     if not reads.held_out:
         return
@@ -66,12 +69,12 @@ def measure_text(work: Work, *, stage: int) -> None:
             texts=reads.held_out_texts, on_window=work.progress("evaluate", stage=stage),
         )  # fmt: skip
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
-        known = figures.setdefault(name, [])
+        known = figures.setdefault(f"{name}_after_cuts" if after_cuts else name, [])
         known += [None] * (stage - len(known))  # of stages that went before somebody asked for it
         known.append(figure)
-    if measured.judged:
+    if measured.judged and not after_cuts:
         figures["judged"] = [*figures.get("judged", []), {"stage": stage, **measured.judged}]
-    work.tell(Evaluation(stage=stage, params=work.num_params, **measured.told()))
+    work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, **measured.told()))
 
 
 def measure_tasks(work: Work, *, stage: int) -> None:
