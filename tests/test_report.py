@@ -130,6 +130,8 @@ def test_figures_are_those_of_the_run(finished: Path) -> None:
     )
     assert rows["weights on disk"].now == (finished / "model" / "model.safetensors").stat().st_size
     assert (rows["perplexity"].before, rows["perplexity"].now) == (own["perplexities"][0], own["perplexities"][-1])
+    assert rows["perplexity"].after_cuts == own["perplexities_after_cuts"][-1]
+    assert f"{shown(rows['perplexity'].after_cuts, 'perplexity')} by the cuts and to" in page.page(record)
     assert figures.seconds["train"] == own["seconds_train"]
     assert sum(figures.seconds.values()) == pytest.approx(own["seconds"])
     assert figures.tokens["train"] == own["trained_tokens"]

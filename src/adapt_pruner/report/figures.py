@@ -12,7 +12,7 @@ from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.searched import Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import shots, shown
+from adapt_pruner.core.words import shots
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
@@ -28,7 +28,7 @@ _INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # w
 class Row:
     """A line of the headline: what is measured, of the model at the start and of the model now; None where it is not known.
 
-    `begun` is what the model at the start is called (see `events.Start`).
+    `begun` is what the model at the start is called (see `events.Start`); `after_cuts` is the measure before the last stage's training.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Row:
     form: str
     note: str = ""
     begun: str = "dense"
+    after_cuts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -344,13 +345,13 @@ def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], untrained:
         first = evaluations[0] if evaluations[0].stage == 0 else None
         last = evaluations[-1] if evaluations[-1].stage else None
         when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
-        cut = next((one.perplexity for one in untrained if last and one.stage == last.stage), None)
-        trained = "" if cut is None else f"; {shown(cut, 'perplexity')} after the cuts"
+        cut = next((one for one in untrained if last and one.stage == last.stage), None)
         for name, key, form, note in (
-            ("perplexity", "perplexity", "perplexity", f"on held-out text{when}{trained}"),
+            ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
             ("bits per byte", "bits_per_byte", "bits", ""),
         ):
-            rows.append(Row(name, getattr(first, key, None), getattr(last, key, None), form, note))
+            before, now, between = (getattr(one, key, None) for one in (first, last, cut))
+            rows.append(Row(name, before, now, form, note, after_cuts=between))
     return [row for row in rows if row.before is not None or row.now is not None]
 
 

@@ -205,7 +205,9 @@ def _lead(figures: Figures, before: float | None, now: float | None) -> str:
     row = next((row for row in figures.rows if row.name == "perplexity"), None)
     if row and row.before and row.now:
         said.append(
-            f"Perplexity {row.note} went from {shown(row.before, 'perplexity')} to {shown(row.now, 'perplexity')} ({shown(row.now / row.before, 'ratio')})"
+            f"Perplexity {row.note} went from {shown(row.before, 'perplexity')} to "
+            + ("" if row.after_cuts is None else f"{shown(row.after_cuts, 'perplexity')} by the cuts and to ")
+            + f"{shown(row.now, 'perplexity')}{' by training' if row.after_cuts is not None else ''} ({shown(row.now / row.before, 'ratio')})"
         )
     if figures.status != "finished" and figures.target and now and now > figures.target:
         said.append(f"It is on its way to {shown(figures.target, 'params')}")
@@ -223,7 +225,8 @@ def _tile(row: Row) -> str:
         better = percent > 0 if row.form in ("speed", "right") else percent < 0
         tone = "good" if better else "bad" if abs(percent) > 0.0005 else ""
         change = f' <b class="{tone}">{percent:+.1%}</b>'.replace("-", "−")
-    note = f'<dd class="note">{escaped(row.note)}</dd>' if row.note else ""
+    said = [row.note, f"{shown(row.after_cuts, row.form)} after the cuts" if row.after_cuts is not None else ""]
+    note = f'<dd class="note">{escaped("; ".join(filter(None, said)))}</dd>' if any(said) else ""
     now = shown(row.now, row.form) if row.now is not None else "not yet"
     return f'<div class="tile"><dt>{escaped(row.name)}</dt><dd class="now">{now}</dd><dd class="was">{row.begun} {shown(row.before, row.form)}{change}</dd>{note}</div>'
 
