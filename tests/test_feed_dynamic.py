@@ -80,6 +80,23 @@ def test_rows_are_drawn_by_the_shares_and_all_before_any_again(texts: tuple[str,
     assert len(set(later[8 - len(first) :])) == 12 - 8 + len(first)
 
 
+def test_a_text_that_gains_gives_rows_beyond_its_share(texts: tuple[str, str], tmp_path: Path) -> None:
+    rows = training_rows(
+        byte_tokenizer(),
+        dict.fromkeys(texts, 1.0),
+        length=16,
+        tokens=16 * 6,
+        seed=0,
+        warn=print,
+        moving=True,
+        cache=tmp_path / "c",
+    )
+    assert len(rows) == 6
+    feed = Dynamic(rows, references=references(tmp_path, dict(zip(texts, (1.0, 500.0), strict=True))), every=1, floor=0.0)
+    feed.tell({texts[0]: (300.0, 100.0), texts[1]: (300.0, 100.0)})
+    assert len(set(letters_of(feed.take(6)))) == 6, "three of the text were in the order of the start"
+
+
 def test_a_feed_goes_on_from_its_state(texts: tuple[str, str], tmp_path: Path) -> None:
     one, other = (feed_of(texts, tmp_path, every=2) for _ in range(2))
     for _ in range(3):

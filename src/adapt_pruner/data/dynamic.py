@@ -2,10 +2,12 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import Event
@@ -54,7 +56,8 @@ class Dynamic(Fixed):
 
             w_i ← w_i · exp(η (l_i - r_i)), brought to sum 1;  w_i ← (1 - c) w_i + c / n, brought to sum 1
 
-        Each row is of a text drawn by w. No row of a text is read twice before all of them have been read once.
+        Each row is of a text drawn by w. No row of a text is read twice before all of it has been read once, which is more of it than its
+        share at the start asks for, where there is more.
 
         Raises:
             UsageError: there is one text only, or the references are not a number for each of the texts.
@@ -64,18 +67,20 @@ class Dynamic(Fixed):
         """
         super().__init__(rows)
         self._every, self._eta, self._floor, self._seed = every, eta, floor, seed
-        self._places: dict[str, list[int]] = {}
-        for place, name in enumerate(rows.domains(0, len(rows))):
-            self._places.setdefault(name, []).append(place)
-        if len(self._places) < 2:
+        self._numbers = rows.by_text()
+        self._again: dict[
+            str, tuple[int, NDArray[np.int64]]
+        ] = {}  # of a text that is read again: how often it was, and its order
+        if len(self._numbers) < 2:
             raise UsageError(
                 "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"
             )
-        self._references = _references(references, sorted(self._places), size)
+        self._references = _references(references, sorted(self._numbers), size)
         self._steps = 0
-        self._taken = dict.fromkeys(self._places, 0)
-        self._weights = {name: len(places) / len(rows) for name, places in self._places.items()}
-        self._sums = {name: [0.0, 0.0] for name in self._places}
+        self._taken = dict.fromkeys(self._numbers, 0)
+        begun = Counter(rows.domains(0, len(rows)))
+        self._weights = {name: begun[name] / len(rows) for name in self._numbers}
+        self._sums = {name: [0.0, 0.0] for name in self._numbers}
         self._news: list[Event] = []
 
     def take(self, num_rows: int) -> Span:
@@ -85,18 +90,20 @@ class Dynamic(Fixed):
         chosen = []
         for number in range(self._next, stop):
             name = random.Random(f"{self._seed} {number}").choices(names, weights=[self._weights[one] for one in names])[0]
-            chosen.append(self._place(name))
+            chosen.append(self._number(name))
             self._taken[name] += 1
         self._next = stop
-        return Span(self._rows.reordered(chosen), 0, len(chosen))
+        return Span(self._rows.picked(chosen), 0, len(chosen))
 
-    def _place(self, name: str) -> int:
-        """Where the next row of a text is; each time that all have been read their order is drawn anew."""
-        places = self._places[name]
-        time, index = divmod(self._taken[name], len(places))
-        if time:
-            places = random.Random(f"{self._seed} {name} {time}").sample(places, len(places))
-        return places[index]
+    def _number(self, name: str) -> int:
+        """The number of a text's next row; each time that all have been read their order is drawn anew."""
+        time, index = divmod(self._taken[name], len(self._numbers[name]))
+        if not time:
+            return int(self._numbers[name][index])
+        if self._again.get(name, (0,))[0] != time:
+            draw = np.random.default_rng([self._seed, list(self._numbers).index(name), time])
+            self._again[name] = (time, draw.permutation(self._numbers[name]))
+        return int(self._again[name][1][index])
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
         """Add up the losses of a step; every m steps move the shares."""
@@ -116,7 +123,7 @@ class Dynamic(Fixed):
         self._news.append(
             Mixed(step=self._steps, tokens=self._rows.num_tokens(0, self._next), shares=dict(self._weights), losses=means)
         )
-        self._sums = {name: [0.0, 0.0] for name in self._places}
+        self._sums = {name: [0.0, 0.0] for name in self._numbers}
 
     def news(self) -> list[Event]:
         """The changes of the shares since this was last asked."""

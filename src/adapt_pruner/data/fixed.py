@@ -70,9 +70,19 @@ class Rows:
         """The SPEC of the text that each of rows `start` to `stop` comes from."""
         return [self._names[self._store_of(number)] for number in self._order[start:stop]]
 
-    def reordered(self, places: Sequence[int]) -> "Rows":
-        """The rows at these places of the order, in this order."""
-        return Rows(self._stores, self._order[np.asarray(places, dtype=np.int64)], names=self._names)
+    def by_text(self) -> dict[str, NDArray[np.int64]]:
+        """SPEC of a text -> the numbers of its rows: each in the order once, and then those that are there besides."""
+        numbers = {}
+        for which, name in enumerate(self._names):
+            first, end = self._first[which], self._first[which + 1]
+            ordered, at = np.unique(self._order[(self._order >= first) & (self._order < end)], return_index=True)
+            besides = np.setdiff1d(np.arange(first, end), ordered, assume_unique=True)
+            numbers[name] = np.concatenate([ordered[np.argsort(at)], besides])
+        return numbers
+
+    def picked(self, numbers: Sequence[int]) -> "Rows":
+        """The rows with these numbers, in this order."""
+        return Rows(self._stores, np.asarray(numbers, dtype=np.int64), names=self._names)
 
     def digest(self) -> str:
         """A fingerprint of all rows and their order."""
@@ -165,6 +175,7 @@ def training_rows(
     seed: int,
     warn: Callable[[str], None],
     repeat: bool = True,
+    moving: bool = False,
     cache: Path | None = None,
 ) -> Rows:
     """As many rows as hold `tokens` tokens of a text or a mixture, tokenised once and kept on disk.
@@ -179,6 +190,7 @@ def training_rows(
         tokens: of the whole run; the last row may pass this number.
         warn: told in one sentence of repeated texts, conversations left out and a damaged store.
         repeat: whether a text may be repeated.
+        moving: whether the shares of a mixture may move: each text then has rows for all `tokens` besides, if it is so long.
         cache: see `data.store.stored`.
 
     Raises:
@@ -193,7 +205,7 @@ def training_rows(
                 "training.source 'self' would train the model on its own text; 'self' is for calibration only, name a text"
             )
         asked = max(1, round(tokens * share))
-        store = tokenised(tokenizer, spec, length=length, asked=asked, cache=cache, warn=warn)
+        store = tokenised(tokenizer, spec, length=length, asked=tokens if moving else asked, cache=cache, warn=warn)
         there = len(store.ids)
         if there < asked:
             short = f"the training text {spec!r} has {there:,} tokens in rows of {length} and {asked:,} are asked for"

@@ -39,9 +39,18 @@ class TextTask(Task, Protocol):
         """A function from the number of an iteration to its batches; see `data.windows.calibration_feed`."""
 
     def rows(
-        self, tokenizer: Any, source: Source, *, length: int, tokens: int, seed: int, repeat: bool, warn: Callable[[str], None]
+        self,
+        tokenizer: Any,
+        source: Source,
+        *,
+        length: int,
+        tokens: int,
+        seed: int,
+        repeat: bool,
+        warn: Callable[[str], None],
+        moving: bool = False,
     ) -> Rows:
-        """All rows of a run's training; see `data.fixed.training_rows`."""
+        """All rows of a run's training; see `data.fixed.training_rows`. Only a feed that wants losses asks for `moving`."""
 
     def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
         """The batches that the model is measured on, by the SPEC of their text; see `data.windows.held_out_by_text`."""

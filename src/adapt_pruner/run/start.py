@@ -236,8 +236,9 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
         own = _own_text(work, folder, begun=begun) if write else []
     if write:
         work.begins("read")  # the model may have written in between
-    rows = _rows(work)
-    feed: Feed | None = None if rows is None else parts.bind("feed", recipe.training.feed, seed=recipe.seed)(rows)
+    make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
+    rows = _rows(work, moving=getattr(make_feed.func, "wants_losses", False))
+    feed: Feed | None = None if rows is None else make_feed(rows)
     begins_with, by_text = calibration(0), _held_out(work)
     held_out = [window for windows in by_text.values() for window in windows]
     batch_rows = recipe.training.batch_tokens // recipe.training.length
@@ -402,7 +403,8 @@ def _digest(batches: list[Tensor]) -> str:
     return hashlib.sha256(to_json([batch.tolist() for batch in batches]).encode()).hexdigest()
 
 
-def _rows(work: Work) -> Rows | None:
+def _rows(work: Work, *, moving: bool) -> Rows | None:
+    """All rows of the training; with `moving` those, too, that are read if the shares of a mixture move."""
     asked, source = work.recipe.training, work.recipe.training.source
     if source is None:
         return None
@@ -410,7 +412,7 @@ def _rows(work: Work) -> Rows | None:
     def read_rows() -> Rows:
         return work.task.rows(
             work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
-            warn=work.warn,
+            warn=work.warn, **({"moving": True} if moving else {}),
         )  # fmt: skip
 
     rows: list[Rows] = []
