@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
+MINUTES := 8
 
 .PHONY: demo docs test check format fuzz golden matrix common-tests ladder ladder-quick clean help
 
 help:
-	@echo "make demo    prune a real language model, train it in between, and compare (8 to 25 minutes on two cores)"
+	@echo "make demo    make a real language model smaller in eight minutes, or in others: make demo MINUTES=30"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
 	@echo "make golden  compare what this code computes with another commit's, to the last bit: make golden BASE=6fb363c"
@@ -30,15 +31,10 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	@rm -rf $(DEMO)
-	@echo "== 1 of 3: prune to 105 M parameters, without training"
-	$(BIN)/adapt-pruner run smollm2-demo -o $(DEMO)/pruned --set stages=1 --set training.source=null --set training.tokens=0
-	@echo "== 2 of 3: prune in stages, with training between them"
-	$(BIN)/adapt-pruner run smollm2-demo -o $(DEMO)/recovered
-	@echo "== 3 of 3: dense, pruned, pruned and recovered, side by side on held-out text"
-	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/pruned/model $(DEMO)/recovered/model --text python-docs:heldout --max-windows 8 --dtype auto
+	$(BIN)/adapt-pruner shrink $(MODEL) --params 105M --minutes $(MINUTES) -o $(DEMO)
 	@echo
-	@echo "the checkpoint is $(DEMO)/recovered/model; any tool loads it with"
-	@echo "  AutoModelForCausalLM.from_pretrained('$(DEMO)/recovered/model', trust_remote_code=True)"
+	@echo "== beside the dense model, on text that neither was trained on here"
+	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/model --text python-docs:heldout --max-windows 8 --dtype auto
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

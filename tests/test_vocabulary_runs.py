@@ -24,7 +24,7 @@ from adapt_pruner.report.record import read_record
 from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.training import Trainer
-from conftest import read_json, tiny_model
+from conftest import assert_same_model, break_off, read_json, tiny_model
 from strangers import ask_a_stranger
 from test_pipeline import Heard
 from test_vocabulary import byte_level
@@ -190,6 +190,19 @@ def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp
         prune(recipe_of(folder, text_file, training=training | {"teacher": str(folder)}), tmp_path / "out")
 
 
+def test_the_model_writes_its_calibration_text_with_the_tokens_that_stay(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = recipe_of(
+        folder, text_file, method="adapt-pruner", calibration={"samples": 4, "length": 16}, budget="50%", checkpoint_minutes=0
+    )
+    assert asked.calibration.source == "self"
+    run(asked, tmp_path / "whole")
+    written = read_json(next((tmp_path / "whole").rglob("calibration_self.json")))["input_ids"]
+    assert {max(row) < 400 for row in written} == {True}
+    break_off(asked, tmp_path / "run", kind="cut", nth=1)
+    run(asked, tmp_path / "run")
+    assert_same_model(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -198,7 +211,6 @@ def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp
         ({"vocabulary": {"source": "x.txt", "keep": 400, "min_uses": 3}}, "takes either keep or min_uses; set one of them"),
         ({"vocabulary": {"source": "x.txt", "kep": 400}}, "did you mean 'keep'"),
         ({"calibration": {"ids": "ids.json"}}, r"calibration\.ids are numbers of tokens before the vocabulary"),
-        ({"calibration": {"source": "self"}}, "is text of the model before its vocabulary is pruned"),
         ({"vocabulary": {"source": "missing.txt", "keep": 400}}, "missing.txt"),
         ({"vocabulary": {"source": "python-docs", "keep": 4000}}, r"keep 4,000 is not below the 713 tokens"),
     ],

@@ -352,9 +352,7 @@ class Recipe(_Frozen):
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
         calibration = below.get("calibration", {})
-        if (below.get("vocabulary") or below.get("init") == "random") and isinstance(
-            calibration, dict
-        ):  # it cannot write yet, or other tokens
+        if below.get("init") == "random" and isinstance(calibration, dict):  # it cannot write yet
             below["calibration"] = {"source": EVERYWHERE, **calibration}
         return below
 
@@ -470,10 +468,6 @@ class Recipe(_Frozen):
         remedy = "prune the vocabulary first, in a run of its own"
         if self.calibration.ids is not None:
             raise ValueError(f"calibration.ids are numbers of tokens before the vocabulary is pruned; name a text, or {remedy}")
-        if SELF in domains(self.calibration.source):
-            raise ValueError(
-                f"calibration.source 'self' is text of the model before its vocabulary is pruned; name a text, or {remedy}"
-            )
         if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
             raise ValueError(
                 f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary "
