@@ -3,16 +3,22 @@
     python benchmarks/pictures.py terminal COMMAND …        # runs it and draws docs/terminal.svg
     python benchmarks/pictures.py page RUN_DIR              # docs/report.png, of its report.html; needs playwright and chromium
 
-The terminal shows what the command printed where nothing is a terminal, so no bar and no colour.
+The terminal shows the command, what it said on the way as lines (no bar), and its results.
 """
 
 import argparse
+import fcntl
 import io
+import os
+import pty
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -25,14 +31,37 @@ _SIZE = {"width": 1280, "height": 1040}  # pixels of the page, from its top
 
 
 def terminal(words: list[str], *, out: Path) -> None:
-    """Run a command and draw what it printed."""
-    done = subprocess.run([sys.executable, "-m", "adapt_pruner", *words], capture_output=True, text=True, check=True)
+    """Run a command and draw what it printed, its results as on a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, _WIDTH, 0, 0))
+    environment = os.environ | {"COLUMNS": str(_WIDTH), "TERM": "xterm-256color"}
+    done = subprocess.run(
+        [sys.executable, "-m", "adapt_pruner", *words],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    os.close(theirs)
+    printed = _all_of(ours)
+    os.close(ours)
     console = Console(record=True, width=_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print(Text(f"$ adapt-pruner {shlex.join(words)}", style="bold green"))
-    lines = [line for line in done.stderr.splitlines() if not re.match(r"stage 1: \w+ing|reading|writing", line)]
-    console.print(Text("\n".join([*lines, *done.stdout.splitlines()])))
+    told = [line for line in done.stderr.splitlines() if not re.match(r"stage 1, .*(ing \d)|\w+ing \d|reading|writing", line)]
+    console.print(Text("\n".join(told), style="dim"))
+    console.print(Text.from_ansi(printed.decode().replace("\r\n", "\n")))
     drawn = console.export_svg(title="adapt-pruner", theme=DIMMED_MONOKAI)
     out.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8")  # which ask a network
+
+
+def _all_of(terminal: int) -> bytes:
+    """What was written to a terminal whose other end is closed."""
+    found = b""
+    with suppress(OSError):  # which is how Linux says that there is no more
+        while some := os.read(terminal, 1 << 16):
+            found += some
+    return found
 
 
 def page(run: Path, *, out: Path) -> None:

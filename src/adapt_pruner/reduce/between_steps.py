@@ -6,7 +6,7 @@ Parameters fall linearly with the rows read, and reach the stage's budget at a s
 as ever.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +15,7 @@ from adapt_pruner.core.axes import Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
@@ -144,10 +145,7 @@ class BetweenSteps(Units):
             scores, self._sums = self._sums, {}
             if work.num_params <= due:
                 continue
-            axes = prunable(work)
-            budget = Budget(keep=due, total=work.num_params + repair_parameters(work))
-            sizes, _ = choose(scores, axes, budget, debt=Debt.none(axes))
-            mask = Mask.of_sizes(axes, scores, sizes)
+            sizes, mask = _chosen(work, choose, scores, due=due)
             if mask.num_removed() == 0:
                 continue  # less than a unit is due
             if recipe.repair is not None:  # else no text is read
@@ -185,3 +183,21 @@ class BetweenSteps(Units):
     def fit(self, work: Work) -> None:
         """Count the removals of the stage anew, since what they go by has changed."""
         self._began, self._sums = {}, {}
+
+
+def _chosen(work: Work, choose: Callable[..., Any], scores: Scores, *, due: int) -> tuple[dict[str, int], Mask]:
+    """The sizes and the mask that leave at most `due` parameters, as far as the chooser may take so many.
+
+    A chooser adds up what units cost, and a weight of a channel and a neuron costs both; so it is asked for more until what is left says enough.
+    """
+    axes, added = prunable(work), repair_parameters(work)
+    least = min((axis.cost for axis in axes), default=1)
+    keep, more, before = due, least, 0
+    while True:
+        sizes, _ = choose(scores, axes, Budget(keep=max(0, keep), total=work.num_params + added), debt=Debt.none(axes))
+        mask = Mask.of_sizes(axes, scores, sizes)
+        left = num_left(work.model, work.axes, mask) + added
+        if left <= due or keep <= 0:
+            return sizes, mask
+        more, before = 2 * more if mask.num_removed() == before else least, mask.num_removed()
+        keep -= max(left - due, more)
