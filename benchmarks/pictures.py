@@ -3,7 +3,7 @@
     python benchmarks/pictures.py terminal COMMAND …        # runs it and draws docs/terminal.svg
     python benchmarks/pictures.py page RUN_DIR              # docs/report.png, of its report.html; needs playwright and chromium
 
-The terminal shows the command, what it said on the way as lines (no bar), and its results.
+The terminal shows the command, what it said on the way as lines (no bar), and its results. It runs in an empty folder.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from contextlib import suppress
 from pathlib import Path
@@ -35,14 +36,9 @@ def terminal(words: list[str], *, out: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, _WIDTH, 0, 0))
     environment = os.environ | {"COLUMNS": str(_WIDTH), "TERM": "xterm-256color"}
-    done = subprocess.run(
-        [sys.executable, "-m", "adapt_pruner", *words],
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=environment,
-    )
+    command = [sys.executable, "-m", "adapt_pruner", *words]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=True, env=environment, cwd=folder)
     os.close(theirs)
     printed = _all_of(ours)
     os.close(ours)

@@ -84,6 +84,13 @@ def test_bits_per_byte_stand_beside_perplexity_where_the_bytes_are_known() -> No
     assert "bits/byte" not in table(rows_of(cells, DENSE))[0]
 
 
+def test_a_row_says_where_it_calibrates_on_text_like_that_which_measures_it() -> None:
+    cells = [cell("one", 900, 2.0), cell("both", 900, 3.0), cell("none", 900, 4.0)]
+    rows = rows_of(cells, DENSE, in_domain={"one": ["b"], "both": ["a", "b"], "none": []})
+    assert [line[0] for line in table(rows)[1] if any(line[1:])] == ["dense", "one (in-domain: b)", "both (in-domain)", "none"]
+    assert [row["in_domain"] for row in rows] == [[], ["b"], ["a", "b"], []]
+
+
 def test_labels_tell_texts_apart() -> None:
     texts = ["/data/wiki/test.jsonl.gz", "/other/books", "python-docs:heldout", "/a/x/same.txt", "/b/x/same.txt"]
     wanted = ["wiki/test", "other/books", "python-docs:heldout", "/a/x/same.txt", "/b/x/same.txt"]

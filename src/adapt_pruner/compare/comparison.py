@@ -41,7 +41,7 @@ from adapt_pruner.core.places import check_place, check_room
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import read_json, to_json
-from adapt_pruner.data.overlap import overlaps, same_kind, same_tokens
+from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, documents, domains, read
 from adapt_pruner.data.tokens import calibration_ids, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
@@ -122,7 +122,10 @@ def _check_kind(out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe, bytes of a weight on disk and of the predicted text."""
+    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe, bytes of a weight on disk and of the predicted text.
+
+    `in_domain` has the texts, by method, that look of one kind with what the method calibrates on.
+    """
 
     cells: list[Cell]
     windows: dict[str, list[Tensor]]
@@ -131,6 +134,7 @@ class _Work:
     calibration: Callable[[Cell], Any]
     itemsize: int
     text_bytes: dict[str, int]
+    in_domain: dict[str, list[str]]
     dequantised: str | None = None
 
 
@@ -172,6 +176,10 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
             return hashlib.sha256(Path(cell.recipe.calibration.ids).read_bytes()).hexdigest()
         return [digests.get(spec) for spec in domains(cell.recipe.calibration.source)]
 
+    in_domain = {
+        name: [text for text in asked.texts if of_kind(domains(asked.recipes[name].calibration.source), text)]
+        for name in sorted(readers) if not asked.calibration_ids and asked.recipes[name].calibration.ids is None
+    }  # fmt: skip
     device = next(loaded.model.parameters()).device
     told_apart = {
         "model": identity(asked.model),
@@ -180,7 +188,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         "device": device.type,
     }
     predicted = {text: text_bytes(loaded.tokenizer, its) for text, its in windows.items()}
-    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, loaded.dequantised)
+    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, in_domain, loaded.dequantised)
 
 
 def _text_digest(spec: str) -> str:
@@ -349,8 +357,10 @@ class _Comparison:
                 for text, its in self._work.windows.items()
             ],
             "dense": self._own,
-            "rows": rows_of([cell for cell in cells if "sparsity" not in cell], self._own, bytes_a_token=a_token),
-            "sparse_rows": rows_of(zeros, self._own, bytes_a_token=a_token)
+            "rows": rows_of(
+                [cell for cell in cells if "sparsity" not in cell], self._own, bytes_a_token=a_token, in_domain=self._work.in_domain
+            ),
+            "sparse_rows": rows_of(zeros, self._own, bytes_a_token=a_token, in_domain=self._work.in_domain)
             if (zeros := [cell for cell in cells if "sparsity" in cell])
             else [],
             "cells": cells,

@@ -16,7 +16,11 @@ _NOTE = 72  # characters of a reason in the table; compare.md has it in full
 
 
 def rows_of(
-    cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], *, bytes_a_token: Mapping[str, float] | None = None
+    cells: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, Any],
+    *,
+    bytes_a_token: Mapping[str, float] | None = None,
+    in_domain: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the table, the dense model first, then by size from large to small, the best on the first text first.
 
@@ -25,12 +29,13 @@ def rows_of(
     Args:
         cells: figures of each, or its `error`, with `method` and `size`.
         dense: `params`, `decoder_params` and `nll` of the model all were made from.
+        in_domain: method -> the texts that look of one kind with what it calibrates on.
         bytes_a_token: SPEC of a text -> bytes of it that a predicted token stands for, on average; all models read the same tokens.
 
     Returns:
         Plain data: `method`, `size` (None for dense), `sparsity` (None but of methods that make zeros), `params`, `nonzero`, `decoder_params`,
         `removed` (share of the decoder), `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio` and, with `bytes_a_token`,
-        `bits_per_byte`), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
+        `bits_per_byte`), `in_domain` (texts of the kind that it calibrates on), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
         to figures, `failed` that did not, and `error`, the first reason or None. What no draw tells is None or empty.
     """
     groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
@@ -49,7 +54,7 @@ def rows_of(
         )
     )
     own = _row("dense", None, [{**dense, "speed_up": 1.0, "seconds": None, "peak_bytes": None}], dense, each)
-    return [own, *rows]
+    return [row | {"in_domain": list((in_domain or {}).get(row["method"], ()))} for row in (own, *rows)]
 
 
 def _row(
@@ -125,7 +130,7 @@ def _words(
     row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool, zeros: bool
 ) -> list[str]:
     removed = _or_dash(row["nonzero"], "{:,}") if zeros else _or_dash(row["removed"], "{:.1%}")
-    words = [row["method"], _or_dash(row["params"], "{:,}"), removed]
+    words = [_called(row, texts), _or_dash(row["params"], "{:,}"), removed]
     for text in texts:
         figures = row["texts"].get(text)
         words.append(_perplexity(figures["perplexity"]) if figures else "–")
@@ -145,6 +150,14 @@ def _words(
 
 def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
+
+
+def _called(row: Mapping[str, Any], texts: Sequence[str]) -> str:
+    """The method, and where its figures are of text like that which it calibrates on."""
+    own = row.get("in_domain") or []
+    if not own:
+        return str(row["method"])
+    return f"{row['method']} (in-domain{'' if len(own) == len(texts) else ': ' + ', '.join(label(text, texts) for text in own)})"
 
 
 def _perplexity(value: float | None) -> str:

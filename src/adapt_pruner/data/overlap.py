@@ -11,7 +11,7 @@ from torch import Tensor
 from adapt_pruner.core.files import expanded
 from adapt_pruner.data.sources import SELF, Source, domains, read
 
-__all__ = ["overlaps", "same_kind", "same_tokens"]
+__all__ = ["of_kind", "overlaps", "same_kind", "same_tokens"]
 
 _NAMED = 3
 _RUN = 32  # tokens in a row that two texts do not share by chance
@@ -102,6 +102,11 @@ def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | No
                 "lower than on text of another kind; calibrate or measure on other text to see what carries over"
             )
     return None
+
+
+def of_kind(calibration: Iterable[str], text: str) -> bool:
+    """Whether a text is of the kind of one that is calibrated on; see `same_kind`."""
+    return any(_shared(spec, text) is not None for spec in calibration)
 
 
 def _shared(one: str, other: str) -> str | None:

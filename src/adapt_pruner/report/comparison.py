@@ -244,8 +244,9 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
         for size in sizes
     }
     lines = []
+    own = {row["method"] for row in result["rows"] if text in (row.get("in_domain") or ())}
     for method in methods:
-        line = [method]
+        line = [f"{method} (in-domain)" if method in own else method]
         for size in sizes:
             row = cells.get((method, size))
             value = _perplexity(row, text) if row else None
