@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
-MINUTES := 8
+MINUTES := 5
 
 .PHONY: demo docs test check format fuzz golden matrix common-tests ladder ladder-quick clean help
 
 help:
-	@echo "make demo    make a real language model smaller in eight minutes, or in others: make demo MINUTES=30"
+	@echo "make demo    make a real language model smaller in five minutes, or in others: make demo MINUTES=30"
 	@echo "make test    all tests"
 	@echo "make check   format, lint and types"
 	@echo "make golden  compare what this code computes with another commit's, to the last bit: make golden BASE=6fb363c"

@@ -334,12 +334,12 @@ def test_killed_at_random_moments(whole: tuple[Path, float], live: Lives, place:
     reference, seconds = whole
     draw = random.Random(20)
     kills, went_on, run_dirs = 0, 0, 0
-    while kills < 20 or went_on < 5:
+    while kills < 8 or went_on < 3:
         run, status = tmp_path / f"run-{run_dirs}", -9
         run_dirs += 1
         while status == -9:
-            within = seconds * (1 + kills / 40)  # should this machine get slower meanwhile
-            enough = kills >= 20 and went_on >= 5
+            within = seconds * (1 + kills / 16)  # should this machine get slower meanwhile
+            enough = kills >= 8 and went_on >= 3
             status, said = live("run", place / "main.yaml", "-o", run, seconds=None if enough else draw.uniform(0, within))
             kills += status == -9
             went_on += "going on from " in said
@@ -424,11 +424,11 @@ def test_interrupted_at_random_moments(
     reference, seconds = whole
     draw = random.Random(int(sent))
     interrupted = run_dirs = 0
-    while interrupted < 5:
+    while interrupted < 3:
         run, status, last = tmp_path / f"run-{run_dirs}", 1, None
         run_dirs += 1
         while status == 1:
-            within = draw.uniform(0, 0.5) * seconds if interrupted < 5 else None
+            within = draw.uniform(0, 0.5) * seconds if interrupted < 3 else None
             status, said = live("run", place / "main.yaml", "-o", run, seconds=within, sent=sent)
             if "; the log is " in said or "the result is complete in " in said:  # it was through when the signal came
                 break
