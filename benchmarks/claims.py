@@ -73,6 +73,7 @@ JOBS: dict[str, dict[str, str]] = {
     "search-40": _searched(40),
     "efficientllm": {
         "between steps": "run --set method=efficientllm",
+        "between steps, each": "run --set method=efficientllm --set reduce=between_steps",
         "one shot, then trained": "run --set method=efficientllm --set reduce=units --set step=1",
         "5 stages": "run --set method=efficientllm --set reduce=units --set step=1 --set stages=5",
         "trained, not pruned": "run --set method=efficientllm --set reduce=units --set budget=100%",
