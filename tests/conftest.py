@@ -29,6 +29,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.train.loop import How, Progress, steps
 
+os.fsync = lambda handle: None  # what a machine loses that loses its power is not tested, and a fsync takes 30 ms
 atexit.register(shutil.rmtree, os.environ["ADAPT_PRUNER_CACHE"], ignore_errors=True)  # it may hold a real model
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
