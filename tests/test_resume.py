@@ -390,7 +390,7 @@ def test_killed_while_the_model_writes_its_calibration_text(live: Lives, place: 
     path = recipe(place, "self", calibration={"source": "self"}, stages=2, training={"tokens": 1_500})
     assert live("run", path, "-o", tmp_path / "whole")[0] == 0
     run = tmp_path / "run"
-    for point, nth in (("while the model writes its own text", 1), ("while scoring", 2), ("before an evaluation", 2)):
+    for point, nth in (("while the model writes its own text", 1), ("while scoring", 2), ("before an evaluation", 3)):
         assert live("run", path, "-o", run, point=point, nth=nth)[0] == -9
     (run / "calibration_self.json").unlink()
     status, said = live("run", path, "-o", run, point="within a cut")
@@ -733,7 +733,7 @@ def test_forced_to_what_cannot_be(halfway: Path, live: Lives, place: Path) -> No
 def test_forced_to_prune_more_kinds_and_less(live: Lives, place: Path, tmp_path: Path) -> None:
     path = recipe(place, "neurons", axes=["neurons"], budget="80%", training={"tokens": 3_000})
     run = tmp_path / "run"
-    assert live("run", path, "-o", run, point="before an evaluation", nth=2)[0] == -9
+    assert live("run", path, "-o", run, point="before an evaluation", nth=3)[0] == -9, "at the end of the stage"
     changes = ["--set", "axes=[neurons, kv_heads]", "--set", "budget=70%", "--force-recipe"]
     status, said = live("run", path, "-o", run, *changes)
     assert status == 0, said
