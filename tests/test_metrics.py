@@ -67,14 +67,14 @@ def test_a_fused_matrix_is_worked_out_once(metric: Any, batches: list[torch.Tens
     """Queries, keys and values of Phi-3 are rows of one matrix, gate and up of another."""
     model = tiny_model(("phi3", "phi3"))
     axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads", "query_heads")]
-    seen: list[tuple[str, int]] = []
-    across = weights._across
+    seen: list[tuple[int, int]] = []
+    sums = weights._sums
 
-    def counted(terms: torch.Tensor, piece: Any) -> torch.Tensor:
-        seen.append((piece.parameter, piece.dim))
-        return across(terms, piece)
+    def counted(parameter: torch.Tensor, dims: set[int], terms: Any) -> Any:
+        seen.extend((id(parameter), dim) for dim in dims)
+        return sums(parameter, dims, terms)
 
-    monkeypatch.setattr(weights, "_across", counted)
+    monkeypatch.setattr(weights, "_sums", counted)
     score(model, axes, batches, metrics=[metric], dtype="float32")
     matrices = {
         (piece.parameter, piece.dim) for axis in axes for piece in axis.slices if piece.dim == 1 or "proj" in piece.parameter

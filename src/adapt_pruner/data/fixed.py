@@ -80,7 +80,11 @@ class Rows:
             numbers[name] = np.concatenate([ordered[np.argsort(at)], besides])
         return numbers
 
-    def picked(self, numbers: Sequence[int]) -> "Rows":
+    def reordered(self, places: Sequence[int]) -> "Rows":
+        """The rows at these places of the order, in this order."""
+        return self.picked(self._order[np.asarray(places, dtype=np.int64)])
+
+    def picked(self, numbers: Sequence[int] | NDArray[np.int64]) -> "Rows":
         """The rows with these numbers, in this order."""
         return Rows(self._stores, np.asarray(numbers, dtype=np.int64), names=self._names)
 

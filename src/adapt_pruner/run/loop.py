@@ -57,7 +57,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         measure_text(work, stage=0)
         measure_tasks(work, stage=0)
         measure_answers(work, stage=0)
-        state.figures["seconds_measuring"] = state.spent["evaluate"]
+        state.figures["measuring_seconds"] = state.spent["evaluate"]
     for stage in work.stages[state.stage - 1 :]:
         state.stage = stage.stage
         went_on, steps = state.pruned, state.progress.steps

@@ -89,7 +89,7 @@ class Trainer:
     def _seconds_left(self) -> float:
         """Seconds until training has to end: measuring once more, as at the start, writing the result and its page come after it."""
         work = self._work
-        measuring = float(work.state.figures.get("seconds_measuring", work.state.spent["evaluate"]))
+        measuring = float(work.state.figures.get("measuring_seconds", work.state.spent["evaluate"]))
         after = measuring + self._last_save + _AFTERWARDS
         return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after
 
