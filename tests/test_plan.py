@@ -89,7 +89,7 @@ def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:
     line = plan_of(60, text_tokens=50_000).lines[2]
     often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).k tokens would do", line)
     assert often is not None, line
-    tokens = plan_of(60).settings["training.tokens"] / 1.25
+    tokens = plan_of(60).settings["training.tokens"] / 2
     assert float(often[1]) == pytest.approx(tokens / 50_000, rel=0.01)
     assert 1000 * float(often[2]) == pytest.approx(tokens / 4, rel=0.01)
     assert "times" not in plan_of(60).lines[2]
