@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command import command
+from command import command, evaluated
 
 MODEL = "smollm2-135m-instruct"
 CORPUS = "../shared/data/corpus/{}/*.jsonl.gz#{}"
@@ -120,9 +120,7 @@ def _at(out: Path, *, group: str, job: str, seed: int) -> dict[str, Any]:
 
 
 def _perplexity(model: Any, text: str) -> float:
-    return float(
-        json.loads(command("eval", model, "--text", text, "--max-windows", 40, "--dtype", "auto", "--json"))["perplexity"]
-    )
+    return float(evaluated(model, text)["perplexity"])
 
 
 def _widths(folder: Path) -> list[int]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command import command
+from command import command, evaluated
 
 MODEL = "smollm2-135m-instruct"
 TEXT = "../shared/data/corpus/web_c4/*.jsonl.gz"
@@ -59,8 +59,7 @@ def _job(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> dict
     took = time.perf_counter() - began
     figures = {
         "arm": arm, "asked": minutes, "seed": seed, "minutes": took / 60, "params": run["params_after"], "trained": run.get("trained_tokens", 0),
-        "nll": {name: json.loads(command("eval", folder / "model", "--text", text, "--max-windows", 40, "--dtype", "auto", "--json"))["nll"]
-                for name, text in MEASURED.items()},
+        "nll": {name: evaluated(folder / "model", text)["nll"] for name, text in MEASURED.items()},
     }  # fmt: skip
     told.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "model")

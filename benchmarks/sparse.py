@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from command import command
+from command import command, evaluated
 
 MODEL = "smollm2-135m-instruct"
 SPARSITY = ("50%", "2:4")
@@ -71,8 +71,7 @@ def made(line: Line, *, data: Path, out: Path, keep: bool) -> dict[str, object]:
     took = json.loads((place / "pruning.json").read_text())["figures"]
     if not line.size.endswith("M"):
         command("verify", place)
-    text = data / "wikitext2" / "test_public.txt"
-    measured = json.loads(command("eval", place, "--text", text, "--max-windows", 40, "--json"))
+    measured = evaluated(place, str(data / "wikitext2" / "test_public.txt"))
     if not keep:
         shutil.rmtree(place)
     told = {key: measured[key] for key in ("params", "nonzero", "perplexity")}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command import command
+from command import command, evaluated
 
 MODEL = "smollm2-135m-instruct"
 CORPUS = "../shared/data/corpus/{}/*.jsonl.gz#heldout"
@@ -44,40 +44,16 @@ def _job(arm: str, *, tokens: str, seed: int, out: Path) -> dict[str, Any]:
         return dict(json.loads(told.read_text(encoding="utf-8")))
     if arm == "static":
         shutil.rmtree(folder, ignore_errors=True)
-        words: list[object] = [
-            "prune",
-            MODEL,
-            "--method",
-            "wanda",
-            "--sparsity",
-            "2:4",
-            "--calibration-ids",
-            IDS,
-            "-o",
-            folder / "model",
-        ]
+        words = f"prune {MODEL} --method wanda --sparsity 2:4 --calibration-ids {IDS}".split()
+        place = folder / "model"
     else:
-        more = ARMS[arm].format(static=out / f"static-{tokens}-{seed}").split()
-        words = [
-            "run",
-            "benchmarks/sparse_training.yaml",
-            "--set",
-            f"training.tokens={tokens}",
-            "--set",
-            f"seed={seed}",
-            *more,
-            "-o",
-            folder,
-        ]
-    run = json.loads(command(*words, "--json"))
+        words = f"run benchmarks/sparse_training.yaml --set training.tokens={tokens} --set seed={seed}".split()
+        words += ARMS[arm].format(static=out / f"static-{tokens}-{seed}").split()
+        place = folder
+    run = json.loads(command(*words, "-o", place, "--json"))
     trusted = ["--trust-remote-code"] if "SLoRB" in arm else []
     command("verify", folder / "model", *trusted)
-    perplexities = {}
-    for name, text in TEXTS.items():
-        measured = json.loads(
-            command("eval", folder / "model", "--text", text, "--max-windows", 40, "--dtype", "auto", "--json", *trusted)
-        )
-        perplexities[name] = measured["perplexity"] if measured["perplexity"] is not None else math.inf
+    perplexities = {name: math.exp(evaluated(folder / "model", text, *trusted)["nll"]) for name, text in TEXTS.items()}
     figures = {
         "arm": arm, "tokens": run.get("trained_tokens", 0), "params": run["params_after"], "nonzero": run["nonzero_after"],
         "seconds": run["seconds"], "peak_bytes": run["peak_rss_bytes"], "seed": seed, "perplexity": perplexities,

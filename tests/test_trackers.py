@@ -109,9 +109,8 @@ def test_tensorboard_is_told_what_the_log_says(recipe: Recipe, tmp_path: Path) -
     """Also by a run that was stopped and goes on; and the result is what it is without a tracker."""
 
     def stop(event: dict[str, Any]) -> None:
-        if (
-            event["event"] == "evaluation" and event["stage"] == 1 and not event["after_cuts"]
-        ):  # the first thing that is told again
+        ends = event["event"] == "evaluation" and event["stage"] == 1 and not event["after_cuts"]
+        if ends:  # the first thing that is told again
             raise KeyboardInterrupt
 
     asked = reporting_to(recipe, "tensorboard")

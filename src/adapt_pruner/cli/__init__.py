@@ -10,8 +10,9 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -131,7 +132,7 @@ def main() -> None:
         signal.signal(sent, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which a terminal sends when it closes, and nohup has ignored
         signal.signal(signal.SIGHUP, _interrupt)
-    before, sys.unraisablehook = sys.unraisablehook, _lost
+    before, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
@@ -163,10 +164,10 @@ def _interrupt(sent: object, _: object) -> None:
         raise KeyboardInterrupt
 
 
-def _lost(told: Any) -> None:
+def _lost(otherwise: Callable[[Any], object], told: Any) -> None:
     """Interrupt again where an interrupt came in code whose errors Python drops, such as a library's `__del__`."""
     if not issubclass(told.exc_type, KeyboardInterrupt) or not _interrupts:
-        sys.__unraisablehook__(told)
+        otherwise(told)
         return
     sent = _interrupts[-1]
     _interrupts.clear()

@@ -65,10 +65,10 @@ def _print_paragraphs(out: Console, header: Sequence[str], rows: Sequence[Sequen
 
 def said_perplexities(figures: Mapping[str, Any]) -> str:
     """A run's perplexities at the start and after each stage, with that after the stage's cuts: `28.50 → 61.20 after the cuts → 32.10`."""
-    untrained = figures.get("perplexities_after_cuts") or []
+    after_cuts = figures.get("perplexities_after_cuts") or []
     said = []
     for stage, value in enumerate(figures["perplexities"]):
-        cut = untrained[stage] if stage < len(untrained) else None
+        cut = after_cuts[stage] if stage < len(after_cuts) else None
         said += [] if cut is None else [f"{cut:.2f} after the cuts"]
         said.append("–" if value is None else f"{value:.2f}")
     return " → ".join(said)

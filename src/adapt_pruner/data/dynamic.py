@@ -68,9 +68,7 @@ class Dynamic(Fixed):
         super().__init__(rows)
         self._every, self._eta, self._floor, self._seed = every, eta, floor, seed
         self._numbers = rows.by_text()
-        self._again: dict[
-            str, tuple[int, NDArray[np.int64]]
-        ] = {}  # of a text that is read again: how often it was, and its order
+        self._again: dict[str, tuple[int, NDArray[np.int64]]] = {}  # of a text read again: how often it was, and its order
         if len(self._numbers) < 2:
             raise UsageError(
                 "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"

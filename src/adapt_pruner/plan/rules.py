@@ -18,9 +18,7 @@ __all__ = ["Asked", "Machine", "Model", "Plan", "how_long", "planned"]
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
 _SPARE = 0.02  # of the time, for what no probe foresees
-_MORE = (
-    2.0  # tokens laid ready for one that should fit: the deadline ends training, not the text, also where the probe was disturbed
-)
+_MORE = 2.0  # tokens laid ready for one that should fit: the deadline ends training, not the text, though the probe be disturbed
 _READ_OFTEN = 4  # times a text may be read before it is said: up to here repeats are nearly as good as fresh text
 _DISTIL_FROM = 0.35  # share of the decoder that goes
 _REPAIR = 1.4  # seconds of a repair for one of scoring the same text

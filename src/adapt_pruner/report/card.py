@@ -316,9 +316,9 @@ def _perplexities(
     params[-1] = figures["params_after"]
     names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
     lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
-    untrained = [figures.get(f"{key}_after_cuts") or [] for key in ("perplexities", "bits_per_byte")]
+    after_cuts = [figures.get(f"{key}_after_cuts") or [] for key in ("perplexities", "bits_per_byte")]
     for index, (name, size, measured) in enumerate(zip(names, params, perplexities, strict=True)):
-        cut, bits_of_cut = (known[index] if index < len(known) else None for known in untrained)
+        cut, bits_of_cut = (known[index] if index < len(known) else None for known in after_cuts)
         if cut is not None:
             where = "" if len(perplexities) == 2 else f", stage {index}"
             lines.append(f"| pruned, after the cuts{where} | {size:,} | {_figure(cut, 2)} | {_figure(bits_of_cut, 4)} |")

@@ -482,7 +482,7 @@ def perplexities(figures: Figures) -> Lines | None:
     lines: list[Series] = []
     for called, measured in (
         ("after training" if figures.steps else "perplexity", figures.evaluations),
-        ("after the cuts", figures.untrained),
+        ("after the cuts", figures.after_cuts),
     ):
         points = sorted(
             (float(one.params), one.perplexity, f"stage {one.stage}" if one.stage else figures.begun)
@@ -496,12 +496,12 @@ def perplexities(figures: Figures) -> Lines | None:
         return None
     after = (
         "after the stage’s cuts and after its training"
-        if figures.untrained
+        if figures.after_cuts
         else f"after the stage’s {'training' if figures.steps else 'cuts'}"
     )
     return Lines(
         "perplexity", "Perplexity after each stage", f"On held-out text, {after}; lower is better.", lines,
-        "parameters", "perplexity", "params", "perplexity", falls=True, log=bool(figures.untrained),
+        "parameters", "perplexity", "params", "perplexity", falls=True, log=bool(figures.after_cuts),
     )  # fmt: skip
 
 

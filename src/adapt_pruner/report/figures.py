@@ -96,7 +96,7 @@ class Figures:
     cuts: list[Cut]
     steps: list[Trained]
     evaluations: list[Evaluation]
-    untrained: list[Evaluation]
+    after_cuts: list[Evaluation]
     tasks: list[Tasks]
     answers: list[Answered]
     searched: list[Searched]
@@ -131,7 +131,7 @@ def figures_of(record: Record) -> Figures:
     began, states = _anatomy(record, notes, called)
     measured, tasks = record.of(Evaluation), _by_stage(record.of(Tasks))
     evaluations = _by_stage([event for event in measured if not event.after_cuts])
-    untrained = _by_stage([event for event in measured if event.after_cuts])
+    after_cuts = _by_stage([event for event in measured if event.after_cuts])
     figures = record.figures
     target = figures.get("budget") or (starts[-1].target if starts else None)
     return Figures(
@@ -141,19 +141,19 @@ def figures_of(record: Record) -> Figures:
         status=record.status,
         target=target,
         begun=called,
-        rows=_headline(record, cuts, evaluations, untrained, tasks, called),
+        rows=_headline(record, cuts, evaluations, after_cuts, tasks, called),
         began=began,
         states=states,
         cuts=cuts,
         steps=_steps(record.events),
         evaluations=evaluations,
-        untrained=untrained,
+        after_cuts=after_cuts,
         tasks=tasks,
         answers=_by_stage(record.of(Answered)),
         searched=record.of(Searched),
         mixed=record.of(Mixed),
         seconds=_seconds(record, notes),
-        tokens=_tokens(record, cuts, [*evaluations, *untrained]),
+        tokens=_tokens(record, cuts, [*evaluations, *after_cuts]),
         wall=_wall(record.events),
         peak_bytes=max((step.peak_bytes for step in record.of(Step) if step.peak_bytes), default=figures.get("peak_bytes")),
         asked={name.rpartition(".")[2] for cut in record.of(events.Cut) for name in cut.sizes or ()},
@@ -299,7 +299,7 @@ def _headline(
     record: Record,
     cuts: Sequence[Cut],
     evaluations: Sequence[Evaluation],
-    untrained: Sequence[Evaluation],
+    after_cuts: Sequence[Evaluation],
     tasks: Sequence[Tasks],
     called: str,
 ) -> list[Row]:
@@ -308,7 +308,7 @@ def _headline(
     given = starts[0].given if starts else "dense"
     return [
         *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
-        *(replace(row, begun=called) for row in [*_measures(cuts, evaluations, untrained), *_task_rows(tasks)]),
+        *(replace(row, begun=called) for row in [*_measures(cuts, evaluations, after_cuts), *_task_rows(tasks)]),
     ]
 
 
@@ -339,13 +339,13 @@ def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> lis
     return [row for row in rows if row.before is not None or row.now is not None]
 
 
-def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], untrained: Sequence[Evaluation]) -> list[Row]:
+def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], after_cuts: Sequence[Evaluation]) -> list[Row]:
     rows = []
     if evaluations:
         first = evaluations[0] if evaluations[0].stage == 0 else None
         last = evaluations[-1] if evaluations[-1].stage else None
         when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
-        cut = next((one for one in untrained if last and one.stage == last.stage), None)
+        cut = next((one for one in after_cuts if last and one.stage == last.stage), None)
         for name, key, form, note in (
             ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
             ("bits per byte", "bits_per_byte", "bits", ""),

@@ -103,16 +103,8 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     read = 0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0)
     for stage in work.stages:
         scored = stage.calibration_tokens if looks.text else 0
-        spans.append(
-            seconds(
-                dense.cut_to(stage.params),
-                how,
-                speed,
-                scored=scored,
-                trained=stage.tokens,
-                read=read * (2 if stage.tokens else 1),
-            )
-        )
+        looked = read * (2 if stage.tokens else 1)  # after the cuts as well as after training
+        spans.append(seconds(dense.cut_to(stage.params), how, speed, scored=scored, trained=stage.tokens, read=looked))
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration

@@ -412,7 +412,7 @@ def _rows(work: Work, *, moving: bool) -> Rows | None:
     def read_rows() -> Rows:
         return work.task.rows(
             work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
-            warn=work.warn, **({"moving": True} if moving else {}),
+            warn=work.warn, moving=moving,
         )  # fmt: skip
 
     rows: list[Rows] = []
