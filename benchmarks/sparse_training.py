@@ -27,7 +27,9 @@ TEXTS = {
 }
 IDS = "../shared/data/calibration_c4_64x128.json"
 
-_HELD = "--set reduce=units --set sparsity=null --set budget=100% --set moments=carry"  # zeros stay zero, nothing is cut
+_HELD = (
+    f"--set reduce=units --set sparsity=null --set budget=100% --set training.teacher={MODEL}"  # zeros stay zero, nothing is cut
+)
 ARMS = {
     "static": "",
     "static, trained": "--set model={static}/model " + _HELD,
