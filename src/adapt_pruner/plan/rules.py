@@ -7,6 +7,7 @@ seconds of each phase.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from adapt_pruner.core.budget import parse_count
@@ -23,8 +24,9 @@ _READ_OFTEN = 4  # times a text may be read before it is said: up to here repeat
 _DISTIL_FROM = 0.35  # share of the decoder that goes
 _REPAIR = 1.4  # seconds of a repair for one of scoring the same text
 _FEWEST_STEPS = 10
-_ROW, _LENGTH, _BATCH, _WINDOW = 128, 256, 2048, 512  # tokens: of a calibration sequence, a training row, a step, a window
-_WINDOWS = (40, 20, 8)
+_ROW, _LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
+_WINDOWS = (40, 20, 8, 4)
+_BATCHES = (2048, 1024, 512)  # tokens of a step: the first of which the fewest steps fit
 _LARGE = {500e6: 2e-4, 2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
@@ -176,14 +178,14 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     distilled = model.share >= _DISTIL_FROM or not asked.own
     total = math.inf if asked.minutes is None else 60 * asked.minutes
     speed = _training_speed(machine, model, distilled)
-    windows, way, left = _thoroughness(total, model, machine, least=_FEWEST_STEPS * _BATCH / speed, gone=asked.gone)
+    batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)
     pruning = way.seconds(model, machine)
     tokens = asked.tokens if asked.tokens is not None else left * speed
     settings = {
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
         "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
-        "training.source": asked.train, "training.tokens": _whole(tokens * (1 if asked.tokens is not None else _MORE)),
-        "training.batch_tokens": _BATCH, "training.length": min(_LENGTH, model.longest or _LENGTH),
+        "training.source": asked.train, "training.tokens": _whole(tokens * (1 if asked.tokens is not None else _MORE), batch),
+        "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
         "training.lr": next(lr for most, lr in _LARGE.items() if model.params <= most),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": checkpointing,
@@ -197,19 +199,19 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, distilled=distilled))
 
 
-def _thoroughness(total: float, model: Model, machine: Machine, *, least: float, gone: float) -> tuple[int, _Pruning, float]:
-    """How many windows to measure, how to prune, and the seconds that are left for training: the most that fit their shares.
+def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float, gone: float) -> tuple[int, int, _Pruning, float]:
+    """Tokens of a step, windows to measure, how to prune, and the seconds that are left for training: the most that fit their shares.
 
     Raises:
-        UsageError: even of the least of both fewer than `least` seconds are left.
+        UsageError: even the least of all takes longer.
     """
-    for windows in _WINDOWS:
-        for way in _WAYS:
-            measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
-            left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - pruning
-            barest = windows == _WINDOWS[-1] and way is _WAYS[-1]
-            if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
-                return windows, way, left
+    for batch, windows, way in product(_BATCHES, _WINDOWS, _WAYS):
+        measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
+        left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - pruning
+        least = _FEWEST_STEPS * batch / speed
+        barest = windows == _WINDOWS[-1] and way is _WAYS[-1]
+        if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
+            return batch, windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)
     raise UsageError(
         f"{total / 60 + gone:.3g} minutes are too few: to look at this machine, load {model.name}, prune it in one cut, train {_FEWEST_STEPS} "
@@ -245,8 +247,8 @@ def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:
     return student / (1 + (model.params / model.target / 3 if distilled else 0))
 
 
-def _whole(tokens: float) -> int:
-    return max(1, round(tokens / _BATCH)) * _BATCH
+def _whole(tokens: float, batch: int) -> int:
+    return max(1, round(tokens / batch)) * batch
 
 
 def _checkpoints(total: float) -> float:
@@ -280,7 +282,7 @@ def _lines(
         f"machine: {machine.words}; it reads {machine.read:,.0f} tokens a second of this model and trains on {machine.trained:,.0f}",
         f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {cuts} cut{'s' * (cuts != 1)}, each "
         f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
-        f"train: about {compact(tokens)} tokens in steps of {_BATCH:,} at a rate of {settings['training.lr']:g}, {taught} the text{repeats}: "
+        f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a rate of {settings['training.lr']:g}, {taught} the text{repeats}: "
         f"about {span(seconds['train'])}",
         f"text: {asked.train}" + ("" if asked.own else " (comes with Python and teaches little else; name yours with --text)")
         + f"; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",
