@@ -17,9 +17,14 @@ import pytest
 import torch
 
 from adapt_pruner import cli
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.compare import comparison
+from adapt_pruner.data.tokens import in_other_tokens, text_bytes
+from adapt_pruner.data.windows import held_out_windows
+from adapt_pruner.evaluate.perplexity import perplexity
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call, one_sentence
+from test_vocabulary import byte_level
 
 DRAW = comparison.draw
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
@@ -234,24 +239,55 @@ def test_what_a_method_adds_is_not_free(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    """A checkpoint above the size is no result, whatever its pruning said of it; nor is one that reads other tokens."""
+    """A checkpoint above the size is no result, whatever its pruning said of it."""
 
     def whole(command: Sequence[str], path: Path, *, listen: Any) -> None:
         given = list(command)
         given[given.index("--params") + 1] = "100%"
         with contextlib.redirect_stdout(io.StringIO()):
             cli.app(args=[*given, "-o", str(path), "--json"], standalone_mode=False)
-        if "random" in given:
-            tokenizer = byte_tokenizer()
-            tokenizer.add_tokens(["more"])
-            tokenizer.save_pretrained(path)
 
     monkeypatch.setattr(comparison, "prune_apart", whole)
     status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all", params="90%"))
     assert status == 1
     assert "more than asked for" in err
-    status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="random", params="100%"))
-    assert (status, "another tokenizer" in err) == (1, True), err
+
+
+def test_fewer_tokens_are_measured_on_the_same_text(ask: Ask, pruned_here: list[Any], text_file: Path, tmp_path: Path) -> None:
+    """Perplexity is per token of the dense model, so that it compares; the text whose tokens are counted decides what is used again."""
+    folder, out = tmp_path / "words", tmp_path / "out"
+    tokenizer = byte_level()
+    tiny_model(vocab_size=len(tokenizer), bos_token_id=700, pad_token_id=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    counted = tmp_path / "counted.txt"
+    counted.write_text("Some words to count tokens by. " * 20)
+    asked = words(
+        folder, text_file, out, "--set", f"vocabulary.source={counted}", "--set", "vocabulary.keep=300", "--draws", 1, "--keep",
+        params="70%", methods="magnitude-all",
+    )  # fmt: skip
+    status, said, err = ask(*asked)
+    assert status == 0, err
+    assert "Pruned models have 300 tokens, the dense one 702" in said
+    assert "Pruned models have 300 tokens" in (out / "compare.md").read_text()
+    assert "Pruned models have 300 tokens" in (out / "compare.html").read_text()
+    result = read_json(out / "compare.json")
+    (its,) = (row["texts"][str(text_file)] for row in result["rows"][1:])
+    (text,) = result["texts"]
+    small = load(str(next((out / "models").iterdir())))
+    windows = held_out_windows(tokenizer, source=str(text_file), window=64, max_windows=4)
+    retold = in_other_tokens(windows, read_by=tokenizer, tokenizer=small.tokenizer)
+    found = perplexity(small.model, retold, num_bytes=text_bytes(small.tokenizer, retold))
+    assert found.tokens > text["tokens"], "fewer tokens in the vocabulary, more in the text"
+    assert its["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=1e-6)
+    assert math.log(its["perplexity"]) == pytest.approx(
+        found.bits_per_byte * math.log(2) * text["bytes"] / text["tokens"], rel=1e-6
+    )
+    pruned_here.clear()
+    assert ask(*asked)[0] == 0
+    assert pruned_here == []
+    counted.write_text("Other words. " * 20)
+    assert ask(*asked)[0] == 0
+    assert len(pruned_here) == 1, "another text is counted"
 
 
 def test_a_loss_beyond_numbers_stops_nothing(

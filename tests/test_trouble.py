@@ -121,12 +121,22 @@ def test_a_run_does_not_begin_in_a_comparison(ask: Any, tiny_folder: Path, text_
     ("given", "wanted"),
     [
         (["latency=0.7x"], "compare goes by --params, and the recipe of magnitude has a latency; leave it out"),
-        (["vocabulary.source=a.txt", "vocabulary.keep=9"], "compares models of one tokenizer, and .* has a vocabulary"),
     ],
 )
 def test_what_every_cell_would_fail_by_is_refused_before_the_first(given: list[str], wanted: str) -> None:
     with pytest.raises(UsageError, match=wanted):
         Request(model="m", methods=("magnitude",), params=("80%",), texts=("t.txt",), overrides=tuple(given)).checked()
+
+
+def test_numbers_of_tokens_and_a_vocabulary_of_fewer_do_not_go_together() -> None:
+    asked = Request(
+        model="m", methods=("magnitude",), params=("80%",), texts=("t.txt",), calibration_ids=("ids.json",),
+        overrides=("vocabulary.source=a.txt", "vocabulary.keep=300"),
+    )  # fmt: skip
+    with pytest.raises(
+        UsageError, match="--calibration-ids are numbers of tokens before the vocabulary is pruned; name a text by --cal"
+    ):
+        asked.checked()
 
 
 def test_a_comparison_is_told_its_text_once() -> None:

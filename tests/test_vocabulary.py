@@ -17,13 +17,13 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.data.sources import documents
-from adapt_pruner.data.tokens import text_bytes
+from adapt_pruner.data.tokens import evaluation_windows, in_other_tokens, text_bytes
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, byte_tokenizer, tiny_model
 from test_law import random_mask
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -370,6 +370,22 @@ def test_bytes_of_a_text_are_its_bytes(tokenizer: Any) -> None:
         assert text_bytes(tokenizer, [ids]) == len(text.encode())
         halves = [ids[:, :4], ids[:, 3:]]
         assert text_bytes(tokenizer, halves) == text_bytes(tokenizer, [ids])
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram", "bytes"])
+def test_windows_in_other_tokens_have_the_same_text(kind: str) -> None:
+    """To the byte, wherever a window cuts a character: those are left out."""
+    before, now = byte_level(), byte_tokenizer(opens=True) if kind == "bytes" else spelled(kind)
+    windows = evaluation_windows(before, ["Zoë said: 汉字 🙂 or 🦙🦙, so she did. " * 20], window=9, max_windows=None)
+    retold = in_other_tokens(windows, read_by=before, tokenizer=now)
+    assert len(retold) == len(windows)
+    for ids, others in zip(windows, retold, strict=True):
+        text = before.decode(ids[0, 1:]).strip("\ufffd")
+        assert now.decode(others[0], skip_special_tokens=True).strip() == text.strip()
+    if kind == "bytes":
+        cut_off = sum(before.decode(ids[0, 1:]).count("\ufffd") > 0 for ids in windows)
+        assert cut_off, "or nothing is seen of it"
+        assert 0 <= text_bytes(before, windows) - text_bytes(now, retold) <= 6 * cut_off
 
 
 def test_bits_per_byte_do_not_depend_on_the_split() -> None:

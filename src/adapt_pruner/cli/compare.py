@@ -56,6 +56,8 @@ def compare(
 
     Give the same command again to continue a comparison that was stopped. It may have more methods, sizes or draws.
 
+    `--set vocabulary.source=SPEC --set vocabulary.keep=16384` lets every method remove tokens too, within the same sizes.
+
     Examples:
 
         adapt-pruner compare smollm2-135m-instruct --methods magnitude,random --params 113.3M --text python-docs:heldout -o compared
@@ -85,6 +87,7 @@ def compare(
     from adapt_pruner.compare.comparison import compare as run
     from adapt_pruner.compare.table import table
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.report.comparison import tokens_note
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
@@ -98,7 +101,8 @@ def compare(
         for number, rows in enumerate(shown):
             print("\n" * (number > 0), end="")
             print_table(*table(rows))
-        print(f"\nperplexity on {texts}, {result['precision']}; written to {out}")
+        note = tokens_note([*result["rows"], *result["sparse_rows"]])
+        print(f"\n{note}" if note else "", f"perplexity on {texts}, {result['precision']}; written to {out}", sep="\n")
     failed = sum("error" in cell for cell in result["cells"])
     if failed:
         raise RunError(f"{failed} of {len(result['cells'])} cells failed; the table and {out / 'compare.md'} say why")

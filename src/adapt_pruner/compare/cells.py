@@ -21,6 +21,7 @@ from adapt_pruner.core.compared import InCell, Said
 from adapt_pruner.core.events import TOLD_AS, Progress, Warned, parse_line
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.data.tokens import in_other_tokens, text_bytes
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -117,7 +118,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         listen: told of progress.
 
     Returns:
-        `params`, `decoder_params`, `nonzero` (parameters that are not zero), and `nll`: SPEC -> nats a token.
+        `params`, `decoder_params`, `nonzero` (parameters that are not zero), `vocab_size`, and `nll`: SPEC -> nats a token.
 
     Raises:
         RunError: a loss is not finite.
@@ -135,6 +136,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         "params": count_parameters(loaded.model),
         "decoder_params": decoder_parameters(loaded.model),
         "nonzero": count_nonzero(loaded.model),
+        "vocab_size": loaded.model.config.get_text_config().vocab_size,
         "nll": losses,
     }
 
@@ -143,6 +145,9 @@ def measure_beside(
     dense: Loaded, path: Path, windows: Mapping[str, Sequence[Tensor]], *, dtype: str, size: int, listen: Listener
 ) -> dict[str, Any]:
     """The figures of a checkpoint: those of `measure`, `speed_up` against the dense model, and what its pruning took.
+
+    A model with a tokenizer of its own, fewer tokens say, reads the same text in its own tokens. Its `nll` is still in nats a token
+    of the dense model's: nats a byte × bytes that such a token stands for. So losses, perplexities and bits per byte all compare.
 
     Args:
         dense: the model it was made from.
@@ -153,20 +158,29 @@ def measure_beside(
         listen: told of progress.
 
     Raises:
-        RunError: a loss is not finite, the model is larger than it may be, or it reads other tokens than the dense one.
+        RunError: a loss is not finite, or the model is larger than it may be.
     """
     pruned = load(str(path), device=next(dense.model.parameters()).device)
     params = count_parameters(pruned.model)
     if params > size:  # matrices that a method adds are not free
         raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")
+    its = windows
     if pruned.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
-        raise RunError("the model it saves has another tokenizer, so that perplexities a token do not compare")
-    figures = measure(pruned, windows, dtype=dtype, listen=listen)
-    first = next(iter(windows.values()))[0]
+        its = {text: in_other_tokens(seen, read_by=dense.tokenizer, tokenizer=pruned.tokenizer) for text, seen in windows.items()}
+    figures = measure(pruned, its, dtype=dtype, listen=listen)
+    for text in its if its is not windows else ():
+        figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, its[text])
+    sizes = (loaded.model.config.get_text_config().vocab_size for loaded in (dense, pruned))
+    first = next(iter(windows.values()))[0].clamp(max=min(sizes) - 1)  # the same ids for both; which they are makes no odds
     slow, fast = forward_speed([dense.model, pruned.model], first, dtype=dtype)
     made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
     return {**figures, **took, "speed_up": fast / slow, "made_by": made["made_by"]}
+
+
+def _bytes_a_token(loaded: Loaded, windows: Sequence[Tensor]) -> float:
+    """Bytes of text that a predicted token of the windows stands for, on average."""
+    return text_bytes(loaded.tokenizer, windows) / sum(ids.numel() - 1 for ids in windows)
 
 
 def release() -> None:

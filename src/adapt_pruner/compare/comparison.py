@@ -16,7 +16,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from adapt_pruner.data.tokens import calibration_ids, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, Work, reads_text
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
@@ -156,8 +157,11 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         spec: 1.0 for name in sorted(readers) if not asked.calibration_ids
         for spec in domains(asked.recipes[name].calibration.source) if spec != SELF
     }  # fmt: skip
-    digests = {spec: _text_digest(spec) for spec in specs}
-    warnings = overlaps({"calibration": specs or None, "evaluation": dict.fromkeys(asked.texts, 1.0)})
+    counted = {name: tuple(_counted(recipe)) for name, recipe in asked.recipes.items()}
+    tokens_of = dict.fromkeys(itertools.chain.from_iterable(counted.values()), 1.0)
+    digests = {spec: _text_digest(spec) for spec in specs | tokens_of}
+    roles = {"calibration": specs, "vocabulary": tokens_of, "evaluation": dict.fromkeys(asked.texts, 1.0)}
+    warnings = overlaps({role: its or None for role, its in roles.items()})
     pairs = itertools.product(rows.items() if readers else (), windows.items())
     shared = [same_tokens(ids, its, text, seen) for (ids, its), (text, seen) in pairs]
     for sentence in (
@@ -170,6 +174,8 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
             listen(Warned(message=sentence).told())
 
     def calibration(cell: Cell) -> Any:
+        if counted[cell.method]:
+            return [digests.get(spec) for spec in (*counted[cell.method], *domains(cell.recipe.calibration.source))]
         if cell.method not in readers:
             return None
         if cell.recipe.calibration.ids is not None:
@@ -177,7 +183,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         return [digests.get(spec) for spec in domains(cell.recipe.calibration.source)]
 
     in_domain = {
-        name: [text for text in asked.texts if of_kind(domains(asked.recipes[name].calibration.source), text)]
+        name: [text for text in asked.texts if of_kind([*domains(asked.recipes[name].calibration.source), *counted[name]], text)]
         for name in sorted(readers) if not asked.calibration_ids and asked.recipes[name].calibration.ids is None
     }  # fmt: skip
     device = next(loaded.model.parameters()).device
@@ -189,6 +195,12 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
     }
     predicted = {text: text_bytes(loaded.tokenizer, its) for text, its in windows.items()}
     return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, in_domain, loaded.dequantised)
+
+
+def _counted(recipe: Recipe) -> Iterable[str]:
+    """The texts whose tokens a recipe counts for its vocabulary; none where all tokens stay."""
+    asked = recipe.vocabulary
+    return () if asked is None or asked.source is None else domains(asked.source)
 
 
 def _text_digest(spec: str) -> str:

@@ -112,9 +112,10 @@ class Request:
                 raise UsageError(f"compare prunes and does not train, and {method} learns its zeros in training; leave it out")
             if recipe.latency:
                 raise UsageError(f"compare goes by --params, and the recipe of {method} has a latency; leave it out")
-            if recipe.vocabulary is not None:
+            if recipe.vocabulary is not None and self.calibration_ids:
                 raise UsageError(
-                    f"compare compares models of one tokenizer, and the recipe of {method} has a vocabulary; leave it out"
+                    "--calibration-ids are numbers of tokens before the vocabulary is pruned; name a text by --calibration, or leave "
+                    "vocabulary out"
                 )
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_pruner.core.strict_json import perplexity_of
 from adapt_pruner.core.words import num_draws, shown
-from adapt_pruner.report.comparison import label
+from adapt_pruner.report.comparison import label, tokens_note
 
 __all__ = ["markdown", "rows_of", "table"]
 
@@ -35,7 +35,7 @@ def rows_of(
     Returns:
         Plain data: `method`, `size` (None for dense), `sparsity` (None but of methods that make zeros), `params`, `nonzero`, `decoder_params`,
         `removed` (share of the decoder), `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio` and, with `bytes_a_token`,
-        `bits_per_byte`), `in_domain` (texts of the kind that it calibrates on), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
+        `bits_per_byte`), `vocab_size`, `in_domain` (texts of the kind that it calibrates on), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
         to figures, `failed` that did not, and `error`, the first reason or None. What no draw tells is None or empty.
     """
     groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
@@ -92,7 +92,7 @@ def _row(
         "method": method, "size": size, "sparsity": sparsity, "params": of("params", max), "nonzero": of("nonzero", max),
         "decoder_params": decoder,
         "removed": None if decoder is None else 1 - decoder / dense["decoder_params"], "texts": texts,
-        "seconds": of("seconds", statistics.median), "peak_bytes": of("peak_bytes", max),
+        "vocab_size": of("vocab_size", max), "seconds": of("seconds", statistics.median), "peak_bytes": of("peak_bytes", max),
         "speed_up": of("speed_up", statistics.median), "draws": len(done), "failed": len(failed),
         "error": failed[0] if failed else None,
     }  # fmt: skip
@@ -178,6 +178,7 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
     if asked["calibration_ids"] or asked["calibration"]:
         drawn += f" ({'files of token ids' if asked['calibration_ids'] else asked['calibration']})"
+    note = tokens_note([*result["rows"], *(result.get("sparse_rows") or [])])
     if count > 1:
         drawn += "; medians over them, the spread from lowest to highest"
     changed = f" Changed in every recipe: {', '.join(asked['overrides'])}." if asked["overrides"] else ""
@@ -186,7 +187,7 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
         "",
         f"Perplexity on {texts}; windows of {asked['window']}, {result['precision']}, {result['device']}. {drawn}.{changed} Parameters "
         "are counted in the saved models, the largest of a row. Seconds and peak memory are those of the pruning process, the median "
-        "and the largest; the speed-up is that of reading a window.",
+        "and the largest; the speed-up is that of reading a window." + (f" {note}" if note else ""),
         "",
         f"Made by {result['made_by']}.",
         "",

@@ -16,7 +16,15 @@ from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.errors import UsageError
 
-__all__ = ["batches_of", "calibration_ids", "calibration_windows", "evaluation_windows", "opening", "text_bytes"]
+__all__ = [
+    "batches_of",
+    "calibration_ids",
+    "calibration_windows",
+    "evaluation_windows",
+    "in_other_tokens",
+    "opening",
+    "text_bytes",
+]
 
 _JOINT = "\n\n"
 
@@ -180,6 +188,25 @@ def evaluation_windows(tokenizer: Any, texts: Iterable[str], *, window: int, max
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:
     return itertools.islice(itertools.chain.from_iterable((_JOINT, text) for text in texts), 1, None)
+
+
+def in_other_tokens(windows: Sequence[Tensor], *, read_by: Any, tokenizer: Any) -> list[Tensor]:
+    """The text of each window in the tokens of another tokenizer, so that models of both are measured on the same text.
+
+    A character that the edge of a window cuts in two is left out. A window of more or fewer tokens keeps its text.
+
+    Args:
+        windows: int64 [1, length] each.
+        read_by: the tokenizer, of transformers, that made them.
+        tokenizer: the other one; each of the new windows begins with its `opening`.
+
+    Returns:
+        int64 [1, length] each; a window whose text is a single token now is left out, since it predicts nothing.
+    """
+    skipped, start = len(opening(read_by)), opening(tokenizer)
+    pieces = (read_by.decode(ids[0, skipped:], clean_up_tokenization_spaces=False).strip("\ufffd") for ids in windows)
+    retold = [_opened(start, encode(tokenizer, [piece]))[None] for piece in pieces]
+    return [ids for ids in retold if ids.shape[1] >= 2]
 
 
 def text_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:

@@ -15,7 +15,7 @@ from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
 
-__all__ = ["comparison_page", "comparison_panels", "comparison_pictures", "label", "read_comparison", "within"]
+__all__ = ["comparison_page", "comparison_panels", "comparison_pictures", "label", "read_comparison", "tokens_note", "within"]
 
 _MOST_SIZES = 6  # as many are written out below the axis
 _APART = 0.09  # share of the axis between two of them
@@ -160,6 +160,19 @@ def label(text: str, texts: Sequence[str]) -> str:
     return name if names.count(name) == 1 and len(name) < len(text) else text
 
 
+def tokens_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on how models of fewer tokens are measured; nothing where all have the dense model's."""
+    dense, *others = (row.get("vocab_size") for row in rows)
+    fewer = sorted({size for size in others if size not in (None, dense)})
+    if not fewer or dense is None:
+        return ""
+    counts = " or ".join(f"{size:,}" for size in fewer)
+    return (
+        f"Pruned models have {counts} tokens, the dense one {dense:,}; all read the same text, and perplexity is per token of the "
+        "dense model's, so that it compares."
+    )
+
+
 def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
     figures = row["texts"].get(text) if row["texts"] else None
     return number_of(figures.get("perplexity")) if figures else None
@@ -295,4 +308,6 @@ def _facts(result: Mapping[str, Any], texts: str) -> str:
         ("made by", result["made_by"]),
     ]  # fmt: skip
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))
-    return f'<p>Parameters are counted in the saved models. Where draws overlap, the table does not tell which is better.</p><dl class="facts">{listed}</dl>'
+    note = tokens_note([*result["rows"], *(result.get("sparse_rows") or [])])
+    said = f"Parameters are counted in the saved models. Where draws overlap, the table does not tell which is better. {escaped(note)}"
+    return f'<p>{said.strip()}</p><dl class="facts">{listed}</dl>'
