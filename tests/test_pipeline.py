@@ -183,7 +183,7 @@ def test_heads_are_measured_before_one_goes(recipe: Recipe, tmp_path: Path) -> N
     assert measured != scored, "on this model the two disagree"
     loaded = load(recipe.model)
     batches = calibration_feed(
-        loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(exclude={"self_generated"}), seed=0
+        loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"}), seed=0
     )(1)
     axes = [axis for axis in families.axes(loaded.model) if axis.kind == "kv_heads"]
     for name, losses in loss_drop(loaded.model, axes, batches, dtype="float32").items():
@@ -261,6 +261,37 @@ def test_a_repair_alone_reads_what_the_model_writes_for_it(
     assert (len(kept["input_ids"]), len(kept["input_ids"][0])) == (6, length)
     again = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights[1].items()), "a run reads what prune reads"
+
+
+def test_a_repair_reads_further_sequences_of_the_text(recipe: Recipe, tmp_path: Path) -> None:
+    """Beside those that score; the mask stays the same, and a run that goes on reads them again."""
+    least_squares, read_by_it = closed_form.least_squares, list[set[tuple[int, ...]]]()
+
+    def watched(model: Any, axes: Any, mask: Any, batches: list[Tensor], **others: Any) -> None:
+        read_by_it.append({tuple(row) for batch in batches for row in batch.tolist()})
+        least_squares(model, axes, mask, batches, **others)
+
+    common = {"model": recipe.model, "budget": "85%", "method": "adaptive-ls-v1", "step": 1, "dtype": "float32"}
+    text = recipe.calibration.model_dump() | {"self_generated": 0, "samples": 4, "length": 16}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(closed_form, "least_squares", watched)
+        asked, more = (read({**common, "calibration": text | {"repair_samples": number}}) for number in (0, 6))
+        plain, helped = prune(asked, tmp_path / "plain"), prune(more, tmp_path / "helped")
+    assert plain.mask == helped.mask
+    alone, all_of_it = read_by_it
+    assert alone < all_of_it
+    assert (len(alone), len(all_of_it)) == (4, 10)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "helped")]
+    changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert changed, "the repair is another one"
+    assert all("down_proj" in name or "o_proj" in name for name in changed)
+    assert "6 further sequences of this text" in (tmp_path / "helped" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("further", [{"ids": "a.json"}, {"source": "self"}])
+def test_further_sequences_need_a_text(further: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="repair_samples are drawn from the text in calibration.source; name a text there"):
+        read({"calibration": {"source": "a.txt", "repair_samples": 6} | further})
 
 
 def test_the_loss_before_and_after_is_of_the_same_text(recipe: Recipe, tmp_path: Path) -> None:

@@ -146,6 +146,15 @@ class Calibration(_Frozen):
         le=10**6,
         description="further sequences, which only the repair reads; the model writes them before the first cut",
     )
+    repair_samples: int = Field(0, ge=0, le=10**6, description="further sequences of source, which only the repair reads")
+
+    @model_validator(mode="after")
+    def _drawn(self) -> "Calibration":
+        if self.repair_samples and (self.ids is not None or SELF in domains(self.source)):
+            raise ValueError(
+                "calibration.repair_samples are drawn from the text in calibration.source; name a text there, and no calibration.ids"
+            )
+        return self
 
 
 class Lora(_Frozen):

@@ -147,7 +147,8 @@ class Units(Reduction):
             phases["heads"] = Passes(forward=min(tokens, _HEAD_TOKENS) * measured / 2)
         phases["choose"] = Passes()
         if recipe.repair is not None:
-            text = tokens + recipe.calibration.self_generated * recipe.calibration.length
+            further = recipe.calibration.self_generated + recipe.calibration.repair_samples
+            text = tokens + further * recipe.calibration.length
             features = [axis.size * axis.gate.width for axis in prunable(work) if axis.gate.is_linear]
             flops = sum(2 * text * size**2 + 2 * size**3 / 3 for size in features)
             steps = int(parts.bind("repair", recipe.repair).keywords.get("factors") or 0)

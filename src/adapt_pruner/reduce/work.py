@@ -84,7 +84,7 @@ class Reads:
 
     Attributes:
         calibration: number of an iteration -> its batches, int64 [batch, length]; no batches if nothing reads them.
-        own: batches of text that the model wrote, which a repair reads beside the calibration batches.
+        own: batches that only a repair reads, beside the calibration batches: text that the model wrote, and more of the text.
         feed: gives the training text; None without training.
         ends: for each stage, the number of rows of the feed that are read when it ends.
         digests: name of the text for people -> fingerprint; of training text all rows and their order, of calibration text the

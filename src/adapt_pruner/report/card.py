@@ -359,6 +359,8 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
             lines.append(
                 f"* The repair also read {calibration['self_generated']:,} sequences that the model as it was at the start wrote."
             )
+        if calibration.get("repair_samples") and recipe.get("repair"):
+            lines.append(f"* The repair also read {calibration['repair_samples']:,} further sequences of this text.")
     if figures.get("trained_tokens"):
         lines.append(
             f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']:d} "

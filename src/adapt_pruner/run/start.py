@@ -233,7 +233,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     with work.state.clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
-        own = _own_text(work, folder, begun=begun) if write else []
+        own = [*_own_text(work, folder, begun=begun), *_further_text(work)] if write else []
     if write:
         work.begins("read")  # the model may have written in between
     make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
@@ -343,7 +343,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
     recipe = work.recipe
     if writes_text(recipe) and not write:
         return lambda iteration: []
-    asked = recipe.calibration.model_dump(exclude={"self_generated"})
+    asked = recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"})
     if writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
@@ -366,6 +366,18 @@ def _own_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
         world.on_main(lambda: _kept_text(path, work, samples=samples, seed=seed, begun=begun))
         rows = calibration_ids(str(path), vocab_size=work.model.config.vocab_size)
     return batches_of(rows, max_tokens=MICRO_TOKENS)
+
+
+def _further_text(work: Work) -> list[Tensor]:
+    """Further sequences of the calibration text, which only the repair reads. They are the same in every iteration."""
+    asked = work.recipe.calibration
+    if not asked.repair_samples or work.recipe.repair is None:
+        return []
+    feed = work.task.calibration(
+        work.model, work.tokenizer, source=asked.source, samples=asked.repair_samples, length=asked.length, ids=None,
+        seed=work.recipe.seed,
+    )  # fmt: skip
+    return feed(-1)  # no iteration has this number, so none draws the same sequences
 
 
 def _written(work: Work, writer: Any, *, samples: int, seed: int) -> Tensor:
