@@ -375,7 +375,7 @@ def _further_text(work: Work) -> list[Tensor]:
         return []
     feed = work.task.calibration(
         work.model, work.tokenizer, source=asked.source, samples=asked.repair_samples, length=asked.length, ids=None,
-        seed=work.recipe.seed,
+        seed=work.recipe.seed, dtype=work.recipe.dtype, on_tokens=lambda done, of: None,
     )  # fmt: skip
     return feed(-1)  # no iteration has this number, so none draws the same sequences
 
