@@ -267,9 +267,9 @@ def test_fewer_tokens_are_measured_on_the_same_text(ask: Ask, pruned_here: list[
     )  # fmt: skip
     status, said, err = ask(*asked)
     assert status == 0, err
-    assert "Pruned models have 300 tokens, the dense one 702" in said
-    assert "Pruned models have 300 tokens" in (out / "compare.md").read_text()
-    assert "Pruned models have 300 tokens" in (out / "compare.html").read_text()
+    assert "Pruned models have a vocabulary of 300 tokens, the dense one 702" in said
+    assert "Pruned models have a vocabulary of 300 tokens" in (out / "compare.md").read_text()
+    assert "Pruned models have a vocabulary of 300 tokens" in (out / "compare.html").read_text()
     result = read_json(out / "compare.json")
     (its,) = (row["texts"][str(text_file)] for row in result["rows"][1:])
     (text,) = result["texts"]

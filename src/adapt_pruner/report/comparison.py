@@ -168,8 +168,8 @@ def tokens_note(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     counts = " or ".join(f"{size:,}" for size in fewer)
     return (
-        f"Pruned models have {counts} tokens, the dense one {dense:,}; all read the same text, and perplexity is per token of the "
-        "dense model's, so that it compares."
+        f"Pruned models have a vocabulary of {counts} tokens, the dense one {dense:,}. All read the same text, and perplexity counts "
+        "the dense model's tokens, so that it compares."
     )
 
 
