@@ -23,8 +23,10 @@ from adapt_pruner.report.page import page
 from adapt_pruner.report.record import read_record
 from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.run.start import begin
+from adapt_pruner.run.start import read as read_texts
 from adapt_pruner.run.training import Trainer
-from conftest import assert_same_model, break_off, read_json, tiny_model
+from conftest import assert_same_model, break_off, byte_tokenizer, read_json, tiny_model
 from strangers import ask_a_stranger
 from test_pipeline import Heard
 from test_vocabulary import byte_level
@@ -182,12 +184,33 @@ def test_a_dry_run_on_paper_counts_them(folder: Path, text_file: Path, tmp_path:
     assert told["stages"][0]["iterations"] == 0
 
 
+def test_the_dense_model_teaches_the_tokens_that_stay(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """By name or by default, in one go or continued: the teacher is the dense model without the same tokens."""
+    training = {"source": str(text_file), "tokens": 1_000, "batch_tokens": 256, "length": 64, "objective": "objectives.distil"}
+    asked = recipe_of(folder, text_file, training=training, checkpoint_minutes=0)
+    outcome = run(asked, tmp_path / "whole")
+    break_off(asked, tmp_path / "run", kind="step", nth=2)
+    run(asked, tmp_path / "run")
+    assert_same_model(tmp_path / "whole", tmp_path / "run")
+    run(recipe_of(folder, text_file, training=training | {"teacher": str(folder)}), tmp_path / "named")
+    assert_same_model(tmp_path / "whole", tmp_path / "named")
+
+    work = begin(asked, listen=lambda event: None)
+    read_texts(work)
+    dense, keep = load(str(folder)).model, outcome.mask["vocabulary"]
+    ids = torch.arange(3, 40)[None]
+    told = work.reads.teacher(ids).logits.log_softmax(-1)
+    before = torch.nonzero(keep).flatten()[ids]
+    assert torch.allclose(told, dense(before).logits[..., keep].log_softmax(-1), atol=1e-5)
+
+
 def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
     training = {"source": str(text_file), "tokens": 500, "batch_tokens": 256, "length": 64, "objective": "objectives.distil"}
-    with pytest.raises(UsageError, match="compares with the dense model token by token, and vocabulary removes tokens; name"):
-        recipe_of(folder, text_file, training=training)
-    with pytest.raises(UsageError, match=r"\(702 tokens\) and .* \(400\) have different tokenizers"):
-        prune(recipe_of(folder, text_file, training=training | {"teacher": str(folder)}), tmp_path / "out")
+    other = tmp_path / "other"
+    tiny_model(vocab_size=259).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    with pytest.raises(UsageError, match=r"\(259 tokens\) and .* \(400\) have different tokenizers"):
+        prune(recipe_of(folder, text_file, training=training | {"teacher": str(other)}), tmp_path / "out")
 
 
 def test_the_model_writes_its_calibration_text_with_the_tokens_that_stay(folder: Path, text_file: Path, tmp_path: Path) -> None:

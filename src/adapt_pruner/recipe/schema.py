@@ -474,13 +474,10 @@ class Recipe(_Frozen):
 
     def _check_tokens(self) -> None:
         """Refuse settings that need the vocabulary as it was before it is pruned."""
-        remedy = "prune the vocabulary first, in a run of its own"
         if self.calibration.ids is not None:
-            raise ValueError(f"calibration.ids are numbers of tokens before the vocabulary is pruned; name a text, or {remedy}")
-        if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
             raise ValueError(
-                f"training.objective {self.training.objective!r} compares with the dense model token by token, and vocabulary "
-                f"removes tokens; name a training.teacher that has just the remaining tokens, or {remedy}"
+                "calibration.ids are numbers of tokens before the vocabulary is pruned; name a text, or prune the vocabulary first, in a "
+                "run of its own"
             )
 
     def to_yaml(self) -> str:

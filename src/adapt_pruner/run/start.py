@@ -442,6 +442,9 @@ def _held_out(work: Work) -> dict[str, list[Tensor]]:
 def _teacher(work: Work, *, begun: bool) -> Any:
     """The model to distil from, frozen, in the precision of matrix products; None where the objective needs none.
 
+    If the run removed tokens from the vocabulary, the teacher loses the same tokens. Its distribution is then renormalised over
+    those that stay.
+
     Raises:
         UsageError: the teacher has another vocabulary than the model.
     """
@@ -453,7 +456,7 @@ def _teacher(work: Work, *, begun: bool) -> Any:
     if recipe.training.teacher is None and not begun:
         teacher = copy.deepcopy(loaded.model)
     else:
-        other = load(name, device=device, trust_remote_code=work.trust_remote_code)
+        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code), work)
         if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
             raise UsageError(
                 f"teacher {name} ({len(other.tokenizer):,} tokens) and {recipe.model} ({len(loaded.tokenizer):,}) have different "
@@ -467,3 +470,16 @@ def _teacher(work: Work, *, begun: bool) -> Any:
         )
     narrow = torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32
     return teacher.to(narrow).eval().requires_grad_(False)
+
+
+def _with_same_tokens(teacher: Loaded, work: Work) -> Loaded:
+    """A teacher without the tokens that the run removed, if it had the run's tokens before; any other teacher as it is."""
+    keep = work.state.mask.kept.get("vocabulary")
+    axes = families.axes(teacher.model)
+    if keep is None or not any(axis.kind == "vocabulary" and axis.size == keep.numel() for axis in axes):
+        return teacher
+    smaller = smaller_tokenizer(teacher.tokenizer, keep)
+    if smaller.get_vocab() != work.tokenizer.get_vocab():
+        return teacher
+    cut(teacher.model, axes, Mask({"vocabulary": keep}))
+    return replace(teacher, tokenizer=smaller)
