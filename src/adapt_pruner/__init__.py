@@ -4,9 +4,9 @@
 
     small = ap.prune("smollm2-135m-instruct", params="80%", text="my.txt", progress=True)
 
-The names below are imported when they are first used, so that `import adapt_pruner` loads neither torch nor transformers.
-Some of them, such as `run` and `export`, are also folders of the package: `adapt_pruner.run` is the function, and what lies in the
-folder is imported with `from adapt_pruner.run import loop`.
+The names below are imported at first use, so `import adapt_pruner` loads neither torch nor transformers. Some names, such as
+`run` and `export`, are also folders of the package. `adapt_pruner.run` is the function; import from the folder with
+`from adapt_pruner.run import loop`.
 """
 
 import importlib
@@ -111,7 +111,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Python binds a folder's name here once something in it is imported; the public function of that name stays what it is."""
+    """Keeps public functions visible: Python would rebind their names to folders when a module in the folder is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -1,9 +1,9 @@
-"""`python -m adapt_pruner` is `adapt-pruner`: neither takes a Python file of the current folder for a library."""
+"""`python -m adapt_pruner` is `adapt-pruner`: neither imports a Python file of the current folder instead of a library."""
 
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # the current folder, which -m puts there without -P, as torchrun does
+    del sys.path[0]  # the current folder; -m puts it there unless -P is given, and so does torchrun
 
 from adapt_pruner.cli import main
 

@@ -1,1 +1,1 @@
-"""The nouns (Axis, Scores, Mask, Budget) and what can be done to any model with them; knows no method and no family."""
+"""The nouns (Axis, Scores, Mask, Budget) and the operations on any model with them. Knows no method and no family."""

@@ -1,4 +1,4 @@
-"""What a run has before it, as an event: its phases in their order, how often each comes, and the operations that it takes."""
+"""What a run still has to do, as an event: its phases in their order, how often each comes, and the operations that it takes."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ __all__ = ["Item", "Planned"]
 class Item(TypedDict):
     """A phase of a run.
 
-    `phase` is one of `core.events.Progress`; `stage` is 0 before the first stage; `times` is how often the phase comes in that stage, an
-    estimate where it is part of an iteration (`repeats`); `flops` are the operations of one time: 0 where they do not count, None where
-    nobody knows.
+    `phase` is one of `core.events.Progress`; `stage` is 0 before the first stage. `times` is how often the phase comes in that
+    stage; it is an estimate if the phase is part of an iteration (`repeats`). `flops` are the operations of one time: 0 where
+    they do not matter, None where nobody knows.
     """
 
     phase: str
@@ -25,11 +25,11 @@ class Item(TypedDict):
 
 
 class Planned(Event):
-    """A run was planned, and is about to read its text; one that goes on has what is still to come.
+    """A run was planned, and is about to read its text. A resumed run lists only what is still to come.
 
     Attributes:
         targets: parameters at the end of each stage.
-        tokens: that are still to be trained on in each stage.
+        tokens: tokens still to be trained on in each stage.
         items: the phases in their order.
     """
 

@@ -1,4 +1,4 @@
-"""The event of what a run's model answers."""
+"""The event of a model's answers to the run's prompts."""
 
 from typing import Literal
 

@@ -1,13 +1,17 @@
 """What of a model can shrink, and what of it stays: Axis, Scores and Mask.
 
-An axis is one dimension of a model whose units can go, together with every place that must shrink when they do.
-Names are a format, which mask.json and log.jsonl have too: `layers` (whole decoder layers), `layers.I.KIND` for what lies in layer I
-(`layers.3.neurons`, `layers.3.kv_heads`), and KIND for what the whole model has once (`residual`, `vocabulary`). All else an axis
-declares: which axes it lies inside, and whether it may lose every unit. `layers.I.attentions` and `layers.I.mlps` have one unit, the
-whole block of that layer, and it may go: then the axis is gone, and so are those inside the block.
+An axis is one dimension of a model from which units can be removed, with every place that must shrink along. Its name is a
+format, which mask.json and log.jsonl use too:
 
-Units may stand in blocks: of `query_heads`, which lie inside KV heads, the same number leaves every group, so a unit is one
-head of each. Scores and masks have an entry for every head, block by block; sizes and costs count units.
+    layers          whole decoder layers
+    layers.I.KIND   something in layer I, such as `layers.3.neurons` or `layers.3.kv_heads`
+    KIND            something that the whole model has once: `residual`, `vocabulary`
+
+The axis declares everything else, such as the axes it lies inside and whether it may lose every unit. `layers.I.attentions` and
+`layers.I.mlps` have one unit, the whole block of that layer. Removing it removes the axis and all axes inside the block.
+
+Units may stand in blocks. `query_heads` lie inside KV heads, and every group must lose the same number, so a unit is one query
+head of each group. Scores and masks have an entry for every head, block by block; sizes and costs count units.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,8 +36,9 @@ GateKind = Literal["inputs", "channels", "logits", "whole"]
 class Slice:
     """A run of a parameter that shrinks with an axis: entry e owns `width` indices of dimension `dim`, from `start` + e · `width` on.
 
-    One axis may have several slices of a parameter, and several axes may slice it: of a fused matrix of queries, keys and values a
-    KV head owns rows in three places. Together the slices of all axes cover a dimension whole, or not at all; `cut` refuses others.
+    An axis may have several slices of one parameter: in a fused matrix of queries, keys and values, a KV head owns rows in three
+    places. Several axes may slice one parameter, too. Together the slices of all axes must cover a dimension whole or not at all;
+    otherwise `cut` refuses them.
     """
 
     parameter: str
@@ -44,20 +49,20 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gate:
-    """Where an entry of an axis can be shut without being cut. What that means goes by the kind:
+    """Where an entry of an axis can be shut without being cut. The kind says what shutting means:
 
-        inputs      each entry owns `width` consecutive input features of the linear layer `module`; a shut one is zeros there
-        channels    each entry is a channel that the norm `module`, and those of `also`, read; a shut one is zeros there
-        logits      each entry is a logit of the model, which `module` gives; a shut one is -inf, a token that is never said
-        whole       each unit is a module of the list `module`, and a shut one returns its input; or, where the axis has `modules`, the
-                    one unit is a block, `module` is the last of these, and a shut one adds zeros to the stream
+        inputs      each entry owns `width` consecutive input features of the linear layer `module`; shutting sets them to zero
+        channels    each entry is a channel that the norms `module` and `also` read; shutting sets it to zero there
+        logits      each entry is a logit of the model, computed by `module`; shutting sets it to -inf: a token never said
+        whole       each unit is a module of the list `module`; shutting makes it return its input. If the axis has `modules`, its
+                    one unit is a block and `module` is the last of these; shutting adds zeros to the stream
 
     Attributes:
-        module: the dotted name; of channels, that of the last norm, before the head.
-        width: features of an entry, of inputs.
-        kind: see above. Metrics see no axis of logits.
-        also: the norms in layers, of channels.
-        dim: of inputs, the dimension of the layer's weight along which they lie: 1 of `nn.Linear`, 0 of GPT-2's `Conv1D`.
+        module: the dotted name; for channels, that of the last norm, before the head.
+        width: features of an entry, for inputs.
+        kind: see above. Metrics never get an axis of kind `logits`.
+        also: for channels, the norms inside the layers.
+        dim: for inputs, the dimension of the layer's weight that holds them: 1 for `nn.Linear`, 0 for GPT-2's `Conv1D`.
     """
 
     module: str
@@ -77,7 +82,7 @@ class Gate:
         return self.kind == "whole"
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """The weight of the linear layer at a gate of inputs as [outputs, features], a view of it."""
+        """A view of the weight of the linear layer at a gate of inputs, as [outputs, features]."""
         return weight if self.dim == 1 else weight.t()
 
 
@@ -86,27 +91,28 @@ class Axis:
     """One dimension that can shrink, with everything that must shrink with it.
 
     Attributes:
-        name: `layers`, `layers.I.KIND`, or, of the whole model, KIND.
+        name: `layers`, `layers.I.KIND`, or KIND for an axis of the whole model.
         size: units there are now.
-        cost: parameters one unit owns; their mean where units differ.
+        cost: parameters one unit owns; the mean where units differ.
         gate: where a unit can be shut without being cut.
-        slices: the parameters that are cut along.
-        fields: config fields that state the number of entries, each with how many of it one entry stands for.
-        attributes: module attributes, by their dotted names, that state the size.
-        readers: modules that read `fields` from their `config` as they run; each gets one that states its own layer's.
-        pins: config fields to be spelled out because stock code would derive them from a field that changes.
+        slices: the parts of parameters that shrink with the axis.
+        fields: config fields that state the number of entries, each with the factor by which it counts an entry.
+        attributes: dotted names of module attributes that state the number of units.
+        readers: modules that read `fields` from their `config` as they run; each gets a config that states its own layer's
+            values.
+        pins: config fields to write out, because stock code would otherwise derive them from a field that changes.
         lists: config fields that hold one entry per unit and lose entries with it.
-        scaled: what is multiplied by (size before / size after) ** power, since something takes a mean over the axis: dotted
-            names of parameters, module attributes and config fields, each with its power.
-        one_more: those of `scaled` that stand for 1 + w, which is then what is multiplied.
-        blocks: entries a unit has, one in every block; each block keeps the same number, and ranks its own.
-        indices: config fields that hold the number of a unit, or several, and follow its renumbering.
+        scaled: dotted names of parameters, module attributes and config fields, each with a power. Each is multiplied by
+            (size before / size after) ** power, because something takes a mean over the axis.
+        one_more: those of `scaled` that stand for 1 + w; 1 + w is then multiplied.
+        blocks: entries a unit has, one in every block. Each block keeps the same number and ranks its own entries.
+        indices: config fields that hold unit numbers; they are renumbered after a cut.
         costs: the parameters of each unit where units differ (`layers`); else empty.
-        enclosing: the names of the axes inside whose units the entries lie, an equal run in each, from the inside out: of query heads
-            KV heads and attention.
+        enclosing: names of the axes whose units contain the entries, the same number in each unit, from the inside out. Query
+            heads name KV heads and attention.
         may_be_empty: whether all units may go, as the one unit of a block may.
-        modules: of a block, what goes with it, in the order in which the stream runs through: the norm that reads the stream, the
-            attention or MLP, and what norm may follow. What the last gives is added to the stream.
+        modules: for a block, the modules removed with it, in the order in which the stream passes them: the norm that reads the
+            stream, the attention or MLP, and a norm after it if there is one. The output of the last is added to the stream.
     """
 
     name: str
@@ -130,7 +136,7 @@ class Axis:
 
     @property
     def entries(self) -> int:
-        """Entries that scores and masks have: units in all blocks together."""
+        """The number of entries in scores and masks: units of all blocks together."""
         return self.size * self.blocks
 
     @property
@@ -145,27 +151,27 @@ class Axis:
 
     @property
     def layer(self) -> int | None:
-        """The index of the decoder layer the axis lies in; None for one of the whole model."""
+        """The index of the decoder layer the axis lies in; None for an axis of the whole model."""
         return _layer(self.name)
 
 
 def _layer(name: str) -> int | None:
-    """I of a name `layers.I.KIND`; None of others."""
+    """I of a name `layers.I.KIND`; None for other names."""
     head, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if head == "layers" and rest else None
 
 
 def _in_layer(name: str, numbers: Sequence[int] | None) -> str:
-    """A name with `numbers[I]` for its layer I; as it is where it has none, or where there are no numbers."""
+    """The name with `numbers[I]` for its layer I; unchanged if it names no layer or there are no numbers."""
     layer = _layer(name)
     return name if layer is None or numbers is None else f"layers.{numbers[layer]}.{name.rpartition('.')[2]}"
 
 
 def _inside(kept: Mapping[str, Tensor], name: str, enclosing: Sequence[str], entries: int) -> Tensor:
-    """Which of so many entries of axis `name` lie inside units of the enclosing axes that stay, bool [entries].
+    """Which of the `entries` of axis `name` lie inside units of the enclosing axes that stay, bool [entries].
 
     Raises:
-        ValueError: they are not as many in each of those units.
+        ValueError: the entries cannot be shared equally among the units of an enclosing axis.
     """
     stays = torch.ones(entries, dtype=torch.bool)
     for outer in (around for around in enclosing if around in kept):
@@ -180,8 +186,8 @@ def _inside(kept: Mapping[str, Tensor], name: str, enclosing: Sequence[str], ent
 class Mask:
     """Which entries stay: axis name -> bool tensor [entries]. True stays; an axis that is not named stays whole.
 
-    A mask knows names alone; the axes of a model say what lies inside what, and which of them may be empty (`check`). What lies
-    inside a unit that goes, goes with it, whatever its own mask says: query heads with their KV head, neurons with their MLP.
+    A mask knows names only. The axes of a model say what lies inside what, and which axes may be empty (`check`). Whatever lies
+    inside a removed unit is removed with it, whatever its own mask says: query heads with their KV head, neurons with their MLP.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -213,8 +219,8 @@ class Mask:
         """Refuse a mask that does not fit a model.
 
         Raises:
-            ValueError: it names an axis that is not among `axes`, has another size along one, or keeps nothing of one that may not
-                be empty.
+            ValueError: the mask names an axis that is not among `axes`, has another size along one, or keeps nothing of an axis
+                that may not be empty.
         """
         by_name = {axis.name: axis for axis in axes}
         for name, keep in self.kept.items():
@@ -225,13 +231,13 @@ class Mask:
             _check_something_stays(by_name[name], keep)
 
     def of(self, axis: Axis) -> Tensor:
-        """What stays of an axis, bool [axis.entries]: what its own mask keeps inside units that stay."""
+        """What stays of an axis, bool [axis.entries]: the entries that its own mask keeps and that lie inside units that stay."""
         keep = self.kept.get(axis.name)
         keep = torch.ones(axis.entries, dtype=torch.bool) if keep is None else keep
         return keep & _inside(self.kept, axis.name, axis.enclosing, axis.entries)
 
     def renamed(self, name: str) -> str | None:
-        """What an axis is called after a cut by this mask: layers above one that goes move down; None where its own layer goes."""
+        """The axis's name after a cut by this mask: layers above a removed one move down; None if its own layer is removed."""
         stays, layer = self.kept.get("layers"), _layer(name)
         if stays is None or layer is None:
             return name
@@ -241,15 +247,16 @@ class Mask:
         """This mask followed by `later`, which was chosen on the model this one left behind.
 
         Args:
-            later: against the model that is left once this mask has been cut.
-            axes: of the model that is left once both have been cut. They say what lies inside what; what they no longer name in a
-                layer that lost a block lay inside that block.
+            later: a mask for the model that is left once this mask has been cut.
+            axes: the axes of the model that is left once both have been cut. They say what lies inside what. If a layer lost a
+                block, axes of that layer that are no longer there lay inside that block.
 
         Returns:
-            One mask against the model before both: cut(a) then cut(b) equals cut(a.then(b, axes)).
+            One mask for the model before both: cut(a) then cut(b) equals cut(a.then(b, axes)).
 
         Raises:
-            ValueError: `later` has another size along an axis than this mask leaves, or `axes` are of a model with more layers.
+            ValueError: `later` has another size along an axis than this mask leaves, or `axes` belong to a model with more
+                layers.
         """
         stayed = self._layers_left()
         result = dict(self.kept)
@@ -291,7 +298,7 @@ class Mask:
         return self.kept["layers"].nonzero().flatten().tolist() if "layers" in self.kept else None
 
     def _followed(self, name: str, keep: Tensor, enclosing: Sequence[str]) -> Tensor:
-        """What stays of an axis of which this mask leaves some entries, and of those `keep`; all entries before both."""
+        """The entries of an axis that stay after this mask and then `keep`, over all entries before both."""
         entries, outer = keep.numel(), self.kept.get(enclosing[0]) if enclosing else None
         if outer is not None and outer.any():
             entries = entries // int(outer.sum()) * outer.numel()
@@ -328,11 +335,11 @@ class Mask:
 
     @classmethod
     def of_sizes(cls, axes: Iterable[Axis], scores: Scores, sizes: Mapping[str, int]) -> "Mask":
-        """The mask that keeps the `sizes[name]` best-scored units of each axis, in each of its blocks; of equals the first stays.
+        """The mask that keeps the `sizes[name]` best-scored units in each block of each axis; of equal scores the first stays.
 
         Raises:
-            ValueError: scores of an axis are missing or of another length, or a size is 0 of an axis that may not be empty.
-            RunError: they are not finite.
+            ValueError: scores of an axis are missing or have another length, or a size is 0 for an axis that may not be empty.
+            RunError: scores are not finite.
         """
         kept = {}
         for axis in axes:
@@ -358,5 +365,5 @@ def _check_something_stays(axis: Axis, keep: Tensor) -> None:
 
 
 def _without_block(kept: Mapping[str, Tensor]) -> set[int | None]:
-    """The layers in which an axis keeps nothing: a block of theirs is gone."""
+    """The layers that lost a block: one of their axes keeps nothing."""
     return {_layer(name) for name, keep in kept.items() if not keep.any()}

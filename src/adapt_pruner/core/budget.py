@@ -39,7 +39,7 @@ def parse_count(text: str | int) -> int:
 
 
 def check_written(budget: Any) -> str:
-    """A budget as people write it, `110M`, `110_000_000`, `80%` or `80% of decoder`, if it is one of some model.
+    """The budget as written (`110M`, `110_000_000`, `80%` or `80% of decoder`), once it is known to be a valid one.
 
     Raises:
         UsageError: it is neither a count nor a share.
@@ -63,7 +63,7 @@ def check_written(budget: Any) -> str:
 
 
 def unit_cost(model: nn.Module, slices: Iterable[Slice]) -> int:
-    """Parameters that one unit owns which is cut out of `slices`."""
+    """Parameters that one unit owns in `slices`."""
     total = 0
     for piece in slices:
         parameter = model.get_parameter(piece.parameter)
@@ -76,7 +76,7 @@ class Budget:
     """The number of parameters to keep, tied weights counted once.
 
     Attributes:
-        keep: parameters that may stay, at most.
+        keep: the most parameters that may stay.
         total: parameters the model has now.
     """
 
@@ -90,13 +90,13 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | int, *, dense: int, decoder: int, outside: int) -> Budget:
-        """Read `110M`, `110_000_000`, `80%` (of `dense` parameters) or `80% of decoder`, which leaves what lies outside it whole.
+        """Read `110M`, `110_000_000`, `80%` (of `dense`) or `80% of decoder`, which keeps everything outside the decoder whole.
 
         Args:
             text: the budget.
             dense: parameters of the dense model.
-            decoder: those of them in its decoder layers.
-            outside: those outside, that is of embedding, head and final norm, as far as they stay.
+            decoder: parameters in the decoder layers of the dense model.
+            outside: parameters outside (embedding, head, final norm) that stay.
 
         Raises:
             UsageError: not a count or a share, or above the model's own size.
@@ -110,10 +110,10 @@ class Budget:
         return cls(keep=keep, total=dense)
 
     def check_reachable(self, floor: int, *, when: str) -> None:
-        """Refuse a budget below the `floor` that is left `when` nothing more can go.
+        """Refuse a budget below `floor`, the parameters left `when` nothing more can go.
 
         Raises:
-            UsageError: it is, with the smallest count that can be had.
+            UsageError: the budget is below; the message gives the smallest possible count.
         """
         if self.keep < floor:
             raise UsageError(

@@ -1,9 +1,9 @@
-"""Processes of our own: no Python file of the current folder is imported in them, they speak lines of JSON, and they end with their parent.
+"""Child processes that import no Python file of the current folder, exchange lines of JSON, and end with their parent.
 
     python -P -m adapt_pruner.core.children PARENT MODULE [WORDS …]
 
-runs a module as `python -m` does, until it ends or the process PARENT does, however that ends. Linux tells a process that its parent
-has ended. Everywhere else the pipe tells it, which is its stdin: nobody holds its other end any more.
+runs a module as `python -m` does, until the module ends or the process PARENT ends, for whatever reason. On Linux the kernel
+tells a process that its parent has ended. Elsewhere stdin tells it: stdin is a pipe, and its other end closes with the parent.
 """
 
 import ctypes
@@ -26,11 +26,11 @@ from adapt_pruner.errors import RunError
 __all__ = ["Child", "module", "talking"]
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
-_PATIENCE = 30.0  # seconds that a process whose parent has ended may tidy up
+_PATIENCE = 30.0  # seconds that a process may tidy up after its parent has ended
 
 
 def module(name: str, *words: str) -> list[str]:
-    """The command that runs a module in a process which ends with this one; its stdin is to be a pipe from this one."""
+    """The command that runs a module in a process that ends with this one; its stdin must be a pipe from this process."""
     return [sys.executable, "-P", "-m", __name__, str(os.getpid()), name, *words]
 
 
@@ -41,22 +41,22 @@ class Child:
         self._process, self._silent = process, silent
 
     def ask(self, question: Any) -> Any:
-        """Its answer.
+        """Send a question and return the answer.
 
         Raises:
-            RunError: it ended without one.
+            RunError: the process ended without an answer.
         """
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # what it said before is heard below
+        with suppress(BrokenPipeError):  # the process has ended; `hear` reads what it said before, or raises
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
         return self.hear()
 
     def hear(self) -> Any:
-        """What it says next.
+        """The next line that the process says.
 
         Raises:
-            RunError: it ended without a word.
+            RunError: the process ended without another line.
         """
         assert self._process.stdout is not None
         if not (line := self._process.stdout.readline()):
@@ -64,10 +64,10 @@ class Child:
         return json.loads(line)
 
     def read(self, count: int) -> bytes:
-        """So many bytes that follow an answer.
+        """The `count` bytes that follow an answer.
 
         Raises:
-            RunError: it ended before.
+            RunError: the process ended before that.
         """
         assert self._process.stdout is not None
         if len(data := self._process.stdout.read(count)) < count:
@@ -77,24 +77,24 @@ class Child:
 
 @contextmanager
 def talking(command: Sequence[str], *, silent: str) -> Iterator[Child]:
-    """A process that reads questions on stdin and answers on stdout; what it prints on stderr is dropped. It is killed at the end.
+    """Start a process that reads questions on stdin and answers on stdout, and kill it at the end; its stderr is dropped.
 
     Args:
-        command: `module(…)`, or Python with -P and the path of a file, whose stdin ends with this process.
-        silent: what is said if it ends without an answer; `{status}` is its exit status.
+        command: `module(…)`, or Python with -P and the path of a file that ends when its stdin is closed.
+        silent: the error message if the process ends without an answer; `{status}` is its exit status.
     """
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdin is not None
         try:
             yield Child(process, silent)
         finally:
-            with suppress(BrokenPipeError):  # what it was asked last it may never have read
+            with suppress(BrokenPipeError):  # the process may have ended before it read the last question
                 process.stdin.close()
             process.kill()
 
 
 def _end_with(parent: int) -> None:
-    """Have this process end when its parent does: by SIGTERM, so that it tidies up. The parent may have ended already."""
+    """End this process by SIGTERM, so that it tidies up, when its parent ends. The parent may have ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -104,7 +104,7 @@ def _end_with(parent: int) -> None:
 
 
 def _end_with_pipe() -> None:
-    """Wait until nobody holds the other end of stdin, and end this process; what is in the pipe is left to be read."""
+    """Wait until the other end of stdin is closed, then end this process. Nothing is read from the pipe."""
     pipe = select.poll()
     pipe.register(0, 0)
     while not any(event & (select.POLLHUP | select.POLLERR) for _, event in pipe.poll()):

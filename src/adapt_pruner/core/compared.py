@@ -1,4 +1,4 @@
-"""The events of a comparison, which has no log."""
+"""The events of a comparison; they are written to no log."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ __all__ = ["Cell", "CellDone", "InCell", "Reused", "Said"]
 
 
 class Reused(Event):
-    """Cells of a comparison that are finished are used again."""
+    """Finished cells of a comparison are used again."""
 
     event: Literal["reused"] = "reused"
     logged = False
@@ -23,7 +23,7 @@ class Reused(Event):
 
 
 class _OfCell(Event):
-    """What is told of a cell: number `cell` of `of`, a method, to `size` parameters, draw number `draw` of `draws` of its calibration text."""
+    """Fields of an event about a cell: number `cell` of `of`, its method, its target `size`, and draw `draw` of `draws`."""
 
     logged = False
     cell: Count
@@ -35,7 +35,7 @@ class _OfCell(Event):
 
     @property
     def name(self) -> str:
-        """The cell for people."""
+        """The cell's name for people."""
         which = f", draw {self.draw} of {self.draws}" if self.draws > 1 else ""
         return f"cell {self.cell} of {self.of}: {self.method} to {millions(self.size)}{which}"
 
@@ -45,7 +45,7 @@ class Cell(_OfCell):
 
     Attributes:
         seconds_left: until all cells are done; None while nobody knows.
-        seconds_here: those of them that this cell takes.
+        seconds_here: of these, the seconds that this cell takes.
     """
 
     event: Literal["cell"] = "cell"
@@ -85,7 +85,7 @@ class Said(Event):
 
 
 class InCell(Event):
-    """What the process of a cell tells: an event, as a listener is told it."""
+    """An event that the process of a cell told, in the form that listeners get."""
 
     event: Literal["in_cell"] = "in_cell"
     logged = False
@@ -93,7 +93,7 @@ class InCell(Event):
 
     @property
     def inner(self) -> Event | None:
-        """The event; None where it is none."""
+        """The event; None where the process told something else."""
         return parse(self.said)
 
     @property

@@ -1,4 +1,4 @@
-"""How the scores of what went and of what stayed lie about the cut line: counts that fit in a line of the log."""
+"""How far the scores of removed and kept entries lie from the cut line, as counts that fit in a line of the log."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,23 +10,24 @@ from adapt_pruner.core.axes import Axis, Mask, Scores
 __all__ = ["QUARTER_OCTAVES", "cut_line"]
 
 QUARTER_OCTAVES = 64
-"""Bins of `cut_line`; the middle one begins at the cut line, and the ends take in what lies beyond."""
+"""Number of bins of `cut_line`. The middle bin begins at the cut line; the first and last also take everything beyond."""
 
 
 def cut_line(axes: Iterable[Axis], scores: Scores, mask: Mask) -> dict[str, dict[str, list[int]]]:
-    """Entries by their score over that of the lowest entry that stays, of each kind of axis.
+    """Count entries of each kind of axis by their score relative to the lowest score that stays.
 
-    Scores compare within a block of an axis only; as shares of the block's own cut line they can be counted together. Bin i
-    holds the scores s with floor(4 log2(s / line)) = i - 32, `line` being the lowest score that stays; 0 lies in bin 0.
+    Scores compare within a block of an axis only. Divided by the cut line of their block, they can be counted together. Bin i
+    holds the scores s with floor(4 log2(s / line)) = i - 32, where `line` is the lowest score that stays; a score of 0 goes to
+    bin 0.
 
     Args:
-        axes: those that `mask` is of.
-        scores: what it was chosen by, axis name -> float32 [axis.entries].
+        axes: the axes of `mask`.
+        scores: the scores that the mask was chosen by, axis name -> float32 [axis.entries].
         mask: what stays.
 
     Returns:
-        kind -> `kept` and `removed`, `QUARTER_OCTAVES` counts each, as plain data. A block that loses nothing has no line, nor
-        has one whose lowest score that stays is not above 0: they are not counted, nor is a kind that has no others.
+        kind -> `kept` and `removed`, each a list of `QUARTER_OCTAVES` counts, as plain data. A block is not counted if it loses
+        nothing or if its lowest score that stays is not above 0. A kind without counted blocks is left out.
     """
     by_kind: dict[str, dict[str, Any]] = {}
     for axis in axes:

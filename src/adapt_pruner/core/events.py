@@ -1,7 +1,8 @@
-"""The events of a run, one class each: what an event carries, the line that people read of it, the figures that trackers are told.
+"""The events of a run, one class each: what an event holds, the line that people read, the figures that trackers are told.
 
-A listener is told plain dicts (`Event.told`), and `parse` makes the event again; `parse_line` does so with a line of log.jsonl. What a log
-of an older version lacks has a default. A new event is a new class, here or in the file of what tells it, and nothing else: whoever shows or keeps events asks the class.
+A listener gets plain dicts (`Event.told`). `parse` turns a dict back into the event, and `parse_line` does so for a line of
+log.jsonl. Fields that logs of older versions lack have a default. To add an event, write a class, here or in the file that tells
+it, and nothing else: everything that shows or keeps events asks the class.
 """
 
 import math
@@ -23,14 +24,14 @@ __all__ = [
 
 
 EVERYWHERE = "python-docs:train"
-"""The text of whoever names none."""
+"""The text used if none is named."""
 TOLD_AS = "ADAPT_PRUNER_EVENTS"
-"""Name of the variable of the environment that, set to `json`, has a command tell its events on stderr as lines of JSON, for a program."""
-_BROKEN = 0.5  # share of the decoder below which answers of an untrained model are broken
+"""Name of an environment variable; with the value `json`, a command writes its events to stderr as lines of JSON."""
+_BROKEN = 0.5  # share of the decoder's parameters below which an untrained model gives broken answers
 
 
 class _Counted:
-    """A count is a whole number from 0 on, which JSON may also have written as 7.0."""
+    """A count is a whole number from 0 on; JSON may also have written it as 7.0."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -47,7 +48,7 @@ Seconds = Annotated[float, Field(ge=0, lt=MOST)]
 
 
 class Split(TypedDict, total=False):
-    """Entries of a kind of axis, counted by score over the cut line (see `core.cutline`)."""
+    """Counts of entries of one kind of axis, by score relative to the cut line (see `core.cutline`)."""
 
     kept: list[Count] | None
     removed: list[Count] | None
@@ -71,12 +72,11 @@ class Score(_Score, total=False):
 
 
 class Event(BaseModel):
-    """What all events have.
+    """What all events have in common.
 
     Attributes:
         event: its kind.
         time: Unix seconds, in a log.
-        logged: whether log.jsonl keeps it.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -93,16 +93,16 @@ class Event(BaseModel):
 
     @property
     def often(self) -> bool:
-        """Whether it is one of many, of which people see one now and then."""
+        """Whether the event comes so often that people see only one now and then."""
         return False
 
     def told(self) -> dict[str, Any]:
-        """What a listener is told: `event` first, then the keys that were set."""
+        """What a listener is told: `event` first, then the fields that were set."""
         given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         return {"event": self.event} | given | (self.model_extra or {})
 
     def line(self, begun: str = "dense") -> str:
-        """The line for people; empty where there is nothing to say. `begun` is what the model at the start is called (see `Start.begun`)."""
+        """The line for people, empty if there is nothing to say; `begun` names the model at the start (`Start.begun`)."""
         return ""
 
     def figures(self) -> dict[str, float]:
@@ -114,7 +114,7 @@ class Event(BaseModel):
 
 
 class Other(Event):
-    """An event of a kind that is not known here."""
+    """An event of an unknown kind."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -149,7 +149,7 @@ class Loaded(Event):
 
 
 class Find(Event):
-    """The data of tasks is read, or fetched."""
+    """The data of tasks is read from disk or fetched."""
 
     event: Literal["find"] = "find"
     logged = False
@@ -171,7 +171,7 @@ class PlanLine(Event):
 
 
 class VocabularyCut(Event):
-    """Tokens were taken from the vocabulary; `params` are those left of the whole model."""
+    """Tokens were removed from the vocabulary; `params` are the parameters left in the whole model."""
 
     event: Literal["vocabulary"] = "vocabulary"
     logged = False
@@ -183,35 +183,35 @@ class VocabularyCut(Event):
         return f"{self.tokens:,} of {self.tokens_before:,} tokens stay, which leaves {millions(self.params)} parameters"
 
 
-# Of a run.
+# Events of a run.
 
 
 class Start(Event):
-    """A run begins, or goes on.
+    """A run begins or resumes.
 
     Attributes:
         method: of the recipe.
         dequantised: the GGUF file that the weights come from.
-        text: what importance is measured on; None where nothing is read.
-        stages: of the whole run.
-        params: of the model that the run was given, without tokens that had to go.
+        text: the text that importance is measured on; None if nothing is read.
+        stages: stages of the whole run.
+        params: parameters of the model given to the run, without tokens that had to be removed.
         target: parameters to reach.
-        decoder: of `params`, those in the decoder layers.
-        decoder_target: those of `target`, where the decoder alone gives them up.
-        sparsity: share of the weights that become zero, or their pattern; None where units go instead.
+        decoder: those of `params` that are in the decoder layers.
+        decoder_target: those of `target` that are in the decoder layers, if only the decoder is pruned.
+        sparsity: share of the weights that become zero, or their pattern; None if units are removed instead.
         now: parameters at this moment.
-        dense: whether nothing had gone before the run.
-        calibration_tokens: still to be read for scoring.
-        training_tokens: of the whole run.
+        dense: whether the model had all its parameters before the run.
+        calibration_tokens: tokens still to be read for scoring.
+        training_tokens: training tokens of the whole run.
         trained_tokens: those of them that are done.
-        processes: that work on it.
+        processes: number of processes of the run.
         parallel: how they share the work.
         began: axis name -> units when the run began.
-        sizes: the same, now.
-        layers_left: the numbers, in the model at the start, of the layers that are left; None where none has gone.
+        sizes: axis name -> units now.
+        layers_left: numbers, counted in the model at the start, of the layers that are left; None if no layer was removed.
         device: kind of device.
-        precision: of the products.
-        seconds_left: until the run is to be over, if it has a deadline.
+        precision: precision of the matrix products.
+        seconds_left: until the run must end, if it has a deadline.
     """
 
     event: Literal["start"] = "start"
@@ -240,12 +240,12 @@ class Start(Event):
 
     @property
     def given(self) -> str:
-        """What the model is called that the run was given: it may have been pruned before."""
+        """The name for the model given to the run, which may have been pruned before."""
         return "at the start" if self.dense is False else "dense"
 
     @property
     def begun(self) -> str:
-        """What the model is called that the run measures first, which may have lost tokens besides, or more where a run goes on."""
+        """The name for the model that the run measures first: it may have lost tokens, or more if the run resumes."""
         whole = "now" not in self.model_fields_set or self.now == self.params
         return self.given if whole else "at the start"
 
@@ -277,7 +277,7 @@ class Start(Event):
 
 
 class Resumed(Event):
-    """A run goes on from a checkpoint; `pruned` says whether the cuts of its stage are done, `cuts` how many there are yet."""
+    """A run resumes from a checkpoint. `pruned` says whether the cuts of its stage are done; `cuts` counts them so far."""
 
     event: Literal["resumed"] = "resumed"
     path: str = ""
@@ -292,9 +292,9 @@ class Resumed(Event):
 
 
 class Progress(Event):
-    """How far something is that takes long: `done` of `of`. It begins with 0 of 0, and so it stays where nothing can be counted.
+    """How far a long operation is: `done` of `of`. It begins with 0 of 0, and stays there if nothing can be counted.
 
-    `phase` is one of `_DOING`; `task` is the name of a task, and `what` is timed in `time`.
+    `phase` is a key of `_DOING`; `task` names a task, and `what` says what is timed in the phase `time`.
     """
 
     event: Literal["progress"] = "progress"
@@ -307,7 +307,7 @@ class Progress(Event):
     task: str | None = None
     what: str | None = None
 
-    _DOING: ClassVar[dict[str, str]] = {  # phase -> what is being done, in figures of the event
+    _DOING: ClassVar[dict[str, str]] = {  # phase -> what is being done, with fields of the event
         "read": "reading text",
         "write": "writing text of its own",
         "score": "scoring",
@@ -333,13 +333,13 @@ class Progress(Event):
 
     @property
     def doing(self) -> str:
-        """What is being done, and how far it is: repairing 12/60."""
+        """What is being done and how far it is: repairing 12/60."""
         doing = self._DOING.get(self.phase, self.phase).format(task=self.task, what=self.what)
         return f"{doing} {words.progress(self.done, self.of)}".rstrip()
 
     @property
     def where(self) -> str:
-        """In which stage and iteration."""
+        """The stage and iteration."""
         parts = {"stage": self.stage, "iteration": self.iteration}
         return ", ".join(f"{name} {number}" for name, number in parts.items() if number)
 
@@ -353,16 +353,16 @@ class Cut(Event):
     Attributes:
         stage: counted from 1.
         iteration: of the run, counted from 1.
-        params: left after it.
-        target: of the stage.
-        loss: on the calibration text, before the cut; None where no text was run.
-        sizes: axis name -> units kept, axes named as before the cut; of a sliced model `width`.
+        params: parameters left after it.
+        target: parameters to reach in this stage.
+        loss: on the calibration text, before the cut; None if no text was run.
+        sizes: axis name -> units kept, axes named as before the cut; for a sliced model `width`.
         distances: raw, by layer; None without a distance.
-        blocks: raw, axis name -> distance, of blocks that may go whole.
+        blocks: raw distances, axis name -> distance, for blocks that may be removed whole.
         layers_left: as in `Start`, after the cut.
-        scores: kind of axis -> counts of entries by score over the cut line.
+        scores: kind of axis -> counts of entries by score relative to the cut line.
         read: calibration tokens so far.
-        zeros: weights that are masked; None where none is.
+        zeros: masked weights; None if there are none.
     """
 
     event: Literal["cut"] = "cut"
@@ -392,7 +392,7 @@ class Cut(Event):
 
 
 class Step(Event):
-    """An optimiser step is done: number `step` of the run, its loss, its norm of gradients before clipping; `tokens` and `peak_bytes` so far."""
+    """Optimiser step `step` of the run is done. `gradient_norm` is before clipping; `tokens` and `peak_bytes` are so far."""
 
     event: Literal["step"] = "step"
     stage: Count | None = None
@@ -410,12 +410,12 @@ class Step(Event):
 
     @property
     def said_loss(self) -> str:
-        """The loss for people."""
+        """The loss in words for people."""
         return "not a number" if self.loss is None else f"{self.loss:.3f}"
 
     @property
     def speed(self) -> str:
-        """The tokens per second for people."""
+        """The tokens per second in words for people."""
         return "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
 
     def line(self, begun: str = "dense") -> str:
@@ -428,9 +428,10 @@ class Step(Event):
 
 
 class Evaluation(Event):
-    """The perplexity of held-out text was measured after a stage, 0 for the model at the start; what else is as `evaluate.perplexity` has it.
+    """The perplexity of held-out text was measured after a stage; stage 0 is the model at the start.
 
-    In JSON a perplexity of infinity is None. Where a stage trains, there is one `after_cuts`, before that training, too.
+    Other fields are as in `evaluate.perplexity`. JSON has None for an infinite perplexity. If a stage trains, there is also one
+    event `after_cuts`, before that training.
     """
 
     event: Literal["evaluation"] = "evaluation"
@@ -462,7 +463,7 @@ class Evaluation(Event):
 
 
 class Tasks(Event):
-    """Tasks were scored; `average` and its `stderr` are of those that have an accuracy."""
+    """Tasks were scored; `average` and its `stderr` cover those that have an accuracy."""
 
     event: Literal["tasks"] = "tasks"
     stage: Count
@@ -481,7 +482,7 @@ class Tasks(Event):
 
 
 class Saved(Event):
-    """A checkpoint was written; with the figures of the whole run it is the result."""
+    """A checkpoint was written; if it has the figures of the whole run, it is the result."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -491,7 +492,7 @@ class Saved(Event):
 
     @property
     def is_result(self) -> bool:
-        """Whether it is the result of the run."""
+        """Whether this checkpoint is the result of the run."""
         return "params_after" in (self.model_extra or {})
 
     @property
@@ -513,7 +514,7 @@ class Warned(Event):
 
 
 class Finished(Event):
-    """The run asked for had been finished before."""
+    """The requested run was already finished."""
 
     event: Literal["finished"] = "finished"
     logged = False
@@ -524,7 +525,7 @@ class Finished(Event):
 
 
 class Interrupted(Event):
-    """Somebody stopped the work; `path` is the result where that was written already."""
+    """Somebody stopped the work; `path` is the result if it was already written."""
 
     event: Literal["interrupted"] = "interrupted"
     logged = False
@@ -536,12 +537,12 @@ class Interrupted(Event):
 
 
 def is_logged(data: Mapping[str, Any]) -> bool:
-    """Whether log.jsonl keeps what a listener is told."""
+    """Whether log.jsonl keeps an event, given as a listener is told it."""
     return Event._kinds.get(data["event"], Other).logged
 
 
 def parse(data: Mapping[str, Any]) -> Event | None:
-    """The event that a listener was told; None where it is none, lacks what its kind has, or has it in another form."""
+    """The event that a listener was told; None if it is no event, or fields of its kind are missing or have the wrong form."""
     kind = data.get("event")
     try:
         return Event._kinds.get(kind, Other).model_validate(data) if isinstance(kind, str) else None
@@ -550,7 +551,7 @@ def parse(data: Mapping[str, Any]) -> Event | None:
 
 
 def parse_line(line: str | bytes) -> Event | None:
-    """The event in a line of a log; None as of `parse`, and where a number in it is none: JSON has no NaN and no infinity."""
+    """The event in a line of a log; None as for `parse`, and also if the line holds NaN or infinity, which JSON does not have."""
     try:
         data = _read(line)
     except (ValueError, RecursionError):
@@ -559,7 +560,7 @@ def parse_line(line: str | bytes) -> Event | None:
 
 
 def _read(line: str | bytes) -> Any:
-    """What a line of JSON says: by pydantic's parser, which is four times as fast, where that takes it (it refuses half a surrogate pair)."""
+    """The data in a line of JSON: pydantic's parser is four times as fast, `of_json` also takes half a surrogate pair."""
     try:
         return from_json(line)
     except (ValueError, TypeError):

@@ -1,9 +1,9 @@
 """Write a file or folder whole or not at all, remove one in one step, and list the files of a folder.
 
-While a file or folder is written, it lies beside its place under the name `.NAME.partial-` and 16 hexadecimal digits. Its process holds
-a lock on it meanwhile: on the file itself, or on the file `.lock` in the folder. What is being removed has such a name too, and no lock.
-Eight of the digits are made from the rest of the name, so that no file of somebody else is taken for one of these. `tidy` removes those
-whose process has ended, and everything that writes a file tidies the folder that it writes to.
+While a file or folder is written, it lies beside its place under the name `.NAME.partial-` and 16 hexadecimal digits. Meanwhile
+its process holds a lock: on the file itself, or on the file `.lock` in the folder. Something being removed has such a name too,
+but no lock. Eight of the digits are computed from the rest of the name, so no other file is mistaken for one of these. `tidy`
+removes those whose process has ended. Everything that writes a file tidies the folder that it writes to.
 """
 
 import errno
@@ -27,14 +27,14 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_TEXT = 2**28
-"""Bytes of a file of somebody else's that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""
+"""The most bytes of a foreign file that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""
 
 _NAME = re.compile(r"\.(.+)\.partial-([0-9a-f]{8})([0-9a-f]{8})")
-_OLD_NAME = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")  # of versions that held no lock
+_OLD_NAME = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")  # written by versions that held no lock
 _WRITTEN, _REMOVED = "written", "removed"
 _LOCK = ".lock"
 _LONG = 3600.0  # seconds
-_MOST_BYTES = 100  # of NAME that the temporary name has: file systems bound the length of names
+_MOST_BYTES = 100  # of NAME that go into the temporary name, because file systems limit the length of names
 _LACKS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -43,19 +43,19 @@ _LACKS = {
 
 
 def check_regular(path: Path, *, most: int | None = MOST_TEXT) -> None:
-    """Refuse what is no regular file, which may never end, and one that is too large to be read whole; what is not there passes.
+    """Refuse anything but a regular file, because reading it may never end, and a file that is too large. A missing file passes.
 
     Args:
-        path: of a file that somebody else may have put there; a link counts as what it leads to.
-        most: bytes it may have; None where it is not read whole.
+        path: a file that somebody else may have put there; for a link, its target is checked.
+        most: the most bytes it may have; None if it is not read whole.
 
     Raises:
-        UsageError: it is a device, a pipe or a socket, or larger.
+        UsageError: it is a device, a pipe or a socket, or larger than `most`.
     """
     try:
         status = path.stat()
     except OSError:
-        return  # who reads it says what is wrong
+        return  # whoever reads it reports the error
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise UsageError(f"{path} is a device, a pipe or a socket; put a regular file there, or remove it")
     if most is not None and stat.S_ISREG(status.st_mode) and status.st_size > most:
@@ -64,7 +64,7 @@ def check_regular(path: Path, *, most: int | None = MOST_TEXT) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; the file that is written there replaces `path` at the end, or is removed on an error.
+    """Yield a temporary path beside `path`. The file written there replaces `path` at the end; on an error it is removed.
 
     Raises:
         OSError: the file could not be written.
@@ -77,7 +77,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def file_beside(path: Path) -> Iterator[Path]:
-    """Yield a new empty file beside `path`, which is removed at the end unless it was renamed.
+    """Yield a new empty file beside `path`. It is removed at the end unless it was renamed.
 
     Raises:
         OSError: the file could not be created.
@@ -103,7 +103,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`. The caller fills it and gives it its name (`named`); else it is removed at the end.
+    """Yield a new folder beside `path`. The caller fills it and renames it with `named`; otherwise it is removed at the end.
 
     Raises:
         OSError: the folder could not be created.
@@ -119,7 +119,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def named(partial: Path, path: Path) -> Path:
-    """Give a folder that `folder_beside` made its name.
+    """Rename a folder that `folder_beside` made to `path`.
 
     Raises:
         OSError: the name is taken.
@@ -129,14 +129,14 @@ def named(partial: Path, path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder. It is renamed first, so that nothing half-removed has its name."""
+    """Remove a file or folder. It is renamed first, so that nothing half-removed bears its name."""
     if _kind(path.name) != _REMOVED:
         try:
             path = path.rename(_beside(path, _REMOVED))
         except FileNotFoundError:
-            return  # what another process puts there meanwhile stays
+            return  # something that another process puts there meanwhile stays
         except OSError:
-            pass  # it is removed where it is, as far as that can be done
+            pass  # it cannot be renamed, so it is removed in place as far as possible
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -144,20 +144,20 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path, *, older: str | None = None) -> None:
-    """Remove from a folder, in place, what processes that have ended left half-written or half-removed; does nothing without the folder.
+    """Remove from a folder, in place, what ended processes left half-written or half-removed. A missing folder is no error.
 
     Args:
-        folder: where to look; not below it.
-        older: a regular expression for names that the caller alone writes there. What was left of files of these names goes although
-            no lock says that its process has ended, as of older versions, which held none.
+        folder: where to look; subfolders are not searched.
+        older: a regular expression for names that only the caller writes there. Leftovers with these names go even without a lock
+            that shows that their process has ended, because older versions held no lock.
     """
     paths: list[Path] = []
-    with suppress(OSError):  # a folder that may be written to and not be listed
+    with suppress(OSError):  # a folder may be writable and still not listable
         paths = list(folder.iterdir()) if folder.is_dir() else []
     for path in paths:
         kind, parts = _kind(path.name), _NAME.fullmatch(path.name) or _OLD_NAME.fullmatch(path.name)
         own = older is not None and parts is not None and re.fullmatch(older, parts[1]) is not None
-        with suppress(OSError):  # another process may tidy, too
+        with suppress(OSError):  # another process may be tidying, too
             if kind == _REMOVED or (own and (kind == _WRITTEN or _OLD_NAME.fullmatch(path.name))):
                 remove(path)
             elif kind == _WRITTEN:
@@ -165,10 +165,10 @@ def tidy(folder: Path, *, older: str | None = None) -> None:
 
 
 def expanded(name: str | Path) -> Path:
-    """The path that a person named, with ~ and ~user replaced.
+    """The path that a person typed, with ~ and ~user replaced.
 
     Raises:
-        UsageError: there is no such user, or no path can be named so.
+        UsageError: there is no such user, or the text cannot be a path.
     """
     if "\0" in str(name):
         raise UsageError(f"{str(name)!r} names no file: it holds the character NUL; remove it")
@@ -183,10 +183,10 @@ def read_plain(path: Path, *, most: int = 2**30) -> bytes:
 
     Args:
         path: the file.
-        most: bytes that it may have.
+        most: the most bytes it may have.
 
     Raises:
-        OSError: it cannot be read, is no file, or is larger.
+        OSError: the file cannot be read, is not a regular file, or is larger.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
@@ -196,11 +196,11 @@ def read_plain(path: Path, *, most: int = 2**30) -> bytes:
             raise OSError(errno.EINVAL, "it is a pipe or a device, and only files are read", str(path))
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, and {most:,} are the most", str(path))
-        return file.read(status.st_size)  # files of /proc say that they have none
+        return file.read(status.st_size)  # a file of /proc states a size of 0, so nothing of it is read
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """All files in a folder and its subfolders but the lock: path within the folder, with /, -> file, sorted."""
+    """All files in a folder and its subfolders except the lock: path within the folder (with /) -> file, sorted."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files.pop(_LOCK, None)
     return files
@@ -212,9 +212,9 @@ def why(error: OSError) -> str:
 
 
 def no_room(error: BaseException) -> str | None:
-    """Why there is no room for a file, in words for people; None where an error is about something else.
+    """Why there is no room for a file, in words for people; None if the error is about something else.
 
-    Libraries wrap the system's error: those in Rust keep its number in their text, numpy says how much it wrote.
+    Libraries wrap the system's error: Rust libraries keep its number in their text, and numpy says how much it wrote.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
@@ -244,14 +244,14 @@ def _digits(kind: str, stem: str, drawn: str) -> str:
 
 
 def _kind(name: str) -> str | None:
-    """Whether a name is one that we give to what is written, to what is removed, or neither."""
+    """Whether the name is one that we give to something being written or being removed; None for other names."""
     if (parts := _NAME.fullmatch(name)) is None:
         return None
     return next((kind for kind in (_WRITTEN, _REMOVED) if _digits(kind, parts[1], parts[2]) == parts[3]), None)
 
 
 def _locked_new(path: Path, *, folder: bool) -> tuple[Path, int]:
-    """A new file or folder beside `path`, and the handle whose lock says that its process is alive."""
+    """A new file or folder beside `path`, and the handle whose lock shows that its process is alive."""
     while True:
         partial = _beside(path, _WRITTEN)
         if folder:
@@ -261,9 +261,9 @@ def _locked_new(path: Path, *, folder: bool) -> tuple[Path, int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass  # somebody has taken it for one that is left, and removes it
+            pass  # another process took it for a leftover and is removing it
         except OSError:
-            return partial, handle  # a file system without locks, on which nobody can tidy
+            return partial, handle  # the file system has no locks, so nobody can tidy there
         else:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), place.stat()):
@@ -272,16 +272,16 @@ def _locked_new(path: Path, *, folder: bool) -> tuple[Path, int]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what was being written if its lock is there and nobody holds it."""
+    """Remove something half-written if its lock exists and nobody holds it."""
     place = path / _LOCK if path.is_dir() and not path.is_symlink() else path
     try:
         handle = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        if time.time() - path.lstat().st_mtime > _LONG:  # killed between its last act and its name, which are a moment apart
+        if time.time() - path.lstat().st_mtime > _LONG:  # its process was killed between its last write and the rename
             remove(path)
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody holds it, or on a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if somebody holds it, or on a file system without locks
         remove(path)
     finally:
         os.close(handle)

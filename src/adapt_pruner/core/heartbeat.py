@@ -1,8 +1,8 @@
-"""Processes that share a run hear of each other while it lasts, so that one that stands still is given up after minutes.
+"""Processes that share a run watch each other, so that a run is given up within minutes once one of them has stopped.
 
-A process that waits for another cannot tell whether the other works alone, as it may for hours (it reads a whole text, scores tasks,
-writes a checkpoint), or was stopped, or lies on a machine that is gone. So each has a thread that counts, whatever the process works on,
-and looks at how far the others have counted. One whose count stands still for `SILENCE` seconds is lost.
+A process that waits for another cannot tell why. The other may be working alone, perhaps for hours: it reads a whole text, scores
+tasks, writes a checkpoint. Or it was stopped, or its machine is gone. So each process has a thread that counts up all the time
+and watches the counts of the others. A process whose count does not move for `SILENCE` seconds is lost.
 """
 
 import threading
@@ -14,20 +14,21 @@ from typing import Any
 
 __all__ = ["SILENCE", "listening"]
 
-SILENCE = 300.0  # seconds; longer than one call of a library holds Python's lock
+SILENCE = 300.0  # seconds; longer than any single library call holds Python's lock
 _BEAT = 5.0  # seconds between two counts
 
 
 @contextmanager
 def listening(store: Any, *, rank: int, size: int, lost: Callable[[int], object], busy: Callable[[], bool]) -> Iterator[None]:
-    """While it lasts, count for the other processes and look at their counts.
+    """Within this context, count for the other processes and watch their counts.
 
     Args:
-        store: torch's key-value store of the processes; used by nobody else, since one call of it waits for another.
+        store: torch's key-value store of the processes. Nothing else may use this connection, since its calls wait for each
+            other.
         rank: number of this process.
         size: number of processes.
-        lost: called with the number of a process that was not heard of for `SILENCE` seconds, from a thread of its own.
-        busy: whether this process is at something that is not to be cut short; `lost` waits for its end.
+        lost: called from a thread of its own with the number of a process that was silent for `SILENCE` seconds.
+        busy: whether this process is at work that must not be interrupted; `lost` is called after that work.
     """
     over = threading.Event()
     heard = {peer: time.monotonic() for peer in range(size) if peer != rank}
@@ -42,11 +43,11 @@ def listening(store: Any, *, rank: int, size: int, lost: Callable[[int], object]
     finally:
         over.set()
         for thread in threads:
-            thread.join(timeout=_BEAT)  # one that asks a store which does not answer is left behind
+            thread.join(timeout=_BEAT)  # a thread whose store does not answer is left behind
 
 
 def _count(store: Any, rank: int, heard: dict[int, float], over: threading.Event) -> None:
-    """Count in the store, and note when another's count has moved on."""
+    """Count in the store, and note when another process's count has moved on."""
     store.set_timeout(timedelta(seconds=max(1.0, _BEAT)))
     counts: dict[int, bytes] = {}
     number = 0
@@ -57,12 +58,12 @@ def _count(store: Any, rank: int, heard: dict[int, float], over: threading.Event
                 if store.check([str(peer)]) and (count := store.get(str(peer))) != counts.get(peer):
                     counts[peer], heard[peer] = count, time.monotonic()
         except RuntimeError:
-            pass  # the store may be with a process that stands still
+            pass  # the process that holds the store may have stopped
         over.wait(_BEAT)
 
 
 def _watch(heard: dict[int, float], over: threading.Event, lost: Callable[[int], object], busy: Callable[[], bool]) -> None:
-    """Call `lost` when another process was not heard of for too long; time in which this one stood still itself does not count."""
+    """Call `lost` when another process was silent for too long; time in which this process itself stood still does not count."""
     before = time.monotonic()
     while not over.wait(min(_BEAT, SILENCE / 4)):
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Hooks that are sure to come off."""
+"""Hooks that are always removed."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +10,11 @@ __all__ = ["attached"]
 
 @contextmanager
 def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """While it lasts, `hooks` are on; they come off whatever happens, also when a later one cannot be attached.
+    """Within this context `hooks` are attached. They are removed whatever happens, also if a later one cannot be attached.
 
     Args:
-        hooks: what `register_forward_hook` and its like return; give a generator, so that each is attached in here.
+        hooks: results of `register_forward_hook` and its like; pass a generator, so that each hook is attached inside the
+            context.
     """
     handles = []
     try:

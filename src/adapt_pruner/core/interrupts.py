@@ -1,4 +1,4 @@
-"""Interrupts that wait for a safe moment, so that what was worked out so far can be saved before the work stops."""
+"""Interrupts that wait for a safe moment, so that finished work can be saved before the program stops."""
 
 import signal
 import threading
@@ -12,10 +12,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Held:
-    """Signals that have come while they were held.
+    """Signals that arrived while they were held back.
 
     Attributes:
-        pending: whether one has come.
+        pending: whether a signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -24,24 +24,24 @@ class Held:
         self._handlers: dict[int, Any] = {}
 
     def hold(self) -> None:
-        """Take, from now on, the place of the handlers there are; signals that the system handles or ignores stay as they are."""
+        """From now on, replace the present handlers; signals that the system handles or ignores stay as they are."""
         there = {sent: signal.getsignal(sent) for sent in _SIGNALS}
         self._handlers = {sent: handler for sent, handler in there.items() if callable(handler)}
         for sent in self._handlers:
             signal.signal(sent, self._hear)
 
     def let_go(self) -> None:
-        """Put the handlers back; one whose signal came is called now."""
+        """Put the handlers back; if a signal has arrived, call its handler now."""
         for sent, handler in self._handlers.items():
             signal.signal(sent, handler)
         if self.pending:
             self.deliver()
 
     def deliver(self) -> None:
-        """Call the handler of the signal that came.
+        """Call the handler of the signal that arrived.
 
         Raises:
-            KeyboardInterrupt: the handler raised it, or none came to this process and another was interrupted.
+            KeyboardInterrupt: the handler raised it, or the signal reached another process and not this one.
         """
         self.pending = False
         handler = self._handlers.get(self._sent)
@@ -51,16 +51,16 @@ class Held:
 
     def _hear(self, sent: int, frame: Any) -> None:
         again, self.pending, self._sent = self.pending, True, signal.Signals(sent)
-        if again and sent == signal.SIGINT:  # a second Ctrl-C waits for nothing
+        if again and sent == signal.SIGINT:  # a second Ctrl-C takes effect at once
             self.deliver()
 
 
 @contextmanager
 def held(*, when: bool = True) -> Iterator[Held]:
-    """While the context lasts SIGINT, SIGTERM and SIGHUP wait for `deliver`; a second SIGINT does not.
+    """Within this context SIGINT, SIGTERM and SIGHUP wait for `deliver`; a second SIGINT takes effect at once.
 
-    Only signals that Python code handles wait: SIGTERM ends a program that has no handler for it, as ever. Outside the main thread,
-    which alone may set handlers, or if not `when`, nothing waits.
+    Only signals that Python code handles are held: SIGTERM still ends a program without a handler for it. Nothing is held if
+    `when` is false, or outside the main thread, which alone may set handlers.
     """
     signals = Held()
     if not when or threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Running a model's decoder layers one after the other, forwards and backwards, so that something can be done between two of them."""
+"""Run a model's decoder layers one after the other, forwards and backwards, so that a caller can act between two layers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,15 +17,15 @@ from adapt_pruner.core.task import CAUSAL_LM, Task
 
 __all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "loss_above", "streams"]
 
-LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, whose peak may be in its loss
+LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, where the loss may set the peak of memory
 
 
 def decoder_layers(model: Any, axes: Iterable[Axis] = ()) -> Any:
-    """The decoder layers of a model, an `nn.ModuleList`: the one at the gate of its axis `layers`.
+    """The decoder layers of a model: the `nn.ModuleList` at the gate of its axis `layers`.
 
     Args:
         model: causal LM.
-        axes: its axes; where `layers` is not among them, they are what transformers calls `get_decoder().layers`.
+        axes: its axes. Without an axis `layers` among them, this returns transformers' `get_decoder().layers`.
     """
     for axis in axes:
         if axis.name == "layers":
@@ -39,7 +39,7 @@ class Stream:
 
     Attributes:
         hidden: the hidden states that enter the next layer, [batch, length, width].
-        keywords: what each layer is called with beside them (positions, attention masks).
+        keywords: the keyword arguments of each layer (positions, attention masks).
         dtype: precision of the matrix products.
     """
 
@@ -49,11 +49,11 @@ class Stream:
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int) -> Tensor:
-        """What layer number `index` makes of the hidden states, which stay as they are; for many, within `casting_once`."""
+        """The output of layer number `index`; the hidden states stay as they are. For many, call it within `casting_once`."""
         return self.run(layer, index, self.hidden)
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """What layer number `index` makes of `hidden`, called as for this batch."""
+        """The output of layer number `index` for `hidden`, called with the arguments of this batch."""
         with precision(hidden.device, self.dtype):
             output = layer(hidden, **self.keywords[index])
         return first(output)
@@ -63,7 +63,7 @@ class Stream:
 def streams(
     model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str = "auto"
 ) -> list[Stream]:
-    """Each batch as it enters the first of a model's decoder layers; no layer is run for that.
+    """Each batch as it enters the first decoder layer; no layer is run for this.
 
     Args:
         model: causal LM; left as found.
@@ -82,7 +82,7 @@ def streams(
 
 @torch.no_grad()
 def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str = "auto") -> Tensor:
-    """The summed loss of a batch whose hidden states leave the last of the model's decoder layers as `leaving`; no layer is run.
+    """The summed loss of a batch whose hidden states after the last decoder layer are `leaving`; no layer is run.
 
     Args:
         model: causal LM; left as found.
@@ -103,7 +103,7 @@ def _read(model: nn.Module, batch: Tensor, task: Task, dtype: str) -> None:
 
 
 class _StandIn(nn.Module):
-    """Takes a layer's place without running it; has its attributes (models ask for `attention_type`) and none of its hooks."""
+    """Replaces a layer that must not run. It has the layer's attributes (models ask for `attention_type`), not its hooks."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def _standing_in(layers: Any, leaving: Tensor | None = None) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
-    """While it lasts no layer is run: each notes its input and keywords and returns its input, the last one `leaving`, if given."""
+    """Run no layer: each records its input and keywords and returns its input; the last returns `leaving` if given."""
     entered: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
     its = list(layers)
@@ -138,37 +138,38 @@ def _standing_in(layers: Any, leaving: Tensor | None = None) -> Iterator[tuple[l
 
 
 def layers_at_once(depth: int, *, hidden: float, layer: float) -> int:
-    """k, the layers of a group in `Sweep`: where depth / k · hidden + k · layer is least.
+    """k, the layers of a group in `Sweep` that minimise depth / k · hidden + k · layer.
 
     Args:
         depth: number of layers.
         hidden: bytes of the hidden states of the whole text between two layers.
-        layer: bytes that a layer of the group takes: gradients of its weights, and `kept` by autograd of a batch.
+        layer: bytes for one layer of the group: the gradients of its weights, and what autograd keeps for a batch (`kept`).
     """
     return max(1, min(depth, round(math.sqrt(depth * hidden / layer)))) if layer else depth
 
 
 def kept(tokens: int, in_and_out: float) -> float:
-    """Bytes that autograd keeps of a layer, roughly: in float32, what enters and what leaves each of its weight matrices.
+    """Bytes that autograd keeps for a layer, roughly: the float32 inputs and outputs of each of its weight matrices.
 
     Args:
-        tokens: of a batch.
-        in_and_out: rows and columns of all its weight matrices.
+        tokens: tokens of a batch.
+        in_and_out: the sum of rows and columns over all its weight matrices.
     """
     return 4 * tokens * in_and_out
 
 
 class Sweep:
-    """Gradients of a text's loss by the weights, of a few layers at a time: those of all never exist together.
+    """Gradients of a text's loss with respect to the weights, a few layers at a time, so that not all gradients exist together.
 
-    Forwards the text goes through one layer after the other, and what enters the first layer of each group of k is kept.
-    Backwards each group runs again, batch by batch, from what entered it, with what autograd needs of these layers only. The
-    gradients are those of whole backward passes to the last bit, as sums are taken in the same order (to rounding where a batch on a
-    CPU has logits in several pieces of `LOGITS_OF` tokens); instead of the gradients of all
-    L layers there are those of k and the hidden states between L / k groups (see `layers_at_once`), for one more forward pass.
+    Forwards, the text goes through one layer after the other, and the input of the first layer of each group of k is kept.
+    Backwards, each group runs again from that input, batch by batch, and autograd keeps what it needs for these layers only.
+    Memory holds the gradients of k layers instead of all L, and the hidden states between L / k groups (see `layers_at_once`).
+    The cost is one more forward pass. The gradients equal those of whole backward passes to the last bit, because sums are taken
+    in the same order; where a batch on a CPU has more than `LOGITS_OF` tokens they are equal up to rounding.
 
-    `forward`, then `loss`, then `backward`. Parameters that want a gradient get one. Hooks on a decoder layer and in it are
-    called once a batch in `forward`, and again in `backward`; those elsewhere in making a `Sweep`, in `loss` and in `backward`.
+    Call `forward`, then `loss`, then `backward`. Parameters that require a gradient get one. Hooks on and in decoder layers are
+    called once per batch in `forward` and again in `backward`. Hooks elsewhere are called when a `Sweep` is made, in `loss` and
+    in `backward`.
 
     Args:
         model: causal LM in which every decoder layer is called once, with weights of its own.
@@ -176,7 +177,7 @@ class Sweep:
         axes: see `decoder_layers`.
         task: what the model learns.
         dtype: precision of the matrix products.
-        tell: told the share of the work that is done.
+        tell: called with the share of the work that is done.
     """
 
     def __init__(
@@ -201,11 +202,11 @@ class Sweep:
         activations = kept(max((batch.numel() for batch in batches), default=0), in_and_out)
         hidden = sum(flow.hidden.nbytes for flow in self._flows)
         depth = len(self._layers)
-        # Shares of the text may differ, and gradients are summed over all processes group by group.
+        # Processes may have different amounts of text, but must use the same groups: gradients are summed group by group.
         self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, layer=(gradients + activations) / depth))
         self._entered: dict[int, list[Tensor]] = {}
         self._gradients: list[Tensor] = []
-        self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer backwards takes three times what it takes forwards
+        self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer takes three times as long backwards as forwards
 
     def _worked(self, layers: int) -> None:
         self._done += layers
@@ -222,7 +223,7 @@ class Sweep:
                     self._worked(1)
 
     def loss(self, *, over: int) -> Tensor:
-        """The sum of the loss over all that is predicted, float64; gradients are those of 1 / `over` of it."""
+        """The sum of the loss over all predictions, float64; the gradients are those of 1 / `over` of it."""
         total = torch.zeros((), dtype=torch.float64)
         chunk = LOGITS_OF if self._device.type == "cpu" else None
         for flow, batch in zip(self._flows, self._batches, strict=True):
@@ -238,10 +239,11 @@ class Sweep:
         return total
 
     def backward(self) -> Iterator[list[str]]:
-        """Go down through the groups, to the embeddings if one of the weights outside the layers wants a gradient.
+        """Go down through the groups, and to the embeddings if a weight outside the layers requires a gradient.
 
         Yields:
-            The names of the parameters whose gradients are whole now; when asked for the next these are let go.
+            The names of parameters whose gradients are complete now. These gradients are dropped when the next names are asked
+            for.
         """
         inside = {start: self._names(start) for start in self._entered}
         outside = [name for name in self._wanted if not any(name in names for names in inside.values())]
@@ -276,7 +278,7 @@ class Sweep:
     def _through_group(self, start: int, *, further: bool) -> None:
         entered, group = self._entered[start], self._group(start)
         try:
-            with torch.autocast(self._device.type, enabled=False):  # weights cast within it stay cast until its end
+            with torch.autocast(self._device.type, enabled=False):  # keeps weights cast inside it until it ends
                 for number, flow in enumerate(self._flows):
                     hidden = entering = entered[number].detach().requires_grad_(further)
                     entered[number] = entering.new_empty(0)
@@ -288,4 +290,4 @@ class Sweep:
                         self._gradients[number] = entering.grad
                     self._worked(3 * len(group))
         finally:
-            torch.clear_autocast_cache()  # an autocast around this one would go on with it
+            torch.clear_autocast_cache()  # otherwise an enclosing autocast would keep using the cast weights

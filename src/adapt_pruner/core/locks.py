@@ -1,7 +1,8 @@
-"""A lock file that says who holds it, ends with its process, however that ends, and can be looked at without disturbing the holder.
+"""A lock file that says who holds it and ends with its process. Others can look at it without disturbing the holder.
 
-Not the package filelock: whoever asks with it whether a lock is held takes it, and makes the file where there is none, while report and
-watch may only read; and it does not say who holds it. Locks are those of flock, as they were in run folders from the first version on.
+Why not the package filelock: to ask whether a lock is held, it takes the lock and creates the file if there is none; but report
+and watch may only read. It also does not say who holds the lock. The locks are those of flock, as in run folders since the first
+version.
 """
 
 import errno
@@ -16,7 +17,7 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["is_held", "locked"]
 
-_GLANCE = 0.1  # seconds to wait out somebody who looks whether the lock is held
+_GLANCE = 0.1  # seconds to wait while another process checks whether the lock is held
 
 
 def locked(path: Path) -> IO[str]:
@@ -48,11 +49,11 @@ def locked(path: Path) -> IO[str]:
             raise UsageError(f"{path.parent} is in use by process {owner}; wait for it, or name another folder") from error
         except OSError as error:
             raise UsageError(f"{path} cannot be locked ({why(error)}); name a folder on another file system") from error
-        lock.close()  # its last holder has just taken it away
+        lock.close()  # the last holder has just removed this file; try again with a new one
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds a lock file; asked by sharing it for a moment, which `locked` waits out."""
+    """Whether a process holds a lock file. To ask, this shares the lock for a moment, which `locked` waits out."""
     try:
         with _opened(path, os.O_RDONLY) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -64,6 +65,6 @@ def is_held(path: Path) -> bool:
 
 
 def _opened(path: Path, flags: int) -> IO[str]:
-    """A lock file, which is no link and no pipe that waits for a writer."""
+    """An open lock file. Links are refused, and opening a pipe does not wait for a writer."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     return os.fdopen(handle, "r" if flags == os.O_RDONLY else "r+")

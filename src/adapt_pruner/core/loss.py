@@ -1,4 +1,4 @@
-"""Losses of logits, worked out a few tokens at a time so that the full logits are never held."""
+"""Losses computed from logits a few tokens at a time, so that the full logits are never held."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,31 +18,31 @@ __all__ = [
 ]
 
 MAX_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
-CACHED_ROWS = 64  # tokens whose float32 logits are worked on at one time on a CPU: they fit its cache
+CACHED_ROWS = 64  # tokens whose float32 logits are processed at one time on a CPU, so that they fit its cache
 
 LogitLoss = Callable[[Tensor, slice, bool], Tensor]
 """(float32 logits [n, vocab] of some tokens, which tokens, whether a gradient is wanted) -> the sum of the tokens' losses.
 
-Where a gradient is wanted, it leaves d loss / d logits in the place of the logits.
+If a gradient is wanted, it overwrites the logits with d loss / d logits.
 """
 
 
 def through_head(hidden: Tensor, head: nn.Module, loss: LogitLoss, *, chunk: int | None = None) -> Tensor:
     """The sum of `loss` over the logits head(hidden), with its gradient, without ever holding the logits of all tokens.
 
-    The gradient is worked out with the value, chunk by chunk, so the backward pass only scales it. Memory beyond
-    inputs and gradients: chunk · vocab elements of the precision matrices are multiplied in.
+    The gradient is computed along with the value, chunk by chunk, so the backward pass only scales it. Beyond inputs and
+    gradients it needs memory for chunk · vocab elements, in the precision of the matrix products.
 
     Args:
         hidden: [n, width]; n may be 0.
         head: a linear layer, width -> vocab.
         loss: see `LogitLoss`.
-        chunk: tokens whose logits exist at one time; by default as many as have 2^26 logits.
+        chunk: tokens whose logits exist at one time; by default as many as make 2^26 logits.
 
     Returns:
         float32 scalar, differentiable once in `hidden` and the head's weight and bias.
     """
-    learns = torch.is_grad_enabled()  # the function cannot tell: needs_input_grad is what requires_grad says
+    learns = torch.is_grad_enabled()  # read here because inside the function needs_input_grad only repeats requires_grad
     total: Tensor = _ThroughHead.apply(hidden, head.weight, head.bias, loss, chunk, learns)  # type: ignore[no-untyped-call]
     return total
 
@@ -61,14 +61,14 @@ class _ThroughHead(torch.autograd.Function):
         chunk = chunk or max(CACHED_ROWS, MAX_LOGITS // weight.shape[0])
         rows_at_once = CACHED_ROWS if device == "cpu" else chunk
 
-        # Where autocast may have cast the weight already (`precision.casting_once`), it is left to it.
+        # If autocast may already hold a cast of the weight (`precision.casting_once`), let autocast do the cast.
         left_to_autocast = mixed and not wants and weight.requires_grad and weight.is_leaf and weight.dtype == torch.float32
         narrow, shift = weight, bias
         if not left_to_autocast:
             narrow, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device, dtype=wide)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
-        nothing = hidden.shape[0] == 0  # then gradients are zeros, not None: processes add them up one by one
+        nothing = hidden.shape[0] == 0  # then gradients are zeros, not None, because processes add up their gradients
         grad_weight = torch.zeros_like(weight) if of_weight and nothing else None
         grad_bias = torch.zeros_like(bias) if of_bias and nothing and bias is not None else None
         with torch.autocast(device, enabled=False):
@@ -108,7 +108,7 @@ def nll_of_logits(targets: Tensor) -> LogitLoss:
     """-log softmax(logits)[target], in nats.
 
     Args:
-        targets: int64 [n], of all tokens.
+        targets: int64 [n], for all tokens.
     """
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
@@ -123,12 +123,12 @@ def nll_of_logits(targets: Tensor) -> LogitLoss:
 
 
 def logit_cap(model: Any) -> float | None:
-    """The c of a model whose logits are c · tanh(z / c) of what its head gives, z; None where they are z itself."""
+    """The c of a model whose logits are c · tanh(z / c), where z is the head's output; None if the logits are z itself."""
     return getattr(model.config, "final_logit_softcapping", None)
 
 
 def capped(loss: LogitLoss, cap: float | None) -> LogitLoss:
-    """The loss of what the head gives, where `loss` is one of the model's logits; see `logit_cap`."""
+    """Turn a loss of the model's logits into a loss of the head's output, for capped logits; see `logit_cap`."""
     if cap is None:
         return loss
 

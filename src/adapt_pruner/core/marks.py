@@ -1,4 +1,4 @@
-"""What is ours in a folder of somebody: folders that bear our mark, and pages that say who wrote them."""
+"""How we recognise our own files: a mark in the folders that we write, and a foot on our pages."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -11,13 +11,13 @@ MARK = ".adapt-pruner"
 """The file in a folder that says what the folder is."""
 
 PAGE_FOOT = "Written by adapt-pruner"
-"""What stands at the foot of every page."""
+"""The text at the foot of every page."""
 
 _DOCTYPE = b"<!doctype html"
 
 
 def mark(folder: Path, kind: str) -> bool:
-    """Mark a folder as a run or a comparison; whether it was not marked before.
+    """Mark a folder as a run or a comparison. Returns whether the mark is new.
 
     Raises:
         OSError: the mark could not be written.
@@ -39,7 +39,7 @@ def is_marked(folder: Path, kind: str) -> bool:
 def is_page(path: Path) -> bool:
     """Whether a file is an HTML page that we wrote."""
     with suppress(OSError):
-        if path.is_file():  # no device and no pipe
+        if path.is_file():  # neither a device nor a pipe
             content = path.read_bytes()
             return content[: len(_DOCTYPE)].lower() == _DOCTYPE and PAGE_FOOT.encode() in content
     return False

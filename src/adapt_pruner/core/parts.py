@@ -1,4 +1,4 @@
-"""How a function says that it is a part which recipes may name, and what it needs; `recipe.parts` finds parts by it."""
+"""`@part` declares that recipes may name a function or class, and what it needs; `recipe.parts` finds parts by this decorator."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,15 +9,15 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable[[T], T]:
-    """Declare a function or class to be a part for these keys of a recipe; it is returned as it is.
+    """Declare a function or class to be a part for these keys of a recipe; it is returned unchanged.
 
-    There is no registry. `recipe.parts` reads the decorator in the source of the files of a folder, without importing them, so
-    `keys` and `needs` are written as plain literals.
+    There is no registry. `recipe.parts` reads the decorator in the source files of a folder without importing them. So `keys` and
+    `needs` must be plain literals.
 
     Args:
-        keys: of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`, `feed`,
-            `task`; `proposal` of `reduce: search`; `solver` of `reduce: sparse`.
-        needs: what the part cannot do without. A recipe that lacks it is refused or given it before any work is done:
+        keys: keys of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`,
+            `feed`, `task`; `proposal` of `reduce: search`; `solver` of `reduce: sparse`.
+        needs: what the part cannot work without. A recipe that lacks it is refused or given it before any work is done:
 
             distance   scores of whole layers, so the recipe names a distance (choosers)
             layers     every axis that may shrink lies in a layer (choosers)
@@ -25,10 +25,10 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
             biases     a bias on each linear layer at a gate; those added count as parameters (repairs)
             teacher    a second model, handed in as `teacher` (objectives)
             text       calibration text (metrics, reductions)
-            chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without it goes by none of them
-            sparsity   the recipe's sparsity in the place of a budget (reductions)
+            chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without this need uses none of them
+            sparsity   the recipe's sparsity instead of a budget (reductions)
             gram       sums of products of a layer's inputs (solvers)
-            dense      those of the dense model beside those of the sparse one (solvers)
-            one stage  a run of one stage, since it cannot go on from its own result (reductions)
+            dense      the same sums of the dense model, beside those of the sparse one (solvers)
+            one stage  a run of one stage, because the reduction cannot continue from its own result (reductions)
     """
     return lambda function: function

@@ -10,7 +10,7 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["Pattern"]
 
-_LARGEST = 1024  # inputs of a group
+_LARGEST = 1024  # the most inputs of a group
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,13 @@ class Pattern:
     """A pattern of zeros in the weight of a linear layer, [outputs, inputs].
 
         N:M            of every M consecutive inputs of an output, M - N weights are zero
-        unstructured   of a matrix, outputs · ⌊share · inputs⌋ weights are zero, anywhere (Wanda: ⌊share · inputs⌋ of each output)
+        unstructured   outputs · ⌊share · inputs⌋ weights of the matrix are zero, anywhere (Wanda: ⌊share · inputs⌋ of each
+        output)
 
     Attributes:
-        n: weights of a group that stay; 0 where the pattern is unstructured.
-        m: inputs of a group; 0 where the pattern is unstructured.
-        share: of the weights that are zero, above 0 and below 1; (M - N) / M of N:M.
+        n: weights of a group that stay; 0 if the pattern is unstructured.
+        m: inputs of a group; 0 if the pattern is unstructured.
+        share: share of the weights that are zero, above 0 and below 1; (M - N) / M for N:M.
     """
 
     n: int
@@ -35,7 +36,7 @@ class Pattern:
         """Read `2:4`, or a share of zeros such as `50%`.
 
         Raises:
-            UsageError: it is neither, or leaves no weight or no zero.
+            UsageError: it is neither, or it leaves no weight or no zero.
         """
         text = str(written).strip()
         remedy = "write the share of zeros, such as 50%, or N:M, such as 2:4"
@@ -62,14 +63,14 @@ class Pattern:
         return str(self) if self.m else f"{self} unstructured"
 
     def zeros_of(self, inputs: int) -> int:
-        """Zeros that each output of a layer with so many inputs has; of an unstructured pattern, on average."""
+        """Zeros of each output of a layer with this number of inputs; for an unstructured pattern, on average."""
         return inputs // self.m * (self.m - self.n) if self.m else int(self.share * inputs)
 
     def check_inputs(self, name: str, inputs: int) -> None:
-        """Refuse a layer whose inputs do not fall into groups of M, or so few that none of their weights becomes zero.
+        """Refuse a layer whose inputs cannot be split into groups of M, or which has too few inputs for a single zero.
 
         Raises:
-            UsageError: it is one.
+            UsageError: the layer is refused.
         """
         if self.m and inputs % self.m:
             raise UsageError(

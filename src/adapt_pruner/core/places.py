@@ -1,4 +1,4 @@
-"""Whether something can be written to a place, looked at before hours go into it: names, links, permissions, room."""
+"""Check that something can be written to a place before hours of work go into it: names, links, permissions, room."""
 
 import os
 import resource
@@ -12,23 +12,23 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["check_place", "check_room", "is_there", "lacks_room"]
 
-_LONGEST_INSIDE = 256  # bytes that the path of a file in a result is longer than the path of the result
+_LONGEST_INSIDE = 256  # bytes by which the path of a file in a result may be longer than the path of the result
 
 
 def check_place(path: Path, *, inside: bool = False) -> None:
-    """Refuse a place where nothing can be written. A nameless file is written to try it; nothing is left.
+    """Refuse a place where nothing can be written. The check writes a nameless file there, of which nothing is left.
 
     Args:
-        path: of a file or folder to be.
-        inside: whether a folder that is there already is written into; if not, it is replaced.
+        path: the file or folder to be written.
+        inside: whether the result is written into an existing folder; if not, the folder is replaced.
 
     Raises:
-        UsageError: `path` leads through a file or a link to nothing, a name in it is too long, or nothing can be written there.
+        UsageError: `path` leads through a file or a dangling link, a name in it is too long, or nothing can be written there.
     """
     path = path.absolute()
     missing = [part for part in (path, *path.parents) if not is_there(part)]
     for part in missing:
-        with suppress(OSError):  # a name that is too long
+        with suppress(OSError):  # a name may be too long
             raise UsageError(
                 f"{part} is a link to {part.readlink()}, which does not exist; remove the link or name another place"
             )
@@ -56,7 +56,7 @@ def check_place(path: Path, *, inside: bool = False) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path leads to something; one that cannot be followed (a name too long, a link in a circle) does not."""
+    """Whether a path leads to something. A path that cannot be followed does not: a name is too long, or links form a circle."""
     with suppress(OSError):
         path.stat()
         return True
@@ -64,13 +64,13 @@ def is_there(path: Path) -> bool:
 
 
 def check_room(path: Path, num_bytes: int, *, largest: int | None = None, there: int = 0) -> None:
-    """Refuse to begin work whose result finds no room.
+    """Refuse to begin work if there is no room for its result.
 
     Args:
-        path: where it goes.
-        num_bytes: what will be written, at least.
+        path: where the result goes.
+        num_bytes: the least that will be written.
         largest: bytes of its largest file; all of it by default.
-        there: bytes that lie there already and make room for it.
+        there: bytes that already lie there and will make room for the result.
 
     Raises:
         UsageError: the disk has less room, or the system allows no file of this size.
@@ -80,7 +80,7 @@ def check_room(path: Path, num_bytes: int, *, largest: int | None = None, there:
 
 
 def lacks_room(path: Path, num_bytes: int, *, largest: int | None = None) -> str | None:
-    """What stands against writing so many bytes to a place, in words; None where nothing does. A quota of a user is not known."""
+    """What prevents writing `num_bytes` to a place, in words; None if nothing does. A user's quota is not known."""
     path = path.absolute()
     folder = next(part for part in (path, *path.parents) if is_there(part) and part.is_dir())
     disk = shutil.disk_usage(folder)

@@ -1,4 +1,4 @@
-"""In which precision matrices are multiplied, and how often weights are brought to it."""
+"""In which precision matrices are multiplied, and how often weights are cast to it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def uses_bfloat16(device: torch.device, dtype: str) -> bool:
-    """Whether matrices are multiplied in bfloat16: `auto` where it is native, else as `float32` or `bfloat16` says."""
+    """Whether matrices are multiplied in bfloat16: with `auto` if the processor does so natively, otherwise as `dtype` says."""
     return native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
 
 
@@ -32,7 +32,7 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def spoiled(what: str, device: torch.device, dtype: str) -> RunError:
-    """What is raised where `what` came of a model is no number."""
+    """The error to raise if `what`, computed by a model, is not a number."""
     narrow = uses_bfloat16(device, dtype)
     format_and_remedy = (
         "bfloat16; multiply in float32 (dtype), or get its files again" if narrow else "float32; get its files again"
@@ -41,10 +41,10 @@ def spoiled(what: str, device: torch.device, dtype: str) -> RunError:
 
 
 def numbers(what: str, device: torch.device, dtype: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A step of transformers' `generate`, told the ids and their logits, that refuses logits of nan or inf."""
+    """A logits processor for transformers' `generate` (ids, logits -> logits) that refuses logits of nan or inf."""
 
     def check(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if not logits.max(dim=-1).values.isfinite().all():  # of a row with a nan, nan
+        if not logits.max(dim=-1).values.isfinite().all():  # the maximum of a row with a nan is nan
             raise spoiled(what, device, dtype)
         return logits
 
@@ -53,22 +53,23 @@ def numbers(what: str, device: torch.device, dtype: str) -> Callable[[torch.Tens
 
 @contextmanager
 def casting_once(model: nn.Module) -> Iterator[None]:
-    """While it lasts, passes without gradients bring each weight to bfloat16 once, in the first `precision`, not in every one.
+    """Within this context, passes without gradients cast each weight to bfloat16 only once, in the first `precision`.
 
-    Until the end they take half the weights' float32 size more, and no weight may change. Autocast keeps what it made of a weight until its outermost
-    context ends, which is this one and casts nothing itself, and only where the weight wants a gradient, so all do meanwhile.
+    The cast weights take half the weights' float32 size until the context ends, and no weight may change. Autocast keeps a cast
+    until its outermost context ends. This context is the outermost one, and it casts nothing itself. Autocast keeps casts only of
+    weights that require a gradient, so all weights do meanwhile.
     """
     weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     frozen = [weight for weight in weights if not weight.requires_grad]
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        # A layer that lost attention and MLP has no weights, and nothing that is cast.
+        # A layer that lost attention and MLP has no weights, so nothing is cast.
         with torch.autocast(weights[0].device.type if weights else "cpu", enabled=False):
             try:
                 yield
             finally:
-                torch.clear_autocast_cache()  # an autocast around this one would go on with the weights as they are now
+                torch.clear_autocast_cache()  # otherwise an enclosing autocast would keep using the present values of the weights
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
@@ -76,11 +77,11 @@ def casting_once(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def linears_cast(model: nn.Module, dtype: str) -> Iterator[None]:
-    """While it lasts, linear layers hold their weights as `precision` would cast them in every pass; none may want a gradient or change.
+    """Within this context linear layers hold weights cast as by `precision`. No weight may require a gradient or change.
 
-    For many passes, and for backward passes by what flows, in which autocast keeps no cast for the next pass: half the weights' float32 size comes
-    and goes each time, which takes time and leaves pieces that the allocator cannot join. A weight that something else reads too, as a tied
-    embedding, stays as it is.
+    Use it for many passes, and for backward passes through activations. There autocast would cast again in every pass: half the
+    weights' float32 size would come and go, which takes time and fragments memory. A weight that another module reads too, such
+    as a tied embedding, stays as it is.
     """
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():

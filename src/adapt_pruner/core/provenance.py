@@ -1,4 +1,4 @@
-"""What made a result: the versions of what ran, and the commit."""
+"""What made a result: the versions of the software, and the commit."""
 
 import functools
 import platform
@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def installed(name: str) -> str:
-    """The version of a package; `unknown` where it runs from a source tree that is not installed."""
+    """The version of a package; `unknown` if it runs from a source tree that is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -22,16 +22,16 @@ def installed(name: str) -> str:
 
 @functools.cache
 def made_by() -> str:
-    """Versions of what makes a result, and the commit."""
+    """The versions of the software that makes a result, and the commit."""
     versions = [f"{name} {installed(name)}" for name in ("adapt-pruner", "torch", "transformers")]
     of = [f"commit {known}"] if (known := commit()) else []
     return ", ".join([*versions, f"Python {platform.python_version()}", *of])
 
 
 def commit() -> str:
-    """The commit that this code is of, with `-dirty` where it was changed since; empty where nothing says it.
+    """The commit of this code, with `-dirty` if it was changed since; empty if unknown.
 
-    A distribution says it in commit.txt, which its build wrote. In a checkout git is asked.
+    A distribution has it in commit.txt, which its build wrote. In a checkout git is asked.
     """
     written, checkout = _PACKAGE / "commit.txt", _PACKAGE.parents[1]
     if written.is_file():

@@ -1,4 +1,4 @@
-"""Events of what takes long on its way: a search for what to cut, zeros made layer by layer, a feed that moves the shares of its texts."""
+"""Events of long work: a search for what to cut, zeros made layer by layer, a feed that shifts the shares of its texts."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ class Within(Event):
     Attributes:
         stage: counted from 1.
         done: rounds, layers or steps so far.
-        of: those of the whole.
+        of: the total of these.
     """
 
     stage: Count | None = None
@@ -31,10 +31,10 @@ class Searched(Within):
     """A round of a search for what to cut is done.
 
     Attributes:
-        evaluations: times that a candidate's loss was measured, so far.
-        best: lowest loss of a candidate of this round, in nats per prediction.
-        mean: mean over the candidates of this round.
-        sizes: axis name -> units that the search would keep now; of a share in doubt, the expected number.
+        evaluations: how often a candidate's loss was measured so far.
+        best: the lowest loss of a candidate of this round, in nats per prediction.
+        mean: the mean loss of the candidates of this round.
+        sizes: axis name -> units that the search would keep now; where it is undecided, the expected number.
     """
 
     event: Literal["searched"] = "searched"
@@ -53,13 +53,13 @@ class Searched(Within):
 
 
 class Masked(Within):
-    """Weights have become zero: those of further decoder layers, or as masks that are learnt say now.
+    """More weights have become zero: those of further decoder layers, or those that learnt masks remove now.
 
     Attributes:
         unit: what `done` counts, `layer` or `step`.
         zeros: weights that are masked now.
-        error: ‖W' Z - W X‖² / ‖W X‖², the mean over the linear layers of the decoder layer; None where it was not worked out.
-        flipped: share of the masks that differs from those before.
+        error: ‖W' Z - W X‖² / ‖W X‖², the mean over the linear layers of the decoder layer; None if it was not computed.
+        flipped: share of the masks' bits that changed since the masks before.
     """
 
     event: Literal["masked"] = "masked"
@@ -79,13 +79,13 @@ class Masked(Within):
 
 
 class Mixed(Event):
-    """A feed has moved the shares of the texts that it mixes.
+    """A feed has changed the shares of the texts that it mixes.
 
     Attributes:
         step: of the run.
         tokens: read so far.
         shares: SPEC -> share of the rows to come.
-        losses: SPEC -> mean loss since the last move, in nats per token, of rows that were read for the first time.
+        losses: SPEC -> mean loss since the last change, in nats per token, over rows that were read for the first time.
     """
 
     event: Literal["mixed"] = "mixed"

@@ -1,23 +1,24 @@
-"""Where a run stands, told by its events alone: the phase it is in, how much of it is done, seconds so far and seconds left.
+"""Where a run stands, judged by its events alone: its phase, how much of it is done, seconds so far and seconds left.
 
-Whoever shows a run (the bar, plain lines, `watch`) or keeps how far it is (`progress.json`) asks a `Course`, which follows it.
+Everything that shows a run (the bar, plain lines, `watch`) or records its progress (`progress.json`) asks a `Course`, which
+follows it.
 
-The estimate is of the seconds until the result is written, with its card and page. It adds up what is still to come:
+The estimate counts the seconds until the result is written, with its card and page. It adds up what is still to come:
 
     left = Σ over the phases ahead of  times · seconds of one time
     seconds of one time = operations (`core.ahead`) · seconds per operation of this phase in this run
     times of an iteration's phases = parameters still to go / parameters that an iteration of this run removes
 
-A phase counts by the seconds that it took, whatever its tokens are. So a repeated iteration costs what the one before it did, in
-proportion to the model that is left, from the first iteration on; and a phase that the last iteration left out is not expected in the
-next. A phase that this run has not come to yet is held against those that it has measured, by their operations and by how fast such a
-phase ran on a CPU beside the others (`_EASE`). Until a phase is measured, nothing is said. While most of the estimate rests on such a
-guess, it is a range, from half to twice the guessed part.
+A phase is judged by the seconds that it took, not by its tokens. So from the first iteration on, a repeated iteration costs what
+the one before it did, in proportion to the model that is left. A phase that the last iteration left out is not expected in the
+next. A phase that has not run yet is estimated from the measured ones, by their operations and by their relative speed on a CPU
+(`_EASE`). Until a phase is measured, there is no estimate. While most of an estimate is such a guess, it is a range, from half to
+twice the guessed part.
 
-The promise: on a machine that stays as fast as it is, over a whole run, the time in all (seconds so far and left) is within 30 % of the
-truth after a tenth of it, and within 15 % after a third. `tests/test_standing.py` holds it on runs that were recorded.
-It does not hold where what is to come depends on what is found on the way: a search that goes on until it has found, tasks that have not
-been scored yet (until then there is no estimate), a metric of one's own.
+The promise: on a machine whose speed stays the same, the total time (seconds so far and left) is within 30 % of the truth after a
+tenth of a run, and within 15 % after a third. `tests/test_standing.py` checks this on recorded runs. The promise does not hold if
+the work depends on what is found on the way: a search without a fixed end, tasks that have not been scored yet (there is no
+estimate until then), or a user's own metric.
 """
 
 import math
@@ -35,11 +36,11 @@ from adapt_pruner.core.words import span
 __all__ = ["Course", "Standing"]
 
 _EASE = {"write": 0.27, "repair": 0.9}
-"""Operations a second of a phase, beside those of reading text, on a CPU."""
-_DOUBT = 0.1  # share of a phase that its first guess counts as, beside what is measured of it
-_LATEST = 0.5  # what counts the seconds of a time before the latest
-_GUESSED = 0.5  # share of an estimate from which on it is a range
-_ANYWHERE = ("save", "read", "time")  # phases that say nothing about what lies before them
+"""Operations per second of a phase on a CPU, relative to reading text."""
+_DOUBT = 0.1  # weight of the first guess for a phase, as a share of the phase, beside what is measured of it
+_LATEST = 0.5  # weight of earlier measurements beside the latest one
+_GUESSED = 0.5  # share of guesses in an estimate above which it is a range
+_ANYWHERE = ("save", "read", "time")  # phases that may come anywhere, so earlier phases need not be over
 _TOLD = ("evaluate", "task", "save", "train")  # phases whose end is an event
 
 
@@ -48,14 +49,14 @@ class Standing:
     """Where a run stands at one moment.
 
     Attributes:
-        doing: the phase, with what is done of what: repairing 12/60; empty before the first.
-        where: stage and iteration; empty where neither counts.
+        doing: the phase and its progress: repairing 12/60; empty before the first phase.
+        where: stage and iteration; empty if the work has neither.
         seconds: since the first event.
-        left: seconds until the end; None where nobody knows.
-        low: the same, at least.
-        high: the same, at most; apart from `low` where most of it is a guess.
-        ends: whether an end can be foreseen at all: what is done has a plan.
-        share: of the time that is over, or, without a plan, of the phase; None where nobody knows.
+        left: seconds until the end; None if unknown.
+        low: the least of these seconds.
+        high: the most of these seconds; differs from `low` if most of the estimate is a guess.
+        ends: whether the end can be estimated at all, because the work has a plan.
+        share: share of the time that is over, or, without a plan, of the phase; None if unknown.
     """
 
     doing: str = ""
@@ -77,15 +78,15 @@ class Standing:
         return f"{span(self.left)} left" if self.left >= 0.5 else ""
 
     def told(self) -> dict[str, Any]:
-        """It as plain data, as progress.json has it."""
+        """This standing as plain data, as in progress.json."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Standing":
-        """What `told` made plain.
+        """The standing from data that `told` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: the data is not a standing.
         """
 
         def known(key: str) -> float | None:
@@ -95,7 +96,7 @@ class Standing:
         return cls(str(data["doing"]), str(data["where"]), seconds, known("left"), low, high, bool(data["ends"]), known("share"))
 
     def later(self, seconds: float) -> "Standing":
-        """The same, so many seconds later, while nothing was heard."""
+        """The standing `seconds` later, if no event came since."""
         left = None if self.left is None else max(0.0, self.left - seconds)
         low, high = max(0.0, self.low - seconds), max(0.0, self.high - seconds)
         return replace(self, seconds=self.seconds + seconds, left=left, low=low, high=high)
@@ -103,7 +104,7 @@ class Standing:
 
 @dataclass
 class _Ahead:
-    """A phase that is planned: how often it has come, and how far it is now."""
+    """A planned phase: how often it has come, and how far it is now."""
 
     phase: str
     stage: int
@@ -111,20 +112,20 @@ class _Ahead:
     flops: float | None
     repeats: bool
     done: int = 0
-    spent: float = 0.0  # seconds of the time that is not over
-    share: float | None = None  # of that time
-    ran: bool = True  # whether the last iteration had it
+    spent: float = 0.0  # seconds of the time that has begun and is not over
+    share: float | None = None  # how much of that time is done
+    ran: bool = True  # whether the phase was part of the last iteration
     over: bool = False
 
     def coming(self, *, begun: bool) -> float:
-        """Times after the one that has begun, if one has."""
+        """How often the phase still comes, not counting a time that has begun."""
         begun = begun or self.spent > 0 or self.share is not None
         return 0.0 if self.over else max(0.0, self.times - self.done - begun)
 
 
 @dataclass
 class _Measured:
-    """What a phase took: seconds and times, and of those whose operations are known, seconds and operations."""
+    """What a phase took: seconds and times, and the seconds and operations of those times whose operations are known."""
 
     seconds: float = 0.0
     times: float = 0.0
@@ -132,13 +133,13 @@ class _Measured:
     flops: float = 0.0
 
     def add(self, seconds: float, flops: float | None, *, times: float = 1.0, keep: float = 1.0) -> None:
-        """Add what a few times took, `flops` each; what was before counts `keep`."""
+        """Add the seconds of `times` times with `flops` operations each; earlier measurements are weighted by `keep`."""
         self.seconds, self.times = keep * self.seconds + seconds, keep * self.times + times
         if flops:
             self.of_flops, self.flops = keep * self.of_flops + seconds, keep * self.flops + times * flops
 
     def one(self, flops: float | None) -> float | None:
-        """Seconds of one time; None where nothing was measured."""
+        """Seconds of one time; None if nothing was measured."""
         if flops and self.flops:
             return self.of_flops / self.flops * flops
         return self.seconds / self.times if self.times else None
@@ -146,7 +147,7 @@ class _Measured:
 
 @dataclass
 class Course:
-    """Follows a run, or whatever else tells events, and says where it stands."""
+    """Follows a run, or anything else that tells events, and says where it stands."""
 
     _began: float | None = None
     _now: float = 0.0
@@ -156,20 +157,20 @@ class Course:
     _measured: dict[str, _Measured] = field(default_factory=dict)
     _current: _Ahead | None = None
     _shown: Progress | None = None
-    _passed: float = 0.0  # seconds since the event before
+    _passed: float = 0.0  # seconds between the last two events
     _params: int | None = None
-    _removed: list[int] = field(default_factory=list)  # parameters, of each cut that did not end its stage
+    _removed: list[int] = field(default_factory=list)  # parameters removed by each cut that did not end its stage
     _tokens: int = 0
     _all_tokens: int = 0
     _stage_tokens: dict[int, int] = field(default_factory=dict)
     _ended: bool = False
-    _doing: str = ""  # what is done before there is a phase
+    _doing: str = ""  # what is done before the first phase
     _cell: Cell | None = None
     _inner: "Course | None" = None  # follows the process of a cell
     _cell_began: float = 0.0
 
     def hear(self, event: Event) -> None:
-        """Take in an event, which happens now or when its `time` says."""
+        """Take in an event, which happens at its `time`, or now if it has none."""
         if isinstance(event, InCell):
             if self._inner is not None and event.inner is not None:
                 self._inner.hear(event.inner)
@@ -186,7 +187,7 @@ class Course:
             self._follow(event)
 
     def at(self, now: float | None = None) -> Standing:
-        """Where it stands at a moment, by default now."""
+        """Where the run stands at a moment, by default now."""
         now = time.time() if now is None else now
         if self._began is None:
             return Standing()
@@ -209,12 +210,12 @@ class Course:
         return plain if math.isinf(min(until, sure + guessed)) else _within(plain, sure, guessed, until)
 
     def _in_cell(self, cell: Cell, inner: Standing, now: float) -> Standing:
-        """Of a comparison: what its cell is at, and the seconds until all cells are done."""
+        """The standing of a comparison: what its present cell is doing, and the seconds until all cells are done."""
         plain = Standing(inner.doing, cell.name, max(0.0, now - (self._began or now)), ends=True)
         spent, others = max(0.0, now - self._cell_began), cell.of - cell.cell
         if cell.seconds_left is not None and cell.seconds_here is not None:
             here = max(0.0, cell.seconds_here - spent)
-            if inner.left is not None and inner.low == inner.high:  # another method takes another time
+            if inner.left is not None and inner.low == inner.high:  # this cell's method may take longer than others
                 here = max(here, inner.left)
             return _within(plain, cell.seconds_left - cell.seconds_here + here, 0.0, math.inf)
         if inner.left is None:
@@ -241,7 +242,7 @@ class Course:
             case Progress():
                 self._turn_to(event.phase, event.stage or 0)
                 self._shown = event
-                if self._current is not None and event.of and event.phase != "task":  # of tasks, each counts anew
+                if self._current is not None and event.of and event.phase != "task":  # every task counts from 0 again
                     self._current.share = event.done / event.of
             case Within():
                 self._follow_within(event)
@@ -264,7 +265,7 @@ class Course:
         self._current, self._removed, self._measured = None, [], {}
 
     def _turn_to(self, phase: str, stage: int) -> None:
-        """A phase goes on, or begins; what the plan has before it is over."""
+        """A phase continues or begins; phases before it in the plan are over."""
         if self._current is not None and (self._current.phase, self._current.stage) == (phase, stage):
             return
         self._leave()
@@ -278,7 +279,7 @@ class Course:
                 item.over = True
 
     def _leave(self) -> None:
-        """The phase is over, if nothing else says so: it is part of no iteration, and has no event for its end."""
+        """End the present phase, unless an iteration or an event of its own ends it."""
         item = self._current
         if item is not None and not item.repeats and item.phase not in _TOLD:
             self._count(item)
@@ -294,15 +295,15 @@ class Course:
         self._current = None
 
     def _count(self, item: _Ahead) -> None:
-        """One more time of a phase is over."""
+        """Record that a phase has been run once more."""
         self._measured.setdefault(item.phase, _Measured()).add(item.spent, item.flops, keep=_LATEST)
         item.done, item.spent, item.share = item.done + 1, 0.0, None
 
     def _follow_within(self, event: Within) -> None:
-        """A round or a layer is done; of one that nobody planned, the seconds before it are its own."""
+        """A round or a layer is done. If nobody planned it, the seconds before it count as its own."""
         phase, stage = "layers" if isinstance(event, Masked) else "search", event.stage or 0
         if isinstance(event, Masked) and event.unit != "layer":
-            return  # it learns its masks as it trains
+            return  # masks learnt in training: `Step` events follow that training
         item = self._find(phase, stage)
         if item is None:
             if not self._items:
@@ -321,7 +322,7 @@ class Course:
         self._shown = Progress(phase=phase, stage=event.stage, done=event.done, of=event.of)
 
     def _follow_cut(self, cut: Cut) -> None:
-        """An iteration is over: how often its phases come again, the parameters say."""
+        """An iteration is over; the parameters still to go say how often its phases come again."""
         stage, before = cut.stage or 0, self._params
         reached = cut.target is None or cut.params <= cut.target
         if before is not None and not reached and before > cut.params:
@@ -345,14 +346,14 @@ class Course:
         self._current = None
 
     def _cuts(self, params: int, target: int | None) -> int:
-        """Cuts from so many parameters to so many, as large as those of this run."""
+        """The number of cuts from `params` to `target`, if they are as large as the latest cuts of this run."""
         if target is None or params <= target:
             return 0
         latest = self._removed[-3:]
         return max(1, math.ceil((params - target) * len(latest) / sum(latest) - 0.1)) if latest else 1
 
     def _follow_step(self, step: Step) -> None:
-        """Tokens were trained on; a reduction that cuts as it trains tells no other phase."""
+        """Tokens were trained on. A reduction that cuts as it trains reports no other phase."""
         item = self._find("train", step.stage or 0)
         if self._current is not None:
             self._current.spent = max(0.0, self._current.spent - self._passed)
@@ -368,10 +369,10 @@ class Course:
     # What is left.
 
     def _rests(self, since: float) -> Iterator[tuple[bool, float | None]]:
-        """Of each phase ahead: whether it has been measured, and the seconds that are left of it; None where nobody knows."""
+        """For each phase ahead: whether it has been measured, and the seconds left of it, None if unknown."""
         inside = self._current if self._current is not None and self._current.repeats else None
         measured = self._so_far()
-        passed = True  # whether the phase lies before the one that is running, in its iteration
+        passed = True  # whether `item` comes before the running phase in its iteration
         for item in self._items:
             if item is inside:
                 passed = False
@@ -388,18 +389,18 @@ class Course:
                 and not item.spent
                 and item is not inside
             ):
-                coming = max(0.0, coming - 1)  # this iteration goes without it
+                coming = max(0.0, coming - 1)  # this iteration has skipped the phase
             rest = None if one is None and coming else coming * (one or 0.0)
             if (running and item.done < item.times) or (
                 item.phase == "train" and item.share
-            ):  # a checkpoint may come within training
+            ):  # training may be interrupted by a checkpoint
                 known = known or (item.share or 0.0) > _DOUBT
                 begun = self._begun(item, one, since, first=item.phase not in measured)
                 rest = None if rest is None or begun is None else rest + begun
             yield known, rest
 
     def _so_far(self) -> dict[str, _Measured]:
-        """What was measured, with the phases of this iteration that are over."""
+        """The measurements, including the finished phases of this iteration."""
         measured = {phase: replace(one) for phase, one in self._measured.items()}
         for item in self._items:
             if item.repeats and item.spent > 0 and item is not self._current:
@@ -407,7 +408,7 @@ class Course:
         return measured
 
     def _one(self, item: _Ahead, measured: Mapping[str, _Measured]) -> tuple[bool, float | None]:
-        """Whether a phase was measured, and the seconds of one time."""
+        """Whether a phase was measured, and the seconds that it takes once."""
         if item.phase in measured and (one := measured[item.phase].one(item.flops)) is not None:
             return True, one
         if item.flops == 0:
@@ -416,7 +417,7 @@ class Course:
         return False, None if item.flops is None or pace is None else pace * item.flops / _EASE.get(item.phase, 1.0)
 
     def _pace(self, measured: Mapping[str, _Measured]) -> float | None:
-        """Seconds an operation of reading text, by all that was measured of this run."""
+        """Seconds per operation of reading text, from everything measured in this run."""
         seconds = flops = 0.0
         for phase, its in measured.items():
             seconds, flops = seconds + its.of_flops, flops + its.flops / _EASE.get(phase, 1.0)
@@ -426,7 +427,7 @@ class Course:
         return seconds / flops if seconds and flops else None
 
     def _begun(self, item: _Ahead, one: float | None, since: float, *, first: bool) -> float | None:
-        """Seconds that are left of the time of a phase that has begun; `first` if the phase was not measured before."""
+        """Seconds left of a phase that has begun; `first` if the phase was not measured before."""
         since = since if item is self._current else 0.0
         share = item.share
         if share is None or (share == 0 and one is not None):
@@ -440,7 +441,7 @@ class Course:
 
 
 def _within(plain: Standing, sure: float, guessed: float, until: float) -> Standing:
-    """A standing with so many seconds left that are known, and so many that are guessed; no more than `until`."""
+    """The standing with `sure` seconds left that are measured and `guessed` ones that are not; at most `until` in all."""
     whole = sure + guessed
     vague = guessed > _GUESSED * whole
     low, high = (sure + guessed / 2, sure + 2 * guessed) if vague else (whole, whole)

@@ -1,7 +1,7 @@
-"""The one way of text to the terminal: whoever prints on stdout or stderr, what would steer a terminal is spelled out.
+"""All text to the terminal passes through here: characters that would control a terminal are spelled out on stdout and stderr.
 
-A pipe may end in a terminal too, so it is the same there. Our own colours and bars go past the filter: rich writes them to the
-streams beneath, and what it is given to show has been through `visible`.
+A pipe may end in a terminal too, so pipes get the same treatment. Our own colours and bars bypass the filter: rich writes them to
+the streams beneath it, and the text given to rich has already been through `visible`.
 """
 
 import sys
@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from adapt_pruner.core.visible import visible
 
-if TYPE_CHECKING:  # every command imports this file, and few show what rich draws
+if TYPE_CHECKING:  # every command imports this file, but few draw with rich
     from rich.console import Console
 
 __all__ = ["console", "filtered", "fitted", "wrapped"]
 
 
 class _Filtered:
-    """A text stream whose `write` spells out what steers a terminal; all else is that of the stream beneath."""
+    """A text stream whose `write` spells out control characters; everything else comes from the stream beneath."""
 
     def __init__(self, beneath: Any) -> None:
         self.beneath = beneath
 
     def write(self, text: str) -> int:
-        """Write; the number of characters that were asked for."""
+        """Write the text, and return the number of characters of `text` itself."""
         self.beneath.write(visible(text))
         return len(text)
 
@@ -40,13 +40,13 @@ class _Filtered:
 
 @contextmanager
 def filtered() -> Iterator[None]:
-    """Have stdout and stderr filtered, as they are now; afterwards they are as before."""
+    """Within this context stdout and stderr are filtered."""
     with redirect_stdout(_Filtered(sys.stdout)), redirect_stderr(_Filtered(sys.stderr)):
         yield
 
 
 def console(*, stderr: bool = False, **options: Any) -> "Console":
-    """Rich's console on the stream beneath the filter; what it is given to show must have been through `visible`."""
+    """Rich's console on the stream beneath the filter; pass text through `visible` before giving it to the console."""
     from rich.console import Console
 
     stream: Any = sys.stderr if stderr else sys.stdout
@@ -56,7 +56,7 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
 
 
 def fitted(parts: Sequence[str], width: int, *, between: str = " · ") -> list[str]:
-    """Figures in as few lines of a width as they take; one that is wider than a line breaks between its words."""
+    """Join the parts into as few lines of `width` as possible; a part wider than a line breaks between its words."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + len(between) + len(part) <= width:
@@ -67,7 +67,7 @@ def fitted(parts: Sequence[str], width: int, *, between: str = " · ") -> list[s
 
 
 def wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
-    """A text in lines that break between words; a word that is wider than a line, such as a path, stays whole."""
+    """Break a text into lines between words; a word wider than a line, such as a path, stays whole."""
     return textwrap.wrap(
         text, max(1, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, expand_tabs=False,
         replace_whitespace=False,

@@ -1,4 +1,4 @@
-"""Plain figures: strict JSON, which has no NaN and no infinity, and the one figure that overflows."""
+"""Plain figures: strict JSON, which has no NaN and no infinity, and the perplexity, which may overflow."""
 
 import json
 import math
@@ -11,34 +11,34 @@ from adapt_pruner.core.files import read_plain
 __all__ = ["MOST", "is_count", "is_number", "number_of", "of_json", "perplexity_of", "read_json", "to_json"]
 
 MOST = 10**15
-"""Above whatever is counted, and above seconds since 1970."""
+"""Larger than anything that is counted, and than seconds since 1970."""
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number that a float can hold; NaN, infinity and truth values are none."""
+    """Whether it is a number that a float can hold; NaN, infinity, True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number_of(value: object) -> float | None:
-    """A number; None for what is none, NaN and infinity among it."""
+    """The value as a number; None for anything else, including NaN and infinity."""
     return float(value) if is_number(value) else None
 
 
 def is_count(value: object) -> bool:
-    """Whether it is a number from 0 on, and small enough to count something."""
+    """Whether it is a number from 0 on that is small enough to count something."""
     return is_number(value) and 0 <= value < MOST
 
 
 def perplexity_of(nll: float) -> float:
-    """exp of a mean loss in nats a token; infinity where that is no float."""
+    """exp of a mean loss in nats per token; infinity if that overflows a float."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def of_json(text: str | bytes) -> Any:
-    """What JSON text stands for.
+    """The data in JSON text.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, or has lists too deep in each other.
+        ValueError: it is not JSON, not UTF-8, or nests lists too deep.
     """
     try:
         return json.loads(text)
@@ -47,7 +47,7 @@ def of_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file stands for.
+    """The data in a JSON file.
 
     Raises:
         OSError: it cannot be read, or is no file.

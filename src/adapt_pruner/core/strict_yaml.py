@@ -1,4 +1,4 @@
-"""YAML that holds keys: what YAML itself lets pass without a word, a key that is given twice, is refused, and what has no end, too."""
+"""Read YAML keys strictly: a key given twice, which YAML itself accepts silently, is refused, and so are values without end."""
 
 import re
 from collections.abc import Hashable
@@ -13,17 +13,17 @@ from adapt_pruner.errors import UsageError, first_line
 __all__ = ["read_keys", "value_of"]
 
 _MOST_BYTES = 2**20
-_DEEPEST = 32  # tables and lists within each other
-_MOST_VALUES = 100_000  # with each `*name` counted as what it stands for
+_DEEPEST = 32  # nested tables and lists
+_MOST_VALUES = 100_000  # each alias `*name` counts as all the values that it stands for
 _LONGEST_NUMBER = 100  # characters
 
 
 class _Refused(yaml.constructor.ConstructorError):
-    """What is good YAML, and no recipe."""
+    """Good YAML that no recipe may contain."""
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML's own loader takes the last of two keys, keys that are no words, and values that never end."""
+    """Refuses what YAML's own loader accepts: keys given twice, keys that are not words, and values that never end."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -82,7 +82,7 @@ _Strict.yaml_implicit_resolvers = {  # a date is a word, and so is 2:4, to YAML 
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values below a node, what an alias stands for each time; 0 marks a node that is being counted."""
+    """The number of values below a node; an alias counts all its values each time. 0 marks a node that is being counted."""
     if known.get(id(node)) == 0:
         raise _Refused(None, None, "a value holds itself; remove its alias", node.start_mark)
     if id(node) not in known:
@@ -99,10 +99,10 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def value_of(text: str, name: str) -> Any:
-    """What YAML text stands for; `name` begins the sentence where it is wrong.
+    """The data in YAML text; `name` begins the error message.
 
     Raises:
-        UsageError: it is not YAML, gives a key twice, has a key that is not a word, or unfolds without end.
+        UsageError: it is not YAML, gives a key twice, has a key that is not a word, or expands without end.
     """
     try:
         return yaml.load(text, Loader=_Strict)
@@ -113,16 +113,17 @@ def value_of(text: str, name: str) -> Any:
         raise UsageError(f"{name} is not YAML: line {line}, {error.problem}; mend the line, or quote the value") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{name} is not YAML: {first_line(error)}; write lines like `model: smollm2-135m-instruct`") from error
-    except RecursionError as error:  # of the parser, which has no bound of its own
+    except RecursionError as error:  # the parser itself has no limit on nesting
         raise UsageError(f"{name}: tables and lists lie more than {_DEEPEST} deep in each other; use fewer") from error
 
 
 def read_keys(path: Path, name: str) -> dict[str, Any]:
-    """The keys of a YAML file that goes by `name`.
+    """The keys of a YAML file; `name` begins the error message.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UsageError: it cannot be read, is not YAML, gives a key twice, or holds no keys; with the line where one is to blame.
+        UsageError: it cannot be read, is not YAML, gives a key twice, or holds no keys. The message names the line if one is at
+            fault.
     """
     try:
         text = read_plain(path, most=_MOST_BYTES).decode("utf-8")

@@ -34,7 +34,7 @@ def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
 
 
 def _check_slices(model: nn.Module, axes: Sequence[Axis]) -> None:
-    """Refuse axes whose slices do not cover whole each dimension that they cut.
+    """Refuse axes whose slices cover only a part of a dimension.
 
     Raises:
         ValueError: a slice goes beyond its dimension, or the slices of all axes together leave out a part of it.
@@ -62,10 +62,10 @@ def _check_slices(model: nn.Module, axes: Sequence[Axis]) -> None:
 
 
 def _check_gate(model: nn.Module, axis: Axis) -> None:
-    """Refuse a gate that has another number of features than the entries of its axis own.
+    """Refuse a gate whose number of features differs from the number that the entries of its axis own.
 
     Raises:
-        ValueError: it has.
+        ValueError: the numbers differ.
     """
     gate = axis.gate
     for name in () if gate.is_whole else (gate.module, *gate.also):
@@ -79,23 +79,26 @@ def _check_gate(model: nn.Module, axis: Axis) -> None:
 
 @contextmanager
 def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Tensor]) -> Iterator[None]:
-    """While it lasts, the units that a mask removes are shut: a dry run of `cut` that touches no weight. Gates may be open in part, too.
+    """Within this context the units that a mask removes are shut: a dry run of `cut` without a change of weights.
 
-    With a number g for each entry, 0 for shut and 1 for open, what it shuts is multiplied:
+    Gates may also be partly open.
 
-        inputs      g · x for the features x that an entry owns
-        channels    g · x for a channel x as the norms read it, so their mean runs over what is left of it
-        whole       of a block g · y for what it adds to the stream; of a layer x + g · (f(x) - x)
-        logits      z + log g; -inf where g is 0 or less, and then without a gradient by g
+    With a number g for each entry, 0 for shut and 1 for open, the gate changes:
+
+        inputs      x, a feature that an entry owns, to g · x
+        channels    x, a channel as the norms read it, to g · x; so the mean of a norm runs over what is left
+        whole       a block's output y to g · y before it is added to the stream; a layer's output f(x) to x + g · (f(x) - x)
+        logits      z to z + log g; to -inf where g is 0 or less, with no gradient to g
 
     Args:
         model: left as found.
         axes: its axes.
-        gates: a mask; or axis name -> float tensor [entries], any real numbers. Outputs can be differentiated by them.
+        gates: a mask; or axis name -> float tensor [entries], any real numbers. Outputs can be differentiated with respect to
+            them.
 
     Raises:
-        ValueError: a mask does not fit the axes (`Mask.check`), gates are not a float for each entry of an axis, or a gate does not
-            fit its axis.
+        ValueError: a mask does not fit the axes (`Mask.check`), gates are not one float for each entry of an axis, or a gate does
+            not fit its axis.
     """
     if isinstance(gates, Mask):
         shut = _checked(axes, gates)
@@ -115,7 +118,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
 
 
 def _open(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[RemovableHandle]:
-    """The hooks that open the entries of an axis as far as `gate` says, [entries], attached one by one."""
+    """The hooks that multiply the entries of an axis by `gate`, [entries]; each is attached as it is yielded."""
     _check_gate(model, axis)
     if axis.gate.kind == "logits":
         yield model.register_forward_hook(partial(_add_log, gate))
@@ -147,16 +150,16 @@ def _multiply_change(gate: Tensor, module: nn.Module, args: tuple[Any, ...], kwa
 
 def _add_log(gate: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     opened = gate > 0
-    log = torch.where(opened, gate, 1.0).log().masked_fill(~opened, -torch.inf)  # no 0 · inf in its gradient
+    log = torch.where(opened, gate, 1.0).log().masked_fill(~opened, -torch.inf)  # log 0 would put 0 · inf into the gradient
     output.logits = output.logits + log.to(output.logits)
     return output
 
 
 def _shut(model: nn.Module, axis: Axis, keep: Tensor) -> Iterator[RemovableHandle]:
-    """The hooks that shut the entries of an axis which are not kept, attached one by one."""
+    """The hooks that shut the entries of an axis that are not kept; each is attached as it is yielded."""
     _check_gate(model, axis)
     if axis.gate.kind == "logits":
-        yield model.register_forward_hook(_Unsaid(keep))  # once logits are capped, where they are
+        yield model.register_forward_hook(_Unsaid(keep))  # on the model's output, so after a cap on logits, if there is one
     elif axis.gate.is_whole:
         whole: Any = model.get_submodule(axis.gate.module)
         if axis.modules:
@@ -181,7 +184,7 @@ class _Shut:
 
 
 class _Unsaid:
-    """A forward hook on the model that makes the logits whose `keep` is False -inf."""
+    """A forward hook on the model that sets the logits whose `keep` is False to -inf."""
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
@@ -192,13 +195,13 @@ class _Unsaid:
 
 
 def first(output: Any) -> Tensor:
-    """What a layer or block gives the stream, of all that it returns."""
+    """The tensor for the residual stream among all that a layer or block returns."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def with_first(output: Any, tensor: Tensor) -> Any:
-    """What a layer or block returns, with another tensor for the stream."""
+    """The output of a layer or block, with another tensor for the stream."""
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
@@ -212,10 +215,10 @@ def _silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 class _Nothing(nn.Module):
-    """In the place of attention, where a layer number is given, or of an MLP that is gone: adds nothing to the stream.
+    """Replaces a removed attention (which has a layer number) or MLP: it adds nothing to the stream.
 
-    modeling_pruned.py has its like. Attention that is gone still counts tokens in its layer of the cache, one number each, since
-    transformers asks one layer for all how many there are.
+    modeling_pruned.py has a class like it. A removed attention still writes one number per token to its layer of the cache,
+    because transformers asks a single layer for the number of tokens seen.
     """
 
     def __init__(self, layer_idx: int | None) -> None:
@@ -226,20 +229,20 @@ class _Nothing(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if self.layer_idx is None:
             return nothing
-        cache = others.get("cache", others.get("past_key_values"))  # as transformers calls it, and called it
+        cache = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
         if cache is not None:
             cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
         return nothing, None
 
 
 class _OwnConfig:
-    """The config of a model with some fields of one layer's own, for a module that reads them there; modeling_pruned.py has its like."""
+    """The model's config with some fields of one layer, for modules that read them there; modeling_pruned.py has its like."""
 
     def __init__(self, whole: Any, own: Mapping[str, int]) -> None:
         self.__dict__.update(own, whole=whole)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "whole" or name.startswith("__"):  # of one that is being copied
+        if name == "whole" or name.startswith("__"):  # asked while it is being copied
             raise AttributeError(name)
         return getattr(self.whole, name)
 
@@ -255,22 +258,22 @@ def cut(
 ) -> None:
     """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
 
-    Weights, biases, module sizes, layer numbers, norms whose mean runs over an axis and `model.config` follow. Every shortened parameter is a new
-    `nn.Parameter` (tied uses stay tied); the optimiser's groups point to it, and each of its state tensors that
-    had the parameter's shape is sliced alike. Gradients of shortened parameters are dropped. Where a block goes, modules
-    without parameters stand in for it and its norms, so that the layer's own forward runs on.
+    Weights, biases, module sizes, layer numbers, norms whose mean runs over an axis and `model.config` follow. Every shortened
+    parameter is a new `nn.Parameter`; tied uses stay tied. The optimiser's groups point to the new parameters, and each of its
+    state tensors that had the parameter's shape is sliced in the same way. Gradients of shortened parameters are dropped. Modules
+    without parameters replace a removed block and its norms, so that the layer's own forward still runs.
 
     Args:
         model: changed in place; may lie on the meta device.
-        axes: the model's axes, all of them: sizes of untouched axes are written to the config too.
-        mask: against the model as it is now. Names inside layers count the layers before the cut.
+        axes: all axes of the model, because sizes of untouched axes are written to the config too.
+        mask: for the model as it is now. Names inside layers count the layers before the cut.
         optimizer: any torch optimiser over the model's parameters.
-        beside: a tensor of its shape for some parameters, a mask over its weights; changed in place to have the new parameters, and tensors
-            cut alike. Parameters that go are left out.
+        beside: parameter -> a tensor of its shape, such as a mask over its weights. Changed in place: it gets the new parameters
+            as keys and tensors cut in the same way. Entries of parameters that are removed whole mean nothing afterwards.
 
     Raises:
-        ValueError: the mask does not fit the axes (`Mask.check`), or keeps more in one block of an axis than in another; the slices
-            of the axes do not fit a parameter, or leave a part of it out. Nothing is changed.
+        ValueError: the mask does not fit the axes (`Mask.check`) or keeps more in one block of an axis than in another, or the
+            slices of the axes do not fit a parameter or leave out a part of it. Nothing is changed.
     """
     shrinking = _checked(axes, mask)
     _check_slices(model, axes)
@@ -287,7 +290,7 @@ def cut(
             setattr(module, leaf, new)
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
-            elif type(module).__name__ == "Conv1D":  # of transformers
+            elif type(module).__name__ == "Conv1D":  # transformers' class, used by GPT-2
                 module.nx, module.nf = module.weight.shape
             elif isinstance(module, nn.Embedding):
                 module.num_embeddings, module.embedding_dim = module.weight.shape
@@ -319,10 +322,10 @@ def cut(
 
 
 def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
-    """Parameters that a model will have after `cut` by a mask.
+    """The number of parameters that a model will have after `cut` by a mask.
 
     Raises:
-        ValueError: the slices of the axes do not fit a parameter, or leave a part of it out.
+        ValueError: the slices of the axes do not fit a parameter, or leave out a part of it.
     """
     _check_slices(model, axes)
     gone = _gone(model, axes, mask)
@@ -336,7 +339,7 @@ def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
 
 
 def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Parameter]:
-    """The parameters of the layers and blocks that go whole."""
+    """The parameters of the layers and blocks that are removed whole."""
     modules: list[nn.Module] = []
     for axis in axes:
         if axis.name == "layers" and axis.name in mask:
@@ -348,10 +351,10 @@ def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Paramete
 
 
 def _size(axis: Axis, mask: Mask) -> int:
-    """Units that stay of an axis; the same number in every block of which anything stays.
+    """Units that stay of an axis. Every block of which anything stays keeps this number.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the blocks keep different numbers.
     """
     left = {int(block) for block in mask.of(axis).view(axis.blocks, -1).sum(dim=1)} - {0}
     if not left:  # its block goes
@@ -373,7 +376,7 @@ def _kept(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[tuple[
                 stays = dims.setdefault(piece.dim, torch.ones(parameter.shape[piece.dim], dtype=torch.bool))
                 stays[piece.start : piece.start + axis.entries * piece.width] &= keep.repeat_interleave(piece.width)
     for key in list(parameters):
-        parameter, dims = parameters.pop(key)  # so that what was cut is not held while the rest is
+        parameter, dims = parameters.pop(key)  # so that a parameter already cut is freed while the rest are cut
         yield parameter, {dim: entries.nonzero().flatten() for dim, entries in dims.items()}
 
 
@@ -388,7 +391,7 @@ def _shortened(parameter: nn.Parameter, index: Mapping[int, Tensor]) -> nn.Param
 
 
 def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
-    """Let the configs and the padding of `model`, in place, name units by their numbers after the cut; None for one that is gone."""
+    """Renumber, in place, the unit numbers in the configs and paddings of `model`; the number of a removed unit becomes None."""
     new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
     for config in (model.config, getattr(model, "generation_config", None)):
         for field in fields:
@@ -401,7 +404,7 @@ def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
 
 
 def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: Mapping[int, Tensor]) -> None:
-    """Point the optimiser, in place, from `old` to `new`, its state sliced alike."""
+    """Point the optimiser, in place, from `old` to `new`, and slice its state in the same way."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)
@@ -414,10 +417,11 @@ def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: M
 
 @torch.no_grad()
 def multiply(model: nn.Module, name: str, factor: float, offset: float = 0.0, optimizer: Optimizer | None = None) -> None:
-    """Multiply, in place, a parameter, module attribute or config field; moments of its gradient g, now g / factor, follow.
+    """Multiply, in place, a parameter, module attribute or config field. Moments of the gradient g, now g / factor, follow.
 
-    Of a parameter w, offset + w is what is multiplied. A buffer that its module has as a number too, `scalar_…`, is made of that,
-    multiplied before, as it is when the model is loaded; a product of its own would be rounded otherwise (not in float64).
+    For a parameter w, offset + w is multiplied. Some modules also hold a buffer's value as a number, `scalar_…`. The caller has
+    already multiplied that number, and the buffer is filled from it, as happens when the model is loaded. Multiplying the buffer
+    itself would round differently, except in float64.
     """
     owner, _, leaf = name.rpartition(".")
     module = attrgetter(owner)(model)
@@ -438,7 +442,7 @@ def multiply(model: nn.Module, name: str, factor: float, offset: float = 0.0, op
 
 
 def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
-    """Let the optimiser, in place, go on without the parameters that are `gone`."""
+    """Drop, in place, the parameters in `gone` from the optimiser."""
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
     for parameter in gone:
@@ -446,7 +450,7 @@ def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
 
 
 def _drop_block(model: nn.Module, axis: Axis) -> None:
-    """Put, in place, a module that adds nothing where the attention or MLP of a layer is, and one that does nothing for each norm."""
+    """Replace, in place, the attention or MLP of a layer by a module that adds nothing, and each of its norms by the identity."""
     _, block, *_ = axis.modules
     for name in axis.modules:
         stand_in = _Nothing(getattr(model.get_submodule(name), "layer_idx", None)) if name == block else nn.Identity()
@@ -467,12 +471,12 @@ def _drop_layers(model: nn.Module, axis: Axis, stayed: list[int]) -> None:
 
 
 def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:  # noqa: B008 (a Mask is immutable)
-    """State, in place, the sizes that `axes` have under `mask` in a transformers config.
+    """Write, in place, the sizes that `axes` have under `mask` into a transformers config.
 
-    A field on which all layers agree that have it is set for the whole model, the others in `per_layer_config`, which holds only
-    what differs. Where the config refuses the common value (Llama wants hidden_size to be a multiple of the number
-    of heads) the field goes to `per_layer_config` as well. `skip` in it names the blocks that a layer lacks, as transformers'
-    schema has it: those that lack already, and those that go.
+    A field is set for the whole model if all layers that have it agree. Otherwise it goes to `per_layer_config`, which holds only
+    what differs. A field also goes there if the config refuses the common value: Llama wants hidden_size to be a multiple of the
+    number of heads. `skip` in `per_layer_config` names the blocks that a layer lacks, as in transformers' schema: those missing
+    already and those that go now.
     """
     depth = next((axis for axis in axes if axis.name == "layers"), None)
     skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
@@ -509,7 +513,7 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
             for i, size in by_layer.items():
                 per_layer[i][field] = size
             if not _accepts(config, field, getattr(config, field)):
-                setattr(config, field, 1)  # no layer's, but it has to pass; all layers say their own
+                setattr(config, field, 1)  # no layer has this value, but it passes validation; every layer states its own
     if any(per_layer.values()):
         config.per_layer_config = per_layer
         config.allow_global_per_layer_attribute_access = _reads_global_sizes(config)
@@ -529,8 +533,8 @@ def _accepts(config: Any, field: str, value: int) -> bool:
 
 
 def _reads_global_sizes(config: Any) -> bool:
-    """Whether stock code reads of the whole model a size that differs between layers: in validating (Llama, Phi-3, Gemma 3), or for
-    positions that are scaled (YaRN, dynamic), where transformers reads the number of heads even if it knows their size.
+    """Whether stock code reads a size for the whole model that differs between layers. It does so when validating (Llama, Phi-3,
+    Gemma 3), and for scaled positions (YaRN, dynamic): there transformers reads the number of heads even if it knows their size.
     """
     positions = getattr(config, "rope_parameters", None) or {}
     kinds = [of.get("rope_type") for of in (positions, *positions.values()) if isinstance(of, dict)]

@@ -1,7 +1,7 @@
-"""What a model learns, said in one place: what of a batch is predicted, from where, and at what loss.
+"""What a model learns, in one place: what of a batch is predicted, from which hidden states, and with what loss.
 
-Scoring, repairs, training and evaluation ask a `Task` and know no head, no labels and no order of tokens themselves. How batches are
-made of text is for `data.task.TextTask` to say, which a recipe names.
+Scoring, repairs, training and evaluation ask a `Task`. They do not know the head, the labels or the order of tokens themselves.
+How text becomes batches is the work of `data.task.TextTask`, which a recipe names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,53 +19,53 @@ class Task(Protocol):
     """What scoring, repairs and training ask of the work that a model does."""
 
     def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
-        """How many predictions of these batches count in the loss; of each batch only the first two dimensions are read.
+        """How many predictions of these batches count in the loss; only the first two dimensions of each batch are read.
 
-        `predicted`, bool [batch, length], says which of a single batch count; None for all that can be predicted.
+        `predicted`, bool [batch, length], marks what counts in a single batch; None for all that can be predicted.
         """
 
     def entrance(self, model: Any) -> nn.Module:
-        """The module whose output begins the stream: what flows has gradients from there on."""
+        """The module whose output begins the residual stream; gradients with respect to activations start there."""
 
     def read(self, model: Any, batch: Tensor, **asked: Any) -> Any:
-        """Run what lies below the predictions, decoder layers among it; the output has `last_hidden_state`, [batch, length, width].
+        """Run everything below the predictions, decoder layers included, to a `last_hidden_state` [batch, length, width].
 
         Args:
-            model: in the precision around the call.
+            model: runs in the precision of the surrounding context.
             batch: on the model's device.
-            asked: what else the output is to have, as the model's forward calls it.
+            asked: further outputs, as keyword arguments of the model's forward.
         """
 
     def loss(self, model: Any, batch: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
-        """The sum of the loss over what is predicted: float32 scalar, differentiable once.
+        """The sum of the loss over all predictions: float32 scalar, differentiable once.
 
         Args:
-            model: left as found, but for gradients.
+            model: left as found, except for gradients.
             batch: on the model's device.
-            predicted: bool [batch, length], what of the batch counts; None for all that can be predicted.
+            predicted: bool [batch, length], which parts of the batch count; None for all that can be predicted.
             chunk: predictions whose logits exist at one time, see `through_head`.
         """
 
     def judged(self, model: Any, batch: Tensor) -> Mapping[str, Tensor]:
-        """Figures beside the loss, each a sum over what is predicted: `{"accuracy": number of right answers}`; {} for none."""
+        """Figures beside the loss, each a sum over all predictions: `{"accuracy": number of right answers}`; {} for none."""
 
 
 @dataclass(frozen=True)
 class CausalLM:
     """Next-token prediction: position t predicts token t + 1, at -log p(token | what precedes it) in nats.
 
-    Its logits are what `get_output_embeddings()` makes of the last hidden state of `get_decoder()`, capped or not.
-    Batches are token ids, int64 [batch, length], length at least 2; padding, if any, on the right.
+    The logits are the output of `get_output_embeddings()` for the last hidden state of `get_decoder()`, capped if the model caps
+    them. Batches are token ids, int64 [batch, length], length at least 2; padding, if any, on the right.
     """
 
     def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
-        """All tokens of a sequence but its first, or those of them that `predicted` marks."""
+        """All tokens of a sequence except the first, or those of them that `predicted` marks."""
         if predicted is not None:
             return int(predicted[:, 1:].sum())
         return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
     def entrance(self, model: Any) -> nn.Module:
-        """The embedding of tokens."""
+        """The token embedding."""
         embedding: nn.Module = model.get_input_embeddings()
         return embedding
 
@@ -74,7 +74,7 @@ class CausalLM:
         return model.get_decoder()(input_ids=batch, use_cache=False, **asked)
 
     def predicting(self, hidden: Tensor, batch: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The hidden states that predict something, and what they predict.
+        """The hidden states that predict a token, and the tokens they predict.
 
         Args:
             hidden: [batch, length, width].
@@ -91,12 +91,12 @@ class CausalLM:
         return before[chosen], targets[chosen]
 
     def head(self, model: Any) -> nn.Linear:
-        """The linear layer that makes logits of hidden states."""
+        """The linear layer that turns hidden states into logits."""
         layer: nn.Linear = model.get_output_embeddings()
         return layer
 
     def of_logits(self, model: Any, hidden: Tensor, loss: LogitLoss, *, chunk: int | None = None) -> Tensor:
-        """The sum of `loss` over the logits of `hidden`, [n, width], which never exist together; see `through_head`."""
+        """The sum of `loss` over the logits of `hidden`, [n, width]; these never exist together, see `through_head`."""
         return through_head(hidden, self.head(model), capped(loss, logit_cap(model)), chunk=chunk)
 
     def loss(self, model: Any, batch: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:

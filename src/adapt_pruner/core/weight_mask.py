@@ -1,10 +1,11 @@
-"""`WeightMask`: which single weights of a model's linear layers stay, while the others are zeros that keep the shapes as they are.
+"""`WeightMask`: which single weights of a model's linear layers stay. The others are zero, and shapes stay as they are.
 
-A `Mask` names units that go; this mask names weights that become zero. Both go together: `WeightMask.cut` takes units away from a model and its mask
-alike, so that making zeros and then cutting gives what cutting and then making zeros by the cut mask gives.
+A `Mask` names units to remove; this mask names weights that become zero. They can be combined: `WeightMask.cut` removes units
+from a model and from its mask alike. So making zeros and then cutting gives the same as cutting and then making zeros by the cut
+mask.
 
-Masked are the linear layers inside decoder layers (fused ones, too). Embeddings, the head, norms and biases stay dense. Tensors here lie as
-[outputs, inputs], whichever way round the module's weight does.
+The mask covers the linear layers inside decoder layers, fused ones included. Embeddings, the head, norms and biases stay dense.
+Tensors here are [outputs, inputs], whichever way round the module stores its weight.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ __all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers
 
 
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
-    """The linear layers inside the decoder layers, or inside decoder layer number `layer`: dotted name -> module, in the model's order."""
+    """The linear layers inside all decoder layers, or inside number `layer`: dotted name -> module, in the model's order."""
     its = {id(module) for module in decoder_layers(model, axes)[slice(layer, None if layer is None else layer + 1)].modules()}
     return {name: module for name, module in model.named_modules() if id(module) in its and _is_linear(module)}
 
@@ -37,18 +38,18 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def oriented(module: Any) -> Tensor:
-    """The weight of a linear layer as [outputs, inputs]; a view, to be changed in place, without a gradient."""
+    """The weight of a linear layer as [outputs, inputs]: a view without a gradient, which may be changed in place."""
     weight: Tensor = module.weight.detach()
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 def stored(module: Any, tensor: Tensor) -> Tensor:
-    """A tensor [outputs, inputs] as the weight of a linear layer lies, on its device; the inverse of `oriented`."""
+    """A tensor [outputs, inputs] in the layout and on the device of a linear layer's weight; the inverse of `oriented`."""
     return (tensor if isinstance(module, nn.Linear) else tensor.t()).to(module.weight.device)
 
 
 def largest(scores: Tensor, pattern: Pattern, *, per_row: bool = False) -> Tensor:
-    """The weights to keep: the highest scores, as many as the pattern says; of equals the first stays.
+    """The weights to keep: the highest scores, as many as the pattern says; among equal scores the first stays.
 
     Args:
         scores: [outputs, inputs].
@@ -72,11 +73,11 @@ def largest(scores: Tensor, pattern: Pattern, *, per_row: bool = False) -> Tenso
 
 @dataclass(frozen=True)
 class WeightMask:
-    """Which weights stay: name of a linear layer -> bool [outputs, inputs]. True stays, the others are zero; layers not named are dense.
+    """Which weights stay: name of a linear layer -> bool [outputs, inputs]. False is a zero; unnamed layers are dense.
 
     Attributes:
         kept: the masks.
-        pattern: what each of them holds exactly; None where a cut has broken it.
+        pattern: the pattern that each mask holds exactly; None where a cut has broken it.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -90,14 +91,14 @@ class WeightMask:
 
     @property
     def num_zeros(self) -> int:
-        """Weights that are masked."""
+        """The number of masked weights."""
         return sum(keep.numel() - int(keep.sum()) for keep in self.kept.values())
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a mask that is of another model.
+        """Refuse a mask of another model.
 
         Raises:
-            ValueError: it names a linear layer that the model lacks, or has another shape than that.
+            ValueError: it names a linear layer that the model lacks, or one of another shape.
         """
         there = linear_layers(model)
         for name, keep in self.kept.items():
@@ -108,7 +109,7 @@ class WeightMask:
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> None:
-        """Make the masked weights of `model` zero, in place, and with them their moments, which would move them again."""
+        """Set the masked weights of `model` to zero, in place, and also their moments, which would otherwise move them again."""
         for name, keep in self.kept.items():
             module: Any = model.get_submodule(name)
             gone = ~stored(module, keep)
@@ -122,10 +123,10 @@ class WeightMask:
         return [name for name, keep in self.kept.items() if _not_zero(oriented(model.get_submodule(name)), keep)]
 
     def broken(self, model: nn.Module) -> list[str]:
-        """A sentence for each linear layer of `model`, masked or not, that does not hold the pattern; none of a mask without one.
+        """A sentence for each linear layer, masked or not, that does not hold the pattern; none if the mask has no pattern.
 
-        N:M holds where every group of M inputs has at most N weights that are not zero; a share, where at least as many weights are zero
-        as the share says. Both are counted in the weights themselves, and the mask itself must keep exactly what the pattern says.
+        N:M holds if every group of M inputs has at most N weights that are not zero. A share holds if at least that share of the
+        weights is zero. Both are counted in the weights themselves, and the mask itself must keep exactly what the pattern says.
         """
         said: list[str] = []
         pattern = self.pattern
@@ -149,7 +150,7 @@ class WeightMask:
     def cut(self, model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> "WeightMask":
         """Cut `model`, in place (see `core.surgery.cut`), and return the mask over the weights that are left.
 
-        Its pattern is None where what is left does not hold it: a cut of single inputs leaves other groups of M.
+        The new mask has no pattern if the rest does not hold it: removing single inputs changes the groups of M.
         """
         modules = {name: model.get_submodule(name) for name in self.kept}
         beside = {
@@ -166,9 +167,9 @@ class WeightMask:
 
     @contextmanager
     def held(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, masked weights get no gradient, so that training leaves those that are zero at zero.
+        """Within this context masked weights get no gradient, so weights that are zero stay zero in training.
 
-        AdamW moves a weight by its moments and by decay, which are zero where gradient and weight are.
+        AdamW moves a weight by its moments and by decay; both are zero where gradient and weight are zero.
         """
         modules: list[tuple[Any, Tensor]] = [(model.get_submodule(name), keep) for name, keep in self.kept.items()]
         with attached(
@@ -192,17 +193,17 @@ def _not_zero(weight: Tensor, keep: Tensor) -> bool:
 
 
 def count_nonzero(module: nn.Module) -> int:
-    """Parameters of a module that are not zero; one that is shared counts once. None are on the meta device."""
+    """Parameters of a module that are not zero; a shared one counts once. Those on the meta device count as zero."""
     return sum(int(torch.count_nonzero(parameter)) for parameter in module.parameters() if not parameter.is_meta)
 
 
 def has_zeros(params: int, nonzero: int) -> bool:
-    """Whether a model has so many zeros that people are told of them: more than 1 % of its parameters. Padding alone has fewer."""
+    """Whether people should be told of a model's zeros: they are more than 1 % of its parameters. Padding alone causes fewer."""
     return nonzero < 0.99 * params
 
 
 def packed(keep: Tensor) -> Tensor:
-    """A mask as bits, uint8 [⌈entries / 8⌉]; the first entry is the highest bit of the first byte, and the last byte ends in zeros."""
+    """A mask as bits, uint8 [⌈entries / 8⌉]. The first entry is the highest bit of byte 0; the last byte ends in zeros."""
     bits = torch.zeros(-(-keep.numel() // 8) * 8, dtype=torch.uint8)
     bits[: keep.numel()] = keep.flatten().to("cpu", torch.uint8)
     places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
@@ -210,10 +211,10 @@ def packed(keep: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The mask of a shape whose bits `packed` gave.
+    """The mask with this shape from the bits that `packed` gave.
 
     Raises:
-        ValueError: they are of another number of entries.
+        ValueError: the bits are for another number of entries.
     """
     entries = 1
     for length in shape:

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 NARROW = "\u00a0"
-"""What stands between a number and its unit, which stay on one line."""
+"""The character between a number and its unit; it keeps both on one line."""
 
 
 def compact(value: float) -> str:
@@ -43,7 +43,10 @@ def duration(seconds: float) -> str:
 
 
 def shown(value: float | None, form: str) -> str:
-    """A figure of the headline by its form: params, bytes, perplexity, bits, speed, share, right (a share of right answers), lr, times, plain."""
+    """A figure as people read it.
+
+    `form` is params, bytes, perplexity, bits, speed, share, right (a share of right answers), lr, times or plain.
+    """
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -73,44 +76,47 @@ def shown(value: float | None, form: str) -> str:
 
 
 def millions(count: int) -> str:
-    """A parameter count in a line of text: 113.3 M."""
+    """A parameter count within a line of text: 113.3 M."""
     return shown(count, "params").replace(NARROW, " ")
 
 
 def span(seconds: float) -> str:
-    """A span of time in a line of text, as `duration` has it."""
+    """A time span within a line of text, formatted like `duration`."""
     return duration(seconds).replace(NARROW, " ")
 
 
 def progress(done: int, of: int) -> str:
-    """How much is done of a count: 12/60, 1,024/16,256; nothing where the whole is not known."""
+    """How much of a count is done: 12/60, 1,024/16,256; empty if the total is not known."""
     return f"{done:,}/{of:,}" if of else ""
 
 
 def score(value: float, error: float | None, *, share: bool) -> str:
-    """A task's figure with its standard error: in per cent where it is a share of right answers."""
+    """A task's figure with its standard error; in per cent if it is a share of right answers."""
     if not share:
         return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def shots(counts: Iterable[int]) -> str:
-    """How many examples stood before the items of tasks, each number once: 0-shot, 5-shot."""
+    """How many examples precede the items of tasks, each number once: 0-shot, 5-shot."""
     return ", ".join(f"{count}-shot" for count in sorted(set(counts)))
 
 
 def num_draws(asked: Mapping[str, Any]) -> int:
-    """Calibration draws that a comparison was asked for: files of token ids, or seeds where there are none."""
+    """Calibration draws that a comparison asks for: files of token ids, or seeds if there are no files."""
     return len(asked["calibration_ids"]) or int(asked["draws"])
 
 
 def tick(value: float, form: str) -> str:
-    """A figure beside an axis: as `shown`, without zeros that say nothing."""
+    """A figure at a tick of an axis: like `shown`, without trailing zeros."""
     return re.sub(r"\.(?=\D|$)", "", re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", shown(value, form)))
 
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart; on a log scale those of each decade."""
+    """Round numbers from `low` to `high`, 1, 2 or 5 times a power of ten apart.
+
+    On a log scale: 1, 1 and 3, or 1, 2 and 5 times each power of ten.
+    """
     if not high > low:
         return [low]
     if log and high / low > 8:

@@ -22,8 +22,8 @@ __all__ = ["agreed", "any_of", "is_main", "joined", "on_main", "rank", "share", 
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `heartbeat` tells whether it is alive
-_GATHERING = timedelta(minutes=10)  # within which all processes have to have started
-_alone = threading.Event()  # set while this process works and the others wait for it
+_GATHERING = timedelta(minutes=10)  # by then all processes must have started
+_alone = threading.Event()  # set while this process works alone and the others wait for it
 
 
 def size() -> int:
@@ -50,11 +50,11 @@ def _num_started() -> int:
 
 @contextmanager
 def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
-    """Connect the processes that a launcher started, while the context lasts: gloo on CPUs, NCCL on GPUs.
+    """Within this context the processes of a launcher are connected: by gloo on CPUs, NCCL on GPUs.
 
     Args:
-        lost: called with a sentence, in a thread of its own, when another process stands still or is not there any more. This one
-            waits for it in the middle of a call that nothing can interrupt, so `lost` is to end it.
+        lost: called with a sentence, in a thread of its own, when another process has stopped or disappeared. This process then
+            waits for it inside a call that nothing can interrupt, so `lost` must end this process.
 
     Raises:
         RunError: not all processes can be reached, or one has ended.
@@ -91,12 +91,12 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
 
 
 def _is_of_the_others(error: RuntimeError) -> bool:
-    """Whether torch says of an error that it could not reach another process."""
+    """Whether a torch error means that another process could not be reached."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """The items for this process: every `size()`-th, from number `rank()` on."""
+    """The items for this process: every `size()`-th, starting at number `rank()`."""
     return items[rank() :: size()] if size() > 1 else items
 
 
@@ -108,14 +108,14 @@ def sum_in_place(*tensors: Tensor) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` is set on some process; every process calls this."""
+    """Whether `flag` is set on any process. Every process must call this."""
     count = torch.tensor(float(flag))
     sum_in_place(count)
     return bool(count)
 
 
 def on_main(do: Callable[[], T]) -> T:
-    """Call `do` on the main process only, and return its result on every process; the others wait.
+    """Call `do` on the main process only, and return its result on every process. The others wait.
 
     Raises:
         UsageError, RunError: `do` raised it; then every process raises it.
