@@ -1,4 +1,4 @@
-"""One file a family of models; it says where the axes are and touches no weight.
+"""One file per family of models. It says where the axes are and touches no weight.
 
 A family file has
 
@@ -6,11 +6,11 @@ A family file has
     axes(model)   every axis of such a model, sizes read from its weights
     tiny()        name -> config of tiny random models of every layout; the contract tests run over them
 
-and, where checkpoints bring code of their own that stock code can stand in for,
+and, if checkpoints bring code of their own that stock code can replace,
 
-    stock_config(raw)   the stock config that a config.json, as plain data, stands for
+    stock_config(raw)   the stock config equivalent to a config.json, given as plain data
 
-It is found by being in this folder: there is no list to add it to.
+A family file is found because it is in this folder; there is no list to add it to.
 """
 
 import importlib
@@ -27,17 +27,17 @@ __all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "model_
 
 
 def all_families() -> list[ModuleType]:
-    """Every family file, in the order of their names."""
+    """Every family file, sorted by name."""
     return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 
 
 def model_types() -> list[str]:
-    """The model types that some family speaks for, sorted."""
+    """All model types that a family file speaks for, sorted."""
     return sorted(name for family in all_families() for name in family.MODEL_TYPES)
 
 
 def is_known(config: Any) -> bool:
-    """Whether some family speaks for a transformers config."""
+    """Whether a family file speaks for a transformers config."""
     return config.model_type in model_types()
 
 
@@ -57,7 +57,7 @@ def family_of(config: Any) -> ModuleType:
 
 
 def axes(model: nn.Module) -> tuple[Axis, ...]:
-    """Every axis of a model, sizes as its weights have them now."""
+    """Every axis of a model, with the sizes that its weights have now."""
     all_axes: tuple[Axis, ...] = family_of(model.config).axes(model)
     return all_axes
 
@@ -68,15 +68,15 @@ def sizes(model: nn.Module) -> dict[str, int]:
 
 
 def is_sliced(config: Any) -> bool:
-    """Whether a model of that config is sliced (`reduce.slice`): its stream changes its basis at every block."""
+    """Whether a model with this config is sliced (`reduce.slice`): its stream changes its basis at every block."""
     return getattr(config, "sliced_hidden_size", None) is not None
 
 
 def stock_config(raw: dict[str, Any]) -> Any:
-    """The stock config that a config.json stands for; None where its type is a stock one.
+    """The stock config that a config.json is equivalent to; None if its type is already a stock one.
 
     Raises:
-        UsageError: no stock code computes what that checkpoint's own does.
+        UsageError: no stock code computes what the checkpoint's own code does.
     """
     for family in all_families():
         if raw.get("model_type") in family.MODEL_TYPES and hasattr(family, "stock_config"):

@@ -1,7 +1,6 @@
-"""DeciLM (Nemotron-51B and its like, `export --to decilm`), which brings its own code but is a Llama with `block_configs`.
+"""DeciLM (Nemotron-51B and its like, `export --to decilm`): it brings its own code but is a Llama with `block_configs`.
 
-Its config is translated, and our own classes read its weights: what is loaded is of type `llama` from then on, and so is what is
-saved.
+Its config is translated, and our own classes read its weights. A loaded model has type `llama`, and is saved as `llama`.
 
 Source: modeling of nvidia/Llama-3_1-Nemotron-51B, as vLLM's nemotron_nas.py reads it.
 """
@@ -22,7 +21,7 @@ def stock_config(raw: dict[str, Any]) -> Any:
 
 
 def tiny() -> dict[str, Any]:
-    """A config as an export writes it, translated: all layers alike, since stock classes build no others."""
+    """A translated config as an export writes it. All layers are alike, because stock classes build no others."""
     block = {"attention": {"n_heads_in_group": 2, "no_op": False}, "ffn": {"intermediate_size": 40, "no_op": False}}
     raw = {
         "model_type": "nemotron-nas", "block_configs": [block] * 3, "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3,

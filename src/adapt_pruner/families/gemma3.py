@@ -1,12 +1,12 @@
-"""Gemma 3, text only: a Llama's axes, with four norms a layer, x̂ · (1 + w) each, and embeddings that are scaled.
+"""Gemma 3, text only: a Llama's axes, but with four norms a layer, each x̂ · (1 + w), and with scaled embeddings.
 
-Two of the norms come after attention and MLP, where what a shut unit gave is missing as it is when it is cut; both go with a whole
-block. Local and global
-layers take turns, each kind with its own rope (`layer_types` follows a cut of layers); q_norm and k_norm act inside a head; scores
-are scaled by `query_pre_attn_scalar`, which no cut changes; logits are capped where `final_logit_softcapping` says so
-(`core.loss.logit_cap`). With one KV head, as in the 270M and 1B models, no KV head can go.
+Two of the norms follow the attention and the MLP. Their input lacks the output of a shut unit just as it lacks that of a removed
+one. Both norms are removed with a whole block. Local and global layers alternate, each kind with its own rope; `layer_types`
+follows a cut of layers. q_norm and k_norm act inside a head. Attention scores are scaled by `query_pre_attn_scalar`, which no cut
+changes. Logits are capped if `final_logit_softcapping` is set (`core.loss.logit_cap`). The 270M and 1B models have one KV head,
+which cannot be removed.
 
-Source: arXiv:2503.19786; the stock code of transformers, which reads `attn_logit_softcapping` and does not apply it.
+Source: arXiv:2503.19786; the stock code of transformers, which reads `attn_logit_softcapping` but does not apply it.
 """
 
 from dataclasses import replace
@@ -35,10 +35,11 @@ def axes(model: Any) -> tuple[Axis, ...]:
 
 
 def _residual(model: Any) -> Axis:
-    """The width d of the stream, as a Llama's, but norms scale 1 + w, and an embedding is multiplied by √d when it is read.
+    """The width d of the stream, as in a Llama, but norms scale by 1 + w, and an embedding is multiplied by √d when it is read.
 
-    With d' left the embedding is multiplied by √d', so it grows by √(d/d'). Where the head is tied to it the logits would grow
-    as much, so the last norm, which would grow by √(d/d') as all others do, stays as it is.
+    With d' channels left the code multiplies by √d' instead, so the embedding is scaled by √(d/d') to make up for it. If the head
+    is tied to the embedding, it grows by the same factor. Then the last norm stays as it is, instead of growing by √(d/d') like
+    all others.
     """
     axis = residual(model, norms_of_layer=_NORMS, eps="eps")
     tied = model.lm_head.weight is model.model.embed_tokens.weight
@@ -53,7 +54,7 @@ def _residual(model: Any) -> Axis:
 
 
 def tiny() -> dict[str, Any]:
-    """Configs of tiny random models: one KV head as in the small ones, or several; capped logits; a window shorter than the text."""
+    """Configs of tiny random models: one KV head as in small models, or more; capped logits; a window shorter than the text."""
     common: dict[str, Any] = dict(
         vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1,
         head_dim=16, query_pre_attn_scalar=24, sliding_window=8, max_position_embeddings=128,

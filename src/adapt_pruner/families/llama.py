@@ -1,11 +1,18 @@
 """The Llama layout: gated MLP and grouped-query attention in pre-norm layers (Llama, SmolLM2, Mistral, Qwen2/2.5, Qwen3).
 
-Axes: `layers.I.neurons` (an MLP channel), `layers.I.kv_heads` (a KV head with all its query heads: head h of the
-queries reads KV head h // group, so the group goes as one block and the ratio stays), `layers.I.query_heads` (a query head of
-every group), `residual` (a channel of the stream that all layers read and write), `vocabulary` (a token: its row of the input
-embedding, and of the head where that is another matrix), `layers` (a whole layer), `layers.I.attentions` and `layers.I.mlps` (the
-whole block with its norm). A block that is gone has no axes inside it, and nothing that the other axes cut.
-Biases of q, k, v (Qwen2) and of gate and up are cut with their rows; q_norm and k_norm (Qwen3) act inside a head and stay.
+Axes:
+
+    layers.I.neurons                        a channel of the MLP
+    layers.I.kv_heads                       a KV head with all its query heads. Query head h reads KV head h // group, so a whole
+                                            group goes as one block and the ratio of heads stays
+    layers.I.query_heads                    one query head of every group
+    residual                                a channel of the stream that all layers read and write
+    vocabulary                              a token: its row of the input embedding, and of the head if that is another matrix
+    layers                                  a whole layer
+    layers.I.attentions, layers.I.mlps      the whole block with its norm
+
+If a block was removed, it has no axes inside it and the other axes cut nothing of it. Biases of q, k, v (Qwen2) and of gate and
+up are cut with their rows. q_norm and k_norm (Qwen3) act inside a head and stay.
 """
 
 from collections.abc import Mapping
@@ -41,14 +48,14 @@ _READ_BY = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "u
 def axes(model: Any) -> tuple[Axis, ...]:
     """Every axis of a Llama-layout causal LM, in the order of its layers; `layers` last.
 
-    A sliced one has no `residual` and no blocks that go, since its stream is in another basis at every block.
+    A sliced model has no `residual` axis and no removable blocks, because its stream is in another basis at every block.
     """
     whole = () if is_sliced(model.config) else (*whole_blocks(model), residual(model))
     return (*within_layers(model), *whole, vocabulary(model), whole_layers(model))
 
 
 def within_layers(model: Any) -> list[Axis]:
-    """The axes that lie in one layer each."""
+    """The axes that lie inside a single layer."""
     layer_axes: list[Axis] = []
     stack = model.model.layers
     for i, layer in enumerate(stack):
@@ -107,7 +114,7 @@ def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS)
 
     Args:
         model: causal LM of this layout.
-        blocks: kind -> the modules of a layer that go, see `Axis.modules`.
+        blocks: kind -> the modules of a layer that are removed, see `Axis.modules`.
     """
     block_axes = []
     for i, layer in enumerate(model.model.layers):
@@ -122,7 +129,7 @@ def whole_blocks(model: Any, *, blocks: Mapping[str, tuple[str, ...]] = _BLOCKS)
 
 
 def is_there(module: Any) -> bool:
-    """Whether a block or a norm is there; what stands in for one that is gone has no parameters."""
+    """Whether a block or a norm exists; the stand-in for a removed one has no parameters."""
     return next(module.parameters(), None) is not None
 
 
@@ -187,17 +194,17 @@ def residual(
     read_by: Mapping[str, tuple[str, ...]] = _READ_BY,
     eps: str = "variance_epsilon",
 ) -> Axis:
-    """The width of the stream: every norm over it, all that reads it by columns and writes it by rows, the embeddings.
+    """The width of the stream: every norm over it, the weights that read it (by columns) or write it (by rows), the embeddings.
 
-    A norm w · x / √(mean(x²) + ε) over d channels of which d' are not zero is, over those, one with w √(d/d') and ε d/d'.
-    The config has one ε for all norms, so those inside heads (Qwen3), whose width stays, get it too: what enters them is
-    multiplied by √(d/d'), which cancels.
+    A norm w · x / √(mean(x²) + ε) over d channels, of which d' are not zero, equals a norm over those d' channels with w √(d/d')
+    and ε d/d'. The config has one ε for all norms, so norms inside heads (Qwen3), whose width stays, get the new ε too. To make
+    up for it, their input is multiplied by √(d/d'), which cancels in the norm.
 
     Args:
         model: causal LM of this layout.
-        norms_of_layer: the norms over the stream, or over what is added to it, in each layer.
+        norms_of_layer: the norms in each layer over the stream or over what is added to it.
         read_by: block -> the linear layers in it that read the stream.
-        eps: what a norm calls its ε.
+        eps: the name of a norm's ε.
     """
     norms, rows, columns, inner, of_layers = ["model.norm"], [], ["model.embed_tokens.weight"], [], []
     if model.lm_head.weight is not model.model.embed_tokens.weight:
@@ -223,7 +230,7 @@ def residual(
         name="residual",
         size=model.model.norm.weight.shape[0],
         cost=unit_cost(model, slices),
-        gate=Gate(norms[0], kind="channels", also=tuple(norms[1:])),  # the stream is read through norms only
+        gate=Gate(norms[0], kind="channels", also=tuple(norms[1:])),  # only norms read the stream
         slices=tuple(slices),
         fields=(("hidden_size", 1),),
         attributes=("model.embed_tokens.embedding_dim", *of_layers),
@@ -237,15 +244,15 @@ def residual(
 
 
 def stock_config(raw: dict[str, Any], *, model_type: str | None = None) -> Any:
-    """The config with `per_layer_config` that one with NVIDIA's `block_configs` stands for; None where it has none.
+    """Translate a config with NVIDIA's `block_configs` into one with `per_layer_config`; None if it has no `block_configs`.
 
-    Of a block, DeciLM (Nemotron) says `attention.n_heads_in_group` and `ffn.ffn_mult`, of which its readers make a width of
-    256 · ceil( floor(2 · ffn_mult · hidden / 3) / 256 ); Puzzletron says `num_key_value_heads` and `intermediate_size`. `no_op`
-    is a block that is not there.
+    For a block, DeciLM (Nemotron) states `attention.n_heads_in_group` and `ffn.ffn_mult`; the width of the MLP is then
+    256 · ceil( floor(2 · ffn_mult · hidden / 3) / 256 ). Puzzletron states `num_key_value_heads` and `intermediate_size`. `no_op`
+    marks a missing block.
 
     Args:
         raw: a config.json as plain data.
-        model_type: the stock one, where that of `raw` is not.
+        model_type: the stock model type, if that of `raw` is not a stock one.
 
     Raises:
         UsageError: a block is of a kind that no stock class has.
@@ -267,7 +274,7 @@ def stock_config(raw: dict[str, Any], *, model_type: str | None = None) -> Any:
 
 
 def _of_block(index: int, block: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What `per_layer_config` says of a layer."""
+    """The entry of one layer in `per_layer_config`."""
     own: dict[str, Any] = {}
     attention, mlp = block.get("attention") or {}, block.get("ffn") or {}
     for name, part in (("attention", attention), ("MLP", mlp)):

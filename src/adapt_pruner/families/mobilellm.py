@@ -1,8 +1,8 @@
-"""MobileLLM, which on the hub brings its own code but is a Llama: its config is translated, and stock Llama reads its weights.
+"""MobileLLM: on the hub it brings its own code, but it is a Llama. Its config is translated, and stock Llama reads its weights.
 
-Read off that code: `share_embedding` is tied embeddings, though `tie_word_embeddings` says false; `layer_sharing` (the -LS
-models) runs every layer twice, which no stock class does; `pretraining_tp` only splits matrix products. What is loaded is
-of type `llama` from then on, and so is what is saved.
+As that code shows, `share_embedding` means tied embeddings, though `tie_word_embeddings` says false. `layer_sharing` (the -LS
+models) runs every layer twice, which no stock class does. `pretraining_tp` only splits matrix products. A loaded model has type
+`llama`, and is saved as `llama`.
 
 Source: MobileLLM, arXiv:2402.14905; modeling_mobilellm.py as the Adapt-Pruner repository carries it.
 """
@@ -22,10 +22,10 @@ _ITS_OWN = ("architectures", "auto_map", "layer_sharing", "model_type", "share_e
 
 
 def stock_config(raw: dict[str, Any]) -> LlamaConfig:
-    """The Llama config under which stock code computes what MobileLLM's own does.
+    """The Llama config under which stock code computes what MobileLLM's own code does.
 
     Raises:
-        UsageError: no Llama does; the message says why.
+        UsageError: there is no such config; the message says why.
     """
     if raw.get("layer_sharing"):
         raise UsageError(
@@ -45,7 +45,7 @@ def stock_config(raw: dict[str, Any]) -> LlamaConfig:
 
 
 def tiny() -> dict[str, Any]:
-    """A config as it is on the hub, translated: shared embedding, grouped heads."""
+    """A translated config as on the hub: shared embedding, grouped heads."""
     raw = {
         "model_type": "mobilellm", "share_embedding": True, "layer_sharing": False, "tie_word_embeddings": False,
         "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6,

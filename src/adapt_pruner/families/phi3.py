@@ -1,11 +1,12 @@
 """Phi-3, Phi-3.5 and Phi-4: a Llama's axes, with queries, keys and values in one matrix, and gate and up in another.
 
-    qkv_proj        rows of all query heads, then of all KV heads their keys, then their values
+    qkv_proj        rows of all query heads, then the keys of all KV heads, then their values
     gate_up_proj    rows of gate, then of up
 
-The attention reads the number of its query heads from its config as it runs, so each layer's states its own (`Axis.readers`). A rope
-may turn a part of each head only, which no cut changes. Where it is scaled (`longrope`, of the 128k models), the stock config wants the
-head size to be that of width and heads, which a narrower stream is not, so those models have no `residual`.
+The attention reads its number of query heads from its config at run time, so each layer gets a config that states its own
+(`Axis.readers`). A rope may rotate only a part of each head; no cut changes that part. If the rope is scaled (`longrope`, in the
+128k models), the stock config computes the head size as width / heads. That is wrong for a narrower stream, so those models have
+no `residual`.
 
 Source: arXiv:2404.14219; the stock code of transformers.
 """
@@ -96,7 +97,7 @@ def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
 
 
 def tiny() -> dict[str, Any]:
-    """Configs of tiny random models: grouped and multi-head attention, a window shorter than the text, part of a head turned, tied."""
+    """Configs of tiny random models: grouped and multi-head attention, a short window, partly rotated heads, tied."""
     common: dict[str, Any] = dict(
         vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
         max_position_embeddings=128, original_max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
