@@ -1,4 +1,4 @@
-"""A person's text in two parts: one to train on, and one held out."""
+"""Split a user's text in two: one part to train on, and one held out."""
 
 from adapt_pruner.data.sources import SELF, read
 from adapt_pruner.errors import UsageError
@@ -7,13 +7,13 @@ __all__ = ["apart"]
 
 
 def apart(spec: str) -> tuple[str, str, int]:
-    """SPECs of the part to train on and of the part held out, and the characters of the first.
+    """The SPECs of the training part and of the held-out part, and the number of characters of the training part.
 
     Args:
-        spec: a text, or its train part.
+        spec: a text, or its training part.
 
     Raises:
-        UsageError: there is no such text, it is the model's own, or it is too short to be parted.
+        UsageError: there is no such text, it is written by the model itself, or it is too short to split.
     """
     if spec == SELF:
         raise UsageError("--text self would train the model on its own text; name a file, a folder or a data set")
@@ -21,7 +21,7 @@ def apart(spec: str) -> tuple[str, str, int]:
     if base == "python-docs" or base.startswith("python-docs:"):
         parts = "python-docs:train", "python-docs:heldout"
     elif base.startswith("hub:"):
-        return f"{base}#train", f"{base}#heldout", 10**12  # it is streamed, and taken to have no end
+        return f"{base}#train", f"{base}#heldout", 10**12  # it is streamed, so it counts as endless
     else:
         parts = f"{base}#train", f"{base}#heldout"
         next(read(parts[1]))

@@ -22,11 +22,11 @@ class CausalLM(task.CausalLM):
     writes_text = True
 
     def calibration(self, model: Any, tokenizer: Any, **asked: Any) -> Callable[[int], list[Tensor]]:
-        """Windows of text, drawn anew for each iteration; see `data.windows.calibration_feed`."""
+        """Windows of text, drawn again for each iteration; see `data.windows.calibration_feed`."""
         return calibration_feed(model, tokenizer, **asked)
 
     def rows(self, tokenizer: Any, source: Source, **asked: Any) -> Rows:
-        """Text packed into rows, and conversations; see `data.fixed.training_rows`."""
+        """Rows of packed text or of conversations; see `data.fixed.training_rows`."""
         return training_rows(tokenizer, source, **asked)
 
     def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:

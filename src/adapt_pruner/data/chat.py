@@ -1,4 +1,4 @@
-"""Conversations as token ids in the tokenizer's own chat template, and which of the tokens the assistant says."""
+"""Conversations as token ids in the tokenizer's own chat template, and which tokens the assistant says."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,10 +32,10 @@ def chat_template(tokenizer: Any) -> str:
 def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[int], list[bool]]]:
     """Each conversation's token ids, and for each token whether the assistant says it.
 
-    What the assistant says is its message with the token that ends its turn, not the header before nor the line end
-    after it. A template that marks it itself (`{% generation %}`) is believed; of others it is what an assistant's
-    message adds to the conversation before it with the header of its turn. A message that opens the conversation answers
-    nothing and is left out. A token counts if its last character does.
+    The assistant says its message and the token that ends its turn, not the header before it and not the line end after it. If
+    the template itself marks this (`{% generation %}`), the marks are used. Otherwise it is the text that an assistant's message
+    adds to the conversation before it with the header of the turn. A message that opens the conversation answers nothing and is
+    left out. A token counts if its last character does.
 
     Raises:
         UsageError: there is no template, a conversation does not fit it, or the template writes earlier messages
@@ -64,7 +64,7 @@ def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[i
 
 
 def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> list[tuple[int, int]]:
-    """The characters of the rendered `text` that the assistant says, first to one past the last, turn by turn."""
+    """The ranges of characters of the rendered `text` that the assistant says: first and one past the last, turn by turn."""
     spans = []
     for index, message in enumerate(chat.messages):
         if message["role"] != "assistant" or not index:  # an opening message answers nothing
@@ -77,7 +77,7 @@ def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> l
                 "assistant says cannot be told; mark it in the template with {% generation %}, or leave such conversations out"
             )
         said = after[len(before) :].rstrip()
-        stop = len(before) + len(said) if said.endswith(ends) else len(after)  # a line end after the end of turn is not said
+        stop = len(before) + len(said) if said.endswith(ends) else len(after)  # leaves out a line end after the end of turn
         spans.append((len(before), stop))
     return spans
 
@@ -86,7 +86,7 @@ def _applied(tokenizer: Any, chats: Sequence[Document], **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template([list(chat.messages) for chat in chats], **options)
     except (TemplateError, LookupError, TypeError, ValueError):
-        for chat in chats:  # which one it is
+        for chat in chats:  # find the conversation that fails, and raise an error that names it
             _rendered(tokenizer, chat, chat.messages)
         raise
 

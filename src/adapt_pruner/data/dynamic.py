@@ -40,35 +40,37 @@ class Dynamic(Fixed):
     ) -> None:
         """
         Args:
-            rows: all rows of the run; their mixture is that of the start.
-            references: a JSON file, {SPEC of a text: loss in nats per token that a model of the target size reaches}, with one number
-                for each text of `training.source`. `adapt-pruner eval MODEL --text SPEC --json` measures one. In the place of a loss
-                there may be those of several sizes, {SPEC: {"30M": loss, "135M": loss}}; then `size` says which is wanted.
-            size: parameters of the model, such as 105M. Losses of two sizes N give L = A N^-α, of three or more L = E + A N^-α with
-                the E, A and α ≥ 0 of least squares.
+            rows: all rows of the run; the run begins with their mixture.
+            references: a JSON file {SPEC of a text: loss}, one for each text of `training.source`. The loss, in nats per token,
+                is what a model of the target size reaches; `adapt-pruner eval MODEL --text SPEC --json` measures it. Instead of a
+                loss there may be losses of several sizes, {SPEC: {"30M": loss, "135M": loss}}; then `size` says which size is
+                wanted.
+            size: parameters of the model, such as 105M. Losses of two sizes N are fitted by L = A N^-α, those of three or more by
+                L = E + A N^-α, with E, A and α ≥ 0 by least squares.
             every: m, steps between two changes of the shares.
-            eta: η, how fast they change.
-            floor: c, what all texts share evenly.
-            seed: of the draws; each row's is made of it and of the number of the row.
+            eta: η, how fast the shares change.
+            floor: c, the part of the shares that is split evenly among all texts.
+            seed: seed of the draws; each row's draw depends on it and on the number of the row.
 
         With l_i the mean loss on text i over the last m steps (of rows that the model had not been trained on before) and r_i its
         reference:
 
-            w_i ← w_i · exp(η (l_i - r_i)), brought to sum 1;  w_i ← (1 - c) w_i + c / n, brought to sum 1
+            w_i ← w_i · exp(η (l_i - r_i)), normalised to sum 1;  w_i ← (1 - c) w_i + c / n, normalised to sum 1
 
-        Each row is of a text drawn by w. No row of a text is read twice before all of it has been read once, which is more of it than its
-        share at the start asks for, where there is more.
+        The text of each row is drawn with the weights w. No row of a text is read twice before all its rows have been read once.
+        A text has more rows than its first share asks for, if it is long enough.
 
         Raises:
-            UsageError: there is one text only, or the references are not a number for each of the texts.
+            UsageError: there is only one text, or the references are not one number for each text.
 
-        Source: arXiv:2310.06694 and its released code, which takes the signed difference. Differs: l_i is of training rows, before
-        they are trained on, instead of a held-out set.
+        Source: arXiv:2310.06694 and its released code, which takes the signed difference. Differs: l_i is the loss on training
+            rows just
+        before they are trained on, not on a held-out set.
         """
         super().__init__(rows)
         self._every, self._eta, self._floor, self._seed = every, eta, floor, seed
         self._numbers = rows.by_text()
-        self._again: dict[str, tuple[int, NDArray[np.int64]]] = {}  # of a text read again: how often it was, and its order
+        self._again: dict[str, tuple[int, NDArray[np.int64]]] = {}  # for a text read again: number of the pass, and its order
         if len(self._numbers) < 2:
             raise UsageError(
                 "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"
@@ -82,7 +84,7 @@ class Dynamic(Fixed):
         self._news: list[Event] = []
 
     def take(self, num_rows: int) -> Span:
-        """The next rows, each of a text drawn by the present shares."""
+        """The next rows; the text of each is drawn by the present shares."""
         stop = min(len(self._rows), self._next + num_rows)
         names = list(self._weights)
         chosen = []
@@ -94,7 +96,7 @@ class Dynamic(Fixed):
         return Span(self._rows.picked(chosen), 0, len(chosen))
 
     def _number(self, name: str) -> int:
-        """The number of a text's next row; each time that all have been read their order is drawn anew."""
+        """The number of a text's next row; once all rows have been read, their order is shuffled again."""
         time, index = divmod(self._taken[name], len(self._numbers[name]))
         if not time:
             return int(self._numbers[name][index])
@@ -104,7 +106,7 @@ class Dynamic(Fixed):
         return int(self._again[name][1][index])
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
-        """Add up the losses of a step; every m steps move the shares."""
+        """Add up the losses of a step, and change the shares every m steps."""
         for name, (nats, count) in losses.items():
             self._sums[name][0] += nats
             self._sums[name][1] += count
@@ -129,14 +131,14 @@ class Dynamic(Fixed):
         return told
 
     def state(self) -> dict[str, Any]:
-        """Position, shares, and the losses since they moved last."""
+        """Position, shares, and the losses since the last change of shares."""
         return {
             **super().state(), "steps": self._steps, "taken": dict(self._taken), "weights": dict(self._weights),
             "sums": {name: list(both) for name, both in self._sums.items()},
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state` gave; of a run that began with another feed, at its row and with the shares of the start."""
+        """Continue from what `state` gave. If the run began with another feed, continue at its row with the initial shares."""
         super().restore(state)
         if "weights" in state:
             self._steps, self._taken, self._weights = state["steps"], dict(state["taken"]), dict(state["weights"])
@@ -149,9 +151,10 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def fitted(losses: Mapping[int, float], size: int) -> float:
-    """The loss at `size` parameters by a power law through the losses of other sizes, two or more: E + A N^-α, or E = 0 for two.
+    """The loss at `size` parameters, from a power law fitted to the losses of two or more other sizes: E + A N^-α; E = 0 for two.
 
-    E is sought in 400 steps from 0 to just below the lowest loss; for each, α and A are the line through the logarithms.
+    400 values of E are tried, from 0 to just below the lowest loss. For each, α and A come from a straight line through the
+    logarithms.
     """
     x = np.log(np.array(list(losses), dtype=np.float64))
     y = np.array(list(losses.values()), dtype=np.float64)
@@ -169,7 +172,7 @@ def fitted(losses: Mapping[int, float], size: int) -> float:
 
 
 def _loss(told: Any, size: str, *, path: str, name: str) -> float:
-    """A reference loss as it stands in the file, or fitted to those of several sizes."""
+    """A reference loss: the number in the file, or the fit to the losses of several sizes."""
     if not isinstance(told, dict):
         return float(told)
     losses = {parse_count(params): float(loss) for params, loss in told.items()}
@@ -188,7 +191,7 @@ def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
     """The reference loss of each text.
 
     Raises:
-        UsageError: the file is not such JSON, lacks a text, or names one that is not there.
+        UsageError: the file is not such JSON, lacks a text, or names an unknown one.
     """
     if not path:
         raise UsageError(

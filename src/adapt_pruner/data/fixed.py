@@ -1,4 +1,4 @@
-"""`feed: fixed`: rows of token ids in an order that is fixed before training, for any number of processes alike."""
+"""`feed: fixed`: rows of token ids in an order that is fixed before training and does not depend on the number of processes."""
 
 import bisect
 import hashlib
@@ -23,7 +23,7 @@ from adapt_pruner.errors import UsageError
 __all__ = ["Fixed", "Rows", "rows_of", "stage_spans", "training_rows"]
 
 
-_MOST_REPEATS = 10_000  # of a text
+_MOST_REPEATS = 10_000  # times that a text may be read
 
 
 class Rows:
@@ -36,7 +36,7 @@ class Rows:
     """
 
     def __init__(self, stores: Sequence[Store], order: NDArray[np.int64], *, names: Sequence[str] = ("",)) -> None:
-        """`order` holds numbers of rows, counted through all stores one after another; `names` are the SPECs of the stores."""
+        """`order` holds row numbers, counted through all stores one after another; `names` are the SPECs of the stores."""
         self._stores, self._names = stores, names
         self._first = np.cumsum([0, *(len(store.offsets) - 1 for store in stores)])
         self._order = order
@@ -49,10 +49,10 @@ class Rows:
         return len(self._order)
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Rows `start` to `stop`, shorter ones padded on the right with zeros to the widest of them.
+        """Rows `start` to `stop`; shorter rows are padded on the right with zeros to the widest of them.
 
         Returns:
-            int64 [rows, width], and bool [rows, width], which tokens are to be predicted; None instead if all are.
+            int64 [rows, width], and bool [rows, width], which tokens are predicted; None instead if all are.
         """
         chosen = [self._row(number) for number in self._order[start:stop]]
         shape = len(chosen), max((len(ids) for ids, _ in chosen), default=0)
@@ -63,7 +63,7 @@ class Rows:
         return torch.from_numpy(batch), torch.from_numpy(predicted) if self._masked else None
 
     def num_tokens(self, start: int, stop: int) -> int:
-        """Tokens of rows `start` to `stop`, padding not counted."""
+        """Tokens of rows `start` to `stop`, without padding."""
         return int(self._ends[stop] - self._ends[start])
 
     def domains(self, start: int, stop: int) -> list[str]:
@@ -71,7 +71,7 @@ class Rows:
         return [self._names[self._store_of(number)] for number in self._order[start:stop]]
 
     def by_text(self) -> dict[str, NDArray[np.int64]]:
-        """SPEC of a text -> the numbers of its rows: each in the order once, and then those that are there besides."""
+        """SPEC of a text -> the numbers of its rows: first those in the order, each once, then those that it leaves out."""
         numbers = {}
         for which, name in enumerate(self._names):
             first, end = self._first[which], self._first[which + 1]
@@ -81,11 +81,11 @@ class Rows:
         return numbers
 
     def reordered(self, places: Sequence[int]) -> "Rows":
-        """The rows at these places of the order, in this order."""
+        """The rows at these positions of the order, in this sequence."""
         return self.picked(self._order[np.asarray(places, dtype=np.int64)])
 
     def picked(self, numbers: Sequence[int] | NDArray[np.int64]) -> "Rows":
-        """The rows with these numbers, in this order."""
+        """The rows with these numbers, in this sequence."""
         return Rows(self._stores, np.asarray(numbers, dtype=np.int64), names=self._names)
 
     def digest(self) -> str:
@@ -106,7 +106,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `first` to `last` of all, in their order."""
+    """Rows `first` to `last` of all rows, in their order."""
 
     rows: Rows
     first: int
@@ -117,11 +117,11 @@ class Span:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all of them."""
+        """Tokens of all rows of the span."""
         return self.rows.num_tokens(self.first, self.last)
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """See `Rows`; as everywhere here, numbered within the span."""
+        """See `Rows`; here and below rows are numbered within the span."""
         return self.rows.batch(self.first + start, self.first + stop)
 
     def domains(self, start: int, stop: int) -> list[str]:
@@ -152,7 +152,7 @@ class Fixed:
         """Ignore the losses: the order does not depend on them."""
 
     def news(self) -> list[Event]:
-        """There are none: the order stays as it was."""
+        """Always empty, because the order never changes."""
         return []
 
     def state(self) -> dict[str, Any]:
@@ -160,11 +160,11 @@ class Fixed:
         return {"rows": self._next}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on at the row of `state`."""
+        """Continue at the row of `state`."""
         self._next = int(state.get("rows", 0))
 
     def skip_to(self, num_tokens: int) -> int:
-        """Go on after the row that reaches so many tokens, or at the end."""
+        """Continue after the row that reaches `num_tokens` tokens, or at the end."""
         done = min(num_tokens, self.num_tokens)
         self._next = stage_spans(self._rows, [done, self.num_tokens - done])[0].stop
         return self._next
@@ -182,19 +182,19 @@ def training_rows(
     moving: bool = False,
     cache: Path | None = None,
 ) -> Rows:
-    """As many rows as hold `tokens` tokens of a text or a mixture, tokenised once and kept on disk.
+    """Rows with `tokens` tokens in all, from a text or a mixture, tokenised once and kept on disk.
 
-    Plain text: documents are shuffled, get an end-of-text token each and are cut into rows of `length`. Conversations: one per
-    row, cut at `length`; see `data.chat`. These rows are the same for all seeds. `seed` draws which of them are read, where there
-    are more than were asked for, and in which order. A text that is too short is repeated, in another order
-    each time. In a mixture each text gives its share of the tokens, and the k-th of its n rows comes within the k-th n-th of the
-    run.
+    Plain text: documents are shuffled, get an end-of-text token each, and are cut into rows of `length`. Conversations: one per
+    row, cut at `length`; see `data.chat`. These rows are the same for all seeds. `seed` decides their order, and which rows are
+    read if there are more than `tokens` needs. A text that is too short is repeated, each time in another order. In a mixture
+    each text gives its share of the tokens. If it gives n rows, row k of them comes within the k-th n-th of the run.
 
     Args:
-        tokens: of the whole run; the last row may pass this number.
-        warn: told in one sentence of repeated texts, conversations left out and a damaged store.
+        tokens: of the whole run; the last row may exceed this number.
+        warn: called with a sentence about repeated texts, conversations left out, or a damaged store.
         repeat: whether a text may be repeated.
-        moving: whether the shares of a mixture may move: each text then has rows for all `tokens` besides, if it is so long.
+        moving: whether the shares of a mixture may change. If so, each text also has rows beyond its share, for all `tokens` if
+            it is long enough.
         cache: see `data.store.stored`.
 
     Raises:
@@ -232,10 +232,10 @@ def training_rows(
 
 
 def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]], *, tokens: int, seed: int) -> Rows:
-    """Rows of a run from sequences in memory, in a random order, each once before any twice, until there are `tokens` tokens.
+    """Rows of a run made of sequences in memory, `tokens` tokens in a random order. Each comes once before any comes twice.
 
     Args:
-        sequences: token ids, and which of them are predicted; at least one.
+        sequences: token ids, and for each token whether it is predicted; at least one sequence.
     """
     ids, masks = (np.concatenate([np.asarray(each[side]) for each in sequences]) for side in (0, 1))
     lengths = np.array([len(each) for each, _ in sequences])
@@ -255,7 +255,7 @@ def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:
 
 
 def _epochs(lengths: NDArray[np.int64], asked: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Numbers of rows with `asked` tokens together: every row once before any row twice, shuffled anew each time."""
+    """Numbers of rows that together have `asked` tokens. Each comes once before any comes twice, shuffled again each time."""
     orders: list[NDArray[np.int64]] = []
     while asked > 0:
         order = random.permutation(len(lengths))

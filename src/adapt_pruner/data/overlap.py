@@ -1,4 +1,4 @@
-"""Whether texts with different roles (calibration, training, evaluation, vocabulary) share documents, or are of one kind."""
+"""Whether texts with different roles (calibration, training, evaluation, vocabulary) share documents or are of the same kind."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from adapt_pruner.data.sources import SELF, Source, domains, read
 __all__ = ["of_kind", "overlaps", "same_kind", "same_tokens"]
 
 _NAMED = 3
-_RUN = 32  # tokens in a row that two texts do not share by chance
+_RUN = 32  # consecutive tokens that two texts do not share by chance
 _MAX_HUB_DOCUMENTS = 10_000
 _BUILT_IN = "python-docs"
 _OF_ANY_TEXT = {
@@ -22,14 +22,15 @@ _OF_ANY_TEXT = {
     "heldout", "input", "json", "jsonl", "parquet", "part", "private", "public", "sample", "samples", "shard", "shards", "small",
     "split", "test", "text", "texts", "tiny", "token", "tokens", "train", "training", "valid", "validation",
 }  # fmt: skip
-"""Words in the names of texts that say nothing of their kind."""
+"""Words in the names of texts that do not tell their kind."""
 
 
 def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
-    """One sentence for each two roles whose texts share documents, naming some; white space does not tell two apart.
+    """One sentence for each pair of roles whose texts share documents, naming some of them.
 
-    That the very same SPEC serves calibration, training and vocabulary is how it is meant, and not reported. A hub data set is
-    compared by its first 10,000 documents. Reads each text once, in full, and keeps a hash and a name of every document.
+    Documents that differ only in white space count as shared. The same SPEC for calibration, training and vocabulary is intended,
+    and not reported. A hub data set is compared by its first 10,000 documents. Each text is read once, in full; a hash and a name
+    of every document are kept.
 
     Args:
         sources: role ("calibration", "training", "evaluation", "vocabulary") -> its text or mixture; None for none.
@@ -60,10 +61,10 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
 
 
 def same_tokens(ids: str, batches: Iterable[Tensor], text: str, windows: Iterable[Tensor]) -> str | None:
-    """One sentence where sequences of token ids that are calibrated on have a run of 32 tokens in common with what is measured; else None.
+    """A sentence if calibration sequences share 32 consecutive tokens with the evaluation text; else None.
 
     Args:
-        ids: the name of the file of ids.
+        ids: the name of the file of token ids.
         batches: its sequences, int64 [batch, length].
         text: the name of the evaluation text.
         windows: its windows, int64 [batch, window].
@@ -88,11 +89,11 @@ def _runs(row: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | None:
-    """One sentence where a text that is calibrated on is, by its name, of the kind of one that is measured on; else None.
+    """A sentence if a calibration text seems, by its name, to be of the same kind as an evaluation text; else None.
 
     Two texts are of one kind if both are the same data set or built-in text, if one lies in the folder that the other
-    names, if both are files of one folder and one ending, or if the last two parts of their names share a word, or its
-    beginning, that tells a kind (`wikitext2/valid.txt`, `wiki.jsonl.gz`). It is a guess: names are all that is looked at.
+    names, or if both are files of one folder and one ending. They also are if the last two parts of their names share a word, or
+    its beginning, that tells a kind (`wikitext2/valid.txt`, `wiki.jsonl.gz`). This is a guess: only names are compared.
     """
     for one, other in itertools.product(calibration, evaluation):
         shared = _shared(one, other)
@@ -105,7 +106,7 @@ def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | No
 
 
 def of_kind(calibration: Iterable[str], text: str) -> bool:
-    """Whether a text is of the kind of one that is calibrated on; see `same_kind`."""
+    """Whether a text is of the same kind as a calibration text; see `same_kind`."""
     return any(_shared(spec, text) is not None for spec in calibration)
 
 
@@ -135,13 +136,13 @@ def _shared(one: str, other: str) -> str | None:
 
 
 def _place(spec: str) -> Path:
-    """The file or folder that a SPEC names; of a glob, the folder that all its matches lie in."""
+    """The file or folder that a SPEC names; for a glob, the folder that holds all its matches."""
     path = expanded(spec).absolute()
     return next(folder for folder in (path, *path.parents) if not set("*?[") & set(str(folder)))
 
 
 def _words(spec: str) -> set[str]:
-    """The words in a SPEC that may tell its kind: of four letters and more, without their number, or with a number (`c4`)."""
+    """The words in a SPEC that may tell its kind: of four or more letters, without their number, or with a number (`c4`)."""
     parts = spec.split(":")[1] if spec.startswith("hub:") else "/".join([part for part in Path(spec).parts if part != "**"][-2:])
     matches = (re.fullmatch(r"([a-z]+)(\d*)", word) for word in re.findall(r"[a-z]+\d*", parts.lower()))
     words = {match[1] if len(match[1]) >= 4 else match[0] for match in matches if match and (len(match[1]) >= 4 or match[2])}

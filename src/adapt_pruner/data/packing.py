@@ -1,4 +1,4 @@
-"""From documents to the rows that training reads: plain text packed, conversations one a row; tokenised once."""
+"""From documents to the rows that training reads: plain text is packed, a conversation gets a row of its own. Tokenised once."""
 
 import hashlib
 import itertools
@@ -18,23 +18,27 @@ from adapt_pruner.errors import UsageError
 __all__ = ["tokenised"]
 
 T = TypeVar("T")
-_CHARACTERS = 2**20  # of text tokenised at one time
-_LEAST = 2**18  # tokens that are kept of a text, if it has as many
+_CHARACTERS = 2**20  # characters tokenised at one time
+_LEAST = 2**18  # tokens kept of a text, if it has as many
 
 
 def tokenised(tokenizer: Any, spec: str, *, length: int, asked: int, cache: Path | None, warn: Callable[[str], None]) -> Store:
-    """Rows of at most `length` tokens from one text: at least `asked` tokens of them, unless the text is at its end before.
+    """Rows of at most `length` tokens from one text, with at least `asked` tokens in all unless the text is shorter.
 
-    How many they are is `asked` rounded up by an eighth at most, and 2^18 at least. So runs of other seeds, and of about as many tokens, find their
-    rows on disk. They draw which of them they read, and in which order.
+    The number of tokens is `asked` rounded up by at most an eighth, and at least 2^18. So runs with other seeds, or with about as
+    many tokens, find their rows on disk. Each run draws which rows it reads and in which order.
 
-    Plain text: documents in a random order, the same for all runs, an end-of-text token after each, cut into rows of `length`; what is left over
-    at the end is dropped. Where the tokenizer puts a start-of-text token before a text by itself, every document and every row
-    begins with one (see `data.tokens.opening`): a row is read like a text of its own. Conversations: one a row, cut at `length`; those without an answer by then are left out. A hub
-    data set is taken in its own order.
+    Plain text: documents come in a random order, the same for all runs, each with an end-of-text token after it. They are cut
+    into rows of `length`, and the rest at the end is dropped. If the tokenizer puts a start-of-text token before a text by
+    itself, every document and every row begins with one (see `data.tokens.opening`): the model reads a row like a text of its
+    own.
+
+    Conversations: one per row, cut at `length`; those without an answer in that part are left out.
+
+    A hub data set keeps its own order.
 
     Raises:
-        UsageError: there is no such text, it does not give a row, or holds both plain text and conversations.
+        UsageError: there is no such text, it gives no row, or it holds both plain text and conversations.
         RunError: the rows cannot be written.
     """
     revision = identity(spec)
@@ -87,7 +91,7 @@ def _of_one_kind(documents: Iterable[Document], opening: Document, spec: str) ->
 
 def _packed(tokenizer: Any, documents: Iterable[Document], length: int, limit: int) -> Iterator[Chunk]:
     end, start = tokenizer.eos_token_id, opening(tokenizer)
-    before = [] if start == [end] else start  # one token between two texts is enough
+    before = [] if start == [end] else start  # if start and end are the same token, one of them between two texts is enough
     wanted = -(-limit // length)
     stream: list[int] = []
     for batch in _batched((piece[0], piece) for document in documents for piece in _pieces(document.text)):
@@ -104,7 +108,7 @@ def _packed(tokenizer: Any, documents: Iterable[Document], length: int, limit: i
 
 
 def _cut(stream: list[int], start: list[int], length: int, most: int) -> tuple[list[list[int]], int]:
-    """Rows from the front of a stream, each of `length` tokens and beginning with `start`; and how much of it they take."""
+    """Rows from the front of a stream, each of `length` tokens and beginning with `start`; and the stream tokens used."""
     rows: list[list[int]] = []
     taken = 0
     while len(rows) < most:
@@ -118,7 +122,7 @@ def _cut(stream: list[int], start: list[int], length: int, most: int) -> tuple[l
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
-    """A text in pieces that fit in memory once tokenised, cut before a blank; whether each is its first, its last."""
+    """A text in pieces that fit in memory once tokenised, cut before a blank; for each, whether it is the first and the last."""
     start = 0
     while start < len(text):
         stop = start + _CHARACTERS
@@ -133,7 +137,7 @@ def _chats(tokenizer: Any, documents: Iterable[Document], length: int, limit: in
         kept: list[tuple[list[int], list[bool]]] = []
         left_out = 0
         for ids, mask in encode_chats(tokenizer, batch):
-            if any(mask[1:length]):  # nothing predicts token 0
+            if any(mask[1:length]):  # token 0 cannot be predicted
                 kept.append((ids[:length], mask[:length]))
                 limit -= len(kept[-1][0])
             else:
@@ -151,7 +155,7 @@ def _chats(tokenizer: Any, documents: Iterable[Document], length: int, limit: in
 
 
 def _batched(items: Iterable[tuple[str, T]]) -> Iterator[list[T]]:
-    """What belongs to texts that are about `_CHARACTERS` long together."""
+    """The items in groups whose texts are together about `_CHARACTERS` long."""
     batch: list[T] = []
     characters = 0
     for text, item in items:
@@ -173,7 +177,7 @@ def _digest(documents: Iterable[Document]) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """A fingerprint of everything by which text becomes token ids; padding and truncation are settings of a call."""
+    """A fingerprint of everything that decides how text becomes token ids; padding and truncation are settings of a call."""
     if tokenizer.is_fast:
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         described = {key: value for key, value in described.items() if key not in ("padding", "truncation")}

@@ -1,4 +1,4 @@
-"""Token ids of a long text, piece by piece: the ids of the whole text, without the memory that encoding it whole takes."""
+"""Token ids of a long text, piece by piece: the same ids as for the whole text, with much less memory than encoding it whole."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 
 __all__ = ["ids_in_pieces"]
 
-_PIECE = 2**17  # characters encoded at one time; a tokenizer holds some 165 bytes a character meanwhile
+_PIECE = 2**17  # characters encoded at one time; a tokenizer meanwhile needs some 165 bytes per character
 _OVERLAP = 2**12  # characters that two pieces share
 
 Ids = NDArray[np.int64]
 
 
 def ids_in_pieces(tokenizer: Any, parts: Iterable[str]) -> Iterator[Ids]:
-    """The ids of `tokenizer(text)`, some at a time, of the text that `parts` are one after another; reads no further than asked.
+    """The ids of `tokenizer(text)`, some at a time, for the text that `parts` form one after another; reads only as far as asked.
 
-    Pieces overlap. Two pieces are joined where they have the same tokens and the same words at the same places throughout the
-    middle half of what they share: no token crosses that place, so the ids before and behind it are those of the whole text.
-    Where the pieces differ (a long number that is cut every three digits), the first one is made longer.
+    Pieces overlap. Two pieces are joined if they have the same tokens and the same words at the same places throughout the middle
+    half of their overlap. No token crosses that place, so the ids before and behind it are those of the whole text. If the pieces
+    differ (a long number that is cut every three digits), the first piece is made longer.
 
-    This holds for byte-pair encoding by a fast tokenizer. A text is encoded whole by every other tokenizer.
+    This holds for byte-pair encoding by a fast tokenizer. With any other tokenizer the text is encoded whole.
     """
     around = _added(tokenizer)
     if around is None:
@@ -35,7 +35,7 @@ def ids_in_pieces(tokenizer: Any, parts: Iterable[str]) -> Iterator[Ids]:
 
 
 class _Text:
-    """The front of a text whose parts are read when they are needed."""
+    """A text that is read part by part as needed; `front` looks at its beginning."""
 
     def __init__(self, parts: Iterable[str]) -> None:
         self._parts, self._held, self._at = iter(parts), "", 0
@@ -60,7 +60,7 @@ def _pieces(tokenizer: Any, text: _Text) -> Iterator[Ids]:
         yield np.array(tokenizer(text.front(size), add_special_tokens=False, verbose=False)["input_ids"], np.int64)
         return
     piece = _encoded(tokenizer, text.front(size))
-    first = 0  # token of this piece that is not given yet
+    first = 0  # first token of this piece that has not been yielded
     while len(text.front(size + 1)) > size:
         shift = size - _OVERLAP
         behind = _encoded(tokenizer, text.front(shift + _PIECE)[shift:])
@@ -92,7 +92,7 @@ class _Piece:
 
 
 def _encoded(tokenizer: Any, text: str) -> _Piece:
-    """The tokens of a piece of text without what the tokenizer adds."""
+    """The tokens of a piece of text, without special tokens that the tokenizer would add."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     words = np.array([-1 if word is None else word for word in encoding.word_ids()], np.int64)
     starts = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
@@ -100,7 +100,7 @@ def _encoded(tokenizer: Any, text: str) -> _Piece:
 
 
 def _added(tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """What a tokenizer adds before and after every text; None where a text must be encoded whole."""
+    """What a tokenizer adds before and after every text; None if it must encode a text whole."""
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if type(model).__name__ != "BPE" or model.dropout:
         return None

@@ -1,4 +1,4 @@
-"""How text files, rows of files and data sets are read: (name, text or messages) one after another."""
+"""Read text files, rows of files and data sets: they become (name, text or messages), one after another."""
 
 import glob
 import gzip
@@ -18,15 +18,15 @@ __all__ = ["hub", "hub_revision", "local"]
 Row = tuple[str, str | list[Mapping[str, Any]]]
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _LONGEST_LINE = 2**26  # characters
-_MOST_OF_ONE_TEXT = 2**32  # bytes of a file that is one document
-_UNPACKED, _UNFOLDS = 2**28, 100  # characters that any packed file may hold; times its size that a larger one may
-_ROWS = 1024  # of a parquet file that are read at one time, at the most
+_MOST_OF_ONE_TEXT = 2**32  # the most bytes of a file that is one document
+_UNPACKED, _UNFOLDS = 2**28, 100  # characters that any packed file may hold; a larger one may hold this many times its size
+_ROWS = 1024  # the most rows of a parquet file that are read at one time
 _TEXT, _CHAT = "text", "messages"
 _FORMS = f'{{"{_TEXT}": "…"}} or {{"{_CHAT}": [{{"role": "user", "content": "…"}}, …]}}'
 
 
 def local(spec: str) -> Iterator[Row]:
-    """The rows of a file, of the files below a folder or under a glob, or of a folder of `datasets.save_to_disk`."""
+    """The rows of a file, of all files in a folder or under a glob, or of a folder of `datasets.save_to_disk`."""
     folder = expanded(spec)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         yield from _saved(folder)
@@ -46,12 +46,12 @@ def hub(spec: str) -> Iterator[Row]:
             yield f"{spec} row {number}", content
     except UsageError:
         raise
-    except Exception as error:  # the datasets library raises errors of many libraries for one cause: it is not to be had
+    except Exception as error:  # the datasets library raises errors of many libraries when a data set cannot be had
         raise _not_to_be_had(spec, error) from error
 
 
 def hub_revision(spec: str) -> str:
-    """What changes when the data set does: a hash over its files as the hub lists them."""
+    """A string that changes when the data set does: a hash over its files as the hub lists them."""
     return str(_hub_builder(spec).hash)
 
 
@@ -78,7 +78,7 @@ def _not_to_be_had(spec: str, error: Exception) -> UsageError:
 
 
 def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | None:
-    """The text of a row or, where its field (or without one `messages`) holds such, its messages; None if neither."""
+    """The text of a row, or its messages if `field` (or, by default, `messages`) holds a conversation; None if it has neither."""
     if not isinstance(row, Mapping):
         return None
     content = row.get(field)
@@ -97,7 +97,7 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
 
 
 def _utf8(text: str) -> str:
-    """The text with U+FFFD for what UTF-8 cannot say: half a character, which JSON of the web has here and there."""
+    """The text with U+FFFD for what UTF-8 cannot encode: half a surrogate pair, which JSON from the web sometimes has."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -149,9 +149,9 @@ def _file(path: Path) -> Iterator[Row]:
             yield (
                 str(path),
                 read_plain(path, most=_MOST_OF_ONE_TEXT).decode("utf-8"),
-            )  # as it is: read_text would change line ends
+            )  # unchanged: read_text would change line ends
     except UnicodeDecodeError as error:
-        wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # the mark such a file opens with
+        wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # a byte order mark of UTF-16
         raise UsageError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
             f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {name}"
@@ -173,14 +173,14 @@ def _open(path: Path) -> IO[str]:
 
 
 class _Zstandard(io.RawIOBase):
-    """A .zst file's content; where the file is damaged or ends too early OSError or EOFError, as of gzip.
+    """The content of a .zst file. If the file is damaged or cut off it raises OSError or EOFError, as gzip does.
 
-    Not zstandard's own `stream_reader`, which ends without an error where a file is cut off.
+    zstandard's own `stream_reader` is not used because it ends without an error if a file is cut off.
     """
 
     def __init__(self, file: IO[bytes], zstandard: Any) -> None:
         self._file, self._library = file, zstandard
-        self._frame: Any = None  # that is being read
+        self._frame: Any = None  # the frame that is being read
         self._ready, self._packed = b"", b""
 
     def readable(self) -> bool:
@@ -209,7 +209,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
-    """The lines of a file, which a damaged or a hostile file may not have without end."""
+    """The lines of a file, with limits, because a damaged or hostile file may have lines without end."""
     packed = path.stat().st_size if path.name.endswith((".gz", ".zst")) else None
     number = read = 0
     while line := lines.readline(_LONGEST_LINE + 1):
@@ -222,7 +222,7 @@ def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
 
 
 def _check_unfolded(path: Path, packed: int, read: int, *, remedy: str) -> None:
-    """Refuse a file of `packed` bytes that has unfolded to more than a file of its size may."""
+    """Refuse a file of `packed` bytes whose unpacked content is larger than allowed for its size."""
     if read > max(_UNPACKED, _UNFOLDS * packed):
         raise UsageError(
             f"{path} of {packed:,} bytes unfolds to more than {read:,}, which is more than {_UNFOLDS} times its size; "
@@ -245,7 +245,7 @@ def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
 
 
 def _chunk_sizes(metadata: Any, column: str) -> list[int]:
-    """Bytes that a column takes in each row group of a parquet file once it is decompressed; values that repeat count once."""
+    """Decompressed bytes of a column in each row group of a parquet file; repeated values count once."""
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     return [
         sum(
@@ -269,7 +269,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         packed, remedy = path.stat().st_size, "write its rows to a .jsonl file"
         chunks = _chunk_sizes(file.metadata, column)
         _check_unfolded(path, packed, sum(chunks), remedy=remedy)
-        # A row may be as long as a chunk, and every row of a batch the same one, which the file holds once.
+        # A row may be as long as a chunk, and all rows of a batch may be equal, though the file holds the value only once.
         rows = max(1, min(_ROWS, _UNPACKED // max([*chunks, 1])))
         number = read = 0
         for batch in file.iter_batches(batch_size=rows, columns=[column]):

@@ -1,4 +1,4 @@
-"""Text that the model writes itself, as calibration data when there is no text at hand."""
+"""Text that the model writes itself, for calibration when there is no other text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from adapt_pruner.data.tokens import opening
 __all__ = ["selfwritten_windows"]
 
 _BATCH = 32
-_TOLD = 8  # tokens of each sequence after which it is told how far the text is
+_TOLD = 8  # tokens of each sequence between two reports of progress
 
 
 @torch.no_grad()
@@ -29,23 +29,24 @@ def selfwritten_windows(
 ) -> torch.Tensor:
     """`samples` sequences of `length` tokens sampled from the model itself, at temperature 1 from the start-of-text token.
 
-    End-of-text tokens do not stop a sequence: what follows is a new text. The start-of-text token is the first of the `length`
-    where the tokenizer puts it before a text by itself, else it is left out (`data.tokens.opening`). The model's random state is left as found.
+    End-of-text tokens do not stop a sequence; a new text follows them. The start-of-text token is the first of the `length`
+    tokens if the tokenizer puts it before a text by itself, and is left out otherwise (`data.tokens.opening`). The model's random
+    state is left as found.
 
     Args:
         model: causal LM; left as found.
-        tokenizer: its own.
-        samples: sequences.
+        tokenizer: the model's own.
+        samples: number of sequences.
         length: tokens of each.
-        seed: of the draws.
+        seed: seed of the draws.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_tokens: told (done, of), in tokens that are written, at first (0, of).
+        on_tokens: called with (done, of), in written tokens; at first (0, of).
 
     Returns:
         int64 [samples, length] on the CPU.
 
     Raises:
-        RunError: a logit is not a number, or infinite.
+        RunError: a logit is infinite or not a number.
     """
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     shown = len(opening(tokenizer))
@@ -55,7 +56,7 @@ def selfwritten_windows(
     with torch.random.fork_rng(devices=devices), casting_once(model), precision(device, dtype):
         try:
             model.eval()
-            # The model's own settings (penalties, end-of-text ids) would bend what it writes.
+            # The model's own settings (penalties, end-of-text ids) would change the distribution of its text.
             model.generation_config = GenerationConfig(pad_token_id=start)
             torch.manual_seed(seed)
             rows: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Where text comes from: a SPEC, as written on the command line, to documents; a mixture is several with their weights.
+"""Where text comes from: a SPEC, as typed on the command line, becomes documents; a mixture is several SPECs with weights.
 
 notes.txt                     one document
 books/  'corpus/*/*.jsonl.gz' every .txt, .md, .jsonl[.gz|.zst] and .parquet below a folder or under a glob
@@ -8,9 +8,9 @@ hub:NAME[:config][:split][:field]   a data set by its name, streamed by the data
 python-docs[:train|:heldout]  Python's own language reference, which comes with Python
 self                          text the model writes itself (see data.selfwritten; needs the model)
 
-SPEC#train  SPEC#heldout      of any of these but `self`, the part that is trained on, or the document in 20 that is not
+SPEC#train  SPEC#heldout      for any of these but `self`: the part to train on, or the held-out part, one document in 20
 
-A text of fewer than 100 documents that are no conversations is parted by pieces instead: each document is cut at blank lines into
+A text of fewer than 100 documents that are no conversations is split by pieces instead. Each document is cut at blank lines into
 pieces of about 4,000 characters, and one piece in ten is held out.
 """
 
@@ -32,20 +32,20 @@ Source = str | Mapping[str, float]
 """A SPEC, or a mixture: SPEC -> its weight, positive; weights need not sum to 1."""
 
 _PARTS = ("train", "heldout")
-_HELD_OUT = 20  # one document in so many
-_FEW = 100  # documents, below which pieces are parted
-_PIECE, _HELD_OUT_PIECE = 4_000, 10  # characters of a piece, and one piece in so many
+_HELD_OUT = 20  # one document in this many is held out
+_FEW = 100  # with fewer documents, pieces are held out instead
+_PIECE, _HELD_OUT_PIECE = 4_000, 10  # characters of a piece; one piece in this many is held out
 _MAX_HUB_DOCUMENTS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A piece of text with the name it goes by in messages.
+    """A piece of text with its name for messages.
 
     Attributes:
         name: file and row, data set and row, or topic.
-        text: what it says; of a conversation, its messages joined by a blank line.
-        messages: of a conversation, what its chat template takes: objects with `role`, `content` and perhaps more.
+        text: its text; for a conversation, the messages joined by a blank line.
+        messages: for a conversation, the input of a chat template: objects with `role`, `content` and perhaps more.
     """
 
     name: str
@@ -54,27 +54,27 @@ class Document:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the text with its white space squeezed: what makes two documents the same one."""
+        """SHA-256 of the text with its white space squeezed; documents with equal digests count as the same."""
         return hashlib.sha256(_squeezed(self.text).encode()).digest()
 
 
 def documents(spec: str) -> list[str]:
-    """The texts that `spec` names, in a fixed order; empty ones are left out. Of a hub data set, the first 200,000.
+    """The texts that `spec` names, in a fixed order; empty ones are left out. A hub data set gives its first 200,000.
 
     Args:
-        spec: as described at the top of this file, `self` excepted.
+        spec: as described at the top of this file, except `self`.
 
     Raises:
-        UsageError: nothing is there, it holds no text, or it is not what its name says; with the remedy.
+        UsageError: nothing is there, it holds no text, or its content does not match its name; the message has the remedy.
     """
     return list(texts(spec))
 
 
 def texts(spec: str) -> Iterator[str]:
-    """As `documents`, one after another: no more is read than is asked for.
+    """The texts of `documents` one after another; nothing is read before it is asked for.
 
     Raises:
-        UsageError: as `documents`, when the trouble is reached.
+        UsageError: as `documents`, once the faulty place is reached.
     """
     most = _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None
     return (document.text for document in itertools.islice(read(spec), most))
@@ -84,11 +84,11 @@ def read(spec: str) -> Iterator[Document]:
     """The documents that `spec` names, one after another, in a fixed order; empty ones are left out.
 
     Raises:
-        UsageError: as `documents`, when the trouble is reached.
+        UsageError: as `documents`, once the faulty place is reached.
     """
     base, part = _split(spec)
     kind, _, rest = base.partition(":")
-    if kind == "python-docs":  # has a split of its own, without shared paragraphs
+    if kind == "python-docs":  # has a split of its own, whose parts share no paragraph
         whole, part = _python_docs(":".join(filter(None, (rest, part))) or "all"), ""
     else:
         whole = itertools.starmap(_document, readers.hub(base) if kind == "hub" else readers.local(base))
@@ -115,7 +115,7 @@ def read(spec: str) -> Iterator[Document]:
 
 
 def identity(spec: str) -> str | None:
-    """What tells a text from another without reading it: of a hub data set, SPEC and revision; None of all others."""
+    """What identifies a text without reading it: SPEC and revision for a hub data set; None for all others."""
     return f"{spec} {readers.hub_revision(_split(spec)[0])}" if spec.startswith("hub:") else None
 
 
@@ -144,7 +144,7 @@ def domains(source: Source) -> dict[str, float]:
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """What comes before #train or #heldout, and the part; an empty one for the whole text."""
+    """The SPEC before #train or #heldout, and the part; an empty part means the whole text."""
     base, mark, part = spec.rpartition("#")
     if not mark or Path(spec).exists() or not part.isalpha():
         return spec, ""
@@ -154,7 +154,7 @@ def _split(spec: str) -> tuple[str, str]:
 
 
 def _of_few(spec: str, part: str, documents: Iterable[Document]) -> Iterator[Document]:
-    """The pieces of a part of a few documents."""
+    """The pieces of one part of a text with few documents."""
     pieces = [
         Document(f"{document.name}, piece {number}", piece)
         for document in documents
@@ -174,7 +174,7 @@ def _of_few(spec: str, part: str, documents: Iterable[Document]) -> Iterator[Doc
 
 
 def _pieces(text: str) -> list[str]:
-    """A text in pieces of `_PIECE` characters or a little more, cut at a blank line, else at a line's end or a blank."""
+    """A text in pieces of `_PIECE` characters or a little more, cut at a blank line, otherwise at a line end or a blank."""
     pieces, start = [], 0
     while start < len(text):
         stop = start + _PIECE
@@ -206,7 +206,7 @@ def _python_docs(part: str) -> Iterator[Document]:
             "this Python was installed without pydoc_data, so python-docs is not to be had; give a text file"
         ) from error
     held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0}
-    # Topics quote each other: what the held-out ones say is taken out of the rest, paragraph by paragraph.
+    # Topics quote each other, so paragraphs of the held-out topics are removed from the rest.
     said = {_squeezed(paragraph) for name in held_out for paragraph in topics[name].split("\n\n")}
     for name in sorted({"all": set(topics), "heldout": held_out, "train": set(topics) - held_out}[part]):
         text = topics[name]

@@ -1,4 +1,4 @@
-"""Rows of token ids on disk: written once under a fingerprint of what they are made from, read as memory-mapped files."""
+"""Rows of token ids on disk: written once, under a fingerprint of all that they are made from, read as memory-mapped files."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from adapt_pruner.errors import RunError
 
 __all__ = ["Chunk", "Store", "cache_folder", "stored"]
 
-_FORMAT = 3  # of the rows as well: another rule by which they are made is another number
+_FORMAT = 3  # of the rows too: a new rule for making rows needs a new number
 _FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin"}
 
 
@@ -28,8 +28,8 @@ class Chunk:
     Attributes:
         ids: unsigned ints [tokens], the rows one after another.
         lengths: int64 [rows], tokens of each.
-        mask: bool [tokens], which are to be predicted; None for all.
-        left_out: documents that gave no row.
+        mask: bool [tokens], which tokens are predicted; None for all.
+        left_out: number of documents that gave no row.
     """
 
     ids: NDArray[Any]
@@ -44,10 +44,10 @@ class Store:
 
     Attributes:
         ids: uint16 or uint32 [tokens], the rows one after another.
-        offsets: int64 [rows + 1], where each starts; the last is the number of tokens.
-        mask: bool [tokens], which are to be predicted; None for all.
-        digest: SHA-256 of all of that.
-        left_out: documents that gave no row.
+        offsets: int64 [rows + 1], where each row starts; the last is the number of tokens.
+        mask: bool [tokens], which tokens are predicted; None for all.
+        digest: SHA-256 of all of these.
+        left_out: number of documents that gave no row.
     """
 
     ids: NDArray[Any]
@@ -58,7 +58,7 @@ class Store:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner."""
+    """The folder for things that can be made again: $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner."""
     return expanded(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner")
 
 
@@ -70,18 +70,18 @@ def stored(
     cache: Path | None,
     warn: Callable[[str], None],
 ) -> Store:
-    """The store of what `made_from` describes: the one on disk, or one that is `make`d and kept for the next time.
+    """The store that `made_from` describes: from disk, or made by `make` and kept for the next time.
 
-    It is written beside its place and renamed. Of two processes that make it at once, the first to finish keeps its own.
+    It is written beside its place and renamed. If two processes make it at once, the first to finish keeps its own.
 
     Args:
-        made_from: everything that decides the rows, as JSON has it.
-        make: gives the rows; called only where they are not on disk.
+        made_from: everything that decides the rows, as JSON data.
+        make: gives the rows; called only if they are not on disk.
         dtype: of the ids, for example "<u2".
         cache: folder of the stores; by default `cache_folder()`.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the store cannot be written.
     """
     inputs = {"format": _FORMAT, "dtype": dtype, **made_from}
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
@@ -95,7 +95,7 @@ def stored(
     try:
         with folder_beside(folder) as beside:
             _write(beside, make(), inputs, dtype)
-            own, _ = _opened(beside)  # stays readable wherever the folder goes
+            own, _ = _opened(beside)  # stays readable even if the folder is renamed or removed
             assert own is not None
             return _settled(beside, folder) or own
     except OSError as error:
@@ -136,7 +136,7 @@ def _write(folder: Path, chunks: Iterable[Chunk], inputs: Mapping[str, Any], dty
 
 
 def _opened(folder: Path) -> tuple[Store | None, str]:
-    """The store in `folder`, if it is there and whole; and what is wrong with it, if anything."""
+    """The store in `folder` if it exists and is whole; and what is wrong with it, if anything."""
     if not folder.is_dir():
         return None, ""
     try:
@@ -158,11 +158,11 @@ def _opened(folder: Path) -> tuple[Store | None, str]:
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:
     return (
         np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
-    )  # an empty file has no map
+    )  # an empty file cannot be mapped
 
 
 def _settled(beside: Path, folder: Path) -> Store | None:
-    """Rename `beside` to `folder`, or leave there what another process has finished; a damaged store gives way."""
+    """Rename `beside` to `folder`, or keep what another process has finished there; a damaged store is replaced."""
     for _ in range(3):
         try:
             named(beside, folder)

@@ -1,4 +1,4 @@
-"""`TextTask`: what a run asks of a task, beside what scoring and training ask: how batches are made of text."""
+"""`TextTask`: what a run asks of a task beyond scoring and training: how text becomes batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ __all__ = ["TextTask"]
 class TextTask(Task, Protocol):
     """What a model learns: a class with `@part("task")`, one per file of `data/`. A recipe names it by its file.
 
-    A batch is a tensor whose first dimension counts samples. What its numbers mean is for the task alone to know.
+    A batch is a tensor whose first dimension counts samples. Only the task knows what its numbers mean.
 
     Attributes:
         writes_text: whether the model can write text of this task itself (`calibration.source: self`).
@@ -56,4 +56,4 @@ class TextTask(Task, Protocol):
         """The batches that the model is measured on, by the SPEC of their text; see `data.windows.held_out_by_text`."""
 
     def num_bytes(self, tokenizer: Any, batches: Sequence[Tensor]) -> int | None:
-        """Bytes of the text that is predicted; None where a loss per byte says nothing."""
+        """Bytes of the predicted text; None if a loss per byte would mean nothing."""

@@ -30,9 +30,9 @@ _JOINT = "\n\n"
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """What every window begins with: [bos] where the tokenizer puts it before a text by itself, as in training; else nothing.
+    """The ids that begin every window: [bos] if the tokenizer puts it before a text by itself, as in training; else nothing.
 
-    A model that never saw a text without it reads one badly: of Gemma 3 270M, the perplexity on WikiText-2 is 57 with it and
+    A model that never saw a text without it reads such text badly: the perplexity of Gemma 3 270M on WikiText-2 is 57 with it and
     144 without.
     """
     ids: list[int] = tokenizer("x", verbose=False)["input_ids"]
@@ -40,10 +40,10 @@ def opening(tokenizer: Any) -> list[int]:
 
 
 def encode(tokenizer: Any, parts: Iterable[str], *, most: int | None = None) -> NDArray[np.int32]:
-    """Token ids of the text that `parts` are one after another, without its `opening`, with what else the tokenizer adds by itself.
+    """Token ids of the text that `parts` form one after another, without the `opening`; other added tokens are kept.
 
     Args:
-        most: ids that are enough; no more of the text is read than they need.
+        most: the number of ids wanted; no more text is read than they need.
     """
     skipped = len(opening(tokenizer))
     wanted = None if most is None else most + skipped
@@ -65,20 +65,20 @@ def calibration_windows(
     seed: int,
     encoded: dict[int, NDArray[np.int32]] | None = None,
 ) -> Tensor:
-    """`samples` windows of `length` tokens drawn at random: first one a document, then more of long ones, then short ones joined.
+    """`samples` random windows of `length` tokens: first one per document, then more of long documents, then joined short ones.
 
-    Each begins with the tokenizer's `opening`, which is one of its `length` tokens.
+    Each begins with the tokenizer's `opening`, which counts towards its `length`.
 
     Args:
-        encoded: index of a text -> its ids; filled in place, so that the next draw need not tokenise again.
+        encoded: index of a text -> its ids; filled in place, so that the next draw does not tokenise again.
 
     Returns:
         int64 [samples, length]; the same seed gives the same windows. No two overlap.
 
     Raises:
-        UsageError: the text is too short for that many.
+        UsageError: the text is too short for `samples` windows.
 
-    Source: Adapt-Pruner's sampling (a random window of a document not used before). Differs: goes on where they fail.
+    Source: Adapt-Pruner's sampling (a random window of a document not used before). Differs: continues where theirs fails.
     """
     generator = torch.Generator().manual_seed(seed)
     start = opening(tokenizer)
@@ -152,7 +152,7 @@ def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
 
 
 def batches_of(rows: Sequence[Tensor], *, max_tokens: int) -> list[Tensor]:
-    """Neighbouring rows [1, length] of equal length put together, at most `max_tokens` tokens a batch where a row allows."""
+    """Join neighbouring rows [1, length] of equal length into batches of at most `max_tokens` tokens, or of one longer row."""
     batches: list[list[Tensor]] = []
     for row in rows:
         last = batches[-1] if batches else []
@@ -164,12 +164,12 @@ def batches_of(rows: Sequence[Tensor], *, max_tokens: int) -> list[Tensor]:
 
 
 def evaluation_windows(tokenizer: Any, texts: Iterable[str], *, window: int, max_windows: int | None) -> list[Tensor]:
-    """The text as it is, cut into non-overlapping windows; documents are joined by a blank line. Reads no more than it needs.
+    """The text cut into non-overlapping windows; documents are joined by a blank line. Reads no more than it needs.
 
-    Each begins with the tokenizer's `opening`, which is one of its `window` tokens and predicts the first of the text's.
+    Each begins with the tokenizer's `opening`, which counts towards its `window` and predicts the first token of the text.
 
     Returns:
-        int64 [1, window] tensors; the last may be shorter, one of a single token is left out.
+        int64 [1, window] tensors; the last may be shorter, but one of a single token is left out.
 
     Raises:
         UsageError: the text is shorter than 2 tokens, or `window` is.
@@ -191,17 +191,17 @@ def _joined(texts: Iterable[str]) -> Iterator[str]:
 
 
 def in_other_tokens(windows: Sequence[Tensor], *, read_by: Any, tokenizer: Any) -> list[Tensor]:
-    """The text of each window in the tokens of another tokenizer, so that models of both are measured on the same text.
+    """The text of each window in the tokens of another tokenizer, so that both models are measured on the same text.
 
-    A character that the edge of a window cuts in two is left out. A window of more or fewer tokens keeps its text.
+    A character that the edge of a window cuts in two is left out. A window keeps its text even if it gets more or fewer tokens.
 
     Args:
         windows: int64 [1, length] each.
-        read_by: the tokenizer, of transformers, that made them.
-        tokenizer: the other one; each of the new windows begins with its `opening`.
+        read_by: the transformers tokenizer that made the windows.
+        tokenizer: the other one; each new window begins with its `opening`.
 
     Returns:
-        int64 [1, length] each; a window whose text is a single token now is left out, since it predicts nothing.
+        int64 [1, length] each; a window whose text becomes a single token is left out, because it predicts nothing.
     """
     skipped, start = len(opening(read_by)), opening(tokenizer)
     pieces = (read_by.decode(ids[0, skipped:], clean_up_tokenization_spaces=False).strip("\ufffd") for ids in windows)
@@ -210,17 +210,16 @@ def in_other_tokens(windows: Sequence[Tensor], *, read_by: Any, tokenizer: Any) 
 
 
 def text_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:
-    """UTF-8 bytes of text that the tokens of `windows` stand for, without the first of each, which is not predicted.
+    """UTF-8 bytes of the text behind the tokens of `windows`, without the first token of each, which is not predicted.
 
-    What a loss is divided by to be compared between tokenizers. A token cut out of a character counts the bytes it has of it;
-    special tokens (start and end of text) count none; where the tokenizer changes its text, that is what counts.
-
+    Losses divided by this number compare between tokenizers. A token that is a part of a character counts the bytes of that part.
+    Special tokens (start and end of text) count none. If the tokenizer changes its text, the changed text counts.
     Args:
         tokenizer: of transformers.
         windows: int64 [batch, length].
     """
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    byte_level = "ByteLevel" in repr(decoder)  # then a character of a token is a byte
+    byte_level = "ByteLevel" in repr(decoder)  # then each character of a token stands for a byte
     special, added = set(tokenizer.all_special_ids), set(tokenizer.get_added_vocab().values())
     lengths: dict[int, int] = {}
     for token, index in tokenizer.get_vocab().items():

@@ -13,18 +13,18 @@ from adapt_pruner.errors import UsageError
 __all__ = ["token_uses"]
 
 _TEXTS = 256  # documents tokenised at a time
-_SHORT = 2**14  # characters; a longer document is tokenised by itself, piece by piece
+_SHORT = 2**14  # characters; a longer document is tokenised alone, piece by piece
 
 
 def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
-    """Occurrences of each token in a text; of a mixture, as if its texts had the shares of one as long as all together.
+    """How often each token occurs in a text; for a mixture, in a text as long as all together with the mixture's shares.
 
-    uses[t] = Σ_s share_s · count_s[t] / n_s · Σ_s n_s        with n_s the tokens of text s; of one text, count[t]
+    uses[t] = Σ_s share_s · count_s[t] / n_s · Σ_s n_s        with n_s the tokens of text s; for one text, count[t]
 
     Args:
         tokenizer: of transformers.
         source: SPEC of text, or several with their weights.
-        size: tokens there are, at least as many as the tokenizer has.
+        size: number of tokens, at least that of the tokenizer.
 
     Returns:
         float64 [size].

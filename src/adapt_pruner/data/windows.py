@@ -1,4 +1,4 @@
-"""From a SPEC of text to the batches a run is fed: calibration by iteration, training by stage, held-out windows."""
+"""From a SPEC of text to the batches of a run: calibration by iteration, training by stage, held-out windows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from adapt_pruner.errors import UsageError
 
 __all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_by_text", "held_out_windows", "too_long"]
 
-MICRO_TOKENS = 256  # calibration tokens in one forward and backward: activations take about 1 MB a token in a 135M model
+MICRO_TOKENS = 256  # calibration tokens in one forward and backward pass: activations take about 1 MB a token in a 135M model
 
 
 def calibration_feed(
@@ -32,9 +32,9 @@ def calibration_feed(
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
-    Every iteration draws anew from a text; fixed `ids` and text the model wrote itself (once, as it is now) stay the same.
-    Each text of a mixture gives its share of the samples. Where the model writes it, `dtype` is the precision of its matrix products
-    and `on_tokens` is told (done, of), in tokens.
+    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does text that the model wrote
+    itself, once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype` is
+    the precision of its matrix products and `on_tokens` is called with (done, of), in tokens.
 
     Raises:
         UsageError: a text does not exist, is too short, or has a share below one sample.
@@ -62,14 +62,14 @@ def calibration_feed(
             ])  # fmt: skip
             return batches_of(windows.split(1), max_tokens=MICRO_TOKENS)
 
-        draw(0)  # a text that is too short is refused before any work is done
+        draw(0)  # refuses a text that is too short before any work is done
         return draw
     batches = batches_of(rows, max_tokens=MICRO_TOKENS)
     return lambda iteration: batches
 
 
 def too_long(config: Any, lengths: Mapping[str, int]) -> Iterator[str]:
-    """A sentence for each setting that asks for longer sequences, in tokens, than the model of this config was made to read."""
+    """A sentence for each setting that asks for longer sequences, in tokens, than the model was made to read."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     for setting, length in lengths.items():
         if positions is not None and length > positions:
@@ -77,7 +77,7 @@ def too_long(config: Any, lengths: Mapping[str, int]) -> Iterator[str]:
 
 
 def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> list[Tensor]:
-    """Those of `held_out_by_text`, of one text after the other."""
+    """The windows of `held_out_by_text`, one text after the other."""
     by_text = held_out_by_text(tokenizer, source=source, window=window, max_windows=max_windows)
     return [ids for windows in by_text.values() for ids in windows]
 
@@ -85,7 +85,7 @@ def held_out_windows(tokenizer: Any, *, source: Source, window: int, max_windows
 def held_out_by_text(tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
     """Evaluation windows of a text, or of each text of a mixture, by SPEC; see `data.tokens.evaluation_windows`.
 
-    Each text of a mixture gives its share of `max_windows`, and all of itself where there is no such limit.
+    Each text of a mixture gives its share of `max_windows`, or all its windows without such a limit.
 
     Raises:
         UsageError: a text does not exist, is too short, has a share below one window, or is `self`.
@@ -98,7 +98,7 @@ def held_out_by_text(tokenizer: Any, *, source: Source, window: int, max_windows
 
 
 def _apportioned(number: int, shares: Mapping[str, float], *, what: str) -> dict[str, int]:
-    """`number` in whole parts by share; the largest fractions take what rounding down leaves.
+    """`number` in whole parts by share; what rounding down leaves goes to the largest fractions.
 
     Raises:
         UsageError: a part would be 0.
