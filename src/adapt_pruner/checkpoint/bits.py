@@ -1,9 +1,9 @@
 """The file of a mask over weights, in a folder beside the model: `sparsity/weight_mask.safetensors`.
 
 NAME       a linear layer's mask as bits, uint8 (see `core.weight_mask.packed`)
-metadata   `format`, `pattern` ("2:4", "50%", or "" where a cut has broken it) and `shapes`, JSON: NAME -> [outputs, inputs]
+metadata   `format`, `pattern` ("2:4", "50%", or "" if a cut has broken it) and `shapes`, JSON: NAME -> [outputs, inputs]
 
-It lies in a folder of its own since vLLM and SGLang read every `*.safetensors` file beside config.json as weights.
+It has a folder of its own because vLLM and SGLang read every `*.safetensors` file beside config.json as weights.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 __all__ = ["BITS", "read_bits", "write_bits"]
 
 BITS = "sparsity/weight_mask.safetensors"
-"""Where the file lies in a model folder."""
+"""Path of the file within a model folder."""
 
 
 def write_bits(mask: WeightMask, folder: Path) -> None:
-    """Write a mask into a model folder that is being made."""
+    """Write a mask into a model folder under construction."""
     path = folder / BITS
     path.parent.mkdir()
     shapes = {name: list(keep.shape) for name, keep in mask.kept.items()}
@@ -33,11 +33,11 @@ def write_bits(mask: WeightMask, folder: Path) -> None:
 
 
 def read_bits(folder: Path, name: str) -> WeightMask | None:
-    """The mask of a model folder; None where it has none.
+    """The mask in a model folder; None if it has none.
 
     Args:
-        folder: of the model.
-        name: what the user calls it.
+        folder: the model's folder.
+        name: the model's name for messages.
 
     Raises:
         RunError: the file is damaged.

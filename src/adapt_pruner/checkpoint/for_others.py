@@ -1,15 +1,15 @@
-"""What a folder's config.json and tokenizer_config.json say so that no transformers reads it as another model than it is.
+"""Names in config.json and tokenizer_config.json that keep every version of transformers from loading a wrong model.
 
-A plain folder has the names that transformers 4 knows:
+A plain folder also has the names that transformers 4 knows:
 
-rope_theta, rope_scaling,     what transformers 5 keeps in `rope_parameters`, which transformers 4 passes over: it would take
-rope_local_base_freq,         its own default for each
+rope_theta, rope_scaling,     transformers 5 keeps these in `rope_parameters`, which transformers 4 ignores: it would use its own
+rope_local_base_freq,         default for each
 partial_rotary_factor
 PreTrainedTokenizerFast       the name in transformers 4 of the class that transformers 5 calls TokenizersBackend
-additional_special_tokens     likewise of the list `extra_special_tokens`
+additional_special_tokens     the name in transformers 4 of the list `extra_special_tokens`
 
-A folder that brings its own code has a model type of its own, `pruned_llama` for `llama`. Stock classes would take such a folder for
-theirs wherever the weights happen to fit, and compute something else; of a type that it does not know transformers says to pass
+A folder that brings its own code has a model type of its own, `pruned_llama` for `llama`. Otherwise stock classes would load such
+a folder wherever the weights happen to fit, and compute something else. For an unknown type transformers asks for
 trust_remote_code.
 """
 
@@ -21,12 +21,12 @@ from adapt_pruner.core.strict_json import read_json, to_json
 
 __all__ = ["name_for_others", "stock_type"]
 
-_PREFIX = "pruned_"  # as modeling_pruned.py has it
+_PREFIX = "pruned_"  # the same as in modeling_pruned.py
 _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
 def name_for_others(folder: Path) -> None:
-    """Write, in place, into a folder that transformers 5 has written what the top of this file says."""
+    """Add these names, in place, to a folder that transformers 5 has written; see the top of this file."""
     for name, change in (("config.json", _config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         if path.is_file():
@@ -34,7 +34,7 @@ def name_for_others(folder: Path) -> None:
 
 
 def stock_type(config: Mapping[str, Any]) -> Any:
-    """The model type that transformers knows, of a config.json as plain data; None where it names no type."""
+    """The model type by its name in transformers, from a config.json as plain data; None if it names no type."""
     named = config.get("model_type")
     return named.removeprefix(_PREFIX) if isinstance(named, str) else named
 
@@ -45,10 +45,10 @@ def _config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with the keys that transformers 4 has for the rope; transformers 5 makes of both what it makes of its own."""
+    """The config.json with transformers 4's keys for the rope added; transformers 5 reads it as before."""
     rope = config.get("rope_parameters") or {}
     added: dict[str, Any] = {}
-    if rope.keys() >= _OF_GEMMA.keys():  # a rope for each type of layer; only that of full attention may be scaled
+    if rope.keys() >= _OF_GEMMA.keys():  # one rope for each type of layer; only that of full attention may be scaled
         added = {key: rope[kind]["rope_theta"] for kind, key in _OF_GEMMA.items()}
         rope = rope["full_attention"]
     elif "rope_theta" in rope:
@@ -58,14 +58,14 @@ def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         context = "original_max_position_embeddings"
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "type")}
-        if context in config:  # Phi-3, which has it there, and in transformers 4 takes three keys and no more
+        if context in config:  # Phi-3 has it in the config itself, and in transformers 4 accepts exactly three keys
             scaling = {"type": scaling.pop("rope_type")} | {key: value for key, value in scaling.items() if key != context}
         added["rope_scaling"] = scaling
     return config | added
 
 
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json with the names of transformers 4; transformers 5 knows them too."""
+    """The tokenizer_config.json with the names of transformers 4, which transformers 5 knows too."""
     older = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         older["tokenizer_class"] = "PreTrainedTokenizerFast"

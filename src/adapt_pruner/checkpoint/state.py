@@ -1,8 +1,8 @@
-"""A checkpoint in the middle of a run: a model folder as `checkpoint.save` writes it, float32, and what decides the next step.
+"""A checkpoint in the middle of a run: a float32 model folder from `checkpoint.save`, and everything that decides the next step.
 
-optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only where there are any
-lora.safetensors        the low-rank additions being trained; only where there are any
-state.json              the run's state, the size and SHA-256 of every other file, and the SHA-256 of all that
+optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only if there are any
+lora.safetensors        the low-rank additions being trained; only if there are any
+state.json              the run's state, the size and SHA-256 of every other file, and the SHA-256 of all this
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from adapt_pruner.train.adapters import base_name
 
 __all__ = ["identity", "load_state", "read_state", "save_state", "start_of"]
 
-_PIECES, _PIECE = 64, 2**16  # of a large file, and bytes of each
+_PIECES, _PIECE = 64, 2**16  # pieces of a large file that are hashed, and bytes of each
 
 
 def save_state(
@@ -43,16 +43,16 @@ def save_state(
     """Write a checkpoint to `path`, whole or not at all.
 
     Args:
-        loaded: the model being made; its config and tokenizer are written, and its weights as `weights` has them.
-        weights: by name, float32, whole; low-rank additions among them.
+        loaded: the model being made; its config and tokenizer are written, with `weights` as its weights.
+        weights: by name, float32, whole; low-rank additions included.
         moments: by name, see the top of this file.
         mask: against the dense model.
         pruning: how the model was made so far; plain data.
-        state: plain data; `start` in it is what `start_of` says.
+        state: plain data; its `start` comes from `start_of`.
         weight_mask: over the weights so far. While masks are learnt, weights that it masks may not be zero yet.
 
     Raises:
-        RunError: it could not be written; nothing is left under `path`.
+        RunError: the checkpoint could not be written; nothing is left under `path`.
     """
     base = {inner: tensor for name, tensor in weights.items() if (inner := base_name(name)) is not None}
     additions = {name: tensor for name, tensor in weights.items() if base_name(name) is None}
@@ -74,11 +74,11 @@ def save_state(
 
 
 def read_state(path: Path, *, thorough: bool = True) -> dict[str, Any]:
-    """The state in a checkpoint, once every file of it is known to be whole.
+    """The state in a checkpoint, after a check that all its files are whole.
 
     Args:
         path: the checkpoint.
-        thorough: whether files are read; if not, their sizes are looked at.
+        thorough: whether to read the files; if not, only their sizes are checked.
 
     Raises:
         RunError: a file is missing, cut short or changed.
@@ -103,18 +103,18 @@ def read_state(path: Path, *, thorough: bool = True) -> dict[str, Any]:
 
 
 def load_state(path: Path, state: Mapping[str, Any], *, device: torch.device) -> tuple[Loaded, dict[str, Tensor]]:
-    """The model of a checkpoint that `read_state` has found whole, and its moments and additions by name.
+    """The model of a checkpoint that `read_state` has checked, and its moments and additions by name.
 
     Args:
         path: the checkpoint.
-        state: what `read_state` returned; its `start` says what the model at the start of the run was (see `start_of`).
+        state: what `read_state` returned; its `start` describes the model at the start of the run (see `start_of`).
         device: for the model; moments and additions lie on the CPU.
     """
     loaded = load(str(path), device=device)
     extras: dict[str, Tensor] = {}
     for name in ("optimizer", "lora"):
         file = path / f"{name}.safetensors"
-        if file.is_file():  # in memory of their own: a product may round differently where a tensor is not aligned
+        if file.is_file():  # copied to aligned memory, because products with unaligned tensors may round differently
             extras |= {key: tensor.clone() for key, tensor in load_file(file).items()}
     start = state["start"]
     loaded = replace(
@@ -129,7 +129,7 @@ def load_state(path: Path, state: Mapping[str, Any], *, device: torch.device) ->
 
 
 def start_of(loaded: Loaded) -> dict[str, Any]:
-    """What a checkpoint says of the model at the start of the run, as plain data."""
+    """What a checkpoint records about the model at the start of the run, as plain data."""
     return {
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "mask": None if loaded.mask is None else loaded.mask.to_json(),
@@ -140,10 +140,10 @@ def start_of(loaded: Loaded) -> dict[str, Any]:
 
 
 def identity(name: str) -> str:
-    """Tells whether a model is still the one it was, without loading it; of a hub or packaged one, its name says it.
+    """A string that shows whether a model is still the same, without loading it. For a hub or packaged model it is the name.
 
-    Of a folder, its config and weights; of a file, itself. A large file counts by its size and pieces spread evenly over
-    it, which training it further would change: 20 ms for any model.
+    For a folder it depends on config and weights, for a file on the file itself. A large file counts by its size and by pieces
+    spread evenly over it, which further training would change. This takes 20 ms for any model.
     """
     path = expanded(name)
     if path.is_file():

@@ -1,9 +1,9 @@
-"""A tokenizer with fewer tokens: which can go so that it still writes any text, and one that has only those.
+"""A tokenizer with fewer tokens: which tokens can go so that it still writes any text, and a tokenizer without them.
 
-What stays is closed. Bytes stay, or single characters where the tokenizer has no bytes, so that every text can be written; and
-with a token that is put together by merges (BPE) stay those it is put together from, so that it can still be reached. A text
-whose tokens all stay is then split as before: BPE applies that merge which comes first of those that fit, and at every step
-it was one that stays; Unigram takes the likeliest split, and the likeliest of all is among those left.
+The set of kept tokens is closed. It has all bytes, or single characters if the tokenizer has no bytes, so that every text can be
+written. For a token that is put together by merges (BPE), it also has the tokens that it is put together from, so that the token
+can still be reached. A text whose tokens all stay is then split as before. BPE applies the first merge that fits, and at every
+step that merge is one that stays. Unigram takes the likeliest split, and the likeliest of all splits is among those left.
 """
 
 import itertools
@@ -24,31 +24,32 @@ from adapt_pruner.errors import UsageError
 __all__ = ["kept_tokens", "smaller_tokenizer"]
 
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-_SPACE = "▁"  # as SentencePiece writes it; its bytes would be read back as this character
+_SPACE = "▁"  # SentencePiece's space; if it were spelled in bytes, it would be read back as this character
 _TALK = ({"role": "system", "content": ""}, {"role": "user", "content": ""}, {"role": "assistant", "content": ""})
 
 
 def kept_tokens(
     tokenizer: Any, uses: Tensor, *, keep: int | None = None, min_uses: int | None = None, named: Iterable[int] = ()
 ) -> Tensor:
-    """The tokens that stay: those a text uses most, with all that they are put together from.
+    """The tokens that stay: those a text uses most, with all tokens that they are put together from.
 
-    Whatever their use there stay added tokens (special ones among them), the bytes, what the chat template writes around messages,
-    and `named`. Rows without a token go. Then tokens enter by their use, of equals the first, each with what it is put together
-    from, as long as that fits `keep`.
+    Some tokens stay whatever their use: added tokens (special ones included), the bytes, what the chat template writes around
+    messages, and `named`. Embedding rows without a token go. Then tokens enter by their use, among equals the first one. Each
+    brings the tokens that it is put together from, as long as all fit into `keep`.
 
     Args:
         tokenizer: fast, BPE or Unigram.
         uses: float64 [rows of the model's embedding]; how often each token is used.
-        keep: tokens that stay, in number.
-        min_uses: instead of it, the uses from which on a token stays.
+        keep: the number of tokens that stay.
+        min_uses: instead of `keep`, the least uses for which a token stays.
         named: tokens that the model's configs name.
 
     Returns:
         bool [rows], for `smaller_tokenizer`.
 
     Raises:
-        UsageError: the tokenizer cannot be rewritten, or `keep` is not between what always stays and the rows there are.
+        UsageError: the tokenizer cannot be rewritten, or `keep` is below the tokens that always stay or not below the number of
+            rows.
     """
     data, rows = _description(tokenizer), uses.numel()
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -83,17 +84,17 @@ def kept_tokens(
 
 
 def smaller_tokenizer(tokenizer: Any, keep: Tensor) -> Any:
-    """The tokenizer of the tokens that stay, numbered anew in their order; the one given is left as found.
+    """A tokenizer with only the tokens that stay, renumbered in their order; the given tokenizer is left as found.
 
     Args:
         tokenizer: fast, BPE or Unigram.
-        keep: bool [rows], as `kept_tokens` has it.
+        keep: bool [rows], from `kept_tokens`.
 
     Returns:
         A tokenizer of the same class, settings and chat template.
 
     Raises:
-        UsageError: it cannot be rewritten.
+        UsageError: the tokenizer cannot be rewritten.
     """
     data = _description(tokenizer)
     new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
@@ -120,14 +121,14 @@ def smaller_tokenizer(tokenizer: Any, keep: Tensor) -> Any:
 
 
 class _Parts:
-    """What each token is put together from by the merges of a tokenizer; of a Unigram one, from nothing but itself."""
+    """The tokens from which a tokenizer's merges put each token together; without merges (Unigram), only the token itself."""
 
     def __init__(self, model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(model.get("merges", ()))}
         self._vocabulary = vocabulary
 
     def of(self, token: str) -> set[int]:
-        """The token itself and every token that exists on the way to it from single characters."""
+        """The token itself and every token that occurs while single characters are merged into it."""
         met, pieces = {token}, list(token) if self._ranks else [token]
         met.update(pieces)
         while len(pieces) > 1:
@@ -142,7 +143,7 @@ class _Parts:
 
 
 def _description(tokenizer: Any) -> dict[str, Any]:
-    """What tokenizer.json says of a tokenizer that can be rewritten."""
+    """The tokenizer.json of a tokenizer, as plain data; refuses a tokenizer that cannot be rewritten."""
     if not getattr(tokenizer, "is_fast", False):
         raise _not_rewritten("it has no tokenizer.json")
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -160,7 +161,7 @@ def _not_rewritten(why: str) -> UsageError:
 
 
 def _numbers(data: Mapping[str, Any]) -> Iterator[list[int]]:
-    """The lists of token numbers in what a tokenizer adds around a text; they may be changed in place."""
+    """The lists of token numbers that a tokenizer adds around a text; they may be changed in place."""
     steps = [data["post_processor"]] if data["post_processor"] else []
     for step in steps:
         if step["type"] == "Sequence":
@@ -172,7 +173,7 @@ def _numbers(data: Mapping[str, Any]) -> Iterator[list[int]]:
 
 
 def _always(data: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Collection[int]:
-    """The tokens without which some text could not be written, and those that the tokenizer itself names."""
+    """The tokens needed to write every text, and those that the tokenizer itself names."""
     model = data["model"]
     spelled = model.get("byte_fallback") and vocabulary.keys() >= _BYTES
     ids = {vocabulary[token] for token in vocabulary if (token in _BYTES or token == _SPACE if spelled else len(token) == 1)}
@@ -188,6 +189,6 @@ def _around_messages(tokenizer: Any) -> Collection[int]:
     for talk in (_TALK, _TALK[1:]) if tokenizer.chat_template else ():
         try:
             ids.update(tokenizer.apply_chat_template(list(talk), return_dict=False))
-        except (TemplateError, LookupError, TypeError, ValueError):  # one that knows no system, for example
+        except (TemplateError, LookupError, TypeError, ValueError):  # for example, the template has no system role
             continue
     return ids
