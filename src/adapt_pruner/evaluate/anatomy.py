@@ -25,18 +25,18 @@ def decoder_parameters(model: nn.Module) -> int:
 
 
 def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | None = None) -> dict[str, Any]:
-    """What a model is made of: for each layer its sizes, parameters, and share of the dense model where a mask tells.
+    """For each layer its sizes, its parameters, and its share of the dense model if the mask tells it.
 
     Args:
         model: of a known family.
-        mask: against the dense model, where known.
-        dense_params: parameters of the dense model, where known.
+        mask: against the dense model, if known.
+        dense_params: parameters of the dense model, if known.
 
     Returns:
-        `params`, `decoder_params`, `share_of_dense` (None where not known) and `layers`, one dict a layer with `layer`
-        (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `nonzero`,
-        `share_of_dense`. `nonzero` counts the parameters that are not zero, of each layer and of the model.
-        Where its attention or MLP is gone, those sizes are 0, and its share is None: the mask does not tell how large it was.
+        `params`, `decoder_params`, `share_of_dense` (None if not known) and `layers`, one dict per layer with `layer` (its number
+        now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `nonzero`,
+        `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
+        attention or MLP, those sizes are 0 and its share is None, because the mask does not tell how large the block was.
     """
     axes = families.axes(model)
     depth = next(axis for axis in axes if axis.name == "layers")
@@ -67,8 +67,8 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
 
 
 def _dense_parameters(layer: nn.Module, prefix: str, axes: Sequence[Axis], mask: Mask, dense_layer: int) -> int:
-    """Parameters a layer had before `mask`: along each dimension as many as the mask of an axis that owns slices of it says."""
-    more: dict[tuple[str, int], dict[int, int]] = {}  # by start, how much longer that run was; one run is what the widest says
+    """Parameters of a layer before `mask`: each dimension regains the units that masks of axes with slices in it removed."""
+    more: dict[tuple[str, int], dict[int, int]] = {}  # start of a run -> indices it lost; of axes sharing a run, the largest loss
     for axis in axes:
         name = axis.name if axis.layer is None else f"layers.{dense_layer}.{axis.kind}"
         for piece in axis.slices if name in mask else ():

@@ -14,18 +14,18 @@ from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memo
 __all__ = ["LONGEST", "PROMPTS", "Answer", "answer"]
 
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?", "Write a sentence about a rainy day.")
-"""What a run asks a model that chats, unless its recipe has prompts."""
+"""The prompts of a run for a chat model, unless its recipe has others."""
 LONGEST = 48
-"""Tokens of an answer on the page of a run, at most."""
+"""The most tokens of an answer on the page of a run."""
 
 _LEAST_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: `tokens` were written, `seconds` taken; `ended` says whether the model came to an end by itself.
+    """An answer of `tokens` tokens, written in `seconds`; `ended` says whether the model ended it by itself.
 
-    `templated` is False where the tokenizer has no chat template, and the prompt was merely gone on with.
+    `templated` is False if the tokenizer has no chat template, so that the model merely continued the prompt.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Answer:
 
 
 class _Told(TextStreamer):  # type: ignore[misc]
-    """Hands on text as it is written."""
+    """Passes text on as it is written."""
 
     def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -60,23 +60,23 @@ def answer(
     dtype: str = "float32",
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Generate what the model says to `prompt`, by the tokenizer's chat template where it has one.
+    """Generate the model's answer to `prompt`, in the tokenizer's chat template if it has one.
 
     Args:
         model: causal LM, in eval mode. Its random state and settings are left as found.
         tokenizer: of transformers.
         prompt: what the user says.
-        system: what stands before it, in the template's own place.
-        before: what was said before, as (prompt, answer); without a template it stands above the prompt.
-        max_new_tokens: tokens at most.
-        temperature: 0 takes the likeliest token each time; else tokens are drawn at that temperature, by `seed`.
-        seed: of the draw.
+        system: the system prompt, at the template's place for it.
+        before: earlier turns, as (prompt, answer); without a template they stand above the prompt.
+        max_new_tokens: the most tokens to write.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn at that temperature, with `seed`.
+        seed: seed of the draws.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_text: told the text piece by piece as it comes.
+        on_text: called with each piece of text as it comes.
 
     Raises:
         UsageError: the prompt is empty, longer than the model can read, or does not fit the template.
-        RunError: a logit is not a number, or infinite.
+        RunError: a logit is infinite or not a number.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
@@ -88,7 +88,7 @@ def answer(
         said.append({"role": "user", "content": prompt})
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs of their own
+        except Exception as error:  # a template is a program and may raise anything
             raise UsageError(
                 f"the prompt does not fit the model's chat template ({first_line(error)}); leave --system out"
             ) from error
@@ -125,7 +125,7 @@ def answer(
             )[0, ids.shape[1] :]  # fmt: skip
         except (RunError, UsageError):
             raise
-        except Exception as error:  # settings are of many kinds, and so are the errors that they end in
+        except Exception as error:  # a model's generation settings may cause errors of many kinds
             if is_out_of_memory(error) or isinstance(error, OSError):
                 raise
             raise RunError(

@@ -1,7 +1,7 @@
-"""Whether a folder of lm-eval YAML files would run code, told from their text, and templates that cannot.
+"""Whether a folder of lm-eval YAML files would run code, judged by their text; and a sandbox for templates.
 
-lm-eval imports the Python file that a tag `!function` names, has the evaluate library run a metric that it does not know itself,
-and renders templates without a sandbox. A file may do all that through the files that it includes.
+lm-eval imports the Python file that a tag `!function` names. It lets the evaluate library run a metric that it does not know
+itself. It renders templates without a sandbox. A file may do all this through the files that it includes.
 """
 
 import functools
@@ -18,7 +18,7 @@ from adapt_pruner.errors import UsageError
 __all__ = ["check_no_code", "sandbox"]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_PLAIN = "tag:yaml.org,2002:"  # of YAML's own types; lm-eval knows `!function` besides
+_PLAIN = "tag:yaml.org,2002:"  # prefix of YAML's own types; lm-eval also knows `!function`
 _ALWAYS = {
     "class": "names a Python class",
     "custom_dataset": "names a Python function",
@@ -30,12 +30,12 @@ _IF_TRUE = {
     "trust_remote_code": "asks to run Python code",
     "unsafe_code": "asks to run what a model writes",
 }
-_BUILDERS = ("arrow", "csv", "json", "parquet", "text")  # of the datasets library; among the others is one for pickles
+_BUILDERS = ("arrow", "csv", "json", "parquet", "text")  # safe builders of the datasets library; another one reads pickles
 
 
 @functools.cache
 def sandbox() -> Any:
-    """The environment of lm-eval's templates, with jinja's sandbox: attributes that lead to Python itself are refused."""
+    """The environment of lm-eval's templates in jinja's sandbox, which refuses attributes that lead to Python itself."""
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
@@ -45,13 +45,13 @@ def sandbox() -> Any:
 
 
 def check_no_code(folder: Path) -> None:
-    """Refuse a folder of tasks that would run code; the files are read as YAML and nothing of them is made.
+    """Refuse a folder of tasks that would run code. The files are read as YAML; no object of them is built.
 
     Args:
-        folder: every YAML file in it counts, with what it includes; lm-eval's own files do not.
+        folder: every YAML file in it is checked, with the files it includes, but not lm-eval's own files.
 
     Raises:
-        UsageError: one would, with the file and the line; or a file is no regular one.
+        UsageError: a file would run code (the message names file and line), or is no regular file.
     """
     import lm_eval
 
@@ -65,7 +65,7 @@ def check_no_code(folder: Path) -> None:
         try:
             root = yaml.compose(path.read_bytes(), Loader=_LOADER)
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
-            continue  # lm-eval cannot read it either, and says so where it is asked for
+            continue  # lm-eval cannot read it either, and reports it when the task is asked for
         for node, why in _found(root):
             if why == "":
                 waiting.append(path.parent / node.value.replace("\0", ""))
@@ -77,11 +77,11 @@ def check_no_code(folder: Path) -> None:
 
 
 def _found(root: Any) -> Iterator[tuple[Any, str]]:
-    """Nodes that would run code, and why; with no word, those that name a file to include."""
+    """Nodes that would run code, and why; nodes that name a file to include come with an empty reason."""
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()
-        if node is None or id(node) in seen:  # an alias may lead back
+        if node is None or id(node) in seen:  # an alias may lead back to a node above it
             continue
         seen.add(id(node))
         if not node.tag.startswith(_PLAIN) or node.tag.startswith(f"{_PLAIN}python/"):

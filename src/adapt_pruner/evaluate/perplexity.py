@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is by a text."""
+"""Perplexity: how much a text surprises a model."""
 
 import math
 import time
@@ -21,12 +21,12 @@ __all__ = ["Perplexity", "perplexity"]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(nll), with nll the mean over `tokens` predicted tokens in nats; `seconds` of wall clock for all `windows`.
+    """exp(nll), where nll is the mean loss over `tokens` predicted tokens, in nats; all `windows` took `seconds`.
 
-    `tokens_per_second` leaves out each process' first window, which also pays for making ready (kernels for a pruned model's many
-    widths, caches); None where no process has two. `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the text: unlike the others it compares between
-    tokenizers. None where the bytes are not known. `judged` has a task's own figures, each a mean over what is predicted.
-    `by_text` has the nll on each text of several.
+    `tokens_per_second` leaves out each process's first window, which includes preparation (kernels for a pruned model's many
+    widths, caches); None if no process has two. `bits_per_byte` is the sum of the same losses, in bits, over the bytes of the
+    text; None if the bytes are not known. Unlike the other figures it compares between tokenizers. `judged` has a task's own
+    figures, each a mean over all predictions. `by_text` has the nll on each text, if there are several.
     """
 
     perplexity: float
@@ -40,7 +40,7 @@ class Perplexity:
     by_text: Mapping[str, float] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
-        """The figures as plain data; `judged` and `by_text` only where there is something in them."""
+        """The figures as plain data; `judged` and `by_text` only if they are not empty."""
         return {name: value for name, value in asdict(self).items() if name not in ("judged", "by_text") or value}
 
 
@@ -55,19 +55,19 @@ def perplexity(
     texts: Sequence[str] = (),
     on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Sum of the losses over non-overlapping windows / number of predictions; nothing is carried between windows.
+    """Sum of the losses over non-overlapping windows, divided by the number of predictions; nothing is carried between windows.
 
     Args:
         model: causal LM, of a known family or not; its mode is left as found.
         windows: int64 [1, length] each, or whatever a batch of the task is; a causal LM's window predicts its tokens 1 … length - 1.
-        task: what is predicted, and at what loss.
+        task: what is predicted, and with what loss.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        num_bytes: of the text that the predicted tokens stand for (see `data.tokens.text_bytes`).
-        texts: name of the text of each window, for the figures by text; none where all are of one.
-        on_window: told (done, of).
+        num_bytes: bytes of text behind the predicted tokens (see `data.tokens.text_bytes`).
+        texts: name of the text of each window, for the figures by text; empty if all windows are from one text.
+        on_window: called with (done, of).
 
     Returns:
-        The figures; `perplexity` is infinite where exp overflows.
+        The figures; `perplexity` is infinite if exp overflows.
 
     Raises:
         RunError: the loss is not a number.
@@ -123,6 +123,6 @@ def perplexity(
 
 
 def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """`core.task.CAUSAL_LM.loss` by the logits that the model itself gives, whatever it makes them of; all of them are held."""
+    """The loss of `core.task.CAUSAL_LM`, from the model's own logits, however it computes them; all logits are held at once."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")

@@ -1,4 +1,4 @@
-"""How fast models read and write, measured in turn so that a busy machine favours none."""
+"""How fast models read and write; they are measured in turn, so that a busy machine favours none."""
 
 import statistics
 import time
@@ -16,10 +16,12 @@ __all__ = ["forward_speed", "reading_and_writing"]
 
 @torch.no_grad()
 def forward_speed(models: Sequence[nn.Module], ids: Tensor, *, dtype: str = "float32", rounds: int = 5) -> list[float]:
-    """Median tokens per second of a forward pass over `ids` (logits included), A B A B … after one pass each to warm up, in which weights come to bfloat16.
+    """Median tokens per second of a forward pass over `ids`, logits included.
+
+    The models take turns (A B A B …), after one pass each to warm up, in which weights are cast to bfloat16.
 
     Args:
-        models: each in the mode it is in.
+        models: each stays in its present mode.
         ids: int64 [batch, length].
         dtype: precision of the matrix products.
         rounds: timed passes of each model.
@@ -44,14 +46,14 @@ def forward_speed(models: Sequence[nn.Module], ids: Tensor, *, dtype: str = "flo
 
 @torch.inference_mode()
 def reading_and_writing(model: Any, ids: Tensor, count: int) -> tuple[float, float]:
-    """Seconds to read `ids`, with logits after the last of each row alone, and to write `count` more tokens behind each row.
+    """Seconds to read `ids`, with logits only after the last token of each row, and seconds to write `count` more tokens per row.
 
-    What is written is the token of highest logit, one at a time, through the cache.
+    Each written token is the one with the highest logit; they are written one at a time, with the cache.
 
     Args:
         model: causal LM in eval mode.
         ids: int64 [batch, length].
-        count: tokens; none is 0.
+        count: tokens to write; may be 0.
     """
     device = next(model.parameters()).device
 

