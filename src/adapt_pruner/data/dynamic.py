@@ -64,8 +64,7 @@ class Dynamic(Fixed):
             UsageError: there is only one text, or the references are not one number for each text.
 
         Source: arXiv:2310.06694 and its released code, which takes the signed difference. Differs: l_i is the loss on training
-            rows just
-        before they are trained on, not on a held-out set.
+        rows just before they are trained on, not on a held-out set.
         """
         super().__init__(rows)
         self._every, self._eta, self._floor, self._seed = every, eta, floor, seed
