@@ -1,1 +1,1 @@
-"""Methods side by side at equal parameters: cells pruned apart and measured alike, a table, a picture."""
+"""Compare methods at equal parameters: cells are pruned apart and measured alike, for a table and a picture."""

@@ -1,4 +1,4 @@
-"""How a cell comes to its figures: pruned in a process of its own, then measured beside the dense model."""
+"""How a cell gets its figures: it is pruned in a process of its own, then measured beside the dense model."""
 
 import contextlib
 import gc
@@ -30,24 +30,24 @@ from adapt_pruner.reduce.work import Listener
 
 __all__ = ["measure", "measure_beside", "prune_apart", "release"]
 
-_PATIENCE = 30.0  # seconds that a process which is told to stop has for tidying up
+_PATIENCE = 30.0  # seconds that a process may tidy up after it is told to stop
 
 
 def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
-    """Run the command line in a process of its own, so that its memory and seconds are its own, until `path` is written.
+    """Run the command line in a process of its own until `path` is written, so that its memory and seconds are its own.
 
     Args:
-        words: of the command `prune`.
+        words: arguments of the command `prune`.
         path: where its checkpoint goes, whole or not at all.
-        listen: told of what it says on the way.
+        listen: told of everything that the process says on the way.
 
     Raises:
-        RunError: it failed, with its own sentence.
+        RunError: the process failed; the message is its own sentence.
     """
     command = module("adapt_pruner", *words, "-o", str(path), "--json")
     with contextlib.ExitStack() as after:
         with _held_back():
-            # A session of its own: Ctrl-C reaches this process alone, which then stops the other once.
+            # In a session of its own, so that Ctrl-C reaches only this process, which then stops the other one once.
             process = after.enter_context(subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
                 start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1", TOLD_AS: "json"},
@@ -63,9 +63,9 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """Hold Ctrl-C and its like back until the end, so that no process is made of which nobody knows that it is to be stopped."""
+    """Hold back Ctrl-C and similar signals within this context, so that no process starts before anything can stop it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # interrupts reach the main thread alone
+        yield  # signals reach only the main thread
         return
     came: list[int] = []
     held = [sent for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(sent) is not signal.SIG_IGN]
@@ -80,7 +80,7 @@ def _held_back() -> Iterator[None]:
 
 
 def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
-    """Pass on what a process says until it says no more; the sentence of its error, if it had one."""
+    """Pass on what a process says until it ends; returns the sentence of its error, if it had one."""
     reason = ""
     assert process.stderr is not None
     for line in map(str.strip, process.stderr):
@@ -98,7 +98,7 @@ def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
-    """End a process, if it still runs, in a way that lets it tidy up."""
+    """End a process, if it still runs, so that it can tidy up."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -109,7 +109,7 @@ def _stop(process: "subprocess.Popen[str]") -> None:
 
 
 def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: str, listen: Listener) -> dict[str, Any]:
-    """What a model is, counted in itself, and its mean loss on each text.
+    """Sizes of a model, counted in the model itself, and its mean loss on each text.
 
     Args:
         loaded: the model.
@@ -118,7 +118,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         listen: told of progress.
 
     Returns:
-        `params`, `decoder_params`, `nonzero` (parameters that are not zero), `vocab_size`, and `nll`: SPEC -> nats a token.
+        `params`, `decoder_params`, `nonzero` (parameters that are not zero), `vocab_size`, and `nll`: SPEC -> nats per token.
 
     Raises:
         RunError: a loss is not finite.
@@ -146,23 +146,24 @@ def measure_beside(
 ) -> dict[str, Any]:
     """The figures of a checkpoint: those of `measure`, `speed_up` against the dense model, and what its pruning took.
 
-    A model with a tokenizer of its own, fewer tokens say, reads the same text in its own tokens. Its `nll` is still in nats a token
-    of the dense model's: nats a byte × bytes that such a token stands for. So losses, perplexities and bits per byte all compare.
+    A model with another tokenizer, for example with fewer tokens, reads the same text in its own tokens. Its `nll` is still in
+    nats per token of the dense model: nats per byte × bytes of such a token. So losses, perplexities and bits per byte all
+    compare.
 
     Args:
         dense: the model it was made from.
         path: the checkpoint.
-        windows: as `measure` takes them; speed is that of reading the first.
+        windows: as for `measure`; speed is measured on the first.
         dtype: precision of the matrix products.
         size: parameters it may have.
         listen: told of progress.
 
     Raises:
-        RunError: a loss is not finite, or the model is larger than it may be.
+        RunError: a loss is not finite, or the model has more than `size` parameters.
     """
     pruned = load(str(path), device=next(dense.model.parameters()).device)
     params = count_parameters(pruned.model)
-    if params > size:  # matrices that a method adds are not free
+    if params > size:  # matrices that a method adds count too
         raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")
     its = windows
     if pruned.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
@@ -171,7 +172,7 @@ def measure_beside(
     for text in its if its is not windows else ():
         figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, its[text])
     sizes = (loaded.model.config.get_text_config().vocab_size for loaded in (dense, pruned))
-    first = next(iter(windows.values()))[0].clamp(max=min(sizes) - 1)  # the same ids for both; which they are makes no odds
+    first = next(iter(windows.values()))[0].clamp(max=min(sizes) - 1)  # the same ids for both; speed does not depend on them
     slow, fast = forward_speed([dense.model, pruned.model], first, dtype=dtype)
     made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
@@ -179,12 +180,12 @@ def measure_beside(
 
 
 def _bytes_a_token(loaded: Loaded, windows: Sequence[Tensor]) -> float:
-    """Bytes of text that a predicted token of the windows stands for, on average."""
+    """Mean bytes of text per predicted token of the windows."""
     return text_bytes(loaded.tokenizer, windows) / sum(ids.numel() - 1 for ids in windows)
 
 
 def release() -> None:
-    """Give memory of models that are no longer held back to the system, for the next process."""
+    """Return the memory of models that are no longer held to the system, for the next process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,12 +1,12 @@
-"""The comparison itself: what is on disk is used again, the rest is pruned and measured cell by cell, and all is written down.
+"""The comparison itself: finished cells are used again, the others are pruned and measured, and everything is written down.
 
-.adapt-pruner     says that this is a comparison; a folder that is not empty and has no such file is refused
-compare.json      arguments, versions, rows and cells; written anew after every cell
+.adapt-pruner     marks the folder as a comparison; a folder that is not empty and lacks this file is refused
+compare.json      arguments, versions, rows and cells; rewritten after every cell
 compare.md        the table, with every reason for a failure
-compare.svg .png  the picture, where matplotlib is there
-compare.html      all of it as one page
-cells/            the figures of each finished cell, under a fingerprint of all that decides them
-models/           checkpoints, while they are measured; all of them where they are to be kept
+compare.svg .png  the picture, if matplotlib is installed
+compare.html      everything as one page
+cells/            the figures of each finished cell, under a fingerprint of everything that decides them
+models/           checkpoints while they are measured, or all of them if they are kept
 """
 
 import functools
@@ -56,23 +56,23 @@ from adapt_pruner.report.paper import has_matplotlib, write_pictures
 __all__ = ["compare"]
 
 _KIND = "comparison"
-_MAX_HUB_DOCUMENTS = 10_000  # of a hub data set, as many tell whether it is the one it was
+_MAX_HUB_DOCUMENTS = 10_000  # documents of a hub data set that show whether it has changed
 
 
 def compare(request: Request, out: str | Path, *, listen: Listener = lambda event: None, keep: bool = False) -> dict[str, Any]:
     """Prune a model by every method at every size, measure all alike, and write table and picture to the folder `out`.
 
-    Cells that are finished in that folder are not run again; those that failed are.
+    Finished cells in that folder are not run again; failed ones are.
 
     Args:
         request: what to compare.
-        out: a folder that is empty, not there yet, or of a comparison.
+        out: a folder that is empty, missing, or of a comparison.
         listen: told of every event.
-        keep: whether the checkpoints stay; they are used again where their cells are measured on another text.
+        keep: whether the checkpoints stay; they are used again when their cells are measured on another text.
 
     Returns:
-        What compare.json holds: `made_by`, `arguments`, `device`, `precision`, `texts`, `dense`, `rows` as
-        `table.rows_of` says, `sparse_rows`, those of methods that make zeros, and `cells`.
+        The content of compare.json: `made_by`, `arguments`, `device`, `precision`, `texts`, `dense`, `rows` (see
+        `table.rows_of`), `sparse_rows`, the rows of methods that make zeros, and `cells`.
 
     Raises:
         UsageError: the request cannot be met as it stands; no cell has been run.
@@ -84,7 +84,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     _check_kind(out)
     for text in asked.texts:
         if text != SELF:
-            documents(text)  # a text that is not there is said before a model is loaded
+            documents(text)  # reports a missing text before a model is loaded
     listen(Load(model=asked.model).told())
     device = pick_device(asked.device)
     again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
@@ -110,7 +110,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
 
 
 def _check_kind(out: Path) -> None:
-    """Refuse a folder that holds something other than a comparison; one of an older version has no mark and is told by its figures."""
+    """Refuse a folder with other content than a comparison; one of an older version is recognised by its compare.json."""
     check_place(out, inside=True)
     if not is_marked(out, _KIND):
         try:
@@ -123,9 +123,10 @@ def _check_kind(out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, and read for it: cells, windows by text, what decides figures beside a recipe, bytes of a weight on disk and of the predicted text.
+    """What is to be done, and what was read for it: cells, windows by text, and what decides figures beside a recipe.
 
-    `in_domain` has the texts, by method, that look of one kind with what the method calibrates on.
+    `itemsize` is the bytes of a weight on disk, `text_bytes` the bytes of the predicted text. `in_domain` has for each method the
+    texts that look of the same kind as its calibration text.
     """
 
     cells: list[Cell]
@@ -140,7 +141,7 @@ class _Work:
 
 
 def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
-    """Everything that may be refused is refused here.
+    """Prepare the work, and refuse everything that may be refused.
 
     Raises:
         UsageError: a size is above the model's own, or a text is not there or too short.
@@ -198,7 +199,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
 
 
 def _counted(recipe: Recipe) -> Iterable[str]:
-    """The texts whose tokens a recipe counts for its vocabulary; none where all tokens stay."""
+    """The texts whose tokens a recipe counts for its vocabulary; none if all tokens stay."""
     asked = recipe.vocabulary
     return () if asked is None or asked.source is None else domains(asked.source)
 
@@ -215,13 +216,13 @@ def _windows_digest(windows: Sequence[Tensor]) -> str:
 
 
 def _tidy(out: Path) -> None:
-    """Remove, in place, what a process that was killed left half-written."""
+    """Remove, in place, what a killed process left half-written."""
     for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
         tidy(folder, older=names)
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:
-    """Write compare.svg and compare.png to `out`; whether there was anything to draw, and to draw with."""
+    """Write compare.svg and compare.png to `out`. Returns whether there was anything to draw, and matplotlib to draw it."""
     panels = comparison_panels(result)
     if panels is not None and not has_matplotlib():
         warn("there is no picture, since matplotlib is not installed; pip install 'adapt-pruner[plot]' and run the same command")
@@ -229,7 +230,7 @@ def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -
 
 
 class _Comparison:
-    """A comparison on its way: what has come of its cells so far."""
+    """A comparison in progress, with the results of its cells so far."""
 
     def __init__(self, asked: Request, out: Path, work: _Work, dense: Callable[[], Loaded], listen: Listener, keep: bool) -> None:
         self._asked, self._out, self._work, self._dense, self._listen, self._keep = asked, out, work, dense, listen, keep
@@ -239,12 +240,12 @@ class _Comparison:
         self._warned: set[str] = set()
 
     def _read_for(self, cell: Cell, *, measured: bool = True) -> dict[str, Any]:
-        """What decides the figures of a cell beside its recipe, or, not `measured`, its checkpoint alone."""
+        """What decides the figures of a cell beside its recipe; without `measured`, what decides its checkpoint only."""
         decides = {key: value for key, value in self._work.read.items() if measured or key != "windows"}
         return decides | {"calibration": self._work.calibration(cell)}
 
     def check_room(self) -> None:
-        """Refuse a place without room for the checkpoints that are there at one time.
+        """Refuse a place without room for the checkpoints that exist at the same time.
 
         Raises:
             UsageError: there is too little room.
@@ -256,11 +257,11 @@ class _Comparison:
 
     @property
     def standing(self) -> str:
-        """How far it has come, in words."""
+        """How far the comparison is, in words."""
         return f"{sum('error' not in figures for figures in self._done.values())} of {len(self._names)} cells are finished"
 
     def run(self) -> dict[str, Any]:
-        """All that is not finished yet, then table and picture."""
+        """Run everything that is not finished, then write table and picture."""
         of = len(self._work.cells)
         for name in self._names:
             if (stored := self._stored(name)) is not None:
@@ -295,16 +296,16 @@ class _Comparison:
         return result
 
     def _figures(self, name: str, cell: Cell) -> dict[str, Any]:
-        """Prune and measure one cell, and keep its figures on disk; what fails is said in its place."""
+        """Prune and measure one cell, and keep its figures on disk. If it fails, its error takes their place."""
         path = self._out / "models" / cell.name(self._read_for(cell, measured=False))
         began = time.perf_counter()
         try:
-            if not path.exists():  # else it was pruned before this was interrupted, or kept
+            if not path.exists():  # otherwise it was pruned before an interruption, or kept
                 prune_apart(cell.words, path, listen=self._relay)
             figures = measure_beside(
                 self._dense(), path, self._work.windows, dtype=self._asked.dtype, size=cell.size, listen=self._listen
             )
-        except Exception as error:  # whatever is wrong with one cell, the others go on
+        except Exception as error:  # one cell's failure does not stop the others
             figures = {"error": str(error) if isinstance(error, UsageError | RunError) else first_line(error)}
         else:
             figures["cell_seconds"] = time.perf_counter() - began
@@ -332,7 +333,7 @@ class _Comparison:
         return figures
 
     def _foreseen(self, cell: Cell) -> dict[str, Any]:
-        """Seconds of a cell and of all that are left: each as those of its method took, or as all did; none where none is finished."""
+        """Estimated seconds of a cell and of all cells left, by the means of methods or of all; empty if none is finished."""
         took: dict[str, list[float]] = {}
         for name, done in zip(self._names, self._work.cells, strict=True):
             if "cell_seconds" in self._done.get(name, {}):
@@ -382,7 +383,7 @@ class _Comparison:
         write_whole(self._out / "compare.json", to_json(dict(result), indent=1) + "\n")
 
     def _relay(self, event: dict[str, Any]) -> None:
-        """What the process of a cell says; a warning that was heard of another cell is not repeated."""
+        """Pass on what the process of a cell says; a warning already heard from another cell is not repeated."""
         self._warn(event["message"]) if event["event"] == "warning" else self._listen(event)
 
     def _warn(self, message: str) -> None:

@@ -1,6 +1,7 @@
-"""How much faster one model than another could be: by multiply-adds for a prompt, by bytes moved for a token that is written.
+"""How much faster one model could be than another: by multiply-adds for a prompt, by bytes moved for each written token.
 
-The formulas are those of `run.estimate`; of a prompt logits are worked out at its last token alone, as engines do that go on writing.
+The formulas are those of `run.estimate`. Logits of a prompt are counted at its last token only, since engines that go on to write
+do so.
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ class Weights:
     """What an engine holds of a model.
 
     Attributes:
-        shapes: of the matrices as the engine has them, padding included.
-        weight: bytes of a weight, on average.
-        cached: bytes of a number in the cache of keys and values.
+        shapes: shapes of the matrices in the engine, padding included.
+        weight: mean bytes per weight.
+        cached: bytes per number in the cache of keys and values.
     """
 
     shapes: Shapes
@@ -32,15 +33,15 @@ class Weights:
 
 
 def ideal_speed_up(slow: Weights, fast: Weights, *, phase: Phase, batch: int, prompt: int, generate: int) -> float:
-    """How many times as fast `fast` could be as `slow`.
+    """How many times as fast as `slow` the model `fast` could be.
 
-    prefill: multiply-adds of slow / those of fast, of a row of `prompt` tokens; decode: bytes moved a step of slow / those of
-    fast, at the mean context prompt + generate / 2.
+    prefill: multiply-adds of slow / those of fast, for a row of `prompt` tokens. decode: bytes that slow moves per step / those
+    of fast, at the mean context prompt + generate / 2.
 
     Args:
         slow: the dense model.
         fast: the pruned one.
-        phase: reading the prompt, or writing what follows it.
+        phase: reading the prompt, or writing after it.
         batch: rows at one time.
         prompt: tokens of a prompt.
         generate: tokens written after it.
@@ -54,7 +55,7 @@ def ideal_speed_up(slow: Weights, fast: Weights, *, phase: Phase, batch: int, pr
 
 
 def of_gguf(path: Path) -> Weights:
-    """What llama.cpp holds of a GGUF file: all of its tensors, and a cache in 16 bits.
+    """What llama.cpp holds for a GGUF file: all of its tensors, and a cache in 16 bits.
 
     Raises:
         UsageError: the gguf library is not installed.
@@ -89,5 +90,5 @@ def of_gguf(path: Path) -> Weights:
 
 
 def of_torch(facts: dict[str, Any]) -> Weights:
-    """What the worker says that torch holds."""
+    """What torch holds, from the facts that the worker tells."""
     return Weights(Shapes(**facts["shapes"]), facts["weight"], facts["weight"])

@@ -80,9 +80,9 @@ def measured(
     """
     if how.text is not None and how.text != SELF:
         for _ in itertools.islice(texts(how.text), None if how.max_windows is None else 1):
-            pass  # a text that is not there is said before a model is loaded
+            pass  # reports a missing text before a model is loaded
     for name in models:
-        locate(name)  # one that is not there is said before hours go into another
+        locate(name)  # reports a missing model before hours go into another
     wanted = _wanted(how, listen)
     rows, scores, held = [], [], []
     for name in models:
@@ -99,9 +99,9 @@ def measured(
             row["tasks"], mean = [asdict(score) for score in scored], average(scored)
             row["average"] = None if mean is None else {"value": mean[0], "stderr": mean[1]}
         rows.append(row)
-        del loaded  # before the next one is loaded
+        del loaded  # frees it before the next one is loaded
     if held:
-        # The same ids for all: other vocabularies would read other text, but every model has these few ids.
+        # The same ids for all models: they are small enough for every vocabulary.
         ids = held[0][1].clamp(max=min(model.config.vocab_size for model, _ in held) - 1)
         for row, speed in zip(rows, forward_speed([model for model, _ in held], ids, dtype=how.dtype), strict=True):
             row["tokens_per_second"] = speed
@@ -119,7 +119,7 @@ def _wanted(how: Measures, listen: Listener) -> list[Wanted] | None:
 
 
 def _described(name: str, loaded: Loaded) -> dict[str, Any]:
-    """What a model is, before anything is measured."""
+    """Facts about a model before anything is measured."""
     return {
         "model": name, "params": count_parameters(loaded.model), "nonzero": count_nonzero(loaded.model),
         "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,

@@ -20,8 +20,8 @@ _OWN_KEYS = {
     "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
-_UNASKED = "evaluation.prompts=[]"  # answers take time, and a comparison shows none
-_ANY_SIZE = 10**18  # parameters; no count is larger
+_UNASKED = "evaluation.prompts=[]"  # answers take time, and a comparison does not show them
+_ANY_SIZE = 10**18  # larger than any number of parameters
 _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "evaluation"}
 
 
@@ -39,7 +39,7 @@ class Request:
         calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
         calibration_samples: sequences per iteration; None for what each recipe says.
         calibration_length: tokens of each; None likewise.
-        draws: number of draws where there are no such files; draw n has the seed n.
+        draws: number of draws if there are no such files; draw n has the seed n.
         window: tokens in an evaluation window.
         max_windows: the most windows that are read of each text; None for all.
         overrides: `KEY=VALUE` of a recipe, for every method.
@@ -67,20 +67,20 @@ class Request:
 
     @property
     def _drawn(self) -> dict[str, int]:
-        """How much calibration text is drawn, as far as this request says so."""
+        """How much calibration text is drawn, as far as this request decides it."""
         given = {"samples": self.calibration_samples, "length": self.calibration_length}
         return {key: value for key, value in given.items() if value is not None}
 
     @property
     def num_draws(self) -> int:
-        """Cells of each method and size."""
+        """Number of cells per method and size."""
         return len(self.calibration_ids) or self.draws
 
     def checked(self) -> "Request":
-        """This request without repetitions, if its words can be what they should be; no model or text is read for it.
+        """This request without repetitions, after a check of its words; no model or text is read for it.
 
         Raises:
-            UsageError: a method, size or key is not known or missing, or one option makes another idle.
+            UsageError: a method, size or key is unknown or missing, or one option has no effect because of another.
         """
         for words, option in ((self.methods, "--methods"), (self.params or self.sparsity, "--params"), (self.texts, "--text")):
             if not any(map(str.strip, words)):
@@ -122,10 +122,10 @@ class Request:
         return asked
 
     def _check_sizes(self) -> None:
-        """Refuse methods that lack their kind of size, and sizes that no method takes.
+        """Refuse methods without a size of their kind, and sizes that no method takes.
 
         Raises:
-            UsageError: there are such.
+            UsageError: there is such a method or size.
         """
         zeros = [method for method, recipe in self.recipes.items() if recipe.makes_zeros]
         units = [method for method in self.methods if method not in zeros]
@@ -139,7 +139,7 @@ class Request:
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
-        """Method -> its recipe, as all its cells have it.
+        """Method -> its recipe, which all its cells share.
 
         Raises:
             UsageError: there is no such method or key, or a value is out of range.
@@ -151,7 +151,7 @@ class Request:
         return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:
-        """Every cell of the comparison: the first draw of all before the second of any, large sizes before small ones.
+        """Every cell of the comparison: the first draw of all cells before the second of any, large sizes before small ones.
 
         Args:
             dense: parameters of the model.
@@ -196,12 +196,12 @@ class Cell:
     """One method that prunes to one size with one draw of calibration text.
 
     Attributes:
-        method: the row.
-        size: parameters that may be left.
+        method: its name.
+        size: the most parameters that may be left.
         draw: its number, from 0.
-        recipe: what is run.
-        words: the command that runs it, but for the program's name and where its result goes.
-        sparsity: of a method that makes zeros; empty of others.
+        recipe: the recipe that is run.
+        words: the command that runs it, without the program's name and the place of the result.
+        sparsity: for a method that makes zeros; empty for others.
     """
 
     method: str
@@ -215,10 +215,10 @@ class Cell:
         """The cell's own name: method, size, draw, and a fingerprint of the recipe and of everything that the cell reads.
 
         Args:
-            read_by_it: plain data that differs where the model, the calibration text or the windows differ.
+            read_by_it: plain data that depends on the model, the calibration text and the windows.
         """
         recipe = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in _SAYS_NOTHING}
-        recipe["calibration"] |= {"ids": None}  # the ids themselves are in `read_by_it`, wherever the file lies
+        recipe["calibration"] |= {"ids": None}  # the ids themselves are in `read_by_it`, so the file may move
         digest = hashlib.sha256(to_json({"recipe": recipe, **read_by_it}).encode()).hexdigest()
         far = re.sub(r"\W", "", self.sparsity.replace(":", "of")) or str(self.size)
         return f"{self.method}-{far}-{self.draw}-{digest[:12]}"

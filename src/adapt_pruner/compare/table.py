@@ -1,4 +1,4 @@
-"""What came of the cells: one row a method and size, medians over its draws; as plain data, as words, as Markdown."""
+"""The results of the cells: one row per method and size, medians over its draws; as plain data, as words, as Markdown."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from adapt_pruner.report.comparison import label, tokens_note
 
 __all__ = ["markdown", "rows_of", "table"]
 
-_NOTE = 72  # characters of a reason in the table; compare.md has it in full
+_NOTE = 72  # the most characters of a reason in the table; compare.md has it in full
 
 
 def rows_of(
@@ -22,21 +22,22 @@ def rows_of(
     bytes_a_token: Mapping[str, float] | None = None,
     in_domain: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the table, the dense model first, then by size from large to small, the best on the first text first.
+    """Rows of the table: the dense model first, then sizes from large to small, within a size the best on the first text first.
 
-    Perplexity is exp(loss), of each draw by itself; then medians. Parameters are those of the largest model of a row.
+    Perplexity is exp(loss) for each draw by itself; then medians are taken. Parameters are those of the largest model of a row.
 
     Args:
-        cells: figures of each, or its `error`, with `method` and `size`.
-        dense: `params`, `decoder_params` and `nll` of the model all were made from.
-        in_domain: method -> the texts that look of one kind with what it calibrates on.
-        bytes_a_token: SPEC of a text -> bytes of it that a predicted token stands for, on average; all models read the same tokens.
+        cells: the figures of each cell, or its `error`, with `method` and `size`.
+        dense: `params`, `decoder_params` and `nll` of the model that all were made from.
+        in_domain: method -> the texts that look of the same kind as its calibration text.
+        bytes_a_token: SPEC of a text -> mean bytes of text per predicted token; all models read the same tokens.
 
     Returns:
-        Plain data: `method`, `size` (None for dense), `sparsity` (None but of methods that make zeros), `params`, `nonzero`, `decoder_params`,
-        `removed` (share of the decoder), `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio` and, with `bytes_a_token`,
-        `bits_per_byte`), `vocab_size`, `in_domain` (texts of the kind that it calibrates on), `seconds`, `peak_bytes`, `speed_up`, `draws` that came
-        to figures, `failed` that did not, and `error`, the first reason or None. What no draw tells is None or empty.
+        Plain data: `method`, `size` (None for dense), `sparsity` (None except for methods that make zeros), `params`, `nonzero`,
+        `decoder_params`, `removed` (share of the decoder), `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio` and, with
+        `bytes_a_token`, `bits_per_byte`), `vocab_size`, `in_domain` (texts of the same kind as its calibration text), `seconds`,
+        `peak_bytes`, `speed_up`, `draws` (number of draws with figures), `failed` (number without), and `error` (the first reason
+        or None). A figure that no draw has is None or empty.
     """
     groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
     for cell in cells:
@@ -99,7 +100,7 @@ def _row(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as words; a line before each size names it, and a last column says what failed, if anything did."""
+    """Header and rows as words. A line before each size names it; if anything failed, a last column says what."""
     texts = list(rows[0]["texts"])
     spread = any(row["draws"] > 1 for row in rows)
     notes = any(row["error"] for row in rows)
@@ -122,7 +123,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def _has_bits(rows: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether bits per byte are known of a text: not in comparisons of versions that did not count them."""
+    """Whether bits per byte of a text are known; comparisons of older versions did not count them."""
     return "bits_per_byte" in rows[0]["texts"][text]
 
 
@@ -153,7 +154,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _called(row: Mapping[str, Any], texts: Sequence[str]) -> str:
-    """The method, and where its figures are of text like that which it calibrates on."""
+    """The method's name, with a mark if its figures are on text like its calibration text."""
     own = row.get("in_domain") or []
     if not own:
         return str(row["method"])
@@ -161,12 +162,12 @@ def _called(row: Mapping[str, Any], texts: Sequence[str]) -> str:
 
 
 def _perplexity(value: float | None) -> str:
-    """A perplexity; one that is no float is null in compare.json."""
+    """A perplexity in words; compare.json has null if it overflows a float."""
     return shown(math.inf if value is None else value, "perplexity")
 
 
 def _times(ratio: float | None) -> str:
-    """A perplexity over the dense model's."""
+    """A perplexity divided by the dense model's, in words."""
     return "∞" if ratio is None or not math.isfinite(ratio) else f"{ratio:,.2f}" if ratio < 10**7 else f"{ratio:.1e}"
 
 

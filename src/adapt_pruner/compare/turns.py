@@ -1,7 +1,7 @@
 """Two models measured in turn, A B A B …, each in a process of its own, so that a busy machine favours neither.
 
-A figure is the median with its quartiles. A speed-up is the median of the rounds' own speed-ups: what slows the machine slows both
-models of a round, which lie seconds apart.
+A figure is the median with its quartiles. A speed-up is the median of each round's own speed-up. The two models of a round run
+seconds apart, so that anything that slows the machine slows both.
 """
 
 import json
@@ -21,12 +21,12 @@ from adapt_pruner.errors import RunError, UsageError, nearest
 __all__ = ["ENGINES", "LOADS", "Spread", "bench"]
 
 ENGINES = ("torch", "llama.cpp")
-LOADS = 3  # times that each model is loaded, each in a new process
+LOADS = 3  # how often each model is loaded, each time in a new process
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure that was measured several times: median, and the quartiles below and above it."""
+    """A figure that was measured several times: the median, and the lower and upper quartile."""
 
     median: float
     low: float
@@ -34,7 +34,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of any number of values; of one all three are that."""
+        """From any number of values; with one value, all three are equal to it."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -56,25 +56,25 @@ def bench(
     trust_remote_code: bool = False,
     listen: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
-    """How fast `pruned` runs beside `dense`, in tokens a second, and how much of the ideal speed-up that is.
+    """How fast `pruned` runs beside `dense`, in tokens per second, and what share of the ideal speed-up that is.
 
     Args:
         pruned: folder, .gguf file, hub id or packaged name.
-        dense: what it is held against, likewise.
+        dense: the model to compare with, given in the same way.
         engine: one of `ENGINES`.
         batches: rows at one time; each is a measurement of its own.
         prompt: tokens of a prompt.
-        generate: tokens written after it, each the one of highest logit.
-        rounds: times that each is measured, after one that is not counted.
-        device: of torch.
-        dtype: of torch: precision of the weights, `auto` bfloat16 where native.
-        quant: of llama.cpp: the type that what is no GGUF file is exported in; None for what it is stored in.
+        generate: tokens written after it; each is the one with the highest logit.
+        rounds: how often each is measured, after one round that is not counted.
+        device: for torch.
+        dtype: for torch: precision of the weights; `auto` is bfloat16 where native.
+        quant: for llama.cpp: the type in which a model that is no GGUF file is exported; None for its stored type.
         trust_remote_code: run Python code that comes with a folder.
         listen: told of every round.
 
     Returns:
-        `engine`, `device`, `threads` and what was asked; `models`, of each its figures, the pruned one first; `speeds`, of each
-        phase and batch `pruned` and `dense` in tokens a second, `speed_up`, `ideal` and `share` = speed_up / ideal.
+        `engine`, `device`, `threads` and what was asked; `models`, the figures of each, the pruned one first; `speeds`, for each
+        phase and batch `pruned` and `dense` in tokens per second, `speed_up`, `ideal` and `share` = speed_up / ideal.
 
     Raises:
         UsageError: the request cannot be met.
@@ -83,7 +83,7 @@ def bench(
     _check(engine, device, dtype, quant)
     if quant is not None and Path(pruned).is_file() and Path(dense).is_file():
         raise UsageError(f"--quant {quant} is for models that are yet to be exported, and both are .gguf files; leave it out")
-    import torch  # after what can be refused without it
+    import torch  # only after everything that can be refused without it
 
     asked = {
         "engine": engine, "threads": torch.get_num_threads(), "rows": max(batches), "tokens": prompt + generate, "device": device,
@@ -156,11 +156,11 @@ def _check(engine: str, device: str, dtype: str, quant: str | None) -> None:
 
 
 def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Callable[[dict[str, Any]], None]) -> str:
-    """A model as a GGUF file: itself where it is one, else exported to `path`."""
+    """A model as a GGUF file: the file itself, or the model exported to `path`."""
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.export import export, llama_cpp
 
-    llama_cpp.library()  # before any work is done
+    llama_cpp.library()  # fails before any work is done
     if Path(model).is_file():
         return model
     listen(Load(model=model).told())
@@ -181,14 +181,14 @@ class _Worker:
         self.facts: dict[str, Any] = _heard(child.hear())
 
     def ask(self, question: dict[str, Any]) -> dict[str, float]:
-        """Seconds of a prompt and of what is written after it; the memory held is kept among the facts."""
+        """Seconds to read a prompt and to write after it. The memory held is kept among the facts."""
         answer: dict[str, float] = _heard(self._child.ask(question))
         self.facts["peak_bytes"] = answer.pop("peak_bytes")
         return answer
 
 
 def _heard(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer that is none of an error."""
+    """The answer, unless it is an error, which is raised."""
     if "error" in answer:
         raise (UsageError if answer["usage"] else RunError)(answer["error"])
     return answer

@@ -2,11 +2,11 @@
 
     python -P -m adapt_pruner.compare.worker '{"engine": "torch", "model": …, "threads": …, "rows": …, "tokens": …, …}'
 
-Says first, as a line of JSON, how long the model took to load and what it is, or what went wrong. Then each line on stdin is a
-question, {"batch": b, "prompt": p, "generate": n, "vocabulary": v}, answered with a line of seconds and the memory held so far.
+First it says, as a line of JSON, how long the model took to load and what it is, or what went wrong. Then each line on stdin is a
+question, {"batch": b, "prompt": p, "generate": n, "vocabulary": v}. The answer is a line with seconds and the memory held so far.
 
-Loading ends with the first logit, since engines map files into memory and read them when they first need to; the engine's own
-library is imported before it.
+Loading ends with the first logit, because engines map files into memory and read them when first needed. The engine's own library
+is imported before loading begins.
 """
 
 import json
@@ -24,11 +24,11 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 __all__ = ["Runner", "llama_cpp_runner", "main", "torch_runner"]
 
 Runner = Callable[[Sequence[Sequence[int]], int], tuple[float, float]]
-"""rows of token ids of one length, n -> seconds to read them, and to write n more tokens in each."""
+"""rows of token ids of one length, n -> seconds to read them, and to write n more tokens in each row."""
 
 
 def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
-    """A model in torch, its weights in the precision asked for, and what it is."""
+    """A model in torch, with weights in the requested precision, and facts about it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (imported before the clock starts)
 
@@ -56,7 +56,7 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
 
 
 def llama_cpp_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
-    """A GGUF file in llama.cpp on the CPU, through its own functions: several rows are beyond the class `Llama`."""
+    """A GGUF file in llama.cpp on the CPU, through its own functions, because the class `Llama` cannot run several rows."""
     import numpy as np
 
     from adapt_pruner.export import llama_cpp
@@ -84,7 +84,7 @@ def llama_cpp_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     batch = module.llama_batch_init(most, 0, 1)
 
     def decode(rows: Sequence[Sequence[int]], position: int) -> list[int]:
-        """Put `rows` behind what the cache holds; the token of highest logit after each."""
+        """Append `rows` to the cache; returns the token with the highest logit after each row."""
         batch.n_tokens = 0
         ends = []
         for row_idx, row in enumerate(rows):
@@ -129,7 +129,7 @@ def _file_type(module: Any, model: Any) -> str:
 def main() -> None:
     """Answer questions until stdin ends."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps what libraries print out of the answers
 
     def answer(data: object) -> None:
         out.write(json.dumps(data).encode() + b"\n")
