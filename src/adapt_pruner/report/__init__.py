@@ -1,8 +1,8 @@
-"""What people see of a run or a comparison: lines and bars while it works, and one HTML page of what it came to.
+"""What people see of a run or a comparison: lines and bars while it works, and one HTML page of its results.
 
 screen.py      what moves while work goes on; notebook.py: the same in a notebook; bars.py: the anatomy of a model in a line
-record.py      what a run's folder holds, whole, running, stopped or broken off
-figures.py     what of it is worth showing, as plain figures
+record.py      the content of a run's folder, whether finished, running, stopped or damaged
+figures.py     the figures in it that are worth showing, as plain data
 advice.py      what to try next
 charts.py      the pictures, as data
 svg.py         charts → HTML; paper.py: charts → PNG and SVG for papers, by matplotlib

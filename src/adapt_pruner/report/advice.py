@@ -1,4 +1,4 @@
-"""What to try next: rules that look at the figures of a run; each gives a sentence and a command, or nothing."""
+"""What to try next: rules that look at the figures of a run. Each gives a sentence and a command, or nothing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from adapt_pruner.report.figures import Figures, fit_slope
 
 __all__ = ["Advice", "advice"]
 
-_SURE = 3.0  # standard errors that a slope must be away from zero
-_HEAVY_VOCABULARY = 0.25  # share of what is left that lies outside the decoder layers
+_SURE = 3.0  # a slope counts if it is this many standard errors from zero
+_HEAVY_VOCABULARY = 0.25  # share of the remaining parameters outside the decoder layers
 _SLACK = 0.01  # share of the budget that may be left unused
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A remark: what the figures show and what follows, and a command or recipe key that does it, or empty."""
+    """A remark: what the figures show and what follows, and a command or recipe key for it, which may be empty."""
 
     text: str
     try_it: str = ""
 
 
 def advice(figures: Figures, recipe: dict[str, Any], *, folder: str, checkpoint: str | None) -> list[Advice]:
-    """What the rules say of a run, the most pressing first.
+    """The advice of all rules for a run, the most important first.
 
     Args:
-        figures: of the run.
-        recipe: as recipe.yaml has it; empty where it could not be read.
-        folder: of the run, as a person would type it.
-        checkpoint: name of the newest one; None where there is none.
+        figures: the run's figures.
+        recipe: as in recipe.yaml; empty if it could not be read.
+        folder: the run's folder, as a person would type it.
+        checkpoint: name of the newest checkpoint; None if there is none.
     """
     remarks: list[Advice] = []
     if figures.status == "stopped":
@@ -73,7 +73,7 @@ def _no_training(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
 
 
 def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
-    """The loss of the last stage's last half, by a line through it; its slope must be clear of the noise."""
+    """Advice if a line through the losses in the last half of the last stage falls, and its slope is clear of the noise."""
     if figures.status != "finished" or not figures.steps:
         return
     last = [step for step in figures.steps if step.stage == figures.steps[-1].stage]
@@ -81,7 +81,7 @@ def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]
     slope, error = fit_slope(half)
     if len(half) >= 8 and slope < -_SURE * error:
         fell = -slope * (half[-1][0] - half[0][0])
-        times = f"{-slope / error:.0f}" if -slope <= 1000 * error else "over 1,000"  # a perfect line has no error
+        times = f"{-slope / error:.0f}" if -slope <= 1000 * error else "over 1,000"  # the error of a perfect line is 0
         asked = int((recipe.get("training") or {}).get("tokens") or figures.tokens.get("train", 0))
         yield Advice(
             f"The training loss was still falling when it ended: {fell:.2f} nats over the last {compact(half[-1][0] - half[0][0])} tokens "
@@ -112,7 +112,7 @@ def _attention(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         share = f"{neurons[1] / neurons[0]:.0%} of the neurons went"
         if "kv_heads" not in (recipe.get("axes") or ["kv_heads"]):
             yield Advice(f"Attention is untouched: {share}, and heads were not allowed to.", "--set 'axes=[neurons, kv_heads]'")
-        elif "heads_after" not in str(recipe.get("chooser")):  # which lets heads wait until their layer has lost so many neurons
+        elif "heads_after" not in str(recipe.get("chooser")):  # that chooser makes heads wait on purpose
             yield Advice(
                 f"Attention is untouched: {share}, and all {heads[0]} KV heads stayed. No layer owed a whole head yet. A larger amplitude "
                 "makes layers differ more, so that some come to owe one.",

@@ -1,4 +1,4 @@
-"""The anatomy of a model in a line: a bar a layer, as high as the share of it that is left."""
+"""The anatomy of a model in one line: a bar for each layer, as high as the share of it that is left."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class Bars:
         self._left: Sequence[int] | None = None
 
     def hear(self, event: Event) -> None:
-        """Take in a start or a cut; a log of an older version, which does not say what there was, gives no bars."""
+        """Take in a start or a cut. A log of an older version, which lacks the original sizes, gives no bars."""
         if isinstance(event, Start) and event.began:
             self._began, self._left = sizes_of(event.began, None)[0], event.layers_left
             sizes = sizes_of(event.sizes, self._left)[0]
@@ -29,7 +29,7 @@ class Bars:
             self._now, self._left = after(event, self._now, self._left)
 
     def lines(self, width: int) -> list[str]:
-        """Bars of neurons, and of heads where one is gone: beside each other where `width` characters are enough."""
+        """Bars of neurons, and of heads if one is gone; side by side if `width` characters are enough."""
         lines = []
         for kind, name in _NAMES.items():
             before = [sizes.get(kind, 0) for sizes in self._began.values()]
@@ -43,7 +43,7 @@ class Bars:
 
 
 def _bar(now: int, before: int) -> str:
-    """Eight heights; an empty place only where nothing is left, a full one only where nothing is gone."""
+    """A character of eight heights. It is empty only if nothing is left, and full only if nothing is gone."""
     if not now or not before:
         return _HEIGHTS[0]
     return _HEIGHTS[8] if now >= before else _HEIGHTS[max(1, min(7, round(8 * now / before)))]

@@ -1,7 +1,7 @@
-"""The README.md of a checkpoint: what the hub calls a model card, made of the folder's own JSON and the rows of methods.
+"""The README.md of a checkpoint, a model card for the hub, made of the folder's own JSON and the rows of methods.
 
-`card` is a function of config.json and pruning.json, so that the same folder gives the same text, with one version
-of this package, wherever and whenever it is made. It states what the run recorded; what was not measured is not there.
+`card` is a function of config.json and pruning.json. So with one version of this package the same folder gives the same text,
+wherever and whenever it is made. The card states what the run recorded, and leaves out what was not measured.
 """
 
 import json
@@ -35,11 +35,11 @@ _FLAGS = {
     "calibration.samples": "--calibration-samples",
     "calibration.length": "--calibration-length",
     "calibration.ids": "--calibration-ids",
-}  # keys that `prune` has options for
+}  # keys for which `prune` has options
 
 
 def write_card(folder: Path) -> None:
-    """Write the README.md of a checkpoint, over what is there.
+    """Write the README.md of a checkpoint; an existing one is overwritten.
 
     Raises:
         UsageError: `folder` is not a checkpoint of ours.
@@ -53,15 +53,15 @@ def write_card(folder: Path) -> None:
 
 
 def write_card_of_export(source: Path, out: Path, form: str) -> None:
-    """Write the README.md of an exported folder: the card of its checkpoint, and how the form is loaded.
+    """Write the README.md of an exported folder: the card of its checkpoint, and how to load the form.
 
     Args:
-        source: the checkpoint; one that has no card, since it is not ours, gives none here.
+        source: the checkpoint. If it is not ours and so has no card, nothing is written.
         out: the folder.
-        form: one of those that `export` writes as a folder.
+        form: a form that `export` writes as a folder.
 
     Raises:
-        RunError: it could not be written.
+        RunError: the card could not be written.
     """
     try:
         config, pruning = _told(source)
@@ -75,7 +75,7 @@ def write_card_of_export(source: Path, out: Path, form: str) -> None:
 
 
 def try_card(folder: Path, *, path: Path, listen: Callable[[dict[str, Any]], None]) -> None:
-    """Write the card of a result that lies in `folder` and is to be called `path`; a warning where that fails.
+    """Write the card of a result that lies in `folder` and will be called `path`. A failure is only a warning.
 
     The model is worth more than its card.
     """
@@ -95,14 +95,14 @@ def card_of(folder: Path) -> str:
     told = _told(folder)
     try:
         return card(*told)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # nothing but the two files is at work
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # only the two files can cause these
         raise UsageError(
             f"config.json or pruning.json of {folder} is damaged ({type(error).__name__}: {first_line(error)}); get the folder again"
         ) from error
 
 
 def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and pruning.json of a checkpoint; refused where `card_of` says so."""
+    """config.json and pruning.json of a checkpoint; refuses the same folders as `card_of`."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; name a checkpoint, such as prune or run writes")
     if (folder / "model" / "pruning.json").is_file():
@@ -126,9 +126,9 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
 
     Args:
         config: config.json.
-        pruning: pruning.json: `recipe`, `figures`, `history`, `made_by`, `dense_params` and, where known, `base`, see
+        pruning: pruning.json: `recipe`, `figures`, `history`, `made_by`, `dense_params` and, if known, `base`, see
             `checkpoint.origin`.
-        exported: the form that the checkpoint was exported in and the config.json there, where the text is that folder's.
+        exported: for the README.md of an exported folder: the form, and the config.json there.
     """
     from huggingface_hub import ModelCard
 
@@ -158,7 +158,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
 
 
 def _tame(value: Any) -> Any:
-    """Data of a file without what steers a terminal or breaks a line; names and other text may still be Markdown, see below."""
+    """Data of a file without characters that control a terminal or break a line. Text may still contain Markdown, see below."""
     if isinstance(value, Mapping):
         return {_tame(key): _tame(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -167,17 +167,17 @@ def _tame(value: Any) -> Any:
 
 
 def _plain(text: Any) -> str:
-    """Text of others between ours, in a table too: what Markdown or HTML would take for its own is escaped."""
+    """Text of others within ours, also in a table: characters with a meaning in Markdown or HTML are escaped."""
     return re.sub(r"([\\`*\[\]<>|&~#!]|(?<!\w)_|_(?!\w))", r"\\\1", str(text))
 
 
 def _code(text: Any) -> str:
-    """Text of others as code on a line, in a table too; a backtick, which would end it, and a bar, which would end its cell, are told apart."""
+    """Text of others as code in a line, also in a table; a backtick or bar would end the code or the cell and is replaced."""
     return f"`{str(text).replace('`', chr(0x2BB)).replace('|', chr(0x2223))}`"
 
 
 def _block(language: str, text: str) -> str:
-    """Text of others as a block of code, between more backticks than are in it."""
+    """Text of others as a block of code, fenced by more backticks than it contains."""
     fence = "`" * max(3, *(1 + len(backticks) for backticks in re.findall("`+", text)), 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
@@ -203,7 +203,7 @@ def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: M
     hub_ids = sorted({hub_id for source in read_texts for hub_id in _hub_ids(source)})
     facts: dict[str, Any] = {
         "base_model": base["hub"],
-        "base_model_relation": base["hub"] and "finetune",  # of the hub's four, that of a model with other weights
+        "base_model_relation": base["hub"] and "finetune",  # of the hub's four relations, the one for a model with other weights
         "license": base.get("license"),
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
@@ -262,7 +262,7 @@ def _license(base: Mapping[str, Any]) -> str:
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the layers are made of now, as the config has it."""
+    """The present sizes of the layers, from the config."""
     layers = list(layers_of(config))
     yield "layers", f"{len(layers)}, over a stream of {config.get('sliced_hidden_size', config['hidden_size']):,} dimensions"
     for key, what, block in (
@@ -330,7 +330,7 @@ def _perplexities(
 
 def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:
     last = tasks[-1]["scores"]
-    first: Sequence[Any] = tasks[0]["scores"] if tasks[0] is not None else [None] * len(last)  # asked for on the way
+    first: Sequence[Any] = tasks[0]["scores"] if tasks[0] is not None else [None] * len(last)  # None: tasks were asked for later
     lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
     for before, now in zip(first, last, strict=True):
         both = ["–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
@@ -387,7 +387,7 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _command(recipe: Mapping[str, Any]) -> str | None:
-    """The `prune` command that makes the same model; None where it trains, or the recipe is not one of this version."""
+    """The `prune` command that makes the same model; None if the recipe trains or is of another version."""
     try:
         asked = read(dict(recipe))
         common = {key: getattr(asked, key) for key in ("method", "model", "budget", "sparsity", "latency", "latency_of", "seed")}
@@ -417,7 +417,7 @@ def _command(recipe: Mapping[str, Any]) -> str | None:
 
 
 def _asked(recipe: Mapping[str, Any]) -> str:
-    """How small the model was to be, in the words of the recipe."""
+    """The requested size of the model, in the words of the recipe."""
     if recipe["budget"]:
         return str(recipe["budget"])
     if recipe.get("sparsity"):
@@ -434,7 +434,7 @@ def _asked(recipe: Mapping[str, Any]) -> str:
 
 
 def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
-    """Whether calibration text was read; a run that did not count its tokens tells by what it was asked."""
+    """Whether calibration text was read. If the run did not count its tokens, the recipe tells."""
     if "calibration_tokens" in figures:
         return bool(figures["calibration_tokens"])
     if any("text" in parts.needs_if_known(key, recipe[key]) for key in ("reduce", "metric")):
@@ -461,7 +461,7 @@ def _words(source: str | Mapping[str, float] | None) -> str:
 
 
 def _hub_ids(source: str | Mapping[str, float] | None) -> list[str]:
-    """The data sets of the hub that a text or mixture names."""
+    """The hub data sets that a text or mixture names."""
     specs = [] if source is None else list(domains(source))
     return [spec.partition("#")[0].split(":")[1] for spec in specs if spec.startswith("hub:")]
 
@@ -478,7 +478,7 @@ def _row(method: str) -> dict[str, Any]:
 
 
 def _entries(method: str) -> list[str]:
-    """BibTeX of our paper and of those that the method's row names."""
+    """BibTeX entries of our paper and of the papers that the method's row names."""
     text = PAPERS.read_text(encoding="utf-8").strip()
     by_number = {match[1]: entry for entry in text.split("\n\n") if (match := re.search(r"eprint = \{([\d.]+)\}", entry))}
     numbers = [_OWN_PAPER, *_ARXIV.findall(_row(method).get("paper", ""))]

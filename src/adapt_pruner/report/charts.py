@@ -1,4 +1,4 @@
-"""The pictures of a run or a comparison as data: what `svg` draws for the page and `paper` for papers."""
+"""The pictures of a run or a comparison as data; `svg` draws them for the page and `paper` for papers."""
 
 import math
 from bisect import bisect_left
@@ -39,17 +39,18 @@ KINDS = {
     "experts": "experts", "residual": "channels of the stream", "width": "channels of the stream", "vocabulary": "tokens",
 }  # fmt: skip
 TONES = 6
-"""Colours of lines; more lines go through them again."""
+"""Number of colours of lines; more lines use them again."""
 
-_MOST_POINTS = 400  # of a line; more are averaged
+_MOST_POINTS = 400  # of a line; if there are more, they are averaged
 _MOST_ROWS = 48  # of a heat map
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name and points (x, y), x ascending; `low` and `high` where y is one of several, else empty: a band, or bars at `dots`.
+    """A line: its name and points (x, y), with x ascending.
 
-    A `star` is the point that a thin line leads from to every other line.
+    If y is one of several values, `low` and `high` give a band, or bars at `dots`. From a `star`, a thin line leads to every
+    other line.
     """
 
     name: str
@@ -64,10 +65,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines over one axis; forms are those of `words.shown`; `marks` are vertical lines (x, name); `falls` has x run downwards.
-
-    What few points of faint lines lie far out is cut off, so that the rest can be seen. `note` goes wherever the picture does; labels
-    stand above their points or, where the lowest are named, `below`. `x_ticks` are written below the axis in place of round numbers.
+    """Lines over one axis; forms as in `words.shown`; `marks` are vertical lines (x, name); with `falls`, x runs downwards.
+    If a few points of faint lines lie far out, they are cut off, so that the rest can be seen. `note` goes wherever the picture
+    goes. Labels stand above their points or, with `below`, the lowest points get theirs below. `x_ticks` replace the round
+    numbers below the axis.
     """
 
     key: str
@@ -87,18 +88,18 @@ class Lines:
     x_ticks: list[float] = field(default_factory=list)
 
     def x_names(self, left: float, right: float, *, most: int) -> list[tuple[float, str]]:
-        """What is written below the axis, and where."""
+        """The numbers below the axis, and where they stand."""
         every = [(x, shown(x, self.x_form)) for x in self.x_ticks]
         return every or [(x, tick(x, self.x_form)) for x in ticks(left, right, most=most)]
 
     def looks(self) -> list[tuple[int, int]]:
-        """Of each line how often all colours were taken before, and its colour; a faint one has that of the line it belongs to."""
+        """For each line, how often all colours were used before it, and its colour; a faint line has its line's colour."""
         one = any(series.faint for series in self.series)
         numbers = count()
         return [(0, 0) if one or series.star else divmod(next(numbers), TONES) for series in self.series]
 
     def leads(self) -> list[list[tuple[float, float]]]:
-        """Of each line the thin one that leads to its nearest point from the star; empty for the star, and where there is none."""
+        """For each line, the thin line from the star to its nearest point; empty for the star, and if there is no star."""
         star = next((series.points[0] for series in self.series if series.star), None)
         return [
             [] if star is None or series.star else [star, min(series.points, key=lambda point: abs(point[0] - star[0]))]
@@ -106,7 +107,7 @@ class Lines:
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows; of long lines every so many points."""
+        """Header and rows; of long lines only every n-th point."""
         rows = []
         for series in self.series:
             for point in series.points[:: -(-len(series.points) // 40)]:
@@ -115,7 +116,7 @@ class Lines:
         return (["line"] if several else []) + [self.x_label, self.y_label], rows if several else [row[1:] for row in rows]
 
     def named(self) -> list[tuple[float, float, str]]:
-        """Points and their labels, the lowest first, without those that stand within a tenth of both sides of a lower one that has one."""
+        """Points and their labels, the lowest first. A label is left out near a lower one: within a tenth of both sides."""
         xs, ys = zip(*(point for series in self.series for point in series.points), strict=True)
         turn = math.log if self.log and min(ys) > 0 else float
         wide, high = max(xs) - min(xs) or 1.0, turn(max(ys)) - turn(min(ys)) or 1.0
@@ -131,7 +132,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values by row and column, None where there is none; the darker the higher, or with `by_rank` the higher in rank."""
+    """Values by row and column, None for missing ones; the higher, or with `by_rank` the higher in rank, the darker."""
 
     key: str
     title: str
@@ -145,12 +146,12 @@ class HeatMap:
     by_rank: bool = False
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, a column a layer."""
+        """Header and rows, with one column per layer."""
         rows = [[name, *(shown(value, self.form) for value in line)] for name, line in zip(self.rows, self.values, strict=True)]
         return ["cut", *self.columns], rows
 
     def shades(self) -> list[list[float | None]]:
-        """The values as shades from 0 to 1: as shares of the highest, or of the number of those that are lower."""
+        """The values as shades from 0 to 1: as shares of the highest value or, with `by_rank`, as the share of lower values."""
         known = sorted(value for line in self.values for value in line if value is not None)
 
         def shade(value: float | None) -> float | None:
@@ -163,7 +164,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Panel:
-    """One kind of unit: for each layer how many there were, how many are left, and how many went in each group of cuts."""
+    """One kind of unit: for each layer how many it had, how many are left, and how many each group of cuts removed."""
 
     name: str
     total: list[int]
@@ -173,7 +174,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A column a layer, a panel a kind of unit; `groups` name the stages, with the parameters after each, `began` the model before them."""
+    """A column per layer, a panel per kind of unit; `groups` name stages with the parameters after each, `began` the first model."""
 
     key: str
     title: str
@@ -184,7 +185,7 @@ class Anatomy:
     began: tuple[str, int]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, a row a layer."""
+        """Header and rows, with one row per layer."""
         header = ["layer", *(f"{panel.name} {word}" for panel in self.panels for word in ("before", "left"))]
         rows = [
             [str(layer), *(f"{count:,}" for panel in self.panels for count in (panel.total[i], panel.left[i]))]
@@ -195,7 +196,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of units by their score over the cut line, in quarter octaves; the middle bin begins at the line."""
+    """Counts of units by their score relative to the cut line, in quarter octaves; the middle bin begins at the line."""
 
     key: str
     title: str
@@ -204,7 +205,7 @@ class Histogram:
     removed: list[int]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, a row a bin that is not empty."""
+        """Header and rows, with one row per bin that is not empty."""
         half = len(self.kept) // 2
         rows = [
             [f"{2 ** ((i - half) / 4):.3g}–{2 ** ((i + 1 - half) / 4):.3g}", f"{self.removed[i]:,}", f"{self.kept[i]:,}"]
@@ -216,7 +217,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Score:
-    """A task's accuracy with its standard error, before and now, None where it is not known; chance is guessing's."""
+    """A task's accuracy with its standard error, before and now, None if not known; `chance` is the accuracy of guessing."""
 
     task: str
     metric: str
@@ -228,7 +229,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies by task; `begun` is what the model before is called."""
+    """Accuracies by task; `begun` is the name for the model before."""
 
     key: str
     title: str
@@ -237,7 +238,7 @@ class Scores:
     begun: str
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, a row a task."""
+        """Header and rows, with one row per task."""
         rows = []
         for one in self.scores:
             both = [score(*figure, share=True) if figure else "–" for figure in (one.before, one.now)]
@@ -253,7 +254,7 @@ Chart = Lines | HeatMap | Anatomy | Histogram | Scores
 
 @dataclass(frozen=True)
 class Beside:
-    """Pictures of lines beside each other, under one title."""
+    """Pictures of lines side by side, under one title."""
 
     key: str
     title: str
@@ -262,7 +263,7 @@ class Beside:
 
 
 def anatomy(figures: Figures) -> Anatomy | None:
-    """What was taken where and when; None where the log has no sizes of layers."""
+    """What was removed, where and when; None if the log has no sizes of layers."""
     began, states = figures.began, figures.states
     if began is None or not began.layers or not states:
         return None
@@ -295,7 +296,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
 
 
 def importance(figures: Figures) -> HeatMap | None:
-    """What each layer does to its input, cut by cut; None where the method does not ask."""
+    """How much each layer changes its input, cut by cut; None if the method does not measure it."""
     cuts = _thinned([cut for cut in figures.cuts if cut.distances])
     if not cuts:
         return None
@@ -313,7 +314,7 @@ def importance(figures: Figures) -> HeatMap | None:
 
 
 def sparsity(figures: Figures) -> HeatMap | None:
-    """The share of each layer's units gone after each stage, of the kind that lost most; None without sizes."""
+    """The share of each layer's units gone after each stage, for the kind that lost most; None without sizes."""
     picture = anatomy(figures)
     if picture is None or not picture.panels:
         return None
@@ -331,7 +332,7 @@ def sparsity(figures: Figures) -> HeatMap | None:
 
 
 def cut_lines(figures: Figures) -> list[Histogram]:
-    """Scores about the cut line, at the first cut and the last, of every kind that lost more than a few."""
+    """Scores around the cut line, at the first cut and the last, for every kind that lost more than a few."""
     histograms = []
     with_scores = [cut for cut in figures.cuts if cut.scores]
     for cut in with_scores[:1] + with_scores[1:][-1:]:
@@ -351,7 +352,7 @@ def cut_lines(figures: Figures) -> list[Histogram]:
 
 
 def costs(figures: Figures) -> Lines | None:
-    """The calibration loss before each cut over the parameters there were; None below three."""
+    """The calibration loss before each cut, over the parameters at that time; None below three cuts."""
     before = [figures.began.params if figures.began else 0, *(cut.params for cut in figures.cuts)]
     points = [
         (float(params), cut.loss) for params, cut in zip(before, figures.cuts, strict=False) if params and cut.loss is not None
@@ -365,7 +366,7 @@ def costs(figures: Figures) -> Lines | None:
 
 
 def search(figures: Figures) -> Lines | None:
-    """The losses of the candidates of each round over the times that a loss was measured; None below two rounds."""
+    """The losses of the candidates of each round, over the number of measured losses; None below two rounds."""
     stages = sorted({one.stage or 1 for one in figures.searched})
     lines = []
     for stage in stages:
@@ -384,7 +385,7 @@ def search(figures: Figures) -> Lines | None:
 
 
 def widths(figures: Figures) -> HeatMap | None:
-    """The neurons that a search would keep in each layer, over its rounds; of several stages those of the last."""
+    """The neurons that a search would keep in each layer, over its rounds; with several stages, those of the last."""
     last = max((one.stage or 1 for one in figures.searched), default=1)
     rounds = [one for one in figures.searched if (one.stage or 1) == last and one.sizes]
     rounds = rounds[:: max(1, -(-len(rounds) // _MOST_ROWS))]
@@ -400,7 +401,7 @@ def widths(figures: Figures) -> HeatMap | None:
 
 
 def mixing(figures: Figures) -> Lines | None:
-    """The share of each text in the rows to come, over the tokens read; None where no feed moved them twice."""
+    """The share of each text in the rows to come, over the tokens read; None unless a feed changed the shares twice."""
     if len(figures.mixed) < 2:
         return None
     lines = [
@@ -414,7 +415,7 @@ def mixing(figures: Figures) -> Lines | None:
 
 
 def by_text(figures: Figures) -> Lines | None:
-    """The loss on each held-out text of several, over the stages; None where it was measured fewer than twice."""
+    """The loss on each of several held-out texts, over the stages; None if it was measured fewer than twice."""
     measured = [one for one in figures.evaluations if one.by_text]
     if len(measured) < 2:
         return None
@@ -429,7 +430,7 @@ def by_text(figures: Figures) -> Lines | None:
 
 
 def _texts(specs: Iterable[str]) -> dict[str, str]:
-    """SPEC -> the least of it that tells it from the others: the end that is not alike, or the whole."""
+    """SPEC -> the shortest part that tells it from the others: the end where they differ, or the whole."""
     names = sorted(set(specs))
     parts = {name: name.rstrip("/").split("/") for name in names}
     for place in range(1, max(map(len, parts.values()), default=0) + 1):
@@ -440,7 +441,7 @@ def _texts(specs: Iterable[str]) -> dict[str, str]:
 
 
 def training(figures: Figures) -> list[Lines]:
-    """Loss, learning rate, speed and memory over the tokens of all stages, each with the cuts marked."""
+    """Loss, learning rate, speed and memory over the tokens of all stages, each with marks at the cuts."""
     steps = figures.steps
     if len(steps) < 2:
         return []
@@ -475,9 +476,9 @@ def training(figures: Figures) -> list[Lines]:
 
 
 def perplexities(figures: Figures) -> Lines | None:
-    """Perplexity on held-out text after each stage, the model at the start first, over the parameters; None below two.
+    """Perplexity on held-out text after each stage, over the parameters, with the model at the start first; None below two.
 
-    Where stages train there is a second line: what it was after the cuts.
+    If stages train, a second line shows the perplexity right after the cuts.
     """
     lines: list[Series] = []
     for called, measured in (
@@ -506,7 +507,7 @@ def perplexities(figures: Figures) -> Lines | None:
 
 
 def tasks(figures: Figures) -> Scores | None:
-    """Accuracies at the start and at the end; None where no task with one was scored."""
+    """Accuracies at the start and at the end; None if no task with an accuracy was scored."""
     before, now = (
         {one["task"]: one for event in figures.tasks if bool(event.stage) is later for one in event.scores if one["accuracy"]}
         for later in (False, True)
@@ -534,7 +535,7 @@ def _running_mean(steps: Sequence[Trained], *, window: int) -> list[tuple[float,
 
 
 def _speeds(figures: Figures) -> list[tuple[float, float]]:
-    """(tokens, tokens/s from the step before), by the log's clock; pauses between stages and for checkpoints are left out."""
+    """(tokens, tokens/s since the step before), by the log's clock; pauses between stages and for checkpoints are left out."""
     points = []
     for before, step in pairwise(figures.steps):
         seconds = (step.time or 0) - (before.time or 0)
@@ -554,7 +555,7 @@ def _averaged(name: str, points: Sequence[tuple[float, float]]) -> Series:
 
 
 def _thinned(cuts: Sequence[Cut]) -> list[Cut]:
-    """At most so many of the cuts, evenly spread, the first and the last among them."""
+    """A limited number of the cuts, evenly spread, including the first and the last."""
     if len(cuts) <= _MOST_ROWS:
         return list(cuts)
     return [cuts[round(i * (len(cuts) - 1) / (_MOST_ROWS - 1))] for i in range(_MOST_ROWS)]
@@ -565,7 +566,7 @@ def _name(cut: Cut) -> str:
 
 
 def _layers_at(figures: Figures, cuts: Sequence[Cut]) -> list[list[int]]:
-    """The layers there were before each cut, by their numbers at the start; where the log does not say, as many as it has distances of."""
+    """The layers before each cut, by their numbers at the start; if the log lacks them, as many as it has distances for."""
     every: list[State] = [*([figures.began] if figures.began else []), *figures.states]
     known = {len(state.layers): sorted(state.layers) for state in every}
     counts = [len(cut.distances or ()) for cut in cuts]

@@ -1,4 +1,4 @@
-"""The page of a comparison: methods by budgets, quality against size and against speed, what failed; and its picture for papers."""
+"""The page of a comparison: methods by sizes, quality against size and against speed, failures; and its picture for papers."""
 
 import math
 import time
@@ -17,13 +17,13 @@ from adapt_pruner.report.svg import drawn, escaped, table
 
 __all__ = ["comparison_page", "comparison_panels", "comparison_pictures", "label", "read_comparison", "tokens_note", "within"]
 
-_MOST_SIZES = 6  # as many are written out below the axis
-_APART = 0.09  # share of the axis between two of them
-_FAR = 100  # times the dense model's perplexity; what lies beyond would squeeze the rest together
+_MOST_SIZES = 6  # with more sizes, they are not written below the axis
+_APART = 0.09  # least distance between two of them, as a share of the axis
+_FAR = 100  # times the dense model's perplexity; anything beyond would squeeze the rest together
 
 
 def read_comparison(folder: str | Path) -> dict[str, Any]:
-    """What compare.json in the folder of a comparison holds.
+    """The content of compare.json in the folder of a comparison.
 
     Raises:
         UsageError: it cannot be read, or holds something else.
@@ -39,13 +39,13 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
 
 
 def comparison_pictures(result: Mapping[str, Any]) -> list[Lines]:
-    """Perplexity over parameters, over speed and over the seconds of pruning, a picture a text; what no other beats bears its name."""
+    """Perplexity over parameters, speed and seconds of pruning, a picture per text; a point that no other beats has its name."""
     every = (_picture(result, number, of) for number in range(len(_texts(result))) for of in ("params", "speed_up", "seconds"))
     return [picture for picture in every if picture is not None]
 
 
 def comparison_panels(result: Mapping[str, Any]) -> Beside | None:
-    """Perplexity over parameters for papers, the texts beside each other; None where nothing pruned has a figure."""
+    """Perplexity over parameters for papers, the texts side by side; None if nothing pruned has a figure."""
     texts = _texts(result)
     panels = [
         replace(picture, title=label(text, texts))
@@ -86,7 +86,7 @@ def _picture(result: Mapping[str, Any], number: int, of: str) -> Lines | None:
 
 
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Parameters of the largest model of each size, those that would stand too close left out; none where there are many sizes."""
+    """Parameters of the largest model of each size, without those too close to another; empty if there are many sizes."""
     largest: dict[int | None, float] = {}
     for row in rows:
         if row["texts"]:
@@ -109,11 +109,11 @@ def comparison_page(
     """The page as HTML.
 
     Args:
-        result: what `compare.json` holds.
-        header: of the full table, as `compare.table.table` words it.
-        lines: its rows; a row whose first cell alone is filled names those below it.
-        name: of the folder.
-        sparse: header and rows of the table of methods that make zeros, where there are any.
+        result: the content of `compare.json`.
+        header: header of the full table, from `compare.table.table`.
+        lines: its rows; a row with only its first cell filled is a heading of the rows below.
+        name: name of the folder.
+        sparse: header and rows of the table of methods that make zeros, if there are any.
     """
     asked, rows = result["arguments"], result["rows"]
     model, methods = Path(asked["model"]).name, [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense"]
@@ -154,14 +154,14 @@ def _texts(result: Mapping[str, Any]) -> list[str]:
 
 
 def label(text: str, texts: Sequence[str]) -> str:
-    """A short name of a text: the last two parts of a path without its ending; the SPEC where that is not one's own."""
+    """A short name of a text: the last two parts of a path without its ending, or the SPEC if it is not a path."""
     names = ["/".join([*Path(spec).parts[-2:-1], Path(spec).name.partition(".")[0]]) for spec in texts]
     name = names[list(texts).index(text)]
     return name if names.count(name) == 1 and len(name) < len(text) else text
 
 
 def tokens_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on how models of fewer tokens are measured; nothing where all have the dense model's."""
+    """A sentence on how models with fewer tokens are measured; empty if all have the dense model's tokens."""
     dense, *others = (row.get("vocab_size") for row in rows)
     fewer = sorted({size for size in others if size not in (None, dense)})
     if not fewer or dense is None:
@@ -179,9 +179,10 @@ def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
 
 
 def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
-    """The rows that a picture shows: those whose perplexity is not too far above the dense model's, and those without any.
+    """The rows that a picture shows: those without a perplexity, and those with one not too far above the dense model's.
 
-    A highest draw that lies further up is brought down to where the picture ends. Where no pruned model is near, all rows are shown.
+    If the highest draw of a row lies further up, it is lowered to the edge of the picture. If no pruned model is near, all rows
+    are shown.
 
     Args:
         rows: as `compare.table.rows_of` gives them, the dense model first.
@@ -203,7 +204,7 @@ def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, An
 
 
 def _left_out(rows: Sequence[Mapping[str, Any]], text: str) -> str:
-    """A sentence on the rows that a picture does not show since they lie too far above; nothing where all are shown."""
+    """A sentence on the rows that a picture leaves out because they lie too far above; empty if all are shown."""
     shown_rows = {(row["method"], row["size"]) for row in within(rows, text)}
     far: dict[str, list[str]] = {}
     for row in rows:
@@ -214,7 +215,7 @@ def _left_out(rows: Sequence[Mapping[str, Any]], text: str) -> str:
 
 
 def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str) -> set[tuple[str, Any]]:
-    """(method, size) of the rows that no other row beats in both perplexity and `of`; models of one size count as equally small."""
+    """(method, size) of the rows that no other row beats in both perplexity and `of`; models of one size count as equal."""
 
     def cost(row: Mapping[str, Any]) -> float:
         return float(row["size"] or row["params"]) if of == "params" else float(row[of]) * (-1 if of == "speed_up" else 1)

@@ -1,4 +1,4 @@
-"""`prune`, `run` and `export` as users call them: rooms below do the work, and the card and the page are written of what they save."""
+"""`prune`, `run` and `export` for users: the rooms below do the work, and this file adds the model card and the page."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ __all__ = ["export", "prune", "run"]
 
 
 def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
-    """Run the recipe and write the resulting checkpoint, with its model card, to the folder `out`; nothing is saved on the way.
+    """Run the recipe and write the resulting checkpoint, with its model card, to the folder `out`; nothing else is saved.
 
     Args:
         recipe: the run.
@@ -46,17 +46,17 @@ def run(
 ) -> Outcome | None:
     """Run the recipe in a run folder (see `run.folder`), and write the card of its result and its page, report.html.
 
-    An unfinished run in that folder goes on where it was.
+    An unfinished run in that folder continues where it stopped.
 
     Args:
         recipe: the run.
         run_dir: a new or empty folder, or that of a run.
         listen: told of every event.
         trust_remote_code: whether code that comes with the model may run.
-        force_recipe: go on with this recipe although the run began with another.
+        force_recipe: continue with this recipe although the run began with another.
 
     Returns:
-        What came of it; None where the run there was already finished.
+        The result; None if the run there was already finished.
 
     Raises:
         UsageError: the recipe does not fit the model or the folder; nothing has been changed.
@@ -86,19 +86,19 @@ def export(
     listen: Listener = lambda event: None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Write a checkpoint in the form of another tool, with its model card where that is a folder.
+    """Write a checkpoint in the form of another tool, with its model card if the form is a folder.
 
     Args:
         model: as `checkpoint.load` takes it.
-        out: a new folder; of `gguf` a new file.
+        out: a new folder; for `gguf` a new file.
         to: a name of `export.forms()`.
-        quant: of `gguf`, the type its matrices are stored in; None keeps the checkpoint's.
-        pad: of `gguf`, 32 or 256: MLPs are zero-padded to multiples of it.
+        quant: for `gguf`, the type of the stored matrices; None keeps the checkpoint's.
+        pad: for `gguf`, 32 or 256: MLPs are zero-padded to multiples of it.
         listen: told of every event.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        Sentences about what came out that a user should read; the listener hears them too.
+        Sentences about the result that a user should read; the listener gets them too.
 
     Raises:
         UsageError: there is no such model or form, the form cannot hold the model, or `out` is taken.

@@ -1,4 +1,4 @@
-"""What of a run is worth showing, as plain figures; every part of it may be missing."""
+"""The figures of a run that are worth showing, as plain data; every part may be missing."""
 
 import math
 import statistics
@@ -21,14 +21,15 @@ PHASES = {
     "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
     "other": "all else",
 }  # fmt: skip
-_INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # what a layer's whole block takes with it
+_INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # kinds of units removed with a layer's whole block
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the headline: what is measured, of the model at the start and of the model now; None where it is not known.
+    """A line of the headline: a measure of the model at the start and of the model now; None if not known.
 
-    `begun` is what the model at the start is called (see `events.Start`); `after_cuts` is the measure before the last stage's training.
+    `begun` is the name for the model at the start (see `events.Start`); `after_cuts` is the measure before the last stage's
+    training.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cut:
-    """An iteration of pruning: `tokens` trained, `loss` on the calibration text and `layers` left, all before its cut; None for all layers."""
+    """An iteration of pruning: `tokens` trained, calibration `loss` and `layers` left (None for all), each before its cut."""
 
     stage: int
     iteration: int
@@ -56,7 +57,7 @@ class Cut:
 
 
 class Trained(NamedTuple):
-    """A step of training that has a loss; `follows` says whether nothing but training was done since the step before."""
+    """A training step with a loss; `follows` says whether only training was done since the step before."""
 
     stage: int | None
     tokens: int
@@ -69,9 +70,9 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """The model after the cuts of a stage, or of some of its iterations: layer, as numbered at the start, -> kind -> units.
+    """The model after the cuts of a stage, or of some of its iterations: layer (numbered as at the start) -> kind -> units.
 
-    Layers that are gone are not in `layers`; `wide` has the axes of the whole model.
+    Removed layers are not in `layers`; `wide` has the axes of the whole model.
     """
 
     label: str
@@ -82,7 +83,7 @@ class State:
 
 @dataclass(frozen=True)
 class Figures:
-    """All that the page shows."""
+    """Everything that the page shows."""
 
     name: str
     model: str
@@ -111,7 +112,7 @@ class Figures:
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds of axes inside layers, the most numerous units first; those that nobody asked to shrink are left out, but the usual two."""
+        """Kinds of axes inside layers, the most numerous first; without those not asked to shrink, except the usual two."""
         layers = self.began.layers.values() if self.began else ()
         most = {
             kind: max(sizes.get(kind, 0) for sizes in layers)
@@ -123,7 +124,7 @@ class Figures:
 
 
 def figures_of(record: Record) -> Figures:
-    """The figures of a run, as far as its folder has them."""
+    """The figures of a run, as far as its folder holds them."""
     notes = list(record.trouble)
     cuts = _cuts(record)
     starts = record.of(Start)
@@ -163,11 +164,11 @@ def figures_of(record: Record) -> Figures:
 
 
 def sizes_of(sizes: Mapping[str, int] | None, left: Sequence[int] | None) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
-    """An event's `sizes` by layer, as numbered in the model at the start, and those of the whole model.
+    """An event's `sizes` by layer, numbered as in the model at the start, and the sizes of axes of the whole model.
 
     Args:
-        sizes: axis name -> units; layers have the numbers they had at the time.
-        left: the layers there were at the time, by their numbers at the start; None for all.
+        sizes: axis name -> units; layers have the numbers of that time.
+        left: the layers left at that time, by their numbers at the start; None for all.
     """
     layers: dict[int, dict[str, int]] = {}
     wide = {}
@@ -188,21 +189,21 @@ def after(
     """The sizes by layer, and the layers left, after a cut.
 
     Args:
-        cut: its sizes name layers as they were before it.
+        cut: its sizes name layers as before the cut.
         layers: the sizes before, by the layers' numbers at the start.
-        left: the layers there were before; None for all.
+        left: the layers left before, by their numbers at the start; None for all.
     """
     changed = sizes_of(cut.sizes, left)[0]
     left = cut.layers_left if cut.layers_left is not None else left
     now = {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}
     for sizes in now.values():
-        gone = [kind for block, kinds in _INSIDE.items() if sizes.get(block) == 0 for kind in kinds]  # with the whole block
+        gone = [kind for block, kinds in _INSIDE.items() if sizes.get(block) == 0 for kind in kinds]  # removed with a whole block
         sizes.update({kind: 0 for kind in gone if kind in sizes})
     return now, left
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Slope of the least-squares line through points (x, y), and its standard error; (0, inf) below 3 points or with all x alike."""
+    """Slope of the least-squares line through points (x, y), and its standard error; (0, inf) below 3 points or for equal x."""
     if len(points) < 3:
         return 0.0, math.inf
     xs, ys = zip(*points, strict=True)
@@ -228,7 +229,7 @@ _Staged = TypeVar("_Staged", Evaluation, Tasks, Answered)
 
 
 def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
-    """The last of each stage, in their order."""
+    """The last event of each stage, in their order."""
     last = {event.stage: event for event in told}
     return [last[stage] for stage in sorted(last)]
 
@@ -255,7 +256,7 @@ def _cuts(record: Record) -> list[Cut]:
 
 
 def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | None, list[State]]:
-    """The model at the start, and after each stage; of a single stage after up to eight groups of its iterations."""
+    """The model at the start, and after each stage; for a single stage, after each of up to eight groups of its iterations."""
     starts, cuts = record.of(Start), [cut for cut in record.of(events.Cut) if cut.sizes]
     params = starts[0].params or 0 if starts else 0
     began = None
@@ -303,7 +304,7 @@ def _headline(
     tasks: Sequence[Tasks],
     called: str,
 ) -> list[Row]:
-    """Counts of the model that the run was given, and measures of it once tokens that were to go had gone."""
+    """Counts of the model given to the run, and measures of it after the removal of tokens."""
     starts = record.of(Start)
     given = starts[0].given if starts else "dense"
     return [
@@ -399,7 +400,7 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
 def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> dict[str, int]:
     asked = record.recipe.get("calibration") or {}
     each = int(asked.get("samples") or 0) * int(asked.get("length") or 0)
-    guessed = each * sum(cut.loss is not None for cut in cuts)  # of an older log, which does not say
+    guessed = each * sum(cut.loss is not None for cut in cuts)  # for older logs, which do not state it
     read = max((cut.read for cut in record.of(events.Cut) if cut.read is not None), default=guessed)
     trained = max((step.tokens for step in record.of(Step)), default=0)
     measured = sum(evaluation.tokens or 0 for evaluation in evaluations)
@@ -407,7 +408,7 @@ def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluatio
 
 
 def _wall(told: Sequence[Event]) -> float | None:
-    """Seconds from the first event to the last; of a run that was stopped, without pauses of more than ten minutes before it went on."""
+    """Seconds from the first event to the last, without pauses of more than ten minutes before a stopped run continued."""
     timed = [event for event in told if event.time]
     times = [event.time or 0.0 for event in timed]
     pauses = sum(

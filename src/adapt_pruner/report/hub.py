@@ -1,4 +1,4 @@
-"""A checkpoint on the Hugging Face hub: what would be sent, and sending it."""
+"""A checkpoint on the Hugging Face hub: find out what would be sent, and send it."""
 
 import re
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ _WRITTEN = {
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
-"""What `checkpoint.save` and `report.card` write, but for shards; the last two lines are what tokenizers of transformers write."""
+"""Files that `checkpoint.save` and `report.card` write, without shards; the last two lines are those of tokenizers."""
 _EXPORTED = {"configuration_decilm.py", "modeling_decilm.py", "model.onnx", "model.onnx.data"}
-"""What `export` writes besides."""
+"""Further files that `export` writes."""
 _WEIGHTS = (".safetensors", ".onnx", ".gguf")
 
-_TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")  # of a tokenizer that has several
+_TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")  # of tokenizers with several templates
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors")
-_NAMED = 8  # of the files left out, in the note about them
+_NAMED = 8  # the most left-out files that the note names
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Parcel:
         folder: the checkpoint.
         repo: ORG/NAME, or NAME for one's own.
         files: name -> bytes.
-        new_card: whether README.md is not there yet and is written first.
-        notes: sentences to read before it is sent.
+        new_card: whether README.md is missing and will be written first.
+        notes: sentences to read before sending.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Parcel:
 
 
 def parcel(folder: Path, repo: str) -> Parcel:
-    """What `push` would send; nothing is written, and neither network nor token is needed.
+    """What `push` would send. Nothing is written, and neither network nor token is needed.
 
     Raises:
         UsageError: `folder` is neither a finished checkpoint of ours nor an export of one, or `repo` is no name of a repository.
@@ -94,7 +94,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
 
 
 def _is_export(card: Path) -> bool:
-    """Whether it is the card that `export` writes into a folder."""
+    """Whether a README.md is the card that `export` writes into a folder."""
     check_regular(card)
     return (
         card.is_file() and "\n- adapt-pruner\n" in card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0] + "\n"
@@ -102,7 +102,7 @@ def _is_export(card: Path) -> bool:
 
 
 def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """The files of a checkpoint that are ours to send, with their sizes, and the names of others; hidden ones are passed over.
+    """The files of a checkpoint that are ours to send, with their sizes, and the names of other files; hidden files are ignored.
 
     Raises:
         UsageError: a file of ours is a link or no regular file, or a shard is missing.
@@ -128,7 +128,7 @@ def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index names, where there is one."""
+    """The files that an index names; empty if there is no index."""
     check_regular(index)
     if not index.is_file():
         return set()
@@ -142,22 +142,22 @@ def _shards(index: Path) -> set[str]:
 
 
 def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) -> str:
-    """Make the repository where there is none, and send the files of the parcel, and no other, in one commit.
+    """Make the repository if there is none, and send the files of the parcel, and no others, in one commit.
 
     Args:
-        parcel: what `parcel` found.
-        private: the repository must be private; one that is there already and public is refused.
-        branch: instead of main; made where there is none.
+        parcel: the result of `parcel`.
+        private: the repository must be private; an existing public one is refused.
+        branch: used instead of main; made if it does not exist.
 
     Returns:
         The address of the commit.
 
     Raises:
         UsageError: nobody is logged in, or may not write there.
-        RunError: the hub cannot be reached, or it failed.
+        RunError: the hub cannot be reached, or the upload failed.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second of what it builds on
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError is that of the HTTP library beneath
 
     if get_token() is None:
         raise UsageError("nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write")

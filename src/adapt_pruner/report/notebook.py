@@ -1,4 +1,4 @@
-"""What a notebook shows while work goes on: one output of the cell that is replaced as it changes, without widgets."""
+"""The display of a notebook while work goes on: one output of the cell, replaced as it changes, without widgets."""
 
 import io
 import threading
@@ -10,15 +10,15 @@ from rich.console import Console, RenderableType
 __all__ = ["WIDTH", "displayed"]
 
 WIDTH = 100
-"""Columns of the output."""
-_EVERY = 0.5  # seconds
+"""Width of the output in columns."""
+_EVERY = 0.5  # seconds between two updates
 _FORM = '<pre style="white-space:pre-wrap;line-height:1.3;margin:0">{code}</pre>'
 
 
 @contextmanager
 def displayed(said: io.StringIO, moving: Callable[[], RenderableType]) -> Iterator[None]:
-    """Show the lines `said` so far and, below them until the end, what `moving` gives."""
-    from IPython.display import display  # any notebook has it
+    """Within this context show the lines `said` so far, and the result of `moving` below them."""
+    from IPython.display import display  # every notebook has it
 
     def drawn(*, last: bool) -> dict[str, str]:
         page = Console(

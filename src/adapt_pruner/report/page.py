@@ -1,4 +1,4 @@
-"""The page of a run: headline, anatomy, why, recovery, bill, what to try next; one file that asks nothing of a network."""
+"""The page of a run: headline, anatomy, reasons, recovery, costs, what to try next; one file that loads nothing from a network."""
 
 import base64
 import os
@@ -28,14 +28,14 @@ _STATUS = {"finished": "finished", "running": "still running", "stopped": "stopp
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run, whole or not at all; any state of the run gives one.
+    """Write the page of a run, whole or not at all; a run in any state has a page.
 
     Args:
         run_dir: the run's folder.
-        out: the page; report.html in that folder when None.
+        out: the page; by default report.html in that folder.
 
     Returns:
-        Where it was written.
+        The path of the page.
 
     Raises:
         UsageError: it is not the folder of a run.
@@ -46,7 +46,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 
 def try_report(run_dir: Path) -> str | None:
-    """Write the page of a run that has come to its end; a sentence where that fails, since the run is worth more than its page."""
+    """Write the page of a run that has ended. A failure gives only a sentence, because the run is worth more than its page."""
     try:
         write_report(run_dir)
     except Exception as error:
@@ -55,10 +55,10 @@ def try_report(run_dir: Path) -> str | None:
 
 
 def check_page(path: Path, folder: Path) -> None:
-    """Refuse to write a page over what we did not write, under another ending into the folder that it is about, or where it cannot be.
+    """Refuse a page that would overwrite a foreign file, or lie in its own folder with another ending, or cannot be written.
 
     Raises:
-        UsageError: that would happen.
+        UsageError: the page is refused.
     """
     check_place(path)
     if path.is_dir():
@@ -77,7 +77,7 @@ def write_page(path: Path, text: str) -> Path:
     """Write a page, whole or not at all.
 
     Raises:
-        RunError: it cannot be written, or what is there was written by somebody else.
+        RunError: the page cannot be written, or somebody else's file is there.
     """
     if os.path.lexists(path) and not is_page(path):
         raise RunError(f"{path} is not a page of adapt-pruner and stays as it is; name another file with -o")
@@ -90,7 +90,7 @@ def write_page(path: Path, text: str) -> Path:
 
 
 def pictures(figures: Figures) -> list[charts.Chart]:
-    """All pictures of a run that there are figures for, in the order of the page."""
+    """All pictures of a run for which there are figures, in the order of the page."""
     single = (charts.anatomy(figures), charts.importance(figures), charts.sparsity(figures), charts.costs(figures))
     possible: list[charts.Chart | None] = [
         *single,
@@ -136,7 +136,7 @@ def page(record: Record) -> str:
 
 
 def framed(*, title: str, head: str, links: list[tuple[str, str]], body: str, foot: str) -> str:
-    """A whole page around a body, with the style and script that pages share."""
+    """A whole page around a body, with the style and script that all pages share."""
     here = Path(__file__).parent
     style, script = ((here / f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -151,7 +151,7 @@ def framed(*, title: str, head: str, links: list[tuple[str, str]], body: str, fo
 
 
 def _unbroken(command: str) -> str:
-    """A command whose words a narrow screen does not break at their hyphens."""
+    """A command whose words are not broken at their hyphens on a narrow screen."""
     return " ".join(f"<span>{escaped(word)}</span>" for word in command.split(" "))
 
 
@@ -159,7 +159,7 @@ _ABSOLUTE = re.compile(r"(?<![\w.~*/-])/(?:[^\s'\",:/]+/)+(?=[^\s'\",:/])")
 
 
 def _placeless(text: object) -> str:
-    """Text without the folders of the machine: an absolute path keeps its last name, as `FOLDER/notes.txt`; what lies in the folder of the moment stays whole."""
+    """Text without folders of this machine: absolute paths become `FOLDER/notes.txt`, paths in the working directory relative."""
     return _ABSOLUTE.sub("FOLDER/", str(text).replace(f"{Path.cwd()}{os.sep}", ""))
 
 
@@ -184,7 +184,7 @@ def _head(figures: Figures) -> str:
 
 
 def _lead(figures: Figures, before: float | None, now: float | None) -> str:
-    """The run in two sentences."""
+    """The run in a few sentences."""
     said = []
     if before and now:
         cuts = len(figures.cuts)
@@ -232,7 +232,7 @@ def _tile(row: Row) -> str:
 
 
 def _remarks(figures: Figures) -> str:
-    """What could not be read, and what the run warned of."""
+    """What could not be read, and the run's warnings."""
     parts = ""
     for name, lines in (("About this page", figures.notes), ("The run warned", figures.warnings)):
         if lines:
@@ -251,7 +251,7 @@ def _why(record: Record) -> str:
     recipe = record.recipe
     if not recipe:
         return ""
-    with suppress(UsageError):  # a reduction that this version does not have
+    with suppress(UsageError):  # this version may lack the reduction
         way = str(recipe.get("reduce", "units"))
         if "chosen" not in parts.needs("reduce", way):
             return escaped(parts.about("reduce", way))
@@ -271,7 +271,7 @@ def _recovery(figures: Figures) -> str:
 
 
 def _answers(figures: Figures) -> str:
-    """Each prompt with the answers of the model at the start and of the model now, beside each other."""
+    """Each prompt with the answers of the model at the start and of the model now, side by side."""
     if not figures.answers:
         return ""
     by_name = {
@@ -299,7 +299,7 @@ def _bill(figures: Figures) -> str:
     rows = []
     for phase in order:
         seconds, tokens = figures.seconds.get(phase), figures.tokens.get(phase)
-        if seconds or tokens:  # what was done after the newest checkpoint has tokens alone
+        if seconds or tokens:  # work after the newest checkpoint has only tokens
             time_and_share = [duration(seconds), f"{seconds / total:.1%}"] if seconds else ["–", "–"]
             rows.append([PHASES[phase], *time_and_share, compact(tokens) if tokens else "–"])
     rows.append(["together", duration(total), "100.0%", compact(sum(figures.tokens.values())) if figures.tokens else "–"])
@@ -312,7 +312,7 @@ def _bill(figures: Figures) -> str:
 
 
 def _dequantised(record: Record) -> str | None:
-    """What the dense model is, where it is not quite what its makers published."""
+    """A sentence if the dense model's weights were dequantised, so that they differ from the published ones."""
     files = [event.dequantised for event in record.of(Start) if event.dequantised]
     return f"dequantised from {files[0]}: every figure of the dense model is of these" if files else None
 

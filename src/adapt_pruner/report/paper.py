@@ -1,4 +1,4 @@
-"""Charts as files for papers, by matplotlib (extra `plot`)."""
+"""Charts as files for papers, drawn by matplotlib (extra `plot`)."""
 
 import importlib.util
 import os
@@ -20,10 +20,10 @@ __all__ = ["check_matplotlib", "check_ours", "has_matplotlib", "write_pictures"]
 _KEPT, _GONE, _HEAT = "#1f6f8b", "#d9722b", "Purples"
 _COLOURS = ("#1f6f8b", "#d55e00", "#009e73", "#b65390", "#a87800", "#3f8fd0")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", ":")  # of the first turn through the colours, the second and the third
+_DASHES = ("-", "--", ":")  # for the first use of each colour, the second and the third
 _SOFTWARE = "adapt-pruner"
 _METADATA = {"svg": {"Date": None}, "png": {"Software": _SOFTWARE}}
-_WIDTH, _PANEL = 6.4, (5.6, 4.2)  # inches: of a picture, and of one of those that stand beside each other
+_WIDTH, _PANEL = 6.4, (5.6, 4.2)  # inches: width of a picture, and size of one of several pictures side by side
 
 
 def has_matplotlib() -> bool:
@@ -32,20 +32,20 @@ def has_matplotlib() -> bool:
 
 
 def check_matplotlib() -> None:
-    """Refuse where matplotlib is not installed.
+    """Refuse to draw if matplotlib is not installed.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is not installed.
     """
     if not has_matplotlib():
         raise UsageError("--png needs matplotlib; pip install 'adapt-pruner[plot]', or leave it out: the page needs nothing")
 
 
 def check_ours(pictures: Iterable[Chart | Beside], folder: Path) -> None:
-    """Refuse to put PNG files of these charts where files of the same names lie that are not ours.
+    """Refuse to write PNG files of these charts over files of the same names that are not ours.
 
     Raises:
-        UsageError: one does.
+        UsageError: such a file exists.
     """
     for path in (folder / f"{chart.key}.png" for chart in pictures):
         if os.path.lexists(path) and not _is_ours(path):
@@ -67,16 +67,16 @@ def write_pictures(
 
     Args:
         pictures: what to draw.
-        folder: made where there is none.
+        folder: made if it does not exist.
         endings: kinds of files that matplotlib writes.
-        dpi: dots an inch; a picture is 6.4 inches wide.
+        dpi: dots per inch; a picture is 6.4 inches wide.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         UsageError: matplotlib is not installed.
-        RunError: they cannot be written.
+        RunError: a file cannot be written.
     """
     check_matplotlib()
     import matplotlib
@@ -84,7 +84,7 @@ def write_pictures(
 
     look = {"font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}
     written = []
-    with matplotlib.rc_context(look | {"svg.hashsalt": "adapt-pruner"}):  # no random names
+    with matplotlib.rc_context(look | {"svg.hashsalt": "adapt-pruner"}):  # so that ids in the SVG are not random
         for chart in pictures:
             figure = Figure(figsize=_size(chart), layout="constrained")
             figure.suptitle(chart.title, fontsize=10, x=0.01, ha="left")
@@ -119,14 +119,14 @@ def _beside(figure: Any, chart: Beside) -> None:
         axes.set_title(panel.title, fontsize=9, loc="left")
         _draw_lines(axes, panel)
         _scale(axes, panel)
-    figure.draw_without_rendering()  # tells where things lie
+    figure.draw_without_rendering()  # computes the layout
     for axes, panel in panels:
         if _names_at_ends(panel):
             _name_ends(axes, panel)
 
 
 def _names_at_ends(chart: Lines) -> bool:
-    """Whether names stand beside the lines themselves and not in a legend: where several have dots."""
+    """Whether names stand beside the lines instead of in a legend: if several lines have dots."""
     return sum(series.dots for series in chart.series) > 1
 
 
@@ -164,7 +164,7 @@ def _draw_lines(axes: Any, chart: Lines) -> None:
 
 
 def _scale(axes: Any, chart: Lines) -> None:
-    """Limits with room for words, round numbers on both axes, and what they are."""
+    """Set limits with room for words, round numbers on both axes, and their labels."""
     if chart.log:
         axes.set_yscale("log")
     if chart.below:
@@ -188,7 +188,7 @@ def _scale(axes: Any, chart: Lines) -> None:
 
 
 def _name_ends(axes: Any, chart: Lines) -> None:
-    """Each line's name beside its last point, on no other name and on as little else as can be; from afar a thin line leads to it."""
+    """Write each line's name near its last point, on no other name and little else; a thin line leads to a far name."""
     from matplotlib.colors import to_rgb
     from matplotlib.transforms import Bbox
 
@@ -196,7 +196,7 @@ def _name_ends(axes: Any, chart: Lines) -> None:
     bars = [
         [(x, low), (x, high)] for one in chart.series for (x, _), low, high in zip(one.points, one.low, one.high, strict=False)
     ]
-    ink = []  # pixels that something is drawn on, so many apart
+    ink = []  # pixels that are drawn on, sampled at intervals
     for line in (*chart.leads(), *(series.points for series in chart.series), *bars):
         for (a, b), (c, d) in pairwise(map(place, line)):
             steps = 1 + int(max(abs(c - a), abs(d - b)) / (3 * scale))

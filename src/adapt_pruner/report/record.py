@@ -1,4 +1,4 @@
-"""What a run's folder holds: recipe, log, newest figures, and whether somebody works there; as it is, also where it is broken."""
+"""The content of a run's folder, even of a damaged one: recipe, log, newest figures, and whether a process works there."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record
 Status = Literal["finished", "running", "stopped"]
 _Kind = TypeVar("_Kind", bound=Event)
 
-# Of a recipe, what the page reads as a number or as a section, and the numbers in sections.
+# Keys of a recipe that the page reads as numbers or as sections, and the numbers in sections.
 _NUMBERS = ("step", "amplitude")
 _SECTIONS = ("calibration", "training", "evaluation")
 _COUNTS = ("samples", "length", "tokens")
@@ -32,21 +32,21 @@ _COUNTS = ("samples", "length", "tokens")
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it.
+    """A run, as its folder shows it.
 
     Attributes:
         path: the folder.
-        status: finished; running, where a process holds the folder's lock; stopped else.
-        recipe: what recipe.yaml says; empty where it cannot be read.
-        recipe_text: recipe.yaml as it is.
-        made_by: versions of what ran it; empty where not known.
-        events: of the log, in their order.
-        pruning: pruning.json of the result, or of the newest checkpoint that has one; empty where there is none.
-        state: state.json of that checkpoint; empty where there is none, as beside a result.
-        mask: axis name -> (entries in the model at the start, indices that stayed), from beside pruning.json.
-        checkpoint: the folder they were read from; None where there is none.
-        weight_bytes: of the result's weights on disk, or None.
-        kept: whether `path` is the folder of a run; else it is the result itself, of a run that kept nothing else.
+        status: finished; running, if a process holds the folder's lock; otherwise stopped.
+        recipe: the content of recipe.yaml; empty if it cannot be read.
+        recipe_text: recipe.yaml as text.
+        made_by: versions of the software that ran it; empty if not known.
+        events: events of the log, in their order.
+        pruning: pruning.json of the result, or of the newest checkpoint that has one; empty if there is none.
+        state: state.json of that checkpoint; empty if there is none, as in a result.
+        mask: axis name -> (entries in the model at the start, indices that stayed), from the same folder as pruning.json.
+        checkpoint: the folder of these files; None if there is none.
+        weight_bytes: bytes of the result's weights on disk, or None.
+        kept: whether `path` is the folder of a run. If not, it is the result itself, of a run that kept nothing else.
         trouble: sentences about what could not be read.
     """
 
@@ -78,12 +78,12 @@ class Record:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The run's own figures so far."""
+        """The figures that the run itself recorded so far."""
         return dict(self.pruning.get("figures") or {})
 
 
 def read_record(run_dir: str | Path) -> Record:
-    """Read a run's folder; nothing in it is changed, and no weights are read.
+    """Read a run's folder. Nothing in it is changed, and no weights are read.
 
     Raises:
         UsageError: it is not the folder of a run.
@@ -119,7 +119,7 @@ def read_record(run_dir: str | Path) -> Record:
 
 
 def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
-    """The record of a run that kept nothing but its result.
+    """The record of a run that kept only its result.
 
     Args:
         path: the result.
@@ -141,7 +141,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def parse_lines(lines: list[str]) -> tuple[list[Event], list[int]]:
-    """The events in lines of a log, and the numbers, from 1, of lines that are none (see `core.events`)."""
+    """The events in lines of a log, and the numbers, from 1, of lines that hold no event (see `core.events`)."""
     events, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -154,10 +154,10 @@ def parse_lines(lines: list[str]) -> tuple[list[Event], list[int]]:
 
 
 def check_is_run(path: Path) -> None:
-    """Refuse what is not the folder of a run, and say what was probably meant; one that prepares has nothing yet but its lock.
+    """Refuse a path that is not the folder of a run, and say what was probably meant. A run in preparation has only its lock.
 
     Raises:
-        UsageError: it is not.
+        UsageError: the path is refused.
     """
     if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file() or _prepares(path):
         return
@@ -173,7 +173,7 @@ def check_is_run(path: Path) -> None:
 
 
 def standing(path: Path) -> tuple[Standing, float] | None:
-    """Where the run stands that works here, as it said last, and when that was, in Unix seconds; None where it has not said, or is saying it."""
+    """Where the run in this folder last said that it stands, and when (Unix seconds); None if there is nothing to read."""
     try:
         data = read_json(path / PROGRESS)
         return Standing.from_json(data), float(data["time"])
@@ -182,7 +182,7 @@ def standing(path: Path) -> tuple[Standing, float] | None:
 
 
 def _prepares(path: Path) -> bool:
-    """Whether a run works here that has written nothing yet; a comparison, which locks its folder too, has `cells`."""
+    """Whether a run works here that has written nothing yet. A comparison also locks its folder, but has `cells`."""
     written = (path / name for name in ("recipe.yaml", "log.jsonl", "cells"))
     return not any(place.exists() for place in written) and is_worked_in(path)
 
@@ -207,7 +207,7 @@ def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _makes_sense(key: str, value: Any) -> bool:
-    """Whether the value of a recipe's key has a form that the page can read."""
+    """Whether the value of a recipe's key has a form that the page can use."""
     if value is None:
         return True
     if key in _NUMBERS:
@@ -224,7 +224,7 @@ def _makes_sense(key: str, value: Any) -> bool:
 
 
 def _is_source(value: object) -> bool:
-    """A text, several with their weights, or none."""
+    """Whether a value is a text, several with their weights, or none."""
     return all(map(is_number, value.values())) if isinstance(value, dict) else value is None or isinstance(value, str)
 
 

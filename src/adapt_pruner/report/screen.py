@@ -1,7 +1,7 @@
-"""What a user sees while work goes on: on a terminal and in a notebook bars and figures that move, plain lines elsewhere; on stderr.
+"""What a user sees while work goes on, on stderr: moving bars and figures in a terminal or notebook, plain lines elsewhere.
 
-What is done, for how long and for how much longer is asked of `core.standing`; this file lays it out. No line is wider than the terminal,
-and none ends within a number: lines break between figures.
+`core.standing` knows what is being done and how long it has taken and will take; this file lays it out. No line is wider than the
+terminal, and lines break between figures, never within one.
 """
 
 import io
@@ -33,15 +33,15 @@ from adapt_pruner.report.notebook import WIDTH, displayed
 __all__ = ["Screen", "quiet_libraries", "screen"]
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
-_TOLD_EVERY = 0.25  # the same, of lines of JSON
+_TOLD_EVERY = 0.25  # the same, for lines of JSON
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-_BAR = 12  # fewest columns of a bar; where there is less room, there is none
-_WIDEST = 40  # most of them
-_WIDE = 110  # columns of a terminal from which on phase and bar stand in one line
+_BAR = 12  # fewest columns of a bar; with less room there is no bar
+_WIDEST = 40  # most columns of a bar
+_WIDE = 110  # columns of a terminal from which phase and bar share a line
 
 
 def quiet_libraries() -> None:
-    """Keep the bars and notices of transformers off the screen; errors still come through."""
+    """Keep bars and notices of transformers off the screen; errors still appear."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from transformers.utils import logging
@@ -72,7 +72,7 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
 
 
 class Screen:
-    """Turns events into a few lines that move, or into lines below each other; call it with each event."""
+    """Turns events into a few moving lines, or into lines one below the other. Call it with each event."""
 
     def __init__(self, console: Console, *, moves: bool = False) -> None:
         self._console = console
@@ -81,8 +81,8 @@ class Screen:
         self._work: Start | None = None
         self._bars = Bars()
         self._course = Course()
-        self._figures: dict[str, str] = {}  # what is said beside the phase
-        self._kept: tuple[Standing, float] | None = None  # where a run stands that is watched, and when that was so
+        self._figures: dict[str, str] = {}  # figures shown beside the phase
+        self._kept: tuple[Standing, float] | None = None  # where a watched run stands, and the time of that
 
     def __call__(self, data: dict[str, Any]) -> None:
         """Show what a listener is told, as it happens."""
@@ -90,7 +90,7 @@ class Screen:
             self.hear(event)
 
     def hear(self, event: Event) -> None:
-        """Show one event, as it happens or, with its `time`, from a log."""
+        """Show one event: as it happens or, if it has a `time`, from a log."""
         self._course.hear(event)
         self._bars.hear(event)
         self._follow(event)
@@ -98,13 +98,13 @@ class Screen:
             self.say(line + self._standing_of(event), often=event.often)
 
     def stand(self, standing: Standing, when: float) -> None:
-        """Show where a run stands that works elsewhere, as it said at a time (Unix seconds); nothing is asked of its events."""
+        """Show where a run elsewhere said that it stood, at a time in Unix seconds; its events are not used for that."""
         self._kept = (standing, when)
         self.say(", ".join(part for part in (_doing(standing), _times(standing)) if part), often=True)
 
     @contextmanager
     def hushed(self) -> Iterator[None]:
-        """Take events in without a line for each: what happened before somebody looked."""
+        """Within this context take events in without a line for each, as for events before somebody looked."""
         quiet, self._console.quiet = self._console.quiet, True
         try:
             yield
@@ -112,11 +112,11 @@ class Screen:
             self._console.quiet = quiet
 
     def figures(self) -> str:
-        """How far the run has come, in a line."""
+        """The progress of the run, in a line."""
         return visible(" · ".join(value for value in self._figures.values() if value))
 
     def render(self) -> RenderableType:
-        """The lines that move: the model, figures, and how far the work is."""
+        """The moving lines: the model, figures, and the progress of the work."""
         now, width = time.time(), self._console.width
         anatomy = [Text(line, style="cyan", no_wrap=True) for line in self._bars.lines(width)]
         figures = [
@@ -125,13 +125,13 @@ class Screen:
         return Group(*anatomy, *figures, *_bar(self._stands(now), width, now))
 
     def say(self, text: str, *, often: bool = False) -> None:
-        """A line; `often` marks one of many, shown now and then, and not at all under a bar."""
+        """Show a line. `often` marks one of many, which is shown only now and then, and not at all under a bar."""
         if self._console.quiet or (often and (self._moves or time.monotonic() - self._last_line < _EVERY)):
             return
         if often:
             self._last_line = time.monotonic()
         shown = visible(text)
-        if self._console.is_terminal:  # which breaks a line anywhere
+        if self._console.is_terminal:  # it would break a line anywhere
             shown = "\n".join(wrapped(shown, self._console.width, indent="  "))
         self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
@@ -142,13 +142,13 @@ class Screen:
         return self._course.at(now)
 
     def _standing_of(self, event: Event) -> str:
-        """How long it has been and will be, behind the line of an event that says how far something is."""
+        """Times so far and to come, to append to the line of an event about progress."""
         if self._moves or self._kept is not None or not isinstance(event, Progress | Step | Cut | InCell | Within):
             return ""
         return f" ({times})" if (times := _times(self._course.at(event.time))) else ""
 
     def _follow(self, event: Event) -> None:
-        """Bring the figures up to date."""
+        """Update the figures."""
         match event:
             case Start():
                 self._work = event
@@ -171,7 +171,7 @@ class Screen:
 
 
 class _Teller(Screen):
-    """Tells each event as a line of JSON."""
+    """Prints each event as a line of JSON."""
 
     def hear(self, event: Event) -> None:
         middle = isinstance(event, Progress) and 0 < event.done < event.of
@@ -186,19 +186,19 @@ class _Teller(Screen):
 
 
 def _doing(standing: Standing) -> str:
-    """What is done, and where: stage 1, iteration 2: repairing 12/60."""
+    """What is being done, and where: stage 1, iteration 2: repairing 12/60."""
     return visible(": ".join(part for part in (standing.where, standing.doing) if part))
 
 
 def _times(standing: Standing) -> str:
-    """How long it has been, and how long it will be."""
+    """The time so far, and the time left."""
     return ", ".join(
         part for part in (f"{span(standing.seconds)} so far" if standing.seconds >= 1 else "", standing.said_left) if part
     )
 
 
 def _bar(standing: Standing, width: int, now: float) -> list[RenderableType]:
-    """Spinner and phase; bar, share and seconds: beside each other where `width` is enough, else below; without room there is no bar."""
+    """Spinner and phase, and bar, share and seconds, in one line if `width` is enough, else in two; no bar without room."""
     what = f"{_FRAMES[int(8 * now) % len(_FRAMES)]} {_doing(standing) or 'starting'}"
     share = "" if standing.share is None else f"{standing.share:.0%}"
     figures = [part for part in (share, _times(standing)) if part]

@@ -1,7 +1,7 @@
-"""Charts as HTML that stands by itself: marks in SVG that stretches, words in HTML that keeps its size on a phone.
+"""Charts as HTML that needs nothing else: marks in SVG, which stretches, and words in HTML, which keep their size on a phone.
 
-Colours are classes, which the page's style gives values in light and dark. What a mark stands for is in its <title>; the same figures
-are in a table below every picture, for those who cannot see or point.
+Colours are classes; the page's style gives them values in light and dark. Each mark has its meaning in its <title>. The same
+figures are in a table below every picture, for people who cannot see it or point at it.
 """
 
 import html
@@ -15,12 +15,12 @@ from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines
 
 __all__ = ["drawn", "escaped", "table"]
 
-_FULL = 1000.0  # both sides of a picture's own coordinates
-_TURNS = ("", "second", "third")  # forms of dots and dashes: of the first turn through the colours, the second and the third
+_FULL = 1000.0  # width and height of a picture in its own coordinates
+_TURNS = ("", "second", "third")  # forms of dots and dashes for the first use of each colour, the second and the third
 
 
 def escaped(text: object) -> str:
-    """Text that HTML takes as text."""
+    """Text with HTML's special characters escaped."""
     return html.escape(str(text))
 
 
@@ -41,7 +41,7 @@ def drawn(chart: Chart) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
-    """A table whose first column names its rows; wide ones scroll by themselves."""
+    """A table whose first column names its rows; a wide table scrolls by itself."""
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
     body = "".join(
         f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])}</tr>'
@@ -75,7 +75,7 @@ def _labels(tag: str, side: str, placed: Sequence[tuple[float, str]]) -> str:
 
 
 def _scale(values: Sequence[float], *, log: bool, room: float) -> tuple[float, float, Callable[[float], float]]:
-    """Lowest and highest shown, and value -> share of the height from the bottom, with `room` above and below."""
+    """Lowest and highest value shown, and a function from a value to its share of the height, with `room` above and below."""
     low, high = min(values), max(values)
     log = log and low > 0
     if high <= low:
@@ -141,7 +141,7 @@ def _lines(chart: Lines) -> str:
 def _marks(
     series: Series, look: str, places: Callable[[Iterable[tuple[float, float]]], list[tuple[float, float]]]
 ) -> Iterator[str]:
-    """A line with what lies about it: its band or, at dots, bars."""
+    """A line with its band or, if it has dots, with bars at them."""
     xs, line = [x for x, _ in series.points], places(series.points)
     lows, highs = places(zip(xs, series.low, strict=False)), places(zip(xs, series.high, strict=False))
     if series.low and not series.dots:
@@ -155,13 +155,13 @@ def _marks(
 
 
 def _heights(series: Series) -> list[float]:
-    """The values that the height must show; of a faint line the middle 98 %."""
+    """The values that must fit into the height; for a faint line, the middle 98 %."""
     ys = sorted(y for _, y in series.points)
     return ys[len(ys) // 100 : len(ys) - len(ys) // 100] if series.faint else [*ys, *series.low, *series.high]
 
 
 def _key(series: Series, look: str) -> str:
-    """The classes of a line's key, which has the form of its dots."""
+    """The classes of a line's key, which looks like its dots."""
     return "star" if series.star else " ".join(filter(None, ("key", "faint" * series.faint, "round" * series.dots, look)))
 
 
@@ -219,7 +219,7 @@ def _anatomy(chart: Anatomy) -> str:
 
 
 def _columns(panel: Panel, chart: Anatomy) -> str:
-    """Each layer from the bottom: what is left, then what went, the last to go lowest; few units stand apart."""
+    """Each layer from the bottom: what is left, then what was removed, the last removal lowest; a few units get gaps."""
     wide, peak = _FULL / len(chart.layers), max(panel.total)
     gap = wide * (0.14 if len(chart.layers) <= 64 else 0.0)
     rects = []
@@ -245,7 +245,7 @@ def _columns(panel: Panel, chart: Anatomy) -> str:
 
 
 def _tint(group: int, groups: int) -> float:
-    """Opacity of what a group took: the first is faintest."""
+    """Opacity of what a group of cuts removed: the first is faintest."""
     return 0.25 + 0.6 * ((group + 1) / groups)
 
 
@@ -284,7 +284,7 @@ def _histogram(chart: Histogram) -> str:
 
 
 def _scores(chart: Scores) -> str:
-    """A row a task: the bar of the model before above that of the model now."""
+    """One row per task: the bar of the model before, above the bar of the model now."""
     rows = []
     for one in chart.scores:
         bars, said, values = [], [], []
