@@ -1,1 +1,1 @@
-"""Ways from a model as it is to a stage's budget, and what they are made of: how much goes, which units, what makes up for them."""
+"""Reductions, which bring a model to a stage's budget, and their parts: how much goes, which units, how to repair the rest."""

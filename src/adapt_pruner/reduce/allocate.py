@@ -5,9 +5,9 @@ scores decide which ones (`Mask.of_sizes`):
 
     sizes, debt = chooser(scores, axes, budget, debt=debt, step=0.02, …)
 
-Every axis a has a sparsity s_a, the share of its size at the start that is to be gone by now. A step raises all sparsities; axis
-a then keeps start_a - floor(start_a · s_a) units. The fraction of a unit that the floor leaves (a third of a KV head cannot go)
-is a debt that later steps pay. `Debt` carries it, by default through the whole run. A step that would pass the budget is
+Every axis a has a sparsity s_a: the share of its start size that should be removed by now. A step raises all sparsities; axis a
+then keeps start_a - floor(start_a · s_a) units. The floor leaves a fraction of a unit (a third of a KV head cannot go), which is
+a debt that later steps pay. `Debt` carries it, by default through the whole run. A step that would go past the budget is
 shortened, so that the model ends less than one unit below the budget.
 """
 
@@ -27,16 +27,16 @@ __all__ = ["GOLDEN", "Debt", "adaptive", "advance", "layer_importance", "uniform
 
 _MAX_SPARSITY = 0.99
 _HEADS = ("kv_heads", "query_heads")
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly spread in [0, 1)
 
 
 @dataclass(frozen=True)
 class Debt:
-    """How far each axis is to be pruned by now; choosers carry this from one iteration to the next.
+    """How far each axis should be pruned by now; choosers carry this from one iteration to the next.
 
     Attributes:
         start: axis name -> units of the axis when counting began.
-        sparsity: axis name -> share of `start` that is to be gone by now, in [0, 0.99].
+        sparsity: axis name -> share of `start` that should be removed by now, in [0, 0.99].
     """
 
     start: Mapping[str, int]
@@ -57,7 +57,7 @@ class Debt:
 
 
 def layer_importance(distances: torch.Tensor) -> list[float]:
-    """Block distances brought to mean 0 and greatest absolute value 1; all zero when they do not differ.
+    """Block distances, shifted to mean 0 and scaled to a largest absolute value of 1; all zero if they do not differ.
 
     Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike.
     """
@@ -67,7 +67,7 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
         )
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())
-    # Below the rounding of a float32 mean the layers are alike.
+    # Differences below the rounding error of a float32 mean count as none.
     if greatest <= 1e-6 * max(1.0, float(distances.abs().max())):
         return [0.0] * distances.numel()
     return [float(value) for value in centred / greatest]
@@ -79,18 +79,18 @@ def adaptive(
 ) -> tuple[dict[str, int], Debt]:
     """Layers that change their input less give up more: s += step - amplitude · I, with I the layer's importance.
 
-    I is `layer_importance` of scores["layers"], measured anew each iteration on the model as pruned so far; s is clipped
-    to [0, 0.99]. The last step is scaled as a whole.
+    I is `layer_importance` of scores["layers"], measured again in each iteration on the model as pruned so far. s is clipped
+    to [0, 0.99]. The last step is shortened by the same factor for all axes.
 
     Args:
-        scores: of `layers`; others are not looked at.
+        scores: of `layers`; others are not read.
         axes: the axes that may shrink.
         budget: parameters to keep.
         debt: where every axis stands; `Debt.none(axes)` at first.
-        step: share of an axis's start size removed an iteration, on average over the layers (the authors' r / T_p: 0.02).
+        step: share of an axis's start size removed per iteration, on average over the layers (the authors' r / T_p: 0.02).
         amplitude: how much importance shifts that share (0.02 in the authors' scripts; 0 makes it uniform).
-        heads_after: share of a layer's neurons that goes before its heads begin to, in [0, 1): heads of a layer at s keep
-            start - floor(start · max(0, (s - heads_after) / (1 - heads_after))). 0 is the paper's rule, the same share of both.
+        heads_after: share of a layer's neurons that is removed before its first head, in [0, 1). At sparsity s its heads keep
+            start - floor(start · max(0, (s - heads_after) / (1 - heads_after))). 0 is the paper's rule: both lose the same share.
 
     Returns:
         Units each axis keeps, and the debt after it.
@@ -98,10 +98,10 @@ def adaptive(
     Raises:
         RunError: the layers' scores are not finite.
         ValueError: an axis lies in no layer.
-        UsageError: `heads_after` is not such a share.
+        UsageError: `heads_after` is not in [0, 1).
 
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
-    of the budget instead of one iteration beyond it; a negative increment never asks for units back; `heads_after` is ours.
+    of the budget instead of one iteration past it; a negative increment never restores units; `heads_after` is ours.
     """
     if not 0 <= heads_after < 1:
         raise UsageError(
@@ -125,22 +125,22 @@ def uniform(
 ) -> tuple[dict[str, int], Debt]:
     """Every axis gives up the same share: s += step; the control that adaptive has to beat.
 
-    Layers at either end may be left whole; the others then pay for them.
+    `first` and `last` leave layers at either end whole; the other layers then lose more.
 
     Args:
-        scores: not looked at.
+        scores: not read.
         axes: the axes that may shrink.
         budget: parameters to keep.
         debt: where every axis stands; `Debt.none(axes)` at first.
-        step: share of an axis's start size removed an iteration; 1 prunes in one shot.
-        first: layers left whole at the input (4 of 32 in LLM-Pruner's scripts).
-        last: layers left whole at the output (2 of 32).
+        step: share of an axis's start size removed per iteration; 1 prunes in one shot.
+        first: number of layers left whole at the input (4 of 32 in LLM-Pruner's scripts).
+        last: number of layers left whole at the output (2 of 32).
 
     Returns:
         Units each axis keeps, and the debt after it.
 
     Raises:
-        UsageError: `first` or `last` is no number of layers.
+        UsageError: `first` or `last` is not a number of layers.
 
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
@@ -167,8 +167,8 @@ def advance(
 ) -> tuple[dict[str, int], Debt]:
     """Raise the sparsities by `increments`, but not past the budget.
 
-    A step may remove next to nothing, because no axis owes a whole unit yet or most stand at their limit. Then it is repeated
-    until it removes something, since another measurement would find the same model.
+    A step may remove next to nothing, because no axis owes a whole unit yet or most axes are at their limit. The step is then
+    repeated until it removes something, since scoring again would see the same model.
     """
 
     def sparsity_after(times: float) -> dict[str, float]:
@@ -179,7 +179,7 @@ def advance(
     late = {axis.name: heads_after if axis.kind in _HEADS else 0.0 for axis in axes}
 
     def due(sparsity: Mapping[str, float]) -> dict[str, float]:
-        """The share of each axis that is to be gone; heads lose less than neurons until `heads_after` is passed."""
+        """The share of each axis that should be removed; heads lose nothing until the share passes `heads_after`."""
         return {name: max(0.0, (share - late[name]) / (1 - late[name])) for name, share in sparsity.items()}
 
     def sizes_after(times: float) -> dict[str, int]:
@@ -198,7 +198,7 @@ def advance(
     goal = min(average / 10, budget.excess)
     times = 1.0
     while removed(times) < goal and sparsity_after(times) != sparsity_after(2 * times):
-        times *= 2  # an increment may be minute, so the number of steps is looked for by halving
+        times *= 2  # an increment may be tiny, so the number of steps is doubled, then found by bisection
     before = times // 2
     while times - before > 1:
         middle = (before + times) // 2
@@ -210,7 +210,7 @@ def advance(
             under, over = (under, middle) if removed(middle) >= budget.excess else (middle, over)
         times = over
     sizes, sparsity = sizes_after(times), sparsity_after(times)
-    # Nothing removed means that every axis stands at its limit and the rule has nothing more to say.
+    # If nothing was removed, every axis is at its limit and the rule cannot go further.
     if _removed(axes, sizes) >= budget.excess or _removed(axes, sizes) == 0:
         sizes = _settle(axes, budget.excess, sizes, due(sparsity), debt)
     return sizes, Debt(start=debt.start, sparsity={**debt.sparsity, **sparsity})
@@ -223,13 +223,13 @@ def _removed(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
 def _settle(
     axes: Sequence[Axis], excess: int, wanted: Mapping[str, int], shares: Mapping[str, float], debt: Debt
 ) -> dict[str, int]:
-    """Sizes near `wanted` that remove `excess` parameters and less than one unit of the cheapest kind (a neuron) more.
+    """Sizes near `wanted` that remove `excess` parameters, or more by less than one unit of the cheapest kind (a neuron).
 
-    First the cheap units of `wanted` count as gone. Then as many of the expensive units (KV heads) that `wanted` removes go as
-    the rest of the excess pays for: those owed longest first, equals spread over the depth of the model. Expensive units that
-    stay are still owed. So if all layers come to owe a head at the same share, a budget just beyond that share costs a few more
-    neurons, and not a head instead of many neurons. Cheap units make up the difference, taken from all their axes evenly or
-    given back evenly. More expensive units than are owed go only if no cheap unit is left.
+    First, the cheap units that `wanted` removes count as gone. The rest of the excess pays for expensive units (KV heads) that
+    `wanted` removes. Axes that owe most lose theirs first; equal axes are spread over the depth of the model. Expensive units
+    that stay are still owed. So if all layers come to owe a head at the same share, a budget just past that share takes a few
+    more neurons, and not a head in place of many neurons. Cheap units make up the difference: they are taken from all their axes
+    evenly, or given back evenly. Expensive units that are not owed go only if the cheap units do not suffice.
     """
     cheapest = min(axis.cost for axis in axes)
     cheap = [axis for axis in axes if axis.cost == cheapest]
@@ -237,7 +237,7 @@ def _settle(
     sizes = {axis.name: axis.size for axis in axes}
 
     def owed(axis: Axis) -> tuple[float, float]:
-        """Units of an expensive axis that are due and not gone, with fractions; then its place in an even spread over depth."""
+        """Sort key of an expensive axis: units that it owes, with fractions, then its place in an even spread over depth."""
         start = debt.start[axis.name]
         return round(start * shares[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 

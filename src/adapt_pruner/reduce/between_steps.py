@@ -1,9 +1,9 @@
-"""`reduce: between_steps`: units go between the optimiser's steps, chosen by the gradients that a step has anyway (EfficientLLM).
+"""`reduce: between_steps`: remove units between optimiser steps, chosen by the gradients of these steps (EfficientLLM).
 
     backward ─► scores of all units by the step's gradients ─► the optimiser's step ─► cut what is due ─► the next step
 
-Parameters fall linearly with the rows read, and reach the stage's budget at a share of its training. The rest of the stage trains
-as ever.
+The number of parameters falls linearly with the rows read. It reaches the stage's budget after a share of the stage's training;
+the rest of the stage trains as usual.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,7 @@ __all__ = ["BetweenSteps"]
 
 @part("reduce", needs={"chosen"})
 class BetweenSteps(Units):
-    """Remove the units that are worth least between the optimiser's steps, by the gradients of the step (EfficientLLM)."""
+    """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""
 
     def __init__(
         self,
@@ -49,16 +49,16 @@ class BetweenSteps(Units):
         """
         Args:
             every: steps between two removals.
-            batches: N, steps up to a removal whose scores are added up; at most `every`.
-            share: share of the stage's rows in which the model shrinks.
+            batches: N: the scores of the last N steps before a removal are added up; at most `every`.
+            share: share of the stage's rows during which the model shrinks.
 
-        The recipe's metric scores units by the gradients that the optimiser is about to use, clipped as they are, so no further
-        pass is made; its chooser says which go, in one shot, until the parameters that are due are gone. A repair, if the recipe
-        has one, reads calibration text before each cut. Moments follow the cut.
+        The recipe's metric scores units by the clipped gradients that the optimiser is about to use, so no extra pass is needed.
+        The recipe's chooser then removes, in one shot, as many parameters as are due. A repair, if the recipe has one, reads
+        calibration text before each cut. The optimiser's moments are cut along with the weights.
 
-        Source: arXiv:2502.06663 and the figures of its repository; the training code is not public. Differs: what is due is counted
-        in parameters, not as one group a step, and units of all kinds stand in one line by the chooser, per parameter in the row
-        `efficientllm`; the paper's comparison between kinds is not known.
+        Source: arXiv:2502.06663 and the figures of its repository; the training code is not public. Differs: removals are counted
+        in parameters, not as one group per step. The chooser ranks units of all kinds together; in the row `efficientllm` it does
+        so by score per parameter. How the paper compares kinds is not known.
         """
         super().__init__()
         self.every, self.batches, self.share = every, batches, share
@@ -66,7 +66,7 @@ class BetweenSteps(Units):
         self._sums: Scores = {}
 
     def check(self, work: Work) -> None:
-        """Refuse a recipe without training, or one whose metric or training does not go with cuts between steps."""
+        """Refuse a recipe without training, or one whose metric or training does not work with cuts between steps."""
         super().check(work)
         recipe, asked = work.recipe, work.recipe.training
         if asked.source is None:
@@ -101,18 +101,18 @@ class BetweenSteps(Units):
             )
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
-        """Estimate of the cuts: one after every so many of the optimiser's steps."""
+        """Estimate of the number of cuts: one after every `every` optimiser steps."""
         asked = work.recipe.training
         steps = asked.tokens / work.recipe.stages / asked.batch_tokens * self.share
         return max(1, round(steps / self.every)) if reached > target else 0
 
     def looks(self, work: Work) -> Looks:
-        """Calibration text for the repair alone."""
+        """Calibration text, if there is a repair to read it."""
         repairs = work.recipe.repair is not None
         return Looks(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs, beside=("repair",) if repairs else ())
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """The repair alone."""
+        """Only the repair."""
         return {name: passes for name, passes in super().phases(work, target).items() if name == "repair"}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
@@ -133,7 +133,7 @@ class BetweenSteps(Units):
         stop = work.row_at(self.share, first=first)
         choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=1.0, amplitude=recipe.amplitude))
         for step in work.training(until=stop):
-            into = (step.step - self._began["steps"] - 1) % self.every  # of the steps to the next removal, this one's number
+            into = (step.step - self._began["steps"] - 1) % self.every  # place of this step between two removals, from 0
             last = state.progress.rows + recipe.training.batch_tokens // recipe.training.length >= stop
             if into >= self.every - self.batches or last:
                 self._add(work)
@@ -148,7 +148,7 @@ class BetweenSteps(Units):
             sizes, mask = _chosen(work, choose, scores, due=due)
             if mask.num_removed() == 0:
                 continue  # less than a unit is due
-            if recipe.repair is not None:  # else no text is read
+            if recipe.repair is not None:  # without a repair no text is read
                 repaired(work, mask, work.batches(), stage=state.stage, iteration=work.iteration)
             state.progress.begin_stage()  # a smaller model has a higher loss, which is no divergence
             yield Change(mask, step.loss, {"sizes": sizes})
@@ -160,7 +160,7 @@ class BetweenSteps(Units):
         self._began = {}
 
     def _add(self, work: Work) -> None:
-        """Add, in place, the scores that the gradients of this step give."""
+        """Add the scores from the gradients of this step to the sums, in place."""
         axes = scored(work)
         for metric in metrics_of(work, seed=work.recipe.seed + work.iteration):
             running = metric(work.model, axes)
@@ -171,24 +171,25 @@ class BetweenSteps(Units):
                 self._sums[name] = values + self._sums[name] if name in self._sums else values
 
     def state(self) -> dict[str, Any]:
-        """Where the stage's removals began, and scores that are being added up."""
+        """Where the stage's removals began, and the running sums of scores."""
         return {"began": dict(self._began), "sums": {name: values.tolist() for name, values in self._sums.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state` gave."""
+        """Continue from what `state` returned."""
         if "began" in state:
             self._began = dict(state["began"])
             self._sums = {name: torch.tensor(values) for name, values in state["sums"].items()}
 
     def fit(self, work: Work) -> None:
-        """Count the removals of the stage anew, since what they go by has changed."""
+        """Restart the stage's removals, because the recipe changed."""
         self._began, self._sums = {}, {}
 
 
 def _chosen(work: Work, choose: Callable[..., Any], scores: Scores, *, due: int) -> tuple[dict[str, int], Mask]:
-    """The sizes and the mask that leave at most `due` parameters, as far as the chooser may take so many.
+    """The sizes and the mask that leave at most `due` parameters, or as few as the chooser can reach.
 
-    A chooser adds up what units cost, and a weight of a channel and a neuron costs both; so it is asked for more until what is left says enough.
+    A chooser adds up the costs of units, so it counts a weight shared by a channel and a neuron twice and removes too little.
+    It is asked for more until the true number of parameters is low enough.
     """
     axes, added = prunable(work), repair_parameters(work)
     least = min((axis.cost for axis in axes), default=1)

@@ -1,4 +1,4 @@
-"""Repairs in closed form: change the layers behind the gates so that they do without the inputs that a cut removes.
+"""Repairs in closed form: change the linear layers at the gates to make up for the inputs that a cut removes.
 
 Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its input, X the inputs at all N calibration tokens,
 [features, N]; k the features that stay, r those that go, as column indices.
@@ -28,10 +28,10 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The ridges to choose from."""
 
 FALLBACK = 1.0
-"""The ridge to take if the text is too short to choose one, or to do without one."""
+"""The ridge if the text is too short to choose one, or too short for a ridge of 0."""
 
-_ROUNDING = 1e-6  # of features of length 1: what lies below is rounding of sums in float32
-_HELD_OUT = 4  # one batch in so many, the second first, where the ridge is chosen
+_ROUNDING = 1e-6  # for features scaled to length 1: smaller values are float32 rounding
+_HELD_OUT = 4  # every fourth batch, from the second on, is held out to choose the ridge
 
 
 @part("repair")
@@ -50,39 +50,38 @@ def least_squares(
     warn: Callable[[str], None] = lambda message: None,
     on_layer: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Change the remaining columns, in place, so that their output comes as near to that of all columns as least squares can.
+    """Change the remaining columns, in place, to bring their output as near as possible to that of all columns (least squares).
 
     W'_k minimises  ‖W' Z_k - W X‖² + λ ‖W' - W_k‖²,  which is
 
         W'_k = W_k + (W X Z_kᵀ - W_k Z_k Z_kᵀ) (Z_k Z_kᵀ + λI)⁻¹        λ = ridge · mean diagonal of Z_k Z_kᵀ
 
-    Z is X, or with `sequential` the inputs that the already pruned and repaired layers below give; X always comes from the model
-    as it is. The ridge pulls towards the remaining weights W_k, not towards zero: with λ → ∞ nothing changes. With Z = X this is
-    W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Layers are repaired one after the other, so only one of these matrices is held at a
-    time.
+    Z is X. With `sequential`, Z is the input that comes from the already pruned and repaired layers below; X always comes from
+    the unchanged model. The ridge pulls towards the remaining weights W_k, not towards zero: with λ → ∞ nothing changes. With
+    Z = X this is W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Decoder layers are repaired one after the other, so memory holds the
+    matrices of one of them at a time.
 
     Args:
         model: causal LM; weights of layers at gates that `mask` shuts change.
         axes: its axes.
         mask: the cut that follows.
         batches: token ids, int64 [batch, length].
-        ridge: in mean diagonals. None chooses one of `RIDGES` for each layer, by the error on every fourth batch, which the fit
-            does not see; with a single batch it takes `FALLBACK`. With fewer tokens than features, the ridge is multiplied by
-            features / tokens; a ridge of 0 becomes `FALLBACK` times that. `warn` is told of both cases.
-        sequential: let later layers make up for the changed inputs that pruned earlier layers give them; two to three times the
-            work.
-        factors: Gauss-Newton steps after the least squares, on a factor for each attention and MLP
+        ridge: as a multiple of the mean diagonal. None chooses one of `RIDGES` for each layer, by the error on every fourth
+            batch, which the trial fits do not see; with a single batch it takes `FALLBACK`. With fewer tokens than features, the
+            ridge is multiplied by features / tokens; a ridge of 0 becomes `FALLBACK` times that. `warn` is told of both cases.
+        sequential: let each layer also make up for its changed inputs from the pruned layers below; two to three times the work.
+        factors: number of Gauss-Newton steps after the least squares, on one factor for each attention and MLP
             (`reduce.factors.rescale_blocks`).
         task: what the model learns.
         dtype: precision of the matrix products of the model; the systems are solved in float64.
         warn: told when there are too few tokens for a ridge, or for factors.
-        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as all layers do together.
+        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as much as all layers.
 
     Raises:
         UsageError: a negative ridge or number of steps; no batches.
 
-    Source: ours, from ordinary ridge regression. Layer-wise reconstruction of what a cut removed is that of SparseGPT (arXiv:2301.00774) and ZipLM
-    (arXiv:2302.04089); inputs of the pruned model on one side only are FISTAPruner's (arXiv:2408.03728).
+    Source: ours, from ordinary ridge regression. SparseGPT (arXiv:2301.00774) and ZipLM (arXiv:2302.04089) also reconstruct
+    each layer's output; FISTAPruner (arXiv:2408.03728) also takes inputs of the pruned model on one side only.
     """
     if ridge is not None and ridge < 0:
         raise UsageError(f"repair ridge {ridge} is negative; give 0 or more, or null to choose one for each layer")
@@ -148,7 +147,7 @@ def least_squares(
             f"{raised}, set calibration.samples higher"
         )
     if factors:
-        entering, pruned = [], []  # lets go of the hidden states of all the text
+        entering, pruned = [], []  # frees the hidden states of the whole text
         rescale_blocks(
             model, axes, mask, batches, steps=factors, task=task, dtype=dtype, warn=warn,
             tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
@@ -156,7 +155,7 @@ def least_squares(
 
 
 class _Fit:
-    """The normal equations of one gate's layer, and their solution."""
+    """The normal equations of the linear layer at one gate, and their solution."""
 
     def __init__(self, weight: Tensor, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
         self.weight = weight
@@ -164,7 +163,7 @@ class _Fit:
         self.hold_out = hold_out
         stays, features = int(keep.sum()), keep.numel()
         sides = (features, stays) if sequential else (features,)
-        # fitted and held out: X Z_kᵀ and Z_k Z_kᵀ; where Z is X the second lies within the first
+        # one part to fit, one held out; each has X Z_kᵀ and Z_k Z_kᵀ, or only the first if Z is X, since it contains the second
         self.parts = [[self.weight.new_zeros(side, stays, dtype=torch.float32) for side in sides] for _ in range(1 + hold_out)]
 
     def add(self, whole: Tensor, pruned: Tensor | None, number: int) -> None:
@@ -211,7 +210,8 @@ class _Fit:
 def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
     """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
 
-    Every feature is brought to its own scale first, so that one very large feature does not hide the others.
+    Whether a direction has data is judged with every feature scaled to length 1, so that a very large one does not hide the
+    others.
     """
     shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
     scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
@@ -297,7 +297,7 @@ def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
 
 
 def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:
-    """For the linear layer at every gate of a decoder layer that the mask shuts in part, the features that stay: bool [features]."""
+    """Linear layers at those gates of a decoder layer that the mask shuts in part -> the features that stay, bool [features]."""
     kept: dict[str, Tensor] = {}
     for axis in axes:
         if axis.layer == layer and axis.gate.is_linear and axis.name in mask and not bool(mask[axis.name].all()):

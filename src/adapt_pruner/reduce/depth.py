@@ -1,7 +1,7 @@
-"""How many whole layers, attentions and MLPs go: as many as the budget asks for, those that change their input least first.
+"""Remove whole layers, attentions and MLPs until the budget is met, those first that change their input least.
 
-Where other axes may shrink too they pay for what is less than a whole unit; otherwise the model ends up to one such unit below the
-budget.
+The budget rarely falls between two whole units. Other axes that may shrink make up the difference; without any, the model ends
+up to one whole unit below the budget.
 """
 
 from collections.abc import Sequence
@@ -19,28 +19,29 @@ __all__ = ["drop_layers"]
 def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
     """Remove whole layers, attentions and MLPs, the lowest scores first, until the budget is met.
 
-    Those of the kinds that `axes` names stand in one line by their score. The lowest goes while it fits into what must still
-    go, but the last of a kind stays; a layer takes its blocks along. Then, with such axes alone, one more goes; with other
-    axes beside them, those in what stays pay the rest, all the same share (`allocate.uniform` in one shot), unless they are too
-    small for it.
+    All units of the kinds in `axes` are ranked together by score. The lowest is removed as long as the excess pays for it. The
+    last unit of a kind stays, and a removed layer takes its blocks along. What is left of the excess is less than the next unit.
+    If `axes` has other axes in the layers that stay, these lose it, all the same share (`allocate.uniform` in one shot). If
+    there are none or they are too small, the next unit goes, too.
 
-    The score counts as it is, not per parameter: a cosine and a loss have no zero that a quotient could be taken from, and both
-    sources rank by the score alone. So attention, which mostly changes its input less, tends to go before an MLP that costs more.
+    Units are ranked by the score itself, not by score per parameter. A cosine or a loss has no natural zero, so dividing it by a
+    size means nothing, and both sources rank by the score alone. Attention mostly changes its input less than an MLP does, so it
+    tends to go first although the MLP has more parameters.
 
     Args:
-        scores: of `layers`, float32 [num_layers], and of each block, float32 [1]: a distance between what enters and what leaves.
+        scores: of `layers`, float32 [num_layers], and of each block, float32 [1]: a distance between its input and its output.
         axes: the axes that may shrink, `layers` or those of blocks among them.
         budget: parameters to keep.
         debt: the sizes at the start; `Debt.none(axes)` at first.
-        step: share of the layers and blocks at the start that goes before they are measured again, at least one of them; blocks
-            that went with their layer do not count. 1 is one shot.
+        step: share of the layers and blocks at the start that is removed before the next measurement, at least one unit; blocks
+            removed with their layer do not count. 1 is one shot.
 
     Returns:
-        Units each axis keeps (those in layers and blocks that go are whole), and the debt after it.
+        Units each axis keeps, and the debt after it. Axes inside removed layers and blocks keep their size.
 
-    Source: with `blocks.block_influence` and in one shot, of layers ShortGPT, arXiv:2403.03853, and of attentions, MLPs or both in
-    one line What Matters in Transformers?, arXiv:2406.15786. Differs: it goes by parameters, not by a number of units, and counts
-    each unit's own.
+    Source: with `blocks.block_influence` and in one shot, this is ShortGPT (arXiv:2403.03853) for layers, and What Matters in
+    Transformers? (arXiv:2406.15786) for attentions, MLPs or both ranked together. Differs: the budget is a number of parameters,
+    not of units, and each unit counts its own parameters.
     """
     line = _lowest_first(scores, axes)
     kinds = {axis.kind for axis, _ in line.values()}
@@ -64,7 +65,7 @@ def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: D
             break
         with_it = gone | {unit}
         if left(with_it) != kinds:
-            staying.add(axis.kind)  # the ones behind it too: which layers go is their scores' to say
+            staying.add(axis.kind)  # the rest of the kind stays, too: a unit with a higher score must not go in its place
         if axis.kind in staying or _owner(unit) in gone:
             continue
         room = sum((axis.size - 1) * axis.cost for axis in others(gone))
@@ -85,7 +86,7 @@ def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: D
 
 
 def _lowest_first(scores: Scores, axes: Sequence[Axis]) -> dict[str, tuple[Axis, int]]:
-    """The units that go whole, by name (`layers.3`, `layers.3.mlps`) with their axis and cost; of equals the first stays, as in Mask."""
+    """Whole units by name (`layers.3`, `layers.3.mlps`), with axis and cost, lowest score first; among equals the last first."""
     units: list[tuple[float, str, Axis, int]] = []
     for axis in axes:
         if axis.modules:
@@ -98,5 +99,5 @@ def _lowest_first(scores: Scores, axes: Sequence[Axis]) -> dict[str, tuple[Axis,
 
 
 def _owner(unit: str) -> str:
-    """The layer that a block lies in; of a layer, `layers`."""
+    """The layer that a block lies in; for a layer, `layers`."""
     return unit.rpartition(".")[0]

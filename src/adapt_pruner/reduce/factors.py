@@ -1,8 +1,8 @@
-"""Scale the output of each attention and each MLP by one factor, so that the loss is least.
+"""Scale the output of each attention and each MLP by one factor, to minimise the loss.
 
-Once units are gone, a block's output is partly wrong, and the rest of the model may do better with less of it. Least squares
-looks at one layer at a time and cannot tell how much. A model of L layers has only 2 L factors, so they can be fitted to the
-loss itself without overfitting. The factors are multiplied into existing weights: no parameter is added.
+Once units are removed, a block's output is partly wrong, and the rest of the model may do better with less of it. Least squares
+looks at one layer at a time and cannot tell how much less. A model of L layers has only 2 L factors, so they can be fitted to
+the loss itself without overfitting. The factors are multiplied into existing weights: no parameter is added.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,16 +24,16 @@ from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 __all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks"]
 
 DAMPING = 0.1
-"""Of the curvature's diagonal, added to it; more where there are fewer pieces of text than factors."""
+"""Share of the curvature's diagonal that is added to it; more if there are fewer pieces of text than factors."""
 
 PIECE = 16
-"""Tokens of a piece of text, whose derivatives' spread is the curvature."""
+"""Tokens in a piece of text; the curvature is estimated from the spread of the derivatives over the pieces."""
 
 MOST = 0.5
 """The most that a factor changes in a step, as a share of itself."""
 
-_SHARES = (1.0, 0.5, 0.25)  # of a step, until the loss falls
-_FITTED, _HELD_OUT = (0, 2), (1, 4)  # of the sequences: the first taken, and each so many further
+_SHARES = (1.0, 0.5, 0.25)  # of a step, tried in turn until the loss falls
+_FITTED, _HELD_OUT = (0, 2), (1, 4)  # number of the first sequence, and distance from one sequence to the next
 
 
 @torch.no_grad()
@@ -49,39 +49,42 @@ def rescale_blocks(
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> list[float]:
-    """Multiply, in place, what each block adds to the stream by a factor f, by Gauss-Newton steps on the loss of the pruned model.
+    """Scale each block's output, in place, by a factor f, found by Gauss-Newton steps on the loss of the pruned model.
 
         f ← f (1 - δ),   δ = (F + λ diag F)⁻¹ ∂L/∂log f,   F = (Σ s sᵀ - (Σ s)(Σ s)ᵀ / P) / T,   λ = 0.1 · max(1, n / P)
 
-    n factors, T predicted tokens in P pieces of 16, L the mean loss (of a causal LM in nats per token), s [n] the derivative of the summed
-    loss by log f where it multiplies one piece: F is the Fisher information, estimated by the spread of s, without its mean, which is
-    no curvature. There are many pieces to a factor; sequences would be few, and the steps of two halves of a text have little in common
-    then. No factor changes by more than half of itself in a step.
+    There are n factors, and T predicted tokens in P pieces of 16. L is the mean loss (of a causal LM in nats per token). s [n] is
+    the derivative of the summed loss by log f, if f multiplies one piece only. F is the Fisher information, estimated by the
+    spread of s around its mean, since the mean is no curvature. Pieces are short so that there are many per factor. With whole
+    sequences there would be few, and steps from two halves of a text would have little in common. No factor changes by more than
+    half of itself in a step.
 
-    Every second sequence is fitted to: n / 2T nats, what numbers fitted to so much text cost on other text, are 0.002 for 60 factors and
-    12,000 tokens. A step is halved, twice at most, until the loss on half of the others falls, and left out if it does not.
+    The factors are fitted to every second sequence. On other text, overfitting costs about n / 2T nats: 0.002 for 60 factors and
+    12,000 tokens. A step is halved, at most twice, until the loss falls on half of the other sequences. If it does not fall, the
+    step is dropped and no further step is taken.
 
-    A factor is multiplied into the linear layer that ends the block, with its bias, or into the norm that follows it (Gemma).
+    A factor is multiplied into the linear layer that ends the block, with its bias, or into the norm after it (Gemma).
 
     Args:
         model: causal LM; weights change.
         axes: its axes, `attentions` and `mlps` of each layer among them.
-        mask: what is about to be cut; blocks that go get no factor.
+        mask: the cut that follows; blocks that it removes get no factor.
         batches: token ids, int64 [batch, length]; with fewer than two sequences nothing is done.
-        steps: of which each takes a pass forwards and back over half of the text, and one or more forwards over a quarter.
+        steps: number of steps. Each takes a forward and backward pass over half of the text, and one to three forward passes
+            over a quarter.
         task: what the model learns.
         dtype: precision of the matrix products.
         warn: told when there is too little text.
         tell: told the share of the work that is done.
 
     Returns:
-        The mean loss before the first step and after each, on the sequences that are not fitted to, nats per token.
+        The mean loss on the held-out sequences before the first step and after each step that was kept, nats per token.
 
     Raises:
         RunError: the loss is not finite.
 
-    Source: ours. Gauss-Newton with the empirical Fisher information as in Amari's natural gradient; a factor per block is LayerScale's
-    (arXiv:2103.17239), which is trained.
+    Source: ours. Gauss-Newton with the empirical Fisher information, as in Amari's natural gradient. LayerScale
+    (arXiv:2103.17239) has a factor per block, too, but trains it.
     """
     blocks = [axis for axis in axes if axis.modules and mask.renamed(axis.name) and bool(mask.of(axis).all())]
     fitted, held_out = _every(batches, *_FITTED), _every(batches, *_HELD_OUT)
@@ -100,7 +103,7 @@ def rescale_blocks(
             f"{len(blocks) / pieces:.1f} times as much, set calibration.samples higher"
         )
     factors = torch.ones(len(blocks), dtype=torch.float64)
-    give_back()  # what the phase before has freed, or the copies of all weights come on top of it
+    give_back()  # return memory that the phase before has freed, before all weights are copied
     with gated(model, axes, mask), _multiplied(model, blocks, factors), linears_cast(model, dtype):
         losses = [mean_loss(model, held_out, task=task, dtype=dtype)]
         for step in range(steps):
@@ -127,7 +130,7 @@ def rescale_blocks(
 
 
 def _every(batches: Sequence[Tensor], start: int, nth: int) -> list[Tensor]:
-    """Of all sequences number `start` and each `nth` after it, in batches as they were."""
+    """Sequence number `start` and every `nth` after it, grouped in the same batches."""
     chosen, before = [], 0
     for batch in batches:
         chosen.append(batch[(start - before) % nth :: nth])
@@ -136,7 +139,7 @@ def _every(batches: Sequence[Tensor], start: int, nth: int) -> list[Tensor]:
 
 
 def _solved(slopes: Tensor, squares: Tensor, *, pieces: int, predicted: int) -> Tensor:
-    """δ, float64 [n]: by how much of itself each factor is to fall; see `_slopes`."""
+    """δ, float64 [n]: the share by which each factor falls; the arguments come from `_slopes`."""
     # The derivatives are those of the mean loss, 1 / T of those of the sum.
     curvature = (squares - slopes[:, None] * slopes / pieces) * predicted
     damping = DAMPING * max(1.0, len(slopes) / pieces)
@@ -149,9 +152,9 @@ def _solved(slopes: Tensor, squares: Tensor, *, pieces: int, predicted: int) -> 
 
 
 def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]:
-    """A metric that gives the derivatives of the loss by the logarithms of the factors, and what their spread follows from.
+    """A metric that returns the sums of the derivatives of the loss by log f, and of their products.
 
-    `slopes` is Σ s, [n], over all pieces of text, and `squares` Σ s sᵀ, s those of the mean loss by a factor of one piece.
+    `slopes` is Σ s, [n], and `squares` is Σ s sᵀ, [n, n], over all pieces of text. Here s is the derivative of the mean loss.
     """
 
     def look(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Any, Scores]:
@@ -183,7 +186,7 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
 
 @contextmanager
 def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> Iterator[None]:
-    """While it lasts, what each block adds to the stream is multiplied by its entry of `factors`, whatever that is at the time."""
+    """While the context lasts, multiply each block's output by its current entry of `factors`."""
 
     def multiply_by(number: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -197,7 +200,7 @@ def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> It
 
 
 def _ending(model: nn.Module, axes: Sequence[Axis], block: Axis) -> list[tuple[str, float]]:
-    """The parameters that what a block adds to the stream is linear in, each with what is added to it before it multiplies."""
+    """The parameters that scale a block's output, each with the offset that is added to it before it multiplies."""
     last = block.modules[-1]
     linear = [axis.gate.module for axis in axes if block.name in axis.enclosing and axis.gate.is_linear]
     if linear and linear[0].startswith(f"{last}."):

@@ -2,7 +2,7 @@
 
     min over W'   1/2 ‖W' Z - W X‖² + λ ‖W'‖₁
 
-FISTA solves it for a λ; the share of the error that rounding adds says whether the next λ is higher or lower.
+FISTA solves it for one λ. The share of the error that comes from rounding decides whether the next λ is higher or lower.
 """
 
 import math
@@ -19,7 +19,7 @@ from adapt_pruner.reduce.solvers import Inputs, quadratic
 
 __all__ = ["fista", "iterated", "lipschitz"]
 
-_LOWEST = 1e-6  # λ that is looked at, as a share of the one at which nothing is left
+_LOWEST = 1e-6  # smallest λ tried, as a share of the λ at which all weights are zero
 
 
 @part("solver", needs={"text", "gram", "dense"})
@@ -35,29 +35,29 @@ def fista(
     tolerance: Annotated[float, "0 or more"] = 1e-4,
     rounding: Annotated[float, "0 to 1"] = 0.3,
 ) -> tuple[Tensor, Tensor]:
-    """1/2 ‖W' Z - W X‖² + λ ‖W'‖₁ is minimised by FISTA and rounded to the pattern, for a λ found by bisection (FISTAPruner).
+    """Minimise 1/2 ‖W' Z - W X‖² + λ ‖W'‖₁ by FISTA and round to the pattern, for a λ found by bisection (FISTAPruner).
 
-    A round takes up to `steps` of FISTA from the best weight so far, and rounds: of the matrix, or of each group, the largest |W'_ij| stay.
-    With E the error ‖round(W') Z - W X‖ after rounding and R = ‖(W' - round(W')) Z‖ what rounding changes, λ rises where R > `rounding` · E,
-    and falls elsewhere: bisection of log λ between 10⁻⁶ and 1 of max |W X Zᵀ|, above which nothing is left. The rounded weight with the least
-    error is taken, the warm start among them.
+    A round takes up to `steps` steps of FISTA from the best weight so far, then rounds: the largest |W'_ij| of the matrix, or of
+    each group, stay. E = ‖round(W') Z - W X‖ is the error after rounding, and R = ‖(W' - round(W')) Z‖ is what rounding changes.
+    λ rises if R > `rounding` · E, and falls otherwise. The bisection is of log λ between 10⁻⁶ and 1 times max |W X Zᵀ|, above
+    which all weights are zero. The result is the rounded weight with the least error; the warm start takes part.
 
     Args:
         weight: float32 [outputs, inputs].
         pattern: how many become zero.
         inputs: of the layer.
         warm_start: the solver whose result is the first weight: wanda, sparsegpt or magnitude.
-        correction: let each layer make up for what those before it in its decoder layer have changed; else Z is X.
-        rounds: values of λ.
+        correction: let each linear layer make up for the changes of those before it in its decoder layer; else Z is X.
+        rounds: number of values of λ to try.
         steps: most steps of FISTA in a round.
-        tolerance: a round ends when a step changes the weight by less, as a share of its norm.
-        rounding: ξ.
+        tolerance: a round ends when a step changes the weight by less than this share of its norm.
+        rounding: ξ, the highest share of the error that may come from rounding.
 
     Returns:
         The new weight, and which of its entries stay, bool.
 
-    Source: FISTAPruner, arXiv:2408.03728; ξ = 0.3 and the warm start from Wanda are the paper's for LLaMA. There is no official code: the
-    bracket of λ, the numbers of rounds and steps and the tolerance are ours.
+    Source: FISTAPruner, arXiv:2408.03728; ξ = 0.3 and the warm start from Wanda are the paper's for LLaMA. There is no official
+    code: the range of λ, the numbers of rounds and steps and the tolerance are ours.
     """
     assert inputs.gram is not None
     best, keep = parts.bind("solver", warm_start)(weight, pattern, inputs)
@@ -71,7 +71,7 @@ def fista(
 
     least, bound = error(best), lipschitz(gram)
     high = float(wanted.abs().max())
-    if bound <= 0 or high <= 0 or least == 0:  # nothing enters the layer, or nothing is missed
+    if bound <= 0 or high <= 0 or least == 0:  # the layer's inputs are all zero, or the warm start has no error
         return best, keep
     low, high = math.log(high * _LOWEST), math.log(high)
     for _ in range(rounds):

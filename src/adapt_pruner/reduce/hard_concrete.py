@@ -2,7 +2,7 @@
 
     z            one number for each channel, KV head, neuron and layer; drawn anew for each pass
     L            the training loss with units multiplied by z, plus a Lagrangian that holds the expected sizes to the target
-    weights and z descend, the multipliers ascend; the target falls to its end over the first rows
+    weights and z descend, the multipliers ascend; the target sizes fall to those of the shape over the first rows
 
 At the end each row of z keeps as many entries as the shape has, z is multiplied into the weights, and one cut is made.
 """
@@ -28,7 +28,7 @@ KINDS = ("residual", "kv_heads", "neurons", "layers")
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 _START = (5.0, 0.01)  # mean and standard deviation of log α
 _BOUND = math.log(100)  # of |log α|
-_TELL = 10  # steps
+_TELL = 10  # steps between two reports
 
 
 def sampled(log_alpha: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def expected_open(log_alpha: Tensor) -> Tensor:
 
 
 def settled(log_alpha: Tensor, keep: int) -> Tensor:
-    """z without chance: σ(0.8 log α / β) of the `keep` highest entries of each row, 0 of the others."""
+    """z without noise: σ(0.8 log α / β) for the `keep` highest entries of each row, 0 for the others."""
     best = log_alpha.topk(keep, dim=-1).indices
     soft = torch.sigmoid(0.8 * log_alpha / _TEMPERATURE)
     return torch.zeros_like(soft).scatter(-1, best, soft.gather(-1, best))
@@ -67,25 +67,25 @@ class HardConcrete(Reduction):
     ) -> None:
         """
         Args:
-            residual: width of the stream at the end; None keeps it where another size is given.
+            residual: width of the residual stream at the end; None keeps it if another size is given.
             kv_heads: KV heads of each layer.
             neurons: neurons of each layer.
             layers: number of layers.
-            share: share of the training rows in which masks are learnt; the rest trains the small model.
-            ramp: share of those in which the target falls to its end.
-            lr: peak rate of log α and of the multipliers; it follows the schedule of the weights.
+            share: share of the training rows during which masks are learnt; the rest trains the small model.
+            ramp: share of those rows over which the target sizes fall to those of the shape.
+            lr: peak learning rate of log α and of the multipliers; it follows the schedule of the weights.
 
-        Without any size the shape is found from the budget: all kinds of `axes` give up the same share of their units, the
-        least that meets it.
+        Without any size, the shape follows from the budget: all kinds in `axes` give up the same share of their units, the
+        smallest that meets the budget.
 
         With e_j the expected share of a row that is gone, t_j its target so far, and multipliers λ of each kind j:
 
             L = loss + Σ_j mean over rows of [ λ1_j (e_j - t_j) + λ2_j (e_j - t_j)² ]
 
-        Source: arXiv:2310.06694 and its released code: β = 2/3, log α ~ N(5, 0.01) within ±log 100, multipliers from 0 at the rate
-        of the masks. Differs: KV heads are the units (with their query heads), not query heads; a norm's mean runs over all channels
-        under the masks and is brought to those that stay at the cut, so that masked and cut model agree as everywhere here; AdamW's
-        betas are the run's.
+        Source: arXiv:2310.06694 and its released code: β = 2/3, log α ~ N(5, 0.01) within ±log 100, multipliers from 0 at the
+        rate of the masks. Differs: the units are KV heads with their query heads, not query heads. Under the masks a norm takes
+        its mean over all channels; the cut rescales it to the channels that stay, so that masked and cut model agree, as
+        everywhere here. AdamW's betas are the run's.
         """
         self.shape = {"residual": residual, "kv_heads": kv_heads, "neurons": neurons, "layers": layers}
         self.share, self.ramp, self.lr = share, ramp, lr
@@ -94,7 +94,7 @@ class HardConcrete(Reduction):
         self._held: dict[str, nn.Parameter] = {}
 
     def check(self, work: Work) -> None:
-        """Refuse a shape that the model cannot get, and training that masks do not go with."""
+        """Refuse a shape that the model cannot have, and training that does not work with masks."""
         check_masks_learn(work, "hard_concrete")
         for kind, size in self.shape.items():
             if size is None:
@@ -115,7 +115,7 @@ class HardConcrete(Reduction):
             )
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """The parameters of the shape, where it is given; else those that are left when each axis keeps one unit."""
+        """The parameters of the given shape; without one, those that are left when each axis keeps one unit."""
         if any(self.shape.values()):
             return _params(work, self._given(work)), "the model has the shape that reduce=hard_concrete(…) names"
         return _params(work, dict.fromkeys(self._kinds(work), 1)), "every axis has one unit"
@@ -125,7 +125,7 @@ class HardConcrete(Reduction):
         return Looks()
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
-        """Train weights and masks, saying how far they are every ten steps; then yield the cut."""
+        """Train weights and masks and report every ten steps; then yield the cut."""
         if work.num_params <= target:
             return
         assert work.training is not None
@@ -171,19 +171,19 @@ class HardConcrete(Reduction):
         return [kind for kind in KINDS if kind in work.recipe.axes and any(axis.kind == kind for axis in work.axes)]
 
     def _given(self, work: Work) -> dict[str, int]:
-        """The sizes that are asked for, of kinds that have more now."""
+        """The sizes asked for, for those kinds that have more units now."""
         most = {axis.kind: axis.size for axis in work.axes}
         return {kind: size for kind, size in self.shape.items() if size is not None and size < most.get(kind, 0)}
 
     def _found(self, work: Work, target: int) -> dict[str, int]:
-        """The largest sizes that are the same share of all kinds and meet the budget."""
+        """The largest sizes that keep the same share of every kind and meet the budget."""
         most = {kind: min(axis.size for axis in work.axes if axis.kind == kind) for kind in self._kinds(work)}
         shares = range(1000, 0, -1)
         sizes = ({kind: max(1, most[kind] * share // 1000) for kind in most} for share in shares)
         return next(shape for shape in sizes if _params(work, shape) <= target)
 
     def _hold(self, work: Work, rows: Mapping[str, Tensor]) -> None:
-        """Give the optimiser log α and the multipliers, in place: as they were saved, or as they begin."""
+        """Add log α and the multipliers to the optimiser, in place, with their saved or else their first values."""
         device = next(work.model.parameters()).device
         generator = torch.Generator().manual_seed(work.recipe.seed)
         for kind, like in rows.items():
@@ -207,7 +207,7 @@ class HardConcrete(Reduction):
         self._optimizer = work.optimizer
 
     def _let_go(self, work: Work) -> None:
-        """Take log α and the multipliers from the optimiser, in place."""
+        """Remove log α and the multipliers from the optimiser, in place."""
         its = {id(one) for one in self._held.values()}
         optimizer: Any = work.optimizer
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if not its & {id(one) for one in group["params"]}]
@@ -216,7 +216,7 @@ class HardConcrete(Reduction):
         self._held = {}
 
     def _expected(self, work: Work) -> dict[str, float]:
-        """Axis name -> units that are open on average."""
+        """Axis name -> expected number of open units."""
         expected: dict[str, float] = {}
         for kind, log_alpha in self._held.items():
             if not kind.endswith(".multipliers"):
@@ -237,17 +237,17 @@ class HardConcrete(Reduction):
         return {"began": dict(self._began), "held": held}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state` gave."""
+        """Continue from what `state` returned."""
         if "held" in state:
             self._began, self._saved = dict(state["began"]), state["held"]
 
     def fit(self, work: Work) -> None:
-        """Learn the masks anew, since what they go by has changed."""
+        """Learn the masks from the start, because the recipe changed."""
         self._began, self._saved = {}, {}
 
 
 class _Lagrangian:
-    """Σ_j mean over rows of λ1 (e - t) + λ2 (e - t)², with the targets as far as they have fallen."""
+    """Σ_j mean over rows of λ1 (e - t) + λ2 (e - t)², with the targets t at their present value."""
 
     def __init__(self, held: Mapping[str, Tensor], goal: Mapping[str, float], fallen: Callable[[], float]) -> None:
         self._held, self._goal, self._fallen = held, goal, fallen
@@ -272,14 +272,14 @@ def _masked(
         with gated(model, work.axes, _gates(work.axes, z)):
             total: Tensor = objective(model, ids, predicted)
         held_to = lagrangian()
-        # Its gradient alone: the loss that is told, and watched for an explosion, is that of the text.
+        # Only its gradient is added: the loss that is reported, and watched for divergence, stays that of the text.
         return total + (held_to - held_to.detach()) * work.task.num_predicted([ids], predicted)
 
     return loss
 
 
 def _rows_of(axes: Sequence[Axis], kind: str) -> Tensor:
-    """Zeros in the shape of the masks of a kind: a row an axis; that of layers is one."""
+    """Zeros in the shape of the masks of a kind: one row for each axis; the kind `layers` has one row."""
     its = [axis for axis in axes if axis.kind == kind]
     if len({axis.entries for axis in its}) != 1:
         raise UsageError(
@@ -290,7 +290,7 @@ def _rows_of(axes: Sequence[Axis], kind: str) -> Tensor:
 
 
 def _gates(axes: Sequence[Axis], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gates by axis name; what a layer adds to the stream, by its attention and by its MLP, is multiplied by the layer's z."""
+    """Axis name -> gates. The z of a layer multiplies the outputs of its attention and its MLP."""
     gates: dict[str, Tensor] = {}
     for kind in z.keys() - {"layers"}:
         gates |= dict(zip([axis.name for axis in axes if axis.kind == kind], z[kind], strict=True))
@@ -317,14 +317,15 @@ def _params(work: Work, shape: Mapping[str, int]) -> int:
 def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor], *, task: CausalLM = CAUSAL_LM) -> None:
     """Multiply z into the weights, in place, so that the model computes the same without gates; where z is 0 nothing is done.
 
-    Neurons and heads: the columns that read them. Layers: what their attention and MLP add to the stream. Channels: all that writes the
-    stream, and the embeddings; where these are also the head, the last norm is divided by z.
+    Neurons and heads: z multiplies the columns that read them. Layers: z multiplies the outputs of their attention and MLP.
+    Channels: z multiplies the embeddings and all weights that write the stream; if the embeddings are also the head, the last
+    norm is divided by z.
 
     Args:
-        model: as it is under `gated` with these values.
+        model: causal LM; afterwards it computes what it computed under `gated` with these values.
         axes: its axes.
-        z: kind -> [rows, entries], 0 for what is about to be cut.
-        task: what is predicted, which knows embeddings and head.
+        z: kind -> [rows, entries], 0 for entries that the next cut removes.
+        task: finds the embeddings and the head.
     """
     for axis in axes:
         if axis.kind not in z:
@@ -342,7 +343,7 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor], *, tas
 
 
 def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None:
-    """Multiply what each layer's blocks add to the stream: the norm behind a block, or else the layer at the gate of its units."""
+    """Scale the output of each layer's blocks: in the norm after a block, or else in the linear layer at its units' gate."""
     shifted = {name for axis in axes for name in axis.one_more}
     for axis in axes:
         if axis.kind in ("attentions", "mlps") and axis.layer is not None:
@@ -354,13 +355,13 @@ def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None
 
 
 def _behind(model: nn.Module, block: Axis) -> str | None:
-    """The norm behind a block, which gives what is added to the stream; None where there is none."""
+    """The norm after a block, whose output is added to the stream; None if there is none."""
     name = block.modules[-1]
     return name if getattr(model.get_submodule(name), "weight", None) is not None else None
 
 
 def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor, task: CausalLM) -> None:
-    """Multiply all that writes the stream, and what norms behind blocks read."""
+    """Scale the embeddings, all weights that write the stream and the norms after blocks; see `fold` for tied embeddings."""
     head: Any = task.head(model)
     embeddings: Any = task.entrance(model)
     behind = [name for block in axes if block.kind in ("attentions", "mlps") and (name := _behind(model, block))]

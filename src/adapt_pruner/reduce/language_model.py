@@ -1,4 +1,4 @@
-"""`proposals=language_model`: a chat model writes the next candidates of a search, as in Self-Pruner; what it writes is checked and mended."""
+"""`proposals=language_model`: a chat model writes the next candidates of a search (Self-Pruner); they are checked and mended."""
 
 import json
 import random
@@ -32,13 +32,13 @@ def language_model(
 ) -> list[Sizes]:
     """A chat model reads the best candidates with their losses and writes new ones: rates in percent, one a layer.
 
-    Rates are brought to the nearest sizes of the space, and then to the budget, by swaps. What cannot be read, has another number of
-    layers or holds something other than numbers is left out. `warn` is told how many were used, mended and left out, and if the
-    model did not answer; `evolution` makes those that are missing, so the search goes on in any case.
+    Rates become the nearest sizes of the space; then axes move by single levels until the budget is met. A list is dropped if it
+    cannot be read, has the wrong length or holds anything but numbers. `warn` is told how many lists were used, mended and
+    dropped, or that the model did not answer. `evolution` makes the missing candidates, so the search goes on in any case.
 
     Args:
-        model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a model as
-            `chat` takes it, which answers on this machine.
+        model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a model
+            as the command `chat` takes it, which runs on this machine.
 
     Source: arXiv:2502.14413; its prompts are not public, these are ours.
     """
@@ -55,7 +55,7 @@ def language_model(
             used, mended = used + (whole == sizes), mended + (whole != sizes)
             proposed.append(whole)
         told = f"the language model wrote {used} candidates that were used as they are, {mended} that were mended and {unusable} unusable"
-    except Exception as error:  # of the network, of a server, of a model that reads too little
+    except Exception as error:  # from the network, from a server, or from a model whose context is too short
         told = f"the language model did not answer ({first_line(error)})"
     if len(proposed) < number:
         told += f"; evolution made {number - len(proposed)}"
@@ -64,7 +64,7 @@ def language_model(
 
 
 def read_rates(text: str) -> list[list[float | None]]:
-    """The lists in square brackets of an answer, with None for what is no number."""
+    """The lists in square brackets in an answer, with None in place of whatever is not a number."""
     lists = []
     for match in re.finditer(r"\[([^\[\]]*)\]", text[:_LONGEST]):
         values: list[float | None] = []
@@ -77,12 +77,12 @@ def read_rates(text: str) -> list[list[float | None]]:
 
 
 def _names(space: Space) -> list[str]:
-    """The axes that move, kind by kind."""
+    """The axes whose sizes the search changes, kind by kind."""
     return [name for names in space.kinds.values() if len(names) > 1 for name in names]
 
 
 def _prompt(population: Sequence[Candidate], space: Space, number: int) -> str:
-    """What the model is asked: the task, the best candidates with their losses, and the form of the answer."""
+    """The prompt: the task, the best candidates with their losses, and the form of the answer."""
     names = _names(space)
     kinds = [
         f"{len(its)} for the {kind.replace('_', ' ')} of each layer, first layer first"
@@ -110,7 +110,7 @@ def _rates(sizes: Sizes, space: Space) -> list[int]:
 
 
 def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
-    """The sizes that rates stand for, each at its nearest level; None where they are not one number for each axis."""
+    """The sizes that rates stand for, each at its nearest level; None unless there is one rate from 0 to 100 for each axis."""
     names = _names(space)
     if len(rates) != len(names) or any(rate is None or not 0 <= rate <= 100 for rate in rates):
         return None
@@ -122,7 +122,7 @@ def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
 
 
 def _asked(model: str, prompt: str, *, seed: int) -> str:
-    """What the model answers."""
+    """The model's answer."""
     if re.match(r"https?://", model):
         address, _, name = model.partition("#")
         body = {

@@ -1,10 +1,11 @@
-"""What enters the linear layers of a model, decoder layer by decoder layer, while they are solved one after the other.
+"""Collect the inputs of a model's linear layers, decoder layer by decoder layer, and solve the layers with them.
 
-    onward       a decoder layer is entered by what the layers before it give once they are sparse (Wanda, SparseGPT)
-    from_dense   every decoder layer is entered by what the dense model gives, so that they can be solved in any order (FISTAPruner)
+    onward       the input of a decoder layer comes from the already sparse layers before it (Wanda, SparseGPT)
+    from_dense   the input of a decoder layer comes from the dense model, so the order does not matter (FISTAPruner)
 
-Both are generators that solve a decoder layer, change its weights in place, and yield. Of layers solved in an earlier session of the run only
-their number is needed: `onward` takes them from the first on, `from_dense` from the last on, so that those below are dense still.
+Both are generators: they solve a decoder layer, change its weights in place, and yield. When a run is resumed they need only the
+number of decoder layers that are solved. `onward` goes from the first layer to the last. `from_dense` goes from the last to the
+first, so that the layers below are still dense.
 """
 
 import copy
@@ -34,12 +35,12 @@ Solve = Callable[[Tensor, Inputs | None], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Solved:
-    """What came of one or several decoder layers.
+    """The result for one or several decoder layers.
 
     Attributes:
         kept: the masks of their linear layers, by name.
-        errors: ‖W' Z - W X‖² / ‖W X‖² of each, where it was worked out.
-        layers: decoder layers.
+        errors: ‖W' Z - W X‖² / ‖W X‖² of each linear layer for which it was computed; `from_dense` gives one mean.
+        layers: number of decoder layers.
     """
 
     kept: dict[str, Tensor]
@@ -49,15 +50,15 @@ class Solved:
 
 @dataclass
 class Walk:
-    """What a walk works on.
+    """Everything that a walk over the decoder layers needs.
 
     Attributes:
         model: causal LM; its weights change.
         axes: its axes.
-        batches: calibration text, int64 [batch, length]; empty where no solver reads any.
+        batches: calibration text, int64 [batch, length]; empty if the solver reads none.
         solve: solves one linear layer.
-        gram: whether it needs Z Zᵀ.
-        done: decoder layers that were solved before.
+        gram: whether `solve` needs Z Zᵀ.
+        done: number of decoder layers that are solved already.
         task: what the model learns.
         dtype: precision of the matrix products.
     """
@@ -76,11 +77,11 @@ class Walk:
         self.layers = decoder_layers(self.model, self.axes)
 
     def flows(self, batches: Sequence[Tensor]) -> list[Stream]:
-        """Batches as they enter the first layer."""
+        """The hidden states of the batches before the first layer."""
         return streams(self.model, batches, axes=self.axes, task=self.task, dtype=self.dtype)
 
     def through(self, flows: Sequence[Stream], index: int) -> None:
-        """Bring the text past a layer, in place."""
+        """Run the text through a layer, in place."""
         with casting_once(self.layers[index]):
             for flow in flows:
                 flow.hidden = flow.through(self.layers[index], index)
@@ -98,9 +99,9 @@ class Walk:
 
 @torch.no_grad()
 def onward(walk: Walk) -> Iterator[Solved]:
-    """Solve layer after layer, each on the outputs of the sparse ones before it; within a decoder layer inputs are those before it changes.
+    """Solve the decoder layers from first to last, each on the output of the sparse layers before it.
 
-    Several processes share the text.
+    The inputs of a decoder layer's linear layers are collected before any of them changes. Several processes share the text.
     """
     flows = walk.flows(world.share(walk.batches))
     for index in range(len(walk.layers)):
@@ -126,15 +127,15 @@ def onward(walk: Walk) -> Iterator[Solved]:
 
 @torch.no_grad()
 def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
-    """Solve layer after layer from the last to the first, each entered by what the dense model gives.
+    """Solve the decoder layers from last to first, each on the output of the dense layers before it.
 
-    With `correction` the linear layers of a decoder layer are solved in the order in which they are called, and Z of a later one is what
-    the solved ones before it leave; those with the same input count as one. Several processes each solve a layer at a time, on the whole text.
+    With `correction`, the linear layers of a decoder layer are solved in call order, and Z comes from the solved ones before.
+    Linear layers with the same input count as one. Each process solves another decoder layer, on the whole text.
     """
     flows, todo = walk.flows(walk.batches), len(walk.layers) - walk.done
     every = max(
         world.size(), round(math.sqrt(todo))
-    )  # hidden states before so many layers are kept, and those between worked out again
+    )  # the hidden states before every such layer are kept, those between are computed again
     entered: dict[int, list[Tensor]] = {}
     for index in range(todo):
         if index % every == 0:
@@ -171,7 +172,7 @@ def _put(flows: Sequence[Stream], hidden: Sequence[Tensor]) -> None:
 def _solve_layer(
     walk: Walk, index: int, flows: Sequence[Stream], kept: dict[str, Tensor], errors: list[float], *, correction: bool
 ) -> None:
-    """Solve the linear layers of a decoder layer, in place, one group of those with the same input after the other."""
+    """Solve the linear layers of a decoder layer, in place, group by group; the layers of a group have the same input."""
     layer, linear = walk.layers[index], linear_layers(walk.model, walk.axes, layer=index)
     dense = copy.deepcopy(layer)
     by_path = dict(dense.named_modules())
@@ -217,7 +218,7 @@ def _exchanged(walk: Walk, chunk: Sequence[int], kept: Mapping[str, Tensor]) -> 
 
 
 class _Sums:
-    """Sums over tokens of what enters linear layers, by the layer that enters first of those with the same input."""
+    """Sums over tokens of linear layers' inputs; layers with the same input have their sums under the first one's name."""
 
     def __init__(self, linear: Mapping[str, Any], *, gram: bool, cross: bool = False) -> None:
         self._linear, self._gram, self._cross = linear, gram, cross
@@ -234,11 +235,11 @@ class _Sums:
             sums.addmm_(left.t(), right)
 
     def gather(self, names: Sequence[str]) -> None:
-        """Sum over all processes, in place, those of these names."""
+        """Add up the sums of the named layers over all processes, in place."""
         world.sum_in_place(*(sums for name in names for sums in self._of(name)))
 
     def of(self, name: str) -> Inputs:
-        """What a solver is told."""
+        """The sums in the form that a solver takes."""
         return Inputs(*self._of(name))
 
     def _of(self, name: str) -> list[Tensor]:
@@ -255,10 +256,12 @@ class _Sums:
 
 @contextmanager
 def _watching(linear: Mapping[str, Any], add: Callable[[str, Tensor], None]) -> Iterator[dict[str, str]]:
-    """While it lasts, `add` is given what enters the linear layers, float32 [tokens, inputs], once for those that are given the same tensor.
+    """While the context lasts, call `add` with the input of each linear layer, float32 [tokens, inputs].
+
+    Layers that are called with the same tensor, one after the other, share one call of `add`.
 
     Yields:
-        Name of each layer that was called -> the first that was called with its input; filled as they are.
+        A dict that fills as layers are called: name of a layer -> the first layer that was called with its input.
     """
     owner: dict[str, str] = {}
     last: list[Any] = [None, ""]

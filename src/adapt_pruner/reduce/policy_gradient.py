@@ -1,6 +1,6 @@
-"""`reduce: policy_gradient`, Bypass back-propagation: learn how likely each unit is to stay, by forward passes alone.
+"""`reduce: policy_gradient`, Bypass back-propagation: learn how likely each unit is to stay, from forward passes alone.
 
-    s[u]        probability that unit u stays; the start is drawn from the scores of `metric`
+    s[u]        probability that unit u stays; it starts from the scores of `metric`
     m ~ s       K masks on the same text, each a forward pass with its loss L_k
     s ← s - lr · g, then each kind of unit is brought back to its share of the budget
 
@@ -58,23 +58,24 @@ class PolicyGradient(Units):
     ) -> None:
         """
         Args:
-            updates: number of steps of s.
-            masks: K, masks drawn for each step.
-            sequences: calibration sequences of a step, at most those of a draw; the next step reads the next ones.
+            updates: number of updates of s.
+            masks: K, masks drawn for each update.
+            sequences: calibration sequences of an update, at most those of a draw; the next update reads the next ones.
             lr: step size at the start; it falls to 0 along a cosine.
-            window: w of the moving baseline, b ← (1 - 1/w) · b + mean_k L_k / w, which a step uses once it is brought up to date.
+            window: w of the moving baseline, b ← (1 - 1/w) · b + mean_k L_k / w; each update renews b, then uses it.
             exact: take the exact score function, (m - s) / (s (1 - s)); else, as in the released code, (m - s) / √(s (1 - s)).
 
-        Each step, with ε = 1e-7:
+        Each update, with ε = 1e-7:
 
             g = Σ_k (L_k - b) · (m_k - s) / √((s + ε)(1 - s + ε)) / (K - 1)
 
-        A mask whose loss is not finite counts nothing. Neurons and KV heads keep the same share of their units, which meets the
-        budget; s of each kind, over all layers, is brought back to it by a shift found by bisection, and clamped to [0, 1].
+        A mask whose loss is not finite is left out. Neurons and KV heads keep the same share of their units, the share that
+        meets the budget. After an update, s of each kind, over all layers, is shifted down and clamped to [0, 1], so that its
+        mean is at most that share; bisection finds the shift.
 
-        Source: arXiv:2406.10576 and its released code (facts of it). Differs: the budget is counted in parameters, heads give up
-        their share rounded down and neurons pay the rest to the unit; every axis keeps at least one unit at the end; text is that of
-        `calibration`, and the repair is the recipe's.
+        Source: arXiv:2406.10576 and facts from its released code. Differs: the budget is counted in parameters. Heads give up
+        their share rounded down, and neurons pay the rest to within one unit. Every axis keeps at least one unit at the end. The
+        text is that of `calibration`, and the repair is the recipe's.
         """
         super().__init__()
         self.updates, self.masks, self.sequences = updates, masks, sequences
@@ -102,7 +103,7 @@ class PolicyGradient(Units):
         return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """Scoring once, draws of text, and the repair; how long a draw takes, the first tells."""
+        """Scoring once, the updates, and the repair; the time of the updates is known only once some are done."""
         its = {
             name: replace(passes, times=1) for name, passes in super().phases(work, target).items() if name in ("score", "repair")
         }
@@ -110,7 +111,7 @@ class PolicyGradient(Units):
         return {**its, "search": Passes(flops=None, times=self.updates), **last}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
-        """Learn s, then yield one cut; after every draw of text yield how far the search is."""
+        """Learn s and report after every draw of text; then yield one cut."""
         now, axes = work.num_params, prunable(work)
         if now <= target:
             return
@@ -132,7 +133,7 @@ class PolicyGradient(Units):
         yield Change(mask, loss, {"sizes": sizes})
 
     def _learn(self, work: Work, axes: Sequence[Axis], keep: float) -> Generator[Searched, None, list[Tensor]]:
-        """Take the steps that are left, in place; returns the text of the last."""
+        """Make the updates that are left, in place; returns the first sequences of the last draw."""
         rows: list[Tensor] = []
         work.begins("search", stage=work.state.stage)
         per_draw = max(1, sum(len(batch) for batch in work.reads.calibration(work.iteration)) // self.sequences)
@@ -157,7 +158,7 @@ class PolicyGradient(Units):
         return _together(rows[: self.sequences]) if rows else work.batches()[:1]
 
     def _update(self, work: Work, axes: Sequence[Axis], keep: float, batches: Sequence[Tensor]) -> list[float]:
-        """One step of s, in place; returns the losses of its masks."""
+        """Update s once, in place; returns the losses of the masks."""
         generator = torch.Generator().manual_seed((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + self._done)
         stay = self._stay
         drawn = [{name: torch.bernoulli(share, generator=generator) for name, share in stay.items()} for _ in range(self.masks)]
@@ -181,7 +182,7 @@ class PolicyGradient(Units):
         return losses
 
     def state(self) -> dict[str, Any]:
-        """The stage, the steps taken, the baseline, and s."""
+        """The stage, the number of updates made, the baseline, and s."""
         if not self._stage:
             return {}
         return {
@@ -190,14 +191,14 @@ class PolicyGradient(Units):
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state` gave."""
+        """Continue from what `state` returned."""
         if "stay" in state:
             self._stage, self._done = state["stage"], state["done"]
             self._baseline = math.nan if state["baseline"] is None else state["baseline"]
             self._stay = {name: torch.tensor(share) for name, share in state["stay"].items()}
 
     def fit(self, work: Work) -> None:
-        """Begin the stage's search anew, since what it goes by has changed."""
+        """Restart the stage's search, because the recipe changed."""
         self._stage = 0
 
 
@@ -225,7 +226,7 @@ def projected(stay: Tensor, keep: float) -> Tensor:
 
 
 def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scores:
-    """Scores of the recipe's metric; with `sequential_scoring`, each layer's on what comes out of layers that kept their share."""
+    """Scores of the recipe's metric; with `sequential_scoring`, each layer reads the output of layers cut to their share."""
     recipe, batches = work.recipe, work.batches()
     scores, _ = scores_of(work, batches, **where)
     if recipe.sequential_scoring:
@@ -238,7 +239,7 @@ def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scor
 
 
 def _chooser(axes: Sequence[Axis], gone: float) -> Any:
-    """All units in one line by s; of heads, where there are neurons to pay the rest, just the share that is due."""
+    """A chooser that ranks all units together by s; if neurons can pay the rest, heads lose just the share that is due."""
     both = {axis.kind for axis in axes} == set(_KINDS)
     if both:
         return partial(standardised, step=1.0, structure="AL-MM", by="feature", heads=max(0.0, gone))
@@ -246,5 +247,5 @@ def _chooser(axes: Sequence[Axis], gone: float) -> Any:
 
 
 def _together(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The sequences of a step in as few passes as their lengths allow; ids of the user's own may differ in length."""
+    """The sequences of an update in as few batches as their lengths allow; the user's own token ids may differ in length."""
     return batches_of(rows, max_tokens=sum(row.numel() for row in rows))

@@ -1,4 +1,4 @@
-"""What a search tries next: candidates made of those that are best so far, all of the same budget."""
+"""What a search tries next: candidates made from the best ones so far, all within the same budget."""
 
 import random as chance
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """Where a search may go: from `base` by whole levels, while the units of each kind stay as many.
+    """The sizes that a search may try: whole levels away from `base`, with as many units of each kind in all.
 
     Attributes:
         base: the start.
-        kinds: kind -> names of its axes; those with one axis stay as they are.
-        level: kind -> units that a level is.
+        kinds: kind -> names of its axes; a kind with one axis keeps its size.
+        level: kind -> units in a level.
         least: axis name -> fewest units that it keeps.
         most: axis name -> units it has.
     """
@@ -44,7 +44,7 @@ class Space:
 
     @classmethod
     def around(cls, axes: Sequence[Axis], base: Sizes, *, level: float) -> "Space":
-        """The space around the sizes `base`; a level is a share of the neurons of a layer, and one of other units."""
+        """The space around the sizes `base`. A level is that share of the widest layer's neurons; of other units it is one."""
         kinds: dict[str, tuple[str, ...]] = {}
         for axis in axes:
             kinds[axis.kind] = (*kinds.get(axis.kind, ()), axis.name)
@@ -53,14 +53,14 @@ class Space:
         return cls(base, kinds, units, {axis.name: axis.least for axis in axes}, {axis.name: axis.size for axis in axes})
 
     def levels(self, name: str) -> list[int]:
-        """The sizes that an axis may have, as many for each axis; beyond its ends the last is repeated."""
+        """The sizes that an axis may have. The list is equally long for all axes: the smallest and largest size may repeat."""
         unit = self.level[name.rpartition(".")[2]]
         steps = [self.base[name] + k * unit for k in range(-_REACH, _REACH + 1)]
         allowed = [size for size in steps if self.least[name] <= size <= self.most[name]]
         return [min(max(size, allowed[0]), allowed[-1]) for size in steps]
 
     def swapped(self, sizes: Sizes, draw: chance.Random, times: int) -> Sizes:
-        """Other sizes, `times` swaps away: one axis of a kind a level up, another a level down."""
+        """Sizes after `times` random swaps; a swap moves one axis of a kind a level up and another a level down."""
         swapped = dict(sizes)
         for _ in range(times):
             kinds = [kind for kind in self.kinds if self._movable(swapped, kind, 1) and self._movable(swapped, kind, -1)]
@@ -74,7 +74,7 @@ class Space:
         return swapped
 
     def mended(self, sizes: Sizes, draw: chance.Random) -> Sizes:
-        """Sizes brought back to the space: each to the nearest level, then each kind to as many units as `base` has."""
+        """Bring sizes back into the space: each to the nearest level, then each kind to as many units as `base` has."""
         mended = {name: min(self.levels(name), key=lambda size: (abs(size - sizes[name]), size)) for name in self.base}
         for kind, names in self.kinds.items():
             while missing := sum(self.base[name] - mended[name] for name in names):
@@ -91,7 +91,7 @@ class Space:
 def evolution(population: Sequence[Candidate], space: Space, draw: chance.Random, number: int) -> list[Sizes]:
     """Half are mutations of one candidate by one to three swaps, half crossings of two, which take each axis from either.
 
-    Parents are drawn by rank: the better of two that are drawn evenly.
+    A parent is the better of two candidates that are drawn at random.
     """
     offspring = []
     for index in range(number):

@@ -1,10 +1,10 @@
-"""Rank the units of all axes in one line and remove the lowest, until enough parameters are gone.
+"""Rank the units of all axes together and remove the lowest, until enough parameters are gone.
 
-    worth[a][r]    what the r-th lowest unit of axis a is worth, in a measure that holds across axes
-    line           the units of all axes, lowest worth first; of equals one layer's stand apart in depth
+    worth[a][r]    what the r-th lowest unit of axis a is worth, comparable across axes
+    line           the units of all axes, lowest worth first; equal ones are spread over the depth of the model
 
-The choosers here differ in the worth. The line is cut where the budget is met, counted in parameters, so a KV head weighs
-what it really costs. Of `Debt` they read the sizes at the start only.
+The choosers here differ in how they compute the worth. Units go from the front of the line until the budget is met. It is counted
+in parameters, so a KV head weighs what it really costs. Of `Debt` these choosers read only the sizes at the start.
 """
 
 import math
@@ -42,11 +42,11 @@ def per_parameter(
 
     worth[u] = score[u] / cost(axis of u) · (g(kind) / g(axis))^level
 
-    score[u] is the sum over its entries where a unit has one in every block; g(axis) is the geometric mean of the scores of an
-    axis, g(kind) that over the axes of its kind. With `level` 0 scores are taken at their word across layers and kinds, so
-    it wants a metric whose scores are comparable there: Taylor's are all in nats, and so are losses; magnitudes and activations
-    of different layers are not. What is measured of each layer alone says too little of layers that lose much side by side,
-    though: `level` brings the layers closer together, and with 1 they differ by their spread only.
+    If a unit has an entry in every block, score[u] is the sum over its entries. g(axis) is the geometric mean of the scores of an
+    axis, g(kind) that over all axes of its kind. With `level` 0, scores are compared as they are across layers and kinds. That
+    needs a metric whose scores are comparable: Taylor scores and losses are all in nats, but magnitudes and activations of
+    different layers do not compare. Scores that are measured on each layer alone do not show how much is lost when many layers
+    lose units together. `level` therefore brings the layers closer together; with 1 they differ only in their spread.
 
     Args:
         scores: of every axis, float32 [entries]; comparable across axes.
@@ -55,18 +55,18 @@ def per_parameter(
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of all prunable parameters at the start that goes in an iteration; 1 prunes in one shot.
         floor: share of its size at the start that every axis keeps at least, in [0, 1]; one unit in any case.
-        apart: divide by the mean over all units of a kind, so that heads and neurons, whose scores may be of another order, stand in one
-            line by how they compare with their own (GISP's normalisation of attention and MLP).
-        level: how far the axes of a kind are levelled, in [0, 1]. Above 0 it is for scores that are not negative.
+        apart: divide by the mean over all units of a kind. Heads and neurons, whose scores may differ in magnitude, are then
+            ranked together by how they compare with their own kind (GISP's normalisation of attention and MLP).
+        level: how far the axes of a kind are levelled, in [0, 1]. Values above 0 need scores that are not negative.
 
     Returns:
-        Units each axis keeps, and the debt as it was. The model ends at the budget or below it by less than one unit of the
-        cheapest kind, while there are any.
+        Units each axis keeps, and the debt as it was. The model ends at the budget, or below it by less than one unit of the
+        cheapest kind as long as there are such units.
 
     Raises:
-        UsageError: `floor` or `level` is no share, or a score is negative where axes are levelled.
+        UsageError: `floor` or `level` is not in [0, 1], or a score is negative and `level` is above 0.
 
-    Source: ours; global ranking as in Taylor pruning (arXiv:1906.10771), with parameters as the price.
+    Source: ours; global ranking as in Taylor pruning (arXiv:1906.10771), with parameters as the cost.
     """
     for option, share in (("floor", floor), ("level", level)):
         if not 0 <= share <= 1:
@@ -125,8 +125,8 @@ def standardised(
 
     z[u] = (score[u] - mean of its axis) / (standard deviation of its axis, over n - 1); 0 where an axis's scores are alike.
 
-        AL-AM    all units in one line by z
-        AL-MM    a given share of the heads goes, the lowest z of all layers; neurons in one line by z pay the rest
+        AL-AM    all units ranked together by z
+        AL-MM    a given share of the heads goes, lowest z of all layers first; neurons, ranked together by z, pay the rest
         UL-MM    that share of the heads goes in every layer; neurons pay the rest, the same share in every layer
         UL-UM    every axis gives up the same share
 
@@ -137,21 +137,22 @@ def standardised(
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of all prunable parameters at the start that goes in an iteration; 1, as in FLAP, prunes in one shot.
         structure: AL-AM, AL-MM, UL-MM or UL-UM.
-        heads: share of the heads there were at the start that goes under AL-MM and UL-MM, rounded down; as many of them as
-            the budget pays for, and never more.
-        by: `unit`: scores are standardised. `feature`: they are taken as they come, from a metric that has standardised the
-            features of an axis and gives a unit their mean (`activations.fluctuation(standardised=true)`), as FLAP does.
+        heads: share of the heads at the start that goes under AL-MM and UL-MM, rounded down; fewer if the budget does not pay
+            for all of them.
+        by: `unit` standardises the scores. `feature` takes them as they are, from a metric that has standardised the features of
+            an axis and gives a unit their mean (`activations.fluctuation(standardised=true)`), as FLAP does.
 
     Returns:
-        Units each axis keeps, and the debt as it was. The model ends at the budget or below it by less than one unit of the
-        cheapest kind, while there are any.
+        Units each axis keeps, and the debt as it was. The model ends at the budget, or below it by less than one unit of the
+        cheapest kind as long as there are such units.
 
     Raises:
-        UsageError: another structure or `by`, or `heads` is missing, out of range or without use.
+        UsageError: `structure` or `by` is unknown, or `heads` is missing, out of range or without use.
 
-    Source: FLAP, arXiv:2312.11983. Differs: a head weighs its parameters on this model (theirs counts every head as 512/3
-    neurons, right for a head size of 128 without grouped queries). By `unit`, heads spread as far as neurons do; by `feature`,
-    as there, the mean over a head's features draws heads together toward 0. The threshold is met within one neuron.
+    Source: FLAP, arXiv:2312.11983. Differs: a head counts with its parameters in this model (FLAP counts every head as 512/3
+    neurons, right for a head size of 128 without grouped queries). By `unit`, the scores of heads spread as far as those of
+    neurons. By `feature`, as in FLAP, the mean over a head's features draws the scores of heads towards 0. The threshold is met
+    within one neuron.
     """
     _check_options(structure, heads, by)
     worth = {axis.name: _lowest_first(axis, scores[axis.name]) for axis in axes}
@@ -165,7 +166,7 @@ def standardised(
                 f"option heads={heads} of rank.standardised is a share of heads, and axes names none; add kv_heads to axes"
             )
         due = _heads_due(attention, worth, debt, heads, together=structure == "AL-MM")
-        # Heads that are due stand in front of all neurons, the others in no line at all.
+        # Heads that are due go before all neurons; the others are not in the line at all.
         worth |= {axis.name: worth[axis.name][: due[axis.name]] - _FRONT for axis in attention}
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
 
@@ -186,7 +187,7 @@ def _check_options(structure: str, heads: float | None, by: str) -> None:
 
 
 def _heads_due(axes: Sequence[Axis], worth: Mapping[str, Tensor], debt: Debt, share: float, *, together: bool) -> dict[str, int]:
-    """Heads still to go of each axis until `share` of those at the start is gone, from each axis or from all `together`."""
+    """How many heads each axis still loses until `share` of those at the start is gone, of each axis or of all `together`."""
     starts = {axis.name: debt.start[axis.name] for axis in axes}
     if together:
         num = math.floor(sum(starts.values()) * share + 1e-9) - sum(starts[axis.name] - axis.size for axis in axes)
@@ -195,7 +196,7 @@ def _heads_due(axes: Sequence[Axis], worth: Mapping[str, Tensor], debt: Debt, sh
 
 
 def _lowest_first(axis: Axis, score: Tensor) -> Tensor:
-    """What an axis's units are worth in the order in which they go, float64 [size]; one of several blocks their mean."""
+    """The scores of an axis in the order in which units go, float64 [size]; with several blocks, the mean over the blocks."""
     return score.double().view(axis.blocks, axis.size).sort(dim=1).values.mean(dim=0)
 
 
@@ -206,12 +207,12 @@ def _standardised(values: Tensor) -> Tensor:
 
 
 def _share_gone(axis: Axis, start: int) -> Tensor:
-    """The share of an axis that is gone once each further unit is, so that one line takes the same share from all axes."""
+    """The share of an axis that is gone after each further unit; ranked by it, all axes lose the same share."""
     return torch.arange(start - axis.size + 1, start + 1, dtype=torch.float64) / start
 
 
 def _line(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> list[Axis]:
-    """The axis that loses a unit, for each unit in turn, lowest worth first; equals are spread over the depth of the model."""
+    """The axis of each unit, lowest worth first; units of equal worth are spread over the depth of the model."""
     spread = sorted(axes, key=lambda axis: (axis.layer or 0) * GOLDEN % 1)
     values = torch.cat([worth[axis.name] for axis in spread])
     owners = torch.arange(len(spread)).repeat_interleave(torch.tensor([worth[axis.name].numel() for axis in spread]))
@@ -219,16 +220,16 @@ def _line(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> list[Axis]:
 
 
 def _count(axes: Sequence[Axis], losing: Sequence[Axis]) -> dict[str, int]:
-    """How often each axis stands in a line."""
+    """Axis name -> how many units it loses."""
     times = Counter(axis.name for axis in losing)
     return {axis.name: times[axis.name] for axis in axes}
 
 
 def _sizes(axes: Sequence[Axis], worth: Mapping[str, Tensor], budget: Budget, *, debt: Debt, step: float) -> dict[str, int]:
-    """Sizes after the units in front of the line have gone, until the budget is met or a step is done.
+    """Sizes after units are removed from the front of the line, until the budget is met or a step is done.
 
-    A dear unit that would take more than the budget asks for is passed over. Only where the cheap ones are used up do such
-    units go after all, and then the cheap ones last in line stay.
+    An expensive unit that would remove more than the budget asks for is passed over. If the cheap units do not suffice, such
+    units go after all, and the cheap units of highest worth are given back.
     """
     cheapest = min(axis.cost for axis in axes)
     goal = min(budget.excess, step * sum(debt.start[axis.name] * axis.cost for axis in axes))

@@ -1,11 +1,11 @@
 """`reduce: search`: find by search how many units each layer keeps, under an exact budget (Self-Pruner, EvoPress).
 
-    sizes        units that each axis keeps; the start has the shares of the recipe's chooser
+    sizes        units that each axis keeps; the start is what the recipe's chooser keeps if all scores are equal
     a swap       one axis of a kind a level up, another of that kind a level down, so that the budget stays as it is
     a round      `proposals` gives candidates; their loss on a little text says which are measured on more; the best stay
 
-A candidate is shut, not cut. With `repaired` its layers stand in with the weights that the recipe's repair would give them.
-The best candidate is cut at the end.
+A candidate is measured with its units shut, not cut. With `repaired` it is measured with the weights that the recipe's repair
+would give it. Only the best candidate is cut, at the end.
 """
 
 import math
@@ -62,23 +62,25 @@ class Search(Units):
     ) -> None:
         """
         Args:
-            proposals: what makes candidates: `evolution`; `random`, its control, which draws them all afresh; or `language_model`.
+            proposals: what makes candidates: `evolution`; `random`, its control, which draws all of them anew; or
+                `language_model`.
             model: the chat model of `language_model`: an address like http://localhost:8000/v1#NAME, or a model on this machine.
-            population: candidates that stay after a round, the best so far.
-            offspring: new candidates of a round.
+            population: number of best candidates that stay after a round.
+            offspring: number of new candidates in a round.
             rounds: number of rounds.
-            level: what a swap moves, as a share of the neurons of a layer; of heads and whole blocks it is one.
+            level: neurons that a swap moves, as a share of the widest layer's; of heads and whole blocks a swap moves one.
             fitness: `loss` on text, or `kl`, KL(dense ‖ candidate) of its predictions in nats.
-            tokens: text on which all candidates are measured first.
-            finalists: how many of a round are measured on the whole draw of calibration text; these may join the population.
-            repaired: measure candidates with repaired weights. The recipe's repair runs once for each level, for all layers at once,
-                so it has to repair each layer by itself; its factors are left out. Weights of every level are kept in memory.
+            tokens: number of tokens on which all candidates are measured first.
+            finalists: how many of a round are then measured on the whole draw of calibration text; only these may join the
+                population.
+            repaired: measure candidates with repaired weights. The recipe's repair runs once for each level, for all layers at
+                once, so it must repair each layer by itself; its factors are left out. The weights of every level stay in memory.
 
-        Text to measure on is drawn as the calibration text of the next iterations is, not that which the scores read.
+        Candidates are measured on the calibration text of the next iteration, not on the text that the scores read.
 
-        Source: arXiv:2502.14413 (population 30, 10 + 10 offspring, 20 rounds) and EvoPress, arXiv:2410.14649 (swaps, growing text).
-        Differs from the first: sizes are found under an exact number of parameters, by swaps rather than by rates that a language
-        model writes, and fitness does not read WikiText.
+        Source: arXiv:2502.14413 (population 30, 10 + 10 offspring, 20 rounds) and EvoPress, arXiv:2410.14649 (swaps, growing
+        text). Differs from the first: sizes are found under an exact number of parameters, by swaps rather than by rates that a
+        language model writes, and fitness does not read WikiText.
         """
         super().__init__()
         self.model, self.proposals, self.population, self.offspring, self.rounds = model, proposals, population, offspring, rounds
@@ -87,7 +89,7 @@ class Search(Units):
         self._found = _Found()
 
     def check(self, work: Work) -> None:
-        """Refuse a fitness or proposals that are not known, and candidates on repaired weights without a repair."""
+        """Refuse an unknown fitness, unknown proposals, `repaired` without a repair, and axes that the search cannot change."""
         super().check(work)
         if self.fitness not in ("loss", "kl"):
             raise UsageError(f"fitness {self.fitness!r} of reduce search is not known; known: loss, kl")
@@ -115,7 +117,7 @@ class Search(Units):
             )
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """Scoring once, rounds, and the repair of what was found; how long a round takes, the first tells."""
+        """Scoring once, the rounds, and the repair of the result; the time of a round is known only after the first."""
         levels = {"levels": Passes(flops=None, times=1)} if self.on_repaired else {}
         its = {
             name: replace(passes, times=1)
@@ -126,11 +128,11 @@ class Search(Units):
         return {**its, **levels, "search": Passes(flops=None, times=self.rounds + 1), **last}
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
-        """Draws of calibration text: one for the scores, one to measure on."""
+        """Draws of calibration text: one for the scores, one to measure candidates on."""
         return 2 if reached > target else 0
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
-        """Search, then yield one cut; after every round yield how far the search is."""
+        """Search and report after every round; then yield one cut."""
         if work.num_params <= target:
             return
         axes, where = prunable(work), {"stage": work.state.stage, "iteration": work.iteration}
@@ -191,18 +193,18 @@ class Search(Units):
         return self._found.to_json() if self._found.stage else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state` gave."""
+        """Continue from what `state` returned."""
         if "population" in state:
             self._found = _Found.from_json(state)
 
     def fit(self, work: Work) -> None:
-        """Begin the stage's search anew, since what it goes by has changed."""
+        """Restart the stage's search, because the recipe changed."""
         self._found = _Found()
 
 
 @dataclass
 class _Found:
-    """How far a search is: rounds done, and the best candidates, best first, by their loss on the whole text."""
+    """How far a search is: rounds done, and the best candidates by their fitness on the whole text, best first."""
 
     stage: int = 0
     done: int = 0
@@ -220,7 +222,7 @@ class _Found:
 
 
 class _Judge:
-    """Measures candidates: their loss on the text, or how far their predictions are from those of the whole model."""
+    """Measures candidates: their loss on the text, or how far their predictions are from those of the unpruned model."""
 
     def __init__(
         self, work: Work, axes: Sequence[Axis], scores: Scores, text: Sequence[Tensor], how: Search, weights: "_Weights"
@@ -235,11 +237,11 @@ class _Judge:
         self._goals = [self._hidden(batch) for batch in self._text] if how.fitness == "kl" else []
 
     def little(self, sizes: Mapping[str, int]) -> float:
-        """On the first `tokens` tokens."""
+        """Fitness on the first `tokens` tokens, rounded up to whole batches."""
         return self._measured(sizes, self._little)
 
     def whole(self, sizes: Mapping[str, int]) -> float:
-        """On the whole draw."""
+        """Fitness on the whole draw of text."""
         return self._measured(sizes, self._text)
 
     def _measured(self, sizes: Mapping[str, int], text: Sequence[Tensor]) -> float:
@@ -255,7 +257,7 @@ class _Judge:
 
     @torch.no_grad()
     def _hidden(self, batch: Tensor) -> Tensor:
-        """What the model as it is makes of a batch, before the head; [batch, length, width]."""
+        """The unpruned model's hidden states for a batch, before the head: [batch, length, width]."""
         model, device = self._work.model, self._work.model.device
         with precision(device, self._work.recipe.dtype):
             hidden: Tensor = self._work.task.read(model, batch.to(device)).last_hidden_state
@@ -263,7 +265,7 @@ class _Judge:
 
     @torch.no_grad()
     def _divergence(self, batch: Tensor, goal: Tensor) -> float:
-        """The sum over predictions of KL(model as it is ‖ model as it is gated)."""
+        """The sum over predictions of KL(unpruned model ‖ gated model)."""
         task: Any = self._work.task
         model, batch = self._work.model, batch.to(self._work.model.device)
         with precision(model.device, self._work.recipe.dtype):
@@ -273,7 +275,7 @@ class _Judge:
 
 
 _Weights = dict[str, tuple[str, dict[int, Tensor]]]
-"""Name of an axis -> the weight of its gate's layer, by name, and units kept -> what a repair makes of it."""
+"""Axis name -> (name of the weight at its gate, {units kept: the repaired weight})."""
 
 
 def _repaired_weights(work: Work, axes: Sequence[Axis], scores: Scores, space: Space, batches: Sequence[Tensor]) -> _Weights:
@@ -299,7 +301,7 @@ def _repaired_weights(work: Work, axes: Sequence[Axis], scores: Scores, space: S
 
 @contextmanager
 def _standing_in(model: Any, weights: _Weights, sizes: Mapping[str, int]) -> Iterator[None]:
-    """While it lasts, the layers at gates have the weights that were repaired for these sizes."""
+    """While the context lasts, the layers at gates have the weights that were repaired for these sizes."""
     kept = {name: model.get_parameter(name).data for name, _ in weights.values()}
     try:
         for axis_name, (name, of_size) in weights.items():
@@ -311,5 +313,5 @@ def _standing_in(model: Any, weights: _Weights, sizes: Mapping[str, int]) -> Ite
 
 
 def _distinct(candidates: Sequence[Sizes]) -> list[Sizes]:
-    """The candidates, each once, in their order."""
+    """The candidates without duplicates, in their order."""
     return list({tuple(sizes.values()): sizes for sizes in reversed(candidates)}.values())[::-1]

@@ -1,9 +1,9 @@
-"""`reduce: slice`, SliceGPT: turn the residual stream to its principal directions and leave out the last of them.
+"""`reduce: slice`, SliceGPT: rotate the residual stream to its principal directions and cut off the last of them.
 
-With n(x) = x / √(mean(x²) + eps), an RMSNorm is diag(scale) n(x), and n(x Q) = n(x) Q for every orthogonal Q. So a scale can
-move into the linear layers that read the norm (`fold_scale`), a layer that reads the stream takes W Q (`rotate_input`), one
-that writes to it Qᵀ W (`rotate_output`), and the shortcut past a block goes from the basis before it, Q, to that after it,
-Q', by Qᵀ Q'. With all d columns of Q nothing changes; with the first k the stream is k wide.
+With n(x) = x / √(mean(x²) + eps), an RMSNorm is diag(scale) n(x), and n(x Q) = n(x) Q for every orthogonal Q. So the scale can
+move into the linear layers that read the norm (`fold_scale`). A layer that reads the stream takes W Q (`rotate_input`), one that
+writes to it takes Qᵀ W (`rotate_output`). The shortcut past a block goes from the basis before it, Q, to the basis after it, Q',
+by Qᵀ Q'. With all d columns of Q nothing changes; with the first k columns the stream is k wide.
 
 Shapes: linear weights [out, in] as torch has them, bases float64 [d, k] with orthonormal columns, signals [batch, length, d].
 """
@@ -37,7 +37,7 @@ __all__ = [
     "width_for",
 ]
 
-_MULTIPLE = 8  # of a width
+_MULTIPLE = 8  # widths are multiples of this
 
 _READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the stream, through a norm
 _WRITERS = ("o_proj", "down_proj")
@@ -45,7 +45,7 @@ _WRITERS = ("o_proj", "down_proj")
 
 @part("reduce", needs={"one stage", "text"})
 class Slice(Reduction):
-    """Turn the residual stream to its principal directions and cut off the last of them; adds shortcut matrices (SliceGPT)."""
+    """Rotate the residual stream to its principal directions and cut off the last of them; adds shortcut matrices (SliceGPT)."""
 
     def check(self, work: Work) -> None:
         """Refuse liger, which has no kernel for the norms of a sliced model."""
@@ -81,7 +81,7 @@ class Slice(Reduction):
 
 
 def width_for(model: Any, keep: int) -> int:
-    """The widest residual stream, a multiple of 8, at which the sliced model has at most `keep` parameters; `Slice.floor` fit in them."""
+    """The widest stream, a multiple of 8, at which the sliced model has at most `keep` (at least `Slice.floor`) parameters."""
     dense = model.get_output_embeddings().weight.shape[1]
     return max(width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep)
 
@@ -141,7 +141,7 @@ def _sliced_class(model: Any) -> Any:
 
 
 def principal_directions(moment: Tensor, width: int) -> Tensor:
-    """The `width` orthonormal directions with most of the signal: eigenvectors of XᵀX by descending eigenvalue.
+    """The `width` orthonormal directions that hold most of the signal: eigenvectors of XᵀX by descending eigenvalue.
 
     Args:
         moment: XᵀX, float64 [d, d].
@@ -154,7 +154,7 @@ def principal_directions(moment: Tensor, width: int) -> Tensor:
         RunError: the signal was not finite.
 
     Source: SliceGPT, arXiv:2401.15024, section 3.3. The authors' code adds 1 % of the mean of the diagonal to the diagonal
-    first; that moves every eigenvalue alike and no eigenvector, so it is left out here.
+    first; that shifts all eigenvalues equally and changes no eigenvector, so it is left out here.
     """
     if not bool(torch.isfinite(moment).all()):
         raise RunError(
@@ -191,8 +191,8 @@ def directions(
 ) -> Iterator[Tensor]:
     """The basis of the stream before each block in turn: attention of layer 0, its MLP, attention of layer 1, …
 
-    A signal is the input of a block after its norm, without the norm's scale. Signals of later blocks are collected without the
-    directions that earlier bases leave out: dense blocks read and pass on x Q Qᵀ, as the sliced blocks do.
+    A signal is the input of a block after its norm, without the norm's scale. Signals of later blocks lack the directions that
+    earlier bases leave out: the dense blocks read and pass on x Q Qᵀ, as the sliced blocks will.
 
     Args:
         model: causal LM of the Llama layout, in eval mode; left as found.
@@ -207,8 +207,8 @@ def directions(
     Raises:
         RunError: a signal is not finite.
 
-    Source: SliceGPT, arXiv:2401.15024, section 3.3. Differs: the authors' code takes the signal before its norm. What its option
-    `final_orientation` adds, a random rotation within the k directions, cancels out and is left out.
+    Source: SliceGPT, arXiv:2401.15024, section 3.3. Differs: the authors' code takes the signal before its norm. Its option
+    `final_orientation` adds a random rotation within the k directions; that cancels out and is left out here.
     """
     layers = decoder_layers(model)
     flow = streams(model, world.share(batches), dtype=dtype)
@@ -256,7 +256,7 @@ def _moment(signals: Sequence[Tensor], norm: Any) -> Tensor:
 
 @torch.no_grad()
 def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
-    """Give `sliced`, in place, the weights of `model` in the bases given, cast once at the end.
+    """Copy the weights of `model`, rotated to the given bases, into `sliced`, in place; they are cast once at the end.
 
     The head is not sliced: the stream leaves the last layer in the dense basis, d wide.
 
@@ -265,8 +265,8 @@ def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
         sliced: the model of `checkpoint.modeling_sliced` that is as wide as the bases.
         bases: the basis before each block, float64 [d, k] with orthonormal columns, as `directions` yields them.
 
-    Source: SliceGPT, arXiv:2401.15024, algorithm 1. Differs: the authors' code turns the unsliced head and what the last layer
-    writes by one more Q, which cancels out.
+    Source: SliceGPT, arXiv:2401.15024, algorithm 1. Differs: the authors' code rotates the unsliced head and the output of the
+    last layer by one more Q, which cancels out.
     """
     turning = iter(bases)
     entering = next(turning)
@@ -285,7 +285,7 @@ def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
 
 
 def _rotate_block(dense: nn.Module, block: nn.Module, scale: Tensor, entering: Tensor, leaving: Tensor) -> None:
-    """Give a block, in place, the turned weights of the dense block; weights that do not touch the stream are copied."""
+    """Copy the rotated weights of the dense block into a block, in place; weights that do not touch the stream stay the same."""
     for name, value in dense.named_parameters():
         module, _, leaf = name.rpartition(".")
         if module in _WRITERS:
@@ -298,7 +298,7 @@ def _rotate_block(dense: nn.Module, block: nn.Module, scale: Tensor, entering: T
 
 
 def sliced_parameters(model: Any, width: int) -> int:
-    """Parameters of `model` once sliced to `width`, shortcuts and untied embeddings counted, norms without a scale.
+    """Parameters of `model` once sliced to `width`, with shortcuts and untied embeddings; the norms then have no scale.
 
     With L layers, width d before and k after, V tokens, R the rows that read or write the stream (one d or k long each):
 

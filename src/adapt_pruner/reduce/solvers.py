@@ -1,11 +1,12 @@
 """Solvers of `reduce: sparse`: each chooses the weights of one linear layer that become zero, and sets the weights that stay.
 
-Symbols: W the weight, [outputs, inputs]; Z what enters the layer at all calibration tokens, [inputs, tokens], while earlier layers are sparse
-already; X the same in the dense model. A solver is a function (W, pattern, inputs) -> (W', mask) and says what it needs:
+Symbols: W the weight, [outputs, inputs]; Z the layer's inputs at all calibration tokens, [inputs, tokens], when earlier layers
+are sparse already; X the same in the dense model. A solver is a function (W, pattern, inputs) -> (W', mask) and says what it
+needs:
 
     text     ‖Z_j‖² of each input j
-    gram     Z Zᵀ, too
-    dense    decoder layers that are each entered by what the dense model gives, and X Zᵀ and X Xᵀ within them
+    gram     also Z Zᵀ
+    dense    each decoder layer reads the output of the dense layers before it; within a decoder layer also X Zᵀ and X Xᵀ
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ __all__ = ["Inputs", "magnitude", "quadratic", "sparsegpt", "wanda"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a solver is told of the inputs of a linear layer.
+    """What a solver is told about the inputs of a linear layer.
 
     Attributes:
         squares: ‖Z_j‖², float64 [inputs].
@@ -62,7 +63,7 @@ def magnitude(weight: Tensor, pattern: Pattern, inputs: Inputs | None = None) ->
     Args:
         weight: float32 [outputs, inputs].
         pattern: how many become zero.
-        inputs: not looked at.
+        inputs: not read.
 
     Returns:
         The new weight, and which of its entries stay, bool.
@@ -77,7 +78,7 @@ def wanda(weight: Tensor, pattern: Pattern, inputs: Inputs) -> tuple[Tensor, Ten
 
     Args:
         weight: float32 [outputs, inputs].
-        pattern: how many become zero; of each output as many.
+        pattern: how many become zero, the same number in each output.
         inputs: of the layer.
 
     Returns:
@@ -98,18 +99,18 @@ def sparsegpt(
     block: Annotated[int, "1 or more"] = 128,
     damping: Annotated[float, "above 0"] = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """Column by column, the smallest W_ij² / U_jj² become zero, and the columns after it make up for them (SparseGPT).
+    """Column by column, the smallest W_ij² / U_jj² become zero, and the later columns make up for them (SparseGPT).
 
     H = Z Zᵀ + damping · mean diagonal · I, and H⁻¹ = Uᵀ U with U upper triangular. Once column j is done, with error
-    e = (W_j - W'_j) / U_jj, each later column k becomes W_k - e U_jk. An unstructured pattern is chosen for a block of columns at a time, in
-    all outputs together; N:M for each group, when its first column is reached.
+    e = (W_j - W'_j) / U_jj, each later column k becomes W_k - e U_jk. An unstructured pattern chooses its zeros for one block of
+    columns at a time, over all outputs together. N:M chooses them for each group, when its first column is reached.
 
     Args:
         weight: float32 [outputs, inputs].
         pattern: how many become zero.
         inputs: of the layer.
         block: columns of a block; rounded up to whole groups.
-        damping: of H. Ten times as much is taken until H has a Cholesky factor.
+        damping: of H, as in the formula. It is multiplied by ten until H has a Cholesky factor.
 
     Returns:
         The new weight, and which of its entries stay, bool.
@@ -117,14 +118,14 @@ def sparsegpt(
     Raises:
         RunError: what enters the layer is not finite.
 
-    Source: SparseGPT, arXiv:2301.00774, and its released code. Differs: the factor is computed in float64, and a block of an unstructured
-    pattern has as many zeros as keep their total exact, where the authors' threshold takes its equals, too.
+    Source: SparseGPT, arXiv:2301.00774, and its released code. Differs: the factor is computed in float64. With an unstructured
+    pattern the blocks get exactly as many zeros as their total asks for; the authors' threshold also zeroes weights equal to it.
     """
     assert inputs.gram is not None
     left, outputs = weight.clone(), weight.shape[0]
     columns = weight.shape[1]
     upper, dead = _factor(inputs.gram, damping)
-    left[:, dead] = 0  # whatever stands there is never multiplied by anything
+    left[:, dead] = 0  # the inputs of these weights are always zero
     upper, scale = upper.to(left.dtype), upper.diagonal().to(left.dtype)
     keep = torch.ones_like(left, dtype=torch.bool)
     size = -(-block // pattern.m) * pattern.m if pattern.m else block
@@ -152,7 +153,7 @@ def sparsegpt(
 
 
 def _factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """U of H⁻¹ = Uᵀ U, float64, and which inputs are never anything but zero."""
+    """U of H⁻¹ = Uᵀ U, float64, and which inputs are always zero."""
     hessian = gram.double()
     if not bool(torch.isfinite(hessian).all()):
         raise RunError(

@@ -3,7 +3,8 @@
     sparsity   how many weights become zero, and in which pattern (`core.pattern`)
     solver     which they are, and what the others become (`reduce.solvers`, `reduce.fista`)
 
-The model's mask over weights (`Work.weight_mask`) grows by the linear layers of each decoder layer. A run may be stopped after any of these.
+After each decoder layer, its linear layers are added to the model's mask over weights (`Work.weight_mask`). A run may be stopped
+after any decoder layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,7 @@ class Sparse(Reduction):
         check_pattern(work)
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """All parameters: zeros are parameters."""
+        """All parameters, since zeros count as parameters."""
         return work.num_params, "weights become zero"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
@@ -61,11 +62,11 @@ class Sparse(Reduction):
         return Looks(text="text" in needs, evidence=evidence, beside=beside)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """One decoder layer after the other; how long a solver takes for one, the first tells."""
+        """One decoder layer after the other; the time of a layer is known only after the first."""
         return {"layers": Passes(flops=None)}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
-        """Solve the linear layers of one decoder layer after the other, and tell of each; then yield that all are done."""
+        """Solve the decoder layers one after the other and report each; then yield that all are done."""
         recipe, pattern = work.recipe, Pattern.parse(work.recipe.sparsity)
         assert recipe.solver is not None
         needs, solver = parts.needs("solver", recipe.solver), parts.bind("solver", recipe.solver)
@@ -91,7 +92,7 @@ class Sparse(Reduction):
         yield Change(None, told={"zeros": 0 if work.weight_mask is None else work.weight_mask.num_zeros})
 
     def _batches(self, work: Work) -> list[Tensor]:
-        """The calibration batches; their tokens are counted once, however often the run is gone on with."""
+        """The calibration batches; their tokens are counted once, however often the run is resumed."""
         return work.reads.calibration(work.iteration) if self._done else work.batches()
 
     def state(self) -> dict[str, Any]:
@@ -99,14 +100,14 @@ class Sparse(Reduction):
         return {"done": self._done}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on behind those."""
+        """Continue after those layers."""
         self._done = state.get("done", 0)
 
     def fit(self, work: Work) -> None:
         """Refuse a change of the recipe while some layers have zeros and others have none.
 
         Raises:
-            UsageError: that is so.
+            UsageError: some layers have their zeros already.
         """
         if self._done:
             raise UsageError(
@@ -119,7 +120,7 @@ def check_dense(work: Work) -> None:
     """Refuse a model that had zeros when the run began, or is sliced.
 
     Raises:
-        UsageError: it had, or is.
+        UsageError: the model had zeros, or is sliced.
     """
     if (pattern := work.state.figures.get("sparsity_before")) is not None:
         raise UsageError(
@@ -136,7 +137,7 @@ def check_pattern(work: Work) -> None:
     """Refuse a layer that the recipe's pattern does not fit.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a layer.
     """
     pattern = Pattern.parse(work.recipe.sparsity)
     for name, module in linear_layers(work.model, work.axes).items():

@@ -1,12 +1,12 @@
-"""`reduce: sparse_training`: the model trains under masks over its weights that are renewed as it goes (AST).
+"""`reduce: sparse_training`: train under masks over the weights, which are chosen anew as the model learns (AST).
 
     forward    with W ⊙ M; M keeps what the recipe's sparsity says
-    backward   the gradient of W ⊙ M is taken for that of W, so that masked weights learn on (straight-through)
-    step       of masked weights the gradient g becomes g + λ W; λ rises from 0, so that what is masked settles at zero
+    backward   the gradient of W ⊙ M is used as that of W, so that masked weights go on learning (straight-through)
+    step       for masked weights the gradient g becomes g + λ W; λ rises from 0, so that masked weights settle at zero
     every ten steps M is chosen anew, by |W| or |W| ‖x‖
 
-At the end W ⊙ M takes the place of W. What is left of the training goes on with the last masks. With `slorb` each linear layer also adds B s,
-s the sums of k consecutive inputs each, which stays in the checkpoint.
+At the end W ⊙ M replaces W, and the rest of the training keeps the last masks. With `slorb` each linear layer also adds B s,
+where s are the sums of k consecutive inputs each. B stays in the checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,27 +51,28 @@ class SparseTraining(Reduction):
     ) -> None:
         """
         Args:
-            scores: by which masks keep weights: `magnitude`, |W_ij|, or `wanda`, |W_ij| ‖x_j‖ of each output. Norms are those of the inputs
-                in the step before; the first masks read calibration text.
+            scores: what ranks the weights to keep: `magnitude`, |W_ij|, or `wanda`, |W_ij| ‖x_j‖ within each output. The norms
+                are those of the last step's inputs; for the first masks, those of calibration text.
             every: steps between two choices of the masks.
             decay: λ at its highest.
-            ramp: share of the rows in which λ rises from 0, linearly.
-            share: share of the stage's rows in which masks change.
-            slorb: k, inputs of a block; 0 leaves B out. B is [outputs, inputs / k], begins as the mean of (1 - M) ⊙ W over each block, which is
-                what comes nearest to the masked weights, and is trained. It adds 1 / k of a layer's weights, none of them zero, which count as
-                parameters.
+            ramp: share of those rows over which λ rises linearly from 0.
+            share: share of the stage's rows during which masks change.
+            slorb: k, inputs in a block; 0 leaves B out. B is [outputs, inputs / k] and is trained. Over each block it starts as
+                the mean of (1 - M) ⊙ W, which comes nearest to the masked weights. B adds 1 / k of a layer's weights; they are
+                not zero and count as parameters.
 
         The optimiser's step is AdamW's, on g + λ (1 - M) ⊙ W.
 
-        Source: AST, arXiv:2407.20584 and its released code: every = 10, λ = 6e-5 and a fifth of the steps to rise are those of its LLaMA runs.
-        Differs: masks are bool, so that decay acts on masked weights alone (the authors' GPT-2 code takes `~` of an int mask, which does
-        not); λ is added once gradients are clipped; the projection P of SLoRB is the sums of blocks and is not trained.
+        Source: AST, arXiv:2407.20584 and its released code: every = 10, λ = 6e-5 and a rise over a fifth of the steps are those
+        of its LLaMA runs. Differs: masks are bool, so that decay acts on masked weights alone (the authors' GPT-2 code takes `~`
+        of an int mask, which does not); λ is added after gradients are clipped; the projection P of SLoRB is the sums of blocks
+        and is not trained.
         """
         self.scores, self.every, self.decay, self.ramp, self.share, self.slorb = scores, every, decay, ramp, share, slorb
         self._began: dict[str, int] = {}
 
     def check(self, work: Work) -> None:
-        """Refuse a recipe without training, or one whose training masks do not go with, and a model that has zeros."""
+        """Refuse a recipe without training, training that does not work with masks, and a model that has zeros."""
         if self.scores not in _SCORES:
             raise UsageError(f"scores {self.scores!r} of reduce sparse_training are not known; known: {', '.join(_SCORES)}")
         check_masks_learn(work, "sparse_training", where=" in a recipe, and use: adapt-pruner run RECIPE.yaml")
@@ -84,7 +85,7 @@ class SparseTraining(Reduction):
                 )
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """All parameters: zeros are parameters."""
+        """All parameters, since zeros count as parameters."""
         return work.num_params, "weights become zero"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
@@ -97,7 +98,7 @@ class SparseTraining(Reduction):
         return Looks(text=text, evidence=Evidence.FORWARD if text else Evidence.WEIGHTS)
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
-        """Train under masks, and tell of each renewal; then make the masked weights zero."""
+        """Train under masks and report each new choice of masks; then make the masked weights zero."""
         assert work.training is not None
         progress, asked = work.state.progress, work.recipe.training
         if not self._began:
@@ -136,11 +137,11 @@ class SparseTraining(Reduction):
         yield Change(None, told={"zeros": work.weight_mask.num_zeros})
 
     def _strength(self, read: int, of: int) -> float:
-        """λ, after so many of the rows."""
+        """λ after `read` of `of` rows."""
         return self.decay * min(1.0, read / (self.ramp * of)) if self.ramp else self.decay
 
     def _chosen(self, work: Work, squares: Mapping[str, Tensor]) -> WeightMask:
-        """The masks that the weights have earned now; `squares` are ‖x_j‖² of this process's inputs, by layer."""
+        """The masks that fit the weights as they are now; `squares` are ‖x_j‖² of this process's inputs, by layer."""
         pattern, kept = Pattern.parse(work.recipe.sparsity), {}
         for name, module in linear_layers(work.model, work.axes).items():
             scores = oriented(module).abs()
@@ -156,17 +157,17 @@ class SparseTraining(Reduction):
         return {"began": dict(self._began)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self._began = dict(state.get("began", {}))
 
     def fit(self, work: Work) -> None:
-        """Count rows and steps anew, since what they go by has changed."""
+        """Count rows and steps from the start, because the recipe changed."""
         self._began = {}
 
 
 @torch.no_grad()
 def _add_block_sums(work: Work, size: int) -> None:
-    """Give each linear layer its map of sums, in place, and the optimiser these maps beside the other matrices."""
+    """Add B (`block_sums`) to each linear layer and to the optimiser's matrices, in place."""
     assert work.weight_mask is not None
     assert work.optimizer is not None
     for layer in decoder_layers(work.model, work.axes):
@@ -181,9 +182,9 @@ def _add_block_sums(work: Work, size: int) -> None:
 
 @contextmanager
 def masked(model: nn.Module, mask: WeightMask) -> Iterator[None]:
-    """While it lasts, linear layers multiply by W ⊙ M, whose gradient is taken for that of W.
+    """While the context lasts, linear layers multiply by W ⊙ M, and its gradient is used as that of W.
 
-    A tensor in the module's own namespace stands before its parameter, which stays where it is.
+    W ⊙ M is put into the module's `__dict__`, where it hides the parameter of the same name.
     """
     modules: list[Any] = []
     try:
@@ -218,7 +219,7 @@ def _flipped(before: WeightMask, after: WeightMask) -> float:
 
 @contextmanager
 def _watched(model: nn.Module, squares: dict[str, Tensor] | None) -> Iterator[None]:
-    """While it lasts, ‖x_j‖² of what enters each linear layer is added to `squares`, in place; of no layer where that is None."""
+    """While the context lasts, add ‖x_j‖² of each linear layer's inputs to `squares`, in place; if it is None, do nothing."""
     if squares is None:
         yield
         return
@@ -236,7 +237,7 @@ def _watched(model: nn.Module, squares: dict[str, Tensor] | None) -> Iterator[No
 
 @torch.no_grad()
 def _squares_of_text(work: Work) -> dict[str, Tensor]:
-    """‖x_j‖² of what enters each linear layer of the model as it is, on this process's share of the calibration text."""
+    """‖x_j‖² of each linear layer's inputs in the model as it is, on this process's share of the calibration text."""
     model = work.model
     squares = {
         name: torch.zeros(oriented(module).shape[1], dtype=torch.float64, device=module.weight.device)  # type: ignore[arg-type]

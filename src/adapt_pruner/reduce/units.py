@@ -39,19 +39,19 @@ __all__ = [
 ]  # fmt: skip
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
-_NEARLY = 0.05  # of a step: what is left of less is taken by the one before
+_NEARLY = 0.05  # share of a step: a last step smaller than this is merged into the step before it
 
 
 @part("reduce", needs={"chosen"})
 class Units(Reduction):
-    """Remove the units that are worth least in small steps, each with a repair of the remaining weights (Adapt-Pruner's loop)."""
+    """Remove the least valuable units in small steps, and repair the remaining weights in each step (Adapt-Pruner's loop)."""
 
     def __init__(self) -> None:
         self._debt: Debt | None = None
         self._stage = 0
 
     def check(self, work: Work) -> None:
-        """Refuse what the metric refuses, a `multiple_of` above a layer's width, and `sequential_scoring` where it scores nothing."""
+        """Refuse axes that the model lacks, a `multiple_of` that is too large, and `sequential_scoring` that cannot work."""
         recipe = work.recipe
         there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
         if missing := [kind for kind in recipe.axes if kind not in there]:
@@ -71,7 +71,7 @@ class Units(Reduction):
             )
 
     def floor(self, work: Work) -> tuple[int, str]:
-        """The parameters that are left once the chooser has taken all that it may, with biases that the repair will add."""
+        """The parameters that are left once the chooser has removed all that it may, plus the biases that the repair adds."""
         kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
         least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + repair_parameters(work)
         if least >= work.num_params:
@@ -85,14 +85,14 @@ class Units(Reduction):
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Estimate of the iterations: each removes a share `step`, or one whole layer or block if that is more.
 
-        Where the chooser keeps heads at first (`heads_after`), a step removes less at first, and more once they go.
+        If the chooser keeps heads at first (`heads_after`), steps remove less until heads go, too.
         """
         if reached <= target:
             return 0
         recipe, axes = work.recipe, prunable(work)
         depth = next((axis for axis in axes if axis.kind == "layers"), None)
         names = {axis.name for axis in axes if axis.modules}
-        outer = [depth] if depth else [axis for axis in axes if not names & set(axis.enclosing)]  # what lies inside goes along
+        outer = [depth] if depth else [axis for axis in axes if not names & set(axis.enclosing)]  # axes inside a block go with it
         may_go = sum(axis.size * axis.cost for axis in outer)
         whole = [axis.cost for axis in outer if axis.gate.is_whole]
         least = sum(whole) / len(whole) if whole else 1  # one of them goes in any case
@@ -127,11 +127,11 @@ class Units(Reduction):
         )
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """Scoring, measuring what is shut alone, choosing and the repair.
+        """Scoring, shutting units one by one, choosing and the repair.
 
-        A KV head or a block that is shut runs the layers above it, half of them on average; heads are measured if some go where all
-        scores are equal. A repair sums up what enters each gate's linear layer, 2 · features² operations a token, and solves for its
-        weights, features³ / 3 in float64, here counted twice.
+        To shut a KV head or a block, the layers from its own on run again, half of all layers on average. Heads are measured in
+        those layers that would lose some if all scores were equal. A repair sums the products of each gate's inputs: 2 ·
+        features² operations per token. It then solves for the weights: features³ / 3 operations in float64, here counted twice.
         """
         recipe, evidence = work.recipe, evidence_of(work)
         tokens = recipe.calibration.samples * recipe.calibration.length
@@ -205,14 +205,14 @@ class Units(Reduction):
             self._stage, self._debt = state["stage"], Debt(**state["debt"])
 
     def fit(self, work: Work) -> None:
-        """Add axes that are new to the recipe, without a debt."""
+        """Add axes that are new in the recipe, without a debt."""
         if self._debt is not None:
             none = Debt.none(prunable(work))
             self._debt = Debt({**none.start, **self._debt.start}, {**none.sparsity, **self._debt.sparsity})
 
 
 def _share_of(gone: int, others: int, heads: int, after: float) -> float:
-    """The share s of all but heads that is gone once `gone` parameters are: heads give (s - after) / (1 - after), from `after` on."""
+    """The share s of all but heads that is gone after `gone` parameters; heads lose (s - after) / (1 - after) once s > after."""
     if gone <= after * others:
         return gone / max(1, others)
     return after + (gone - after * others) / (others + heads / (1 - after))
@@ -255,7 +255,7 @@ def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor]
     losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
     if recipe.head_metric is None or not losing:
         return {}
-    give_back()  # what scoring has freed, or the copies of all weights come on top of it
+    give_back()  # return memory that scoring has freed, before all weights are copied
     measure = parts.bind(
         "head_metric", recipe.head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where)
     )
@@ -276,7 +276,7 @@ def scored(work: Work) -> list[Axis]:
 
 
 def _measured_whole(work: Work) -> list[Axis]:
-    """The axes whose units a distance with passes of its own shuts: those that may go whole, else `layers`."""
+    """The axes whose units a distance with passes of its own shuts one by one: those that may go whole, else `layers`."""
     return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.name == "layers"]
 
 
@@ -314,12 +314,12 @@ def repair_parameters(work: Work) -> int:
 
 
 def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple[dict[str, int], Debt]]:
-    """A chooser with its sizes brought to the widths that the recipe allows; it is called like any chooser."""
+    """Wrap a chooser so that its sizes have the widths that the recipe allows; it is called like any chooser."""
     multiple_of, equal = work.multiple_of, work.recipe.equal_widths
 
     def fitted(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt) -> tuple[dict[str, int], Debt]:
         sizes = {axis.name: axis.size for axis in axes}
-        # Neurons at their least would be given back each time, and the chooser would never get to the heads.
+        # Rounding would give back neurons taken below `multiple_of` each time, and the chooser would never get to the heads.
         if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > multiple_of]:
             wanted, debt = choose(scores, free, budget, debt=debt)
             sizes |= wanted
@@ -349,16 +349,16 @@ def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
     total = work.num_params
     reached, debt = {axis.name: axis.size for axis in left}, Debt.none(left)
     while not keep or total > keep:
-        if not keep:  # axes cost more than the model has where a channel and a neuron own a weight together
+        if not keep:  # axes can cost more than the model has, since a channel and a neuron both count a weight that they share
             total = max(total, sum(axis.size * axis.cost for axis in left))
         alike = {axis.name: torch.zeros(axis.entries) for axis in (*work.axes, *left)}
         sizes, debt = choose(alike, left, Budget(keep=keep, total=total), debt=debt)
         if all(sizes[axis.name] == axis.size for axis in left):
             break
         reached |= sizes
-        # Not what the axes cost: a channel and a neuron own a weight together.
+        # Counted in the model: the costs of the axes count a weight twice that a channel and a neuron share.
         total = num_left(work.model, work.axes, mask_to(whole, reached))
-        num_layers = sizes.get("layers", len(alike["layers"]))  # of layers that are alike the first stay
+        num_layers = sizes.get("layers", len(alike["layers"]))  # of layers with equal scores the first stay
         gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]

@@ -1,8 +1,8 @@
-"""Sizes that other tools hold or run well: widths that are multiples of a number, and layers that are all alike.
+"""Sizes that other tools can store or run fast: widths that are multiples of a number, and layers that are all alike.
 
-A step after any chooser: it takes the sizes that a chooser wants and gives sizes near them that remove at least as many
-parameters, less than one multiple of neurons more where layers may differ. What an axis keeps beyond what the chooser wanted is not
-forgotten: the chooser is asked again with the sizes as they are.
+This is a step after any chooser. It takes the sizes that the chooser wants and returns sizes near them that remove at least as
+many parameters. If layers may differ, it removes less than one multiple of neurons more. An axis that keeps more than the chooser
+wanted loses it later, since the chooser is asked again with the actual sizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ def check_multiple(axes: Sequence[Axis], multiple_of: int) -> None:
 def fitting(
     sizes: Mapping[str, int], axes: Sequence[Axis], *, scores: Scores, multiple_of: int = 1, equal_widths: bool = False
 ) -> dict[str, int]:
-    """Sizes near `sizes` that remove at least as many parameters, where axes are large enough for it.
+    """Sizes near `sizes` that remove at least as many parameters, if the axes are large enough for it.
 
-    Neurons: with M = `multiple_of`, each layer's width goes down to a multiple of M, and then up to the next one, those first that
-    lost most, while the whole still removes what was wanted. With `equal_widths` all layers get the same width, the
-    largest multiple of M that removes what was wanted, and the same number of heads: the mean of what was wanted, rounded up,
-    for which neurons pay; fewer only where neurons cannot.
+    With M = `multiple_of`, each layer's width is first rounded down to a multiple of M. Then widths go up by M, those first that
+    lost most, as long as the whole still removes what was wanted. With `equal_widths` all layers get the same width, the largest
+    multiple of M that removes what was wanted. They also get the same number of heads: the mean of what was wanted, rounded up.
+    Neurons pay for these heads; fewer heads stay only if neurons cannot pay.
 
     Args:
         sizes: axis name -> units that the chooser wants to keep.
         axes: the axes that may shrink.
-        scores: of `layers`, where some of them go.
-        multiple_of: of neurons; 1 for any number.
+        scores: of `layers`, read only if some layers go.
+        multiple_of: M; 1 allows any number of neurons.
         equal_widths: whether every layer that stays gets the same sizes.
 
     Returns:
@@ -49,7 +49,7 @@ def fitting(
     wanted = sum((axis.size - sizes[axis.name]) * axis.cost for axis in staying)  # parameters to remove
 
     def left() -> int:
-        """Parameters still to be removed, once heads went as `kept` says, by neurons."""
+        """Parameters that neurons still have to remove, once heads are as `kept` says."""
         return wanted - sum((axis.size - kept[axis.name]) * axis.cost for axis in staying if axis.kind != "neurons")
 
     neurons = [axis for axis in staying if axis.kind == "neurons"]
@@ -73,9 +73,9 @@ def fitting(
 
 
 def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
-    """The same sizes; but where the neurons of all layers would differ by one alone, and their heads by none, all get the lower width.
+    """The same sizes; but if the widths of all layers differ by just one neuron, and heads by none, all get the lower width.
 
-    The model is then a plain folder that any tool loads, for less than one neuron a layer below the budget.
+    The model is then a plain folder that any tool loads. It ends below the budget by less than one neuron for each layer.
 
     Args:
         sizes: axis name -> units to keep, of those that may shrink.
@@ -102,7 +102,7 @@ def _staying(sizes: Mapping[str, int], axes: Sequence[Axis], scores: Scores) -> 
 
 
 def _rounded(neurons: Sequence[Axis], wanted: Mapping[str, int], removed: int, multiple: int) -> dict[str, int]:
-    """Multiples near `wanted` that remove `removed` parameters, all down and then those up that lost most."""
+    """Multiples near `wanted` that remove `removed` parameters: all are rounded down, then those that lost most go up again."""
     rounded = {axis.name: max(wanted[axis.name] // multiple * multiple, min(axis.size, multiple)) for axis in neurons}
     room = sum((axis.size - rounded[axis.name]) * axis.cost for axis in neurons) - removed
     for axis in sorted(neurons, key=lambda axis: rounded[axis.name] - wanted[axis.name]):
@@ -110,6 +110,6 @@ def _rounded(neurons: Sequence[Axis], wanted: Mapping[str, int], removed: int, m
         if rounded[axis.name] < wanted[axis.name] and up <= axis.size and multiple * axis.cost <= room:
             rounded[axis.name], room = up, room - multiple * axis.cost
     for axis in sorted(neurons, key=lambda axis: wanted[axis.name] - rounded[axis.name]):
-        while room < 0 and rounded[axis.name] >= 2 * multiple:  # some were at their least
+        while room < 0 and rounded[axis.name] >= 2 * multiple:  # when some layers could not go down to their multiple
             rounded[axis.name], room = rounded[axis.name] - multiple, room + multiple * axis.cost
     return rounded

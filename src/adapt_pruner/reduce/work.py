@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _WIDTHS = ((1024, 64), (256, 32))
-"""Neurons of the narrowest layer, and what `multiple_of: auto` is from there on."""
+"""(neurons, multiple): `multiple_of: auto` is the first multiple for which the narrowest layer has at least these neurons."""
 
 Listener = Callable[[dict[str, Any]], None]
 """Told of every event of a run, as a plain dict with a key `event` (see `core.events`)."""
@@ -87,13 +87,13 @@ class Reads:
         own: batches that only a repair reads, beside the calibration batches: text that the model wrote, and more of the text.
         feed: gives the training text; None without training.
         ends: for each stage, the number of rows of the feed that are read when it ends.
-        digests: name of the text for people -> fingerprint; of training text all rows and their order, of calibration text the
-            first batches.
+        digests: what people call the text -> its fingerprint: of training text that of all rows in order, of calibration text
+            that of the first batches.
         held_out: evaluation windows; empty without an evaluation.
-        held_out_texts: of each of these, the SPEC of its text.
+        held_out_texts: the SPEC of each window's text.
         held_out_bytes: bytes of the text that these windows predict; None if the task counts none.
         teacher: the model to distil from; None if the objective has none.
-        tasks: scored at the start and the end, on the main process alone.
+        tasks: tasks to score at the start and the end, on the main process alone.
     """
 
     calibration: Callable[[int], list[Tensor]] = lambda iteration: []
@@ -182,7 +182,7 @@ class RunState:
     def from_json(cls, data: Mapping[str, Any]) -> "RunState":
         """The state that `to_json` of this or an older version wrote; other keys are ignored.
 
-        Of the reduction's state, an older version wrote `debt` alone.
+        An older version wrote only the `debt` of the reduction's state.
         """
         progress = dict(data["progress"])
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
@@ -210,13 +210,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a phase of one iteration runs, for an estimate of its time.
+    """The work of a phase in one iteration, for an estimate of its time.
 
     Attributes:
-        forward: tokens that are read.
-        both: tokens that are read, and differentiated as for scoring.
-        flops: operations besides; None where nobody knows how many.
-        times: how often it comes in a stage; None for once an iteration.
+        forward: tokens of forward passes.
+        both: tokens of forward and backward passes, as in scoring.
+        flops: further operations; None if nobody knows how many.
+        times: how often the phase runs in a stage; None for once per iteration.
     """
 
     forward: float = 0.0
@@ -234,7 +234,7 @@ class Looks:
         evidence: the most that it needs from the model in one pass over the text.
         forward: whether it also makes passes without gradients.
         streams: whether it also takes gradients of hidden states, for every second sequence.
-        beside: names of the work whose time a dry run cannot foretell.
+        beside: names of the work whose time a dry run cannot predict.
     """
 
     text: bool = False
@@ -258,7 +258,7 @@ class Reduction:
         """
 
     def floor(self, work: "Work") -> tuple[int, str]:
-        """The fewest parameters that it can leave of `work.model`, and when: WORDS of the sentence `… stay when WORDS`."""
+        """The fewest parameters that it can leave in `work.model`, and WORDS that complete the sentence `… stay when WORDS`."""
         raise NotImplementedError
 
     def num_steps(self, work: "Work", *, start: int, reached: int, target: int) -> int:
@@ -270,15 +270,15 @@ class Reduction:
         return Looks()
 
     def phases(self, work: "Work", target: int) -> dict[str, Passes]:
-        """Phase of an iteration (see `core.events.Progress`) -> what it runs on the way to `target` parameters, in their order."""
+        """Phase of an iteration (see `core.events.Progress`) -> its work on the way to `target` parameters; in order."""
         asked = work.recipe.calibration
         return {"score": Passes(both=asked.samples * asked.length)} if self.looks(work).text else {}
 
     def steps(self, work: "Work", target: int) -> Iterator[Change | Within]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
 
-        A reduction that takes long yields a `Within` now and then: `Searched`, where nothing has changed but its state, or `Masked`, where
-        weights have changed, too. The run says how far it is, and may write a checkpoint.
+        A reduction that takes long yields a `Within` now and then: `Searched` if only its state has changed, `Masked` if weights
+        have changed, too. The run then reports how far it is, and may write a checkpoint.
 
         Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model
         after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the
@@ -294,7 +294,7 @@ class Reduction:
         """Set the state, in place, to what `state` returned."""
 
     def fit(self, work: "Work") -> None:
-        """Adapt the state, in place, to a recipe that was changed on the way."""
+        """Adapt the state, in place, to a recipe that was changed during the run."""
 
 
 @dataclass
@@ -313,9 +313,9 @@ class Work:
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
         dense: parameters of the model at the start, before its vocabulary was cut.
         started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
-        weight_mask: which single weights stay, where others are zero; None of a model without such zeros.
+        weight_mask: which single weights stay and which are zero; None for a model without such zeros.
         training: training up to row `until`, step by step (see `run.training.Trainer.told`), for a reduction that cuts between
-            steps; None where there is no run.
+            steps; None outside a run.
         task: what the model learns, as the recipe names it.
     """
 
@@ -370,7 +370,7 @@ class Work:
 
     @property
     def step(self) -> float:
-        """The recipe's `step`; once half of its `minutes` are over, 1, so that all that is still to go goes in one cut."""
+        """The recipe's `step`; 1 once half of its `minutes` are over, so that one cut removes all that still has to go."""
         minutes = self.recipe.minutes
         if minutes is None or not world.agreed(self.elapsed > _FOR_CUTS * 60 * minutes):
             return self.recipe.step
@@ -382,7 +382,7 @@ class Work:
 
     @property
     def multiple_of(self) -> int:
-        """What neurons of a layer stay a multiple of; what the recipe calls `auto` goes by the narrowest layer of the start."""
+        """The number of which each layer's neurons stay a multiple; `auto` goes by the narrowest layer at the start."""
         asked = self.recipe.multiple_of
         if isinstance(asked, int):
             return asked
@@ -406,7 +406,7 @@ class Work:
         return min(end, first + max(1, round((end - first) * share)))
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
-        """The calibration batches of the next step, or of one `ahead` of it, int64 [batch, length]; adds their tokens to the figures."""
+        """The calibration batches of the step `ahead` of the next one, int64 [batch, length]; their tokens join the figures."""
         batches = self.reads.calibration(self.iteration + ahead)
         figures = self.state.figures
         figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
@@ -452,7 +452,7 @@ class Work:
         return self.counts(phase, **where)
 
     def counts(self, phase: str, **where: Any) -> Callable[[int, int], None]:
-        """The same of a phase that may not begin."""
+        """A function of (done, of) that tells how far a phase is, for a phase that may never begin."""
         return lambda done, of: self.tell(events.Progress(phase=phase, done=done, of=of, **where))
 
     def begins(self, phase: str, **where: Any) -> None:
@@ -480,15 +480,15 @@ def reads_text(work: Work) -> bool:
 
 
 def check_masks_learn(work: Work, way: str, *, where: str = "") -> None:
-    """Refuse a recipe without training, or with training that masks do not go with, for a reduction that learns masks.
+    """For a reduction that learns masks, refuse a recipe without training, or with training that does not work with masks.
 
     Args:
         work: the run.
         way: name of the reduction.
-        where: what the remedy adds.
+        where: words that the message adds to its remedy.
 
     Raises:
-        UsageError: it has none, or such.
+        UsageError: there is no training, or it does not work with masks.
     """
     recipe, asked = work.recipe, work.recipe.training
     if asked.source is None:
