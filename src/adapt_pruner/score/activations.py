@@ -1,8 +1,8 @@
-"""What each unit is worth by what flows through it: the input of the linear layer at its axis's gate, X.
+"""What each unit is worth by its activations X, the inputs of the linear layer at its axis's gate.
 
 Symbols: x_ntj is feature j of X at token t of sequence n; N sequences; W the weight of that linear layer, [outputs, features].
-Sums over text are kept in float64, a number or two a feature. Axes without such a layer (`layers`, `residual`) are skipped, but that
-`magnitude` scores `residual` by what the norms in the layers give.
+Sums over text are kept in float64, one or two numbers per feature. Axes without such a layer (`layers`, `residual`) are skipped.
+Only `magnitude` scores `residual`, by the outputs of the norms in the layers.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -33,8 +33,8 @@ def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, S
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
     Source: Wanda, arXiv:2306.11695, in the structured form that FLAP (arXiv:2312.11983) compares with. Differs: the released
-    code divides the squares by N, which ranks nothing. It measures each layer behind layers already pruned, as this does where the
-    recipe says `sequential_scoring: true`.
+    code divides the squares by N, which does not change the ranking. It also measures each layer on the output of the already
+    pruned layers below it; this metric does so if the recipe says `sequential_scoring: true`.
     """
     axes = _watchable(axes)
     channels = yield from _weighted_norms(model, axes)
@@ -52,7 +52,7 @@ def fluctuation(
 ) -> Generator[Evidence, None, Scores]:
     """How much a unit's features vary over the text, times the weights that read them; needs no gradient (FLAP).
 
-    Of feature j, with x̄_j the mean over all tokens:
+    For feature j, with x̄_j the mean over all tokens:
 
         IFV     V_j = Σ_nt (x_ntj - x̄_j)² / (N - 1)
         WIFV    V_j · Σ_i W_ij²
@@ -62,8 +62,8 @@ def fluctuation(
 
     Args:
         form: `WIFV`, `IFV` or `WIFN`.
-        authors_mean: for reproduction. The released code updates its running mean in place, so that only the new mean M_n
-            (of sequences 1 to n) is used and the first sequence counts as constant:
+        authors_mean: for reproduction. The released code updates its running mean in place. So it uses only the new mean M_n
+            (of sequences 1 to n), and the first sequence adds nothing:
             V_j = Σ_{n>1} (n - 1) / n · Σ_t (x_ntj - M_nj)² / (N - 1).
         standardised: bring the values of an axis's features to mean 0 and standard deviation 1 before the mean over a head's
             features is taken, as the authors do for thresholds across layers. Scores are then comparable between axes.
@@ -72,11 +72,11 @@ def fluctuation(
         axis name -> float32 [axis.entries] on the CPU; non-negative unless standardised.
 
     Raises:
-        UsageError: another form; fewer than two sequences; `authors_mean` with WIFN, which has no mean, or in several processes,
-            which do not see the sequences in their order.
+        UsageError: an unknown form; fewer than two sequences; `authors_mean` with WIFN, which has no mean, or in several
+            processes, which do not see the sequences in their order.
 
-    Source: FLAP, arXiv:2312.11983, the authors' metrics of these names. Heads of 128 features, one KV head each, are built in
-    there; here a unit's features are those of its gate, so that a KV head counts those of all its query heads.
+    Source: FLAP, arXiv:2312.11983, the authors' metrics of these names. Their code assumes heads of 128 features with one KV head
+    each. Here a unit's features are those of its gate, so that a KV head counts the features of all its query heads.
     """
     if form not in ("WIFV", "IFV", "WIFN"):
         raise UsageError(f"fluctuation form {form!r} is not known; known: WIFV, IFV, WIFN")
@@ -109,17 +109,17 @@ def fluctuation(
 
 @part("metric", needs={"text"})
 def magnitude(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
-    """Size of what flows through a unit: |x|, its mean over a sequence, then the L2 norm over sequences and features (Minitron).
+    """Size of a unit's activations: the mean of |x| over a sequence, then the L2 norm over sequences and features (Minitron).
 
     score[u] = √( Σ_{j ∈ u} Σ_n ( mean_t |x_ntj| )² )
 
-    A channel of the stream (`residual`) scores the sum of that over the norms in the layers, x being what the norm gives.
+    For a channel of the stream (`residual`), x is the output of a norm, and the score is the sum over the norms in the layers.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
-    Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it, which leaves the last norm out, too. Differs: norms behind a
-    block (Gemma 3) count, and KV heads, which it does not take, are those of their query heads.
+    Source: Minitron, arXiv:2407.14679, as NVIDIA's Model-Optimizer computes it; that leaves the last norm out, too. Differs:
+    norms after a block (Gemma 3) count. KV heads, which Model-Optimizer does not score, have the features of their query heads.
     """
     axes = [axis for axis in axes if axis.slices and axis.gate.kind != "logits"]
     squares = _zeros(model, axes)
@@ -154,7 +154,7 @@ def _variances(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, No
     counts = {name: torch.zeros(2, dtype=torch.float64) for name in sums}  # sequences and tokens
 
     def look(name: str, entering: Tensor) -> None:
-        wide = entering.double()  # the difference of squares below must not be one of rounding
+        wide = entering.double()  # rounding must not spoil the difference of squares below
         sums[name] += wide.sum(dim=(0, 1))
         squares[name] += wide.square().sum(dim=(0, 1))
         counts[name] += torch.tensor([wide.shape[0], wide.shape[0] * wide.shape[1]])
@@ -171,7 +171,7 @@ def _variances(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, No
 
 
 def _authors_variances(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
-    """`_variances` as the released code comes to them, sequence by sequence around a mean that has moved already."""
+    """`_variances` as the released code computes them: sequence by sequence, around a mean that already includes the sequence."""
     means, spreads = _zeros(model, axes), _zeros(model, axes)
     seen = dict.fromkeys(means, 0)
 
@@ -200,7 +200,7 @@ def _watchable(axes: Sequence[Axis]) -> list[Axis]:
 
 
 def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
-    """The weight of what each axis is watched at, by name: of a linear layer [outputs, features], of a norm [features]."""
+    """The weights of the modules at which axes are watched: [outputs, features] of a linear layer, [features] of a norm."""
     weights = {}
     for axis in axes:
         for name in _at(axis):
@@ -210,18 +210,21 @@ def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
 
 
 def _at(axis: Axis) -> tuple[str, ...]:
-    """What an axis is watched at: the linear layer at its gate, or the norms there that lie in layers."""
+    """The modules at which an axis is watched: the linear layer at its gate, or those norms at its gate that lie in layers."""
     return axis.gate.also if axis.gate.kind == "channels" else (axis.gate.module,)
 
 
 def _zeros(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
-    """For what each axis is watched at (axes may share it) float64 zeros, [features]."""
+    """Float64 zeros, [features], for each module at which axes are watched; axes may share a module."""
     return {name: weight.new_zeros(weight.shape[-1], dtype=torch.float64) for name, weight in _weights(model, axes).items()}
 
 
 @contextmanager
 def _looking(model: nn.Module, names: Mapping[str, Any], look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While it lasts, `look` is shown each name with what enters that linear layer, or leaves that norm: float32 [batch, length, features]."""
+    """While the context lasts, call `look` with each name and its values, float32 [batch, length, features].
+
+    The values of a linear layer are its inputs, those of a norm its outputs.
+    """
 
     def watch(name: str) -> RemovableHandle:
         module = model.get_submodule(name)

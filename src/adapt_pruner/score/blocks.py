@@ -1,8 +1,9 @@
-"""What a whole layer or block is worth: by how far what leaves it lies from what enters it; a unit of any kind by shutting it.
+"""What a whole layer or block is worth, by the distance between its input and output; what any unit is worth, by shutting it.
 
-All distances (residual stream included) grow with the change a layer makes, so a layer that hardly changes its input
-scores lowest. Of a block, the attention or MLP of a layer, X is the stream that enters it and Y = X + what it adds: every distance
-gives {"layers": float32 [num_layers]} and, of each axis of a block that it is asked for, float32 [1].
+X is the residual stream before a layer and Y the stream after it. For a block (the attention or the MLP of a layer), X is the
+residual stream before it and Y = X + the block's output. All distances grow with the change from X to Y, so a layer that hardly
+changes its input scores lowest. Every distance returns {"layers": float32 [num_layers]}, and float32 [1] for each axis of a block
+that it is asked for.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
 
 @part("distance")
 def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
-    """Layer importance by angle: -mean over tokens of cos(X, Y), X entering and Y leaving the whole layer.
+    """Layer importance by angle: -mean over tokens of cos(X, Y), X the input and Y the output of the whole layer.
 
     Returns:
         {"layers": float32 [num_layers]} in [-1, 1]; higher means the layer turns its input further.
@@ -42,14 +43,14 @@ def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, 
 
 @part("distance")
 def block_influence(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
-    """Block influence: 1 - mean over tokens of cos(X, Y), X entering and Y leaving the whole layer; ranks as `cosine` does.
+    """Block influence: 1 - mean over tokens of cos(X, Y), X the input and Y the output of the whole layer; ranks like `cosine`.
 
     Returns:
         {"layers": float32 [num_layers]} in [0, 2]; a layer at 0 leaves the direction of its input as it is.
 
-    Source: ShortGPT, arXiv:2403.03853; for blocks What Matters in Transformers?, arXiv:2406.15786, equations 1 to 4, which also takes
-    the norm and the residual branch along. Differs: Y of the last layer is that layer's own output. ShortGPT's released code reads
-    the `hidden_states` that transformers returns, the last of which has been through the final norm.
+    Source: ShortGPT, arXiv:2403.03853; for blocks What Matters in Transformers?, arXiv:2406.15786, equations 1 to 4, which also
+    include the norm and the residual branch. Differs: Y of the last layer is that layer's own output. ShortGPT's released code
+    reads the `hidden_states` that transformers returns, the last of which has been through the final norm.
     """
     return (yield from _mean_over_tokens(model, axes, lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1)))
 
@@ -61,8 +62,8 @@ def euclidean(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, Non
     Returns:
         {"layers": float32 [num_layers]}, non-negative.
 
-    Source: Adapt-Pruner, arXiv:2502.03460. Differs: the released code returns the distance with a minus sign, which
-    makes the layers that change most look least important, against its own cosine.
+    Source: Adapt-Pruner, arXiv:2502.03460. Differs: the released code returns the distance with a minus sign. That makes the
+    layers that change most look least important, contrary to its own cosine.
     """
     return (yield from _mean_over_tokens(model, axes, lambda x, y: (y - x).norm(p=2, dim=-1)))
 
@@ -92,15 +93,15 @@ def loss_drop(
 ) -> Scores:
     """The loss with only this unit switched off: each unit is shut alone and the loss is measured.
 
-    score[u] = L(u shut), the mean loss (of a causal LM in nats per token); within an axis that ranks like
-    L(u shut) - L. No layer runs below the one that a unit lies in. One forward pass a unit, so it is for few and dear units: the KV heads of a layer, or whole layers and blocks,
-    where a shut one adds nothing to its input. First-order scores can miss heads by far: in SmolLM2-135M the KV head of layer 1 that Taylor
-    ranks last costs 2.5 nats.
+    score[u] = L(u shut), the mean loss (of a causal LM in nats per token); within an axis that ranks like L(u shut) - L. Layers
+    below the unit's own do not run again. Each unit costs one forward pass, so this is for few and expensive units: the KV heads
+    of a layer, or whole layers and blocks, which add nothing to their input when shut. First-order scores can be far off for
+    heads: in SmolLM2-135M the KV head of layer 1 that Taylor ranks last costs 2.5 nats.
 
     Args:
         model: causal LM; left as found.
-        axes: the axes whose units to shut, one after the other; of an axis with blocks one entry, since each block
-            ranks its own. An axis of one unit that must stay scores 0.
+        axes: the axes whose units to shut, one after the other. In an axis with blocks one entry is shut at a time, since each
+            block ranks its own. An axis of one unit that must stay scores 0.
         batches: token ids, int64 [batch, length].
         task: what the model learns.
         dtype: precision of the matrix products.
@@ -109,7 +110,7 @@ def loss_drop(
     Returns:
         axis name -> float32 [axis.entries] on the CPU.
 
-    Source: ours; removal as a measure is that of MoPE-CLIP (arXiv:2403.07839) and of layer-dropping work.
+    Source: ours; MoPE-CLIP (arXiv:2403.07839) and work on dropping layers also measure by removal.
     """
     losses, done = {axis.name: torch.zeros(axis.entries) for axis in axes}, 0
     may_go = [axis for axis in axes if axis.size > axis.least]

@@ -1,15 +1,15 @@
-"""Showing a model its calibration text once, for as many metrics as want to look.
+"""Run a model over its calibration text once, for any number of metrics.
 
-A metric is a function with a `yield` in it. Before the yield it hooks itself in; the value it yields says what it
-needs (`Evidence`); at the yield the text runs through the model; after it the scores are worked out and returned:
+A metric is a function with a `yield` in it. Before the yield it attaches its hooks. The value that it yields says what it needs
+(`Evidence`). During the yield the text runs through the model. After it the metric computes the scores and returns them:
 
     def change(model, axes):
         with attached(layer.register_forward_hook(...) for layer in decoder_layers(model, axes)):
             yield Evidence.FORWARD
         return {"layers": ...}
 
-One that needs gradients of weights yields again and again, and each time gets the name of a parameter whose gradient is whole and
-in its `grad`, which is let go afterwards; None says that there are no more:
+A metric that needs gradients of weights yields again and again. Each time it gets the name of a parameter whose complete gradient
+is in its `grad`; the gradient is freed afterwards. None says that there are no more:
 
     def steepness(model, axes):
         sums = {}
@@ -17,10 +17,13 @@ in its `grad`, which is let go afterwards; None says that there are no more:
             sums[name] = model.get_parameter(name).grad.abs().sum()
         return {"layers": ...}
 
-`score` drives any number of them over one forward (and, if one of them wants gradients, one backward) per batch, or per
-sequence if one of them wants to see the gradient of each. Where gradients of weights are all that is wanted beside forward passes, the
-gradients are those of a few layers at a time (`layerwise.Sweep`). A metric that looks at what flows sees each batch once in the modules inside decoder layers; what lies
-outside them may be called more often, and not with the stream that leaves the layers. One that wants gradients of weights sees each batch twice there: make it two.
+`score` drives all metrics with one forward pass per batch, and one backward pass if a metric wants gradients. If a metric wants
+the gradient of each sequence, the passes are per sequence. If metrics want only forward passes and gradients of weights,
+gradients exist for a few layers at a time (`layerwise.Sweep`).
+
+The hooks of a metric see each batch once in the modules inside decoder layers. Modules outside the layers may be called more
+often, and not with the stream that leaves the layers. If a metric wants gradients of weights, its hooks see each batch twice:
+make two metrics of it.
 """
 
 import math
@@ -45,11 +48,11 @@ __all__ = ["Evidence", "Metric", "as_found", "evidence_needed", "finish", "mean_
 
 
 class Evidence(Enum):
-    """What a metric needs to see: nothing but the weights, a forward pass, gradients of what flows, of the weights too, or of each sequence.
+    """What a metric needs: weights alone, a forward pass, gradients of hidden states, also of weights, or of each sequence.
 
-    With STREAM_GRADIENTS a backward pass reaches every hidden state, where hooks see its gradient, and no weight: that takes
-    a third less work and no memory for weight gradients. With SAMPLE_GRADIENTS every pass is one sequence, so that a hook on a
-    parameter (`Tensor.register_hook`) is called once a sequence, with what that sequence adds to the gradient of L.
+    With STREAM_GRADIENTS the backward pass reaches every hidden state, where hooks see its gradient, but no weight. That is a
+    third less work and takes no memory for gradients of weights. With SAMPLE_GRADIENTS every pass is one sequence. A hook on a
+    parameter (`Tensor.register_hook`) is then called once per sequence, with what that sequence adds to the gradient of L.
     """
 
     WEIGHTS = 0
@@ -64,7 +67,7 @@ Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]
 
 @contextmanager
 def as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
-    """In eval mode, with gradients for the parameters named only; afterwards everything is as it was."""
+    """Eval mode, with gradients for the named parameters only; afterwards everything is as it was."""
     training = {module: module.training for module in model.modules()}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     cpu_rng = torch.get_rng_state()
@@ -100,7 +103,7 @@ def _on(axes: Sequence[Axis]) -> set[str]:
 
 
 def _scored(axes: Sequence[Axis]) -> Sequence[Axis]:
-    """Without tokens, whose worth is their use in a text."""
+    """The axes without the vocabulary: what a token is worth is how often a text uses it."""
     return [axis for axis in axes if axis.gate.kind != "logits"]
 
 
@@ -115,12 +118,12 @@ def score(
     dtype: str = "auto",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[Scores, float]:
-    """Run `batches` through the model once and return what all `metrics` make of it.
+    """Run `batches` through the model once and return the scores of all `metrics`.
 
-    The gradients that metrics see are those of L, the mean loss over all that is predicted of all batches (next-token
-    cross-entropy, nats per token, unless `task` is another), summed over the batches before any metric reads them. Only parameters that lie on an
-    axis get gradients. Where no metric needs more than these and forward passes, memory beyond the model is that of a few layers'
-    gradients and of the hidden states between groups of them (see `layerwise.Sweep`).
+    Metrics see the gradients of L, the mean loss over all predictions of all batches (next-token cross-entropy, nats per token,
+    unless `task` is another). Gradients are summed over the batches before any metric reads them. Only parameters on an axis get
+    gradients. If metrics need no more than these and forward passes, the memory beyond the model is that for the gradients of a
+    few layers and for the hidden states between groups of layers (see `layerwise.Sweep`).
 
     Args:
         model: causal LM; left as found (weights, gradients, train or eval mode, random state).
@@ -134,7 +137,7 @@ def score(
     Returns:
         The merged scores, and L (NaN when no metric needed a pass).
 
-    Several processes each look at a share of the batches; sums are taken over all, and every one gets the same scores.
+    Each of several processes reads a share of the batches. Sums run over all processes, and every process gets the same scores.
 
     Raises:
         RunError: L is not finite.
@@ -156,7 +159,7 @@ def score(
                 if need is Evidence.GRADIENTS and Evidence.STREAM_GRADIENTS not in needs:
                     sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
                     sweep.forward()
-                    # Backwards each layer runs again, which those that looked at the text have seen already.
+                    # The backward sweep runs each layer again. Metrics that watch activations finish first, to see the text once.
                     finished = {metric: finish(metric) for metric in running if metric not in of_weights}
                     nll, gradients = sweep.loss(over=predicted), sweep.backward()
                 else:
@@ -198,14 +201,14 @@ def _passes(
     dtype: str,
     on_batch: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """Run each batch through the whole model and, if gradients are needed, back; the sum of the loss, float64.
+    """Run each batch through the whole model and, if gradients are needed, back; returns the sum of the loss, float64.
 
-    The gradients are those of 1 / `over` of that sum.
+    The gradients are those of this sum divided by `over`.
     """
     device = next(model.parameters()).device
     wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
     only = _streams_only(model, task.entrance(model), dtype) if need is Evidence.STREAM_GRADIENTS else nullcontext()
-    # With gradients, casts that all passes share would hold the narrow gradients of all weights at the end of each.
+    # With gradients, casts shared by all passes would hold bfloat16 gradients of all weights at the end of each pass.
     once = nullcontext() if wants_gradient else casting_once(model)
     total = torch.zeros((), dtype=torch.float64)
     with only, once:
@@ -221,7 +224,7 @@ def _passes(
 
 
 def _in_batches(on_batch: Callable[[int, int], None] | None, number: int) -> Callable[[float], None]:
-    """Tells `on_batch` a share of the work as so many batches of `number`, whenever it is one more."""
+    """A function that is told the share of the work done, and tells `on_batch` whenever another batch of `number` is done."""
     told = 0
 
     def tell(share: float) -> None:
@@ -236,7 +239,7 @@ def _in_batches(on_batch: Callable[[int, int], None] | None, number: int) -> Cal
 
 @contextmanager
 def _streams_only(model: nn.Module, entrance: nn.Module, dtype: str) -> Iterator[None]:
-    """While it lasts, gradients are those of what flows from `entrance` on, and no weight gets one; for inside `as_found`."""
+    """While the context lasts, hidden states from `entrance` on get gradients and no weight does; for use inside `as_found`."""
     model.requires_grad_(False)
     with (
         linears_cast(model, dtype),
@@ -256,7 +259,7 @@ def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str = "auto") -> float:
-    """The mean loss over all that is predicted of `batches`, of a causal LM in nats per token; the model is left as found."""
+    """The mean loss over all predictions of `batches`, of a causal LM in nats per token; the model is left as found."""
     device = next(model.parameters()).device
     predicted = task.num_predicted(batches)
     total = torch.zeros((), dtype=torch.float64)
@@ -279,18 +282,18 @@ def score_behind(
     task: Task = CAUSAL_LM,
     dtype: str = "auto",
 ) -> Scores:
-    """Score units layer by layer, each layer on what comes out of those below it once these have lost what they are to lose.
+    """Score units layer by layer, each layer on the output of the already pruned layers below it.
 
-    Every layer runs twice over the text: whole, while the metric looks, and with the units shut that its scores leave out.
+    Every layer runs twice over the text: first whole, while the metric looks, then with the units shut that its scores leave out.
 
     Args:
         model: causal LM; left as found.
         axes: its axes, `layers` among them.
-        sizes: axis name -> units to keep; units of the axes inside a layer that are named here are scored.
+        sizes: axis name -> units to keep; the axes inside a layer that are named here are scored.
         batches: token ids, int64 [batch, length].
-        metric: what a unit is worth by what flows through the model, without gradients; it is called once a layer.
-        known: axis name -> scores of whole layers, attentions, MLPs and of the stream, where `sizes` has those lose units, which are
-            shut while layers above are measured.
+        metric: a metric of activations, without gradients; it is called once per layer.
+        known: axis name -> scores of layers, attentions, MLPs and the stream, if `sizes` lets them lose units. These units are
+            shut throughout.
         task: what the model learns.
         dtype: precision of the matrix products.
 

@@ -1,12 +1,12 @@
-"""What each unit costs by the curvature of the loss, once the weights that stay have made up for it as well as they can.
+"""What removing each unit costs by the curvature of the loss, after the remaining weights make up for it as well as they can.
 
 Around weights W of the linear layer at a gate, whose input is x and whose output has the loss gradient g, the loss is taken to be
 
     L(W + Δ) ≈ L(W) + ½ tr(Δ A Δᵀ G),        A = Σ x xᵀ / N,  G = Σ g gᵀ / P
 
-over N tokens of which P are predicted, g the gradient of the sum of their losses: the Fisher information with its Kronecker
-factors (K-FAC), in nats per token. Removing columns is a Δ; the one that costs least also changes the columns
-that stay, and which that is depends on A alone: it is the least-squares repair of `reduce.closed_form`.
+over N tokens of which P are predicted, with g the gradient of the sum of their losses. This is the Fisher information with its
+Kronecker factors (K-FAC), in nats per token. Removing columns is a Δ. The Δ that costs least also changes the columns that stay.
+It depends on A alone: it is the least-squares repair of `reduce.closed_form`.
 """
 
 import math
@@ -25,7 +25,7 @@ from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["kfac"]
 
-_ROUNDS = 48  # in which the narrow units of an axis are ordered; one by one would say little more and take far longer
+_ROUNDS = 48  # in which an axis's units of one column go; one by one they would take far longer for little more precision
 
 
 @part("metric", needs={"text"})
@@ -38,23 +38,23 @@ def kfac(
 
         ½ tr( (P_uu)⁻¹ W_uᵀ G W_u )       nats per token.
 
-    The cheapest units go, W and P are brought up to date (W ← W - W_u P_uu⁻¹ P_u·, P ← P - P_·u P_uu⁻¹ P_u·), and the rest are
-    costed anew, until one is left in every block; a unit's score is its cost at its turn, or that of a unit before it if greater. So the sum
-    over the lowest k scores is what removing these k together costs, which no score of single units says: of two neurons that do
-    the same, one costs nothing and the other dearly.
+    The cheapest units go, and W and P are updated (W ← W - W_u P_uu⁻¹ P_u·, P ← P - P_·u P_uu⁻¹ P_u·). Then the costs of the rest
+    are computed again, until one unit is left in every block. A unit's score is its cost when it goes, or the cost of a unit
+    before it if that is greater. So the sum over the lowest k scores is the cost of removing these k units together. Scores of
+    single units cannot say this: of two neurons that do the same, the first costs nothing and the second much.
 
     Args:
-        model: causal LM. One matrix [features, features] a gate is held, float32.
+        model: causal LM. Two float32 matrices are held for each gate, [features, features] and [outputs, outputs].
         axes: axes to score; those without a linear layer at their gate (`layers`, `residual`) are skipped.
-        ridge: λ, in mean diagonals of A.
+        ridge: λ as a multiple of the mean diagonal of A.
         task: what the model learns.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative, in nats per token: comparable between axes.
 
-    Source: Optimal Brain Surgeon (Hassibi & Stork 1993) over whole columns with K-FAC (Martens & Grosse 2015), as LLM Surgeon
-    (arXiv:2312.17244) has it. Differs: a greedy order instead of a threshold on single costs, G from the true labels, a ridge on A in
-    its mean diagonal and none on G.
+    Source: Optimal Brain Surgeon (Hassibi & Stork 1993) over whole columns with K-FAC (Martens & Grosse 2015), as in LLM Surgeon
+    (arXiv:2312.17244). Differs: a greedy order instead of a threshold on single costs, G from the true labels, a ridge on A
+    relative to its mean diagonal, and none on G.
     """
     axes = [axis for axis in axes if axis.slices and axis.gate.is_linear]
     weights = {axis.gate.module: axis.gate.oriented(model.get_parameter(f"{axis.gate.module}.weight").detach()) for axis in axes}
@@ -100,7 +100,7 @@ def kfac(
 
 
 def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor, *, width: int, blocks: int, ridge: float) -> Tensor:
-    """The scores of an axis whose units own `width` columns of `weight` each and of whose `blocks` one unit goes at a time."""
+    """The scores of an axis. A unit owns `width` columns of `weight`; each round removes equally many units from every block."""
     features = inputs.shape[0]
     each = features // width // blocks
     eye = torch.eye(features, device=inputs.device, dtype=torch.float64)
@@ -123,7 +123,7 @@ def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor, *, width: int, block
 
 
 def _rounds(units: int, *, narrow: bool) -> list[int]:
-    """How many units go in each round, all but one together."""
+    """How many units of a block go in each round; one unit stays in the end."""
     at_once = max(1, units // _ROUNDS) if narrow else 1
     whole, rest = divmod(units - 1, at_once)
     return [at_once] * whole + [rest] * (rest > 0)
@@ -141,7 +141,7 @@ def _marginal(felt: Tensor, precision: Tensor, *, width: int) -> Tensor:
 
 
 def _eliminate(felt: Tensor, precision: Tensor, columns: Tensor) -> None:
-    """Remove columns, in place; what is left of them is an identity that nothing else sees."""
+    """Remove columns, in place; in `precision` they become an identity that no other column sees."""
     across = precision[:, columns]
     own = torch.linalg.inv(across[columns].double()).float()
     felt -= felt[:, columns] @ own @ across.t()

@@ -1,4 +1,4 @@
-"""SAAP's importance: two second-order Taylor scores of a unit, fused by how uncertain each is, and how steady the unit is over the text."""
+"""SAAP's importance: two second-order Taylor scores of a unit, fused by their uncertainty, and its fluctuation over the text."""
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ def saap(
 ) -> Generator[Evidence, str | None, Scores]:
     """Vector-wise and element-wise Taylor scores of second order, fused by their uncertainty over the text (SAAP).
 
-    Of unit u, with g_n what sequence n of N adds to the gradient of the mean loss, and w the unit's weights in all its matrices:
+    For unit u, with g_n what sequence n of N adds to the gradient of the mean loss, and w the unit's weights in all its matrices:
 
         a_n[u] = Σ_w w · g_n                  e_n[u] = Σ_w |w · g_n|
         vector    V = | Σ_n a_n - (N / 2) Σ_n a_n² |                      H ≈ N Σ_n g_n g_nᵀ
@@ -33,20 +33,20 @@ def saap(
         score = I, or with `stability` I / f                              f: deviation of e_n over its mean
 
     Args:
-        model: causal LM; memory as of `weights.taylor(form=mixed)`, and two numbers a unit and sequence.
+        model: causal LM; takes the memory of `weights.taylor(form=mixed)`, and two numbers for each unit and sequence.
         axes: axes to score; those without slices are skipped.
-        terms: `both`, fused; or `vector` or `element` alone, the controls of the fusion: the score is V or E, or with `stability` V / f
-            or E / f.
+        terms: `both` fuses the two. `vector` or `element` alone is a control of the fusion: the score is V or E, or with
+            `stability` V / f or E / f.
         stability: divide by the fluctuation f, so that units whose worth depends on the text go earlier.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU. Comparable within an axis; `rank.standardised` compares across.
 
     Raises:
-        UsageError: other terms.
+        UsageError: unknown terms.
 
-    Source: arXiv:2412.15127, of which no code is public and of whose formulas reviews alone were read. The Taylor terms and the fusion
-    I / (2σ²) + log σ are theirs; ours are how σ is estimated, the scaling to mean 1, and the fluctuation.
+    Source: arXiv:2412.15127. Its code is not public, and we know its formulas from reviews only. The Taylor terms and the fusion
+    I / (2σ²) + log σ are theirs; the estimate of σ, the scaling to mean 1, and the fluctuation are ours.
     """
     if terms not in ("both", "vector", "element"):
         raise UsageError(f"saap has no terms {terms!r}; known: both, vector, element")
@@ -66,7 +66,7 @@ def saap(
 def _watch(
     model: nn.Module, name: str, its: Sequence[tuple[Axis, int]], lines: dict[str, list[list[Tensor]]]
 ) -> Callable[[Tensor], None]:
-    """A hook that adds what a matrix says of each unit to the line of the sequence that is passing."""
+    """A hook that adds what a matrix contributes to each unit's a_n and e_n, for the sequence n of this pass."""
     seen = 0
 
     def hook(gradient: Tensor) -> None:
@@ -89,7 +89,7 @@ def _watch(
 
 
 def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, terms: str, stability: bool) -> Tensor:
-    """The scores of an axis: elements [units], signed and absolute sums [sequences of this process, units]."""
+    """The scores of an axis from `elements`, E [units], and from a_n and e_n, `signed` and `absolute` [own sequences, units]."""
     number = torch.tensor(float(len(signed)))
     first, second = signed.sum(dim=0), signed.square().sum(dim=0)
     spread = [torch.stack([values.sum(dim=0), values.square().sum(dim=0)]) for values in (signed.abs(), absolute)]

@@ -22,7 +22,7 @@ Rows = dict[tuple[str, int], Tensor]
 Worth = Callable[[nn.Parameter, str, slice], Tensor]
 """(parameter, its name, some of its rows) -> what each weight of these rows is worth, float32 of their shape."""
 
-_CACHED = 1 << 17  # weights that are looked at together; beside their gradients they fit the cache of a core
+_CACHED = 1 << 17  # weights that are handled at a time; together with their gradients they fit the cache of a core
 
 
 @part("metric", needs={"text"})
@@ -31,31 +31,31 @@ def taylor(
 ) -> Generator[Evidence, str | None, Scores]:
     """Taylor importance: how much the loss moves if a unit's weights go to zero, from its first or second derivative.
 
-    L is the mean loss over the calibration text (of a causal LM in nats per token), g = dL/dw, summed over all batches before
-    anything is made of it. In every coupled matrix a unit owns `width` rows (or columns) r; score[u] is the sum over them of
+    L is the mean loss over the calibration text (of a causal LM in nats per token). g = dL/dw is summed over all batches first.
+    In every coupled matrix a unit owns `width` rows (or columns) r; score[u] is the sum, over all of them, of
 
         element   Σ_{w ∈ r} |w · g|
-        vector    | Σ_{w ∈ r} w · g |                  one absolute value a row or column, none across matrices
+        vector    | Σ_{w ∈ r} w · g |                  one absolute value per row or column, none across matrices
         second    Σ_{w ∈ r} w² · F
         mixed     Σ_{w ∈ r} |w · g - w² · F / 2|       the expansion of L at w = 0 to second order, with its signs
 
     F, the diagonal of the Fisher information, stands for the second derivative: F = N · Σ_n g_n² over the N sequences, with g_n
-    what sequence n adds to g. For sequences of one length that is the mean over them of the square of the gradient of each
-    one's own mean loss. A KV head is credited with the query heads that read it (head h belongs to KV head h // group).
+    what sequence n adds to g. If all sequences have the same length, F is the mean over them of the squared gradient of each
+    sequence's own mean loss. A KV head is credited with the query heads that read it (head h belongs to KV head h // group).
 
     Args:
-        model: causal LM. For `second` and `mixed` its weights, their gradients and as much again must fit in memory together, and the
-            text runs one sequence at a time; else gradients of a few layers exist at once.
+        model: causal LM. For `second` and `mixed` its weights, their gradients and as much again must fit in memory together, and
+            the text runs one sequence at a time. For the other forms, only gradients of a few layers exist at once.
         axes: axes to score; those without slices (`layers`) are skipped.
         form: `element`, `vector`, `second` or `mixed`.
-        authors_fold: for reproduction. Query head h is credited to KV head h mod num_kv_heads, as the released code does
-            although other heads go with it.
+        authors_fold: for reproduction. Query head h is credited to KV head h mod num_kv_heads, as in the released code, although
+            other query heads are removed with that KV head.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative. Comparable within an axis only.
 
     Raises:
-        UsageError: another form.
+        UsageError: an unknown form.
         RuntimeError: a scored parameter got no gradient (named in the message).
 
     Source: LLM-Pruner, arXiv:2305.11627, the authors' `param_first`, `vectorize`, `param_second` and `param_mix`;
@@ -93,7 +93,7 @@ def taylor(
 
 @contextmanager
 def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
-    """While it lasts, Σ_n g_n² of every matrix on an axis is summed up in `squares`, float32 like the matrix, and N in `seen`."""
+    """While the context lasts, sum g_n² of every matrix on an axis over n into `squares`, float32 of its shape; N into `seen`."""
 
     def watch(name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -122,7 +122,7 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
     Raises:
-        UsageError: another norm.
+        UsageError: an unknown norm.
 
     Source: the magnitude baselines of LLM-Pruner (arXiv:2305.11627), its options `l1` and `l2`.
     """
@@ -153,7 +153,7 @@ def random(model: nn.Module, axes: Sequence[Axis], *, seed: int = 0) -> Generato
 
 
 def _rows(model: nn.Module, axes: Sequence[Axis], worth: Worth, *, only: str | None = None) -> Rows:
-    """The sum of what `worth` says of the weights of each row that a slice's units own, [entries · width], on the CPU.
+    """For each slice, the sum of `worth` over the weights of each row that its units own, [entries · width], on the CPU.
 
     Biases do not count.
 
@@ -164,7 +164,7 @@ def _rows(model: nn.Module, axes: Sequence[Axis], worth: Worth, *, only: str | N
     dims: dict[str, set[int]] = {}
     for piece in pieces:
         dims.setdefault(piece.parameter, set()).add(piece.dim)
-    sums: dict[tuple[str, int], Tensor] = {}  # a matrix that several slices lie in is worked out once
+    sums: dict[tuple[str, int], Tensor] = {}  # a matrix that several slices share is computed once
     for name, its in dims.items():
         if (parameter := model.get_parameter(name)).dim() > 1:
             found = _sums(parameter, its, partial(worth, parameter, name))
@@ -178,9 +178,9 @@ def _rows(model: nn.Module, axes: Sequence[Axis], worth: Worth, *, only: str | N
 
 
 def _sums(parameter: nn.Parameter, dims: Iterable[int], terms: Callable[[slice], Tensor]) -> dict[int, Tensor]:
-    """Sums of terms along each of some dimensions of a matrix, [length of it] on the CPU: of each row, of each column.
+    """For each of `dims` the sums of a matrix's terms at each index of it, on the CPU: of each row (0), of each column (1).
 
-    On a CPU it takes as many rows at a time as its cache holds, which is three times as fast.
+    On a CPU the terms are computed for as many rows at a time as the cache holds, which is three times as fast.
     """
     length = parameter.shape[0]
     at_once = max(1, _CACHED // (parameter.numel() // length)) if parameter.device.type == "cpu" else length
@@ -197,7 +197,7 @@ def _sums(parameter: nn.Parameter, dims: Iterable[int], terms: Callable[[slice],
 
 
 def _summed(axes: Sequence[Axis], rows: Rows, *, authors_fold: bool = False) -> Scores:
-    """What each unit's rows (or columns) are worth, summed over them and over the matrices that it owns some of."""
+    """Axis name -> what each unit is worth: the sum over its rows (or columns) in all matrices."""
     scores: Scores = {}
     for axis in axes:
         narrowest = min((piece.width for piece in axis.slices), default=0)
