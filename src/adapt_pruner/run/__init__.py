@@ -1,1 +1,1 @@
-"""A run: the loop, what it needs, its folder, its events, what it would take."""
+"""A run: its loop, its preparation, its folder, its results, and what it would take."""

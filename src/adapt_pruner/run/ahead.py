@@ -1,4 +1,4 @@
-"""What a run has before it: its phases in their order, with the operations that each takes, for whoever foretells its end."""
+"""What a run still has to do: its phases in order, with the operations of each, so that its end can be predicted."""
 
 from dataclasses import replace
 
@@ -13,11 +13,11 @@ __all__ = ["ahead"]
 
 
 def ahead(work: Work, *, writes: tuple[int, ...] = ()) -> Planned:
-    """The phases that a run has before it, of one that goes on those that are left.
+    """The phases that a run has before it; of a resumed run, those that are left.
 
     Args:
         work: the run, with its stages.
-        writes: sequences of each text that the model writes first.
+        writes: number of sequences in each text that the model writes first.
     """
     recipe, state, now = work.recipe, work.state, shapes(work.model)
     items: list[Item] = []
@@ -30,7 +30,7 @@ def ahead(work: Work, *, writes: tuple[int, ...] = ()) -> Planned:
     setup = _setup(work)
     asked = recipe.calibration
     read = replace(setup, length=recipe.evaluation.window)
-    for samples in writes:  # on a GPU a token takes what its kernels take, which no operations tell
+    for samples in writes:  # on a GPU the time of a token depends on its kernels, not on its operations
         slow = setup.device == "cuda"
         add(
             "write",
@@ -70,7 +70,7 @@ def ahead(work: Work, *, writes: tuple[int, ...] = ()) -> Planned:
 
 
 def _setup(work: Work) -> Setup:
-    """How the run trains, as one process of several does a share of the work."""
+    """How the run trains, seen from one of its processes."""
     recipe, asked = work.recipe, work.recipe.training
     device = work.model.device
     taught = asked.source is not None and "teacher" in parts.needs("objective", asked.objective)
@@ -83,7 +83,7 @@ def _setup(work: Work) -> Setup:
 
 
 def _reducing(work: Work, stage: Stage, now: Shapes, setup: Setup) -> list[tuple[str, float | None, int]]:
-    """Of each phase of an iteration: its name, its operations, and how often it comes in a stage."""
+    """Each phase of an iteration: its name, its operations, and how often it runs in the stage."""
     start = work.state.figures.get("params_after_vocabulary", work.dense)
     before = [one.params for one in work.stages if one.stage < stage.stage]
     planned = min(before, default=start)

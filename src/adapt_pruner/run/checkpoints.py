@@ -1,9 +1,9 @@
 """Which checkpoints a run has, by their names.
 
-stage-K-cut-N    within the cuts of stage K, after the run's cut N; with -search-M after round M of a search for the
-                 next, with -step-M after step M of training between cuts
+stage-K-cut-N    within the cuts of stage K, after the run's cut N; with -search-M after round M of the search for the next cut,
+                 with -step-M after step M of training between cuts
 stage-K-pruned   after the cuts of stage K
-stage-K-step-N   within its training, after the run's step N
+stage-K-step-N   within the training of stage K, after the run's step N
 stage-K          after stage K
 """
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-(?:search|step)-(\d+))?|-(prune
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, in the order in which the run would write them, the last first."""
+    """The checkpoints in a folder, whole or not, in the order in which the run writes them, the last first."""
     checkpoints = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):

@@ -1,7 +1,7 @@
 """Formulas for the memory, operations and time that pruning and training a model take; nothing is run.
 
-Units: bytes of one process, FLOPs (a multiply-add is two), seconds. Symbols: N parameters, n processes, V vocabulary, H width
-of the residual stream, A, K, I query features, key features and neurons, summed over the layers, m tokens of a pass.
+Units: bytes of one process, FLOPs (a multiply-add is two), seconds. Symbols: N parameters, n processes, V vocabulary, H width of
+the residual stream, m tokens of a pass; A, K and I are query features, key features and neurons, summed over the layers.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ __all__ = [
     "training_memory",
 ]
 
-_SLACK = {"cpu": 1.03, "cuda": 1.1}  # what allocators hold of what is asked of them; the second is assumed
-_HOLES = 0.5  # on a CPU, of activations: what glibc keeps where they lay, between gradients and moments that stay
-_PROCESS = 450 * 2**20  # Python with torch, transformers and a tokenizer, beside the model
+_SLACK = {"cpu": 1.03, "cuda": 1.1}  # bytes that an allocator holds per byte asked for; the second figure is assumed
+_HOLES = 0.5  # on a CPU: share of freed activations that glibc keeps, as holes between gradients and moments
+_PROCESS = 450 * 2**20  # Python with torch, transformers and a tokenizer, without the model
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Shapes:
     """The sizes of a model that decide its memory and time.
 
     Attributes:
-        params: N, tied weights once.
+        params: N; tied weights count once.
         decoder: parameters in decoder layers.
         largest: parameters of the largest layer.
-        layers: decoder layers.
+        layers: number of decoder layers.
         vocabulary: V.
         width: H.
         queries: A, query features, summed over layers.
@@ -69,12 +69,12 @@ class Shapes:
 
     @property
     def in_and_out(self) -> int:
-        """Rows and columns of all weight matrices of the decoder layers."""
+        """Rows and columns of all weight matrices of the decoder layers, added up."""
         return 7 * self.layers * self.width + 2 * self.queries + 2 * self.keys + 3 * self.neurons
 
     @property
     def tied(self) -> bool:
-        """Whether input and output embedding are one."""
+        """Whether input and output embedding share their weights."""
         return self.params - self.decoder < 2 * self.head
 
     def cut_to(self, params: int) -> "Shapes":
@@ -141,16 +141,16 @@ class Setup:
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     """Bytes of one process at the peak of an optimiser step, by what holds them.
 
-    weights 4 N, gradients 4 N, moments 8 N. With FSDP each is divided by n, and the current layer, the next layer and the weights
-    outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
+    Weights take 4 N, gradients 4 N, moments 8 N. With FSDP each is divided by n, and the current layer, the next layer and the
+    weights outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
 
-    The peak is in the last pass of a step. It is either at the loss, with activations and logits (with checkpointing: the larger
-    of logits and the recomputed activations of one layer), or at the end of the backward pass, with the gradients still on their
-    way. These are 4 V·H of the embedding, as much again of a head tied to it, and in bfloat16 2 N_dec of all copies: the casts
-    of the step's first pass come last in the backward pass.
+    The peak is in the last pass of a step, at one of two places. At the loss, there are activations and logits (with
+    checkpointing: the larger of logits and the recomputed activations of one layer). At the end of the backward pass, some
+    gradients are still on their way: 4 V·H of the embedding, as much again of a head tied to it, and in bfloat16 2 N_dec of all
+    copies, since the casts of the step's first pass come last in the backward pass.
 
     Returns:
-        what -> bytes; see `held` for what a process then occupies.
+        part -> bytes; see `held` for what a process then occupies.
     """
     element = 2 if how.narrow else 4
     sharded = how.parallel == "fsdp" and how.processes > 1
@@ -190,14 +190,14 @@ def pruning_memory(
 ) -> dict[str, int]:
     """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
 
-    weights 4 N; moments 8 N if they are carried from stage to stage; gradients, bfloat16 copies and activations of k layers
-    (`core.layerwise.layers_at_once`); hidden states between groups of k layers, with their gradients, for all calibration tokens
-    of a process. The memory for the loss is freed before that for the layers is needed. Several processes share the batches, not
-    the weights.
+    Weights take 4 N, and moments 8 N if they are carried from stage to stage. Gradients, bfloat16 copies and activations are
+    those of k layers (`core.layerwise.layers_at_once`). Hidden states between groups of k layers, with their gradients, are held
+    for all calibration tokens of a process. The memory for the loss is freed before that for the layers is needed. Several
+    processes share the batches, not the weights.
 
-    Metrics that need each sequence's gradients, or gradients of hidden states, make whole passes: then k is L, and the hidden
-    states are the activations. With each sequence's gradients, squares of the gradients are held too. Passes without gradients
-    hold a bfloat16 copy of the whole model.
+    Metrics that need each sequence's gradients, or gradients of hidden states, make whole passes: then k is the number of layers,
+    and the hidden states are the activations. With each sequence's gradients, squares of the gradients are held, too. Passes
+    without gradients hold a bfloat16 copy of the whole model.
 
     Args:
         samples: rows of the calibration text.
@@ -205,7 +205,7 @@ def pruning_memory(
         moments: whether the optimiser's moments are carried.
         evidence: what the metrics need to see.
         reads: whether there are also passes without gradients (KV heads shut one by one, perplexity), which may need more.
-        halved: whether a pass reads half a batch, if that has two rows or more.
+        halved: whether a pass reads half a batch, if the batch has two rows or more.
     """
     micro = windows.MICRO_TOKENS // (1 + halved)
     rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
@@ -241,17 +241,17 @@ def pruning_memory(
 
 
 def held(parts: Mapping[str, int], device: str) -> int:
-    """Bytes that a process occupies in all: `parts`, what allocators keep beside them, and on a CPU Python itself."""
+    """Bytes that a process occupies in all: `parts`, what allocators keep on top, and on a CPU Python itself."""
     asked = _SLACK[device] * sum(parts.values())
     return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)
 
 
 def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
-    """Bytes that autograd keeps of m tokens.
+    """Bytes that autograd keeps for m tokens.
 
-    For each layer: inputs and outputs of its two norms (`norms` bytes per channel in float32 and in bfloat16), queries, keys,
-    values and the output of attention, gate, its activation, up and their product. With checkpointing: the input of each layer,
-    and all of one layer.
+    For each layer it keeps the inputs and outputs of its two norms (`norms` bytes per channel in float32 and in bfloat16). It
+    also keeps queries, keys, values and the output of attention, gate, its activation, up and their product. With checkpointing
+    it keeps the input of each layer, and all of one layer.
     """
     layers, last_norm = _layers(of, how, norms=norms), (4 + (2 if how.narrow else 4)) * of.width
     if how.checkpointing:
@@ -260,7 +260,7 @@ def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
 
 
 def _layers(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
-    """Bytes that autograd keeps of one token in all layers."""
+    """Bytes that autograd keeps for one token in all layers."""
     wide, narrow = norms
     each, element = (narrow, 2) if how.narrow else (wide, 4)
     return each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
@@ -284,8 +284,8 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
     """Multiply-adds of reading a row of `length` tokens, with logits at `logits` of the tokens.
 
-    length · (N_dec + A · length) + logits · V·H. Attention is causal: a token meets half of the keys on average, and each key is
-    multiplied once for its weight and once for its value. An embedding is looked up, not multiplied.
+    length · (N_dec + A · length) + logits · V·H. Attention is causal: a token attends to half of the keys on average, with one
+    multiplication for the attention weight and one for the value. An embedding is looked up, not multiplied.
     """
     return length * (of.decoder + of.queries * length) + logits * of.head
 
@@ -293,13 +293,13 @@ def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
 def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached: float) -> float:
     """Bytes read from memory to write one more token in each of `batch` rows, after `context` tokens.
 
-    weight · (N - V·H if the input embedding is not tied) + cached · 2 K · context · batch: each multiplied weight once for all
-    rows, and the keys and values of each row.
+    weight · (N - V·H if the input embedding is not tied) + cached · 2 K · context · batch: each multiplied weight is read once
+    for all rows, and the keys and values once for each row.
 
     Args:
         of: the shapes.
         context: tokens in the cache.
-        batch: rows.
+        batch: number of rows.
         weight: bytes of a weight, on average.
         cached: bytes of a number in the cache.
     """
@@ -307,11 +307,11 @@ def bytes_moved(of: Shapes, *, context: float, batch: int, weight: float, cached
 
 
 def operations(of: Shapes, how: Setup, *, kind: Literal["train", "score", "read"]) -> float:
-    """FLOPs a token.
+    """FLOPs per token.
 
-    Forward 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training: three times that, twice for frozen
-    weights, once more of the decoder with checkpointing, and a teacher's forward pass. Scoring, by first-order Taylor, is training with checkpointing, without a
-    gradient of the head. Reading is forward only.
+    A forward pass takes 2 (N_dec + V·H) + 2 A·length, the `multiply_adds` with all logits. Training takes three times that, or
+    twice for frozen weights. Checkpointing adds another forward pass of the decoder, and a teacher its own forward pass. Scoring
+    by first-order Taylor is training with checkpointing, without a gradient of the head. Reading is the forward pass only.
     """
     layers = 2 * multiply_adds(of, length=how.length, logits=0) / how.length
     head = 2 * of.head
@@ -328,10 +328,10 @@ class Speed:
     """The speed of a process.
 
     Attributes:
-        flops: FLOPs a second.
+        flops: FLOPs per second.
         words: where the figure comes from, for people.
-        near: bytes a second to another process of the same machine, of 8.
-        far: bytes a second to one of another machine.
+        near: bytes per second to another process on the same machine, of up to 8 processes.
+        far: bytes per second to a process on another machine.
     """
 
     flops: float
@@ -344,15 +344,16 @@ PAPER = {
     "cuda": Speed(0.4 * 989e12, "an H100 at 40 % of its 989 TFLOP/s in bfloat16"),
     "cpu": Speed(1e11, "a CPU at 0.1 TFLOP/s"),
 }
-"""Speeds assumed where nothing can be measured, by device."""
+"""Device -> the speed that is assumed if none can be measured."""
 
 
 def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
     """Seconds of one stage that scores `scored` tokens, trains on `trained` and evaluates `read`.
 
-    The processes share the operations evenly. Each sends (n - 1) / n of these bytes to others: with DDP 8 N per training step,
-    the gradients there and back; with FSDP per pass the weights twice, in the precision of products, and the gradients once, 4
-    N. Sending is assumed not to overlap with computing. The bytes that scoring sends are left out.
+    The processes share the operations evenly. Each sends (n - 1) / n of the following bytes to others. With DDP these are 8 N per
+    training step, the gradients there and back. With FSDP these are, for each pass, the weights twice, in the precision of
+    products, and the gradients once, 4 N. Sending is assumed not to overlap with computing. The bytes that scoring sends are left
+    out.
     """
     n = how.processes
     total = (

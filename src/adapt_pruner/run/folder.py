@@ -2,8 +2,7 @@
 
 recipe.yaml              the resolved recipe, with the versions of what ran it
 log.jsonl                one JSON object per event
-checkpoints/             the newest few: stage-K-cut-N within the cuts of stage K, stage-K-pruned after them, stage-K-step-N within
-                         the training of stage K, stage-K after it
+checkpoints/             the newest few, with names as in `run.checkpoints`
 checkpoints/*.damaged/   checkpoints that could not be read
 log.damaged.jsonl        the log of work that was lost because no checkpoint could be read
 calibration_self.json    the calibration text, if the model wrote it
@@ -11,7 +10,7 @@ repair_self.json         the text that the model wrote for the repair
 model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)
-progress.json            where the run stands (see `core.standing`), while a process works here: written over about once a second
+progress.json            where the run stands (see `core.standing`), rewritten about once a second while a process works here
 .lock                    held by the process that works here
 .adapt-pruner            says that this is the folder of a run; a folder that is not empty and has no such file is refused
 """
@@ -45,12 +44,12 @@ OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
 _OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
-_STANDS_EVERY = 1.0  # seconds
-_FIRST_LINE = 2**20  # bytes to look at for it
+_STANDS_EVERY = 1.0  # seconds between two writes of progress.json
+_FIRST_LINE = 2**20  # most bytes to read of the log's first line
 
 
 class RunFolder:
-    """A run's folder that only this process works in."""
+    """A run's folder, in which only this process works."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +78,7 @@ class RunFolder:
         self._begun = True
 
     def as_begun(self, recipe: Recipe) -> Recipe:
-        """The recipe; where it leaves widths to `auto`, and the run began when that was 1, with 1 as it began."""
+        """The recipe. If its `multiple_of` is `auto` and the run here began with 1, it keeps 1."""
         if self.is_new or recipe.multiple_of != "auto":
             return recipe
         try:
@@ -89,7 +88,7 @@ class RunFolder:
         return recipe.model_copy(update={"multiple_of": began}) if began == 1 else recipe
 
     def check(self, recipe: Recipe, *, force: bool) -> list[str]:
-        """The keys, of those that matter to the result, in which a recipe differs from the run's; none for a new run.
+        """The keys in which a recipe differs from the run's, as far as they matter to the result; none for a new run.
 
         Raises:
             UsageError: `force` is not set, and a key differs or the old recipe cannot be read.
@@ -133,7 +132,7 @@ class RunFolder:
             raise RunError(f"{self.path / 'log.jsonl'} could not be written: {why(error)}") from error
 
     def stand(self, event: dict[str, Any]) -> None:
-        """Write down where the run stands after an event, for who watches it; where that cannot be written, the run goes on."""
+        """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""
         if (heard := parse(event)) is not None:
             self._course.hear(heard)
         if time.monotonic() - self._stood < _STANDS_EVERY:
@@ -221,7 +220,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _was_run(path: Path) -> bool:
-    """Whether a run of an older version, which left no mark, lies here: told by what nobody else writes."""
+    """Whether a run of an older version, which left no mark, lies here; it is recognised by files that nothing else writes."""
     if any(
         {"stage", "figures", "files", "sha256"} <= _keys(place / "state.json") for place in newest_first(path / "checkpoints")
     ):
@@ -236,7 +235,7 @@ def _was_run(path: Path) -> bool:
 
 
 def _keys(file: Path) -> set[str]:
-    """The keys of a JSON file; none where there is no such file."""
+    """The keys of a JSON file; none if it cannot be read."""
     try:
         return set(read_json(file))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -261,7 +260,7 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
             return
         for name in (OWN_TEXT, REPAIR_TEXT, ".lock"):
             (path / name).unlink(missing_ok=True)
-        if is_page(path / "report.html"):  # it may have been asked for meanwhile
+        if is_page(path / "report.html"):  # somebody may have asked for it meanwhile
             (path / "report.html").unlink()
         if marked_now or {place.name for place in path.iterdir()} == {MARK}:
             (path / MARK).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Foretell a run's time and memory before it is started, by formulas and a quick probe; without weights, by formulas alone."""
+"""Predict a run's time and memory before it starts, by formulas and a quick probe; without weights, by formulas alone."""
 
 import time
 from dataclasses import asdict
@@ -41,7 +41,7 @@ def dry_run(
 
     If the weights are on this machine, the model is loaded, the texts are found, and the speed is probed with a batch of random
     tokens, forward and backward. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those of
-    `estimate`. The time covers passes over the texts; work that it leaves out is named under `time_without`.
+    `estimate`. The time covers passes over the texts; `time_without` names the work that it leaves out.
 
     Args:
         recipe: the run.
@@ -88,7 +88,7 @@ def _cut_on_paper(work: Work) -> None:
 
 
 def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
-    """How a recipe trains."""
+    """How a recipe trains, for the formulas."""
     asked = recipe.training
     return Setup(
         device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.batch_tokens,
@@ -144,7 +144,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
 
 
 def _left_out(work: Work, looks: Looks) -> list[str]:
-    """Names of the work whose time is not foretold."""
+    """Names of the work whose time is not predicted."""
     recipe = work.recipe
     writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
     return [

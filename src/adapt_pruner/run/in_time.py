@@ -1,4 +1,4 @@
-"""The recipe of `shrink`: what fits the time that somebody has, planned by a probe of this machine; or that of the run to go on with."""
+"""The recipe of `shrink`: it fits the user's time, planned after a probe of this machine; a run that goes on keeps its recipe."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ def recipe_in_time(
     listen: Listener,
     trust_remote_code: bool = False,
 ) -> Recipe:
-    """The recipe that is run in the folder `out`; the listener is told the plan, line by line, unless a run goes on there.
+    """The recipe to run in the folder `out`; the listener is told the plan, line by line, unless a run goes on there.
 
     Args:
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
         out: the run's folder.
         text: SPEC of the text to train and calibrate on; a part is held out. None for Python's language reference.
-        long: minutes that it may take, or tokens to train on, as `plan.rules.how_long` gives them.
+        long: minutes that the run may take, or tokens to train on, as `plan.rules.how_long` gives them.
         overrides: further keys, `KEY=VALUE`.
         started: `time.perf_counter()` when the minutes began.
         listen: told of every event.
@@ -45,7 +45,7 @@ def recipe_in_time(
 
     Raises:
         UsageError: the folder holds something else, or a run of another model, size, text, seed or number format; the model or
-            the text cannot be had; or the time is too short.
+            the text cannot be loaded; or the time is too short.
     """
     begun = _begun(out, overrides, common, text=text)
     if begun is not None:
@@ -56,7 +56,7 @@ def recipe_in_time(
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
     del work
-    spent = (time.perf_counter() - started) / 60  # the probe is off the minutes
+    spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
     left = None if minutes is None else max(1e-3, minutes - spent)
     plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
     for line in plan.lines:
@@ -65,16 +65,16 @@ def recipe_in_time(
 
 
 def _tokens_a_character(tokenizer: Any, spec: str) -> float:
-    """How many tokens a character of a text is, by the beginning of its first document."""
+    """Tokens per character of a text, measured on the beginning of its first document."""
     sample = next(iter(texts(spec)))[:100_000]
     return len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
 
 
 def _begun(out: Path, overrides: Sequence[str], common: Mapping[str, Any], *, text: str | None) -> Recipe | None:
-    """The recipe of a run that was begun in this folder, with what is overridden; None where none was.
+    """The recipe of the run that was begun in this folder, with `overrides`; None if no run was begun.
 
     Raises:
-        UsageError: that run is of another model, size, text, seed or number format, or the folder holds something else.
+        UsageError: that run has another model, size, text, seed or number format, or the folder holds something else.
     """
     if not (out / "recipe.yaml").exists():
         check_folder(out, recipes.read({}, values=common), force=False)  # before the probe

@@ -1,12 +1,12 @@
 """A budget in time: the parameters that a model may keep so that it takes a given share of the dense model's seconds.
 
 For every kind of axis the whole model is timed at several widths, with all layers cut alike, in turn with the dense model.
-Between two widths the time is taken to be linear. The savings of two kinds are added. A layer's share of its kind's saving is
+Between two widths the time is assumed to be linear. The savings of two kinds are added. A layer's share of its kind's saving is
 its share of the kind's parameters. Embedding, head and norms are in every measurement and are never cut.
 
-    time(sizes) / time(dense) = 1 - sum over kinds of sum over axes a of weight_a · (1 - table[kind](size_a / size of a when dense))
+    time(sizes) / time(dense) = 1 - sum over kinds of sum over axes a of weight_a · (1 - table[kind](size_a / dense size of a))
 
-Whole models are timed. The weights of a single layer that runs again and again would stay in the processor's cache.
+Whole models are timed, because the weights of a single layer that runs again and again would stay in the processor's cache.
 """
 
 import copy
@@ -33,7 +33,7 @@ from adapt_pruner.reduce.work import Listener, Work
 __all__ = ["Table", "find", "kept", "predicted", "reach", "table_of"]
 
 PROMPT = 512
-"""Tokens of the prompt that is read, or after which tokens are written."""
+"""Tokens of the prompt. `prefill` times reading it, `decode` times writing `WRITTEN` tokens after it."""
 WRITTEN = 16
 ROUNDS = 5
 SHARES = (0.75, 0.5, 0.25)
@@ -78,7 +78,7 @@ def find(work: Work) -> dict[str, Any]:
 
 
 def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
-    """The number of parameters that `find` found when the run began; None where the recipe has a budget instead.
+    """The number of parameters that `find` found when the run began; None if the recipe has a budget instead.
 
     Raises:
         UsageError: the run began with another latency, or with none.
@@ -166,7 +166,7 @@ def _width(axis: Axis, share: float, multiple: int) -> int:
 
 
 def _as_it_runs(model: Any, recipe: Recipe) -> Any:
-    """The model, in place, in eval mode with its weights in the precision of matrix products."""
+    """Bring the model, in place, to eval mode and its weights to the precision of matrix products; returns it."""
     narrow = uses_bfloat16(next(model.parameters()).device, recipe.dtype)
     return model.to(torch.bfloat16 if narrow else torch.float32).eval().requires_grad_(False)
 
@@ -174,7 +174,7 @@ def _as_it_runs(model: Any, recipe: Recipe) -> Any:
 def _in_turn(
     dense: Any, pruned: Any, recipe: Recipe, *, rounds: int, listen: Listener = lambda event: None
 ) -> tuple[list[float], float]:
-    """Of each round the pruned model's seconds as a share of the dense one's, and the dense one's median seconds."""
+    """For each round the pruned model's seconds as a share of the dense model's; and the dense model's median seconds."""
     decode = recipe.latency_of == "decode"
     size = min(model.get_input_embeddings().weight.shape[0] for model in (dense, pruned))
     ids: Tensor = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ def _in_turn(
     for round_idx in range(rounds + 1):
         listen(Progress(phase="time", what="the result", done=round_idx, of=rounds).told())
         theirs, ours = (reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned))
-        if round_idx:  # the first is slow
+        if round_idx:  # the first round is slow
             shares.append(ours / theirs)
             seconds.append(theirs)
     return shares, statistics.median(seconds)

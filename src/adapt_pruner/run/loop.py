@@ -158,7 +158,7 @@ def run(
     force_recipe: bool = False,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome | None:
-    """Run the recipe in a run folder (see `run.folder`); `report.documented.run` says what is taken, returned and raised.
+    """Run the recipe in a run folder (see `run.folder`); for arguments, result and errors see `report.documented.run`.
 
     `beside` writes more files into the result before the result gets its final name.
     """
@@ -192,11 +192,11 @@ def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> B
     """Tell where an interrupted run would continue; returns the error to raise."""
     if world.is_main():
         folder.tidy()
-    if folder.is_finished:  # with the model written, while the last was measured or said of it
+    if folder.is_finished:  # the interrupt came after the model was written
         message = f"the result is complete in {folder.result}"
         listen(Interrupted(message=message, path=str(folder.result)).told())
         return error
-    newest, _, _ = folder.newest(thorough=False)  # whoever interrupts does not wait long
+    newest, _, _ = folder.newest(thorough=False)  # a quick check: people who interrupt do not wait long
     where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
     if isinstance(error, RunError):
         return RunError(f"{error}; {where}")

@@ -21,23 +21,23 @@ from adapt_pruner.train.objectives import lm
 
 __all__ = ["probed"]
 
-_TOKENS, _LENGTH = 512, 128  # of a pass of reading and of scoring
+_TOKENS, _LENGTH = 512, 128  # tokens of a pass that reads or scores, and of one of its rows
 _ROW = 256  # tokens of a training row
-_ENOUGH = 4.0  # seconds after which a pass is not repeated: the first of a process is slow, but not for so long
+_ENOUGH = 4.0  # seconds; a slower pass is not repeated: the first of a process takes longer, but not by so much
 _MEMORY = Path("/proc/meminfo")
 _KIB = 1024
 
 
 def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False) -> tuple[Machine, Model, Work]:
-    """What this machine and the model of a recipe are like.
+    """Measure this machine with the model of a recipe.
 
     Args:
-        recipe: its model, budget, device and number format count.
+        recipe: only its model, budget, device, axes and number format count.
         listen: told of events.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        Speeds and memory, the model's sizes, and the work with the model, whose weights are as they were.
+        Speeds and memory, the model's sizes, and the work with the model, whose weights are unchanged.
 
     Raises:
         UsageError: the model cannot be loaded, or is smaller than the budget.
@@ -71,7 +71,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
-    """Tokens a second of a training step, of one row where that takes long; its rate is 0, so that the weights stay as they are."""
+    """Tokens per second of a training step, or of one row if that is slow; the learning rate is 0, so no weight changes."""
     model, rows = work.model, MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"] // _ROW
     ids = torch.randint(model.config.vocab_size, (rows, _ROW), generator=torch.Generator().manual_seed(1)).to(device)
     optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
@@ -93,7 +93,7 @@ def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
 
 
 def _seconds(do: Callable[[], object], device: torch.device, *, times: int = 2) -> float:
-    """Seconds of the last of so many calls; of the first, if that took long already."""
+    """Seconds of the last of `times` calls, or of the first call that takes long."""
     span = 0.0
     for _ in range(times):
         began = time.perf_counter()
@@ -107,7 +107,7 @@ def _seconds(do: Callable[[], object], device: torch.device, *, times: int = 2) 
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Memory that is free for this process beside what it holds; None where the system does not say."""
+    """Bytes of memory that this process may use in all: what is free and what it holds; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
     if not _MEMORY.exists():

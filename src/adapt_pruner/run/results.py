@@ -1,9 +1,9 @@
-"""Measure a run's model on the way, and write its checkpoint at the end.
+"""Measure a run's model during the run, and write its checkpoint at the end.
 
-`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, `figures["judged"]` what
-else its task measures, `figures["tasks"]` and `figures["answers"]` at the start and at the end, `figures["calibration_losses"]` the loss
-on calibration text there. None means not measured, because the recipe asked for it only later. In JSON, null can also mean
-infinity.
+`figures["perplexities"]` and `figures["bits_per_byte"]` list the model at the start and after each stage, and `figures["judged"]`
+lists what else its task measures. `figures["tasks"]`, `figures["answers"]` and `figures["calibration_losses"]`, the loss on
+calibration text, list the start and the end. None means not measured, because the recipe asked for it only later. In JSON, null
+can also mean infinity.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def measure_calibration(work: Work) -> None:
-    """Add the loss on the first calibration text, in nats per token, to the figures: once before the first cut, once at the end."""
+    """Add the loss on the first calibration text, nats per token, to the figures; done before the first cut and at the end."""
     batches, tokens = [], 0
     for batch in work.reads.calibration(1):
         if tokens < _ENOUGH:
@@ -58,7 +58,7 @@ def measure_calibration(work: Work) -> None:
 def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
     """Measure the perplexity on the recipe's held-out text, if it names one; `stage` 0 is the model at the start.
 
-    With `after_cuts` the model has been cut, and most of the training is still to come, and its figures go by names of their own.
+    With `after_cuts` the model has been cut and most of the stage's training is still to come; these figures have other names.
     """
     reads, figures = work.reads, work.state.figures
     if not reads.held_out:
@@ -70,7 +70,7 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
         )  # fmt: skip
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
         known = figures.setdefault(f"{name}_after_cuts" if after_cuts else name, [])
-        known += [None] * (stage - len(known))  # of stages that went before somebody asked for it
+        known += [None] * (stage - len(known))  # for stages that ended before somebody asked for it
         known.append(figure)
     if measured.judged and not after_cuts:
         figures["judged"] = [*figures.get("judged", []), {"stage": stage, **measured.judged}]
@@ -96,9 +96,9 @@ def measure_tasks(work: Work, *, stage: int) -> None:
 
 
 def measure_answers(work: Work, *, stage: int) -> None:
-    """Let the model answer the recipe's prompts, or three of ours if it chats; the likeliest token each time.
+    """Let the model answer the recipe's prompts, or three of ours if it chats; it writes the likeliest token each time.
 
-    A model that cannot answer, as one that pruning ruined, is warned of and no error.
+    A model that cannot answer, such as one that pruning ruined, gives a warning and not an error.
     """
     prompts = work.recipe.evaluation.prompts
     if prompts is None:
@@ -166,7 +166,7 @@ def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
     except Exception as error:  # out of memory, too
         work.warn(f"the latency of the pruned model could not be measured: {first_line(error)}")
     except KeyboardInterrupt:
-        interrupted = True  # not the error itself, which would hold the models that were timed
+        interrupted = True  # the error itself would keep the timed models in memory
     save(
         work.model,
         work.tokenizer,

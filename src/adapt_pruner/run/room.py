@@ -1,4 +1,4 @@
-"""Whether a run's files find room where they go, asked before the run begins: those that it writes whatever happens on the way."""
+"""Check before a run begins whether its disk has room for the files that the run writes in any case."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _FLOAT = 4  # bytes of a number in a checkpoint
 
 
 def check_result(work: Work, path: Path) -> None:
-    """Refuse a place without room for the model that will come of it.
+    """Refuse a place without room for the resulting model.
 
     Raises:
         UsageError: there is too little room.
@@ -23,10 +23,10 @@ def check_result(work: Work, path: Path) -> None:
 
 
 def check_run(work: Work, path: Path, checkpoints: Path) -> None:
-    """Refuse a run's folder without room for the checkpoints that are there at one time, and the result.
+    """Refuse a run's folder without room for the result and for all checkpoints that exist at the same time.
 
     Each stage writes a checkpoint after its cuts if it trains, and one at its end unless it is the last. As many stay as the
-    recipe keeps, and one more while the next is written. Those that the folder has make room for new ones.
+    recipe keeps, and one more while the next is written. Checkpoints that lie in the folder already make room for new ones.
 
     Raises:
         UsageError: there is too little room.
@@ -54,5 +54,5 @@ def _result(work: Work) -> int:
 
 
 def _windows(sizes: list[int], length: int) -> list[list[int]]:
-    """All that lie beside each other, as many as `length`."""
+    """All groups of `length` neighbours; the first groups are shorter."""
     return [sizes[max(0, end - length) : end] for end in range(1, len(sizes) + 1)]

@@ -46,11 +46,11 @@ from adapt_pruner.train.loop import stage_tokens, whole_batches
 __all__ = ["begin", "plan", "read", "sizes_begun", "stage_targets", "writes_text"]
 
 _FILLING = ("slice", "hard_concrete", "between_steps")
-"""Reductions that change weights as they cut, or put others in their place between two steps."""
+"""Reductions that change or replace weights when they cut, or between two steps."""
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
-    """A run at its start: load the model, cut its vocabulary and find the number of parameters for a latency.
+    """A run at its start: load the model, cut its vocabulary and turn a latency into a number of parameters.
 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
@@ -154,10 +154,10 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
 
 
 def _check_zeros(work: Work, *, cuts: bool) -> None:
-    """Refuse what would fill the zeros of a model that has some, and a sparse model that would teach itself; `cuts` if units go.
+    """Refuse settings that would fill a model's zeros, and a sparse model as its own teacher; `cuts` says whether units go.
 
     Raises:
-        UsageError: the recipe asks for it.
+        UsageError: the recipe asks for such a thing.
     """
     recipe, asked = work.recipe, work.recipe.training
     if not (recipe.makes_zeros or "sparsity_before" in work.state.figures):
@@ -182,7 +182,7 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
 
 
 def sizes_begun(work: Work) -> tuple[int, int]:
-    """Parameters when pruning began, once tokens had gone, and those of them in the decoder layers; also of a run that goes on."""
+    """Parameters of the model and of its decoder layers when pruning began, without removed tokens; the same in a resumed run."""
     figures = work.state.figures
     return figures.get("params_after_vocabulary", work.dense), figures.get("decoder_params_before") or decoder_parameters(
         work.model
@@ -268,7 +268,7 @@ def writes_text(recipe: Recipe) -> bool:
 
 
 def _to_write(recipe: Recipe, *, scores: bool) -> tuple[int, ...]:
-    """Sequences of each text that the model writes before a run begins."""
+    """Number of sequences in each text that the model writes before a run begins."""
     asked = recipe.calibration
     return (
         *((asked.samples,) if scores and writes_text(recipe) else ()),
@@ -277,7 +277,7 @@ def _to_write(recipe: Recipe, *, scores: bool) -> tuple[int, ...]:
 
 
 def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[Tensor]) -> None:
-    """Warn of texts that overlap and of sequences longer than the model reads; `begins_with` is None where no text is read."""
+    """Warn of texts that overlap and of sequences longer than the model reads; `begins_with` is None if no text is read."""
     recipe, ids = work.recipe, work.recipe.calibration.ids
     reads = begins_with is not None
     sources = {
@@ -356,7 +356,7 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
 def _own_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
     """Text that the model writes for the repair. A run's folder keeps it, since the model changes later."""
     recipe = work.recipe
-    samples, seed = recipe.calibration.self_generated, recipe.seed + 1  # not what `source: self` gives
+    samples, seed = recipe.calibration.self_generated, recipe.seed + 1  # so that the text differs from that of `source: self`
     if not samples or recipe.repair is None:
         return []
     if folder is None:
@@ -389,7 +389,7 @@ def _written(work: Work, writer: Any, *, samples: int, seed: int) -> Tensor:
 
 
 def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) -> None:
-    """Let the model, as it was at the start, write a text and keep it; a text that the run has already is kept as it is."""
+    """Let the model as it was at the start write a text, and save it; do nothing if the run has that text already."""
     recipe = work.recipe
     asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
@@ -402,7 +402,7 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
             f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in "
             "another folder"
         )
-    if begun:  # it has been cut since
+    if begun:  # the model of the run has been cut since
         writer = load(recipe.model, device=next(work.model.parameters()).device).model
     written = _written(work, writer, samples=samples, seed=seed)
     try:
@@ -416,7 +416,7 @@ def _digest(batches: list[Tensor]) -> str:
 
 
 def _rows(work: Work, *, moving: bool) -> Rows | None:
-    """All rows of the training; with `moving` those, too, that are read if the shares of a mixture move."""
+    """All rows of the training; with `moving` also those that are read only if the shares of a mixture change."""
     asked, source = work.recipe.training, work.recipe.training.source
     if source is None:
         return None
@@ -440,7 +440,7 @@ def _held_out(work: Work) -> dict[str, list[Tensor]]:
 
 
 def _teacher(work: Work, *, begun: bool) -> Any:
-    """The model to distil from, frozen, in the precision of matrix products; None where the objective needs none.
+    """The model to distil from, frozen, in the precision of matrix products; None if the objective needs none.
 
     If the run removed tokens from the vocabulary, the teacher loses the same tokens. Its distribution is then renormalised over
     those that stay.

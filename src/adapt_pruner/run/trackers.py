@@ -47,7 +47,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             if hasattr(tracker, "start"):
                 tracker.start()
             tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
-        except Exception as error:  # each tracker has its own kinds
+        except Exception as error:  # each tracker has its own kinds of errors
             raise UsageError(f"report_to {name} cannot be started ({first_line(error)}); set it up, or leave it out") from error
         running[name] = tracker
 

@@ -24,7 +24,7 @@ from adapt_pruner.train.spread import full_state, load_moments, spread
 
 __all__ = ["Save", "Trainer"]
 
-_SLOW = 2 / 3  # of the tokens asked for: what fits in the time; below it is said
+_SLOW = 2 / 3  # share of the tokens asked for: a warning says if less than this fits in the time
 _AFTERWARDS = 3.0  # seconds for the model card and the page, which read no text
 
 Around = Callable[[Objective], Objective]
@@ -36,7 +36,7 @@ Save = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 class Trainer:
     """Trains the model of a run between its cuts and saves checkpoints; trains nothing if the recipe has no training.
 
-    Weights that are masked (`Work.weight_mask`) stay zero, but while a reduction still learns which these are.
+    Masked weights (`Work.weight_mask`) stay zero, except while a reduction still learns which weights to mask.
     """
 
     def __init__(self, work: Work, *, save: Save | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -44,19 +44,19 @@ class Trainer:
 
         Args:
             work: the run; changed in place.
-            save: writes a checkpoint; None where nothing is saved on the way.
+            save: writes a checkpoint; None if none are saved during the run.
             tensors: moments and low-rank additions of the checkpoint that the run continues.
         """
         self._work, self._save, self._tensors = work, save, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0
         if work.reads.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
-            self._tensors = {}  # which would take as much memory again
+            self._tensors = {}  # they would take as much memory again
         self._working: tuple[Any, Any] = (work.model, work.optimizer)
         work.training = self.told
 
     def before_cuts(self) -> None:
-        """Free the optimiser's moments if the recipe does not carry them through cuts; scoring then has their memory."""
+        """Free the optimiser's moments if the recipe does not carry them through cuts; scoring can then use their memory."""
         if self._work.optimizer is not None and self._work.recipe.moments == "reset":
             self._work.optimizer.state.clear()
 
@@ -70,9 +70,9 @@ class Trainer:
             self.save(f"stage-{work.state.stage}-pruned")
 
     def train(self, *, until: int) -> None:
-        """Train the model, in place, up to row `until` of the text, or until the recipe's time is up but for what comes after."""
+        """Train the model, in place, up to row `until` of the text, or until only the time for the rest of the run is left."""
         work, progress = self._work, self._work.state.progress
-        unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the last step of the stage
+        unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the stage's last step
         if work.reads.feed is None or (progress.rows >= until and not unmerged):
             return
         asked, before = work.recipe.training.tokens, progress.tokens
@@ -87,7 +87,7 @@ class Trainer:
             work.warn(f"the {work.recipe.minutes:g} minutes were over before training began; give more minutes, or prune faster")
 
     def _seconds_left(self) -> float:
-        """Seconds until training has to end: measuring once more, as at the start, writing the result and its page come after it."""
+        """Seconds until training has to end, so that there is time to measure again, as at the start, and to write the result."""
         work = self._work
         measuring = float(work.state.figures.get("measuring_seconds", work.state.spent["evaluate"]))
         after = measuring + self._last_save + _AFTERWARDS
@@ -100,8 +100,8 @@ class Trainer:
 
         An interrupt (Ctrl-C, SIGTERM, SIGHUP) waits until the step is taken, and a checkpoint is written first.
 
-        A reduction that removes units between steps, or trains more than weights, has this as `work.training`. `around` makes of the
-        recipe's objective the one to train by. With `seconds_left` training ends when no more time is left.
+        A reduction that removes units between steps, or trains more than weights, has this as `work.training`. `around` turns the
+        recipe's objective into the one to train with. With `seconds_left` training ends when no more time is left.
         """
         work, progress = self._work, self._work.state.progress
         assert work.reads.feed is not None
@@ -120,7 +120,7 @@ class Trainer:
                 self.save_if_due(name)
 
     def _tell(self, step: Step, began: float, tokens: int) -> None:
-        """Tell of a step that was taken, in training that began at that time, after so many tokens."""
+        """Tell of a step that was taken; `began` is when this training began, and `tokens` how many had been read by then."""
         work = self._work
         speed = (step.tokens - tokens) / (time.perf_counter() - began)
         work.tell(events.Step(
@@ -178,7 +178,7 @@ class Trainer:
         assert work.optimizer is not None
         its = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
         there = list(work.model.parameters())
-        if not its & {id(parameter) for parameter in there}:  # a reduction has put others in the place of all
+        if not its & {id(parameter) for parameter in there}:  # a reduction has replaced all parameters
             work.optimizer = self._new_optimizer()
             self._working = (work.model, work.optimizer)
             return
@@ -195,7 +195,7 @@ class Trainer:
                 stack.enter_context(adapted(work.model, **asked.lora.model_dump(), seed=seed))
                 _fill(work.model, self._tensors)
                 optimizer = self._new_optimizer()
-            self._tensors = {}  # of the checkpoint; later stages begin anew
+            self._tensors = {}  # the checkpoint's are used up; later stages begin with new additions
             assert optimizer is not None
             model: Any = work.model
             if work.recipe.parallel == "fsdp":
