@@ -1,4 +1,4 @@
-"""LoRA: training a low-rank addition to every linear layer instead of the weights, merged into them before the next cut."""
+"""LoRA: train a low-rank addition to every linear layer instead of its weights, and merge it before the next cut."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ __all__ = ["adapted", "base_name"]
 
 @contextmanager
 def adapted(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> Iterator[None]:
-    """While it lasts, only W + (alpha / rank) · B A of every linear layer but the head is trained; then it is merged, in place.
+    """While the context lasts, only A and B of W + (alpha / rank) · B A train; then they are merged into W, in place.
 
-    A is random and B zero at first, so the model does not change. The arithmetic of the merge is the weights' (float32).
-    After an error the addition stays where it is.
+    Every linear layer except the head has such an addition. A is random and B zero at first, so the model does not change. The
+    merge computes in the precision of the weights (float32). After an error the addition stays where it is.
 
     Args:
         model: causal LM; its weights do not train meanwhile.

@@ -14,12 +14,12 @@ __all__ = ["kernels"]
 
 @contextmanager
 def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: bool) -> Iterator[None]:
-    """While it lasts, `model` trains the way that is asked for; Liger's kernels stay.
+    """While the context lasts, `model` trains with these options; Liger's kernels stay afterwards.
 
     Args:
         model: causal LM, as it trains.
-        gradient_checkpointing: keep each decoder layer's input only and work the rest out again in the backward pass.
-        compiled: run the decoder through torch.compile; what was compiled for other shapes is forgotten.
+        gradient_checkpointing: keep only each decoder layer's input, and compute the rest again in the backward pass.
+        compiled: run the decoder through torch.compile; code that was compiled for other shapes is forgotten.
         liger: the fused kernels of liger-kernel.
     """
     decoder = model.get_decoder()
@@ -51,7 +51,7 @@ def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: 
 def _rms_norm(module: nn.Module) -> tuple[float, float] | None:
     """The offset and eps of a module that is x · (offset + w) / √(mean(x²) + eps) and nothing more, found by trying.
 
-    The offset is 0, or 1 (Gemma). Every process asks at once.
+    The offset is 0, or 1 (Gemma). All processes must call this at the same time.
     """
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -74,9 +74,9 @@ def _lean_forward(self: Any, hidden_states: Tensor, *, offset: float, eps: float
 
 
 class _LeanRMSNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and one number a token for the backward pass, instead of the normed values as well.
+    """RMSNorm that keeps only its input and one number per token for the backward pass, and not the normed values.
 
-    Where products are in bfloat16 and the input is not, the output is cast once, here, instead of by each linear layer.
+    If products are in bfloat16 and the input is not, the output is cast once, here, instead of by each linear layer.
     """
 
     @staticmethod

@@ -70,7 +70,7 @@ class Feeds(Protocol):
         """The next rows."""
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
-        """Hear the losses of a step by text."""
+        """Receive the losses of a step: text -> (their sum, tokens predicted)."""
 
 
 @dataclass
@@ -106,8 +106,8 @@ class How:
         dtype: precision of matrix products (see `core.precision.precision`); weights and moments stay float32.
         seed: of dropout, where there is any.
         task: what the model learns; it says how many predictions of a batch count.
-        seconds_left: how many seconds training may still take. It then ends early, and the curve with it: a share of the run done
-            is one of the tokens that fit. None for no deadline.
+        seconds_left: how many seconds training may still take; None for no deadline. With a deadline training may end early, and
+            the learning-rate curve with it: the share of the run done is then a share of the tokens that fit.
     """
 
     objective: Objective
@@ -133,7 +133,8 @@ class Step:
         loss: mean of the objective over the predicted tokens of all processes, in nats.
         lr: learning rate of the step.
         gradient_norm: global norm of the gradient before clipping.
-        reach: tokens that will have been read when the time is up; infinite where no deadline is nearer than the text's end.
+        reach: tokens that will have been read when the time is up, even if the text has fewer; infinite without a deadline or
+            before the pace is known.
     """
 
     step: int
@@ -188,10 +189,10 @@ def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
 
 
 def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
-    """The rows at which stages end, each but the last moved to the nearest whole batch, up from the middle between two.
+    """The rows at which stages end, each but the last rounded to the nearest whole batch, halves up.
 
     So no stage but the last takes a step of fewer rows, which would have the same learning rate and a noisier gradient. The last
-    stage still ends with the last row: the run reads as many tokens as it was asked to. Where a stage is shorter than a batch no
+    stage still ends with the last row: the run reads as many tokens as it was asked to. If a stage is shorter than a batch, no
     end moves.
     """
     rows = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
@@ -204,7 +205,8 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
     """Train, in place, on the next rows of `feed` until `until` rows have been read or time is up; `progress` moves along.
 
     A step takes `how.batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
-    predicted tokens. Its rate is lr · schedule(tokens at its middle / tokens of the run), the latter those that fit in the time left.
+    predicted tokens. Its learning rate is lr · schedule(tokens at its middle / tokens of the run). With a deadline, the tokens of
+    the run are those that fit in the time.
 
     The optimiser may also hold groups of other parameters on which the objective depends (masks, multipliers). A
     group with `maximize` ascends; one with `scale` has its rate multiplied by that. Only the model's gradients are clipped.
@@ -237,7 +239,7 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
             loss = _accumulate(model, batch, how, _others(model, optimizer), device=device)
             norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
             _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
-            # The rate in the middle of the step: neither the first nor the last step of a run is at an end of the curve.
+            # The rate is taken in the middle of the step, so that no step of a run is at an end of the curve.
             tokens = progress.tokens + rows.num_tokens
             reach = max(tokens, reach)
             rate = how.lr * how.schedule(min(1.0, (progress.tokens + rows.num_tokens / 2) / min(feed.num_tokens, reach)))
@@ -271,13 +273,13 @@ def _others(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
 class _Batch:
     """This process's part of the rows of a step, in parts of at most `micro_tokens`.
 
-    Every process makes the same number of passes, since sharded models meet in each: one that has fewer rows looks at
-    one again and predicts nothing of it. With `by_domain` the rows of a part are of one text.
+    Every process makes the same number of passes, since the processes of a sharded model communicate in each pass. A process
+    with fewer rows reads a row again and predicts nothing of it. With `by_domain` all rows of a part come from one text.
 
     Attributes:
         parts: ids, which tokens are predicted, and the text that they come from.
         num_predicted: tokens predicted by all processes.
-        losses: by text, the sum of its losses over all processes, and the tokens predicted; filled while gradients are worked out.
+        losses: text -> the sum of its losses over all processes, and the tokens predicted; filled as gradients are computed.
     """
 
     def __init__(
@@ -311,7 +313,7 @@ class _Batch:
         self.num_predicted = max(1.0, float(count))
 
     def _most(self, at_least: int, *, by_domain: bool) -> int:
-        """The passes that every process makes."""
+        """How many passes every process makes."""
         if not by_domain or world.size() == 1:
             return at_least if not by_domain else len(self.parts)
         most = torch.tensor([len(self.parts)])
@@ -326,7 +328,7 @@ def _accumulate(model: Any, batch: _Batch, how: How, others: Sequence[Tensor], *
     of_domain = torch.zeros(len(batch.domains), 2, dtype=torch.float64)
     sharded = hasattr(model, "as_forward")  # then reduce-scatter takes the mean over the processes
     scale = (world.size() if sharded else 1) / batch.num_predicted
-    with precision(device, how.dtype):  # around all parts, so that weights are brought to bfloat16 once a step
+    with precision(device, how.dtype):  # around all parts, so that weights are cast to bfloat16 once per step
         for ids, predicted, domain in batch.parts:
             part = model.as_forward(objective, ids, predicted) if sharded else objective(model, ids, predicted)
             loss += part.detach().double().cpu()
@@ -350,7 +352,7 @@ def _full(norm: Any) -> Tensor:
 
 
 def _guard(loss: float, norm: float, progress: Progress, *, max_rise: float, lr: float) -> None:
-    """Stop before the step that a bad gradient would spoil."""
+    """Raise before a step with a bad gradient would spoil the weights."""
     at = (
         f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text, then start in another folder, or "
         "remove the checkpoints written since the loss went wrong and go on with --force-recipe"

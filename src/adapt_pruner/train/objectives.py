@@ -22,7 +22,7 @@ def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None, *, 
     Args:
         input_ids: int64 [batch, length].
         predicted: bool [batch, length]; None for every token but the first.
-        task: what the model learns, where it is another than the next token.
+        task: what the model learns, if it is something other than the next token.
 
     Returns:
         float32 scalar, differentiable.
@@ -44,9 +44,9 @@ def distil(
 ) -> Tensor:
     """Distillation: (1 - α) · cross-entropy + α · T² · KL(teacher ‖ student) [+ hidden · distance of hidden states].
 
-    With softmax at temperature T on both sides; all terms per token, summed over the predicted tokens. Position t counts
-    when token t + 1, which it predicts, does. The distance is ‖h - h'‖² / ‖h'‖², the mean over all layers' outputs, the last one normed.
-    Logits of teacher and student exist for a few tokens at a time only.
+    In the KL both sides have a softmax at temperature T. All terms are per token, summed over the predicted tokens. Position t
+    counts if token t + 1, which it predicts, counts. The distance is ‖h - h'‖² / ‖h'‖², the mean over the outputs of all layers,
+    the last one after the final norm. Logits of teacher and student exist for a few tokens at a time only.
 
     Args:
         input_ids: int64 [batch, length].
@@ -81,13 +81,13 @@ def distil(
 def kl_of_logits(
     targets: Tensor, goal: Tensor, teacher: Any, task: CausalLM = CAUSAL_LM, *, temperature: float = 1.0, alpha: float = 1.0
 ) -> LogitLoss:
-    """α · T² · KL(teacher ‖ logits) + (1 - α) · cross-entropy with `targets`, both at temperature T, in nats.
+    """α · T² · KL(teacher ‖ logits), both at temperature T, + (1 - α) · cross-entropy with `targets`, in nats.
 
     Args:
         targets: int64 [n].
         goal: hidden states of the teacher before its head, [n, width].
         teacher: the model with that head.
-        task: what is predicted, which knows the head.
+        task: finds the teacher's head.
     """
     nll, t = nll_of_logits(targets), temperature
     head, cap = task.head(teacher), logit_cap(teacher)

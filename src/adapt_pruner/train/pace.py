@@ -1,4 +1,4 @@
-"""How far training will come in the time that is left, by the pace it has had so far."""
+"""How far training will get in the time that is left, at its pace so far."""
 
 import math
 from collections import deque
@@ -8,14 +8,14 @@ from adapt_pruner.core import world
 
 __all__ = ["Pace"]
 
-_STEPS = 32  # the last ones, by which the pace is measured: a machine that is shared has others by turns
+_STEPS = 32  # the pace is that of the last so many steps, since on a shared machine it changes
 
 
 class Pace:
-    """What fits into a deadline: the end of the curve comes nearer as the pace is slower.
+    """How many tokens fit before a deadline; the slower the pace, the earlier the learning-rate curve ends.
 
-    Time is read from what is left of it, so all that happens between two steps (saving, the caller's work) counts. The first step,
-    which makes ready, does not count. Every process goes by the main one's clock.
+    The pace is measured by the time left, so it includes all that happens between two steps (saving, the caller's work). The
+    first step does not count, since it includes preparation. Every process uses the clock of the main process.
     """
 
     def __init__(self, seconds_left: Callable[[], float] | None) -> None:
@@ -24,12 +24,12 @@ class Pace:
         self._marks: deque[tuple[float, int]] = deque(maxlen=_STEPS + 1)  # (seconds left, tokens read) after each step
 
     def taken(self, tokens: int) -> None:
-        """Hear that a step is taken, after `tokens` tokens of the whole run."""
+        """Note that a step was taken; `tokens` of the whole run are now read."""
         if self._seconds_left is not None:
             self._marks.append((self._left(), tokens))
 
     def reach(self, tokens: int) -> float:
-        """The tokens of the whole run that will have been read when the time is up, if it goes on as it did; `tokens` are read now.
+        """The tokens of the whole run that will have been read when the time is up, at the pace so far; `tokens` are read now.
 
         Infinite without a deadline, and before there is a pace.
         """
@@ -39,7 +39,7 @@ class Pace:
         return tokens + (after - before) / max(first - last, 1e-9) * max(0.0, self._left())
 
     def is_up(self) -> bool:
-        """Whether there is no time for another step: less than half of what the last ones took each."""
+        """Whether there is no time for another step: less than half of what each of the last steps took, on average."""
         if self._seconds_left is None:
             return False
         each = (self._marks[0][0] - self._marks[-1][0]) / (len(self._marks) - 1) if len(self._marks) > 1 else 0.0

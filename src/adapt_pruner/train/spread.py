@@ -24,10 +24,10 @@ __all__ = ["full_state", "load_moments", "shard", "spread"]
 
 @contextmanager
 def spread(model: nn.Module, optimizer: AdamW, *, dtype: str) -> Iterator[tuple[nn.Module, AdamW]]:
-    """While it lasts, a sharded twin of `model` and its optimiser; afterwards `model` and `optimizer` hold what they became.
+    """Yield a sharded twin of `model` and its optimiser; afterwards `model` and `optimizer` hold the trained weights and moments.
 
-    Alone, the two themselves. Meanwhile `model`'s own parameters are empty, so that memory is spread. After an error
-    they stay so.
+    A single process gets `model` and `optimizer` themselves. While the twin is in use, `model`'s own parameters are empty, so
+    that each process holds only its share. After an error they stay empty.
 
     Args:
         model: plain and the same on every process.
@@ -58,7 +58,7 @@ def spread(model: nn.Module, optimizer: AdamW, *, dtype: str) -> Iterator[tuple[
 
 
 def shard(model: Any, *, dtype: str) -> None:
-    """Shard `model`, in place, over all processes: each decoder layer a group, the rest another.
+    """Shard `model`, in place, over all processes: each decoder layer is a group, and the rest is one more.
 
     `model.as_forward(f, …)` then calls f(model, …) with the model gathered as in its own forward pass.
     """
