@@ -172,7 +172,7 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: t
 
 
 def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
-    """Tokens of each of T stages: `linear` 2k / (T(T+1)) of the total, `constant` 1 / T, `cosine` differences of 1 - cos(kπ / 2T).
+    """Tokens of each of T stages k: `linear` 2k / (T(T+1)) of the total, `constant` 1 / T, `cosine` steps of 1 - cos(kπ / 2T).
 
     The last stage takes what rounding leaves.
 
