@@ -1,7 +1,7 @@
 """The rules by which `shrink` plans; docs/shrink.md says which measurement each is read off.
 
-`planned` takes what the machine, the model and the user are like. It returns the settings of a recipe, five lines that explain them, and the
-seconds of each phase.
+`planned` takes what was measured on the machine, the model's sizes and what the user asked for. It returns the settings of a
+recipe, five lines that explain them, and the seconds of each phase.
 """
 
 import math
@@ -18,15 +18,15 @@ __all__ = ["Asked", "Machine", "Model", "Plan", "how_long", "planned"]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
-_SPARE = 0.02  # of the time, for what no probe foresees
-_MORE = 2.0  # tokens laid ready for one that should fit: the deadline ends training, not the text, though the probe be disturbed
-_READ_OFTEN = 4  # times a text may be read before it is said: up to here repeats are nearly as good as fresh text
-_DISTIL_FROM = 0.35  # share of the decoder that goes
-_REPAIR = 1.4  # seconds of a repair for one of scoring the same text
+_SPARE = 0.02  # of the time, for what no probe predicts
+_MORE = 2.0  # tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow
+_READ_OFTEN = 4  # times that a text may be read before the plan mentions it: so many repeats are nearly as good as fresh text
+_DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
+_REPAIR = 1.4  # seconds of a repair per second of scoring the same text
 _FEWEST_STEPS = 10
 _ROW, _LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
 _WINDOWS = (40, 20, 8, 4)
-_BATCHES = (2048, 1024, 512)  # tokens of a step: the first of which the fewest steps fit
+_BATCHES = (2048, 1024, 512)  # tokens of a step: the first is taken with which `_FEWEST_STEPS` fit
 _LARGE = {500e6: 2e-4, 2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
@@ -37,12 +37,12 @@ class Machine:
     """What was measured on this machine with the dense model.
 
     Attributes:
-        read: tokens a second of a forward pass.
-        scored: tokens a second of scoring by first-order Taylor.
-        trained: tokens a second of a training step.
+        read: tokens per second of a forward pass.
+        scored: tokens per second of scoring by first-order Taylor.
+        trained: tokens per second of a training step.
         load: seconds to load the model.
         words: what it is, for people: `2 threads, bfloat16`.
-        memory: bytes that are free; None where that is not known.
+        memory: bytes that are free; None if that is not known.
     """
 
     read: float
@@ -59,11 +59,11 @@ class Model:
 
     Attributes:
         name: as the user gave it.
-        params: parameters, tied weights once.
-        decoder: of them in decoder layers.
+        params: parameters; tied weights count once.
+        decoder: parameters in decoder layers.
         target: parameters that may stay.
-        longest: tokens it reads at once; None where it says nothing of that.
-        training: bytes that training it takes, and with gradient checkpointing.
+        longest: most tokens that the model reads at once; None if its config does not say.
+        training: bytes that training takes, without and with gradient checkpointing.
     """
 
     name: str
@@ -88,9 +88,9 @@ class Asked:
         held_out: SPEC of the part that is held out.
         text_tokens: about how many tokens `train` has.
         own: whether the user named the text.
-        minutes: that it may take, from now on; None where `tokens` says how long.
-        tokens: to train on; None where `minutes` says how long.
-        gone: minutes of those that the user gave which are over: the probe took them.
+        minutes: minutes that the run may take from now on; None if `tokens` says how long.
+        tokens: tokens to train on; None if `minutes` says how long.
+        gone: minutes of the user's time that the probe has used up.
     """
 
     train: str
@@ -104,7 +104,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's keys, dotted; what to say of them; and seconds by what takes them."""
+    """Dotted keys of a recipe with their values, lines that explain them, and the seconds of each phase."""
 
     settings: Mapping[str, Any]
     lines: tuple[str, ...]
@@ -113,7 +113,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Pruning:
-    """A way to prune by `adaptive-ls-v1`: its step, the sequences of 128 tokens that it reads in each iteration, and whether it repairs."""
+    """A way to prune by `adaptive-ls-v1`: its step, the sequences of 128 tokens read per iteration, and whether it repairs."""
 
     step: float
     samples: int
@@ -137,7 +137,7 @@ class _Pruning:
         }
 
 
-# From the most thorough on: the first that fits is taken.
+# The most thorough way comes first; the first that fits is taken.
 _WAYS = (
     _Pruning(0.1, 64),
     _Pruning(0.1, 32),
@@ -148,10 +148,10 @@ _WAYS = (
 
 
 def how_long(minutes: float | None, hours: float | None, tokens: str | None) -> tuple[float | None, int | None]:
-    """How long it may take, in minutes or in tokens; the other is None.
+    """How long the run may take, in minutes or in tokens; the other is None.
 
     Raises:
-        UsageError: none of the three is given or more than one, or it is no time.
+        UsageError: none of the three is given, or more than one, or the one is not a valid time.
     """
     given = {"--minutes": minutes, "--hours": hours, "--tokens": tokens}
     named = [name for name, value in given.items() if value is not None]
@@ -170,7 +170,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     """The plan for a machine, a model and a time or a number of tokens.
 
     Raises:
-        UsageError: the time is too short for anything, or the model does not fit.
+        UsageError: the time is too short for the smallest plan, or the model does not fit into memory.
     """
     checkpointing = _fitting(machine, model)
     if checkpointing:
@@ -200,10 +200,10 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
 
 
 def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float, gone: float) -> tuple[int, int, _Pruning, float]:
-    """Tokens of a step, windows to measure, how to prune, and the seconds that are left for training: the most that fit their shares.
+    """Tokens of a step, windows to measure, how to prune, and seconds left for training: the first choice that fits the time.
 
     Raises:
-        UsageError: even the least of all takes longer.
+        UsageError: even the smallest choice takes longer.
     """
     for batch, windows, way in product(_BATCHES, _WINDOWS, _WAYS):
         measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
@@ -220,10 +220,10 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
 
 
 def _fitting(machine: Machine, model: Model) -> bool:
-    """Whether activations have to be worked out again for the model to fit.
+    """Whether the model needs gradient checkpointing to fit into memory.
 
     Raises:
-        UsageError: it does not fit even so.
+        UsageError: it does not fit even with checkpointing.
     """
     plain, again = model.training
     if machine.memory is None or plain <= machine.memory:
@@ -242,7 +242,7 @@ def _measuring(windows: int, model: Model, machine: Machine) -> float:
 
 
 def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:
-    """Tokens a second of training the pruned model; a teacher's forward pass comes on top of three of the student's."""
+    """Tokens per second of training the pruned model; a teacher adds one forward pass to the student's work of three."""
     student = machine.trained * model.params / model.target
     return student / (1 + (model.params / model.target / 3 if distilled else 0))
 
