@@ -1,4 +1,4 @@
-"""The recipe of whoever asks for one model and one size: what `adapt-pruner prune` and `adapt_pruner.prune` carry out."""
+"""The recipe that `adapt-pruner prune` and `adapt_pruner.prune` carry out: one model, one size and no training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
     """The recipe that prunes a model once and does not train.
 
     Args:
-        asked: dotted key of a recipe -> value; None where nothing was asked.
+        asked: dotted key of a recipe -> value; None if the user did not set it.
         overrides: further keys as `KEY=VALUE`, as `recipe.read` takes them.
 
     Raises:
-        UsageError: it names no size to reach or two, a key is set twice or has no effect, or the recipe trains.
+        UsageError: no size to reach is named, or two are; a key is set twice or has no effect; or the recipe trains.
     """
     given = {key: value for key, value in asked.items() if value is not None}
     text = [key for key in ("calibration.source", "calibration.samples", "calibration.length") if key in given]

@@ -1,8 +1,8 @@
 """Find a part by its name: `weights.taylor` is the function `taylor` in `score/weights.py`.
 
-There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction, a feed or a task is a class,
-one per file, and has the name of its file: `units` for `reduce/units.py`. The files are read as text, not imported. Options
-stand in brackets, `weights.magnitude(norm=l2)`. The file may be left out where only one part has that name: `taylor`.
+There is no registry: a function with `@part("metric")` in a file of the folder is a metric. A reduction, a feed or a task is a
+class, one per file, and has the name of its file: `units` for `reduce/units.py`. The files are read as text, not imported.
+Options stand in brackets, `weights.magnitude(norm=l2)`. The file may be left out where only one part has that name: `taylor`.
 """
 
 import ast
@@ -47,7 +47,7 @@ _SUPPLIED = (
     "task",
     "teacher",
     "warn",
-)  # arguments that are not options: the run hands them in
+)  # arguments that are not options: the run supplies them
 _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and where these stand
     "chooser": {"step": "step", "amplitude": "amplitude"},
     "schedule": {option: f"training.{option}" for option in ("warmup", "decay", "floor")},
@@ -80,7 +80,7 @@ def _found(key: str) -> dict[str, _Part]:
 
 
 def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] | None:
-    """What the decorator says that a part needs; None where the function is no part of this key."""
+    """What the decorator says that a part needs; None if the function is no part of this key."""
     for call in node.decorator_list:
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "part" and key in map(ast.literal_eval, call.args):
             return frozenset(*(ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "needs"))
@@ -106,7 +106,7 @@ def needs(key: str, written: str) -> frozenset[str]:
 
 
 def needs_if_known(key: str, written: str) -> frozenset[str]:
-    """What a part needs; nothing where this version lacks the part, which a run of another version may name."""
+    """What a part needs; nothing if this version lacks the part, since a run of another version may name it."""
     try:
         return needs(key, written)
     except UsageError:

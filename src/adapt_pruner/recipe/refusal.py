@@ -26,7 +26,7 @@ def sentence(error: ValidationError, recipe: type[BaseModel]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a sentence, which ends."""
+    """A value as a sentence shows it, shortened if it is long."""
     try:
         written = repr(value)
     except (ValueError, RecursionError):  # a number of many thousand digits, a list in lists in lists

@@ -42,12 +42,12 @@ __all__ = [
 ]
 
 ALIASES = {"best": "adaptive-ls-v1"}
-"""Name that stays -> the method that it stands for in this version."""
+"""Alias -> the method that it stands for in this version; the alias stays when the method changes."""
 _METHOD = ALIASES["best"]  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
-"""BibTeX of the papers that rows come from."""
-_SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # once -> today
+"""BibTeX of the papers that the methods come from."""
+_SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # old spelling -> today's
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
 _WIDEST = 2**20  # neurons
@@ -222,7 +222,7 @@ class Training(_Frozen):
 class Evaluation(_Frozen):
     """What the model is measured on.
 
-    Held-out text is measured at the start and after every stage, tasks at the start and the end; either only where it is set.
+    Held-out text is measured at the start and after every stage, tasks at the start and the end; each only if it is set.
     """
 
     source: Source | None = Field(None, description="held-out text: SPEC, or {SPEC: weight, …}")
@@ -361,7 +361,7 @@ class Recipe(_Frozen):
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
         calibration = below.get("calibration", {})
-        if below.get("init") == "random" and isinstance(calibration, dict):  # it cannot write yet
+        if below.get("init") == "random" and isinstance(calibration, dict):  # a random model cannot write its own text
             below["calibration"] = {"source": EVERYWHERE, **calibration}
         return below
 
@@ -442,7 +442,7 @@ class Recipe(_Frozen):
             )
 
     def _check_random(self) -> None:
-        """Refuse what random weights give no sense."""
+        """Refuse settings that make no sense with random weights."""
         if not self.training.tokens:
             raise ValueError(
                 "init random begins with a model that knows nothing, and the recipe trains nothing; set training.tokens"
@@ -473,7 +473,7 @@ class Recipe(_Frozen):
             )
 
     def _check_tokens(self) -> None:
-        """Refuse settings that need the vocabulary as it was before it is pruned."""
+        """Refuse settings that need the full vocabulary, from before it is pruned."""
         if self.calibration.ids is not None:
             raise ValueError(
                 "calibration.ids are numbers of tokens before the vocabulary is pruned; name a text, or prune the vocabulary first, in a "
@@ -486,14 +486,14 @@ class Recipe(_Frozen):
 
     @property
     def makes_zeros(self) -> bool:
-        """Whether weights become zero in the place of units that go."""
+        """Whether the reduction makes weights zero instead of removing units."""
         return "sparsity" in parts.needs("reduce", self.reduce)
 
     def ready(self) -> "Recipe":
-        """This recipe, once it is known to name a model and a budget or a latency.
+        """This recipe, after a check that it names a model and a size to reach.
 
         Raises:
-            UsageError: it names no model, or neither budget nor latency.
+            UsageError: it names no model, or neither budget nor latency; or it makes zeros and does not say how many.
         """
         if not self.model:
             raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
@@ -508,9 +508,9 @@ class Recipe(_Frozen):
 
 
 def in_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe data as an older version wrote it, in the keys of this one: `rotate: pca` is `reduce: slice`.
+    """Recipe data of an older version in the keys of this version: `rotate: pca` becomes `reduce: slice`.
 
-    Where both spellings are given the old one stays, and is refused as a key that is not known.
+    If both spellings of another key are given, the old one stays and is later refused as an unknown key.
     """
     recipe = dict(data)
     if "rotate" in recipe and recipe.pop("rotate") is not None:
