@@ -181,7 +181,7 @@ class BetweenSteps(Units):
             self._sums = {name: torch.tensor(values) for name, values in state["sums"].items()}
 
     def fit(self, work: Work) -> None:
-        """Restart the stage's removals, because the recipe changed."""
+        """Restart the stage's removals, because the recipe or a text changed."""
         self._began, self._sums = {}, {}
 
 

@@ -62,7 +62,7 @@ def least_squares(
     matrices of one of them at a time.
 
     Args:
-        model: causal LM; weights of layers at gates that `mask` shuts change.
+        model: causal LM; the weights of the linear layers at gates that `mask` shuts change.
         axes: its axes.
         mask: the cut that follows.
         batches: token ids, int64 [batch, length].
@@ -239,7 +239,8 @@ def mean_bias(
 ) -> None:
     """Add the mean contribution of the removed features, in place, to the bias of their layer: b ← b + W_r · mean(x_r).
 
-    If a layer has no bias, all decoder layers get one, and `config.output_bias` says so. New biases count as parameters.
+    If these layers have no bias, they get one in all decoder layers, and `config.output_bias` says so. New biases count as
+    parameters.
 
     Args:
         model: causal LM.
@@ -283,7 +284,7 @@ def mean_bias(
 
 
 def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
-    """The linear layers at gates without a bias; `mean_bias` gives them one."""
+    """The linear layers at gates that have no bias; `mean_bias` gives them one."""
     modules: list[Any] = [
         model.get_submodule(name) for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear)
     ]

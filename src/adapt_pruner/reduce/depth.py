@@ -19,10 +19,10 @@ __all__ = ["drop_layers"]
 def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
     """Remove whole layers, attentions and MLPs, the lowest scores first, until the budget is met.
 
-    All units of the kinds in `axes` are ranked together by score. The lowest is removed as long as the excess pays for it. The
-    last unit of a kind stays, and a removed layer takes its blocks along. What is left of the excess is less than the next unit.
-    If `axes` has other axes in the layers that stay, these lose it, all the same share (`allocate.uniform` in one shot). If
-    there are none or they are too small, the next unit goes, too.
+    All units of the kinds in `axes` are ranked together by score. They are removed from the lowest on, while the next one has no
+    more parameters than must still go. The last unit of a kind stays, and a removed layer takes its blocks along. The rest is
+    then less than the next unit. If `axes` has other axes in the layers that stay, these lose the rest, all the same share
+    (`allocate.uniform` in one shot). If there are none or they are too small, the next unit goes, too.
 
     Units are ranked by the score itself, not by score per parameter. A cosine or a loss has no natural zero, so dividing it by a
     size means nothing, and both sources rank by the score alone. Attention mostly changes its input less than an MLP does, so it

@@ -40,7 +40,7 @@ def fista(
     A round takes up to `steps` steps of FISTA from the best weight so far, then rounds: the largest |W'_ij| of the matrix, or of
     each group, stay. E = ‖round(W') Z - W X‖ is the error after rounding, and R = ‖(W' - round(W')) Z‖ is what rounding changes.
     λ rises if R > `rounding` · E, and falls otherwise. The bisection is of log λ between 10⁻⁶ and 1 times max |W X Zᵀ|, above
-    which all weights are zero. The result is the rounded weight with the least error; the warm start takes part.
+    which all weights are zero. The result is the rounded weight with the least error; the warm start is a candidate, too.
 
     Args:
         weight: float32 [outputs, inputs].

@@ -242,7 +242,7 @@ class HardConcrete(Reduction):
             self._began, self._saved = dict(state["began"]), state["held"]
 
     def fit(self, work: Work) -> None:
-        """Learn the masks from the start, because the recipe changed."""
+        """Learn the masks from the start, because the recipe or a text changed."""
         self._began, self._saved = {}, {}
 
 

@@ -30,11 +30,11 @@ def language_model(
     model: str = "",
     warn: Callable[[str], None] = lambda message: None,
 ) -> list[Sizes]:
-    """A chat model reads the best candidates with their losses and writes new ones: rates in percent, one a layer.
+    """A chat model reads the best candidates with their losses and writes new ones: rates in percent, one per axis.
 
     Rates become the nearest sizes of the space; then axes move by single levels until the budget is met. A list is dropped if it
-    cannot be read, has the wrong length or holds anything but numbers. `warn` is told how many lists were used, mended and
-    dropped, or that the model did not answer. `evolution` makes the missing candidates, so the search goes on in any case.
+    has the wrong length or holds anything but numbers from 0 to 100. `warn` is told how many lists were used, mended and dropped,
+    or that the model did not answer. `evolution` makes the missing candidates, so the search goes on in any case.
 
     Args:
         model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a model

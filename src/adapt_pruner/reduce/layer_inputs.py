@@ -130,7 +130,7 @@ def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
     """Solve the decoder layers from last to first, each on the output of the dense layers before it.
 
     With `correction`, the linear layers of a decoder layer are solved in call order, and Z comes from the solved ones before.
-    Linear layers with the same input count as one. Each process solves another decoder layer, on the whole text.
+    Linear layers with the same input count as one. Each process solves a decoder layer of its own, on the whole text.
     """
     flows, todo = walk.flows(walk.batches), len(walk.layers) - walk.done
     every = max(

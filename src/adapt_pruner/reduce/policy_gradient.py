@@ -62,7 +62,7 @@ class PolicyGradient(Units):
             masks: K, masks drawn for each update.
             sequences: calibration sequences of an update, at most those of a draw; the next update reads the next ones.
             lr: step size at the start; it falls to 0 along a cosine.
-            window: w of the moving baseline, b ← (1 - 1/w) · b + mean_k L_k / w; each update renews b, then uses it.
+            window: w of the moving baseline, b ← (1 - 1/w) · b + mean_k L_k / w; an update first moves b, then uses it.
             exact: take the exact score function, (m - s) / (s (1 - s)); else, as in the released code, (m - s) / √(s (1 - s)).
 
         Each update, with ε = 1e-7:
@@ -198,7 +198,7 @@ class PolicyGradient(Units):
             self._stay = {name: torch.tensor(share) for name, share in state["stay"].items()}
 
     def fit(self, work: Work) -> None:
-        """Restart the stage's search, because the recipe changed."""
+        """Restart the stage's search, because the recipe or a text changed."""
         self._stage = 0
 
 

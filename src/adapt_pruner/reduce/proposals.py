@@ -26,7 +26,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """The sizes that a search may try: whole levels away from `base`, with as many units of each kind in all.
+    """The sizes that a search may try: whole levels away from `base`, with the same total of units of each kind.
 
     Attributes:
         base: the start.
@@ -44,7 +44,7 @@ class Space:
 
     @classmethod
     def around(cls, axes: Sequence[Axis], base: Sizes, *, level: float) -> "Space":
-        """The space around the sizes `base`. A level is that share of the widest layer's neurons; of other units it is one."""
+        """The space around `base`. A level is the share `level` of the widest layer's neurons; of other units it is one."""
         kinds: dict[str, tuple[str, ...]] = {}
         for axis in axes:
             kinds[axis.kind] = (*kinds.get(axis.kind, ()), axis.name)
@@ -107,7 +107,7 @@ def evolution(population: Sequence[Candidate], space: Space, draw: chance.Random
 
 @part("proposal")
 def random(population: Sequence[Candidate], space: Space, draw: chance.Random, number: int) -> list[Sizes]:
-    """All are drawn afresh, up to as many swaps from the start as there are axes: the control that learns nothing."""
+    """All are drawn anew, up to as many swaps from the start as there are axes: the control that learns nothing."""
     return [space.swapped(space.base, draw, draw.randint(1, len(space.base))) for _ in range(number)]
 
 

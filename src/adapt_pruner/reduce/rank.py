@@ -55,8 +55,8 @@ def per_parameter(
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of all prunable parameters at the start that goes in an iteration; 1 prunes in one shot.
         floor: share of its size at the start that every axis keeps at least, in [0, 1]; one unit in any case.
-        apart: divide by the mean over all units of a kind. Heads and neurons, whose scores may differ in magnitude, are then
-            ranked together by how they compare with their own kind (GISP's normalisation of attention and MLP).
+        apart: divide the worth of a unit by the mean over all units of its kind. Heads and neurons, whose scores may differ in
+            magnitude, then rank by how they compare with their own kind (GISP's normalisation of attention and MLP).
         level: how far the axes of a kind are levelled, in [0, 1]. Values above 0 need scores that are not negative.
 
     Returns:
@@ -151,7 +151,7 @@ def standardised(
 
     Source: FLAP, arXiv:2312.11983. Differs: a head counts with its parameters in this model (FLAP counts every head as 512/3
     neurons, right for a head size of 128 without grouped queries). By `unit`, the scores of heads spread as far as those of
-    neurons. By `feature`, as in FLAP, the mean over a head's features draws the scores of heads towards 0. The threshold is met
+    neurons. By `feature`, as in FLAP, the mean over a head's features draws the scores of heads towards 0. The budget is met
     within one neuron.
     """
     _check_options(structure, heads, by)

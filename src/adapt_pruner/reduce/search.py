@@ -198,7 +198,7 @@ class Search(Units):
             self._found = _Found.from_json(state)
 
     def fit(self, work: Work) -> None:
-        """Restart the stage's search, because the recipe changed."""
+        """Restart the stage's search, because the recipe or a text changed."""
         self._found = _Found()
 
 

@@ -81,7 +81,7 @@ class Slice(Reduction):
 
 
 def width_for(model: Any, keep: int) -> int:
-    """The widest stream, a multiple of 8, at which the sliced model has at most `keep` (at least `Slice.floor`) parameters."""
+    """The widest stream, a multiple of 8, with at most `keep` parameters in the sliced model; `keep` is `Slice.floor` or more."""
     dense = model.get_output_embeddings().weight.shape[1]
     return max(width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep)
 

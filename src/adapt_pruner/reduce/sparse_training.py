@@ -37,7 +37,7 @@ _SCORES = ("magnitude", "wanda")
 
 @part("reduce", needs={"sparsity", "one stage"})
 class SparseTraining(Reduction):
-    """Train under masks over the weights that are renewed as the model learns, and keep all shapes (AST)."""
+    """Train under masks over the weights, choose the masks anew as the model learns, and keep all shapes (AST)."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class SparseTraining(Reduction):
                 are those of the last step's inputs; for the first masks, those of calibration text.
             every: steps between two choices of the masks.
             decay: λ at its highest.
-            ramp: share of those rows over which λ rises linearly from 0.
+            ramp: share of the rows with changing masks over which λ rises linearly from 0.
             share: share of the stage's rows during which masks change.
-            slorb: k, inputs in a block; 0 leaves B out. B is [outputs, inputs / k] and is trained. Over each block it starts as
-                the mean of (1 - M) ⊙ W, which comes nearest to the masked weights. B adds 1 / k of a layer's weights; they are
+            slorb: k, inputs in a block; 0 leaves B out. B is [outputs, inputs / k] and is trained. An entry starts as the mean of
+                (1 - M) ⊙ W over its block, which comes nearest to the masked weights. B adds 1 / k of a layer's weights; they are
                 not zero and count as parameters.
 
         The optimiser's step is AdamW's, on g + λ (1 - M) ⊙ W.
@@ -161,7 +161,7 @@ class SparseTraining(Reduction):
         self._began = dict(state.get("began", {}))
 
     def fit(self, work: Work) -> None:
-        """Count rows and steps from the start, because the recipe changed."""
+        """Count rows and steps from the start, because the recipe or a text changed."""
         self._began = {}
 
 

@@ -29,7 +29,7 @@ def fitting(
 ) -> dict[str, int]:
     """Sizes near `sizes` that remove at least as many parameters, if the axes are large enough for it.
 
-    With M = `multiple_of`, each layer's width is first rounded down to a multiple of M. Then widths go up by M, those first that
+    With M = `multiple_of`, each layer's width is first rounded down to a multiple of M. Then widths go up by M, first those that
     lost most, as long as the whole still removes what was wanted. With `equal_widths` all layers get the same width, the largest
     multiple of M that removes what was wanted. They also get the same number of heads: the mean of what was wanted, rounded up.
     Neurons pay for these heads; fewer heads stay only if neurons cannot pay.

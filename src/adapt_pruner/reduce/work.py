@@ -53,7 +53,7 @@ Listener = Callable[[dict[str, Any]], None]
 """Told of every event of a run, as a plain dict with a key `event` (see `core.events`)."""
 
 PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
-"""The phases to which the seconds of a run are counted."""
+"""The phases among which a run's seconds are divided."""
 _FOR_CUTS = 0.5  # share of a recipe's minutes after which pruning takes no more small steps
 
 
@@ -143,7 +143,7 @@ class RunState:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Count the seconds inside to a phase, in place; the outer phase goes on afterwards. Frees unused memory at the end."""
+        """Count the seconds of the context to a phase, in place; then the outer phase goes on. Frees unused memory at the end."""
         around = self._turn_to(phase)
         try:
             yield
@@ -294,7 +294,7 @@ class Reduction:
         """Set the state, in place, to what `state` returned."""
 
     def fit(self, work: "Work") -> None:
-        """Adapt the state, in place, to a recipe that was changed during the run."""
+        """Adapt the state, in place, to a recipe or a text that was changed during the run."""
 
 
 @dataclass
@@ -406,7 +406,7 @@ class Work:
         return min(end, first + max(1, round((end - first) * share)))
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
-        """The calibration batches of the step `ahead` of the next one, int64 [batch, length]; their tokens join the figures."""
+        """The calibration batches of the next step, or of `ahead` steps later, int64 [batch, length]; counts their tokens."""
         batches = self.reads.calibration(self.iteration + ahead)
         figures = self.state.figures
         figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
