@@ -1,6 +1,6 @@
 """A budget in time: the parameters that a model may keep so that it takes a given share of the dense model's seconds.
 
-For every kind of axis the whole model is timed at several widths, with all layers cut alike, in turn with the dense model.
+For every kind of axis the whole model is timed at several widths, with all layers cut alike, alternating with the dense model.
 Between two widths the time is assumed to be linear. The savings of two kinds are added. A layer's share of its kind's saving is
 its share of the kind's parameters. Embedding, head and norms are in every measurement and are never cut.
 

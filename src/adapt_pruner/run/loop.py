@@ -127,7 +127,7 @@ def prune(
     trust_remote_code: bool = False,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome:
-    """Run the recipe and write its result to the folder `out`; no checkpoints are saved on the way.
+    """Run the recipe and write its result to the folder `out`; no checkpoints are saved before that.
 
     `beside` writes more files into the folder before the folder gets its final name.
 

@@ -210,7 +210,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     Args:
         work: the run; its `stages`, `budget` and `reads` are filled.
         begun: whether the run began earlier, so that its model has changed since.
-        folder: of the run; text that the model writes is kept there.
+        folder: the run's folder, which keeps text that the model writes.
         write: whether the model writes its own calibration text now and tasks are loaded; a plan needs neither.
 
     Raises:

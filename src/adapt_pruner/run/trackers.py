@@ -20,11 +20,12 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
     """A listener that tells `listen` and the trackers of the recipe; a tracker gets each figure as `event/figure`.
 
     Figures are reported at their optimiser step. A run that is continued adds to its figures, also for steps that it takes
-    again. TensorBoard's files lie in `run_dir`/trackers/run. Only the main process reports. A tracker that fails on the way is
-    dropped with a warning.
+    again. TensorBoard's files lie in `run_dir`/trackers/run. Only the main process reports. A tracker that fails during the run
+    is dropped with a warning.
 
     Raises:
-        UsageError: a tracker's package is not installed, or the tracker cannot be started. This is raised before any work.
+        UsageError: a tracker's package is not installed (raised at once), or the tracker cannot be started (raised at the event
+            `start`, before the model changes).
     """
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
