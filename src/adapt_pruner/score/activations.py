@@ -33,8 +33,8 @@ def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, S
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
     Source: Wanda, arXiv:2306.11695, in the structured form that FLAP (arXiv:2312.11983) compares with. Differs: the released
-    code divides the squares by N, which does not change the ranking. It also measures each layer on the output of the already
-    pruned layers below it; this metric does so if the recipe says `sequential_scoring: true`.
+    code divides the squares by N, which does not change the ranking. That code also measures each layer on the output of the
+    already pruned layers below it; this metric does so if the recipe says `sequential_scoring: true`.
     """
     axes = _watchable(axes)
     channels = yield from _weighted_norms(model, axes)

@@ -87,7 +87,7 @@ def as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
 
 
 def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Metric]) -> Evidence:
-    """The most that any of `metrics` needs to see, found by asking each and letting it go."""
+    """The most that any of `metrics` needs to see, found by starting each and closing it again."""
     axes, needs = _scored(axes), []
     with as_found(model, _on(axes)):
         for metric in metrics:

@@ -1,6 +1,7 @@
 """What removing each unit costs by the curvature of the loss, after the remaining weights make up for it as well as they can.
 
-Around weights W of the linear layer at a gate, whose input is x and whose output has the loss gradient g, the loss is taken to be
+Let W be the weights of the linear layer at a gate, x its input and g the gradient of the loss by its output. Around W the loss is
+approximated by
 
     L(W + Δ) ≈ L(W) + ½ tr(Δ A Δᵀ G),        A = Σ x xᵀ / N,  G = Σ g gᵀ / P
 

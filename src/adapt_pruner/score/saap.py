@@ -1,4 +1,4 @@
-"""SAAP's importance: two second-order Taylor scores of a unit, fused by their uncertainty, and its fluctuation over the text."""
+"""SAAP's importance: two second-order Taylor scores of a unit, fused by their uncertainty and divided by its fluctuation."""
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -89,7 +89,7 @@ def _watch(
 
 
 def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, terms: str, stability: bool) -> Tensor:
-    """The scores of an axis from `elements`, E [units], and from a_n and e_n, `signed` and `absolute` [own sequences, units]."""
+    """The scores of an axis from E (`elements`, [units]), a_n (`signed`) and e_n (`absolute`), both [own sequences, units]."""
     number = torch.tensor(float(len(signed)))
     first, second = signed.sum(dim=0), signed.square().sum(dim=0)
     spread = [torch.stack([values.sum(dim=0), values.square().sum(dim=0)]) for values in (signed.abs(), absolute)]

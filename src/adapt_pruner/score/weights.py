@@ -93,7 +93,7 @@ def taylor(
 
 @contextmanager
 def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
-    """While the context lasts, sum g_n² of every matrix on an axis over n into `squares`, float32 of its shape; N into `seen`."""
+    """While the context lasts, sum g_n² over n for every matrix on an axis into `squares`, in float32, and count N in `seen`."""
 
     def watch(name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -178,7 +178,7 @@ def _rows(model: nn.Module, axes: Sequence[Axis], worth: Worth, *, only: str | N
 
 
 def _sums(parameter: nn.Parameter, dims: Iterable[int], terms: Callable[[slice], Tensor]) -> dict[int, Tensor]:
-    """For each of `dims` the sums of a matrix's terms at each index of it, on the CPU: of each row (0), of each column (1).
+    """Sums of a matrix's terms, on the CPU: of each row if `dims` has 0, of each column if it has 1.
 
     On a CPU the terms are computed for as many rows at a time as the cache holds, which is three times as fast.
     """

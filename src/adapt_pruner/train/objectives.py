@@ -61,7 +61,7 @@ def distil(
         float32 scalar, differentiable in the student.
 
     Raises:
-        UsageError: `hidden` is asked for and the hidden states do not compare.
+        UsageError: `hidden` is above 0, and teacher and student differ in width or number of layers.
 
     Source: arXiv:1503.02531; T = 2 and α = 1 are the defaults of Adapt-Pruner's `use_distill`. Differs: there position t is
     masked by its own label. The hidden-state term is SquareHead's (arXiv:2310.06927), taken per token.
