@@ -39,9 +39,9 @@ def dry_run(
 ) -> dict[str, Any]:
     """The plan of a run, with its time and memory; nothing is written.
 
-    If the weights are on this machine, the model is loaded, the texts are found, and the speed is probed with a batch of random
-    tokens, forward and backward. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those of
-    `estimate`. The time covers passes over the texts; `time_without` names the work that it leaves out.
+    If the weights are on this machine, the model is loaded and the texts are found. A batch of random tokens, forward and
+    backward, then probes the speed. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those
+    of `estimate`. The time covers passes over the texts; `time_without` names the work that it leaves out.
 
     Args:
         recipe: the run.

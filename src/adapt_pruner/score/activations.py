@@ -65,8 +65,8 @@ def fluctuation(
         authors_mean: for reproduction. The released code updates its running mean in place. So it uses only the new mean M_n
             (of sequences 1 to n), and the first sequence adds nothing:
             V_j = Σ_{n>1} (n - 1) / n · Σ_t (x_ntj - M_nj)² / (N - 1).
-        standardised: bring the values of an axis's features to mean 0 and standard deviation 1 before the mean over a head's
-            features is taken, as the authors do for thresholds across layers. Scores are then comparable between axes.
+        standardised: bring the values of an axis's features to mean 0 and standard deviation 1, before the mean over a head's
+            features. The authors do so for thresholds across layers; scores are then comparable between axes.
 
     Returns:
         axis name -> float32 [axis.entries] on the CPU; non-negative unless standardised.

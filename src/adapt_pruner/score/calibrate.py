@@ -122,8 +122,8 @@ def score(
 
     Metrics see the gradients of L, the mean loss over all predictions of all batches (next-token cross-entropy, nats per token,
     unless `task` is another). Gradients are summed over the batches before any metric reads them. Only parameters on an axis get
-    gradients. If metrics need no more than these and forward passes, the memory beyond the model is that for the gradients of a
-    few layers and for the hidden states between groups of layers (see `layerwise.Sweep`).
+    gradients. If metrics need no more than these and forward passes, the gradients of only a few layers exist at a time, beside
+    the hidden states between groups of layers (see `layerwise.Sweep`).
 
     Args:
         model: causal LM; left as found (weights, gradients, train or eval mode, random state).
