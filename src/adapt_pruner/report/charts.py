@@ -66,9 +66,9 @@ class Series:
 @dataclass(frozen=True)
 class Lines:
     """Lines over one axis; forms as in `words.shown`; `marks` are vertical lines (x, name); with `falls`, x runs downwards.
+
     If a few points of faint lines lie far out, they are cut off, so that the rest can be seen. `note` goes wherever the picture
-    goes. Labels stand above their points or, with `below`, the lowest points get theirs below. `x_ticks` replace the round
-    numbers below the axis.
+    goes. Labels stand above their points or, with `below`, under them. `x_ticks` replace the round numbers below the axis.
     """
 
     key: str
@@ -174,7 +174,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A column per layer, a panel per kind of unit; `groups` name stages with the parameters after each, `began` the first model."""
+    """A column per layer, a panel per kind of unit; `groups` name stages with parameters after each, `began` the first model."""
 
     key: str
     title: str

@@ -1,4 +1,4 @@
-"""The page of a run: headline, anatomy, reasons, recovery, costs, what to try next; one file that loads nothing from a network."""
+"""The page of a run: headline, anatomy, reasons, recovery, costs, what to try next; one file that needs no network."""
 
 import base64
 import os
