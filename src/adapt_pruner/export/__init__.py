@@ -1,16 +1,16 @@
-"""A checkpoint in the form that another tool loads, one file a form, and the proof that it computes the same.
+"""A checkpoint in the form that another tool loads, one file per form, and the proof that it computes the same.
 
-A form is a file `NAME.py` of this folder, found by being there, with the names
+A form is a file `NAME.py` of this folder, found because it is there, with the names
 
     ABOUT                                          what it is, in half a sentence; its card says so
-    write(loaded, path, *, quant) -> list[str]     writes it; the sentences that a user should read about what came out
+    write(loaded, path, *, quant) -> list[str]     writes it; returns sentences about the result that a user should read
     loading(config) -> Iterator[str]               commands that load it, for the card of a folder whose config.json is `config`
     holds(artefact) -> bool                        whether a path is of this form
-    opened(artefact, *, context, trust_remote_code)    it in the engine that proves it: a context with an `engines.Engine`
+    opened(artefact, *, context, trust_remote_code)    opens it in the engine that proves it: a context with an `engines.Engine`
 
-and, where its `write` can store weights in several types, `QUANTS`; where it takes `pad`, a number of neurons to whose multiples MLPs
-are zero-padded, `PADS`. A form that is a folder which transformers loads takes the
-last three from `plain.py`.
+It also has `QUANTS` if its `write` can store weights in several types. It has `PADS` if its `write` takes `pad`: MLPs are then
+zero-padded to multiples of that number of neurons. A form that is a folder for transformers takes the last three functions above
+from `plain.py`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from adapt_pruner.errors import UsageError, nearest
 
-if TYPE_CHECKING:  # a form that is not known is said before torch is loaded
+if TYPE_CHECKING:  # an unknown form is reported before torch is loaded
     from adapt_pruner.checkpoint.load import Loaded
     from adapt_pruner.export.engines import Engine
 
 __all__ = ["Form", "check_form", "export", "form_of", "forms"]
 
 _MOVES_ZERO = ("q5_k_m", "q5_k_s", "q5_1", "q4_k_m", "q4_k_s", "q4_1", "q2_k")
-"""Types of GGUF that store a block as minimum and steps, among which zero need not be."""
+"""GGUF types that store a block as a minimum and steps; zero need not be one of the steps."""
 
 
 class Form(Protocol):
-    """What the file of a form has; the head of this file says of each name what it is."""
+    """The names in the file of a form; the top of this file explains each."""
 
     ABOUT: str
 
@@ -47,7 +47,7 @@ class Form(Protocol):
 
 
 def forms() -> list[str]:
-    """The names of all forms, in their order; imports none."""
+    """The names of all forms, sorted; imports none of them."""
     return sorted(path.stem for path in _files() if re.search(r"^ABOUT = ", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -61,17 +61,17 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad
 
     Args:
         loaded: the model in float32; left as found.
-        path: a folder that does not exist or is empty; of `gguf` a file that does not exist.
+        path: a folder that does not exist or is empty; for `gguf` a file that does not exist.
         to: a name of `forms()`.
-        quant: of `gguf`, the type its matrices are stored in; None keeps the checkpoint's.
-        pad: of `gguf`, 32 or 256: MLPs are zero-padded to multiples of it, for whoever quantises the file later.
+        quant: for `gguf`, the type of the stored matrices; None keeps the checkpoint's.
+        pad: for `gguf`, 32 or 256: MLPs are zero-padded to multiples of it, for people who quantise the file later.
 
     Returns:
-        Sentences about what came out that a user should read; often none.
+        Sentences about the result that a user should read; often none.
 
     Raises:
         UsageError: the form cannot hold the model, or `path` is taken; the message says why and what can be done.
-        RunError: it could not be written.
+        RunError: the result could not be written.
     """
     check_form(to, quant=quant, pad=pad)
     write: Any = form_of(to).write
@@ -80,7 +80,7 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad
 
 
 def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
-    """What becomes of the zeros of a sparse model."""
+    """A sentence about what the form does with the zeros of a sparse model."""
     if loaded.weight_mask is None:
         return
     pattern = "" if loaded.weight_mask.pattern is None else f"{loaded.weight_mask.pattern} "
@@ -94,10 +94,10 @@ def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
 
 
 def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
-    """Refuse a form that is not known, or one that knows no `quant` or no such `pad`.
+    """Refuse an unknown form, `quant` for a form without types, and `pad` for a form without padding.
 
     Raises:
-        UsageError: it is.
+        UsageError: the request is refused.
     """
     known = forms()
     if to not in known:
@@ -118,7 +118,7 @@ def _files() -> Iterator[Path]:
 
 
 def _names(form: str) -> set[str]:
-    """The names that the file of a form has, its imports among them."""
+    """The names that the file of a form defines or imports."""
     names: set[str] = set()
     for node in ast.parse(next(path for path in _files() if path.stem == form).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):

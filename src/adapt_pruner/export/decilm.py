@@ -2,12 +2,12 @@
 
 The folder also brings a config class and a modelling file, with which transformers loads it (trust_remote_code).
 
-It says of each layer how many query heads read a KV head, and how wide the MLP is, as a multiple of the stream's width that every
-reader rounds up to a multiple of 256:
+For each layer it states how many query heads read a KV head, and the width of the MLP as a multiple of the stream's width. Every
+reader rounds that width up to a multiple of 256:
 
     width = 256 · ceil( floor(2 · ffn_mult · hidden / 3) / 256 )
 
-so MLPs are zero-padded to the next multiple. The number of query heads is one for all layers.
+So MLPs are zero-padded to the next multiple. The number of query heads is the same for all layers.
 
 Source: modeling of nvidia/Llama-3_1-Nemotron-51B as vLLM's nemotron_nas.py and llama.cpp's conversion/deci.py read it.
 """
@@ -33,7 +33,7 @@ _MULTIPLE = 256
 
 
 def width_of(ffn_mult: float, hidden_size: int) -> int:
-    """MLP width that readers make of an `ffn_mult`."""
+    """The MLP width that readers compute from an `ffn_mult`."""
     return -(-int(2 * ffn_mult * hidden_size / 3) // _MULTIPLE) * _MULTIPLE
 
 
@@ -42,7 +42,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
 
     Raises:
         UsageError: the form cannot hold the model; the message says why.
-        RunError: it could not be written.
+        RunError: the folder could not be written.
     """
     check_target(path)
     model = loaded.model
@@ -53,7 +53,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     blocks = [_block(size, model.config.hidden_size) for size in wide]
 
     def as_decilm(folder: Path) -> None:
-        """Turn, in place, the config that was written into one of DeciLM."""
+        """Turn, in place, the written config into one of DeciLM."""
         config: dict[str, Any] = read_json(folder / "config.json")
         for key in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "layer_types", "sliding_window"):
             config.pop(key, None)
@@ -83,7 +83,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
 
 
 def _block(size: LayerSizes, hidden_size: int) -> dict[str, Any]:
-    """What `block_configs` says of a layer."""
+    """The entry of one layer in `block_configs`."""
     ffn_mult = 1.5 * size.neurons / hidden_size
     assert width_of(ffn_mult, hidden_size) == size.neurons
     absent = {"no_op": False, "replace_with_linear": False, "sparsify": None}

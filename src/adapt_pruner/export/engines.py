@@ -1,4 +1,4 @@
-"""What an engine is that artefacts run in: asked for logits, for what it writes greedily and for token ids, as torch is here."""
+"""The engine that an artefact runs in; it gives logits, greedy text and token ids. Torch, as the reference, is one of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ class Engine:
     """An open artefact.
 
     Attributes:
-        name: of the engine, with its version.
-        stored: what the weights are stored in: `f32`, `bf16`, `q8_0`, …
-        vocab_size: logits a token.
+        name: name of the engine, with its version.
+        stored: number format of the stored weights: `f32`, `bf16`, `q8_0`, …
+        vocab_size: logits per token.
         logits: ids -> float32 [length, vocabulary].
-        greedy: ids, n -> the n tokens of highest logit that follow, each put behind those before it.
-        encode: text -> ids, with what the engine puts before a text by itself; None where it has no tokenizer.
+        greedy: ids, n -> the next n tokens, each the one with the highest logit after those before it.
+        encode: text -> ids, including what the engine puts before a text by itself; None if it has no tokenizer.
     """
 
     name: str

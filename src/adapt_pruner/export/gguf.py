@@ -1,19 +1,18 @@
-"""A GGUF file for llama.cpp and what is built on it, with layers of different sizes where llama.cpp can hold them.
+"""A GGUF file for llama.cpp and tools built on it; layers may differ in size where llama.cpp can hold that.
 
-Most architectures of llama.cpp read sizes by layer and then size every tensor as in layer 0. Two do not: `deci`, a Llama
-without frills, which also takes the biases of Qwen2, and `openelm`, which normalises queries and keys as Qwen3 does and
-has tied embeddings only. So
+Most architectures of llama.cpp read sizes per layer but then size every tensor as in layer 0. Two do not. `deci` is a plain Llama
+that also takes the biases of Qwen2. `openelm` normalises queries and keys as Qwen3 does, and has tied embeddings only. So
 
     all layers alike                       the model's own architecture
     Llama, Mistral, Qwen2 layouts          deci
     Qwen3 with tied embeddings             openelm
     Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
 
-Quantised matrices lie in blocks of 32 numbers a row (256 for k-quants), and a `ffn_down` whose rows are not whole blocks would
-stay in F16; so when a file is to be quantised, MLPs are padded with zero neurons to a multiple of 32. `pad` pads a float file
-for whoever quantises it later, to multiples of 32 or, for k-quants, of 256. A model with a
-layer that lacks its attention or MLP is refused: `deci` forgets the attention of such a layer. `deci` and `llama` turn queries and keys by pairs of
-neighbours where Hugging Face pairs the halves of a head, so their rows change places.
+Quantised matrices consist of blocks of 32 numbers in a row (256 for k-quants). A `ffn_down` whose rows are not whole blocks would
+stay in F16. So if the file will be quantised here, MLPs are padded with zero neurons to a multiple of 32. `pad` pads a float file
+that will be quantised later, to multiples of 32 or, for k-quants, of 256. A model with a layer that lacks its attention or MLP is
+refused, because `deci` forgets the attention of such a layer. `deci` and `llama` rotate pairs of neighbouring rows of queries and
+keys, where Hugging Face pairs the two halves of a head; so these rows are reordered.
 """
 
 import math
@@ -47,10 +46,10 @@ _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 QUANTS = (
     *_PLAIN, "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
 )  # fmt: skip
-"""What matrices may be stored in; all but the first three are made by llama.cpp's own library."""
+"""Types of stored matrices; llama.cpp's own library makes all but the first three."""
 
 PADS = (32, 256)
-"""The blocks of quantised rows, the second those of k-quants, to whose multiples MLPs may be padded."""
+"""Block sizes of quantised rows, the second for k-quants; MLPs may be padded to multiples of them."""
 _BLOCK = PADS[0]
 _NATIVE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 _NAMES = {
@@ -67,7 +66,7 @@ _GEMMA_NAMES = {
 
 @dataclass(frozen=True)
 class _Plan:
-    """The architecture a file is written for, and the sizes its layers get."""
+    """The architecture that a file is written for, and the sizes of its layers."""
 
     arch: str
     sizes: tuple[LayerSizes, ...]
@@ -84,12 +83,12 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
     Args:
         loaded: the model in float32.
         path: a file that does not exist.
-        quant: one of `QUANTS`; None for what the checkpoint is stored in. Norms and biases are always float32.
-        pad: one of `PADS`; None for 32 where llama.cpp quantises the file here, and no padding elsewhere.
+        quant: one of `QUANTS`; None for the checkpoint's type. Norms and biases are always float32.
+        pad: one of `PADS`; None for 32 if llama.cpp quantises the file here, and no padding otherwise.
 
     Raises:
         UsageError: the file exists, a library is missing, or llama.cpp has no place for something in the model.
-        RunError: it could not be written; nothing is left there.
+        RunError: the file could not be written; nothing is left there.
     """
     gguf = _library()
     quant = quant.lower() if quant else None
@@ -104,7 +103,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
     check_place(path)
     quantised = quant is not None and quant not in _PLAIN
     if quantised:
-        llama_cpp.library()  # before any work is done
+        llama_cpp.library()  # fails before any work is done
     plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
     if reason := lacks_room(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
@@ -131,18 +130,18 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
 
 
 def holds(artefact: Path) -> bool:
-    """Whether it is a GGUF file, as its name tells."""
+    """Whether it is a GGUF file, judged by its name."""
     return artefact.is_file() and artefact.suffix == ".gguf"
 
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
-    """Nothing: a file has no card."""
+    """Nothing, because a single file has no card."""
     yield from ()
 
 
 @contextmanager
 def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator[Engine]:
-    """The file in llama.cpp, with a float32 cache so that only the weights differ.
+    """The file in llama.cpp, with a float32 cache, so that only the weights differ.
 
     Raises:
         UsageError: llama-cpp-python is not installed.
@@ -198,10 +197,10 @@ def _library() -> Any:
 
 
 def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
-    """Which architecture holds the model, and in what sizes, MLPs padded to a multiple.
+    """The architecture that holds the model and the sizes of its layers, with MLPs padded to a multiple of `multiple`.
 
     Raises:
-        UsageError: none does.
+        UsageError: no architecture holds the model.
     """
     config = model.config
     check_layers(config, "llama.cpp")
@@ -246,7 +245,7 @@ def _slides(config: Any) -> bool:
 
 
 def _refuse_unheld(config: Any) -> None:
-    """Refuse what llama.cpp's graphs do not compute."""
+    """Refuse a model that llama.cpp's graphs cannot compute."""
     if config.model_type == "gemma3_text":
         head_dim = config.head_dim
         scalar = config.query_pre_attn_scalar
@@ -266,7 +265,7 @@ def _refuse_unheld(config: Any) -> None:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The rope parameters: of the whole model, or of full and of sliding attention."""
+    """The rope parameters: one set for the whole model, or one each for full and sliding attention."""
     rope = config.rope_parameters
     if "full_attention" in rope:
         return [rope["full_attention"], rope["sliding_attention"]]
@@ -274,7 +273,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def _write(gguf: Any, loaded: Loaded, path: Path, plan: _Plan, dtype: torch.dtype) -> list[str]:
-    """Write the file, keys and tensors."""
+    """Write the file with its keys and tensors."""
     model = loaded.model
     writer = gguf.GGUFWriter(path, plan.arch)
     try:
@@ -345,7 +344,7 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
 
 
 def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the name that llama.cpp knows it by."""
+    """Every tensor, under its name in llama.cpp."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = _NAMES | (_GEMMA_NAMES if plan.arch == "gemma3" else {})
     fused: dict[str, Tensor] = {}
@@ -372,16 +371,16 @@ def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows i and i + head_dim / 2 of every head, which are turned together, brought side by side."""
+    """Reorder rows so that rows i and i + head_dim / 2 of every head, which are rotated together, become neighbours."""
     halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
-    """What each frequency of a Llama 3.1 rope is divided by, float32 [head_dim / 2]; None for other ropes.
+    """The divisor of each frequency of a Llama 3.1 rope, float32 [head_dim / 2]; None for other ropes.
 
-    With λ = 2π / frequency and the context c it was trained on: 1 where λ < c / high, the factor where λ > c / low, and between
-    them 1 / ((1 - s) / factor + s), s = (c / λ - low) / (high - low).
+    With λ = 2π / frequency and the context c that the model was trained on: 1 if λ < c / high, the factor if λ > c / low, and
+    otherwise 1 / ((1 - s) / factor + s), s = (c / λ - low) / (high - low).
     """
     rope = _ropes(config)[0]
     if rope.get("rope_type") != "llama3":
@@ -402,7 +401,7 @@ def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
 
 
 def _stored(gguf: Any, tensor: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A tensor as the file holds it: vectors and the rope's factors in float32, matrices in `dtype`."""
+    """A tensor as stored in the file: vectors and the rope's factors in float32, matrices in `dtype`."""
     data = tensor.detach().float().contiguous().numpy()
     if tensor.dim() < 2 or dtype == torch.float32:
         return data, None
@@ -411,7 +410,7 @@ def _stored(gguf: Any, tensor: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _left_wide(gguf: Any, path: Path, quant: str) -> list[str]:
-    """What stayed in 16 bits or more although it is a matrix, since its rows are not whole blocks."""
+    """A sentence on matrices that stayed in 16 bits or more because their rows are not whole blocks; empty if there are none."""
     wide = [
         tensor
         for tensor in gguf.GGUFReader(path).tensors

@@ -1,9 +1,9 @@
-"""What a GGUF file says of a tokenizer, derived from the fast tokenizer of transformers that lies beside the weights.
+"""The keys of a GGUF file about the tokenizer, derived from the fast tokenizer of transformers beside the weights.
 
-llama.cpp has a byte-level BPE (`gpt2`: Llama 3, Qwen, SmolLM) which it is told how text is split before it (`pre`), and one as
-SentencePiece has it (`llama`: Llama 2, Mistral, Gemma), which goes by a score a token instead of a list of merges. There the
-piece with the highest score is put together first, which is the order of the merges: a token's score is minus the rank of
-the first merge that makes it.
+llama.cpp has two kinds. The byte-level BPE (`gpt2`: Llama 3, Qwen, SmolLM) must be told how text is split before it (`pre`). The
+other follows SentencePiece (`llama`: Llama 2, Mistral, Gemma) and uses a score per token instead of a list of merges. It puts the
+piece with the highest score together first. To get the order of the merges, a token's score is minus the rank of the first merge
+that makes it.
 """
 
 import json
@@ -27,16 +27,16 @@ _PRE_OF_SPLIT = {
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""How a tokenizer.json splits text before BPE -> what llama.cpp calls it."""
+"""How a tokenizer.json splits text before BPE -> llama.cpp's name for it."""
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: Any) -> list[str]:
-    """Add the keys `tokenizer.*` to a GGUF file that is being written.
+    """Add the keys `tokenizer.*` to a GGUF file under construction.
 
     Args:
         writer: `gguf.GGUFWriter`.
         tokenizer: of transformers.
-        vocab_size: rows of the model's embedding; those without a token are filled up.
+        vocab_size: rows of the model's embedding; rows without a token get a placeholder.
         generation: the model's generation config, which may name further tokens that end a text.
 
     Returns:
@@ -82,7 +82,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
 
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
-    """The steps of a pre-tokenizer by their type."""
+    """The steps of a pre-tokenizer, by type."""
     if pre_tokenizer is None:
         return {}
     inner = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
@@ -90,12 +90,12 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, Mapping[str, An
 
 
 def _pre(pre_tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer; None where it has none."""
+    """llama.cpp's name for a byte-level tokenizer's pre-tokenizer; None if it has none."""
     steps = _steps(pre_tokenizer)
     level = steps.pop("ByteLevel")
     if level.get("add_prefix_space"):
         return None
-    if level.get("use_regex", True):  # GPT-2's own
+    if level.get("use_regex", True):  # then the regex is GPT-2's
         if not steps:
             return "gpt-2"
         digits = steps.pop("Digits", None)
@@ -147,7 +147,7 @@ def _tokens(tokenizer: Any, data: Mapping[str, Any], vocab_size: int, *, byte_le
 
 
 def _scores(tokens: list[str], types: list[int], model: Mapping[str, Any]) -> list[float]:
-    """Minus the rank of the first merge that makes each token; 0 where none does, which are never put together."""
+    """Minus the rank of the first merge that makes each token; 0 for tokens that no merge makes."""
     rank: dict[str, int] = {}
     for index, pair in enumerate(_merges(model), start=1):
         rank.setdefault("".join(pair), index)

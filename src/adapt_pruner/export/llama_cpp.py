@@ -1,4 +1,4 @@
-"""llama.cpp's own library, through llama-cpp-python: quantising a GGUF file, and running one."""
+"""llama.cpp's own library, used through llama-cpp-python to quantise a GGUF file and to run one."""
 
 import ctypes
 import functools
@@ -16,14 +16,14 @@ _said: list[str] = []
 
 
 def library() -> tuple[Any, list[str]]:
-    """The module `llama_cpp`, silenced, and the errors its library reports, which are collected from now on.
+    """The module `llama_cpp`, silenced, and a list that from now on collects the errors of its library.
 
     Raises:
         UsageError: it is not installed, or does not load.
     """
     try:
         import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # the last two where its shared library does not load
+    except (ImportError, OSError, RuntimeError) as error:  # OSError and RuntimeError if its shared library does not load
         missing = isinstance(error, ImportError) and error.name == "llama_cpp"
         why = "is not installed" if missing else f"does not load ({first_line(error)})"
         raise UsageError(
@@ -36,7 +36,7 @@ def library() -> tuple[Any, list[str]]:
 
 @functools.cache
 def _callback(module: Any) -> Any:
-    """What the library calls with every line it logs; kept for as long as the process lives, as it may call at any time."""
+    """The function that the library calls with every line it logs; kept until the process ends, as it may be called any time."""
 
     def hear(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
@@ -47,19 +47,19 @@ def _callback(module: Any) -> Any:
 
 @contextmanager
 def plain_kernels(module: Any) -> Iterator[None]:
-    """Models that are opened meanwhile keep the file's own blocks: no repacking, and so none of the kernels for repacked ones.
+    """Within this context, opened models keep the blocks of the file: nothing is repacked, so no kernels for repacked blocks run.
 
-    On CPUs with AMX llama.cpp repacks matrices of q8_0 and others, and its kernels for them are wrong for narrow ones (a model
-    64 wide is off by 0.69 standard deviations of its logits on average, and by 0.02 with the plain kernels; llama-cpp-python 0.3.36,
-    Xeon with AMX; see also https://github.com/ggml-org/llama.cpp/pull/16315). A file is to be judged, not those. `Llama` has
-    no argument for it, so the defaults it starts from are changed.
+    On CPUs with AMX llama.cpp repacks matrices of q8_0 and other types, and its kernels for them are wrong for narrow matrices. A
+    model 64 wide is off by 0.69 standard deviations of its logits on average, and by 0.02 with the plain kernels
+    (llama-cpp-python 0.3.36, Xeon with AMX; see also https://github.com/ggml-org/llama.cpp/pull/16315). We want to judge the
+    file, not those kernels. `Llama` has no argument for it, so its default parameters are changed.
     """
     inner = module.llama_cpp
     given = inner.llama_model_default_params
 
     def params() -> Any:
         settings = given()
-        settings.use_extra_bufts = False  # llama-cpp-python before llama.cpp had it: an attribute of no effect
+        settings.use_extra_bufts = False  # has no effect in older versions of llama-cpp-python, which lack the setting
         return settings
 
     inner.llama_model_default_params = params
@@ -70,7 +70,7 @@ def plain_kernels(module: Any) -> Iterator[None]:
 
 
 def file_types(module: Any) -> dict[str, int]:
-    """What files of quantised matrices are called -> their number in `general.file_type`; `f32` among them."""
+    """The name of each quantised file type -> its number in `general.file_type`; `f32` is included."""
     mostly = "LLAMA_FTYPE_MOSTLY_"
     types = {name.removeprefix(mostly).lower(): getattr(module, name) for name in dir(module) if name.startswith(mostly)}
     return types | {"f32": module.LLAMA_FTYPE_ALL_F32}
@@ -81,7 +81,7 @@ def quantise(source: Path, target: Path, quant: str) -> None:
 
     Raises:
         UsageError: this llama.cpp has no such type.
-        RunError: it failed.
+        RunError: llama.cpp failed.
     """
     module, said = library()
     kinds = file_types(module)

@@ -1,4 +1,4 @@
-"""How a checkpoint is loaded elsewhere, in words and commands for its model card."""
+"""How other tools load a checkpoint, in words and commands for its model card."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from adapt_pruner.checkpoint.for_others import stock_type
 __all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf"]
 
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-"""The model types that `export --to gguf` has a form for."""
+"""The model types that `export --to gguf` can write."""
 
 
 def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -19,7 +19,7 @@ def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for this very folder, and in a sentence what cannot load it."""
+    """Commands that load this very folder, and a sentence for each tool that cannot."""
     own_code = bool(config.get("auto_map"))
     yield in_transformers(own_code)
     if any("attention" in layer.get("skip", ()) for layer in layers_of(config)):
@@ -41,7 +41,7 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def in_transformers(own_code: bool) -> str:
-    """Commands for a folder in transformers; `own_code` says that Python code in it builds the model."""
+    """Commands for a folder in transformers; `own_code` says whether Python code in the folder builds the model."""
     trust, oldest, kind = "", "4.57", "It is a folder of the stock class; it needs nothing else"
     if own_code:
         trust, oldest = ", trust_remote_code=True", "5.14"
@@ -58,7 +58,7 @@ def in_transformers(own_code: bool) -> str:
 
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:
-    """Why `export --to gguf` would refuse the model, as far as its config tells; None where it would not."""
+    """Why `export --to gguf` would refuse the model, as far as its config shows; None if it would not."""
     if "sliced_hidden_size" in config:
         return "it has no place for the maps beside the layers of a sliced model"
     if any(layer.get("skip") for layer in layers_of(config)):

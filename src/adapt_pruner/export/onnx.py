@@ -1,7 +1,7 @@
-"""An ONNX graph of the forward pass: token ids and attention mask in, logits out, any batch and length; without a cache.
+"""An ONNX graph of the forward pass, from token ids and attention mask to logits, for any batch and length; without a cache.
 
 model.onnx        input_ids, attention_mask int64 [batch, length] -> logits float32 [batch, length, vocabulary]
-model.onnx.data   its weights, where they are more than 2 GB
+model.onnx.data   its weights, if they are more than 2 GB
 config.json, tokenizer*, …
 """
 
@@ -27,8 +27,8 @@ __all__ = ["ABOUT", "holds", "loading", "opened", "write"]
 
 ABOUT = "an ONNX graph in float32, without a cache"
 
-_TOLERANCE = 1e-3  # of the standard deviation of the logits
-_LENGTHS = ((1, 3), (2, 17))  # that the graph is tried at: other than those it was traced with
+_TOLERANCE = 1e-3  # largest difference of a logit, as a share of the standard deviation of the logits
+_LENGTHS = ((1, 3), (2, 17))  # sizes for the check; they differ from those of tracing
 
 
 class _Logits(nn.Module):
@@ -42,13 +42,13 @@ class _Logits(nn.Module):
 
 
 def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
-    """Write `loaded` as an ONNX graph in float32, once onnxruntime has given the same logits.
+    """Write `loaded` as an ONNX graph in float32, after onnxruntime has computed the same logits.
 
-    Any model will do, sliced ones and those with biases of a repair too.
+    Any model can be exported, even a sliced one or one with biases of a repair.
 
     Raises:
         UsageError: the folder is not empty, or a library is missing.
-        RunError: torch cannot trace the model, onnxruntime computes something else, or it could not be written.
+        RunError: torch cannot trace the model, onnxruntime computes something else, or the folder could not be written.
     """
     check_target(path)
     _library()
@@ -65,7 +65,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
                     input_names=["input_ids", "attention_mask"], output_names=["logits"],
                     dynamic_shapes={"input_ids": axes, "attention_mask": axes},
                 )  # fmt: skip
-            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch wraps what its exporter meets
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch wraps its exporter's errors in these
                 raise RunError(f"torch cannot export this model to ONNX: {first_line(error)}") from error
             assert program is not None
             program.save(folder / "model.onnx")
@@ -84,7 +84,7 @@ def holds(artefact: Path) -> bool:
 
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for its card, in ONNX Runtime."""
+    """Commands for its card that use ONNX Runtime."""
     yield (
         "**ONNX Runtime**:\n\n```python\nimport numpy, onnxruntime\nfrom transformers import AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")  # where this file lies\n'
@@ -97,11 +97,11 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator[Engine]:
-    """The graph in onnxruntime; the tokenizer beside it, if there is one, is read by transformers.
+    """The graph in onnxruntime. If a tokenizer lies beside it, transformers reads it.
 
     Raises:
-        UsageError: onnxruntime is not installed, a file beside the graph is no regular one, or the tokenizer brings Python code, and
-            `trust_remote_code` is not set.
+        UsageError: onnxruntime is not installed, a file beside the graph is not a regular file, or the tokenizer brings Python
+            code and `trust_remote_code` is not set.
         RunError: the file is damaged.
     """
     path = artefact if artefact.is_file() else artefact / "model.onnx"
@@ -155,7 +155,7 @@ def _session(path: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no public base but Exception
+    except Exception as error:  # onnxruntime's errors have no other public base class
         raise RunError(f"onnxruntime cannot open {path} ({first_line(error)}); export it again") from error
 
 
@@ -173,7 +173,7 @@ def _library() -> None:
 
 @contextmanager
 def _plain_attention(model: Any) -> Iterator[None]:
-    """Attention written out, which any exporter can trace, while it lasts."""
+    """Within this context attention is written out in plain operations, which any exporter can trace."""
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
@@ -184,7 +184,7 @@ def _plain_attention(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back the notices of torch's exporter; its errors still come as exceptions."""
+    """Suppress the notices of torch's exporter; its errors are still raised."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -198,13 +198,13 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def _check(model: Any, path: Path) -> None:
-    """Refuse a graph whose logits are not the model's, at sizes that it was not traced with."""
+    """Refuse a graph whose logits differ from the model's, at sizes other than those of tracing."""
     opened = _session(path)
     generator = torch.Generator().manual_seed(0)
     for batch, length in _LENGTHS:
         ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
         mask = torch.ones_like(ids)
-        mask[0, : length // 4] = 0  # text that is shorter than the batch
+        mask[0, : length // 4] = 0  # as for a text that is shorter than the batch
         (logits,) = opened.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         there = mask.bool()

@@ -1,4 +1,4 @@
-"""A plain folder for the stock class whatever the layers are: every layer zero-padded to the widest. It loads everywhere and saves nothing."""
+"""A plain folder for the stock class, with every layer zero-padded to the widest; it loads everywhere but saves nothing."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ ABOUT = "a plain folder of the stock class: every layer zero-padded to the wides
 
 
 def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
-    """Write `loaded` as a plain Hugging Face folder, each layer zero-padded to the widest; logits stay what they are.
+    """Write `loaded` as a plain Hugging Face folder, with each layer zero-padded to the widest; logits stay the same.
 
     Raises:
         UsageError: the folder is not empty, the model is sliced, or no stock class has a place for its biases.
-        RunError: it could not be written.
+        RunError: the folder could not be written.
     """
     check_target(path)
     check_layers(loaded.model.config, "a stock class")

@@ -1,7 +1,7 @@
-"""Layers widened with zeros, which change nothing of what they compute, and the stock model that takes equal ones.
+"""Widen layers with zeros, which does not change what they compute, and build the stock model with layers of equal size.
 
-A neuron whose gate, up and down weights are zero gives silu(0) · 0 = 0. A head whose value and output weights are zero adds
-zero, whatever it attends to. Query head (k, g), number g of KV head k, moves to place k · G + g where a KV head has G of them.
+A neuron whose gate, up and down weights are zero gives silu(0) · 0 = 0. A head whose value and output weights are zero adds zero,
+whatever it attends to. Query head (k, g) is number g of KV head k. It moves to place k · G + g if each KV head has G of them.
 """
 
 import copy
@@ -20,7 +20,7 @@ __all__ = ["LayerSizes", "accepted", "check_layers", "layer_sizes", "padded_weig
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """KV heads, query heads that read each of them, and MLP neurons of a layer."""
+    """Sizes of a layer: KV heads, query heads per KV head, and MLP neurons."""
 
     kv_heads: int
     group: int
@@ -28,7 +28,7 @@ class LayerSizes:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """The number of query heads."""
         return self.kv_heads * self.group
 
 
@@ -42,17 +42,17 @@ def layer_sizes(model: Any) -> list[LayerSizes]:
 
 
 def widest(sizes: Sequence[LayerSizes]) -> LayerSizes:
-    """The least sizes that hold every layer."""
+    """The smallest sizes that hold every layer."""
     return LayerSizes(
         max(size.kv_heads for size in sizes), max(size.group for size in sizes), max(size.neurons for size in sizes)
     )
 
 
 def check_layers(config: Any, form: str) -> None:
-    """Refuse a model whose layers are of another make than a stock one's: sliced, with sums of blocks, or without attention or MLP.
+    """Refuse a model whose layers have no stock counterpart: sliced ones, with sums of blocks, or without attention or MLP.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the model is refused.
     """
     if families.is_sliced(config):
         raise UsageError(
@@ -72,10 +72,10 @@ def check_layers(config: Any, form: str) -> None:
 
 
 def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]:
-    """The model's state with each layer widened to `sizes`; what is wide enough is the model's own tensor.
+    """The model's state with each layer widened to `sizes`; a tensor that is wide enough is the model's own.
 
     Raises:
-        UsageError: several projections of the model are one matrix.
+        UsageError: several projections of the model share one matrix.
         ValueError: a size is below the layer's own.
     """
     if not hasattr(model.model.layers[0].self_attn, "q_proj"):
@@ -108,7 +108,7 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
 
 
 def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tuple[int, ...]) -> Tensor:
-    """A tensor whose dimension `dim` is `blocks`, one inside the other, with zeros up to `blocks_new`."""
+    """A tensor whose dimension `dim` consists of nested `blocks`, padded with zeros to `blocks_new`."""
     if blocks == blocks_new:
         return tensor
     before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
@@ -118,12 +118,12 @@ def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tupl
 
 
 def stock_model(model: Any, size: LayerSizes) -> Any:
-    """A model of the stock class, all its layers of one size, that computes what `model` does.
+    """A model of the stock class, with all layers of one size, that computes the same as `model`.
 
-    It is made to be saved: its weights are there, those that need no padding shared with `model`, its buffers are not.
+    It is made only to be saved: it has weights, shared with `model` where they need no padding, but no buffers.
 
     Raises:
-        UsageError: the stock class has no place for a bias that the model has, or refuses that number of heads.
+        UsageError: the stock class has no place for a bias of the model, or refuses the number of heads.
     """
     from transformers import AutoModelForCausalLM
 
@@ -147,7 +147,7 @@ def stock_model(model: Any, size: LayerSizes) -> Any:
 
 
 def accepted(model: Any, size: LayerSizes) -> bool:
-    """Whether the stock config takes so many heads: Llama's wants them to divide the width of the stream."""
+    """Whether the stock config accepts this number of heads: Llama's wants it to divide the width of the stream."""
     try:
         _stock_config(model, size)
     except UsageError:
@@ -161,7 +161,7 @@ def _stock_config(model: Any, size: LayerSizes) -> Any:
     for key in ("allow_global_per_layer_attribute_access", "auto_map"):
         config.__dict__.pop(key, None)
     if config.__dict__.pop("output_bias", False) and config.model_type == "llama":
-        config.attention_bias = config.mlp_bias = True  # those that are not there are zero
+        config.attention_bias = config.mlp_bias = True  # missing biases are zero
     config.head_dim = model.model.layers[0].self_attn.head_dim
     config.num_key_value_heads = size.kv_heads
     config.num_attention_heads = size.heads

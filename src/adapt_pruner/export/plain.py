@@ -1,4 +1,4 @@
-"""A plain Hugging Face folder: how a form that is one is known, loaded, and proved in stock transformers."""
+"""A plain Hugging Face folder: how such a form is recognised, loaded, and proved in stock transformers."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,22 +20,22 @@ __all__ = ["holds", "loading", "opened"]
 
 
 def holds(artefact: Path) -> bool:
-    """Whether it has a config.json; folders of other forms may have one too, so they are asked first."""
+    """Whether it has a config.json. Folders of other forms may have one too, so those forms are asked first."""
     return (artefact / "config.json").is_file()
 
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for its card, in transformers and vLLM."""
+    """Commands for its card that use transformers and vLLM."""
     yield in_transformers(bool(config.get("auto_map")))
     yield f"**vLLM**:\n\n```sh\nvllm serve .{' --trust-remote-code' if config.get('auto_map') else ''}\n```"
 
 
 @contextmanager
 def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator[Engine]:
-    """The artefact in stock transformers, in a process that does not have this package.
+    """The artefact in stock transformers, in a process without this package.
 
     Raises:
-        UsageError: it brings Python code, and `trust_remote_code` is not set; or its files are not what a model's may be.
+        UsageError: it brings Python code and `trust_remote_code` is not set, or its files are not allowed in a model folder.
         RunError: transformers cannot load it.
     """
     import transformers

@@ -1,4 +1,4 @@
-"""From names to the proof: load a checkpoint and its text, and compare with an artefact (`export.verify`) or count its zeros."""
+"""The proof, starting from names: load a checkpoint and its text, and compare it with an artefact or count its zeros."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def prove(
     trust_remote_code: bool = False,
     listen: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
-    """Compare an artefact, in its own engine, with the checkpoint that it was made from; without one, prove the zeros of the checkpoint.
+    """Compare an artefact, in its own engine, with its checkpoint; without one, check the zeros of the checkpoint.
 
     Args:
         model: the checkpoint, as `checkpoint.load` takes it.
@@ -34,12 +34,13 @@ def prove(
         text: SPEC of the text to compare on.
         window: tokens in a window.
         max_windows: the most windows that are read.
-        trust_remote_code: run Python code that a foreign folder brings.
+        trust_remote_code: run Python code that comes with a foreign folder.
         listen: told of every event.
 
     Returns:
-        Plain data: what `verify` gives, and of a sparse model `sparsity` as `zeros_of` gives it. Without an artefact `model`,
-        `sparsity` and `passed` alone.
+        Plain data: the result of `verify`, and for a sparse model also `sparsity`, the result of `zeros_of`. Without an artefact
+            only
+        `model`, `sparsity` and `passed`.
 
     Raises:
         UsageError: there is no such model, artefact or text, an engine is not installed, or there is nothing to prove.
@@ -71,7 +72,7 @@ def prove(
 
 
 def _chat(tokenizer: Any) -> list[str]:
-    """A conversation as the chat template writes it, so that special tokens are compared too."""
+    """A conversation in the chat template, so that special tokens are compared too."""
     if not tokenizer.chat_template:
         return []
     try:

@@ -1,10 +1,10 @@
-"""Run in a process of its own, by its path: stock transformers with a folder, and without adapt_pruner, which cannot be imported here.
+"""Run by its path in a process of its own: stock transformers with a folder. The package adapt_pruner cannot be imported here.
 
     python stranger.py FOLDER THREADS [trust]
 
-Says first, as a line of JSON, which class it has and of how many tokens, or what went wrong. Then each line on stdin is a question
-in JSON: {"logits": ids} is answered with a line of its shape and then float32 [length, vocabulary], {"greedy": ids, "tokens": n} and
-{"encode": text} with a line.
+First it says, as a line of JSON, the model's class and number of tokens, or what went wrong. Then each line on stdin is a
+question in JSON. {"logits": ids} is answered with a line with the shape and then float32 [length, vocabulary]; {"greedy": ids,
+"tokens": n} and {"encode": text} are answered with a line.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.modules["adapt_pruner"] = None  # type: ignore[assignment]  # an import of i
 
 
 def end_with_stdin() -> None:
-    """End this process, whatever it does, when nobody holds the other end of stdin; else it would load and compute for nobody."""
+    """End this process, whatever it does, when the other end of stdin is closed; otherwise it would go on for nobody."""
     pipe = select.poll()
     pipe.register(0, 0)
     pipe.poll()
@@ -28,7 +28,7 @@ def main() -> None:
     """Answer questions until stdin ends."""
     threading.Thread(target=end_with_stdin, daemon=True).start()
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps what libraries print out of the answers
 
     def answer(data: object) -> None:
         out.write(json.dumps(data).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""A plain folder for the stock class, for a model whose layers are all of one size: no code of ours, no padding."""
+"""A plain folder for the stock class, for a model whose layers are all of one size: no code of ours and no padding."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ ABOUT = "a plain folder of the stock class"
 
 
 def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
-    """Write `loaded` as a plain Hugging Face folder that holds no more than the model.
+    """Write `loaded` as a plain Hugging Face folder with nothing but the model.
 
     Raises:
-        UsageError: layers differ in size, or as `padded.write`.
-        RunError: it could not be written.
+        UsageError: layers differ in size, or one of the reasons of `padded.write` applies.
+        RunError: the folder could not be written.
     """
     check_target(path)
     check_layers(loaded.model.config, "a stock class")

@@ -1,12 +1,12 @@
-"""Whether an artefact computes what the model computes, in the engine it is for: logits, greedy text, perplexity, token ids.
+"""Whether an artefact computes what the model computes, in its own engine: logits, greedy text, perplexity, token ids.
 
-difference   |logit of the artefact - logit of the model|, largest and mean, and the deviation of the model's logits beside it
-agreement    share of positions at which both have the same token on top
+difference   |logit of the artefact - logit of the model|, largest and mean, with the standard deviation of the model's logits
+agreement    share of positions at which both have the same most likely token
 perplexity   of the same windows of text, on both sides
-greedy       tokens each writes after the same prompt
-encoding     share of pieces of text of which both make the same token ids
+greedy       tokens that each writes after the same prompt
+encoding     share of pieces of text for which both make the same token ids
 
-Of a model with a mask over weights it also proves that every linear layer has the zeros that the mask's pattern promises.
+For a model with a mask over weights it also proves that every linear layer has the zeros that the mask's pattern promises.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from adapt_pruner.export.engines import Engine, torch_engine
 
 __all__ = ["TOLERANCES", "Tolerance", "opened", "verify", "zeros_of"]
 
-_PROMPT, _WRITTEN = 16, 32  # tokens of the prompts and of what follows them
+_PROMPT, _WRITTEN = 16, 32  # tokens of a prompt, and tokens written after it
 _PROMPTS = 4
 _PIECES = 200
 
@@ -40,9 +40,9 @@ class Tolerance:
     """How far an artefact may be off.
 
     Attributes:
-        difference: largest difference of a logit, in deviations of the model's logits; None for any.
-        agreement: least share of positions with the same token on top.
-        perplexity: most that the perplexity may change, as a share of the model's.
+        difference: largest difference of a logit, in standard deviations of the model's logits; None for any.
+        agreement: least share of positions with the same most likely token.
+        perplexity: largest change of the perplexity, as a share of the model's.
         encoding: least share of pieces of text with the same token ids.
     """
 
@@ -60,7 +60,7 @@ TOLERANCES = {
     4: Tolerance(None, 0.75, 0.25),
     2: Tolerance(None, 0.40, 2.0),
 }
-"""By the bits of a stored weight: the row of the most bits that are no more than the artefact's holds."""
+"""By bits per stored weight. An artefact takes the row with the most bits that are not above its own."""
 
 
 def tolerance_for(stored: str) -> Tolerance:
@@ -86,14 +86,14 @@ def verify(
         artefact: what `export` wrote.
         windows: text as int64 [1, length] tensors.
         pieces: text whose token ids are compared; the first 200.
-        trust_remote_code: run Python code that an artefact's folder brings.
-        on_window: told (done, of).
+        trust_remote_code: run Python code that comes with an artefact's folder.
+        on_window: called with (done, of).
 
     Returns:
-        Plain data: the figures, the tolerance, `passed`, and in `failures` a sentence for each that is beyond it.
+        Plain data: the figures, the tolerance, `passed`, and `failures`, a sentence for each figure beyond the tolerance.
 
     Raises:
-        UsageError: the artefact is nothing of that kind, or its engine is not installed.
+        UsageError: the artefact has none of the known forms, or its engine is not installed.
         RunError: its engine cannot open it, or it is of another model.
     """
     own = torch_engine(loaded.model, loaded.tokenizer)
@@ -115,11 +115,11 @@ def verify(
 
 
 def zeros_of(loaded: Loaded) -> dict[str, Any] | None:
-    """Whether the weights have the zeros that the model's mask over weights promises; None of a model without such a mask.
+    """Whether the weights have the zeros that the model's mask over weights promises; None for a model without such a mask.
 
     Returns:
-        `pattern` (None where a cut has broken it), `layers` that are masked, `zeros` that they have, `weights` of theirs in all, and in
-        `failures` a sentence for each layer that does not hold what is promised.
+        `pattern` (None if a cut has broken it), `layers` (masked layers), `zeros` (zeros in them), `weights` (all weights in
+        them), and `failures`, a sentence for each layer that does not hold the promise.
     """
     mask, model = loaded.weight_mask, loaded.model
     if mask is None:
@@ -136,15 +136,15 @@ def zeros_of(loaded: Loaded) -> dict[str, Any] | None:
 
 
 def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> AbstractContextManager[Engine]:
-    """An artefact in the engine that its form names; what no other form holds is a Hugging Face folder or nothing.
+    """An artefact in the engine of its form. If no other form fits, it must be a Hugging Face folder.
 
     Args:
         artefact: what `export` wrote.
-        context: tokens that an engine has to hold at one time.
+        context: tokens that an engine must hold at one time.
         trust_remote_code: run Python code that comes with a folder.
 
     Raises:
-        UsageError: it is nothing of that kind, or its engine is not installed.
+        UsageError: the artefact has none of the known forms, or its engine is not installed.
         RunError: its engine cannot open it.
     """
     if not artefact.exists():
@@ -156,7 +156,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> 
 
 
 def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:
-    """Differences, agreement and perplexities over all windows; one window's logits exist at a time."""
+    """Differences, agreement and perplexities over all windows; only one window's logits exist at a time."""
     largest = 0.0
     sums = torch.zeros(
         7, dtype=torch.float64
@@ -183,10 +183,10 @@ def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Ca
 
 
 def _greedy(own: Engine, other: Engine, tokenizer: Any, windows: Sequence[Tensor], largest: float) -> dict[str, Any]:
-    """What both write after the openings of some windows, and whether they part only where the model itself is undecided.
+    """What both write after the beginnings of some windows, and whether they differ only where the model itself is undecided.
 
-    Where the texts part, the model's logits of the two tokens are less than twice the largest difference apart, if all that
-    the artefact does is to compute less exactly.
+    Suppose that the artefact only computes less exactly. Then, where the texts part, the model's logits of the two tokens are
+    less than twice the largest difference apart.
     """
     same, undecided, texts = 0, True, []
     prompts = [window[0, :_PROMPT].tolist() for window in windows[:_PROMPTS]]
@@ -202,7 +202,7 @@ def _greedy(own: Engine, other: Engine, tokenizer: Any, windows: Sequence[Tensor
 
 
 def _encoding(own: Engine, other: Engine, pieces: Sequence[str]) -> dict[str, Any] | None:
-    """Pieces of text of which both make the same ids; None where the artefact has no tokenizer."""
+    """The pieces of text for which both make the same ids; None if the artefact has no tokenizer."""
     if own.encode is None or other.encode is None:
         return None
     taken = list(pieces[:_PIECES])
