@@ -1,4 +1,4 @@
-"""What callers in Python give, in the words of the rooms below; what is none of it is refused in a sentence."""
+"""Turn the arguments of Python callers into the form that the rooms below take; wrong ones are refused in a sentence."""
 
 import copy
 import functools
@@ -44,12 +44,12 @@ _R = TypeVar("_R")
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)(?: ([^\s;()]+))?")
 _ANY_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 _PACKAGE = Path(families.__file__).parents[1]
-_SHOWN = 60  # characters of a value in a sentence
+_SHOWN = 60  # the most characters of a value in a sentence
 
 
 @runtime_checkable
 class Saved(Protocol):
-    """What lies in a folder, as a result of `prune` does."""
+    """Something that lies in a folder, such as a result of `prune`."""
 
     @property
     def path(self) -> Path: ...  # noqa: D102
@@ -64,7 +64,7 @@ class Keeper:
 
 
 def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function's errors name its arguments where they named options: `--params 80%` becomes `params="80%"`."""
+    """Let a function's errors name its arguments instead of options: `--params 80%` becomes `params="80%"`."""
     given = inspect.signature(function).parameters
     names = {f"--{name.replace('_', '-')}": name for name in given}
     if "calibration" not in given:
@@ -87,7 +87,7 @@ def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
         option, behind = found[1], found[2] or ""
         value = behind.rstrip(".,:")
         rest = behind[len(value) :]
-        if not re.search(r"[A-Z\d%=]", value):  # a word of the sentence
+        if not re.search(r"[A-Z\d%=]", value):  # not a value but the next word of the sentence
             value, rest = "", behind
         after = f" {rest}" if rest and not value else rest
         if option == "--set":
@@ -119,7 +119,7 @@ def of_kind(name: str, value: Any, kinds: type | tuple[type, ...], remedy: str) 
     """The value, if it is of one of these kinds.
 
     Raises:
-        UsageError: it is not; the sentence names the value, its type and the remedy.
+        UsageError: it is of another kind; the sentence names the value, its type and the remedy.
     """
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in (kinds if isinstance(kinds, tuple) else (kinds,))):
         return value
@@ -137,22 +137,22 @@ def _a(value: Any) -> str:
 
 
 def as_place(name: str, value: Any) -> Path:
-    """A folder or file to be written."""
+    """The path of a folder or file to be written."""
     return Path(of_kind(name, value, (str, Path), "a path, as str or Path"))
 
 
 def as_size(name: str, value: Any) -> str:
-    """A number of parameters, or a share of them, as the command line has it."""
+    """A number of parameters, or a share of them, in the form of the command line."""
     return str(of_kind(name, value, (str, int), 'a share such as "80%", or a number of parameters such as "110M" or 110_000_000'))
 
 
 def as_count(name: str, value: Any) -> str:
-    """A count, as the command line has it."""
+    """A count, in the form of the command line."""
     return str(of_kind(name, value, (str, int), 'a number such as 2_000_000 or "2M"'))
 
 
 def as_words(name: str, value: Any, one: Callable[[str, Any], str]) -> tuple[str, ...]:
-    """One of something or several of it; text may hold several, with commas."""
+    """One value or several; a string may hold several, separated by commas."""
     several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     return tuple(one(name, each) for each in several)
 
@@ -174,7 +174,7 @@ def as_source(name: str, value: Any) -> str | dict[str, float]:
 
 
 def as_overrides(settings: Any) -> list[str]:
-    """Further keys of a recipe, as `--set` takes them."""
+    """Further keys of a recipe, in the form of `--set`."""
     given = of_kind("settings", {} if settings is None else settings, Mapping, 'a dict such as {"training.lr": 1e-4}')
     return [f"{of_kind('the key', key, str, 'a key of a recipe as text')}={to_json(value)}" for key, value in given.items()]
 
@@ -184,7 +184,7 @@ def _as_argument(found: re.Match[str]) -> str:
 
 
 def _outside() -> int:
-    """How many frames above the caller the code of the user is, for whom a warning is."""
+    """The number of frames between the caller and the user's code, to which a warning should point."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
         frame, level = frame.f_back, level + 1
@@ -219,7 +219,7 @@ def heard(listen: Listener | None, *, progress: bool) -> Iterator[Listener]:
 
 @contextmanager
 def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Iterator[str]:
-    """The name of a model; one in memory lies in a temporary folder until the end.
+    """The name of a model; a model in memory is written to a temporary folder that lasts until the end of the context.
 
     Args:
         model: a name, something saved, or a model of transformers, which is left as it is.
@@ -227,7 +227,7 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
         any_family: whether a model in memory may be of no known family.
 
     Raises:
-        UsageError: it is none of these, or one in memory lacks its tokenizer or cannot be written as it is.
+        UsageError: it is none of these, or a model in memory lacks its tokenizer or cannot be written as it is.
     """
     if isinstance(model, str | Path) or (isinstance(model, Saved) and not isinstance(model, nn.Module)):
         if tokenizer is not None:
@@ -243,7 +243,7 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as place:
         called = Path(str(getattr(model.config, "_name_or_path", "") or "")).name or "model"
         folder = Path(place) / called
-        twin: Any = copy.copy(model)  # saving writes into config and generation_config
+        twin: Any = copy.copy(model)  # because saving changes config and generation_config
         twin.config, twin.generation_config = (
             copy.deepcopy(model.config),
             copy.deepcopy(getattr(model, "generation_config", None)),
@@ -257,10 +257,10 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
 
 
 def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.dtype:
-    """Refuse a model in memory that cannot be written and loaded again as it is; the number format that holds all its weights.
+    """Refuse a model in memory that cannot be written and loaded again as it is; returns the number format of its weights.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the model is refused.
     """
     kind = type(model).__name__
     if not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):

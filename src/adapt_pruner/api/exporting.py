@@ -26,11 +26,11 @@ def export(
 ) -> Path:
     """Write a model in the form of another tool: llama.cpp, stock transformers, vLLM or ONNX Runtime.
 
-    What should be known of the result is a Python warning, or a line where `progress` or `listen` is given.
+    Anything to know about the result comes as a Python warning, or as a line if `progress` or `listen` is given.
 
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.
-        to: the form, as `adapt-pruner export --to` has it: gguf, onnx, padded, plain, …
+        to: the form, as in `adapt-pruner export --to`: gguf, onnx, padded, plain, …
         output: a new folder; for gguf a new file FILE.gguf.
         tokenizer: of a model in memory.
         quant: for gguf: f32, f16 or bf16; with llama-cpp-python also q8_0, q4_k_m, …; None keeps the checkpoint's.
@@ -40,11 +40,11 @@ def export(
         listen: told of every event.
 
     Returns:
-        What was written.
+        The path of the result.
 
     Raises:
         UsageError: there is no such form or model, the form cannot hold the model, or `output` is taken.
-        RunError: it could not be written.
+        RunError: the result could not be written.
     """
     of_kind("to", to, str, f"one of {', '.join(forms())}")
     place = as_place("output", output)

@@ -1,4 +1,4 @@
-"""`evaluate`, `compare`, `verify` and `chat`: what a model is worth, in one call each."""
+"""`evaluate`, `compare`, `verify` and `chat`: how good a model is, in one call each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,23 +36,23 @@ __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evalu
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a model is, and how well it does on a text, on tasks, or on both. What was not measured is None.
+    """Facts about a model, and how well it does on a text, on tasks, or on both. A figure that was not measured is None.
 
     Attributes:
         model: its name.
-        params: parameters, tied weights once.
+        params: parameters; tied weights count once.
         nonzero: those of them that are not zero.
-        decoder_params: those in the decoder layers; None of a family that is not known.
+        decoder_params: those in the decoder layers; None for an unknown family.
         weight_bytes: size of its weights on disk.
         dequantised: the GGUF file that its weights come from.
-        windows_start_with: the token before each window, where the model was trained so.
+        windows_start_with: the token before each window, if the model was trained with one.
         perplexity: exp(nll).
-        nll: mean loss in nats a token.
+        nll: mean loss in nats per token.
         bits_per_byte: the same loss in bits over the bytes of the text; compares between tokenizers.
-        tokens: that were predicted.
-        windows: that were read.
-        seconds: that reading them took.
-        tokens_per_second: of a forward pass.
+        tokens: number of predicted tokens.
+        windows: number of windows read.
+        seconds: time that reading them took.
+        tokens_per_second: speed of a forward pass.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
     """
@@ -92,8 +92,8 @@ class Verification:
 
     Attributes:
         passed: no figure is beyond its tolerance.
-        failures: a sentence for each that is.
-        figures: all of them, as `adapt-pruner verify --json` has them.
+        failures: a sentence for each figure that is.
+        figures: all figures, as in `adapt-pruner verify --json`.
     """
 
     passed: bool
@@ -118,7 +118,7 @@ class Comparison:
 
     Attributes:
         path: the folder; a temporary one lives as long as this object.
-        figures: what its compare.json holds.
+        figures: the content of its compare.json.
     """
 
     def __init__(self, path: Path, figures: Mapping[str, Any], keep: Keeper | None = None) -> None:
@@ -140,7 +140,7 @@ class Comparison:
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as lines of text: the first column to the left, numbers to the right."""
+    """A table as lines of text: the first column left-aligned, numbers right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return [
         "  ".join(
@@ -234,7 +234,7 @@ def compare(
 ) -> Comparison:
     """Prune a model by several methods to the same sizes, and measure the results alike.
 
-    Each is pruned in a process of its own. The same call on the same `output` goes on with a comparison that was stopped.
+    Each is pruned in a process of its own. A stopped comparison continues with the same call on the same `output`.
 
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.
@@ -313,7 +313,7 @@ def verify(
         listen: told of every event.
 
     Returns:
-        The figures; true where they are within tolerance.
+        The figures; the object is true if they are within tolerance.
 
     Raises:
         UsageError: there is no such model, artefact or text, an engine is not installed, or there is nothing to check.
@@ -342,7 +342,7 @@ def chat(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> str:
-    """What a model answers to a prompt, in its own chat template.
+    """The model's answer to a prompt, in its own chat template.
 
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.
@@ -351,7 +351,7 @@ def chat(
         system: system message before the prompt.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; a higher value draws at random.
-        seed: of these draws; 0 by default.
+        seed: seed of these draws; 0 by default.
         device: auto, cpu, cuda, …
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model.
@@ -387,7 +387,7 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 
 def _precision(name: Any) -> str:
-    """A number format that is known."""
+    """The number format, if it is a known one."""
     known = ("auto", "float32", "bfloat16")
     if name not in known:
         raise UsageError(f"dtype {name!r} is not known; give one of {', '.join(known)}")

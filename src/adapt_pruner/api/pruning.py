@@ -1,4 +1,4 @@
-"""`prune`, `run` and `shrink`: a smaller model out of a larger one, in one call each."""
+"""`prune`, `run` and `shrink`: make a smaller model out of a larger one, in one call each."""
 
 import time
 from collections.abc import Mapping
@@ -63,12 +63,12 @@ def prune(
 ) -> Result:
     """Prune a model to a number of parameters, or to a speed on this machine, or carry out a recipe.
 
-    A model in memory is left as it is. It is first written to a temporary folder, which costs its size on disk and the seconds to write
-    and read it, and is then treated as any other. Warnings are Python's, or lines where `progress` or `listen` is given.
+    A model in memory is left as it is. It is first written to a temporary folder, then treated like any other; this costs its
+    size on disk and the seconds to write and read it. Warnings are Python warnings, or lines if `progress` or `listen` is given.
 
     Args:
-        model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe, which says
-            by itself what the arguments from `tokenizer` to `dtype` say.
+        model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe,
+            which replaces the arguments from `tokenizer` to `dtype`.
         output: new or empty folder for the checkpoint; without it a temporary one, which lives as long as the result.
         tokenizer: of a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
@@ -82,7 +82,7 @@ def prune(
         calibration_length: tokens per sequence; 128 by default.
         calibration_ids: JSON file with input_ids: exactly these tokens instead of a text.
         settings: further keys of a recipe, such as {"multiple_of": 64, "calibration.self_generated": 0}.
-        seed: of all random draws.
+        seed: seed of all random draws.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, …
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model.
@@ -151,14 +151,14 @@ def run(
 ) -> Result:
     """Carry out a recipe in a run's folder: prune, train, prune, train, … with checkpoints, a log and a page.
 
-    The same call on the folder of a run that was stopped goes on with it; of one that is finished it gives the result.
+    The same call on the folder of a stopped run continues the run; for a finished run it returns the result.
 
     Args:
         recipe: a recipe, a YAML file, or the name of a built-in one.
         output: the run's folder, new or of a run; without it a temporary one, which lives as long as the result.
         settings: keys that override those of a file or a built-in recipe, such as {"training.tokens": "1M"}.
         trust_remote_code: run Python code that comes with the model.
-        force_recipe: go on with this recipe although the run began with another.
+        force_recipe: continue with this recipe although the run began with another.
         progress: show a bar, in a terminal and in a notebook.
         listen: told of every event, as a plain dict.
 
@@ -202,11 +202,11 @@ def shrink(
         tokenizer: of a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
         text: your text: it is trained and calibrated on, and a part is held out. Python's language reference by default.
-        minutes: that it may take.
+        minutes: the time that it may take.
         hours: instead of `minutes`.
         tokens: instead of `minutes`: tokens to train on, such as "2M".
         settings: further keys of a recipe.
-        seed: of all random draws.
+        seed: seed of all random draws.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, …
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model.
@@ -250,10 +250,10 @@ def _ran(
 
 
 def _place(output: Any, name: str = "run") -> tuple[Keeper | None, Path]:
-    """Where the result goes, and what keeps a temporary folder there.
+    """The path of the result, and the keeper of a temporary folder if it lies in one.
 
     Raises:
-        UsageError: it is no path, or there is none although several processes work together.
+        UsageError: `output` is no path, or it is missing although several processes work together.
     """
     if output is not None:
         return None, as_place("output", output)

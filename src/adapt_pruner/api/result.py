@@ -1,4 +1,4 @@
-"""What `prune`, `run` and `shrink` return: a smaller model that lies in a folder, and what its making came to."""
+"""The result of `prune`, `run` and `shrink`: a smaller model in a folder, and what was recorded while it was made."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Result:
 
     Attributes:
         path: the folder of the model.
-        recipe: what was run.
+        recipe: the recipe that was run.
         figures: what was measured on the way: `params_before`, `params_after`, `calibration_losses`, `seconds`, …
         history: a note on each step of pruning.
         mask: which units of the model at the start stayed.
@@ -43,12 +43,12 @@ class Result:
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The model with all that belongs to it, in float32; loaded when it is first asked for."""
+        """The model with everything that belongs to it, in float32; loaded at first use."""
         return load(str(self.path), device=pick_device(self.recipe.device), trust_remote_code=self._trust)
 
     @property
     def model(self) -> Any:
-        """The model as transformers has it, in float32, on the recipe's device."""
+        """The model as a transformers model, in float32, on the recipe's device."""
         return self.loaded.model
 
     @property
@@ -58,16 +58,16 @@ class Result:
 
     @property
     def mask(self) -> Mask:
-        """Which units of the model at the start stayed; of a run that was finished before, of the dense model."""
+        """Which units of the model at the start stayed; for a run that was finished before, of the dense model."""
         return self._mask if self._mask is not None else self.loaded.mask or Mask()
 
     @in_python
     def save(self, output: str | Path) -> Path:
-        """Copy the model to a folder that is new or empty; a model in a temporary folder lies there from now on.
+        """Copy the model to a new or empty folder; if it was in a temporary folder, it lies there from now on.
 
         Raises:
             UsageError: `output` is not empty.
-            RunError: it could not be written; nothing is left there.
+            RunError: the copy could not be written; nothing is left there.
         """
         place = as_place("output", output)
         check_target(place)
@@ -102,7 +102,7 @@ class Result:
 
     @in_python
     def report(self, output: str | Path | None = None) -> Path:
-        """Write what the run came to as one HTML page: before and after, anatomy, why, cost.
+        """Write the run as one HTML page: before and after, anatomy, reasons, cost.
 
         Args:
             output: the page; by default report.html in a run's folder, else FOLDER.html beside the model's folder.
@@ -111,8 +111,8 @@ class Result:
             Where it was written.
 
         Raises:
-            UsageError: a file that is no page of ours would be lost.
-            RunError: it could not be written.
+            UsageError: a file that is not a page of ours would be overwritten.
+            RunError: the page could not be written.
         """
         if self._run_dir is not None:
             record, place = read_record(self._run_dir), self._run_dir / "report.html"
@@ -123,7 +123,7 @@ class Result:
         return write_page(place, page(record))
 
     def __repr__(self) -> str:
-        """Five lines: what it is, its size, its loss, its cost, its place."""
+        """Five lines: kind, size, loss, cost, place."""
         figures = self.figures
         before, after = figures["params_before"], figures["params_after"]
         inside = figures["decoder_params_before"], figures["decoder_params_after"]
@@ -142,7 +142,7 @@ class Result:
         )
 
     def _said_loss(self) -> str:
-        """What is known of the loss before and after, of held-out text where there is such."""
+        """The loss before and after, if known; of held-out text if there is some."""
         measured = [value for value in self.figures.get("perplexities") or [] if value is not None]
         if len(measured) > 1:
             return f"perplexity {measured[0]:.2f} → {measured[-1]:.2f} on held-out text"
