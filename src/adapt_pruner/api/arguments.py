@@ -223,7 +223,7 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
 
     Args:
         model: a name, something saved, or a model of transformers, which is left as it is.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         any_family: whether a model in memory may be of no known family.
 
     Raises:
@@ -257,7 +257,7 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
 
 
 def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.dtype:
-    """Refuse a model in memory that cannot be written and loaded again as it is; returns the number format of its weights.
+    """Refuse a model in memory that would not survive saving and loading; returns a number format that holds all its weights.
 
     Raises:
         UsageError: the model is refused.

@@ -32,12 +32,12 @@ def export(
         model: name, folder, result, or a model of transformers with its tokenizer.
         to: the form, as in `adapt-pruner export --to`: gguf, onnx, padded, plain, …
         output: a new folder; for gguf a new file FILE.gguf.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         quant: for gguf: f32, f16 or bf16; with llama-cpp-python also q8_0, q4_k_m, …; None keeps the checkpoint's.
         pad: for gguf: 32 or 256, zero-pads MLPs to a multiple.
         trust_remote_code: run Python code that comes with the model.
         progress: show what is done.
-        listen: told of every event.
+        listen: called with every event.
 
     Returns:
         The path of the result.

@@ -173,7 +173,7 @@ def evaluate(
 
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer, which is written to a temporary folder first.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         text: the text for perplexity.
         window: tokens per window; windows do not overlap. 512 by default.
         max_windows: the most windows to read; the whole text by default.
@@ -186,7 +186,7 @@ def evaluate(
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model or a task.
         progress: show a bar.
-        listen: told of every event.
+        listen: called with every event.
 
     Raises:
         UsageError: the model, text or task is not there, or neither text nor tasks is given.
@@ -239,7 +239,7 @@ def compare(
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.
         output: folder for figures, table, picture and page; without it a temporary one, which lives as long as the result.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         methods: names from `adapt-pruner methods`.
         text: one text or several to measure on.
         params: sizes to prune to, such as ["80%", "60%"], for methods that remove units.
@@ -257,7 +257,7 @@ def compare(
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model.
         progress: show what is done.
-        listen: told of every event.
+        listen: called with every event.
 
     Raises:
         UsageError: the request cannot be met; nothing has been pruned.
@@ -304,13 +304,13 @@ def verify(
     Args:
         model: what was exported.
         artefact: what `export` wrote; without it the zeros of a sparse model are checked.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         text: text to compare on.
         window: tokens per window.
         max_windows: the most windows to read.
         trust_remote_code: run Python code that a foreign folder brings.
         progress: show a bar.
-        listen: told of every event.
+        listen: called with every event.
 
     Returns:
         The figures; the object is true if they are within tolerance.
@@ -347,7 +347,7 @@ def chat(
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.
         prompt: what you ask.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         system: system message before the prompt.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; a higher value draws at random.

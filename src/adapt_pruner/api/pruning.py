@@ -70,7 +70,7 @@ def prune(
         model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe,
             which replaces the arguments from `tokenizer` to `dtype`.
         output: new or empty folder for the checkpoint; without it a temporary one, which lives as long as the result.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
         latency: instead of `params`: time that the pruned model may take, as a share of the dense model's, "0.7x"; measured here.
         latency_of: what `latency` times: prefill or decode.
@@ -87,7 +87,7 @@ def prune(
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model.
         progress: show a bar, in a terminal and in a notebook.
-        listen: told of every event, as a plain dict.
+        listen: called with every event, as a plain dict.
 
     Returns:
         The model, where it lies, and what was measured on the way.
@@ -160,7 +160,7 @@ def run(
         trust_remote_code: run Python code that comes with the model.
         force_recipe: continue with this recipe although the run began with another.
         progress: show a bar, in a terminal and in a notebook.
-        listen: told of every event, as a plain dict.
+        listen: called with every event, as a plain dict.
 
     Raises:
         UsageError: the recipe does not fit the model or the folder; nothing has been changed.
@@ -199,7 +199,7 @@ def shrink(
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer, which is left as it is.
         output: the run's folder, new or of a run that was stopped; without it a temporary one, which lives as long as the result.
-        tokenizer: of a model in memory.
+        tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
         text: your text: it is trained and calibrated on, and a part is held out. Python's language reference by default.
         minutes: the time that it may take.
@@ -211,7 +211,7 @@ def shrink(
         dtype: number format of matrix products: auto, float32 or bfloat16.
         trust_remote_code: run Python code that comes with the model.
         progress: show the plan and a bar.
-        listen: told of every event, as a plain dict.
+        listen: called with every event, as a plain dict.
 
     Raises:
         UsageError: the time is too short or not given, or the model, text, size or folder is not what it should be.

@@ -80,7 +80,7 @@ class Loaded:
 
     Attributes:
         model: causal LM in eval mode, in float32 unless another precision was asked for.
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         dtype: the precision in which the weights were stored and will be saved.
         mask: against the dense model, if the folder is one of ours.
         dense_params: parameters of that dense model.

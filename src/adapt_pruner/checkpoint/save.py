@@ -137,11 +137,11 @@ def save(
 
     Args:
         model: causal LM of a known family, cut or not.
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         path: a folder that does not exist or is empty.
         mask: against the dense model.
         pruning: how the model was made; plain data.
-        dtype: of the saved weights.
+        dtype: precision of the saved weights.
         weights: by name, if they are not in the model (because it is sharded or has adapters).
         weight_mask: which single weights stay, if others are zero.
         beside: called at the end to write more files into the folder.

@@ -115,7 +115,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         loaded: the model.
         windows: SPEC of a text -> int64 [1, length] each.
         dtype: precision of the matrix products.
-        listen: told of progress.
+        listen: called with every event of progress.
 
     Returns:
         `params`, `decoder_params`, `nonzero` (parameters that are not zero), `vocab_size`, and `nll`: SPEC -> nats per token.
@@ -156,7 +156,7 @@ def measure_beside(
         windows: as for `measure`; speed is measured on the first.
         dtype: precision of the matrix products.
         size: parameters it may have.
-        listen: told of progress.
+        listen: called with every event of progress.
 
     Raises:
         RunError: a loss is not finite, or the model has more than `size` parameters.

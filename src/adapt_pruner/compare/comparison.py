@@ -67,7 +67,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     Args:
         request: what to compare.
         out: a folder that is empty, missing, or of a comparison.
-        listen: told of every event.
+        listen: called with every event.
         keep: whether the checkpoints stay; they are used again when their cells are measured on another text.
 
     Returns:

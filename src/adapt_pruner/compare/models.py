@@ -39,7 +39,7 @@ class Measures:
         limit: the most items of each task; None for all.
         task_dir: folder of lm-eval YAML files.
         cache_dir: folder that keeps scores; None for the usual one.
-        device: as a recipe has it.
+        device: as in a recipe.
         dtype: precision of the matrix products.
         trust_remote_code: whether Python code that comes with a model or a task may run.
     """
@@ -62,12 +62,12 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[Sequence[TaskScore]]]:
     """The figures of each model, and its scores on the tasks.
 
-    Models are loaded one after the other. Those whose speed is measured, which takes turns, are held together.
+    Models are loaded one after the other. If speed is measured, models take turns, so they are all held in memory.
 
     Args:
         models: as `checkpoint.load` takes them; of known families or not.
         how: what is measured.
-        listen: told of every event.
+        listen: called with every event.
 
     Returns:
         For each model `model`, `params`, `nonzero`, `decoder_params` (None of unknown families), `weight_bytes`, `dequantised`,

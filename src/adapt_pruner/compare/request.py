@@ -38,12 +38,12 @@ class Request:
         calibration: SPEC of the calibration text; None for what each recipe says.
         calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
         calibration_samples: sequences per iteration; None for what each recipe says.
-        calibration_length: tokens of each; None likewise.
+        calibration_length: tokens of each; None for what each recipe says.
         draws: number of draws if there are no such files; draw n has the seed n.
         window: tokens in an evaluation window.
         max_windows: the most windows that are read of each text; None for all.
         overrides: `KEY=VALUE` of a recipe, for every method.
-        device: as a recipe has it.
+        device: as in a recipe.
         dtype: precision of matrix products, for pruning and measuring.
         trust_remote_code: whether Python code that comes with the model may run.
     """

@@ -70,7 +70,7 @@ def bench(
         dtype: for torch: precision of the weights; `auto` is bfloat16 where native.
         quant: for llama.cpp: the type in which a model that is no GGUF file is exported; None for its stored type.
         trust_remote_code: run Python code that comes with a folder.
-        listen: told of every round.
+        listen: called with an event for every round.
 
     Returns:
         `engine`, `device`, `threads` and what was asked; `models`, the figures of each, the pruned one first; `speeds`, for each

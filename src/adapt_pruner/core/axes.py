@@ -1,4 +1,4 @@
-"""What of a model can shrink, and what of it stays: Axis, Scores and Mask.
+"""Which parts of a model can shrink, and which of them stay: Axis, Scores and Mask.
 
 An axis is one dimension of a model from which units can be removed, with every place that must shrink along. Its name is a
 format, which mask.json and log.jsonl use too:

@@ -190,7 +190,7 @@ class Start(Event):
     """A run begins or resumes.
 
     Attributes:
-        method: of the recipe.
+        method: method of the recipe.
         dequantised: the GGUF file that the weights come from.
         text: the text that importance is measured on; None if nothing is read.
         stages: stages of the whole run.
@@ -352,7 +352,7 @@ class Cut(Event):
 
     Attributes:
         stage: counted from 1.
-        iteration: of the run, counted from 1.
+        iteration: its number in the run, counted from 1.
         params: parameters left after it.
         target: parameters to reach in this stage.
         loss: on the calibration text, before the cut; None if no text was run.

@@ -43,7 +43,7 @@ _LACKS = {
 
 
 def check_regular(path: Path, *, most: int | None = MOST_TEXT) -> None:
-    """Refuse anything but a regular file, because reading it may never end, and a file that is too large. A missing file passes.
+    """Refuse a file that is not regular, because reading it may never end, or that is too large. A missing file passes.
 
     Args:
         path: a file that somebody else may have put there; for a link, its target is checked.

@@ -165,7 +165,7 @@ class Sweep:
     Backwards, each group runs again from that input, batch by batch, and autograd keeps what it needs for these layers only.
     Memory holds the gradients of k layers instead of all L, and the hidden states between L / k groups (see `layers_at_once`).
     The cost is one more forward pass. The gradients equal those of whole backward passes to the last bit, because sums are taken
-    in the same order; where a batch on a CPU has more than `LOGITS_OF` tokens they are equal up to rounding.
+    in the same order; if a batch on a CPU has more than `LOGITS_OF` tokens, they are equal up to rounding.
 
     Call `forward`, then `loss`, then `backward`. Parameters that require a gradient get one. Hooks on and in decoder layers are
     called once per batch in `forward` and again in `backward`. Hooks elsewhere are called when a `Sweep` is made, in `loss` and

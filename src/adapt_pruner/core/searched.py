@@ -82,7 +82,7 @@ class Mixed(Event):
     """A feed has changed the shares of the texts that it mixes.
 
     Attributes:
-        step: of the run.
+        step: its number in the run.
         tokens: read so far.
         shares: SPEC -> share of the rows to come.
         losses: SPEC -> mean loss since the last change, in nats per token, over rows that were read for the first time.

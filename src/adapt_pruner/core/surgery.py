@@ -357,7 +357,7 @@ def _size(axis: Axis, mask: Mask) -> int:
         ValueError: the blocks keep different numbers.
     """
     left = {int(block) for block in mask.of(axis).view(axis.blocks, -1).sum(dim=1)} - {0}
-    if not left:  # its block goes
+    if not left:  # its block is removed
         return 0
     if len(left) != 1:
         raise ValueError(f"mask of {axis.name!r} keeps {sorted(left)} units of its blocks; every block must keep the same number")

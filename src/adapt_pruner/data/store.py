@@ -77,7 +77,7 @@ def stored(
     Args:
         made_from: everything that decides the rows, as JSON data.
         make: gives the rows; called only if they are not on disk.
-        dtype: of the ids, for example "<u2".
+        dtype: number format of the ids, for example "<u2".
         cache: folder of the stores; by default `cache_folder()`.
 
     Raises:

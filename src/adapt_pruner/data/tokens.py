@@ -215,7 +215,7 @@ def text_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:
     Losses divided by this number compare between tokenizers. A token that is a part of a character counts the bytes of that part.
     Special tokens (start and end of text) count none. If the tokenizer changes its text, the changed text counts.
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         windows: int64 [batch, length].
     """
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)

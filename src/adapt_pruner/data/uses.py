@@ -22,7 +22,7 @@ def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
     uses[t] = Σ_s share_s · count_s[t] / n_s · Σ_s n_s        with n_s the tokens of text s; for one text, count[t]
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         source: SPEC of text, or several with their weights.
         size: number of tokens, at least that of the tokenizer.
 

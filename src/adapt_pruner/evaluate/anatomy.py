@@ -18,7 +18,7 @@ def decoder_parameters(model: nn.Module) -> int:
     """Parameters of all decoder layers together, without embeddings, head and final norm.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
     """
     depth = next(axis for axis in families.axes(model) if axis.name == "layers")
     return count_parameters(model.get_submodule(depth.gate.module))
@@ -28,7 +28,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     """For each layer its sizes, its parameters, and its share of the dense model if the mask tells it.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         mask: against the dense model, if known.
         dense_params: parameters of the dense model, if known.
 

@@ -64,7 +64,7 @@ def answer(
 
     Args:
         model: causal LM, in eval mode. Its random state and settings are left as found.
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         prompt: what the user says.
         system: the system prompt, at the template's place for it.
         before: earlier turns, as (prompt, answer); without a template they stand above the prompt.

@@ -309,7 +309,7 @@ def harness_model(
 
     Args:
         model: causal LM, in eval mode.
-        tokenizer: of transformers; left as found.
+        tokenizer: a transformers tokenizer; left as found.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         on_answers: called with (done, of) while likelihoods are computed.
         on_cut: called with (requests, of, tokens) if `requests` requests are cut off on the left to the `tokens` that the model

@@ -112,7 +112,7 @@ def evaluate_tasks(
 
     Args:
         model: causal LM in eval mode; left as found.
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         wanted: see `task_sources.find_tasks`; `set_shots` has been called on them.
         limit: score only the first `limit` items of each task.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.

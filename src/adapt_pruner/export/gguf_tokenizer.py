@@ -35,7 +35,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
 
     Args:
         writer: `gguf.GGUFWriter`.
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         vocab_size: rows of the model's embedding; rows without a token get a placeholder.
         generation: the model's generation config, which may name further tokens that end a text.
 

@@ -35,7 +35,7 @@ def prove(
         window: tokens in a window.
         max_windows: the most windows that are read.
         trust_remote_code: run Python code that comes with a foreign folder.
-        listen: told of every event.
+        listen: called with every event.
 
     Returns:
         Plain data: the result of `verify`, and for a sparse model also `sparsity`, the result of `zeros_of`. Without an artefact

@@ -25,7 +25,7 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
     Args:
         recipe: the run.
         out: a folder that does not exist or is empty.
-        listen: told of every event.
+        listen: called with every event.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
@@ -51,7 +51,7 @@ def run(
     Args:
         recipe: the run.
         run_dir: a new or empty folder, or that of a run.
-        listen: told of every event.
+        listen: called with every event.
         trust_remote_code: whether code that comes with the model may run.
         force_recipe: continue with this recipe although the run began with another.
 
@@ -94,7 +94,7 @@ def export(
         to: a name of `export.forms()`.
         quant: for `gguf`, the type of the stored matrices; None keeps the checkpoint's.
         pad: for `gguf`, 32 or 256: MLPs are zero-padded to multiples of it.
-        listen: told of every event.
+        listen: called with every event.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
