@@ -22,7 +22,7 @@ def rows_of(
     bytes_a_token: Mapping[str, float] | None = None,
     in_domain: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the table: the dense model first, then sizes from large to small, within a size the best on the first text first.
+    """Rows of the table: the dense model first, then by size (large first), by sparsity, and by perplexity on the first text.
 
     Perplexity is exp(loss) for each draw by itself; then medians are taken. Parameters are those of the largest model of a row.
 
@@ -30,7 +30,7 @@ def rows_of(
         cells: the figures of each cell, or its `error`, with `method` and `size`.
         dense: `params`, `decoder_params` and `nll` of the model that all were made from.
         in_domain: method -> the texts that look of the same kind as its calibration text.
-        bytes_a_token: SPEC of a text -> mean bytes of text per predicted token; all models read the same tokens.
+        bytes_a_token: SPEC of a text -> mean bytes of text per predicted token of the dense model.
 
     Returns:
         Plain data: `method`, `size` (None for dense), `sparsity` (None except for methods that make zeros), `params`, `nonzero`,

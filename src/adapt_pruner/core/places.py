@@ -23,7 +23,8 @@ def check_place(path: Path, *, inside: bool = False) -> None:
         inside: whether the result is written into an existing folder; if not, the folder is replaced.
 
     Raises:
-        UsageError: `path` leads through a file or a dangling link, a name in it is too long, or nothing can be written there.
+        UsageError: `path` leads through a file or a dangling link, it or a name in it is too long, or nothing can be written
+            there.
     """
     path = path.absolute()
     missing = [part for part in (path, *path.parents) if not is_there(part)]

@@ -533,8 +533,10 @@ def _accepts(config: Any, field: str, value: int) -> bool:
 
 
 def _reads_global_sizes(config: Any) -> bool:
-    """Whether stock code reads a size for the whole model that differs between layers. It does so when validating (Llama, Phi-3,
-    Gemma 3), and for scaled positions (YaRN, dynamic): there transformers reads the number of heads even if it knows their size.
+    """Whether stock code reads a size for the whole model that differs between layers.
+
+    It does so when validating (Llama, Phi-3, Gemma 3), and for scaled positions (YaRN, dynamic): there transformers reads the
+    number of heads even if it knows their size.
     """
     positions = getattr(config, "rope_parameters", None) or {}
     kinds = [of.get("rope_type") for of in (positions, *positions.values()) if isinstance(of, dict)]

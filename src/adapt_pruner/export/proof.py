@@ -39,8 +39,7 @@ def prove(
 
     Returns:
         Plain data: the result of `verify`, and for a sparse model also `sparsity`, the result of `zeros_of`. Without an artefact
-            only
-        `model`, `sparsity` and `passed`.
+        only `model`, `sparsity` and `passed`.
 
     Raises:
         UsageError: there is no such model, artefact or text, an engine is not installed, or there is nothing to prove.

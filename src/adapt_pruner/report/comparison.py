@@ -179,7 +179,7 @@ def _perplexity(row: Mapping[str, Any], text: str) -> float | None:
 
 
 def within(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
-    """The rows that a picture shows: those without a perplexity, and those with one not too far above the dense model's.
+    """The rows that a picture shows: those without figures, and those with a perplexity not too far above the dense model's.
 
     If the highest draw of a row lies further up, it is lowered to the edge of the picture. If no pruned model is near, all rows
     are shown.
