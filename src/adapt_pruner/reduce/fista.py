@@ -30,8 +30,8 @@ def fista(
     *,
     warm_start: str = "wanda",
     correction: bool = True,
-    rounds: Annotated[int, "1 or more"] = 12,
-    steps: Annotated[int, "1 or more"] = 20,
+    rounds: Annotated[int, "1 or more"] = 5,
+    steps: Annotated[int, "1 or more"] = 12,
     tolerance: Annotated[float, "0 or more"] = 1e-4,
     rounding: Annotated[float, "0 to 1"] = 0.3,
 ) -> tuple[Tensor, Tensor]:
