@@ -4,7 +4,7 @@
 
 Four arms: Wanda's masks without training; the same masks, trained with distillation from the dense model; AST, whose masks change as it trains; AST
 with SLoRB. Settings are those of benchmarks/sparse_training.yaml, the objective that of the row `ast`. A run that was stopped goes on, an arm that
-is done is skipped, and each writes OUT/ARM-TOKENS-SEED/figures.json: perplexity on 40 windows of 512 tokens of each text. About 50 minutes of one core
+is done is skipped, and each writes OUT/ARM-TOKENS-SEED/figures.json: perplexity on 40 windows of 512 tokens of each text. About 80 minutes of one core
 an arm. The table of all that is there goes to stdout at the end.
 """
 

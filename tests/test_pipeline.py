@@ -34,7 +34,7 @@ from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
 from adapt_pruner.score.calibrate import mean_loss
-from conftest import VOCAB, read_json
+from conftest import VOCAB, assert_same_model, break_off, read_json
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
 
@@ -286,6 +286,11 @@ def test_a_repair_reads_further_sequences_of_the_text(recipe: Recipe, tmp_path: 
     assert changed, "the repair is another one"
     assert all("down_proj" in name or "o_proj" in name for name in changed)
     assert "6 further sequences of this text" in (tmp_path / "helped" / "README.md").read_text()
+    asked = more.model_copy(update={"step": 0.1, "checkpoint_minutes": 0.0})
+    run(asked, tmp_path / "whole")
+    break_off(asked, tmp_path / "run", kind="cut", nth=1)
+    run(asked, tmp_path / "run")
+    assert_same_model(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("further", [{"ids": "a.json"}, {"source": "self"}])

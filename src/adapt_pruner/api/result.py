@@ -1,4 +1,4 @@
-"""The result of `prune`, `run` and `shrink`: a smaller model in a folder, and what was recorded while it was made."""
+"""The result of `prune`, `run` and `shrink`: a smaller model in a folder, with the figures of how it was made."""
 
 import shutil
 from collections.abc import Mapping, Sequence

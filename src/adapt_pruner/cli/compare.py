@@ -101,7 +101,7 @@ def compare(
         for number, rows in enumerate(shown):
             print("\n" * (number > 0), end="")
             print_table(*table(rows))
-        note = tokens_note([*result["rows"], *result["sparse_rows"]])
+        note = tokens_note(result)
         print(f"\n{note}" if note else "", f"perplexity on {texts}, {result['precision']}; written to {out}", sep="\n")
     failed = sum("error" in cell for cell in result["cells"])
     if failed:

@@ -165,15 +165,14 @@ def measure_beside(
     params = count_parameters(pruned.model)
     if params > size:  # matrices that a method adds count too
         raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")
-    its = windows
-    if pruned.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+    if pruned.tokenizer.get_vocab() == dense.tokenizer.get_vocab():
+        figures = measure(pruned, windows, dtype=dtype, listen=listen)
+    else:
         its = {text: in_other_tokens(seen, read_by=dense.tokenizer, tokenizer=pruned.tokenizer) for text, seen in windows.items()}
-    figures = measure(pruned, its, dtype=dtype, listen=listen)
-    for text in its if its is not windows else ():
-        figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, its[text])
-    sizes = (loaded.model.config.get_text_config().vocab_size for loaded in (dense, pruned))
-    first = next(iter(windows.values()))[0].clamp(max=min(sizes) - 1)  # the same ids for both; speed does not depend on them
-    slow, fast = forward_speed([dense.model, pruned.model], first, dtype=dtype)
+        figures = measure(pruned, its, dtype=dtype, listen=listen)
+        for text in its:
+            figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, its[text])
+    slow, fast = forward_speed([dense.model, pruned.model], next(iter(windows.values()))[0], dtype=dtype)
     made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
     return {**figures, **took, "speed_up": fast / slow, "made_by": made["made_by"]}

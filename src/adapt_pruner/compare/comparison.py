@@ -123,10 +123,11 @@ def _check_kind(out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, and what was read for it: cells, windows by text, and what decides figures beside a recipe.
+    """The cells of a comparison, and the texts that were read for them.
 
-    `itemsize` is the bytes of a weight on disk, `text_bytes` the bytes of the predicted text. `in_domain` has for each method the
-    texts that look of the same kind as its calibration text.
+    `windows` has the evaluation windows by text. `read` has everything besides the recipe that decides a cell's figures.
+    `itemsize` is the bytes of a weight on disk, `text_bytes` the bytes of the predicted text. `in_domain` has for each method
+    the texts that look of the same kind as its calibration text.
     """
 
     cells: list[Cell]
@@ -175,13 +176,11 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
             listen(Warned(message=sentence).told())
 
     def calibration(cell: Cell) -> Any:
-        if counted[cell.method]:
-            return [digests.get(spec) for spec in (*counted[cell.method], *domains(cell.recipe.calibration.source))]
-        if cell.method not in readers:
+        if not counted[cell.method] and cell.method not in readers:
             return None
         if cell.recipe.calibration.ids is not None:
             return hashlib.sha256(Path(cell.recipe.calibration.ids).read_bytes()).hexdigest()
-        return [digests.get(spec) for spec in domains(cell.recipe.calibration.source)]
+        return [digests.get(spec) for spec in (*counted[cell.method], *domains(cell.recipe.calibration.source))]
 
     in_domain = {
         name: [text for text in asked.texts if of_kind([*domains(asked.recipes[name].calibration.source), *counted[name]], text)]

@@ -179,7 +179,7 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
     if asked["calibration_ids"] or asked["calibration"]:
         drawn += f" ({'files of token ids' if asked['calibration_ids'] else asked['calibration']})"
-    note = tokens_note([*result["rows"], *(result.get("sparse_rows") or [])])
+    note = tokens_note(result)
     if count > 1:
         drawn += "; medians over them, the spread from lowest to highest"
     changed = f" Changed in every recipe: {', '.join(asked['overrides'])}." if asked["overrides"] else ""

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapt_pruner.core.precision import casting_once, precision
 
@@ -15,17 +15,18 @@ __all__ = ["forward_speed", "reading_and_writing"]
 
 
 @torch.no_grad()
-def forward_speed(models: Sequence[nn.Module], ids: Tensor, *, dtype: str = "float32", rounds: int = 5) -> list[float]:
+def forward_speed(models: Sequence[Any], ids: Tensor, *, dtype: str = "float32", rounds: int = 5) -> list[float]:
     """Median tokens per second of a forward pass over `ids`, logits included.
 
     The models take turns (A B A B …), after one pass each to warm up, in which weights are cast to bfloat16.
 
     Args:
-        models: each stays in its present mode.
-        ids: int64 [batch, length].
+        models: of transformers; each stays in its present mode.
+        ids: int64 [batch, length]. All models read the same ids; those beyond the smallest vocabulary become its last one.
         dtype: precision of the matrix products.
         rounds: timed passes of each model.
     """
+    ids = ids.clamp(max=min(model.config.get_text_config().vocab_size for model in models) - 1)
     seconds: list[list[float]] = [[] for _ in models]
     with ExitStack() as casting:
         for model in models:

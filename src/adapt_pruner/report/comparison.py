@@ -160,9 +160,9 @@ def label(text: str, texts: Sequence[str]) -> str:
     return name if names.count(name) == 1 and len(name) < len(text) else text
 
 
-def tokens_note(rows: Sequence[Mapping[str, Any]]) -> str:
+def tokens_note(result: Mapping[str, Any]) -> str:
     """A sentence on how models with fewer tokens are measured; empty if all have the dense model's tokens."""
-    dense, *others = (row.get("vocab_size") for row in rows)
+    dense, *others = (row.get("vocab_size") for row in [*result["rows"], *(result.get("sparse_rows") or [])])
     fewer = sorted({size for size in others if size not in (None, dense)})
     if not fewer or dense is None:
         return ""
@@ -309,6 +309,6 @@ def _facts(result: Mapping[str, Any], texts: str) -> str:
         ("made by", result["made_by"]),
     ]  # fmt: skip
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))
-    note = tokens_note([*result["rows"], *(result.get("sparse_rows") or [])])
+    note = tokens_note(result)
     said = f"Parameters are counted in the saved models. Where draws overlap, the table does not tell which is better. {escaped(note)}"
     return f'<p>{said.strip()}</p><dl class="facts">{listed}</dl>'
