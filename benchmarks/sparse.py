@@ -2,28 +2,41 @@
 
     python benchmarks/sparse.py [--only sparsegpt,2:4] [--draws 0 1 2] [--data ../shared/data] [-o runs/sparse]
     python benchmarks/sparse.py --table [-o runs/sparse]
+    python benchmarks/draws.py --samples 128 --length 512 --numbers 1 -o runs/draws-512
+    python benchmarks/sparse.py --ids runs/draws-512/1.json --only 2:4 --draws 0 -o runs/sparse-512
 
 A line of figures.jsonl in the folder of `-o` is one model: a row, its options, a sparsity, a draw, what it took, and its perplexity on 40 windows
 of 512 tokens of WikiText-2's test text. A line that is there is not made again, so the command goes on where it was stopped. Models are
 removed once they are measured, unless `--keep` is given. Draw 0 is `calibration_c4_64x128.json`; `benchmarks/draws.py` makes 1 and 2.
 
 Beside the four solvers it has FISTAPruner from SparseGPT's result and without the correction within a decoder layer, and units removed to the
-same number of parameters that are not zero, for both ways side by side.
+same number of parameters that are not zero, for both ways side by side. The line "forward pass" is one pass of the dense model over a draw, which
+the table divides seconds by; measure it beside the same other work.
 """
 
 import argparse
 import json
+import math
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from command import command, evaluated
+
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.memory import peak_rss_bytes
+from adapt_pruner.core.precision import precision
 
 MODEL = "smollm2-135m-instruct"
 SPARSITY = ("50%", "2:4")
+FORWARD = "forward pass"
 SOLVERS = {
     "magnitude-sparse": (),
     "wanda": (),
@@ -53,15 +66,30 @@ class Line:
 def lines(draws: list[int]) -> Iterator[Line]:
     """Every line, the first draw of all before the second of any; units go to the parameters that 2:4 leaves, 81.4 M, and to 20 and 40 % less."""
     for draw in draws:
+        yield Line(FORWARD, "dense", draw)
         for size in SPARSITY:
             yield from (Line(name, size, draw) for name in SOLVERS)
         yield from (Line("adaptive-ls-v1", size, draw) for size in ("113.3M", "92M", "81.4M"))
         yield from (Line("sparsegpt", size, draw) for size in ("20%", "40%"))
 
 
-def made(line: Line, *, data: Path, out: Path, keep: bool) -> dict[str, object]:
+def forward(ids: Path) -> dict[str, float]:
+    """Seconds of one pass of the dense model over the sequences of a file, eight at once, and the peak memory of this process."""
+    model = load(MODEL).model.eval()
+    batches = torch.tensor(json.loads(ids.read_text())["input_ids"]).split(8)
+    with torch.no_grad(), precision(torch.device("cpu"), "auto"):
+        model(batches[0])  # the first pass of a process is slow
+        began = time.perf_counter()
+        for batch in batches:
+            model(batch)
+    return {"seconds": time.perf_counter() - began, "peak_bytes": peak_rss_bytes()}
+
+
+def made(line: Line, *, ids: Path, text: Path, out: Path, keep: bool) -> dict[str, Any]:
     """Make a model and measure it; its figures."""
-    ids = data / "calibration_c4_64x128.json" if line.draw == 0 else Path("runs/draws") / f"{line.draw}.json"
+    if line.name == FORWARD:  # in a process of its own, since the peak is the process's
+        child = subprocess.run([sys.executable, __file__, "--forward", ids], stdout=subprocess.PIPE, check=True)
+        return asdict(line) | dict(json.loads(child.stdout))
     place = out / f"{line.name}-{line.size}-{line.draw}".replace(", ", "-").replace(" ", "-").replace(":", "of").replace(
         "%", "pc"
     )
@@ -71,7 +99,7 @@ def made(line: Line, *, data: Path, out: Path, keep: bool) -> dict[str, object]:
     took = json.loads((place / "pruning.json").read_text())["figures"]
     if not line.size.endswith("M"):
         command("verify", place)
-    measured = evaluated(place, str(data / "wikitext2" / "test_public.txt"))
+    measured = evaluated(place, str(text))
     if not keep:
         shutil.rmtree(place)
     told = {key: measured[key] for key in ("params", "nonzero", "perplexity")}
@@ -84,19 +112,19 @@ def made(line: Line, *, data: Path, out: Path, keep: bool) -> dict[str, object]:
     }
 
 
-def table(figures: list[dict[str, object]]) -> Iterator[str]:
+def table(figures: list[dict[str, Any]]) -> Iterator[str]:
     """Medians over the draws, as Markdown."""
-    yield "| method | size | parameters not zero | perplexity | spread | seconds | peak memory |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
-    for name, size in dict.fromkeys((str(line["name"]), str(line["size"])) for line in figures):
+    yield "| method | size | parameters not zero | perplexity | spread | seconds | forward passes | peak memory |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|"
+    once = statistics.median([line["seconds"] for line in figures if line["name"] == FORWARD] or [math.nan])
+    for name, size in dict.fromkeys((line["name"], line["size"]) for line in figures):
         its = [line for line in figures if (line["name"], line["size"]) == (name, size)]
-        measured = [float(line["perplexity"]) for line in its]  # type: ignore[arg-type]
-        seconds = statistics.median(float(line["seconds"]) for line in its)  # type: ignore[arg-type]
-        peak = max(int(line["peak_bytes"]) for line in its) / 2**30  # type: ignore[call-overload]
-        spread = f"{min(measured):.2f}–{max(measured):.2f}" if len(its) > 1 else "–"
-        yield (
-            f"| {name} | {size} | {its[0]['nonzero']:,} | {statistics.median(measured):.2f} | {spread} | {seconds:,.0f} | {peak:.1f} GiB |"
-        )
+        seconds = statistics.median(line["seconds"] for line in its)
+        peak = max(line["peak_bytes"] for line in its) / 2**30
+        measured = [line["perplexity"] for line in its if name != FORWARD]
+        spread = f"{min(measured):.2f}–{max(measured):.2f}" if len(measured) > 1 else "–"
+        told = f"{its[0]['nonzero']:,} | {statistics.median(measured):.2f} | {spread}" if measured else "– | – | –"
+        yield f"| {name} | {size} | {told} | {seconds:,.0f} | {seconds / once:,.0f} | {peak:.1f} GiB |"
 
 
 def main() -> None:
@@ -104,10 +132,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words with commas; lines whose name and size have all of them")
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--ids", type=Path, help="draw 0, unless it is calibration_c4_64x128.json")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/sparse"))
+    parser.add_argument("--forward", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.forward:
+        print(json.dumps(forward(asked.forward)))
+        return
     asked.output.mkdir(parents=True, exist_ok=True)
     path = asked.output / "figures.jsonl"
     there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -119,10 +152,12 @@ def main() -> None:
     for line in lines(asked.draws):
         if (line.name, line.size, line.draw) in done or not all(word in f"{line.name} {line.size}" for word in wanted):
             continue
-        figures = made(line, data=asked.data, out=asked.output, keep=asked.keep)
+        first = asked.ids or asked.data / "calibration_c4_64x128.json"
+        ids = Path("runs/draws") / f"{line.draw}.json" if line.draw else first
+        figures = made(line, ids=ids, text=asked.data / "wikitext2" / "test_public.txt", out=asked.output, keep=asked.keep)
         with path.open("a") as file:
             file.write(json.dumps(figures) + "\n")
-        print(f"{line.name}, {line.size}, draw {line.draw}: perplexity {figures['perplexity']:.2f}")
+        print(f"{line.name}, {line.size}, draw {line.draw}: {figures.get('perplexity', figures['seconds']):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""AST beside static masks, on equal tokens: SmolLM2-135M-Instruct with 2:4 zeros.
+"""Training a model that has zeros: AST beside static masks, and zeros beside removed units, on equal tokens. SmolLM2-135M-Instruct.
 
-    python benchmarks/sparse_training.py [--tokens 500k] [--seed 0] [--arms ast "static, trained" …] [-o runs/sparse_training]
+    python benchmarks/sparse_training.py [--tokens 500k] [--seed 0] [-o runs/sparse_training]
+    python benchmarks/sparse_training.py --tokens 200k --arms "units, trained" "zeros, trained" "units and zeros, trained"
 
-Four arms: Wanda's masks without training; the same masks, trained with distillation from the dense model; AST, whose masks change as it trains; AST
-with SLoRB. Settings are those of benchmarks/sparse_training.yaml, the objective that of the row `ast`. A run that was stopped goes on, an arm that
-is done is skipped, and each writes OUT/ARM-TOKENS-SEED/figures.json: perplexity on 40 windows of 512 tokens of each text. About 80 minutes of one core
-an arm. The table of all that is there goes to stdout at the end.
+Arms without training are made by `prune`: static (Wanda's 2:4), zeros (SparseGPT's 2:4), units (`adaptive-ls-v1`), units and zeros (both ways); all four
+have about 81.1 M parameters that are not zero. The same arms "trained" learn from the dense model, and their masks stay. In AST the masks change as it
+trains; one arm adds SLoRB. Without `--arms` it runs those that AST is compared with.
+
+Settings are those of benchmarks/sparse_training.yaml, the objective that of the row `ast`. A run that was stopped goes on, an arm that is done is
+skipped, and each writes OUT/ARM-TOKENS-SEED/figures.json: perplexity on 40 windows of 512 tokens of each text. 500k tokens take about 80 minutes of
+one core. The table of all that is there goes to stdout at the end.
 """
 
 import argparse
@@ -27,38 +31,59 @@ TEXTS = {
 }
 IDS = "../shared/data/calibration_c4_64x128.json"
 
-_HELD = (
-    f"--set reduce=units --set sparsity=null --set budget=100% --set training.teacher={MODEL}"  # zeros stay zero, nothing is cut
-)
-ARMS = {
-    "static": "",
-    "static, trained": "--set model={static}/model " + _HELD,
-    "ast": "",
-    "ast with SLoRB": "--set reduce=sparse_training(slorb=16) --trust-remote-code",
+UNTRAINED = {  # the calls of `prune`, one after the other
+    "static": ["--method wanda --sparsity 2:4"],
+    "zeros": ["--method sparsegpt --sparsity 2:4"],
+    "units": ["--method adaptive-ls-v1 --params 81.4M"],
+    "units and zeros": ["--method adaptive-ls-v1 --params 113.3M", "--method sparsegpt --sparsity 37.5%"],
 }
+AST = {"ast": [], "ast with SLoRB": ["--set", "reduce=sparse_training(slorb=16)", "--trust-remote-code"]}
+ARMS = [*UNTRAINED, *(f"{arm}, trained" for arm in UNTRAINED), *AST]
+HELD = {"reduce": "units", "sparsity": "null", "budget": "100%", "training.teacher": MODEL}  # zeros stay zero, nothing is cut
+
+
+def _place(arm: str, *, tokens: str, seed: int, out: Path) -> Path:
+    """The folder of an arm; what is not trained is the same for every number of tokens."""
+    counted = f"-{tokens}" if arm not in UNTRAINED else ""
+    return out / f"{arm}{counted}-{seed}".replace(", ", "-").replace(" ", "-")
+
+
+def _pruned(arm: str, folder: Path, *, seed: int) -> dict[str, Any]:
+    """Call `prune` as often as the arm asks for; the figures of the last call, and the seconds of all."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model, seconds = MODEL, 0.0
+    for number, words in enumerate(UNTRAINED[arm], 1):
+        place = folder / ("model" if number == len(UNTRAINED[arm]) else f"model-{number}")
+        run = json.loads(command("prune", model, *words.split(), "--calibration-ids", IDS, "--seed", seed, "-o", place, "--json"))
+        model, seconds = str(place), seconds + run["seconds"]
+    return dict(run) | {"seconds": seconds}
 
 
 def _job(arm: str, *, tokens: str, seed: int, out: Path) -> dict[str, Any]:
     """The figures of an arm; worked out unless they are there."""
-    folder = out / f"{arm}-{tokens}-{seed}".replace(", ", "-").replace(" ", "-")
+    folder = _place(arm, tokens=tokens, seed=seed, out=out)
     told = folder / "figures.json"
     if told.exists():
         return dict(json.loads(told.read_text(encoding="utf-8")))
-    if arm == "static":
-        shutil.rmtree(folder, ignore_errors=True)
-        words = f"prune {MODEL} --method wanda --sparsity 2:4 --calibration-ids {IDS}".split()
-        place = folder / "model"
+    trusted = ["--trust-remote-code"] if arm == "ast with SLoRB" or "units" in arm else []
+    if arm in UNTRAINED:
+        run = _pruned(arm, folder, seed=seed)
     else:
-        words = f"run benchmarks/sparse_training.yaml --set training.tokens={tokens} --set seed={seed}".split()
-        words += ARMS[arm].format(static=out / f"static-{tokens}-{seed}").split()
-        place = folder
-    run = json.loads(command(*words, "-o", place, "--json"))
-    trusted = ["--trust-remote-code"] if "SLoRB" in arm else []
-    command("verify", folder / "model", *trusted)
-    perplexities = {name: math.exp(evaluated(folder / "model", text, *trusted)["nll"]) for name, text in TEXTS.items()}
+        words = ["run", "benchmarks/sparse_training.yaml", "--set", f"training.tokens={tokens}", "--set", f"seed={seed}"]
+        untrained = arm.removesuffix(", trained")
+        if untrained in UNTRAINED:
+            _job(untrained, tokens=tokens, seed=seed, out=out)
+            held = HELD | {"model": str(_place(untrained, tokens=tokens, seed=seed, out=out) / "model")}
+            words += [word for key, value in held.items() for word in ("--set", f"{key}={value}")] + trusted
+        run = json.loads(command(*words, *AST.get(arm, []), "-o", folder, "--json"))
+    if arm not in ("units", "units, trained"):
+        command("verify", folder / "model", *trusted)
+    read = {name: evaluated(folder / "model", text, *trusted) for name, text in TEXTS.items()}
+    counts = next(iter(read.values()))
     figures = {
-        "arm": arm, "tokens": run.get("trained_tokens", 0), "params": run["params_after"], "nonzero": run["nonzero_after"],
-        "seconds": run["seconds"], "peak_bytes": run["peak_rss_bytes"], "seed": seed, "perplexity": perplexities,
+        "arm": arm, "tokens": run.get("trained_tokens", 0), "params": counts["params"], "nonzero": counts["nonzero"],
+        "seconds": run["seconds"], "peak_bytes": run["peak_rss_bytes"], "seed": seed,
+        "perplexity": {name: math.exp(its["nll"]) for name, its in read.items()},
     }  # fmt: skip
     told.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return figures
@@ -79,10 +104,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="500k")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["static", "static, trained", *AST])
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/sparse_training"))
     asked = parser.parse_args()
-    for arm in ("static", *(arm for arm in asked.arms if arm != "static")):
+    for arm in asked.arms:
         _job(arm, tokens=asked.tokens, seed=asked.seed, out=asked.output)
     print(
         "\n".join(_table([json.loads(path.read_text(encoding="utf-8")) for path in sorted(asked.output.glob("*/figures.json"))]))
