@@ -15,7 +15,6 @@ one core. The table of all that is there goes to stdout at the end.
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,14 @@ def _place(arm: str, *, tokens: str, seed: int, out: Path) -> Path:
 
 def _pruned(arm: str, folder: Path, *, seed: int) -> dict[str, Any]:
     """Call `prune` as often as the arm asks for; the figures of the last call, and the seconds of all."""
-    shutil.rmtree(folder, ignore_errors=True)
-    model, seconds = MODEL, 0.0
+    model, run, seconds = MODEL, {}, 0.0
     for number, words in enumerate(UNTRAINED[arm], 1):
         place = folder / ("model" if number == len(UNTRAINED[arm]) else f"model-{number}")
-        run = json.loads(command("prune", model, *words.split(), "--calibration-ids", IDS, "--seed", seed, "-o", place, "--json"))
+        if not place.exists():
+            command("prune", model, *words.split(), "--calibration-ids", IDS, "--seed", seed, "-o", place, "--json")
+        run = json.loads((place / "pruning.json").read_text(encoding="utf-8"))["figures"]
         model, seconds = str(place), seconds + run["seconds"]
-    return dict(run) | {"seconds": seconds}
+    return run | {"seconds": seconds}
 
 
 def _job(arm: str, *, tokens: str, seed: int, out: Path) -> dict[str, Any]:
