@@ -9,8 +9,8 @@ A line of figures.jsonl in the folder of `-o` is one model: a row, its options, 
 of 512 tokens of WikiText-2's test text. A line that is there is not made again, so the command goes on where it was stopped. Models are
 removed once they are measured, unless `--keep` is given. Draw 0 is `calibration_c4_64x128.json`; `benchmarks/draws.py` makes 1 and 2.
 
-Beside the four solvers it has FISTAPruner from SparseGPT's result and without the correction within a decoder layer, and units removed to the
-same number of parameters that are not zero, for both ways side by side. The line "forward pass" is one pass of the dense model over a draw, which
+Beside the four solvers it has FISTAPruner from SparseGPT's result, without the correction within a decoder layer, and on the output of the sparse
+layers before as SparseGPT reads it, and units removed to the same number of parameters that are not zero, for both ways side by side. The line "forward pass" is one pass of the dense model over a draw, which
 the table divides seconds by; measure it beside the same other work.
 """
 
@@ -43,7 +43,9 @@ SOLVERS = {
     "sparsegpt": (),
     "fistapruner": (),
     "fistapruner, from sparsegpt": ("--set", "solver=fista(warm_start=sparsegpt)"),
-    "fistapruner, without correction": ("--set", "solver=fista(correction=false)"),
+    "fistapruner, without correction": ("--set", "solver=fista(reads=dense)"),
+    "fistapruner, on sparse layers": ("--set", "solver=fista(reads=sparse)"),
+    "fistapruner, on sparse layers, from sparsegpt": ("--set", "solver=fista(reads=sparse, warm_start=sparsegpt)"),
 }
 
 

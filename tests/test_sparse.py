@@ -24,6 +24,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.export import _of_zeros
 from adapt_pruner.recipe import read
+from adapt_pruner.reduce import layer_inputs
 from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
 from adapt_pruner.reduce.solvers import Inputs, magnitude
 from adapt_pruner.report.documented import prune, run
@@ -183,11 +184,13 @@ def test_every_row_makes_exactly_its_zeros_and_says_so(
             assert torch.equal(loaded.model.get_submodule(name).weight, dense.get_submodule(name).weight * keep)
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "fistapruner"])
+@pytest.mark.parametrize(
+    ("method", "solver"), [("sparsegpt", None), ("fistapruner", None), ("fistapruner", "fista(reads=sparse)")]
+)
 def test_a_run_that_was_killed_between_layers_ends_the_same(
-    method: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+    method: str, solver: str | None, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tiny_folder, text_file, method, checkpoint_minutes=0)
+    recipe = recipe_of(tiny_folder, text_file, method, checkpoint_minutes=0, **({"solver": solver} if solver else {}))
     run(recipe, tmp_path / "whole")
     break_off(recipe, tmp_path / "broken", kind="masked", nth=3)
     run(recipe, tmp_path / "broken")
@@ -201,6 +204,25 @@ def test_a_run_that_was_killed_between_layers_ends_the_same(
     assert one is not None
     with pytest.raises(UsageError, match="names another folder|leave the recipe as it was|differs"):
         run(recipe_of(tiny_folder, text_file, method, sparsity="50%"), tmp_path / "broken")
+
+
+def test_what_the_layers_read_is_the_solvers_choice(
+    batches: list[torch.Tensor], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    last, told, weights = "model.layers.2.mlp.down_proj", dict[str, Inputs](), dict[str, torch.Tensor]()
+    for reads in layer_inputs.READS:
+        seen: dict[str, Inputs] = {}
+        walked(tiny_model(), batches, seen, steps=partial(layer_inputs.walked, reads=reads))
+        told[reads] = seen[last]
+        prune(recipe_of(tiny_folder, text_file, "fistapruner", solver=f"fista(reads={reads})"), tmp_path / reads)
+        weights[reads] = load(str(tmp_path / reads)).model.get_submodule(last).weight
+    by_itself: dict[str, Inputs] = {}
+    walked(tiny_model(), batches, by_itself, steps=onward)
+    assert torch.equal(told["sparse"].squares, by_itself[last].squares)
+    assert not torch.equal(told["sparse"].squares, told["dense"].squares)
+    assert [told[reads].cross is None for reads in ("corrected", "dense", "sparse")] == [False, True, True]
+    assert not torch.equal(weights["corrected"], weights["dense"])
+    assert not torch.equal(weights["dense"], weights["sparse"])
 
 
 def test_recovery_keeps_the_zeros_and_a_killed_one_ends_the_same(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -294,6 +316,10 @@ def assert_refused_run(made: Any, tmp_path: Path, said: str) -> None:
         ({"solver": None}, "the recipe names none; set solver to one of fista.fista, "),
         ({"solver": "fista(warm_start=fista)"}, "cannot begin with fista"),
         ({"solver": "fista(warm_start=nothing)"}, "solver 'nothing' is not known"),
+        (
+            {"solver": "fista(reads=none)"},
+            "reads 'none' of the solver is not known; known: corrected, dense, sparse",
+        ),
         ({"solver": "sparsegpt(blocks=3)"}, "has no option 'blocks'"),
         ({"stages": 2}, "can run only once"),
         ({"repair": "least_squares"}, "repair would be ignored"),

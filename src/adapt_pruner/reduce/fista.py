@@ -29,7 +29,7 @@ def fista(
     inputs: Inputs,
     *,
     warm_start: str = "wanda",
-    correction: bool = True,
+    reads: str = "corrected",
     rounds: Annotated[int, "1 or more"] = 5,
     steps: Annotated[int, "1 or more"] = 12,
     tolerance: Annotated[float, "0 or more"] = 1e-4,
@@ -47,7 +47,9 @@ def fista(
         pattern: how many become zero.
         inputs: of the layer.
         warm_start: the solver whose result is the first weight: wanda, sparsegpt or magnitude.
-        correction: let each linear layer make up for the changes of those before it in its decoder layer; else Z is X.
+        reads: what the linear layers of a decoder layer read. `corrected`, the paper's: the output of the dense layers before it,
+            and each linear layer makes up for the changes of those before it in the same decoder layer. `dense`: without that,
+            Z is X. `sparse`: the output of the sparse layers before it, as SparseGPT does; X is Z there.
         rounds: number of values of λ to try.
         steps: most steps of FISTA in a round.
         tolerance: a round ends when a step changes the weight by less than this share of its norm.
@@ -57,7 +59,7 @@ def fista(
         The new weight, and which of its entries stay, bool.
 
     Source: FISTAPruner, arXiv:2408.03728; ξ = 0.3 and the warm start from Wanda are the paper's for LLaMA. There is no official
-    code: the range of λ, the numbers of rounds and steps and the tolerance are ours.
+    code: the range of λ, the numbers of rounds and steps, the tolerance and `reads=sparse` are ours.
     """
     assert inputs.gram is not None
     best, keep = parts.bind("solver", warm_start)(weight, pattern, inputs)

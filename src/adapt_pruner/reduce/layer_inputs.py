@@ -3,6 +3,8 @@
     onward       the input of a decoder layer comes from the already sparse layers before it (Wanda, SparseGPT)
     from_dense   the input of a decoder layer comes from the dense model, so the order does not matter (FISTAPruner)
 
+`walked` is the one of them that a solver asks for.
+
 Both are generators: they solve a decoder layer, change its weights in place, and yield. When a run is resumed they need only the
 number of decoder layers that are solved. `onward` goes from the first layer to the last. `from_dense` goes from the last to the
 first, so that the layers below are still dense.
@@ -27,7 +29,10 @@ from adapt_pruner.core.task import Task
 from adapt_pruner.core.weight_mask import linear_layers, oriented
 from adapt_pruner.reduce.solvers import Inputs
 
-__all__ = ["Solved", "Walk", "from_dense", "onward"]
+__all__ = ["READS", "Solved", "Walk", "from_dense", "onward", "walked"]
+
+READS = ("corrected", "dense", "sparse")
+"""What the linear layers of a decoder layer read; `reduce.fista` says how they differ."""
 
 Solve = Callable[[Tensor, Inputs | None], tuple[Tensor, Tensor]]
 """(weight float32 [outputs, inputs], its inputs; None without text) -> the new weight, and which entries stay."""
@@ -95,6 +100,11 @@ class Walk:
             errors.append(error)
         weight.copy_(after.to(weight.dtype))
         kept[name] = keep.cpu()
+
+
+def walked(walk: Walk, *, reads: str) -> Iterator[Solved]:
+    """Solve the decoder layers in the order that one of `READS` asks for."""
+    return onward(walk) if reads == "sparse" else from_dense(walk, correction=reads == "corrected")
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ needs:
 
     text     ‖Z_j‖² of each input j
     gram     also Z Zᵀ
-    dense    each decoder layer reads the output of the dense layers before it; within a decoder layer also X Zᵀ and X Xᵀ
+    dense    each decoder layer reads the output of the dense layers before it, unless `reads` says otherwise; within a decoder
+             layer also X Zᵀ and X Xᵀ
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ from adapt_pruner.core.searched import Masked, Within
 from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
+from adapt_pruner.reduce.layer_inputs import READS, Walk, walked
 from adapt_pruner.reduce.solvers import Inputs
 from adapt_pruner.reduce.work import Change, Looks, Passes, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence
@@ -43,6 +43,8 @@ class Sparse(Reduction):
         warm = parts.bind("solver", solver).keywords.get("warm_start")
         if warm is not None and "dense" in parts.needs("solver", warm):
             raise UsageError(f"solver {solver} cannot begin with {warm}; give warm_start=wanda, sparsegpt or magnitude")
+        if (reads := _reads(solver)) not in READS:
+            raise UsageError(f"reads {reads!r} of the solver is not known; known: {', '.join(READS)}")
         check_dense(work)
         check_pattern(work)
 
@@ -80,9 +82,8 @@ class Sparse(Reduction):
             batches = self._batches(work) if "text" in needs else []
             walk = Walk(work.model, work.axes, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
             depth = len(walk.layers)
-            corrects = bool(solver.keywords.get("correction", True))
             work.begins("layers", stage=work.state.stage)
-            for solved in from_dense(walk, correction=corrects) if "dense" in needs else onward(walk):
+            for solved in walked(walk, reads=_reads(recipe.solver)):
                 kept |= solved.kept
                 work.weight_mask = WeightMask(kept, pattern)
                 self._done += solved.layers
@@ -114,6 +115,13 @@ class Sparse(Reduction):
                 f"{self._done} decoder layers of this run have their zeros already, by the recipe that it began with; leave the recipe as it "
                 "was, or name another folder"
             )
+
+
+def _reads(solver: str) -> str:
+    """Which of `READS` a solver asks for."""
+    if "dense" not in parts.needs("solver", solver):
+        return "sparse"
+    return str(parts.bind("solver", solver).keywords.get("reads", "corrected"))
 
 
 def check_dense(work: Work) -> None:
