@@ -69,3 +69,37 @@ def test_a_model_is_held_once_while_it_is_loaded(tmp_path: Path) -> None:
     )
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert 0.5 * weights < grown < 1.5 * weights
+
+
+KEPT = """
+import resource
+from pathlib import Path
+import torch
+from adapt_pruner.core.memory import keeping_freed
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.zeros(2**24).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+usual, began = faults(), resident()
+with keeping_freed():
+    torch.zeros(2**24)
+    kept = faults()
+print(usual, kept, faults(), resident() - began)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc has what it sets")
+def test_freed_memory_is_kept_for_the_next_tensor_and_then_returned() -> None:
+    """Each page that is new to a process is a fault: 16,384 of them for the 64 MB of a tensor, unless the memory was kept."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    usual, kept, afterwards, more = map(int, done.stdout.split())
+    assert usual > 50_000
+    assert kept < 5_000
+    assert afterwards > 50_000
+    assert more < 8_192, "pages of 4 kB: the 64 MB are returned"

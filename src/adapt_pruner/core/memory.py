@@ -1,4 +1,4 @@
-"""Measure the memory that the process has held, and return freed memory."""
+"""Measure the memory that the process has held, and decide when freed memory is returned to the system."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import ctypes
 import mmap
 import resource
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a process that runs another engine does not hold torch for a figure
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor, nn
 
-__all__ = ["give_back", "peak_bytes", "peak_rss_bytes", "take_into_memory"]
+__all__ = ["give_back", "keeping_freed", "peak_bytes", "peak_rss_bytes", "take_into_memory"]
 
 _STATUS = Path("/proc/self/status")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # what mallopt calls them
+_USUAL = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 64 * 2**20}  # where glibc's own adjustment ends up with large tensors
 
 
 def peak_rss_bytes() -> int:
@@ -50,6 +52,27 @@ def give_back() -> None:
     """
     if sys.platform == "linux":
         _call_glibc("malloc_trim", 0)
+
+
+@contextmanager
+def keeping_freed() -> Iterator[None]:
+    """Keep freed memory for the next tensors while the context lasts (glibc only); at its end, return it to the system.
+
+    glibc takes the memory of each large tensor from the system and returns it when the tensor is freed, and the system fills
+    every new page with zeros. For work that allocates the same tensors again and again, such as training, that is a fifth of the
+    processor's time. Results are the same to the last bit.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    _call_glibc("mallopt", _MMAP_MAX, 0)
+    _call_glibc("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        for option, value in _USUAL.items():
+            _call_glibc("mallopt", option, value)
+        give_back()
 
 
 def take_into_memory(tensors: Iterable[Tensor]) -> None:

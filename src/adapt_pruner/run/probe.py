@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.memory import keeping_freed
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.plan.rules import Machine, Model
@@ -85,8 +86,9 @@ def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
 
     model.train()
     try:
-        one = _seconds(lambda: step(1), device)
-        return _ROW / one if one > _ENOUGH / 2 else ids.numel() / _seconds(lambda: step(rows), device, times=1)
+        with keeping_freed():  # as in training
+            one = _seconds(lambda: step(1), device)
+            return _ROW / one if one > _ENOUGH / 2 else ids.numel() / _seconds(lambda: step(rows), device, times=1)
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from adapt_pruner.core import events, world
 from adapt_pruner.core.interrupts import held
-from adapt_pruner.core.memory import peak_bytes
+from adapt_pruner.core.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.words import compact
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
@@ -142,7 +142,7 @@ class Trainer:
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
         )  # fmt: skip
-        with self._at_work() as (model, optimizer):
+        with keeping_freed(), self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)
 
     def save(self, name: str) -> None:
