@@ -248,8 +248,8 @@ def test_bench_in_llama_cpp(quant: str, tmp_path: Path, monkeypatch: pytest.Monk
     ("words", "said"),
     [
         (["--engine", "lama.cpp"], "did you mean 'llama.cpp'"),
-        (["--batch", "1,x"], "not a list of row counts"),
-        (["--batch", "0"], "not a list of row counts"),
+        (["--batch", "1,x"], "not a list of batch sizes"),
+        (["--batch", "0"], "not a list of batch sizes"),
         (["--quant", "q8_0"], "is of --engine llama.cpp"),
         (["--engine", "llama.cpp", "--device", "cuda"], "on the CPU"),
         (["--engine", "llama.cpp", "--dtype", "float32"], "is of --engine torch"),

@@ -150,7 +150,7 @@ def test_options_have_bounds(ask: Any, tiny_folder: Path) -> None:
         status, _, err = ask("bench", tiny_folder, "--against", tiny_folder, option, 10**9)
         assert (status, f"less than or equal to {most}" in one_sentence(err)) == (2, True), err
     status, _, err = ask("bench", tiny_folder, "--against", tiny_folder, "--batch", "1,1000000000")
-    assert (status, "counts from 1 to 65,536" in one_sentence(err)) == (2, True), err
+    assert (status, "batch sizes from 1 to 65,536" in one_sentence(err)) == (2, True), err
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser", "~nosuchuser/x.txt"])
@@ -269,7 +269,7 @@ def test_errors_of_the_system_name_the_file(monkeypatch: pytest.MonkeyPatch, ask
     status, _, err = ask("card", tiny_folder, "--show")
     assert (status, one_sentence(err)) == (
         1,
-        "error: /some/file cannot be used: permission denied; mend that, or name another file or folder",
+        "error: /some/file cannot be used: permission denied; correct that, or name another file or folder",
     )
 
 

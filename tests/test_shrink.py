@@ -50,7 +50,7 @@ def test_a_plan_in_five_lines_a_model_its_page_and_a_recipe_that_runs_again(
     assert plan == ["machine", "prune", "train", "text"]
     assert "it takes about" in lines
     assert "parameters, trained on 10.2" in said
-    assert f"saved {out / 'model'}; its page is {out / 'report.html'}" in said
+    assert f"saved {out / 'model'}; its report is {out / 'report.html'}" in said
     assert (out / "report.html").exists()
     assert (out / "model" / "README.md").exists()
     recipe = read(str(out / "recipe.yaml"))
@@ -80,7 +80,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
         patch.setattr(Trainer, "_tell", tell)
         status, said, lines = ask(*shrink(tiny_folder, text, out))
     assert (status, said) == (1, "")
-    assert f"the best so far is {out / 'checkpoints' / 'stage-1-step-2'}, a model of 35," in lines
+    assert f"the best model so far is {out / 'checkpoints' / 'stage-1-step-2'}, of 35," in lines
     assert "parameters, trained on 4.1" in lines
     status, said, lines = ask(*shrink(tiny_folder, text, out))
     assert status == 0, lines

@@ -276,7 +276,7 @@ def test_the_command_line(ask: Any, folder: Path, tiny_folder: Path, tmp_path: P
     assert "%" in rows["tiny_choices"]
     assert "%" in rows["average"]
     assert "%" not in rows["tiny_texts"]
-    assert "3 of 6 scores were kept from earlier calls" in out
+    assert "3 of 6 scores come from earlier calls" in out
     assert f"texts of {other} start with <s>" in out
     assert "bits/byte" in out
     both = json.loads(ask("eval", other, *words, "--against", tiny_folder, "--json")[1])["models"]
@@ -396,9 +396,9 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
     (tmp_path / "empty").mkdir()
     cases: list[tuple[list[Any], str]] = [
         ([], "nothing to measure; give --text for perplexity, --tasks for scores, or both"),
-        (["--text", text_file, "--limit", 3], "--limit is about tasks; name them with --tasks"),
-        (["--tasks", "piqa", "--max-windows", 3], "--max-windows is about a text; name it with --text"),
-        (["--tasks", "piqa", "--window", 512], "--window is about a text; name it with --text"),
+        (["--text", text_file, "--limit", 3], "--limit applies only to tasks; name them with --tasks"),
+        (["--tasks", "piqa", "--max-windows", 3], "--max-windows applies only to a text; name it with --text"),
+        (["--tasks", "piqa", "--window", 512], "--window applies only to a text; name it with --text"),
         (["--tasks", "piqa", "--limit", 0], "Invalid value for '--limit'"),
         (["--tasks", "piqa", "--num-fewshot", -1], "Invalid value for '--num-fewshot'"),
     ]

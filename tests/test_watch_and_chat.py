@@ -202,7 +202,10 @@ def works_while_watched(run: Path, logs: list[bytes], monkeypatch: pytest.Monkey
 def test_a_run_that_prepares_is_waited_for(
     heard: tuple[Path, list[dict[str, Any]]], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for log, wanted in (b"", (1, "ended before it began")), ((heard[0] / "log.jsonl").read_bytes(), (0, "stage 2: perplexity")):
+    for log, wanted in (
+        (b"", (1, "ended before its first step")),
+        ((heard[0] / "log.jsonl").read_bytes(), (0, "stage 2: perplexity")),
+    ):
         works_while_watched(tmp_path, [b"", b"", log], monkeypatch)
         status, _, err = ask("watch", tmp_path)
         assert (status, wanted[1] in err) == (wanted[0], True), err
@@ -219,7 +222,7 @@ def test_watching_a_run_that_was_killed_says_how_to_go_on(
     shutil.rmtree(run / "model")
     status, out, err = ask("watch", run)
     assert (status, out) == (1, "")
-    assert "nobody works in" in err
+    assert "no process works in" in err
     assert f"adapt-pruner run {run}/recipe.yaml -o {run}" in err
 
 

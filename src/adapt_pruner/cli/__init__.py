@@ -42,14 +42,14 @@ __all__ = ["app", "main"]
 
 
 def _without_types(parameters: Iterable[Any]) -> None:
-    """Make, in place, --help show no <bool> beside the flags among them."""
+    """Change the parameters in place, so that --help shows no <bool> beside a flag."""
     for parameter in parameters:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
 
 
 class _Command(TyperCommand):
-    """Refuse an option that takes one value and is given twice, of which the parser would take the last one; filter what is printed."""
+    """Refuse an option of one value that is given twice, since the parser would take the last one; filter what is printed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -126,11 +126,11 @@ def _options(
 
 def main() -> None:
     """Run the command line. Every error becomes one sentence and an exit status: 2 for wrong usage, 1 for failed work."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported; progress is ours to show
-    _interrupts.clear()  # of an earlier call in the same process
-    for sent in (signal.SIGINT, signal.SIGTERM):  # the second is what a cluster sends before it takes the machine away
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers reads this at import; we show the progress ourselves
+    _interrupts.clear()  # those of an earlier call in the same process
+    for sent in (signal.SIGINT, signal.SIGTERM):  # a cluster sends SIGTERM before it takes the machine away
         signal.signal(sent, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which a terminal sends when it closes, and nohup has ignored
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal sends SIGHUP when it closes; nohup ignores it
         signal.signal(signal.SIGHUP, _interrupt)
     before, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
@@ -157,7 +157,7 @@ _interrupts: list[object] = []
 
 
 def _interrupt(sent: object, _: object) -> None:
-    """Stop the work. A shell and its terminal both send SIGHUP, and only a second Ctrl-C may cut short what tidies up."""
+    """Stop the work. A shell and its terminal both send SIGHUP, so only a second Ctrl-C interrupts the clean-up."""
     again = bool(_interrupts)
     _interrupts.append(sent)
     if not again or sent == signal.SIGINT:
@@ -165,7 +165,7 @@ def _interrupt(sent: object, _: object) -> None:
 
 
 def _lost(otherwise: Callable[[Any], object], told: Any) -> None:
-    """Interrupt again where an interrupt came in code whose errors Python drops, such as a library's `__del__`."""
+    """Interrupt again if an interrupt came in code whose errors Python drops, such as a library's `__del__`."""
     if not issubclass(told.exc_type, KeyboardInterrupt) or not _interrupts:
         otherwise(told)
         return
@@ -184,10 +184,10 @@ _OUT_OF_MEMORY = "out of memory; use fewer calibration or batch tokens, --device
 
 def _stop_on_other(error: Exception) -> NoReturn:
     """Exit on an error that is not one of ours: the parser's, the system's, or a bug."""
-    if _interrupts:  # compiled code may have made another error of it
+    if _interrupts:  # compiled code may have turned it into another error
         _stop(_INTERRUPTED, 1)
-    if hasattr(error, "format_message"):  # the parser's own; typer carries its own copy of click, so no class to name
-        _stop(f"{error.format_message().rstrip('.')} (--help lists what is known)", 2)
+    if hasattr(error, "format_message"):  # the parser's own; typer bundles its own click, so there is no class to name
+        _stop(f"{error.format_message().rstrip('.')} (see --help)", 2)
     if type(error).__name__ == "Abort":
         _stop(_INTERRUPTED, 1)
     if is_out_of_memory(error):
@@ -204,11 +204,11 @@ def _of_the_system(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)
     what = error.strerror[0].lower() + error.strerror[1:]
-    return f"{os.fsdecode(error.filename)} cannot be used: {what}; mend that, or name another file or folder"
+    return f"{os.fsdecode(error.filename)} cannot be used: {what}; correct that, or name another file or folder"
 
 
 def _shortened(sentence: str) -> str:
-    """A sentence on one line and of a length that is read; line ends and what is cut out of the middle are of a value somebody gave."""
+    """Put a sentence on one line and cut the middle out of a long one. Line ends and great length come from values that users gave."""
     sentence = sentence.replace("\n", "\\n")
     return sentence if len(sentence) <= _LONGEST else f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
 

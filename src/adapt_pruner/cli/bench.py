@@ -29,8 +29,7 @@ def bench(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Number format of weights in torch: float32, bfloat16, or `auto`, which takes bfloat16 where the processor "
-            "has it."
+            help="Number format of weights in torch: float32, bfloat16, or `auto` (bfloat16 if the processor supports it)."
         ),
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -47,7 +46,7 @@ def bench(
     check_precision(dtype)
     batches = [int(number) if number.strip().isdecimal() and len(number) < 20 else 0 for number in batch.split(",")]
     if not all(1 <= count <= _MOST_ROWS for count in batches):
-        raise UsageError(f"--batch {batch!r} is not a list of row counts from 1 to {_MOST_ROWS:,}; write it like 1,8")
+        raise UsageError(f"--batch {batch!r} is not a list of batch sizes from 1 to {_MOST_ROWS:,}; write it like 1,8")
     from adapt_pruner.compare.turns import bench as measure
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report.screen import quiet_libraries, screen

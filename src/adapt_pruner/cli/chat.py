@@ -35,7 +35,7 @@ def chat(
 ) -> None:
     """Ask MODEL something in its own chat template. With --against DENSE, both models answer side by side.
 
-    Without PROMPT each line that you write is answered, and the model remembers what was said. An empty line, or Ctrl-D, ends it.
+    Without PROMPT the model answers each line that you write, and remembers the conversation. An empty line or Ctrl-D ends it.
 
     Examples:
 
@@ -58,16 +58,16 @@ def chat(
     quiet_libraries()
     check_precision(dtype)
     if prompt is None and as_json:
-        raise UsageError("--json prints one answer, and there is no prompt; write what the model is to answer, in quotes")
+        raise UsageError("--json prints the answer to a prompt, and there is none; write what the model should answer, in quotes")
     if prompt is not None and not prompt.strip():
-        raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
+        raise UsageError("the prompt is empty; write what the model should answer, in quotes")
     if seed is not None and not temperature:
         raise UsageError(
             f"--seed {seed} has no effect at temperature 0, which draws nothing; add --temperature 0.7, or leave --seed out"
         )
     names = [model] if against is None else [model, against]
     for name in names:
-        locate(name)  # one that is not there is said before the other answers
+        locate(name)  # so that a missing model is reported before the other one answers
     how: dict[str, Any] = {
         "system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "dtype": dtype,
     }  # fmt: skip
@@ -99,7 +99,7 @@ def _say(piece: str) -> None:
 
 
 def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
-    """Answer line after line of stdin, by each model, which remembers what it said itself."""
+    """Let each model answer stdin line by line. Each remembers its own answers."""
     import sys
     from functools import partial
 
@@ -126,10 +126,10 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
             ask = partial(answer, loaded.model, loaded.tokenizer, line, on_text=_say, **how)
             try:
                 text = ask(before=said[name]).text
-            except UsageError as error:  # what was said fills what the model can read
+            except UsageError as error:  # the conversation is longer than the model can read
                 if not said[name]:
                     raise
-                told.print(f"{error}; it forgets what was said", style="dim")
+                told.print(f"{error}; the model forgets the conversation so far", style="dim")
                 said[name].clear()
                 text = ask(before=[]).text
             print("\n")

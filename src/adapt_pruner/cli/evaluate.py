@@ -80,10 +80,10 @@ def evaluate(
         "--against": against,
     }
     if tasks is None and (given := [name for name, value in only_tasks.items() if value is not None]):
-        raise UsageError(f"{given[0]} is about tasks; name them with --tasks")
+        raise UsageError(f"{given[0]} applies only to tasks; name them with --tasks")
     only_text = {"--window": window, "--max-windows": max_windows}
     if text is None and (given := [name for name, value in only_text.items() if value is not None]):
-        raise UsageError(f"{given[0]} is about a text; name it with --text")
+        raise UsageError(f"{given[0]} applies only to a text; name it with --text")
     from adapt_pruner.compare.models import Measures, measured
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report.screen import quiet_libraries, screen
@@ -144,7 +144,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["dequantised"]:
             print(
-                f"\n{row['model']} is dequantised from {row['dequantised']}, so it is not quite the model that its makers published"
+                f"\n{row['model']} is dequantised from {row['dequantised']}, so it differs a little from the model that its "
+                "makers published"
             )
     print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights on disk as safetensors")
 
@@ -189,7 +190,7 @@ def _print_tasks(
         )
     again = sum(score.again for scored in scores for score in scored)
     if again:
-        print(f"{again} of {len(scores) * len(scores[0])} scores were kept from earlier calls")
+        print(f"{again} of {len(scores) * len(scores[0])} scores come from earlier calls")
 
 
 def _share(value: float | None) -> str:

@@ -26,7 +26,7 @@ def methods(as_json: Json = False) -> None:
         return
     print_table(["method", "what it does", "source"], [[name, row["about"], row["paper"]] for name, row in rows.items()], left=3)
     for alias, name in recipe.ALIASES.items():
-        print(f"{alias} stands for {name}, and for what leads in later versions")
+        print(f"{alias} stands for {name}; in later versions it may stand for a better method")
     for key, summaries in kinds.items():
         print()
         print_table([key, ""], [[name, line] for name, line in summaries.items()], left=2)

@@ -12,9 +12,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Device = Annotated[str, typer.Option(help="Device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …")]
 Precision = Annotated[
     str,
-    typer.Option(
-        help="Number format of matrix products: float32, bfloat16, or `auto`, which takes bfloat16 where the processor has it."
-    ),
+    typer.Option(help="Number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it)."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model or a task folder.")

@@ -45,8 +45,8 @@ def prune(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self`, which the model "
-            "writes. [default: self]"
+            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self` (text that the "
+            "model writes). [default: self]"
         ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Calibration sequences per iteration. [default: 64]")] = None,

@@ -24,7 +24,7 @@ def push(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send DIR with its model card to the Hugging Face hub, in one commit. GGUF files that lie in DIR are sent with it.
+    """Send DIR with its model card to the Hugging Face hub, in one commit. GGUF files in DIR are sent with it.
 
     Examples:
 
@@ -50,7 +50,7 @@ def push(
         print_table(["file", "bytes"], [[name, f"{count:,}"] for name, count in packed.files.items()])
         made = "a private repository" if private else "a public repository"
         print(f"\nwould send {len(packed.files)} files, {size / 1e6:,.1f} MB, to {repo} on the hub, branch {branch or 'main'},")
-        print(f"and make {made} of that name if there is none{'; README.md would be written first' if packed.new_card else ''}")
+        print(f"and create {made} of that name if there is none{'; README.md would be written first' if packed.new_card else ''}")
         return
     sent = hub.push(packed, private=private, branch=branch)
     print(to_json({**summary, "notes": packed.notes, "sent": sent}) if as_json else f"sent {len(packed.files)} files to {sent}")

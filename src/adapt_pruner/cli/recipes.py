@@ -27,4 +27,4 @@ def recipes(as_json: Json = False) -> None:
         for name, its in known.items()
     ]
     print_table(["recipe", "model", "to", "tokens", "what it does"], lines, left=5)
-    print("\nadapt-pruner run RECIPE --dry-run shows what a recipe takes; --set KEY=VALUE changes it.")
+    print("\nadapt-pruner run RECIPE --dry-run shows the time and memory of a recipe; --set KEY=VALUE changes it.")

@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Write the results of RUN_DIR as one HTML page: before and after, anatomy, why, recovery, cost, what to try next.
 
-    The page needs no network. For a run that is at work, was stopped or is broken, it shows what there is so far. `run` and
+    The page needs no network. For a run that is in progress, was stopped or is broken, it shows the results so far. `run` and
     `compare` write the page by themselves when they end.
 
     Examples:
@@ -78,7 +78,7 @@ def _of_comparison(folder: Path) -> "tuple[str, list[Chart]]":
         zeros = table(result["sparse_rows"]) if result.get("sparse_rows") else None
         page = comparison_page(result, *table(result["rows"]), name=folder.resolve().name, sparse=zeros)
         return page, [*comparison_pictures(result)]
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # nothing but the file is at work here
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # only the file can be the cause
         raise UsageError(
             f"{folder / 'compare.json'} is damaged ({type(error).__name__}: {first_line(error)}); "
             "run the same `adapt-pruner compare` again, which keeps what is finished"

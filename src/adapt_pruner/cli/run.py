@@ -13,7 +13,7 @@ from adapt_pruner.cli.options import Json, Set, TrustRemoteCode
 
 __all__ = ["run"]
 
-_SHOWN_BYTES = 2**30 / 200  # what is less rounds to 0.00 GiB
+_SHOWN_BYTES = 2**30 / 200  # anything smaller rounds to 0.00 GiB
 
 
 def run(
@@ -92,13 +92,13 @@ def run(
         print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
         print(f"perplexity on held-out text: {said_perplexities(figures)}")
-    stale = (None,) if outcome is None else (None, before)  # the report may have failed, and that of an earlier stop be there
+    stale = (None,) if outcome is None else (None, before)  # if the report failed, an older one may still be there
     report = f", the report {page}" if _stamp(page) not in stale else ""
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")
 
 
 def _end(sentence: str) -> NoReturn:
-    """End this process, which waits for another that will not answer; what it has written is whole."""
+    """End this process, which waits for one that will not answer. All that it has written is complete."""
     from adapt_pruner.core import world
 
     with suppress(OSError):
@@ -112,7 +112,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     """Inode and time of a file, which change when it is written again; None where there is no file."""
     try:
         status = path.stat()
-    except OSError:  # no place for a file, which is said when it is to be written
+    except OSError:  # no file can be there; the code that writes it says so
         return None
     return status.st_ino, status.st_mtime_ns
 
@@ -145,7 +145,7 @@ def _print_plan(planned: dict[str, Any]) -> None:
     print_table(["memory while", "at most", "of which"], phases)
     many = f" on {planned['processes']} processes ({planned['parallel']})" if planned["processes"] > 1 else ""
     print(
-        f"\nin all about {span(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
+        f"\nin total about {span(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
         "nothing was written"
     )
     without = f"; not counted: {', '.join(planned['time_without'])}" if planned["time_without"] else ""

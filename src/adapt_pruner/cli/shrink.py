@@ -1,4 +1,4 @@
-"""`adapt-pruner shrink`: a smaller model in a given time; the machine is probed, a plan is made of it, and the plan is a recipe."""
+"""`adapt-pruner shrink`: a smaller model in a given time. It measures the machine and writes its plan as a recipe."""
 
 import shlex
 import time
@@ -27,12 +27,13 @@ def shrink(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Your text: it is trained and calibrated on, and a part is held out. [default: Python's language reference]",
+            help="Your text, for training and calibration; a part is held out to measure on. [default: Python's language "
+            "reference]",
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes that it may take.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes that the whole run may take.")] = None,
     hours: Annotated[float | None, typer.Option(help="Instead of --minutes: hours.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Instead of --minutes: tokens to train on, 2M say.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Instead of --minutes: tokens to train on, such as 2M.")] = None,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     device: Device = "auto",
@@ -41,10 +42,10 @@ def shrink(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Make a smaller model of MODEL in the time that you have: choose nothing but the size.
+    """Make a smaller model from MODEL in the time that you have. You choose only the size.
 
-    It probes this machine, plans what fits the time, says the plan in five lines and carries it out. DIR/recipe.yaml is the plan,
-    which `adapt-pruner run` takes; DIR/model is the result, DIR/report.html its page. Ctrl-C keeps the best so far.
+    It measures this machine, plans what fits the time, prints the plan in five lines and carries it out. DIR/recipe.yaml is the plan,
+    which `adapt-pruner run` accepts; DIR/model is the result, DIR/report.html its report. Ctrl-C stops it and keeps the best model so far.
 
     Examples:
 
@@ -84,7 +85,7 @@ def shrink(
 
 
 def _say_what_there_is(out: Path, listen: Any) -> None:
-    """Say what an interrupted run has come to."""
+    """Say what an interrupted run has reached."""
     from adapt_pruner.core.words import compact, millions
     from adapt_pruner.run.folder import RunFolder
 
@@ -95,8 +96,8 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
         state["progress"]["tokens"],
         (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"],
     )
-    whole = f"trained on {compact(trained)} tokens, its learning rate not yet down" if trained else "not trained"
-    listen.say(f"the best so far is {newest}, a model of {millions(params)} parameters, {whole}")
+    whole = f"trained on {compact(trained)} tokens; its learning rate has not come down yet" if trained else "not trained"
+    listen.say(f"the best model so far is {newest}, of {millions(params)} parameters, {whole}")
 
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
@@ -110,7 +111,7 @@ def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     )
     if figures.get("perplexities"):
         print(f"perplexity on held-out text: {said_perplexities(figures)}")
-    print(f"saved {model}; its page is {out / 'report.html'}, its card {model / 'README.md'}")
+    print(f"saved {model}; its report is {out / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: adapt-pruner chat {model}")
     if isinstance(recipe.evaluation.source, str):
         print(f"     adapt-pruner eval {recipe.model} {model} --text {shlex.quote(recipe.evaluation.source)}")

@@ -1,4 +1,4 @@
-"""Results as tables on stdout. No number is ever broken: where a terminal is too narrow for a table, each row becomes a paragraph."""
+"""Results as tables on stdout. A number stays on one line: if the terminal is too narrow for a table, each row becomes a paragraph."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from adapt_pruner.core.visible import visible
 __all__ = ["print_table", "said_perplexities"]
 
 _GAP = 2  # columns between two of a table
-_WORDS = 24  # columns that words get at least, where they have as many
+_WORDS = 24  # least width of a column of words, unless its words are shorter
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1) -> None:
@@ -44,7 +44,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
 
 
 def _print_paragraphs(out: Console, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
-    """Each row as its words, and below them its numbers with their names, in as many lines as they take."""
+    """Print each row as its words, and below them its numbers with their names, on as many lines as they need."""
     for row in rows:
         if not any(row[1:]):
             out.print(row[0], style="bold", soft_wrap=True)

@@ -31,8 +31,9 @@ def verify(
 ) -> None:
     """Check that ARTEFACT, in its own engine, computes what DIR computes in torch.
 
-    The exit status is 1 if a difference exceeds its tolerance, or if DIR is sparse and has other zeros than its mask over weights promises. A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX
-    Runtime. Any other folder runs in stock transformers, in a process without adapt-pruner.
+    The exit status is 1 if a difference exceeds its tolerance, or if a sparse DIR does not have the zeros that its mask over
+    weights promises. A .gguf file runs in llama.cpp, a folder with model.onnx in ONNX Runtime. Any other folder runs in stock
+    transformers, in a process without adapt-pruner.
 
     Examples:
 
@@ -106,7 +107,7 @@ def _print(figures: dict[str, Any]) -> None:
             f"{perplexity['artefact']:.3f} ({change:+.2%})",
             f"at most {tolerance['perplexity']:.1%} off",
         ],
-        ["greedy text, tokens until it parts", f"{greedy['same_tokens']} of {greedy['of']}", ""],
+        ["greedy text, tokens until it differs", f"{greedy['same_tokens']} of {greedy['of']}", ""],
     ]
     if encoding:
         rows.append(

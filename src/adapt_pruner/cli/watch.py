@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["watch"]
 
 _POLL = 1.0  # seconds
-_SILENT = 600.0  # seconds without a line after which that is said
+_SILENT = 600.0  # seconds without a new line before `watch` mentions it
 
 
 def watch(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, at work or ended.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, in progress or finished.")],
 ) -> None:
     """Show the progress of the run in RUN_DIR until it ends: the phase it is in, and the time left. Ctrl-C stops watching, not the run.
 
@@ -53,13 +53,15 @@ def watch(
                 break  # the log may be gone or cut off
             elif not at_work and last is None and not (run_dir / "recipe.yaml").exists():
                 raise RunError(
-                    f"nobody works in {run_dir} any more: the run ended before it began; see what it said where it was started"
+                    f"no process works in {run_dir} any more: the run ended before its first step; see its message where you "
+                    "started it"
                 )
             elif not at_work:
                 when = f", {span(time.time() - last.time)} ago" if last and last.time else ""
                 raise RunError(
-                    f"nobody works in {run_dir}: the run was stopped{when}; "
-                    f"`adapt-pruner run {run_dir / 'recipe.yaml'} -o {run_dir}` goes on, `adapt-pruner report {run_dir}` shows what there is"
+                    f"no process works in {run_dir}: the run was stopped{when}; "
+                    f"`adapt-pruner run {run_dir / 'recipe.yaml'} -o {run_dir}` continues it, `adapt-pruner report {run_dir}` "
+                    "shows the results so far"
                 )
             elif last is None and not wait_said:
                 show.say(f"the run in {run_dir} is preparing, and has logged nothing yet")
@@ -73,13 +75,13 @@ def watch(
 
 
 class _Tail:
-    """The events of a log as they are added; one that is cut back, as a run that goes on does, is read from its start again."""
+    """The events of a log as they are added. A continued run cuts its log back, and the log is then read from its start again."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at, self._rest = path, 0, b""
 
     def read(self) -> "Iterator[Event]":
-        """What is new; a last line without its end waits for it, and a line that is no event is passed over."""
+        """The new events. An unfinished last line waits for its end; a line that is not an event is skipped."""
         from adapt_pruner.core.events import parse_line
 
         try:
@@ -100,13 +102,13 @@ class _Tail:
 def _told(
     show: "Screen", events: "Iterable[Event]", *, last: "Event | None" = None, ended: bool = False
 ) -> "tuple[Event | None, bool]":
-    """Show events; the last of them, and whether the run has ended.
+    """Show events; return the last of them, and whether the run has ended.
 
     Args:
         show: the screen.
         events: what is new.
         last: the event before them; None where there was none.
-        ended: whether the run had ended before them. Warnings, as of a report that failed, do not undo that; work does.
+        ended: whether the run had ended before them. A later warning, such as that of a failed report, does not undo that; new work does.
     """
     from adapt_pruner.core.events import Resumed, Saved, Start
 
