@@ -309,7 +309,7 @@ def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -
             "allocate.uniform(first=2, last=1)",
             r"takes nothing \(kv_heads, neurons\) from a model of 3 layers, so set another method or chooser; the nearest that can be had is 50,784",
         ),
-        ("allocate.uniform(first=-1)", r"option 'first' of chooser 'allocate.uniform' is -1; it is a whole number \(0 or more\)"),
+        ("allocate.uniform(first=-1)", r"option 'first' of chooser 'allocate.uniform' is -1; give a whole number \(0 or more\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(written: str, said: str, tiny_folder: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_neurons_pay_for_heads_that_stay_for_the_sake_of_equality() -> None:
     ("override", "said"),
     [
         (["multiple_of=256"], "multiple_of 256 is above the 128 neurons that a layer has"),
-        (["multiple_of=0"], "multiple_of 0 is no width; write auto, or a whole number from 1 to 1,048,576"),
+        (["multiple_of=0"], "multiple_of 0 is not a width; write auto, or a whole number from 1 to 1,048,576"),
         (["multiple_of=8", "axes=[kv_heads]"], "multiple_of 8 counts neurons, and axes does not name neurons"),
         (["equal_widths=true", "reduce=slice"], "equal_widths would be ignored"),
     ],

@@ -122,5 +122,5 @@ def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
 
 
 def test_a_deadline_is_of_one_stage(recipe: Recipe) -> None:
-    with pytest.raises(UsageError, match="minutes 5 is the time of a run of one stage, and stages is 3; set stages to 1"):
+    with pytest.raises(UsageError, match="minutes 5 needs a run of one stage, and stages is 3; set stages to 1"):
         read(recipe.model_dump() | {"stages": 3, "minutes": 5})

@@ -410,5 +410,5 @@ def test_names_that_two_files_share_have_to_be_whole() -> None:
 
 
 def test_a_switch_is_true_or_false() -> None:
-    with pytest.raises(UsageError, match="option 'authors_fold' of metric 'weights.taylor' is 'maybe'; it is true or false"):
+    with pytest.raises(UsageError, match="option 'authors_fold' of metric 'weights.taylor' is 'maybe'; give true or false"):
         parts.check("metric", "weights.taylor(authors_fold=maybe)")

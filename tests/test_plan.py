@@ -67,8 +67,8 @@ def test_who_loses_much_or_has_no_text_learns_from_the_dense_model() -> None:
     assert plan_of(60).settings["training.objective"] == "objectives.lm"
     for plan in (plan_of(60, target=92_000_000), plan_of(60, own=False)):
         assert plan.settings["training.objective"] == "objectives.distil(temperature=1)"
-        assert "what the dense model says" in plan.lines[2]
-    assert "name yours with --text" in plan_of(60, own=False).lines[3]
+        assert "learning from the dense model's predictions" in plan.lines[2]
+    assert "name your own with --text" in plan_of(60, own=False).lines[3]
 
 
 def test_tokens_in_the_place_of_minutes() -> None:
@@ -95,7 +95,7 @@ def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -
 
 def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:
     line = plan_of(60, text_tokens=50_000).lines[2]
-    often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).k tokens would do", line)
+    often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).k tokens would be enough", line)
     assert often is not None, line
     tokens = plan_of(60).settings["training.tokens"] / 2
     assert float(often[1]) == pytest.approx(tokens / 50_000, rel=0.01)
@@ -108,7 +108,7 @@ def test_a_model_that_does_not_fit_is_refused_and_one_that_hardly_does_works_twi
     hardly = plan_of(60, memory=int(2.5 * 2**30))
     assert hardly.settings["training.gradient_checkpointing"]
     assert hardly.settings["training.tokens"] < plan_of(60).settings["training.tokens"]
-    with pytest.raises(UsageError, match=r"needs 2\.0 GiB of memory to be trained and 1\.0 GiB are free; take a smaller model"):
+    with pytest.raises(UsageError, match=r"needs 2\.0 GiB of memory to train, but only 1\.0 GiB are free; use a smaller model"):
         plan_of(60, memory=2**30)
     plan_of(60, memory=None)
 

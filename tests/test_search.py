@@ -182,7 +182,7 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     ({"axes": ["neurons", "residual"]}, "reduce search moves units from one layer to another, and of residual the model has one axis"),
     ({"reduce": "search(fitness=accuracy)"}, "fitness 'accuracy' of reduce search is not known; known: loss, kl"),
     ({"reduce": "search(proposals=evolutoin)"}, "proposal 'evolutoin' is not known; did you mean 'proposals.evolution'"),
-    ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; it is a whole number (2 or more)"),
+    ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),
     ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"repair": "closed_form.mean_bias"}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"budget": "1000"}, "budget 1,000 is below the"),

@@ -230,10 +230,10 @@ def test_the_model_writes_its_calibration_text_with_the_tokens_that_stay(folder:
     ("changes", "said"),
     [
         ({"vocabulary": {"keep": 400}}, r"vocabulary names no text; set vocabulary\.source"),
-        ({"vocabulary": {"source": "x.txt"}}, "takes either keep or min_uses; set one of them"),
-        ({"vocabulary": {"source": "x.txt", "keep": 400, "min_uses": 3}}, "takes either keep or min_uses; set one of them"),
+        ({"vocabulary": {"source": "x.txt"}}, "needs either keep or min_uses; set one of them"),
+        ({"vocabulary": {"source": "x.txt", "keep": 400, "min_uses": 3}}, "needs either keep or min_uses; set one of them"),
         ({"vocabulary": {"source": "x.txt", "kep": 400}}, "did you mean 'keep'"),
-        ({"calibration": {"ids": "ids.json"}}, r"calibration\.ids are numbers of tokens before the vocabulary"),
+        ({"calibration": {"ids": "ids.json"}}, r"calibration\.ids are token ids of the vocabulary before it is pruned"),
         ({"vocabulary": {"source": "missing.txt", "keep": 400}}, "missing.txt"),
         ({"vocabulary": {"source": "python-docs", "keep": 4000}}, r"keep 4,000 is not below the 713 tokens"),
     ],

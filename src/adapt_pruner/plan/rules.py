@@ -162,7 +162,7 @@ def how_long(minutes: float | None, hours: float | None, tokens: str | None) -> 
         return None, parse_count(tokens)
     asked = float(minutes if minutes is not None else 60 * (hours or 0.0))
     if not 0 < asked <= 10**6:
-        raise UsageError(f"{named[0]} {given[named[0]]:g} is no time for this; give minutes above 0 and up to 1,000,000")
+        raise UsageError(f"{named[0]} {given[named[0]]:g} is out of range; give minutes above 0 and up to 1,000,000")
     return asked, None
 
 
@@ -214,8 +214,8 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
             return batch, windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)
     raise UsageError(
-        f"{total / 60 + gone:.3g} minutes are too few: to look at this machine, load {model.name}, prune it in one cut, train {_FEWEST_STEPS} "
-        f"steps and measure it takes about {_minutes_up(needed + 60 * gone):g} minutes here; give as many"
+        f"{total / 60 + gone:.3g} minutes are too few: to measure this machine, load {model.name}, prune it in one cut, train "
+        f"{_FEWEST_STEPS} steps and measure it takes about {_minutes_up(needed + 60 * gone):g} minutes here; give at least that many"
     )
 
 
@@ -230,8 +230,8 @@ def _fitting(machine: Machine, model: Model) -> bool:
         return False
     if again > machine.memory:
         raise UsageError(
-            f"{model.name} needs {again / _GIB:.1f} GiB of memory to be trained and {machine.memory / _GIB:.1f} GiB are free; take a smaller "
-            f"model or a larger machine, or prune without training: adapt-pruner prune {model.name} -o DIR --params {model.target}"
+            f"{model.name} needs {again / _GIB:.1f} GiB of memory to train, but only {machine.memory / _GIB:.1f} GiB are free; "
+            f"use a smaller model or a larger machine, or prune without training: adapt-pruner prune {model.name} -o DIR --params {model.target}"
         )
     return True
 
@@ -269,22 +269,24 @@ def _lines(
     settings, seconds = plan.settings, plan.seconds
     often = tokens / max(1, asked.text_tokens)
     repeats = (
-        f", each about {often:.1f} times; a text of {compact(tokens / _READ_OFTEN)} tokens would do"
+        f", each about {often:.1f} times; a text of {compact(tokens / _READ_OFTEN)} tokens would be enough"
         if often > _READ_OFTEN
         else ""
     )
-    taught = "learning what the dense model says of" if distilled else "on"
+    taught = "learning from the dense model's predictions on" if distilled else "on"
     cuts = way.iterations(model)
     when = (
         f"ends within {span(60 * asked.minutes)}" if asked.minutes is not None else f"takes about {span(sum(seconds.values()))}"
     )
     return (
-        f"machine: {machine.words}; it reads {machine.read:,.0f} tokens a second of this model and trains on {machine.trained:,.0f}",
+        f"machine: {machine.words}; with this model it reads {machine.read:,.0f} tokens a second and trains on "
+        f"{machine.trained:,.0f}",
         f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {cuts} cut{'s' * (cuts != 1)}, each "
         f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a rate of {settings['training.lr']:g}, {taught} the text{repeats}: "
         f"about {span(seconds['train'])}",
-        f"text: {asked.train}" + ("" if asked.own else " (comes with Python and teaches little else; name yours with --text)")
+        f"text: {asked.train}" + ("" if asked.own else " (it comes with Python and teaches little else; name your own with --text)")
         + f"; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",
-        f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the best so far, and the same command goes on",
+        f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the best model so far, and the "
+        "same command continues",
     )  # fmt: skip

@@ -153,10 +153,12 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
     for option, value in options.items():
         if option in elsewhere:
             raise UsageError(
-                f"{option!r} is a key of the recipe and no option of {key} {name!r}; set {elsewhere[option]} instead"
+                f"{option!r} is a key of the recipe, not an option of {key} {name!r}; set {elsewhere[option]} instead"
             )
         if option not in takes:
-            raise UsageError(f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it has none"))
+            raise UsageError(
+                f"{key} {name!r} has no option {option!r}; " + (nearest(option, takes) if takes else "it takes no options")
+            )
         options[option] = _value(value, takes[option], what=f"option {option!r} of {key} {name!r}")
     return name, options
 
@@ -189,7 +191,7 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
         "str": "a word",
         "None": "null",
     }
-    raise UsageError(f"{what} is {value!r}; it is {' or '.join(named[kind] for kind in kinds)}")
+    raise UsageError(f"{what} is {value!r}; give {' or '.join(named[kind] for kind in kinds)}")
 
 
 def _number(value: Any) -> float | None:

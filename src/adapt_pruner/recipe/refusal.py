@@ -30,7 +30,7 @@ def _shown(value: Any) -> str:
     try:
         written = repr(value)
     except (ValueError, RecursionError):  # a number of many thousand digits, a list in lists in lists
-        return f"a {type(value).__name__} that is too long to be shown"
+        return f"a {type(value).__name__} that is too long to show"
     return written if len(written) <= _LONGEST_SHOWN else f"{written[:_LONGEST_SHOWN]}…"
 
 

@@ -65,7 +65,7 @@ def _checked_source(source: Any) -> Any:
 
 def _checked_multiple(value: Any) -> Any:
     if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _WIDEST):
-        raise ValueError(f"multiple_of {value!r} is no width; write auto, or a whole number from 1 to {_WIDEST:,}")
+        raise ValueError(f"multiple_of {value!r} is not a width; write auto, or a whole number from 1 to {_WIDEST:,}")
     return value
 
 
@@ -121,8 +121,8 @@ class Vocabulary(_Frozen):
             raise ValueError("vocabulary names no text; set vocabulary.source to one whose tokens are counted")
         if (self.keep is None) == (self.min_uses is None):
             raise ValueError(
-                "vocabulary takes either keep or min_uses; set one of them: how many tokens stay, or how often they are used "
-                "at least"
+                "vocabulary needs either keep or min_uses; set one of them: how many tokens stay, or how often a token must be "
+                "used"
             )
         return self
 
@@ -132,8 +132,7 @@ class Calibration(_Frozen):
 
     source: Source = Field(
         "self",
-        description="text to draw from anew in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model "
-        "writes once",
+        description="text, drawn again in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model writes once",
     )
     samples: int = Field(64, ge=1, le=10**6, description="sequences per iteration")
     length: int = Field(128, ge=2, le=10**6, description="tokens per sequence")
@@ -152,7 +151,7 @@ class Calibration(_Frozen):
     def _drawn(self) -> "Calibration":
         if self.repair_samples and (self.ids is not None or SELF in domains(self.source)):
             raise ValueError(
-                "calibration.repair_samples are drawn from the text in calibration.source; name a text there, and no calibration.ids"
+                "calibration.repair_samples are drawn from the text in calibration.source; name a text there and leave calibration.ids out"
             )
         return self
 
@@ -237,7 +236,8 @@ class Evaluation(_Frozen):
     )
 
     prompts: list[str] | None = Field(
-        None, description="prompts answered at the start and the end; null takes three of ours if the model chats, [] none"
+        None,
+        description="prompts answered at the start and the end; null takes three built-in ones if the model has a chat template, [] none",
     )
 
     @model_validator(mode="after")
@@ -254,7 +254,7 @@ class Evaluation(_Frozen):
 class Recipe(_Frozen):
     """A whole run: which model is pruned, how far, in which steps, by which parts, and how it is trained between cuts."""
 
-    about: str = Field("", description="one line for people")
+    about: str = Field("", description="one line of description for people")
     paper: str = Field("", description="where the method comes from")
     method: str = Field(_METHOD, description="name in `adapt-pruner methods`; gives the keys that the recipe leaves out")
     model: str = Field("", description="folder, .gguf file, packaged model or hub id")
@@ -265,7 +265,7 @@ class Recipe(_Frozen):
     budget: Written = Field("", description="parameters to keep: 110M, 110_000_000 or 80%")
     sparsity: Sparsity = Field(
         "",
-        description="instead of budget, of methods that make zeros: the share of zeros in the linear layers, 50%, or a pattern, 2:4",
+        description="instead of budget, for methods that make zeros: the share of zeros in the linear layers, 50%, or a pattern, 2:4",
     )
     latency: str = Field(
         "",
@@ -295,7 +295,7 @@ class Recipe(_Frozen):
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     repair: _optional_part("repair") = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
     reduce: _part("reduce") = Field("units", description="how the model is brought down to a stage's budget: units or slice; or how its weights become zero: sparse")  # type: ignore[valid-type]
-    solver: _optional_part("solver") = Field(None, description="of reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
+    solver: _optional_part("solver") = Field(None, description="for reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
     # fmt: on
     step: float = Field(
         0.02, ge=1e-4, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot"
@@ -330,19 +330,19 @@ class Recipe(_Frozen):
         None,
         gt=0,
         le=10**6,
-        description="minutes that the run may take from its start to its result: training ends in time, and the learning rate with it; "
-        "what is not pruned at half of them goes in one cut",
+        description="minutes that the run may take from its start to its result: training and its learning-rate curve end in "
+        "time; what is not pruned after half of them goes in one cut",
     )
     checkpoint_minutes: float = Field(
         30.0, ge=0, description="minutes between checkpoints within a stage; 0 saves after every step"
     )
     keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints that stay on disk, the newest ones")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        (), description="trackers that get the figures too, beside log.jsonl"
+        (), description="trackers that also receive the figures, besides log.jsonl"
     )
     device: str = Field("auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="number format of matrix products; auto takes bfloat16 where the processor has it"
+        "auto", description="number format of matrix products; auto is bfloat16 if the processor supports it"
     )
 
     @model_validator(mode="before")
@@ -382,7 +382,7 @@ class Recipe(_Frozen):
             self._check_tokens()
         if self.minutes is not None and self.stages > 1:
             raise ValueError(
-                f"minutes {self.minutes:g} is the time of a run of one stage, and stages is {self.stages}; set stages to 1, or leave "
+                f"minutes {self.minutes:g} needs a run of one stage, and stages is {self.stages}; set stages to 1, or leave "
                 "minutes out"
             )
         return self
@@ -393,15 +393,15 @@ class Recipe(_Frozen):
             if self.sparsity:
                 raise ValueError(
                     f"method {self.method!r} removes units and makes no zeros, so sparsity {self.sparsity!r} would be ignored; set method to one "
-                    "that makes zeros, such as wanda, and prune to a size in a command of its own"
+                    "that makes zeros, such as wanda, and prune to a size in a separate command"
                 )
             if self.solver is not None:
-                raise ValueError(f"solver {self.solver!r} is of reduce=sparse, and reduce is {self.reduce!r}; leave solver out")
+                raise ValueError(f"solver {self.solver!r} is for reduce=sparse, but reduce is {self.reduce!r}; leave solver out")
             return
         if asked := self.budget or self.latency:
             raise ValueError(
-                f"method {self.method!r} makes weights zero and removes none, so it cannot reach {asked!r}; say how many become zero, "
-                "--sparsity 50% or --sparsity 2:4, and for both prune first, then make zeros in the result with a second command"
+                f"method {self.method!r} makes weights zero and removes none, so it cannot reach {asked!r}; give --sparsity 50% "
+                "or --sparsity 2:4; for both, prune first, then make zeros in the result with a second command"
             )
 
     def _check_chosen(self) -> None:
@@ -476,8 +476,8 @@ class Recipe(_Frozen):
         """Refuse settings that need the full vocabulary, from before it is pruned."""
         if self.calibration.ids is not None:
             raise ValueError(
-                "calibration.ids are numbers of tokens before the vocabulary is pruned; name a text, or prune the vocabulary first, in a "
-                "run of its own"
+                "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
+                "first in a separate run"
             )
 
     def to_yaml(self) -> str:
