@@ -168,7 +168,7 @@ def test_run_and_dry_run(ask: Any, tiny_folder: Path, text_file: Path, tmp_path:
     into = ("run", tmp_path / "recipe.yaml", "--dry-run", "-o")
     status, out, err = ask(*into, tmp_path / "run")
     assert (status, out) == (2, "")
-    assert f"{tmp_path / 'run'} was begun with another recipe, which differs in seed" in err, "as the run would be refused"
+    assert f"{tmp_path / 'run'} was started with another recipe, which differs in seed" in err, "as the run would be refused"
     assert ask(*into, tmp_path / "run", "--set", "seed=5")[0] == 0
     assert ask(*into, tmp_path / "run", "--force-recipe")[0] == 0
     assert "is not empty; name another folder" in ask(*into, tiny_folder)[2]

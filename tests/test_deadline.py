@@ -99,8 +99,8 @@ def test_a_run_that_is_late_trains_less_and_says_so(recipe: Recipe, tmp_path: Pa
     assert outcome.figures["trained_tokens"] == steps[-1]["tokens"] < 6_016
     assert steps[-1]["lr"] < 0.5 * max(step["lr"] for step in steps), "it has come down"
     (said,) = [event["message"] for event in heard if event["event"] == "warning"]
-    assert said.startswith("stage 1: there is time for about ")
-    assert "of the 6.0\u00a0k tokens at this machine's pace" in said
+    assert said.startswith("stage 1: at this machine's speed there is time for about ")
+    assert "of the 6.0\u00a0k tokens; the learning rate comes down by then" in said
 
 
 def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(

@@ -199,7 +199,7 @@ def test_a_run_that_goes_on_does_not_measure_again(
     with monkeypatch.context() as patch:
         patch.setattr(latency, "table_of", broken)
         other = recipe_for(tiny_folder, text_file, stages=2, training=training, latency="0.6x")
-        with pytest.raises(UsageError, match="leave it as it was"):
+        with pytest.raises(UsageError, match="leave latency as it was"):
             documented.run(other, tmp_path / "run", force_recipe=True)
         outcome = documented.run(recipe, tmp_path / "run")
     assert outcome is not None
@@ -214,7 +214,7 @@ def test_a_dry_run_measures_too(machine: list[Any], tiny_folder: Path, text_file
     shapes_only = tmp_path / "config-only"
     shapes_only.mkdir()
     (shapes_only / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    with pytest.raises(UsageError, match="weights of .* are not here; set a budget"):
+    with pytest.raises(UsageError, match="weights of .* are not on this machine; set a budget"):
         forecast.dry_run(recipe_for(shapes_only, text_file))
 
 

@@ -438,12 +438,12 @@ def test_interrupted_at_random_moments(
             if last is not None and "saved " in said:  # a life may end before it has come so far
                 assert f"going on from {last} (stage " in said
             found = re.findall(
-                r"^the last complete checkpoint is (\S+); the same command with -o \S+ goes on from there$", said, re.MULTILINE
+                r"^the last complete checkpoint is (\S+); the same command with -o \S+ continues from there$", said, re.MULTILINE
             )
             last = found[0] if found else None
             there = next(iter(newest_first(run)), None) if (run / "checkpoints").exists() else None
             assert last == (None if there is None else str(run / "checkpoints" / there)), said
-            assert (last is None) == (f"no checkpoint was complete yet; the same command with -o {run} begins anew" in said)
+            assert (last is None) == (f"no checkpoint was complete yet; the same command with -o {run} starts again" in said)
             assert not list(run.rglob("*.partial-*"))
         assert last is None or f"going on from {last} (stage " in said
         assert_same(run, reference)
@@ -465,7 +465,7 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
     assert out == ""
     assert "interrupted" in one_sentence(said)
     (last,) = re.findall(
-        r"^the last complete checkpoint is (\S+); the same command with -o \S+ goes on from there$", said, re.MULTILINE
+        r"^the last complete checkpoint is (\S+); the same command with -o \S+ continues from there$", said, re.MULTILINE
     )
     assert Path(last) == tmp_path / "run" / "checkpoints" / newest_first(tmp_path / "run")[0]
     done = subprocess.run(command, capture_output=True, check=False, **how)
@@ -701,7 +701,7 @@ def test_forced_to_another_recipe(halfway: Path, live: Lives, place: Path) -> No
     forced = ["--set", "training.lr=1e-4", "--force-recipe"]
     status, said = live("run", place / "main.yaml", "-o", halfway, *forced, point="within a step", nth=1)
     assert status == -9
-    assert "warning: going on with another recipe, which differs in training.lr" in said
+    assert "warning: continuing with another recipe, which differs in training.lr" in said
     assert read(str(halfway / "recipe.yaml")).training.lr == 1e-4
     status, said = live("run", place / "main.yaml", "-o", halfway, "--set", "training.lr=1e-4")
     assert status == 0, said
@@ -716,7 +716,7 @@ def test_forced_to_more_tokens_of_another_text(halfway: Path, live: Lives, place
     assert re.search(r"differs in training\.source, training\.tokens, training\.length;", sentence)
     status, said = live("run", place / "main.yaml", "-o", halfway, *changes, "--force-recipe")
     assert status == 0, said
-    assert "warning: going on with another training text, from where the run stands" in said
+    assert "warning: continuing with another training text from where the run stopped" in said
     steps = [event for event in log_of(halfway) if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, len(steps) + 1))
     assert steps[-1]["tokens"] == pytest.approx(9000, abs=64)
@@ -814,7 +814,7 @@ def test_a_teacher_changed_underneath(own_model: Path, live: Lives, place: Path,
     tiny_model(vocab_size=VOCAB, attention_dropout=0.1, seed=1).save_pretrained(own_model)
     assert "the teacher changed after" in refused(live, tmp_path / "run", path)
     status, said = live("run", path, "-o", tmp_path / "run", "--force-recipe")
-    assert (status, "going on with another teacher, from where the run stands" in said) == (0, True)
+    assert (status, "continuing with another teacher from where the run stopped" in said) == (0, True)
 
 
 def test_weights_lie_in_memory_of_their_own(halfway: Path, place: Path) -> None:

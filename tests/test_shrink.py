@@ -136,11 +136,11 @@ def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Pat
     begun = read({"model": str(tiny_folder), "budget": "40000", "training": {"source": f"{text}#train", "tokens": 4096}})
     (out / "recipe.yaml").write_text(begun.to_yaml())
     command = ["shrink", tiny_folder, "--text", text, "-o", out, "--tokens", "10k", "--params"]
-    assert f"{out} was begun with another --params; name another folder" in ask(*command, "41k")[2]
-    assert f"{out} was begun with another --seed; name another folder" in ask(*command, "40k", "--seed", 1)[2]
+    assert f"{out} was started with another --params; name another folder" in ask(*command, "41k")[2]
+    assert f"{out} was started with another --seed; name another folder" in ask(*command, "40k", "--seed", 1)[2]
     (tmp_path / "other.txt").write_text("another text. " * 3_000)
     command[3] = tmp_path / "other.txt"
-    assert f"{out} was begun with another --text; name another folder" in ask(*command, "40k")[2]
+    assert f"{out} was started with another --text; name another folder" in ask(*command, "40k")[2]
 
 
 def test_somebody_else_s_folder_is_refused_before_the_probe(

@@ -285,7 +285,7 @@ def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path
     file.write_bytes(whole)
     (tmp_path / "sparse" / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
     smaller = {"budget": "80%", "method": "uniform", "sparsity": "", "repair": None}
-    assert_refused_run(lambda: recipe_of(tmp_path / "sparse", text_file, **smaller), tmp_path, "is not of these weights")  # type: ignore[arg-type]
+    assert_refused_run(lambda: recipe_of(tmp_path / "sparse", text_file, **smaller), tmp_path, "does not fit these weights")  # type: ignore[arg-type]
     wider = tmp_path / "wider"
     tiny_model(vocab_size=VOCAB, intermediate_size=48).save_pretrained(wider)
     byte_tokenizer().save_pretrained(wider)
@@ -338,17 +338,17 @@ def test_what_makes_no_sense_is_refused(
     ("changes", "said"),
     [
         ({"method": "wanda"}, "has zeros already (2:4), and wanda begins with dense weights; name the model it was made from"),
-        ({"method": "slicegpt", "budget": "80%", "sparsity": ""}, "reduce=slice would fill the zeros"),
-        ({"method": "best", "budget": "80%", "sparsity": ""}, "repair would fill the zeros of a sparse model, or cannot hold them; set repair=null"),
+        ({"method": "slicegpt", "budget": "80%", "sparsity": ""}, "reduce=slice would not keep the zeros"),
+        ({"method": "best", "budget": "80%", "sparsity": ""}, "repair would not keep the zeros of a sparse model; set repair=null"),
         (
             {"method": "uniform", "budget": "80%", "sparsity": "", "repair": None,
              "training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "lora": {"rank": 4}}},
-            "training.lora would fill the zeros",
+            "training.lora would not keep the zeros",
         ),
         (
             {"method": "uniform", "budget": "100%", "sparsity": "",
              "training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "objective": "distil"}},
-            "would be taught by it; name the dense model as training.teacher",
+            "would use it as teacher; name the dense model as training.teacher",
         ),
     ],
 )  # fmt: skip

@@ -164,7 +164,7 @@ def test_a_tracker_that_fails_on_the_way_does_not_stop_the_run(
     tracked(reporting_to(recipe, "wandb"), tmp_path / "run", heard.append)
     assert (tmp_path / "run" / "model").is_dir()
     warnings = [event["message"] for event in heard if event["event"] == "warning" and "wandb" in event["message"]]
-    assert warnings == ["wandb failed and gets no more figures of this run: the tracker's server is away"]
+    assert warnings == ["wandb failed and receives no more figures of this run: the tracker's server is away"]
 
 
 def test_a_tracker_that_cannot_be_started(

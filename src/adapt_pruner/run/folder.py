@@ -101,13 +101,13 @@ class RunFolder:
             if force:
                 return ["keys that are unknown, since the old recipe cannot be read"]
             raise UsageError(
-                f"{self.path / 'recipe.yaml'}, the recipe that the run began with, cannot be read ({error}); "
-                "name another folder, or pass --force-recipe to go on with the recipe given"
+                f"{self.path / 'recipe.yaml'}, the recipe that the run started with, cannot be read ({error}); "
+                "name another folder, or pass --force-recipe to continue with the new one"
             ) from error
         if keys and not force:
             raise UsageError(
-                f"{self.path} was begun with another recipe, which differs in {', '.join(keys)}; "
-                "name another folder, or pass --force-recipe to go on with the new one"
+                f"{self.path} was started with another recipe, which differs in {', '.join(keys)}; "
+                "name another folder, or pass --force-recipe to continue with the new one"
             )
         return keys
 

@@ -64,7 +64,8 @@ def dry_run(
         kind = "cpu" if device.type == "cpu" else "cuda"
     elif recipe.latency:
         raise UsageError(
-            f"latency {recipe.latency} needs a measurement and the weights of {recipe.model} are not here; set a budget instead"
+            f"latency {recipe.latency} needs a measurement, but the weights of {recipe.model} are not on this machine; set a "
+            "budget instead"
         )
     else:
         work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
@@ -167,7 +168,7 @@ def _probe(work: Work, *, narrow: bool) -> Speed:
     span = time.perf_counter() - began
     device = next(model.parameters()).device
     flops = batch.numel() * operations(shapes(model), Setup(device.type, narrow, length), kind="score") / span
-    return Speed(flops, f"this machine makes {flops / 1e12:.3g} TFLOP/s of this model")
+    return Speed(flops, f"this machine reaches {flops / 1e12:.3g} TFLOP/s with this model")
 
 
 def _teacher(work: Work, trust_remote_code: bool) -> Shapes | None:

@@ -85,5 +85,7 @@ def _begun(out: Path, overrides: Sequence[str], common: Mapping[str, Any], *, te
     others["--params"] = "%" not in params and str(parse_count(params)) != recipe.budget
     others |= {f"--{key}": common[key] != getattr(recipe, key) for key in ("seed", "dtype")}
     if wrong := [name for name, differs in others.items() if differs]:
-        raise UsageError(f"{out} was begun with another {' and another '.join(wrong)}; name another folder, or go on as it began")
+        raise UsageError(
+            f"{out} was started with another {' and another '.join(wrong)}; name another folder, or give what it was started with"
+        )
     return recipe

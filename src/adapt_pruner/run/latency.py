@@ -88,9 +88,8 @@ def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
     latency = figures.get("latency", {"asked": None, "of": None})
     if (latency["asked"], latency["of"]) != (parse_latency(recipe.latency), recipe.latency_of):
         raise UsageError(
-            f"latency {recipe.latency} of {recipe.latency_of} has to be measured on the dense model, and the run has begun "
-            "without it; "
-            "leave it as it was, set a budget, or name another folder"
+            f"latency {recipe.latency} of {recipe.latency_of} has to be measured on the dense model, but the run was started "
+            "without it; leave latency as it was, set a budget, or name another folder"
         )
     params: int = latency["params"]
     return params

@@ -200,7 +200,7 @@ def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> B
     where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
     if isinstance(error, RunError):
         return RunError(f"{error}; {where}")
-    then = "goes on from there" if newest else "begins anew"
+    then = "continues from there" if newest else "starts again"
     listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}").told())
     return error
 
@@ -231,7 +231,7 @@ def _resumed(
     if replaced and not force:
         raise UsageError(
             f"the {' and the '.join(replaced)} changed after {path} was written; restore the old version, start again in another "
-            "folder, or pass --force-recipe to go on with the new version"
+            "folder, or pass --force-recipe to continue with the new version"
         )
 
     def write_down() -> None:
@@ -308,7 +308,7 @@ def _check_place(path: Path, state: RunState, recipe: Recipe, changed: Sequence[
         )
     if "training.lora" in changed and any(base_name(name) is None for name in tensors):
         raise UsageError(
-            f"{path} holds low-rank additions that are not trained to the end, and another training.lora would lose them; "
+            f"{path} contains low-rank additions that are not trained to the end, and another training.lora would lose them; "
             "leave training.lora as it was, or name another folder"
         )
 
@@ -322,9 +322,9 @@ def _sentences(
     if damaged and path is None:
         yield "every checkpoint is damaged, so the run starts again; the log of the lost work is log.damaged.jsonl"
     if changed:
-        yield f"going on with another recipe, which differs in {', '.join(changed)}"
+        yield f"continuing with another recipe, which differs in {', '.join(changed)}"
     if replaced:
-        yield f"going on with another {' and another '.join(replaced)}, from where the run stands"
+        yield f"continuing with another {' and another '.join(replaced)} from where the run stopped"
 
 
 def _logged(listen: Listener, folder: RunFolder) -> Listener:

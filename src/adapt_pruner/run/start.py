@@ -65,8 +65,8 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
     if (zeros := loaded.weight_mask) is not None:
         if unmasked := zeros.unmasked(loaded.model):
             raise RunError(
-                f"the mask over weights of {recipe.model} is not of these weights: {unmasked[0]} is not zero where it says so; remove its "
-                "folder sparsity/ to begin with the weights as they are"
+                f"the mask over weights of {recipe.model} does not fit these weights: {unmasked[0]} is not zero where the mask "
+                "says so; remove the folder sparsity/ to start with the weights as they are"
             )
         state.figures["sparsity_before"] = "" if zeros.pattern is None else str(zeros.pattern)
     if "vocabulary" in mask:
@@ -173,11 +173,12 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
     }
     for key, (given, remedy) in filling.items():
         if given:
-            raise UsageError(f"{key} would fill the zeros of a sparse model, or cannot hold them; {remedy}")
+            raise UsageError(f"{key} would not keep the zeros of a sparse model; {remedy}")
     taught = trains and "teacher" in parts.needs("objective", asked.objective) and asked.teacher is None
     if taught and "sparsity_before" in work.state.figures:
         raise UsageError(
-            f"{recipe.model} is sparse, and training.objective {asked.objective!r} would be taught by it; name the dense model as training.teacher"
+            f"{recipe.model} is sparse, and training.objective {asked.objective!r} would use it as teacher; name the dense "
+            "model as training.teacher"
         )
 
 

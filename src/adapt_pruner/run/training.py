@@ -80,7 +80,7 @@ class Trainer:
         for step in self.told(until=until, seconds_left=in_time):
             if step.reach < _SLOW * asked:
                 work.warn_of_stage(
-                    f"there is time for about {compact(step.reach)} of the {compact(asked)} tokens at this machine's pace; the "
+                    f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(asked)} tokens; the "
                     "learning rate comes down by then"
                 )
         if in_time is not None and progress.tokens == before:
