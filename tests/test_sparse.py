@@ -292,7 +292,7 @@ def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path
     (wider / "sparsity").mkdir()
     (wider / BITS).write_bytes(whole)
     with pytest.raises(
-        RunError, match=r"sparsity/ of .* is of another model: the mask over .* is \(40, 48\), the weight is \(48, 48\)"
+        RunError, match=r"sparsity/ of .* belongs to another model: the mask over .* is \(40, 48\), the weight is \(48, 48\)"
     ):
         load(str(wider))
 

@@ -173,7 +173,7 @@ def change(folder: Path, **keys: Any) -> None:
 def test_a_quantised_model_is_called_one(spoilt: Path) -> None:
     change(spoilt, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(
-        UsageError, match=r"is quantised \(gptq\), and only whole weights are read; name the model it was made from$"
+        UsageError, match=r"is quantised \(gptq\), and only unquantised weights can be loaded; name the model it was made from$"
     ):
         load(str(spoilt))
 
@@ -183,7 +183,7 @@ def test_a_weight_that_does_not_fit_is_named(spoilt: Path) -> None:
     state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(9, 48)
     save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        RunError, match=r"'model.layers.1.mlp.up_proj.weight' is 9 × 48 in the file and 40 × 48 by config.json; get the"
+        RunError, match=r"'model.layers.1.mlp.up_proj.weight' is 9 × 48 in the file and 40 × 48 in config.json; get the"
     ):
         load(str(spoilt))
 
@@ -197,7 +197,7 @@ def test_a_config_that_is_wrong_says_what_is(spoilt: Path) -> None:
 def test_a_model_without_a_file_of_a_tokenizer(spoilt: Path) -> None:
     for file in spoilt.glob("token*"):
         file.unlink()
-    with pytest.raises(UsageError, match=r"no usable tokenizer \(there is no file of one\); add tokenizer.json"):
+    with pytest.raises(UsageError, match=r"no usable tokenizer \(there is no tokenizer file\); add tokenizer.json"):
         load(str(spoilt))
 
 

@@ -232,7 +232,7 @@ def test_tokenizers_that_cannot_be_rewritten_are_refused() -> None:
     odd.backend_tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
     with pytest.raises(UsageError, match="post-processor BertProcessing"):
         kept_tokens(odd, uses, keep=400)
-    with pytest.raises(UsageError, match=r"token '<tool>' has number 701 and the model 600 rows"):
+    with pytest.raises(UsageError, match=r"token '<tool>' has number 701 but the model has 600 rows"):
         kept_tokens(tokenizer, torch.ones(600), keep=400)
     with pytest.raises(UsageError, match=r"vocabulary\.keep 100 is below the 2\d\d tokens that always stay"):
         kept_tokens(tokenizer, uses, keep=100)

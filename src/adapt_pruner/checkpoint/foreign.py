@@ -49,7 +49,7 @@ def check_weights(folder: str, named: Any, name: str) -> None:
     """
     if _found(folder, "adapter_config.json") is not None:
         raise UsageError(
-            f"{name} has an adapter beside its weights (adapter_config.json), which would change the model without a word; merge it "
+            f"{name} has an adapter beside its weights (adapter_config.json), which would silently change the model; merge it "
             "with peft (merge_and_unload) and name the result, or remove adapter_config.json to load the weights without it"
         )
     index = named if isinstance(named, str) and named.endswith(".index.json") else _INDEX
@@ -57,7 +57,7 @@ def check_weights(folder: str, named: Any, name: str) -> None:
         raise UsageError(f"config.json of {name} names the weights {named!r}; only *.safetensors files of the folder are read")
     if Path(index).name != index:
         raise UsageError(
-            f"config.json of {name} names the weights {named!r}, which are not in its folder; remove transformers_weights"
+            f"config.json of {name} names the weights {named!r}, which are outside its folder; remove transformers_weights"
         )
     path = _found(folder, index)
     if path is None:

@@ -115,7 +115,7 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UsageError(f"device {name!r} is not to be had here; use auto, cpu or a device that torch sees") from error
+        raise UsageError(f"device {name!r} is not available here; use auto, cpu or a device that torch sees") from error
     return device
 
 
@@ -188,7 +188,7 @@ def _load(
     except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
         why, remedy = first_line(error), "add its tokenizer files to the folder"
         if Path(folder).is_dir() and not any(re.search(r"token|^vocab|\.gguf$", file.name) for file in Path(folder).iterdir()):
-            why, remedy = "there is no file of one", "add tokenizer.json and tokenizer_config.json to the folder"
+            why, remedy = "there is no tokenizer file", "add tokenizer.json and tokenizer_config.json to the folder"
         elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # transformers then tries tiktoken
             remedy = "if its file is a tokenizer.model: pip install sentencepiece"
         raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
@@ -257,7 +257,7 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     folder, gguf = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
-        raise UsageError(f"{name} is one file with its weights; shapes alone are read from a folder or hub id")
+        raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
     config = _config(folder, options, name)
     model_class, options = _model_class(config, options)
     with torch.device("meta"):
@@ -321,7 +321,9 @@ def _assembled(name: str, packaged: Packaged) -> Path:
                 loaded = load(str(made))
                 save(loaded.model, loaded.tokenizer, folder, dtype=loaded.dtype)
     except ModuleNotFoundError as error:  # a package that holds a piece of the model is missing
-        raise UsageError(f"model {name!r} lacks the package {error.name}; get it with: {packaged.remedy}") from error
+        raise UsageError(
+            f"model {name!r} needs the package {error.name}, which is not installed; get it with: {packaged.remedy}"
+        ) from error
     except (OSError, ImportError, ValueError) as error:
         raise RunError(
             f"model {name!r} cannot be made from its packages in {folder.parent} ({first_line(error)}); make room there, name "
@@ -359,7 +361,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
             if quantised := _quantised(raw):
                 kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
                 raise UsageError(
-                    f"{name} is quantised{kind and f' ({kind})'}, and only whole weights are read; name the model it was made from"
+                    f"{name} is quantised{kind and f' ({kind})'}, and only unquantised weights can be loaded; name the model it "
+                    "was made from"
                 )
             if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
                 options["trust_remote_code"] = False
@@ -378,9 +381,12 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
         _pass_on_memory(error)
         why = first_line(error)
         if "trust_remote_code" in str(error):
-            why = "it wants to run Python code of its own; pass --trust-remote-code if you trust it"
+            why = "it needs to run its own Python code; pass --trust-remote-code if you trust it"
         elif not Path(folder).exists():
-            why = f"it is not on this machine and could not be had from the hub ({why}); check the name, the network, or give a local folder"
+            why = (
+                f"it is not on this machine and could not be fetched from the hub ({why}); check the name, the network, or give a "
+                "local folder"
+            )
         if "gguf_file" in options and not _is_whole(Path(folder) / options["gguf_file"]):
             raise RunError(f"{name} is damaged or cut off ({why}); get the file again") from error
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
@@ -411,7 +417,7 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
     if any_family:
         return
     raise UsageError(
-        f"{name} is of type {model_type!r}, which is of no known family; known: {', '.join(known)} "
+        f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(known)} "
         "(a new family is one file: see docs/extending.md)"
     )
 
@@ -471,9 +477,9 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         others = f", and {len(wrong) - 1} others do not fit either" if len(wrong) > 1 else ""
         raise RunError(
             f"the weights of {name} do not fit its config: {key!r} is {' × '.join(map(str, held))} in the file and "
-            f"{' × '.join(map(str, asked))} by config.json{others}; get the right files"
+            f"{' × '.join(map(str, asked))} in config.json{others}; get the right files"
         )
-    for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "hold, beyond what the config asks for,")):
+    for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "exceed its config by")):
         if keys:
             raise RunError(f"the weights of {name} {what} {len(keys)} parameters, for example {min(keys)!r}; get the right files")
     return model
@@ -499,14 +505,15 @@ def _check_readable(folder: Path, name: str) -> None:
         if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".txt"):
             continue
         if path.is_symlink() and not path.exists():
-            raise UsageError(f"{name} is not whole: {path.name} points to a file that is not there; get the file again")
+            raise UsageError(f"{name} is incomplete: {path.name} points to a file that does not exist; get the file again")
         if not path.is_file():
-            raise UsageError(f"{name} cannot be read: {path.name} is no file; get the file again")
+            raise UsageError(f"{name} cannot be read: {path.name} is not a file; get the file again")
         if not os.access(path, os.R_OK):
             raise UsageError(f"{name} cannot be read: you have no permission to read {path.name}; ask for it, or name a copy")
         if path.suffix == ".json" and path.stat().st_size > _MOST_JSON:
             raise UsageError(
-                f"{name} cannot be read: {path.name} has {path.stat().st_size:,} bytes, and {_MOST_JSON:,} are the most"
+                f"{name} cannot be read: {path.name} has {path.stat().st_size:,} bytes, and at most {_MOST_JSON:,} are read; "
+                "get the file again"
             )
 
 
@@ -525,9 +532,9 @@ def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tup
     if torch.compiler.is_compiling() or (highest := int(args[0].max())) < rows:
         return
     raise UsageError(
-        f"{name} has embeddings for tokens 0 to {rows - 1}, and its tokenizer makes token {highest}, "
-        f"{tokenizer.convert_ids_to_tokens(highest)!r}, of this text; leave that token out of the text, or give the model the row "
-        "(resize_token_embeddings of transformers) and train it"
+        f"{name} has embeddings for tokens 0 to {rows - 1}, but its tokenizer makes token {highest}, "
+        f"{tokenizer.convert_ids_to_tokens(highest)!r}, from this text; leave that token out of the text, or add its row to the "
+        "model (resize_token_embeddings of transformers) and train it"
     )
 
 
@@ -554,18 +561,22 @@ def _check_mask(model: Any, mask: Mask, name: str) -> None:
     stayed = mask["layers"].nonzero().flatten().tolist() if "layers" in mask else None
     num_layers = next(axis.size for axis in axes if axis.name == "layers")
     if stayed is not None and len(stayed) != num_layers:
-        raise RunError(f"mask.json of {name} is of another model: it keeps {len(stayed)} layers, the weights have {num_layers}")
+        raise RunError(
+            f"mask.json of {name} belongs to another model: it keeps {len(stayed)} layers, the weights have {num_layers}; get "
+            "the files again"
+        )
     try:
         mask = Mask().then(mask, axes)  # leaves only query heads inside KV heads that stay
     except ValueError as error:
-        raise RunError(f"mask.json of {name} is of another model: {error}") from error
+        raise RunError(f"mask.json of {name} belongs to another model: {error}; get the files again") from error
     for axis in axes:
         dense = (
             axis.name if stayed is None or axis.layer is None else axis.name.replace(f".{axis.layer}.", f".{stayed[axis.layer]}.")
         )
         if dense in mask and int(mask[dense].sum()) != axis.entries:
             raise RunError(
-                f"mask.json of {name} is of another model: {dense} keeps {int(mask[dense].sum())} units, the weights have {axis.entries}"
+                f"mask.json of {name} belongs to another model: {dense} keeps {int(mask[dense].sum())} units, the weights have "
+                f"{axis.entries}; get the files again"
             )
 
 
@@ -574,5 +585,5 @@ def _check_weight_mask(model: Any, weight_mask: WeightMask, name: str) -> None:
         weight_mask.check(model)
     except ValueError as error:
         raise RunError(
-            f"sparsity/ of {name} is of another model: {error}; remove it to load the model without its mask"
+            f"sparsity/ of {name} belongs to another model: {error}; remove it to load the model without its mask"
         ) from error

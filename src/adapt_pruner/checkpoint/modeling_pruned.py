@@ -21,7 +21,7 @@ from torch import nn
 
 if not hasattr(transformers.LlamaConfig, "is_heterogeneous"):  # before the imports below, some of which old versions lack
     raise ImportError(
-        f"this model's layers are built each from its own config, which transformers {transformers.__version__} does not know; it needs "
+        f"this model builds each layer from its own config, which transformers {transformers.__version__} cannot do; it needs "
         "transformers >= 5.14: pip install --upgrade 'transformers>=5.14'"
     )
 

@@ -50,7 +50,7 @@ def check_target(path: Path) -> None:
     if path.is_dir() and path.is_symlink():
         check_place(path.resolve())
     if os.path.ismount(path):
-        raise UsageError(f"{path} is where a disk is mounted, and cannot be replaced by a result; name a folder in it")
+        raise UsageError(f"{path} is a mount point, which a result cannot replace; name a folder in it")
 
 
 def check_empty(path: Path) -> None:
@@ -63,7 +63,7 @@ def check_empty(path: Path) -> None:
         if path.is_dir() and any(path.iterdir()):
             raise UsageError(f"{path} exists and is not empty; name another folder or empty it first")
     except OSError as error:
-        raise UsageError(f"{path} cannot be looked into ({why(error)}); name another folder") from error
+        raise UsageError(f"{path} cannot be read ({why(error)}); name another folder") from error
     if is_there(path) and not path.is_dir():
         raise UsageError(f"{path} exists and is not a folder; name another")
 
@@ -88,7 +88,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
                 path.rmdir()
             if path.exists():
                 rescued = named(partial, path.with_name(f"{path.name}-{partial.name[-8:]}"))
-                raise RunError(f"{path} was filled by somebody else meanwhile; the result is complete in {rescued}")
+                raise RunError(f"another program wrote into {path} meanwhile; the complete result is in {rescued}")
             named(partial, path)
             sync(path.parent)
     except Exception as error:

@@ -56,8 +56,8 @@ def kept_tokens(
     last = max(vocabulary, key=lambda token: vocabulary[token])
     if vocabulary[last] >= rows:
         raise UsageError(
-            f"the tokenizer's token {last!r} has number {vocabulary[last]:,} and the model {rows:,} rows, so they are not of one "
-            "vocabulary; leave vocabulary out"
+            f"the tokenizer's token {last!r} has number {vocabulary[last]:,} but the model has {rows:,} rows, so their "
+            "vocabularies differ; leave vocabulary out"
         )
     if keep is not None and keep >= rows:
         raise UsageError(f"vocabulary.keep {keep:,} is not below the {rows:,} tokens the model has; lower it")
