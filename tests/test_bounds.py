@@ -98,7 +98,7 @@ def test_a_packed_file_does_not_unfold_without_end(
     path.write_bytes(pack(b'{"text": "again and again"}\n' * 40_000))
     assert len(documents(str(path))) == 40_000, "a small file may be packed as well as it can"
     monkeypatch.setattr(readers, "_UNPACKED", 1000)
-    with pytest.raises(UsageError, match=r"bytes unfolds to more than [\d,]+, which is more than 100 times its size; unpack it"):
+    with pytest.raises(UsageError, match=r"bytes unpacks to more than [\d,]+, which is more than 100 times its size; unpack it"):
         documents(str(path))
 
 
@@ -113,7 +113,7 @@ def test_a_parquet_file_does_not_unfold_without_end(monkeypatch: pytest.MonkeyPa
     assert len(documents(str(packed))) == 100_000, "a small file may be packed as well as it can"
     monkeypatch.setattr(readers, "_UNPACKED", 2**20)
     said = (
-        r"bytes unfolds to more than [\d,]+, which is more than 100 times its size; write its rows to a .jsonl file if you trust"
+        r"bytes unpacks to more than [\d,]+, which is more than 100 times its size; write its rows to a .jsonl file if you trust"
     )
     with pytest.raises(UsageError, match=said):
         next(readers.local(str(packed)))
@@ -129,7 +129,7 @@ def test_a_line_has_an_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     (tmp_path / "t.jsonl").write_text('{"text": "short"}\n' + json.dumps({"text": "long " * 1000}) + "\n")
     assert len(documents(str(tmp_path / "t.jsonl"))) == 2
     monkeypatch.setattr(readers, "_LONGEST_LINE", 4000)
-    with pytest.raises(UsageError, match=r"line 2, has more than 4,000 characters, the most; divide its text"):
+    with pytest.raises(UsageError, match=r"line 2, has more than 4,000 characters, which is the limit; divide its text"):
         documents(str(tmp_path / "t.jsonl"))
 
 
@@ -141,7 +141,7 @@ def test_json_that_is_deep_or_long_is_no_text(line: str, tmp_path: Path) -> None
 
 
 def test_a_text_is_not_repeated_without_end(text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="times; 10,000 are the most, so give more text or lower training.tokens"):
+    with pytest.raises(UsageError, match="times; at most 10,000 are allowed, so give more text or lower training.tokens"):
         training_rows(byte_tokenizer(), str(text_file), length=64, tokens=10**13, seed=0, warn=print, cache=tmp_path)
 
 

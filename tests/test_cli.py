@@ -256,7 +256,7 @@ BAD_PRUNE = {
     "too short a text": (
         ["TINY", "--params", "80%", "--calibration", "SHORT"],
         2,
-        "gives 0 windows of 128 tokens, 64 are asked for",
+        "gives 0 windows of 128 tokens, but 64 are asked for",
     ),
     "empty text": (["TINY", "--params", "80%", "--calibration", "EMPTY"], 2, "is empty"),
     "text that is not UTF-8": (["TINY", "--params", "80%", "--calibration", "LATIN1"], 2, "is not UTF-8"),

@@ -135,7 +135,7 @@ def test_text_of_the_same_kind_is_said(
         "--set", "step=1", "--draws", 2,
     ]  # fmt: skip
     _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="uniform"))
-    assert err.count("look of one kind") == 1
+    assert err.count("look like the same kind of text") == 1
     _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="magnitude-all"))
     assert "one kind" not in err
     _, _, err = ask(*words(tiny_folder, tmp_path / "wiki.valid.txt", tmp_path / "out", *more, methods="uniform"))
@@ -152,7 +152,7 @@ def test_ids_of_the_text_that_is_measured_are_said(
     (tmp_path / "others.json").write_text(json.dumps({"input_ids": [[*range(3, 43)], [*range(4, 44)], few, few[:2]]}))
     more = ["--set", "step=1", "--calibration-ids", tmp_path / "others.json", "--calibration-ids", tmp_path / "its.json"]
     _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="uniform"))
-    assert "its.json' 2 of 3 sequences have text in common with" in err
+    assert "its.json', 2 of 3 sequences share text with" in err
     assert "others.json' " not in err
     _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="magnitude-all"))
     assert "in common" not in err

@@ -57,7 +57,7 @@ def test_a_data_set_through_the_datasets_library(corpus: Path) -> None:
     assert documents(f"hub:{folder}::test:source") == ["y"]
     with pytest.raises(UsageError, match="no text in a field 'body'; its fields: text, source"):
         documents(f"hub:{folder}::train:body")
-    with pytest.raises(UsageError, match="could not be had"):
+    with pytest.raises(UsageError, match="could not be loaded"):
         documents(f"hub:{folder}::validation")
 
 
@@ -174,7 +174,7 @@ def test_a_missing_text_names_the_forms_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"does not exist; give a file .*hub:NAME, python-docs or self"):
         documents(str(tmp_path / "nothing.txt"))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="holds no text file"):
+    with pytest.raises(UsageError, match="contains no text file"):
         documents(str(tmp_path / "folder"))
 
 
@@ -200,7 +200,7 @@ def test_calibration_takes_one_window_a_document_first_then_more_then_joins_shor
 
 
 def test_too_short_a_text_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match="gives 2 windows of 100 tokens, 3 are asked for"):
+    with pytest.raises(UsageError, match="gives 2 windows of 100 tokens, but 3 are asked for"):
         calibration_windows(tokenizer, ["x" * 250], samples=3, length=100, seed=0)
     with pytest.raises(UsageError, match="1 tokens long"):
         evaluation_windows(tokenizer, ["x"], window=512, max_windows=None)
@@ -220,12 +220,12 @@ def test_calibration_ids_are_taken_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"input_ids": [[1, 99]]}', "token id 99, the model's vocabulary is 0 to 8"),
+        ('{"input_ids": [[1, 99]]}', "token id 99, but the model's vocabulary is 0 to 8"),
         ('{"input_ids": [[1, -1]]}', "token id -1"),
         ('{"input_ids": []}', "at least one sequence"),
         ('{"input_ids": [[1]]}', "at least 2 token ids"),
-        ('{"ids": [[1]]}', "does not hold token ids"),
-        ("[1, 2", "does not hold token ids"),
+        ('{"ids": [[1]]}', "does not contain token ids"),
+        ("[1, 2", "does not contain token ids"),
         ('{"input_ids": [[1.7, 2.9]]}', "not all of them are whole numbers"),
         ('{"input_ids": [[1, true]]}', "not all of them are whole numbers"),
     ],
@@ -297,9 +297,9 @@ def test_a_mixture_gives_calibration_and_evaluation_their_shares(tmp_path: Path,
     windows = held_out_windows(tokenizer, source=source, window=100, max_windows=10)
     assert [tokenizer.decode(ids[0, :1]) for ids in windows] == ["a"] * 5 + ["b"] * 3 + ["c"] * 2
     assert len(held_out_windows(tokenizer, source=source, window=100, max_windows=None)) == 30
-    with pytest.raises(UsageError, match=r"calibration.samples 2 leaves none for '.*c', whose share is 20.0%"):
+    with pytest.raises(UsageError, match=r"calibration.samples 2 leaves nothing for '.*c', whose share is 20.0%"):
         calibration_feed(model, tokenizer, source=source, samples=2, length=32, ids=None, seed=0)
-    with pytest.raises(UsageError, match="max_windows 2 leaves none"):
+    with pytest.raises(UsageError, match="max_windows 2 leaves nothing"):
         held_out_windows(tokenizer, source=source, window=100, max_windows=2)
 
 

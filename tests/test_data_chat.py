@@ -136,7 +136,7 @@ def test_conversations_and_plain_text_meet_in_a_mixture_and_not_in_one_text(tmp_
     chats = write(folder / "a.jsonl", CHATS)
     plain = folder / "b.txt"
     plain.write_text("plain " * 100, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"holds plain text \(.*b.txt\) and conversations \(.*a.jsonl line \d\)"):
+    with pytest.raises(UsageError, match=r"contains plain text \(.*b.txt\) and conversations \(.*a.jsonl line \d\)"):
         rows_of(str(folder), tmp_path, tokens=10**4)
     warnings: list[str] = []
     rows = rows_of({chats: 1, str(plain): 1}, tmp_path, tokens=2000, warnings=warnings)

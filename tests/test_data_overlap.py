@@ -27,7 +27,7 @@ def test_shared_documents_are_counted_and_named_by_pair(spec: str, tmp_path: Pat
     other = write(tmp_path / "b.jsonl", ["new", *(f" document\n{number} " for number in (7, 3, 5, 4))])
     said = overlaps({"calibration": spec, "training": spec, "evaluation": other})
     named = f"({spec} line 4, {spec} line 5, {spec} line 6, …)"
-    remedy = "; to measure on text of its own, split it: SPEC#train and SPEC#heldout"
+    remedy = "; to measure on separate text, split it: SPEC#train and SPEC#heldout"
     assert said == [f"{role} and evaluation text share 4 documents {named}{remedy}" for role in ("calibration", "training")]
     single = write(tmp_path / "c.jsonl", ["document 9"])
     assert overlaps({"training": spec, "evaluation": single}) == [
@@ -61,12 +61,12 @@ def test_each_text_is_read_once_and_only_if_it_is_compared(spec: str, monkeypatc
 
 
 ALIKE = {
-    "one data set": ("hub:wikitext:wikitext-2-raw-v1:train", "hub:wikitext:wikitext-2-raw-v1:test", "of wikitext"),
-    "one built-in text": ("python-docs:train", "python-docs:heldout", "of python-docs"),
-    "parts of one file": ("FOLDER/x/a.jsonl#train", "FOLDER/x/a.jsonl#heldout", "of FOLDER/x/a.jsonl"),
-    "a file below a folder": ("FOLDER/x", "FOLDER/x/a.jsonl", "of FOLDER/x"),
-    "a file under a glob": ("FOLDER/x/a.jsonl", "FOLDER/*/*.jsonl", "of FOLDER"),
-    "files of one folder": ("FOLDER/x/a.jsonl", "FOLDER/x/b.jsonl", "lie in FOLDER/x"),
+    "one data set": ("hub:wikitext:wikitext-2-raw-v1:train", "hub:wikitext:wikitext-2-raw-v1:test", "from wikitext"),
+    "one built-in text": ("python-docs:train", "python-docs:heldout", "from python-docs"),
+    "parts of one file": ("FOLDER/x/a.jsonl#train", "FOLDER/x/a.jsonl#heldout", "from FOLDER/x/a.jsonl"),
+    "a file below a folder": ("FOLDER/x", "FOLDER/x/a.jsonl", "from FOLDER/x"),
+    "a file under a glob": ("FOLDER/x/a.jsonl", "FOLDER/*/*.jsonl", "from FOLDER"),
+    "files of one folder": ("FOLDER/x/a.jsonl", "FOLDER/x/b.jsonl", "in FOLDER/x"),
     "one name": ("some/wikitext2/valid.txt", "other/wikitext103/test.txt", "called 'wikitext'"),
     "the beginning of a name": ("corpus/wiki", "data/wikitext2/test_public.txt", "called 'wiki'"),
     "a name in a data set's": ("corpus/c4/en.jsonl.gz", "hub:allenai/c4:en", "called 'c4'"),
@@ -95,7 +95,7 @@ def test_texts_of_one_kind_are_told_by_their_names(case: str, tmp_path: Path) ->
     for pair in ((one, other), (other, one)):
         said = same_kind(["corpus/unlike", pair[0]], [pair[1]])
         assert said is not None
-        assert f"(both {'are ' if not why.startswith('lie') else ''}{why})" in said
+        assert f"(both are {why})" in said
         assert repr(pair[0]) in said
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_measures_its_calibration_ids_is_told(tiny_folder: Path, text
     }  # fmt: skip
     prune(read(asked), tmp_path / "out", listen=heard.append)
     said = [event["message"] for event in heard if event["event"] == "warning"]
-    assert [message for message in said if "1 of 2 sequences have text in common with" in message]
+    assert [message for message in said if "1 of 2 sequences share text with" in message]
     heard.clear()
     prune(read(asked | {"method": "magnitude-all"}), tmp_path / "without text", listen=heard.append)
     assert not [event for event in heard if event["event"] == "warning" and "in common" in event["message"]]

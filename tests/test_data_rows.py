@@ -127,8 +127,8 @@ def test_a_text_that_runs_out_is_repeated_in_another_order_and_that_is_said(lett
     assert len(rest) == 7, "the last row goes over the tokens asked for"
     assert rows.length == 16
     assert len(warnings) == 1
-    assert "has 416 tokens in rows of 16 and 932 are asked for, so it is repeated: it is read 2.2 times" in warnings[0]
-    with pytest.raises(UsageError, match="has 416 tokens in rows of 16 and 932 are asked for; give more text, lower"):
+    assert "has 416 tokens in rows of 16, but 932 are asked for, so it is repeated: it is read 2.2 times" in warnings[0]
+    with pytest.raises(UsageError, match="has 416 tokens in rows of 16, but 932 are asked for; give more text, lower"):
         rows_of(letters, tmp_path, tokens=932, repeat=False)
     assert len(rows_of(letters, tmp_path, tokens=416, repeat=False)) == 26
 
@@ -187,11 +187,11 @@ def test_a_mixture_gives_each_text_its_weight_in_every_stretch(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({"a": 1, "b": 0}, "weight of 'b' is 0; weights are numbers above 0"),
+        ({"a": 1, "b": 0}, "weight of 'b' is 0; give a number above 0"),
         ({"a": "x"}, "weight of 'a' is 'x'"),
         ({"a": float("nan")}, "weight of 'a' is nan"),
         ({}, "names no text"),
-        ({"self": 1, "a": 1}, "'self' is no part of a mixture"),
+        ({"self": 1, "a": 1}, "'self' cannot be part of a mixture"),
         ("self", "own text"),
     ],
 )
@@ -366,7 +366,7 @@ for number in range(50):
 def test_a_cache_that_cannot_be_written_is_said(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RunError, match=r"tokens cannot be kept in .*file \(Not a directory\).*ADAPT_PRUNER_CACHE=DIR"):
+    with pytest.raises(RunError, match=r"tokens cannot be stored in .*file \(Not a directory\).*ADAPT_PRUNER_CACHE=DIR"):
         rows_of(letters, tmp_path, tokens=400, cache=None)
     monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "named"))
     rows_of(letters, tmp_path, tokens=400, cache=None)

@@ -119,11 +119,11 @@ def test_every_process_takes_the_same_rows(texts: tuple[str, str], tmp_path: Pat
 
 @pytest.mark.parametrize(("losses", "said"), [
     ({"A": 2.0}, "has no reference loss for B; add it, in nats per token"),
-    ({"A": 2.0, "B": 1.0, "c.txt": 1.0}, "has a reference loss for c.txt, which is no text of training.source; leave it out"),
+    ({"A": 2.0, "B": 1.0, "c.txt": 1.0}, "has a reference loss for c.txt, which is not a text of training.source; leave it out"),
     ({"A": 2.0, "B": -1.0}, "gives -1.0 as reference loss of B; a loss is a positive number of nats"),
-    ({"A": 2.0, "B": "many"}, "does not hold reference losses"),
-    ({"A": 2.0, "B": {"1M": 3.0, "4M": 2.0}}, "has losses of several sizes for B; say which size is wanted: dynamic("),
-    ([1, 2], "does not hold reference losses"),
+    ({"A": 2.0, "B": "many"}, "does not contain reference losses"),
+    ({"A": 2.0, "B": {"1M": 3.0, "4M": 2.0}}, "has losses of several sizes for B; choose one of the sizes: dynamic("),
+    ([1, 2], "does not contain reference losses"),
 ])  # fmt: skip
 def test_references_that_do_not_fit_are_refused(losses: Any, said: str, texts: tuple[str, str], tmp_path: Path) -> None:
     named = dict(zip("AB", texts, strict=True))

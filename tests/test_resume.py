@@ -854,7 +854,7 @@ BAD = {
         ["axes=[kv_heads]", "budget=50%"], r"budget [\d,]+ is below the [\d,]+ parameters that stay .*\(kv_heads\)",
     ),
     "more tokens than the text has": (
-        ["training.repeat=false"], r"'.*foxes.txt' has [\d,]+ tokens .* and 4,000 are asked for; .* allow training.repeat",
+        ["training.repeat=false"], r"'.*foxes.txt' has [\d,]+ tokens .* but 4,000 are asked for; .* allow training.repeat",
     ),
     "a teacher with another tokenizer": (
         ["training.objective=objectives.distil", "training.teacher=TEACHER"],
@@ -897,7 +897,7 @@ def test_a_text_that_is_too_short_is_repeated_with_a_warning(whole: tuple[Path, 
     status, said = live("run", place / "main.yaml", "-o", place / "repeats", point="before an evaluation")
     assert status == -9
     (warning,) = [line for line in said.splitlines() if "is repeated" in line and "foxes" in line]
-    assert re.fullmatch(r"warning: .* has ([\d,]+) tokens in rows of 64 and 4,000 are asked for, .* read \d\.\d times", warning)
+    assert re.fullmatch(r"warning: .* has ([\d,]+) tokens in rows of 64, but 4,000 are asked for, .* read \d\.\d times", warning)
     logged = [event["message"] for event in log_of(place / "repeats") if event["event"] == "warning"]
     assert warning.removeprefix("warning: ") in logged, "the log and the report have what was said before the run began"
 

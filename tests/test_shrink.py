@@ -184,6 +184,7 @@ def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
     with pytest.raises(
-        UsageError, match="none of the 1 documents of .* falls in that part, one in 20 is held out; give a text of more documents"
+        UsageError,
+        match="none of the 1 documents of .* falls in that part, since one in 20 is held out; give a text with more documents",
     ):
         apart(str(tmp_path / "chat.jsonl"))

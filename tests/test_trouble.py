@@ -227,7 +227,7 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="iconv -f utf-16 -t utf-8"):
         list(documents(str(tmp_path / "wide.txt")))
     for nothing in ("", " ", {"a.txt": 1, "": 2}):
-        with pytest.raises(UsageError, match="name is empty, as an unset variable"):
+        with pytest.raises(UsageError, match="name is empty, perhaps because a shell variable is not set"):
             read({"calibration": {"source": nothing}})
     with pytest.raises(UsageError, match="'hub:' names no data set; write it like hub:NAME"):
         list(documents("hub:"))

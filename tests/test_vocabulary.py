@@ -209,7 +209,7 @@ def test_uses_are_occurrences(tmp_path: Any) -> None:
     mixed = token_uses(tokenizer, {str(one): 1, str(other): 3}, size=size)
     expected = (first / first.sum() / 4 + 3 * second / second.sum() / 4) * (first.sum() + second.sum())
     assert torch.allclose(mixed, expected, atol=1e-5)
-    with pytest.raises(UsageError, match="'self' is written once"):
+    with pytest.raises(UsageError, match="'self' is written only after the vocabulary is chosen"):
         token_uses(tokenizer, "self", size=size)
 
 

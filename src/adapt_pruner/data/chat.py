@@ -73,8 +73,8 @@ def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> l
         after = _rendered(tokenizer, chat, chat.messages[: index + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise UsageError(
-                f"the chat template writes the messages of {chat.name} differently once message {index + 1} follows, so what the "
-                "assistant says cannot be told; mark it in the template with {% generation %}, or leave such conversations out"
+                f"the chat template writes the messages of {chat.name} differently once message {index + 1} follows, so the "
+                "assistant's words cannot be told apart; mark them in the template with {% generation %}, or leave such conversations out"
             )
         said = after[len(before) :].rstrip()
         stop = len(before) + len(said) if said.endswith(ends) else len(after)  # leaves out a line end after the end of turn
@@ -96,5 +96,5 @@ def _rendered(tokenizer: Any, chat: Document, messages: Sequence[Mapping[str, An
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{chat.name} does not fit the tokenizer's chat template ({error}); mend the conversation or leave it out"
+            f"{chat.name} does not fit the tokenizer's chat template ({error}); correct the conversation or leave it out"
         ) from error

@@ -177,7 +177,7 @@ def _loss(told: Any, size: str, *, path: str, name: str) -> float:
     losses = {parse_count(params): float(loss) for params, loss in told.items()}
     if not size:
         raise UsageError(
-            f"{path} has losses of several sizes for {name}; say which size is wanted: dynamic(references=FILE, size=105M)"
+            f"{path} has losses of several sizes for {name}; choose one of the sizes: dynamic(references=FILE, size=105M)"
         )
     if len(losses) < 2 or any(not (math.isfinite(loss) and loss > 0) for loss in losses.values()):
         raise UsageError(
@@ -206,13 +206,13 @@ def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
         raise UsageError(f"the file of reference losses {path!r} does not exist; write it as {{SPEC: nats}}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path} does not hold reference losses ({error}); it is JSON, {{SPEC of a text: nats per token}}"
+            f"{path} does not contain reference losses ({error}); write them as JSON, {{SPEC of a text: nats per token}}"
         ) from error
     if lacking := sorted(set(names) - losses.keys()):
         raise UsageError(f"{path} has no reference loss for {', '.join(lacking)}; add it, in nats per token")
     if others := sorted(losses.keys() - set(names)):
         raise UsageError(
-            f"{path} has a reference loss for {', '.join(others)}, which is no text of training.source; leave it out"
+            f"{path} has a reference loss for {', '.join(others)}, which is not a text of training.source; leave it out"
         )
     if wrong := sorted(name for name, loss in losses.items() if not (math.isfinite(loss) and loss > 0)):
         raise UsageError(f"{path} gives {losses[wrong[0]]} as reference loss of {wrong[0]}; a loss is a positive number of nats")

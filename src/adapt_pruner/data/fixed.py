@@ -212,13 +212,13 @@ def training_rows(
         store = tokenised(tokenizer, spec, length=length, asked=tokens if moving else asked, cache=cache, warn=warn)
         there = len(store.ids)
         if there < asked:
-            short = f"the training text {spec!r} has {there:,} tokens in rows of {length} and {asked:,} are asked for"
+            short = f"the training text {spec!r} has {there:,} tokens in rows of {length}, but {asked:,} are asked for"
             if not repeat:
                 raise UsageError(f"{short}; give more text, lower training.tokens or allow training.repeat")
             if asked / there > _MOST_REPEATS:
                 raise UsageError(
-                    f"{short}, which would repeat it {asked / there:,.0f} times; {_MOST_REPEATS:,} are the most, so give more text or "
-                    "lower training.tokens"
+                    f"{short}, which would repeat it {asked / there:,.0f} times; at most {_MOST_REPEATS:,} are allowed, so give "
+                    "more text or lower training.tokens"
                 )
             warn(f"{short}, so it is repeated: it is read {asked / there:.1f} times")
         random = np.random.default_rng([seed, number])

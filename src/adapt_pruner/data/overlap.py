@@ -55,7 +55,7 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
         if shared:
             named = ", ".join(list(shared.values())[:_NAMED]) + (", …" if len(shared) > _NAMED else "")
             count = f"{len(shared):,} documents" if len(shared) > 1 else "a document"
-            remedy = "; to measure on text of its own, split it: SPEC#train and SPEC#heldout" if measures else ""
+            remedy = "; to measure on separate text, split it: SPEC#train and SPEC#heldout" if measures else ""
             sentences.append(f"{one} and {other} text share {count} ({named}){remedy}")
     return sentences
 
@@ -79,7 +79,7 @@ def same_tokens(ids: str, batches: Iterable[Tensor], text: str, windows: Iterabl
     if not shared:
         return None
     return (
-        f"of the calibration ids {ids!r} {len(shared):,} of {len(rows):,} sequences have text in common with {text!r}, "
+        f"in the calibration ids {ids!r}, {len(shared):,} of {len(rows):,} sequences share text with {text!r}, "
         "so the perplexities are lower than on text of another kind; measure on other text, or calibrate on other ids"
     )
 
@@ -99,8 +99,9 @@ def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | No
         shared = _shared(one, other)
         if shared is not None:
             return (
-                f"calibration text {one!r} and evaluation text {other!r} look of one kind ({shared}), so the perplexities are "
-                "lower than on text of another kind; calibrate or measure on other text to see what carries over"
+                f"calibration text {one!r} and evaluation text {other!r} look like the same kind of text ({shared}), so the "
+                "perplexities are lower than on text of another kind; calibrate or measure on other text to see what carries "
+                "over"
             )
     return None
 
@@ -122,13 +123,13 @@ def _shared(one: str, other: str) -> str | None:
             for kind, spec in zip(kinds, (one, other), strict=True)
         ]
         if names[0] == names[1]:
-            return f"both are of {names[0]}"
+            return f"both are from {names[0]}"
     elif not {"hub", _BUILT_IN} & set(kinds):
         a, b = _place(one), _place(other)
         if a == b or a in b.parents or b in a.parents:
-            return f"both are of {min(a, b, key=lambda path: len(path.parts))}"
+            return f"both are from {min(a, b, key=lambda path: len(path.parts))}"
         if a.is_file() and b.is_file() and (a.parent, a.suffixes[-2:]) == (b.parent, b.suffixes[-2:]):
-            return f"both lie in {a.parent}"
+            return f"both are in {a.parent}"
     for word, its in itertools.product(sorted(_words(one)), sorted(_words(other))):
         if word == its or (min(len(word), len(its)) >= 4 and (word.startswith(its) or its.startswith(word))):
             return f"both are called {min(word, its, key=len)!r}"

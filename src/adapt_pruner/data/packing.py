@@ -84,7 +84,8 @@ def _of_one_kind(documents: Iterable[Document], opening: Document, spec: str) ->
         if bool(document.messages) != bool(opening.messages):
             plain, chat = (opening, document) if document.messages else (document, opening)
             raise UsageError(
-                f"text {spec!r} holds plain text ({plain.name}) and conversations ({chat.name}); make them two texts of a mixture"
+                f"text {spec!r} contains plain text ({plain.name}) and conversations ({chat.name}); make them two texts of a "
+                "mixture"
             )
         yield document
 

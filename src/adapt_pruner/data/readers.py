@@ -74,7 +74,7 @@ def _hub_builder(spec: str) -> Any:
 
 def _not_to_be_had(spec: str, error: Exception) -> UsageError:
     cause = first_line(error)
-    return UsageError(f"data set {spec!r} could not be had ({cause}); check the name and the network, or give a local file")
+    return UsageError(f"data set {spec!r} could not be loaded ({cause}); check the name and the network, or give a local file")
 
 
 def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | None:
@@ -130,7 +130,7 @@ def _paths(spec: str) -> list[Path]:
     matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     paths = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
     if not paths:
-        what = "holds no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
+        what = "contains no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise UsageError(
             f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
         )
@@ -215,7 +215,9 @@ def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
     while line := lines.readline(_LONGEST_LINE + 1):
         number, read = number + 1, read + len(line)
         if len(line) > _LONGEST_LINE:
-            raise UsageError(f"{path}, line {number}, has more than {_LONGEST_LINE:,} characters, the most; divide its text")
+            raise UsageError(
+                f"{path}, line {number}, has more than {_LONGEST_LINE:,} characters, which is the limit; divide its text"
+            )
         if packed is not None:
             _check_unfolded(path, packed, read, remedy="unpack it")
         yield line
@@ -225,7 +227,7 @@ def _check_unfolded(path: Path, packed: int, read: int, *, remedy: str) -> None:
     """Refuse a file of `packed` bytes whose unpacked content is larger than allowed for its size."""
     if read > max(_UNPACKED, _UNFOLDS * packed):
         raise UsageError(
-            f"{path} of {packed:,} bytes unfolds to more than {read:,}, which is more than {_UNFOLDS} times its size; "
+            f"{path} of {packed:,} bytes unpacks to more than {read:,}, which is more than {_UNFOLDS} times its size; "
             f"{remedy} if you trust it, and name the unpacked file"
         )
 
@@ -238,7 +240,7 @@ def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
             content = _content(of_json(line))
         except ValueError as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise UsageError(f"{path}, line {number}, is not JSON ({why}); a .jsonl file holds one JSON object a line") from error
+            raise UsageError(f"{path}, line {number}, is not JSON ({why}); a .jsonl file has one JSON object per line") from error
         if content is None:
             raise UsageError(f"{path}, line {number}, has no text in a field {_TEXT!r}; each line is an object like {_FORMS}")
         yield f"{path} line {number}", content
@@ -265,7 +267,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(path)
         column = next((name for name in (_TEXT, _CHAT) if name in file.schema_arrow.names), None)
         if column is None:
-            raise UsageError(f"{path} has no column {_TEXT!r} or {_CHAT!r}; rename the column that holds the text")
+            raise UsageError(f"{path} has no column {_TEXT!r} or {_CHAT!r}; rename the column that contains the text")
         packed, remedy = path.stat().st_size, "write its rows to a .jsonl file"
         chunks = _chunk_sizes(file.metadata, column)
         _check_unfolded(path, packed, sum(chunks), remedy=remedy)

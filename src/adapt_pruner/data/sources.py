@@ -107,11 +107,11 @@ def read(spec: str) -> Iterator[Document]:
                 yield document
     if there and not yielded:
         raise UsageError(
-            f"text {spec!r} is empty: none of the {there:,} documents of {base!r} falls in that part, "
-            f"one in {_HELD_OUT} is held out; give a text of more documents, or another one"
+            f"text {spec!r} is empty: none of the {there:,} documents of {base!r} falls in that part, since one in {_HELD_OUT} "
+            "is held out; give a text with more documents, or another one"
         )
     if not yielded:
-        raise UsageError(f"text {spec!r} is empty; name a file or folder that holds text")
+        raise UsageError(f"text {spec!r} is empty; name a file or folder that contains text")
 
 
 def identity(spec: str) -> str | None:
@@ -127,18 +127,20 @@ def domains(source: Source) -> dict[str, float]:
     """
     for spec in source:
         if not isinstance(spec, str):
-            raise UsageError(f"the text {spec!r} is not a word; quote it")
+            raise UsageError(f"the text {spec!r} is not a string; quote it")
     if not all(spec.strip() for spec in ([source] if isinstance(source, str) else source)):
-        raise UsageError("the text's name is empty, as an unset variable of the shell is; name a file, a folder or another SPEC")
+        raise UsageError(
+            "the text's name is empty, perhaps because a shell variable is not set; name a file, a folder or another SPEC"
+        )
     if isinstance(source, str):
         return {source: 1.0}
     for spec, weight in source.items():
         if not (isinstance(weight, int | float) and 0 < weight < math.inf):
-            raise UsageError(f"the weight of {spec!r} is {weight!r}; weights are numbers above 0, leave out what is not wanted")
+            raise UsageError(f"the weight of {spec!r} is {weight!r}; give a number above 0, or leave that text out")
     if not source:
         raise UsageError("the mixture names no text; write it like {wiki.jsonl.gz: 3, books/: 1}")
     if SELF in source and len(source) > 1:
-        raise UsageError("'self' is no part of a mixture; name it alone, or give texts only")
+        raise UsageError("'self' cannot be part of a mixture; name it alone, or leave it out")
     total = math.fsum(source.values())
     return {spec: weight / total for spec, weight in source.items()}
 
@@ -203,7 +205,7 @@ def _python_docs(part: str) -> Iterator[Document]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise UsageError(
-            "this Python was installed without pydoc_data, so python-docs is not to be had; give a text file"
+            "this Python was installed without pydoc_data, so python-docs is not available; give a text file"
         ) from error
     held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0}
     # Topics quote each other, so paragraphs of the held-out topics are removed from the rest.

@@ -91,7 +91,7 @@ def stored(
     if store is not None:
         return store
     if damage:
-        warn(f"the tokens in {folder} are damaged ({damage}), so they are made anew")
+        warn(f"the tokens in {folder} are damaged ({damage}), so they are made again")
     try:
         with folder_beside(folder) as beside:
             _write(beside, make(), inputs, dtype)
@@ -100,7 +100,7 @@ def stored(
             return _settled(beside, folder) or own
     except OSError as error:
         raise RunError(
-            f"tokens cannot be kept in {root} ({why(error)}); make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
+            f"tokens cannot be stored in {root} ({why(error)}); make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
         ) from error
 
 

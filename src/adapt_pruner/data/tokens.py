@@ -110,7 +110,7 @@ def calibration_windows(
         first += [joined[at : at + own] for at in range(0, len(joined) - own + 1, own)][: samples - len(first)]
     if len(first) < samples:
         raise UsageError(
-            f"the calibration text gives {len(first)} windows of {length} tokens, {samples} are asked for; "
+            f"the calibration text gives {len(first)} windows of {length} tokens, but {samples} are asked for; "
             "give more text, or lower calibration.samples or calibration.length"
         )
     return torch.stack([_opened(start, ids) for ids in first])
@@ -139,14 +139,14 @@ def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:
         raise UsageError(f"calibration ids {str(path)!r} cannot be read: {error.strerror or error}") from error
     except (OverflowError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{path} does not hold token ids ({error}); it is JSON with input_ids, a list of lists of integers"
+            f"{path} does not contain token ids ({error}); write it as JSON with input_ids, a list of lists of integers"
         ) from error
     if not tensors or any(row.dim() != 2 or row.shape[1] < 2 for row in tensors):
-        raise UsageError(f"{path} must hold at least one sequence of at least 2 token ids")
+        raise UsageError(f"{path} must contain at least one sequence of at least 2 token ids")
     low, high = min(int(row.min()) for row in tensors), max(int(row.max()) for row in tensors)
     if low < 0 or high >= vocab_size:
         raise UsageError(
-            f"{path} holds token id {high if high >= vocab_size else low}, the model's vocabulary is 0 to {vocab_size - 1}"
+            f"{path} contains token id {high if high >= vocab_size else low}, but the model's vocabulary is 0 to {vocab_size - 1}"
         )
     return tensors
 

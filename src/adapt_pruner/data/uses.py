@@ -34,7 +34,7 @@ def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
     """
     shares = domains(source)
     if SELF in shares:
-        raise UsageError("text 'self' is written once the vocabulary is known; name a text in vocabulary.source")
+        raise UsageError("text 'self' is written only after the vocabulary is chosen; name a text in vocabulary.source")
     frequencies, total = torch.zeros(size, dtype=torch.float64), 0
     for spec, share in shares.items():
         texts, counts = documents(spec), torch.zeros(size, dtype=torch.float64)

@@ -110,7 +110,7 @@ def _apportioned(number: int, shares: Mapping[str, float], *, what: str) -> dict
     for spec, count in counts.items():
         if not count:
             raise UsageError(
-                f"{what} {number} leaves none for {spec!r}, whose share is {shares[spec]:.1%}; raise {what}, or the weight of "
+                f"{what} {number} leaves nothing for {spec!r}, whose share is {shares[spec]:.1%}; raise {what}, or the weight of "
                 "this text"
             )
     return counts
