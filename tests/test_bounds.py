@@ -30,15 +30,15 @@ __all__ = ["ask"]  # a fixture
 
 LAUGHS = "\n".join(["a0: &a0 [lol]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)), "about: *a19"])
 YAML = {
-    "aliases without end": (LAUGHS, "aliases unfold to more than 100,000 values"),
-    "a value in itself": ("axes: &a [*a]", "line 1: a value holds itself"),
-    "deep lists": ("axes: " + "[" * 3000, "lie more than 32 deep"),
-    "deep tables": ("{a: " * 3000, "lie more than 32 deep"),
-    "a date that is none": ("about: !!timestamp x", "line 1: 'x' is no timestamp; quote it"),
-    "no whole number": ("stages: !!int abc", "line 1: 'abc' is no int; quote it"),
-    "a long number": ("stages: " + "1" * 5000, "a number has 5,000 characters; 100 are the most"),
-    "a key that is no word": ("calibration: {source: {5: 1}}", "line 1: the key 5 is not a word; quote it"),
-    "NUL": ('model: "a\\0b"', "line 1: a value holds the character NUL"),
+    "aliases without end": (LAUGHS, "aliases expand to more than 100,000 values"),
+    "a value in itself": ("axes: &a [*a]", "line 1: a value contains itself"),
+    "deep lists": ("axes: " + "[" * 3000, "nested more than 32 deep; use fewer levels"),
+    "deep tables": ("{a: " * 3000, "nested more than 32 deep; use fewer levels"),
+    "a date that is none": ("about: !!timestamp x", "line 1: 'x' is not a valid timestamp; quote it"),
+    "no whole number": ("stages: !!int abc", "line 1: 'abc' is not a valid int; quote it"),
+    "a long number": ("stages: " + "1" * 5000, "a number has 5,000 characters; at most 100 are allowed"),
+    "a key that is no word": ("calibration: {source: {5: 1}}", "line 1: the key 5 is not a string; quote it"),
+    "NUL": ('model: "a\\0b"', "line 1: a value contains the character NUL"),
     "stages": ("stages: 1000000000", "'stages' is 1000000000: input should be less than or equal to 1000"),
     "tokens": ("training: {source: x, tokens: 900000T}", "'training.tokens' .*10000000000000"),
     "own text": ("calibration: {own: 1000000000000}", "'calibration.self_generated' .*1000000"),
@@ -83,7 +83,7 @@ def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="pipe or a device"):
         read_plain(Path("/dev/zero"))
     (tmp_path / "large").write_bytes(b"123456")
-    with pytest.raises(OSError, match="it has 6 bytes, and 5 are the most"):
+    with pytest.raises(OSError, match="it has 6 bytes, and at most 5 are read"):
         read_plain(tmp_path / "large", most=5)
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UsageError, match=r"pipe.txt' is a pipe or a device; give a file"):
@@ -161,7 +161,7 @@ def test_a_user_who_is_not_there(name: str, ask: Any, tiny_folder: Path) -> None
         ["prune", tiny_folder, "-o", "x", "--params", "80%", "--calibration-ids", name],
     ):
         status, _, err = ask(*words)
-        assert (status, "names the folder of a user who is not known here" in one_sentence(err)) == (2, True), err
+        assert (status, "names the home folder of an unknown user" in one_sentence(err)) == (2, True), err
 
 
 def test_the_device_meta_holds_nothing(ask: Any, tiny_folder: Path) -> None:

@@ -317,13 +317,13 @@ def test_budgets() -> None:
         ("2k", "above the 1,000"),
         ("0%", "not a share"),
         ("130%", "not a share"),
-        ("many", "not a count"),
-        ("-5", "not a count"),
+        ("many", "neither a count nor a share"),
+        ("-5", "neither a count nor a share"),
     ):
         with pytest.raises(UsageError, match=said):
             Budget.parse(text, dense=1000, decoder=600, outside=400)
     axes = toy_axes((50, 50), (3, 3))
-    with pytest.raises(UsageError, match="nearest that can be had is 3,020"):
+    with pytest.raises(UsageError, match="smallest possible budget is 3,020"):
         Budget(keep=3_000, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")
     Budget(keep=3_020, total=1_000 + size_of(axes)).check_reachable(3_020, when="nothing more can go")
 

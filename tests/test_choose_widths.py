@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused(override: list[str], said: str, wide_folder: 
 
 
 def test_a_budget_that_multiples_cannot_reach_names_the_nearest(wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the nearest that can be had is"):
+    with pytest.raises(UsageError, match="the smallest possible budget is"):
         pruned(wide_folder, tmp_path / "out", text_file, "multiple_of=128", "axes=[neurons]", budget="70%")
 
 
@@ -146,7 +146,7 @@ def test_heads_go_where_neurons_are_at_their_least(
         "calibration.self_generated=0",
         *(["axes=[layers,neurons]"] if method == "shortgpt" else []),
     ]
-    with pytest.raises(UsageError, match="nearest that can be had is") as refused:
+    with pytest.raises(UsageError, match="smallest possible budget is") as refused:
         pruned(wide_folder, tmp_path / "none", text_file, *words, method=method, budget="2")
     least = int(str(refused.value).split()[-1].replace(",", ""))
     for above in (0, 6, 15):

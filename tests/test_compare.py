@@ -228,7 +228,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(
     assert failed.startswith("magnitude")
     assert "–" in failed
     assert [row["error"] is None for row in read_json(tmp_path / "out" / "compare.json")["rows"]] == [True, True, False]
-    assert "the nearest that can be had is" in (tmp_path / "out" / "compare.md").read_text(), "in full"
+    assert "the smallest possible budget is" in (tmp_path / "out" / "compare.md").read_text(), "in full"
     assert not list((tmp_path / "out").rglob("*.partial-*"))
 
 

@@ -162,7 +162,7 @@ BAD = {
     "unknown method": ({"methods": "magnitude-all,randon"}, [], "did you mean 'random'"),
     "no method": ({"methods": " ,"}, [], "--methods is empty"),
     "no size": ({"params": ""}, [], "--params is empty"),
-    "size that is no number": ({"params": "80%,much"}, [], "'much' is not a count"),
+    "size that is no number": ({"params": "80%,much"}, [], "'much' is neither a count nor a share"),
     "size above the model": ({"params": "80%,1B"}, [], "above the"),
     "unknown key": ({}, ["--set", "stepp=1"], "did you mean 'step'"),
     "key that is compare's": ({}, ["--set", "seed=3"], "use --draws"),

@@ -107,7 +107,9 @@ def test_a_start_says_the_share_of_the_decoder_the_text_and_what_to_expect() -> 
         "calibrated on python-docs:train (Python's language reference; text of your own gives a better model: --calibration FILE)"
         in less.line()
     )
-    assert less.line().endswith("untrained, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)")
+    assert less.line().endswith(
+        "without training, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)"
+    )
     assert "nonsense" not in less.model_copy(update={"training_tokens": 10**6}).line()
 
 

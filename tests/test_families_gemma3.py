@@ -49,7 +49,7 @@ def test_with_one_kv_head_the_neurons_meet_the_budget(folder: Path, text_file: P
 def test_what_neurons_alone_cannot_reach_is_refused_with_what_they_can(folder: Path, text_file: Path, tmp_path: Path) -> None:
     dense = load(str(folder)).model
     floor = count_parameters(dense) - sum((axis.size - 1) * axis.cost for axis in families.axes(dense) if axis.kind == "neurons")
-    assert f"the nearest that can be had is {floor:,}" in prune(folder, tmp_path / "out", "20%", text_file)
+    assert f"the smallest possible budget is {floor:,}" in prune(folder, tmp_path / "out", "20%", text_file)
     assert not (tmp_path / "out").exists()
     prune(folder, tmp_path / "out", str(floor), text_file)
     assert count_parameters(load(str(tmp_path / "out")).model) == floor

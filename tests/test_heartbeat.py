@@ -67,7 +67,7 @@ def test_a_process_that_is_stopped_is_given_up(stopped: int, pair: list["subproc
     other = pair[1 - stopped]
     _, said = other.communicate(timeout=HANGS)
     assert other.returncode == 1
-    assert f"process {stopped} was not heard of for 3 s: it was stopped, or its machine is gone" in said
+    assert f"process {stopped} has sent nothing for 3 s: it was stopped, or its machine is gone" in said
 
 
 def test_a_process_that_is_killed_is_given_up_at_once(pair: list["subprocess.Popen[str]"]) -> None:

@@ -92,9 +92,9 @@ def test_flap_takes_one_cut_with_the_biases_it_adds(deep_folder: Path, text_file
     assert len(outcome.history) == 1
     biases = sum(parameter.numel() for name, parameter in outcome.loaded.model.named_parameters() if name.endswith("_proj.bias"))
     assert biases > 0
-    with pytest.raises(UsageError, match="the nearest that can be had is") as refused:
+    with pytest.raises(UsageError, match="the smallest possible budget is") as refused:
         prune(read(asked | {"budget": "1%"}), tmp_path / "none")
-    least = int(re.search(r"can be had is ([\d,]+)", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
+    least = int(re.search(r"possible budget is ([\d,]+)", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
     outcome = prune(read(asked | {"budget": str(least)}), tmp_path / "least")
     assert outcome.figures["params_after"] <= least
 

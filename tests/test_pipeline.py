@@ -168,7 +168,8 @@ def test_only_what_may_go_goes(recipe: Recipe, tmp_path: Path) -> None:
     axes = families.axes(load(str(tmp_path / "heads")).model)
     assert all(axis.size == 40 for axis in axes if axis.kind == "neurons")
     with pytest.raises(
-        UsageError, match=r"below the .* parameters that stay when .* has taken all that it may \(kv_heads\); the nearest"
+        UsageError,
+        match=r"below the .* parameters that stay when .* has taken all that it may \(kv_heads\); the smallest possible",
     ):
         prune(without_training(recipe, axes=["kv_heads"], budget="50%"), tmp_path / "more")
     assert not (tmp_path / "more").exists()
@@ -348,8 +349,8 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     for phase in ("heads", "repair"):
         assert [one for one in told if one[0] == phase] == [(phase, 0, 0), *((phase, done + 1, layers) for done in range(layers))]
     said = shown._console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"writing text of its own {of:,}/{of:,}" in said
-    assert f"stage 1, iteration 1: shutting heads one by one {layers}/{layers}" in said
+    assert f"writing calibration text {of:,}/{of:,}" in said
+    assert f"stage 1, iteration 1: switching heads off one by one {layers}/{layers}" in said
     assert f"stage 1, iteration 1: repairing {layers}/{layers}" in said
 
 
@@ -385,7 +386,7 @@ def test_methods_that_read_no_text_ask_for_none(method: str, recipe: Recipe, tmp
 
 
 def test_a_refused_run_leaves_its_folder_free(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nearest that can be had"):
+    with pytest.raises(UsageError, match="smallest possible budget"):
         run(read(recipe.model_dump() | {"budget": "1000"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -112,7 +112,7 @@ def test_a_command_that_fails_leaves_what_somebody_put_beside_it(ask: Any, words
 BAD = {
     "a name too long": ("x" * 256, "has 256 bytes, and "),
     "a name too long on the way": ("y" * 300 + "/out", "has 300 bytes, and "),
-    "a path too long": ("/".join(["z" * 200] * 20), "bytes, and 3,840 can be written to"),
+    "a path too long": ("/".join(["z" * 200] * 20), "bytes, and at most 3,840 are possible"),
     "a link to nothing": ("dangling", "dangling is a link to nowhere, which does not exist"),
     "a link to nothing on the way": ("dangling/out", "dangling is a link to nowhere, which does not exist"),
     "a link to itself": ("circle", "circle is a link to circle, which does not exist"),

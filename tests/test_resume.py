@@ -342,7 +342,7 @@ def test_killed_at_random_moments(whole: tuple[Path, float], live: Lives, place:
             enough = kills >= 8 and went_on >= 3
             status, said = live("run", place / "main.yaml", "-o", run, seconds=None if enough else draw.uniform(0, within))
             kills += status == -9
-            went_on += "going on from " in said
+            went_on += "continuing from " in said
         assert status == 0, said
         assert_same(run, reference)
 
@@ -394,7 +394,7 @@ def test_killed_while_the_model_writes_its_calibration_text(live: Lives, place: 
         assert live("run", path, "-o", run, point=point, nth=nth)[0] == -9
     (run / "calibration_self.json").unlink()
     status, said = live("run", path, "-o", run, point="within a cut")
-    assert (status, "going on from " in said) == (-9, True)
+    assert (status, "continuing from " in said) == (-9, True)
     assert live("run", path, "-o", run)[0] == 0
     assert_same(run, tmp_path / "whole")
 
@@ -436,7 +436,7 @@ def test_interrupted_at_random_moments(
             interrupted += 1
             assert "interrupted" in one_sentence(said)
             if last is not None and "saved " in said:  # a life may end before it has come so far
-                assert f"going on from {last} (stage " in said
+                assert f"continuing from {last} (stage " in said
             found = re.findall(
                 r"^the last complete checkpoint is (\S+); the same command with -o \S+ continues from there$", said, re.MULTILINE
             )
@@ -445,7 +445,7 @@ def test_interrupted_at_random_moments(
             assert last == (None if there is None else str(run / "checkpoints" / there)), said
             assert (last is None) == (f"no checkpoint was complete yet; the same command with -o {run} starts again" in said)
             assert not list(run.rglob("*.partial-*"))
-        assert last is None or f"going on from {last} (stage " in said
+        assert last is None or f"continuing from {last} (stage " in said
         assert_same(run, reference)
 
 
@@ -470,7 +470,7 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
     assert Path(last) == tmp_path / "run" / "checkpoints" / newest_first(tmp_path / "run")[0]
     done = subprocess.run(command, capture_output=True, check=False, **how)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {last} (stage " in done.stderr
+    assert f"continuing from {last} (stage " in done.stderr
     assert_same(tmp_path / "run", whole[0])
     again = subprocess.run(command, capture_output=True, check=False, **how)
     assert again.returncode == 0
@@ -518,7 +518,7 @@ def test_a_damaged_checkpoint(
     assert status == 0, said
     (warning,) = [line for line in said.splitlines() if line.startswith("warning: ") and "damaged" in line]
     assert str(halfway / "checkpoints" / "stage-3-step-9" / file) in warning
-    assert f"going on from {halfway / 'checkpoints' / 'stage-3-step-8'}" in said
+    assert f"continuing from {halfway / 'checkpoints' / 'stage-3-step-8'}" in said
     assert any(event["event"] == "warning" and file in event["message"] for event in log_of(halfway)), "the log says so too"
     assert checkpoints(halfway) == ["stage-3-step-11", "stage-3-step-12", "stage-3-step-9.damaged"]
     assert_same(halfway, whole[0])
@@ -534,7 +534,7 @@ def test_a_damaged_checkpoint_does_not_stay_the_newest(
     assert checkpoints(halfway) == ["stage-3-step-9", "stage-3-step-9.damaged"]
     status, said = live(*words)
     assert status == 0
-    assert "going on from" in said
+    assert "continuing from" in said
     assert "warning: a checkpoint" not in said
     assert_same(halfway, whole[0])
 
@@ -546,7 +546,7 @@ def test_all_checkpoints_damaged(halfway: Path, whole: tuple[Path, float], live:
         _truncate(halfway / "checkpoints" / name / "model.safetensors")
     status, said = live("run", place / "main.yaml", "-o", halfway)
     assert status == 0, said
-    assert "going on from" not in said
+    assert "continuing from" not in said
     (warning,) = [line for line in said.splitlines() if "the run starts again" in line]
     assert warning.startswith("warning: every checkpoint is damaged")
     assert (halfway / "log.damaged.jsonl").read_text() == before
@@ -568,7 +568,7 @@ def test_a_full_disk(point: str, halfway: Path, whole: tuple[Path, float], live:
     assert not list(halfway.rglob("*.partial-*"))
     status, said = live("run", place / "main.yaml", "-o", halfway)
     assert status == 0
-    assert f"going on from {halfway / 'checkpoints' / 'stage-3-step-9'}" in said
+    assert f"continuing from {halfway / 'checkpoints' / 'stage-3-step-9'}" in said
     assert_same(halfway, whole[0])
 
 
@@ -591,7 +591,7 @@ def test_a_disk_that_is_really_full(stopped: Path, whole: tuple[Path, float], li
         (disk / "filler").unlink()
         status, said = live("run", place / "main.yaml", "-o", run)
         assert status == 0, said
-        assert "going on from " in said
+        assert "continuing from " in said
         assert_same(run, whole[0])
     finally:
         subprocess.run(["umount", str(disk)], check=False)
@@ -630,7 +630,7 @@ def test_a_run_of_a_version_without_marks_goes_on(
     runs.check_folder(halfway, read(str(place / "main.yaml")).ready(), force=False)
     status, said = live("run", place / "main.yaml", "-o", halfway)
     assert status == 0, said
-    assert ("going on from" in said) == (left != "a log")
+    assert ("continuing from" in said) == (left != "a log")
     assert is_marked(halfway, "run")
     assert load_file(halfway / "model" / "model.safetensors").keys() == load_file(whole[0] / "model" / "model.safetensors").keys()
     if left != "checkpoints":
@@ -705,7 +705,7 @@ def test_forced_to_another_recipe(halfway: Path, live: Lives, place: Path) -> No
     assert read(str(halfway / "recipe.yaml")).training.lr == 1e-4
     status, said = live("run", place / "main.yaml", "-o", halfway, "--set", "training.lr=1e-4")
     assert status == 0, said
-    assert "going on from " in said
+    assert "continuing from " in said
     assert max(event["lr"] for event in log_of(halfway) if event["event"] == "step" and event["step"] > 9) <= 1e-4
 
 
@@ -848,7 +848,7 @@ def _other_tokenizer(folder: Path) -> None:
 
 BAD = {
     "stages that cannot reach the budget": (
-        ["budget=1000", "stages=4"], r"budget 1,000 is below the [\d,]+ parameters that stay .*; the nearest that can be had is",
+        ["budget=1000", "stages=4"], r"budget 1,000 is below the [\d,]+ parameters that stay .*; the smallest possible budget is",
     ),
     "heads alone that cannot": (
         ["axes=[kv_heads]", "budget=50%"], r"budget [\d,]+ is below the [\d,]+ parameters that stay .*\(kv_heads\)",

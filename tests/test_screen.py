@@ -117,8 +117,8 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(monkeypatch: pytest.
         shown.hear(Progress(phase="write", done=64 * second, of=16_256, time=1000.0 + second))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 10
-    assert lines[0] == "writing text of its own 0/16,256"
-    assert lines[1] == "writing text of its own 640/16,256 (10 s so far)"
+    assert lines[0] == "writing calibration text 0/16,256"
+    assert lines[1] == "writing calibration text 640/16,256 (10 s so far)"
 
 
 def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

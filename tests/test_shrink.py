@@ -84,7 +84,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
     assert "parameters, trained on 4.1" in lines
     status, said, lines = ask(*shrink(tiny_folder, text, out))
     assert status == 0, lines
-    assert "going on from" in lines
+    assert "continuing from" in lines
     assert "machine:" not in lines, "the plan stays"
     assert ask("run", out / "recipe.yaml", "-o", tmp_path / "whole")[0] == 0
     assert_same_model(out, tmp_path / "whole")

@@ -309,7 +309,7 @@ def assert_refused_run(made: Any, tmp_path: Path, said: str) -> None:
         ({"sparsity": "5:4"}, "keeps 5 of every 4"),
         ({"sparsity": "100%"}, "makes all weights zero"),
         ({"sparsity": ""}, "does not say how many; add --set sparsity=50%"),
-        ({"sparsity": "16:32"}, "has 48 inputs, no multiple of 32, so sparsity 16:32 does not fit it"),
+        ({"sparsity": "16:32"}, "has 48 inputs, which is not a multiple of 32, so sparsity 16:32 does not fit it"),
         ({"budget": "80%"}, "cannot reach '80%'; give --sparsity 50% or --sparsity 2:4; for both, prune first"),
         ({"method": "uniform", "budget": "80%"}, "removes units and makes no zeros"),
         (
@@ -454,5 +454,5 @@ def test_a_dry_run_foretells_it(method: str, words: list[str], tiny_folder: Path
     assert planned["params_before"] == planned["params_after"]
     assert [stage["iterations"] for stage in planned["stages"]] == [1]
     assert planned["time_without"] == words
-    with pytest.raises(UsageError, match="no multiple of 32"):
+    with pytest.raises(UsageError, match="not a multiple of 32"):
         forecast.dry_run(recipe_of(tiny_folder, text_file, method, sparsity="8:32"))

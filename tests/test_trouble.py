@@ -21,12 +21,12 @@ __all__ = ["ask"]  # a fixture
 RECIPES = {
     "a key given twice": (b"model: m\nbudget: 80%\nbudget: 60%\n", "line 3: budget is given twice; leave one of them out"),
     "an inner key given twice": (b"training:\n  lr: 1\n  lr: 2\n", "line 3: lr is given twice"),
-    "no YAML": (b"model: m\nbudget: [1,\n", "is not YAML: line 3, .*mend the line"),
-    "a tag": (b"model: !!python/name:os.system\n", "is not YAML: line 1, .*python/name:os.system.*mend the line"),
+    "no YAML": (b"model: m\nbudget: [1,\n", "is not YAML: line 3, .*correct the line"),
+    "a tag": (b"model: !!python/name:os.system\n", "is not YAML: line 1, .*python/name:os.system.*correct the line"),
     "another encoding": ("model: m\n".encode("utf-16"), "is not text in UTF-8 .*save it as UTF-8"),
     "a share without %": (
         b"model: m\nbudget: 0.8\n",
-        "budget '0.8' is not a count, nor a share; write it like 110M, 110_000_000, 80% or '80% of decoder'",
+        "budget '0.8' is neither a count nor a share; write it like 110M, 110_000_000, 80% or '80% of decoder'",
     ),
     "a negative count": (b"model: m\ntraining: {tokens: -1}\n", "recipe key 'training.tokens': -1 is not a count"),
 }
@@ -77,7 +77,8 @@ def test_what_is_said_twice_is_refused(case: str, ask: Any, tiny_folder: Path, t
 @pytest.mark.parametrize("written", ["0.8", "0%", "101%", "NaN%", "-1", "1e99"])
 def test_a_budget_is_refused_before_a_model_is_loaded(written: str, ask: Any, tiny_folder: Path, tmp_path: Path) -> None:
     status, _, err = ask("prune", tiny_folder, "-o", tmp_path / "out", f"--params={written}")
-    assert (status, f"budget {written!r} is not a" in one_sentence(err), "loading" in err) == (2, True, False), err
+    wanted = f"budget {written!r} is {'not a share of' if '%' in written else 'neither a count nor a share'}"
+    assert (status, wanted in one_sentence(err), "loading" in err) == (2, True, False), err
 
 
 PLACES = {
@@ -214,7 +215,7 @@ def test_weights_that_are_not_numbers_give_no_answer(ask: Any, spoilt: Path) -> 
     state = load_file(spoilt / "model.safetensors")
     state["model.norm.weight"][0] = float("nan")
     save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
-    for dtype, remedy in (("float32", "float32; get its files again"), ("bfloat16", "bfloat16; multiply in float32 (dtype)")):
+    for dtype, remedy in (("float32", "float32; get its files again"), ("bfloat16", "bfloat16; set dtype to float32")):
         status, out, err = ask("chat", spoilt, "hello", "--max-new-tokens", 4, "--dtype", dtype)
         assert (status, out) == (1, "")
         assert f"logits of nan or inf; the model's weights are damaged or overflow in {remedy}" in one_sentence(err)

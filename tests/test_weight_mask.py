@@ -127,7 +127,7 @@ def test_training_leaves_held_zeros_at_zero_and_moves_the_rest() -> None:
 
 def test_a_mask_of_another_model_is_refused() -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match="which is no linear layer"):
+    with pytest.raises(ValueError, match="which is not a linear layer"):
         WeightMask({"lm_head": torch.ones(97, 48, dtype=torch.bool)}).check(model)
     with pytest.raises(ValueError, match=r"is \(2, 2\), the weight is \(48, 40\)"):
         WeightMask({"model.layers.0.mlp.down_proj": torch.ones(2, 2, dtype=torch.bool)}).check(model)
@@ -157,7 +157,7 @@ def test_a_pattern_that_is_none_is_refused(written: str, said: str) -> None:
 
 
 def test_layers_that_a_pattern_does_not_fit_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"down has 42 inputs, no multiple of 4, so sparsity 2:4 does not fit it"):
+    with pytest.raises(UsageError, match=r"down has 42 inputs, which is not a multiple of 4, so sparsity 2:4 does not fit it"):
         TWO_OF_FOUR.check_inputs("down", 42)
     with pytest.raises(UsageError, match=r"down has 5 inputs, of which sparsity 10% makes none zero"):
         Pattern.parse("10%").check_inputs("down", 5)

@@ -72,7 +72,7 @@ def _in_processes(plan: str, folder: Path, processes: int, ladder: Ladder) -> No
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     children = [subprocess.Popen(words, env=environment) for _ in range(processes)]
     if sum(abs(child.wait()) for child in children):  # each is waited for
-        raise RunError("a process of the ladder has ended before its time; see what it said, and the same command goes on")
+        raise RunError("a process of the ladder has ended before its time; see its message; the same command continues")
 
 
 def work(ladder: Ladder, jobs: Sequence[Job]) -> None:

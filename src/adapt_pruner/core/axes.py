@@ -350,7 +350,8 @@ class Mask:
                 )
             if not torch.isfinite(score).all():
                 raise RunError(
-                    f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity: set dtype=float32, or mend the weights"
+                    f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity: set "
+                    "dtype=float32, or repair the weights"
                 )
             keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
             best = score.view(axis.blocks, axis.size).argsort(dim=1, descending=True, stable=True)

@@ -57,7 +57,7 @@ def check_written(budget: Any) -> str:
         parse_count(written)
     except UsageError as error:
         raise UsageError(
-            f"budget {written!r} is not a count, nor a share; write it like 110M, 110_000_000, 80% or '80% of decoder'"
+            f"budget {written!r} is neither a count nor a share; write it like 110M, 110_000_000, 80% or '80% of decoder'"
         ) from error
     return written
 
@@ -118,5 +118,5 @@ class Budget:
         if self.keep < floor:
             raise UsageError(
                 f"budget {self.keep:,} is below the {floor:,} parameters that stay when {when}; "
-                f"the nearest that can be had is {floor:,}"
+                f"the smallest possible budget is {floor:,}"
             )

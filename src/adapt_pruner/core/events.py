@@ -272,7 +272,7 @@ class Start(Event):
             text += f", on {self.processes} processes ({self.parallel})"
         little = self.decoder and self.decoder_target is not None and self.decoder_target < _BROKEN * self.decoder
         if little and not self.training_tokens:
-            text += "; untrained, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)"
+            text += "; without training, a model with so little of its decoder answers nonsense: train it (adapt-pruner run)"
         return text
 
 
@@ -288,7 +288,7 @@ class Resumed(Event):
 
     def line(self, begun: str = "dense") -> str:
         cuts = f"after {self.cuts} of its cuts" if self.cuts else "before its cuts"
-        return f"going on from {self.path} (stage {self.stage}, {f'step {self.step}' if self.pruned else cuts})"
+        return f"continuing from {self.path} (stage {self.stage}, {f'step {self.step}' if self.pruned else cuts})"
 
 
 class Progress(Event):
@@ -309,11 +309,11 @@ class Progress(Event):
 
     _DOING: ClassVar[dict[str, str]] = {  # phase -> what is being done, with fields of the event
         "read": "reading text",
-        "write": "writing text of its own",
+        "write": "writing calibration text",
         "score": "scoring",
-        "heads": "shutting heads one by one",
-        "blocks": "shutting blocks one by one",
-        "choose": "choosing what goes",
+        "heads": "switching heads off one by one",
+        "blocks": "switching blocks off one by one",
+        "choose": "choosing what to remove",
         "repair": "repairing",
         "levels": "repairing for each level",
         "search": "searching",

@@ -171,11 +171,11 @@ def expanded(name: str | Path) -> Path:
         UsageError: there is no such user, or the text cannot be a path.
     """
     if "\0" in str(name):
-        raise UsageError(f"{str(name)!r} names no file: it holds the character NUL; remove it")
+        raise UsageError(f"{str(name)!r} cannot be a file name: it contains the character NUL; remove it")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{str(name)!r} names the folder of a user who is not known here; write the path in full") from error
+        raise UsageError(f"{str(name)!r} names the home folder of an unknown user; write the path in full") from error
 
 
 def read_plain(path: Path, *, most: int = 2**30) -> bytes:
@@ -195,7 +195,7 @@ def read_plain(path: Path, *, most: int = 2**30) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device, and only files are read", str(path))
         if status.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, and {most:,} are the most", str(path))
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, and at most {most:,} are read", str(path))
         return file.read(status.st_size)  # a file of /proc states a size of 0, so nothing of it is read
 
 

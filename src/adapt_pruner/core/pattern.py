@@ -74,8 +74,8 @@ class Pattern:
         """
         if self.m and inputs % self.m:
             raise UsageError(
-                f"{name} has {inputs:,} inputs, no multiple of {self.m}, so sparsity {self} does not fit it; give a share such as "
-                f"{float(self.share):.0%}, or prune to widths that are multiples of {self.m} (multiple_of)"
+                f"{name} has {inputs:,} inputs, which is not a multiple of {self.m}, so sparsity {self} does not fit it; give a "
+                f"share such as {float(self.share):.0%}, or prune to widths that are multiples of {self.m} (multiple_of)"
             )
         if not self.zeros_of(inputs):
             raise UsageError(f"{name} has {inputs:,} inputs, of which sparsity {self} makes none zero; give a larger share")

@@ -40,11 +40,11 @@ def check_place(path: Path, *, inside: bool = False) -> None:
     for part in missing:
         if (length := len(os.fsencode(part.name))) > most:
             raise UsageError(
-                f"the name {part.name[:24]}… has {length} bytes, and {folder} takes names of {most}; name a shorter one"
+                f"the name {part.name[:24]}… has {length} bytes, and {folder} allows at most {most}; name a shorter one"
             )
     if (length := len(os.fsencode(path))) > most_of_all:
         raise UsageError(
-            f"the path {str(path)[:24]}… has {length:,} bytes, and {most_of_all:,} can be written to; name a shorter one"
+            f"the path {str(path)[:24]}… has {length:,} bytes, and at most {most_of_all:,} are possible; name a shorter one"
         )
     tidy(folder)
     try:
@@ -77,7 +77,7 @@ def check_room(path: Path, num_bytes: int, *, largest: int | None = None, there:
         UsageError: the disk has less room, or the system allows no file of this size.
     """
     if lacking := lacks_room(path, num_bytes - there, largest=min(num_bytes, num_bytes if largest is None else largest)):
-        raise UsageError(f"{path} has no room for what will be written: {lacking}; make room or name another folder")
+        raise UsageError(f"{path} has no room for the result: {lacking}; make room or name another folder")
 
 
 def lacks_room(path: Path, num_bytes: int, *, largest: int | None = None) -> str | None:
@@ -86,11 +86,11 @@ def lacks_room(path: Path, num_bytes: int, *, largest: int | None = None) -> str
     folder = next(part for part in (path, *path.parents) if is_there(part) and part.is_dir())
     disk = shutil.disk_usage(folder)
     if disk.total and num_bytes > disk.free:
-        return f"the disk is full: it has {_size(disk.free)} left, and {_size(num_bytes)} are needed"
+        return f"the disk is full: it has {_size(disk.free)} left, and the result needs {_size(num_bytes)}"
     most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = num_bytes if largest is None else largest
     if most != resource.RLIM_INFINITY and size > most:
-        return f"a file may have {_size(most)} (ulimit -f), and one of {_size(size)} is needed"
+        return f"a file may have {_size(most)} (ulimit -f), and the result needs one of {_size(size)}"
     return None
 
 

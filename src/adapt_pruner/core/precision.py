@@ -34,9 +34,7 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 def spoiled(what: str, device: torch.device, dtype: str) -> RunError:
     """The error to raise if `what`, computed by a model, is not a number."""
     narrow = uses_bfloat16(device, dtype)
-    format_and_remedy = (
-        "bfloat16; multiply in float32 (dtype), or get its files again" if narrow else "float32; get its files again"
-    )
+    format_and_remedy = "bfloat16; set dtype to float32, or get its files again" if narrow else "float32; get its files again"
     return RunError(f"{what}; the model's weights are damaged or overflow in {format_and_remedy}")
 
 

@@ -43,7 +43,7 @@ def of_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("its lists or objects lie too deep in each other") from error
+        raise ValueError("its lists or objects are nested too deeply") from error
 
 
 def read_json(path: Path) -> Any:

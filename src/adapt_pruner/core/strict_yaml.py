@@ -33,7 +33,7 @@ class _Strict(yaml.SafeLoader):
         self._depth += 1
         if self._depth > _DEEPEST + 1:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise _Refused(None, None, f"tables and lists lie more than {_DEEPEST} deep in each other; use fewer", mark)
+            raise _Refused(None, None, f"tables and lists are nested more than {_DEEPEST} deep; use fewer levels", mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -51,16 +51,19 @@ class _Strict(yaml.SafeLoader):
         made = super().construct_mapping(node, deep)
         for key in made:
             if not isinstance(key, str):
-                raise _Refused(None, None, f"the key {str(key)[:40]} is not a word; quote it", node.start_mark)
+                raise _Refused(None, None, f"the key {str(key)[:40]} is not a string; quote it", node.start_mark)
         return made
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         scalar = node.value if isinstance(node, yaml.ScalarNode) else ""
         if "\0" in scalar:
-            raise _Refused(None, None, "a value holds the character NUL; remove it", node.start_mark)
+            raise _Refused(None, None, "a value contains the character NUL; remove it", node.start_mark)
         if len(scalar) > _LONGEST_NUMBER and node.tag.rpartition(":")[2] in ("int", "float"):
             raise _Refused(
-                None, None, f"a number has {len(scalar):,} characters; {_LONGEST_NUMBER} are the most", node.start_mark
+                None,
+                None,
+                f"a number has {len(scalar):,} characters; at most {_LONGEST_NUMBER} are allowed; shorten it",
+                node.start_mark,
             )
         try:
             return super().construct_object(node, deep)
@@ -68,7 +71,7 @@ class _Strict(yaml.SafeLoader):
             raise
         except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
-            raise _Refused(None, None, f"{scalar[:40]!r} is no {kind}; quote it", node.start_mark) from error
+            raise _Refused(None, None, f"{scalar[:40]!r} is not a valid {kind}; quote it", node.start_mark) from error
 
 
 _Strict.yaml_implicit_resolvers = {  # a date is a word, and so is 2:4, to YAML the number 124: no key of a recipe takes such
@@ -84,7 +87,7 @@ _Strict.yaml_implicit_resolvers = {  # a date is a word, and so is 2:4, to YAML 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
     """The number of values below a node; an alias counts all its values each time. 0 marks a node that is being counted."""
     if known.get(id(node)) == 0:
-        raise _Refused(None, None, "a value holds itself; remove its alias", node.start_mark)
+        raise _Refused(None, None, "a value contains itself; remove its alias", node.start_mark)
     if id(node) not in known:
         known[id(node)] = 0
         inner = node.value if isinstance(node, yaml.SequenceNode) else ()
@@ -93,7 +96,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         known[id(node)] = 1 + sum(_count(part, known) for part in inner)
     if known[id(node)] > _MOST_VALUES:
         raise _Refused(
-            None, None, f"aliases unfold to more than {_MOST_VALUES:,} values; write out what is needed", node.start_mark
+            None, None, f"aliases expand to more than {_MOST_VALUES:,} values; write out what is needed", node.start_mark
         )
     return known[id(node)]
 
@@ -110,11 +113,11 @@ def value_of(text: str, name: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         if isinstance(error, _Refused):
             raise UsageError(f"{name}, line {line}: {error.problem}") from error
-        raise UsageError(f"{name} is not YAML: line {line}, {error.problem}; mend the line, or quote the value") from error
+        raise UsageError(f"{name} is not YAML: line {line}, {error.problem}; correct the line, or quote the value") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{name} is not YAML: {first_line(error)}; write lines like `model: smollm2-135m-instruct`") from error
     except RecursionError as error:  # the parser itself has no limit on nesting
-        raise UsageError(f"{name}: tables and lists lie more than {_DEEPEST} deep in each other; use fewer") from error
+        raise UsageError(f"{name}: tables and lists are nested more than {_DEEPEST} deep; use fewer levels") from error
 
 
 def read_keys(path: Path, name: str) -> dict[str, Any]:
@@ -137,5 +140,5 @@ def read_keys(path: Path, name: str) -> dict[str, Any]:
         raise UsageError(f"recipe {name!r} cannot be read: {error.strerror or error}; name a YAML file") from error
     data = value_of(text, f"recipe {name!r}")
     if not isinstance(data, dict):
-        raise UsageError(f"recipe {name!r} holds no keys; write lines like `model: smollm2-135m-instruct`")
+        raise UsageError(f"recipe {name!r} contains no keys; write lines like `model: smollm2-135m-instruct`")
     return data

@@ -103,7 +103,7 @@ class WeightMask:
         there = linear_layers(model)
         for name, keep in self.kept.items():
             if name not in there:
-                raise ValueError(f"the mask over weights names {name!r}, which is no linear layer of this model's decoder")
+                raise ValueError(f"the mask over weights names {name!r}, which is not a linear layer of this model's decoder")
             if keep.shape != (shape := oriented(there[name]).shape):
                 raise ValueError(f"the mask over {name} is {tuple(keep.shape)}, the weight is {tuple(shape)}")
 

@@ -67,8 +67,8 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
 
     def tell(peer: int) -> None:
         lost(
-            f"process {peer} was not heard of for {span(heartbeat.SILENCE)}: it was stopped, or its machine is gone; end what is left "
-            "of it, and the same command goes on from the last checkpoint"
+            f"process {peer} has sent nothing for {span(heartbeat.SILENCE)}: it was stopped, or its machine is gone; stop what "
+            "is left of it and run the same command, which continues from the last checkpoint"
         )
 
     try:
@@ -85,8 +85,8 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
         if not _is_of_the_others(error):
             raise
         raise RunError(
-            f"another process has ended or cannot be reached ({first_line(error)}); see what it said, and the same command goes on "
-            "from the last checkpoint"
+            f"another process has ended or cannot be reached ({first_line(error)}); see its message, then run the same command, "
+            "which continues from the last checkpoint"
         ) from error
 
 
