@@ -268,7 +268,10 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         (lambda: ap.evaluate(small, text=text_file, window=1), "window 1 is too small"),
         (lambda: ap.evaluate(small, text=text_file, dtype="int8"), "dtype 'int8' is not known"),
         (lambda: ap.export(small, "gguff", tmp_path / "x"), "form 'gguff' is not known; did you mean 'gguf'?"),
-        (lambda: ap.export(small, "padded", tmp_path / "x", quant="q8_0"), 'quant="q8_0" is of to gguf'),
+        (
+            lambda: ap.export(small, "padded", tmp_path / "x", quant="q8_0"),
+            'quant="q8_0" works only with to gguf; the form padded sets its number format itself',
+        ),
         (lambda: ap.verify(small), "has no mask over weights, so there is nothing to verify without an artefact"),
         (lambda: ap.chat(small, " "), "the prompt is empty; write what the model is to answer"),
         (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),

@@ -131,7 +131,7 @@ def test_what_cannot_hold_matrices_of_several_parts_says_so(form: str, tmp_path:
     said = {
         "gguf": "models of type 'phi3' have no GGUF form here",
         "decilm": "DeciLM is a Llama, and this model is of type 'phi3'",
-    }.get(form, "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not know yet; take")
+    }.get(form, "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not support yet; use")
     out = tmp_path / ("out.gguf" if form == "gguf" else "out")
     with pytest.raises(UsageError, match=said):
         export(as_loaded(model), out, to=form)
@@ -162,7 +162,7 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
     """A width of 48 takes 6 heads, not 5."""
     model = tiny_model(("llama", "llama-mha-biased"), vocab_size=VOCAB)
     cut(model, families.axes(model), Mask({f"layers.{i}.kv_heads": torch.tensor([True] * 5 + [False]) for i in range(3)}))
-    with pytest.raises(UsageError, match="does not take 5 heads: the width 48 is not a multiple of them; use --to padded"):
+    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use --to padded"):
         export(as_loaded(model), tmp_path / "uniform", to="uniform")
     export(as_loaded(model), tmp_path / "out", to="padded")
     assert read_json(tmp_path / "out" / "config.json")["num_attention_heads"] == 6
@@ -216,7 +216,11 @@ def test_a_decilm_folder_loads_from_block_configs_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (unequal, r"one number of query heads for all layers, and they have between 1 and 6; prune with --set axes=\[neurons\]"),
+        (
+            unequal,
+            r"one number of query heads for all layers, and those of this model have between 1 and 6; prune with --set "
+            r"axes=\[neurons\]",
+        ),
         (lambda: tiny_model(("llama", "qwen2")), "DeciLM is a Llama, and this model is of type 'qwen2'"),
         (lambda: tiny_model(("llama", "mistral")), "'mistral' with a sliding window"),
         (lambda: tiny_model(("llama", "llama-mha-biased")), "DeciLM has no biases"),
@@ -269,13 +273,17 @@ def test_every_error_is_one_sentence(
             2,
             "'q4_k' is not known; did you mean",
         ),
-        (["export", tiny_folder, "--to", "padded", "-o", tmp_path / "x", "--quant", "q8_0"], 2, "--quant q8_0 is of --to gguf"),
+        (
+            ["export", tiny_folder, "--to", "padded", "-o", tmp_path / "x", "--quant", "q8_0"],
+            2,
+            "--quant q8_0 works only with --to gguf",
+        ),
         (["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "there.gguf"], 2, "there.gguf exists"),
         (["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "x"], 2, "name it x.gguf"),
         (["export", tiny_folder, "--to", "gguf", "-o", tmp_path / "x.gguf"], 2, "the tokenizer has no merges"),
         (["export", tiny_folder, "--to", "padded", "-o", tmp_path], 2, "is not empty"),
         (["verify", tiny_folder, tmp_path / "nowhere.gguf"], 2, "nowhere.gguf does not exist"),
-        (["verify", tiny_folder, tmp_path / "empty"], 2, "is no artefact"),
+        (["verify", tiny_folder, tmp_path / "empty"], 2, "is not an artefact"),
         (["verify", tiny_folder, tiny_folder, "--text", "self"], 2, "measure the model on its own text"),
     ):
         assert call(monkeypatch, capsys, *words)[0] == status, words
@@ -373,7 +381,7 @@ def test_verify_runs_our_own_folder_without_us(tmp_path: Path) -> None:
         ({"perplexity": {"model": 20.0, "artefact": 20.2}}, "perplexity is 20.2 instead of 20"),
         ({"perplexity": {"model": 20.0, "artefact": 19.0}}, "perplexity is 19 instead of 20"),
         ({"perplexity": {"model": 20.0, "artefact": math.inf}}, "perplexity is inf"),
-        ({"greedy": {"parts_only_where_undecided": False}}, "greedy text parts"),
+        ({"greedy": {"parts_only_where_undecided": False}}, "greedy text differs"),
         ({"encoding": {"same": 90, "of": 100, "example": "x"}}, "10 of 100 pieces of text become other tokens, for example 'x'"),
         ({"encoding": None}, None),
     ],
@@ -412,6 +420,6 @@ def test_code_of_a_tokenizer_beside_a_graph_is_not_run_unasked(tmp_path: Path, m
     )
     monkeypatch.setattr("builtins.input", lambda *asked: "y")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    with pytest.raises(UsageError, match="--trust-remote-code runs it"), opened(tmp_path, context=8):
+    with pytest.raises(UsageError, match="pass --trust-remote-code"), opened(tmp_path, context=8):
         pass
     assert not (tmp_path / "ran").exists()

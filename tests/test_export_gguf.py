@@ -199,9 +199,11 @@ def test_a_file_may_be_padded_for_who_quantises_it_later(quant: str | None, pad:
 
 
 def test_a_padding_that_is_no_block_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="pad 64 is no block of llama.cpp's types; take 32 or 256"):
+    with pytest.raises(UsageError, match="pad 64 is not a block size of llama.cpp's types; use 32 or 256"):
         export(as_loaded(unequal()), tmp_path / "x.gguf", to="gguf", pad=64)
-    with pytest.raises(UsageError, match="--pad 32 is of --to gguf; a padded export has widths of its own, so leave it out"):
+    with pytest.raises(
+        UsageError, match="--pad 32 works only with --to gguf; the form padded sets its widths itself, so leave it out"
+    ):
         export(as_loaded(unequal()), tmp_path / "x", to="padded", pad=32)
 
 
@@ -261,4 +263,4 @@ def test_a_gemma_whose_pattern_is_another_is_said(tmp_path: Path) -> None:
     assert not any("llama.cpp" in note for note in export(as_loaded(model), tmp_path / "whole.gguf", to="gguf"))
     cut(model, families.axes(model), Mask({"layers": torch.tensor([False] + [True] * 6)}))
     (note,) = export(as_loaded(model), tmp_path / "cut.gguf", to="gguf")
-    assert "not every sixth layer" in note
+    assert "attend to everything are not every sixth one" in note

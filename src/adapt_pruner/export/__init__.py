@@ -89,7 +89,7 @@ def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
         "neither smaller nor faster"
     )
     if quant is not None and quant.lower() in _MOVES_ZERO:
-        note += f"; {quant} has a minimum of its own in each block, so that most of them are not zero any more"
+        note += f"; {quant} stores a minimum for each block, so most of them are no longer zero"
     yield note
 
 
@@ -106,10 +106,10 @@ def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
     assert not lacking, f"the form {to!r} has no {', '.join(lacking)}; export/__init__.py says what a form has"
     if quant is not None and "QUANTS" not in _names(to):
         able = " and ".join(f"--to {form}" for form in known if "QUANTS" in _names(form))
-        raise UsageError(f"--quant {quant} is of {able}; a {to} export keeps the precision of the checkpoint, so leave it out")
+        raise UsageError(f"--quant {quant} works only with {able}; the form {to} sets its number format itself, so leave it out")
     if pad is not None and "PADS" not in _names(to):
         able = " and ".join(f"--to {form}" for form in known if "PADS" in _names(form))
-        raise UsageError(f"--pad {pad} is of {able}; a {to} export has widths of its own, so leave it out")
+        raise UsageError(f"--pad {pad} works only with {able}; the form {to} sets its widths itself, so leave it out")
 
 
 def _files() -> Iterator[Path]:

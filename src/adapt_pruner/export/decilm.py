@@ -77,8 +77,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     if not grown:
         return []
     return [
-        f"MLPs are zero-padded by {grown:,} neurons to multiples of {_MULTIPLE}, which the form rounds to; "
-        f"prune with --set multiple_of={_MULTIPLE} to need none"
+        f"MLPs are zero-padded by {grown:,} neurons to multiples of {_MULTIPLE}, which the form rounds to; prune with --set "
+        f"multiple_of={_MULTIPLE} to avoid that"
     ]
 
 
@@ -106,6 +106,6 @@ def _refuse_unheld(config: Any, sizes: list[LayerSizes]) -> None:
     heads = sorted({size.heads for size in sizes})
     if len(heads) > 1:
         raise UsageError(
-            f"DeciLM has one number of query heads for all layers, and they have between {heads[0]} and {heads[-1]}; "
-            "prune with --set axes=[neurons] or --set equal_widths=true, or use --to padded or gguf"
+            f"DeciLM has one number of query heads for all layers, and those of this model have between {heads[0]} and "
+            f"{heads[-1]}; prune with --set axes=[neurons] or --set equal_widths=true, or use --to padded or gguf"
         )

@@ -95,11 +95,11 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"quantisation {quant!r} is not known; {nearest(quant, QUANTS)}")
     if pad is not None and pad not in PADS:
-        raise UsageError(f"pad {pad} is no block of llama.cpp's types; take {' or '.join(map(str, PADS))}")
+        raise UsageError(f"pad {pad} is not a block size of llama.cpp's types; use {' or '.join(map(str, PADS))}")
     if is_there(path):
         raise UsageError(f"{path} exists; name another file or remove it first")
     if path.suffix != ".gguf":
-        raise UsageError(f"{path} does not end in .gguf, by which tools know such a file; name it {path.name}.gguf")
+        raise UsageError(f"{path} does not end in .gguf, which tools look for; name it {path.name}.gguf")
     check_place(path)
     quantised = quant is not None and quant not in _PLAIN
     if quantised:
@@ -120,7 +120,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
                 notes += _write(gguf, loaded, partial, plan, dtype)
             if os.path.lexists(path):
                 rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
-                raise RunError(f"{path} was written by somebody else meanwhile; the result is complete in {rescued}")
+                raise RunError(f"another program wrote {path} meanwhile; the complete result is in {rescued}")
     except (OSError, RuntimeError) as error:
         reason = why(error) if isinstance(error, OSError) else no_room(error)
         if reason is None:
@@ -224,14 +224,16 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
             arch = "openelm"
         else:
             notes.append(
-                f"llama.cpp holds layers of different sizes of no {'Gemma 3' if arch == 'gemma3' else 'Qwen3 whose embeddings are untied'}, so they are "
-                "zero-padded to the widest; the file is as large and slow as that"
+                "llama.cpp cannot load layers of different sizes of "
+                f"{'Gemma 3' if arch == 'gemma3' else 'a Qwen3 with untied embeddings'}, so all are zero-padded to the widest; "
+                "the file is as large and slow as if all were that wide"
             )
             sizes = [widest(sizes)] * len(sizes)
     if arch == "gemma3" and any((kind == "full_attention") != (i % 6 == 5) for i, kind in enumerate(config.layer_types)):
         notes.append(
-            "in this model not every sixth layer is the one that attends to everything; the file says which are, and an older llama.cpp, which "
-            "does not read that, computes something else: `adapt-pruner verify` it with the one that you serve with"
+            "the layers of this model that attend to everything are not every sixth one; the file says which they are, but an "
+            "older llama.cpp ignores that and computes something else: run `adapt-pruner verify` with the llama.cpp that you "
+            "serve with"
         )
     window = getattr(config, "sliding_window", None)
     if arch != "gemma3" and window and window < config.max_position_embeddings and _slides(config):

@@ -46,13 +46,15 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
         UsageError: llama.cpp has no such tokenizer.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError("the tokenizer has no tokenizer.json, which the tokens of a GGUF are read from; save it as a fast one")
+        raise UsageError(
+            "the tokenizer has no tokenizer.json, which the tokens of a GGUF are read from; save it as a fast tokenizer"
+        )
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = data["model"]
     if model["type"] != "BPE":
         raise UsageError(f"the tokenizer is of type {model['type']}, and GGUF export knows BPE; use --to padded or onnx")
     if not model["merges"]:
-        raise UsageError("the tokenizer has no merges, and llama.cpp loads none without; use --to padded or onnx")
+        raise UsageError("the tokenizer has no merges, and llama.cpp needs them; use --to padded or onnx")
     notes = []
     byte_level = "ByteLevel" in _steps(data["pre_tokenizer"])
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")
@@ -60,8 +62,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
         pre = _pre(data["pre_tokenizer"])
         if pre is None:
             notes.append(
-                "the way this tokenizer splits text is none that llama.cpp has a name for, so it is marked `default`, and llama.cpp may "
-                "split text otherwise; `verify` counts how often"
+                "llama.cpp has no name for the way this tokenizer splits text, so the file says `default`, and llama.cpp may "
+                "split text differently; `verify` counts how often"
             )
         writer.add_tokenizer_pre(pre or "default")
         writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
@@ -122,7 +124,7 @@ def _tokens(tokenizer: Any, data: Mapping[str, Any], vocab_size: int, *, byte_le
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= vocab_size:
         raise UsageError(
-            f"the tokenizer has token {max(by_id):,}, the model only {vocab_size:,} rows; they are not of one vocabulary"
+            f"the tokenizer has token {max(by_id):,}, but the model has only {vocab_size:,} rows; get the right tokenizer"
         )
     added = {token["id"]: bool(token["special"]) for token in data["added_tokens"]}
     unknown = tokenizer.unk_token_id if not byte_level else None

@@ -128,8 +128,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
         except (ValueError, OSError) as error:
             raise UsageError(
-                f"the tokenizer beside {path} cannot be read ({first_line(error)}); where it brings Python code of its own, "
-                "--trust-remote-code runs it"
+                f"the tokenizer beside {path} cannot be read ({first_line(error)}); if it brings its own Python code, pass "
+                "--trust-remote-code"
             ) from error
 
         def encode(text: str) -> list[int]:

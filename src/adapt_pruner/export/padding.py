@@ -66,8 +66,8 @@ def check_layers(config: Any, form: str) -> None:
     lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]
     if lacking:
         raise UsageError(
-            f"layer {lacking[0]} has no {' and no '.join(config.per_layer_config[lacking[0]].skip)}, which this export to {form} does not "
-            "know yet; export it --to onnx, or prune heads and neurons instead"
+            f"layer {lacking[0]} has no {' and no '.join(config.per_layer_config[lacking[0]].skip)}, which this export to "
+            f"{form} does not support yet; export it --to onnx, or prune heads and neurons instead"
         )
 
 
@@ -80,8 +80,8 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
     """
     if not hasattr(model.model.layers[0].self_attn, "q_proj"):
         raise UsageError(
-            "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not know yet; take the checkpoint "
-            "as it is, or export it --to onnx"
+            "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not support yet; use the "
+            "checkpoint as it is, or export it --to onnx"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
     head_dim = model.model.layers[0].self_attn.head_dim
@@ -134,8 +134,8 @@ def stock_model(model: Any, size: LayerSizes) -> Any:
     expected = stock.state_dict()
     if surplus := sorted(state.keys() - expected.keys()):
         raise UsageError(
-            f"{type(stock).__name__} has no place for {surplus[0]}, which a repair added; take the checkpoint as it is, "
-            "export it --to onnx, or prune with --set repair=null"
+            f"{type(stock).__name__} has no place for {surplus[0]}, which a repair added; use the checkpoint as it is, export "
+            "it --to onnx, or prune with --set repair=null"
         )
     for name in expected.keys() - state.keys():
         assert name.endswith(".bias"), name
@@ -170,7 +170,7 @@ def _stock_config(model: Any, size: LayerSizes) -> Any:
         config.validate_architecture()
     except ValueError as error:
         raise UsageError(
-            f"the stock config does not take {size.heads} heads: the width {config.hidden_size} is not a multiple of them; "
+            f"the stock config does not allow {size.heads} heads: the width {config.hidden_size} is not a multiple of that; "
             "use --to padded or --to gguf"
         ) from error
     return config

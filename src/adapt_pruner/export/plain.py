@@ -55,7 +55,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
         )
     check_weights(str(artefact), config.get("transformers_weights"), str(artefact))
     command = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py")), str(artefact), str(torch.get_num_threads())]
-    silent = f"stock transformers ended on {artefact} without a word; there may be too little memory for two models"
+    silent = f"stock transformers ended on {artefact} without a message; there may be too little memory for two models"
     with talking([*command, *(["trust"] if trust_remote_code else [])], silent=silent) as child:
 
         def logits(ids: list[int]) -> Tensor:

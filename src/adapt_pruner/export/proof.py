@@ -49,7 +49,8 @@ def prove(
         zeros = zeros_of(load(model, trust_remote_code=trust_remote_code))
         if zeros is None:
             raise UsageError(
-                f"{model} has no mask over weights, so there is nothing to verify without an artefact; name what `export` wrote"
+                f"{model} has no mask over weights, so there is nothing to verify without an artefact; name the file or folder "
+                "that `export` wrote"
             )
         return {"model": model, "sparsity": zeros, "passed": not zeros["failures"]}
     if text == SELF:

@@ -101,7 +101,8 @@ def verify(
     with opened(artefact, context=context, trust_remote_code=trust_remote_code) as other:
         if other.vocab_size != own.vocab_size:
             raise RunError(
-                f"{artefact} has {other.vocab_size:,} tokens and {loaded.source} {own.vocab_size:,}, so it is of another model; export it again"
+                f"{artefact} has {other.vocab_size:,} tokens and {loaded.source} has {own.vocab_size:,}, so it comes from "
+                "another model; export it again"
             )
         figures = _logits(own, other, windows, on_window)
         figures["greedy"] = _greedy(own, other, loaded.tokenizer, windows, figures["max_difference"])
@@ -152,7 +153,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> 
     for form in sorted(map(form_of, forms()), key=lambda form: form.holds is plain.holds):
         if form.holds(artefact):
             return form.opened(artefact, context=context, trust_remote_code=trust_remote_code)
-    raise UsageError(f"{artefact} is no artefact: neither a .gguf file, nor a folder with model.onnx or config.json")
+    raise UsageError(f"{artefact} is not an artefact: it is neither a .gguf file, nor a folder with model.onnx or config.json")
 
 
 def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def _failures(figures: dict[str, Any], tolerance: Tolerance) -> list[str]:
         failures.append(f"perplexity is {artefact:.4g} instead of {model:.4g} (at most {tolerance.perplexity:.1%} off)")
     if tolerance.difference is not None and not figures["greedy"]["parts_only_where_undecided"]:
         failures.append(
-            "greedy text parts from the model's where the model is decided, so the cache of its engine is at odds with it"
+            "greedy text differs from the model's where the model is sure of its token, so the engine's cache is wrong"
         )
     encoding = figures["encoding"]
     if encoding and encoding["same"] < tolerance.encoding * encoding["of"]:
