@@ -227,7 +227,7 @@ MODEL = object()  # stands for the folder
         (MODEL, {"params": "80%", "method": "wanda"}, 'sparsity="50%" or sparsity="2:4"'),
         (MODEL, {"params": "80%", "output": 5}, "output 5 is an int; give a path, as str or Path"),
         ("nothing", {"params": "80%"}, "model 'nothing' does not exist"),
-        (ap.Recipe(model="x", budget="80%"), {"params": "70%", "seed": 1}, "params and seed would be ignored, since a recipe says by itself"),
+        (ap.Recipe(model="x", budget="80%"), {"params": "70%", "seed": 1}, "params and seed would be ignored, since a recipe sets everything itself"),
     ],
 )  # fmt: skip
 def test_what_prune_cannot_take_is_refused_in_a_sentence(model: Any, given: dict[str, Any], said: str, tiny_folder: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_model_in_memory_that_cannot_be_taken_is_refused() -> None:
     cases = [
         (model, None, "model is a LlamaForCausalLM without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(…)"),
         (model, "llama", "model is a LlamaForCausalLM with a str as tokenizer"),
-        (stranger, tokenizer, "of type 'gpt2', which is of no known family; known: "),
+        (stranger, tokenizer, "of type 'gpt2', which belongs to no known family; known: "),
         (quantised, tokenizer, "model is a quantised LlamaForCausalLM"),
         (adapted, tokenizer, "merge it first: model = model.merge_and_unload()"),
         (tiny_model(vocab_size=VOCAB).to("meta"), tokenizer, "with weights on the device meta"),
@@ -264,7 +264,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
     for refused, said in (
         (lambda: ap.evaluate(small), "nothing to measure; give text for perplexity, tasks for scores, or both"),
         (lambda: ap.evaluate(small, text=[text_file]), "give one text, as str or Path"),
-        (lambda: ap.evaluate(small, text=text_file, window="8"), "window '8' is a str; give a whole number from 2 on"),
+        (lambda: ap.evaluate(small, text=text_file, window="8"), "window '8' is a str; give a whole number of at least 2"),
         (lambda: ap.evaluate(small, text=text_file, window=1), "window 1 is too small"),
         (lambda: ap.evaluate(small, text=text_file, dtype="int8"), "dtype 'int8' is not known"),
         (lambda: ap.export(small, "gguff", tmp_path / "x"), "form 'gguff' is not known; did you mean 'gguf'?"),
@@ -273,7 +273,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
             'quant="q8_0" works only with to gguf; the form padded sets its number format itself',
         ),
         (lambda: ap.verify(small), "has no mask over weights, so there is nothing to verify without an artefact"),
-        (lambda: ap.chat(small, " "), "the prompt is empty; write what the model is to answer"),
+        (lambda: ap.chat(small, " "), "the prompt is empty; write what the model should answer"),
         (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),
         (lambda: ap.chat(small, "x", seed=1), "seed 1 has no effect at temperature 0"),
         (lambda: ap.shrink(small, params="80%"), 'give one of minutes=60, hours=1 and tokens="2M"'),

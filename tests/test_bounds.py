@@ -183,7 +183,7 @@ def test_settings_that_a_model_cannot_write_by(ask: Any, folder: Path) -> None:
     assert "3 tokens" in err, "an answer is what is likeliest token by token"
     path.write_text(json.dumps(own | {"stop_strings": ["a"]}))
     status, _, err = ask("chat", folder, "hi", "--max-new-tokens", 3)
-    assert (status, "mend or remove generation_config.json" in one_sentence(err)) == (1, True), err
+    assert (status, "correct or remove generation_config.json" in one_sentence(err)) == (1, True), err
 
 
 def test_a_template_that_writes_nothing(folder: Path) -> None:

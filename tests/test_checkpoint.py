@@ -379,7 +379,7 @@ def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5', which is not a causal"),
         (
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-            "'gpt2', which is of no known family; known: gemma3_text, llama, mistral",
+            "'gpt2', which belongs to no known family; known: gemma3_text, llama, mistral",
         ),
         ({"hidden_size": 4}, "names no model_type"),
     ):

@@ -84,7 +84,7 @@ def test_separate_heads_stay_separate() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"layer_sharing": True}, r"runs every layer twice .*take a MobileLLM without -LS"),
+        ({"layer_sharing": True}, r"runs every layer twice .*use a MobileLLM without -LS"),
         ({"intermediate_size": [40, 30, 20]}, r"intermediate_size of this MobileLLM is a list"),
     ],
 )

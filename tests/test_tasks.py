@@ -405,8 +405,8 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
     if importlib.util.find_spec("lm_eval") is not None:
         cases += [
             (["--tasks", ","], "tasks ',' names none; give commonsense or mmlu"),
-            (["--tasks", "piqa", "--task-dir", tmp_path / "no"], f"task folder '{tmp_path}/no' is not there"),
-            (["--tasks", "piqa", "--task-dir", tmp_path / "empty"], f"task folder '{tmp_path}/empty' holds no lm-eval tasks"),
+            (["--tasks", "piqa", "--task-dir", tmp_path / "no"], f"task folder '{tmp_path}/no' does not exist"),
+            (["--tasks", "piqa", "--task-dir", tmp_path / "empty"], f"task folder '{tmp_path}/empty' contains no lm-eval tasks"),
         ]
     for words, sentence in cases:
         status, out, err = ask("eval", tiny_folder, *words)

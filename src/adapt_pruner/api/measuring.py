@@ -362,7 +362,7 @@ def chat(
     """
     _precision(dtype)
     if not _word("prompt", prompt).strip():
-        raise UsageError("the prompt is empty; write what the model is to answer")
+        raise UsageError("the prompt is empty; write what the model should answer")
     if seed is not None and not temperature:
         raise UsageError(
             f"seed {seed} has no effect at temperature 0, which draws nothing; give temperature=0.7, or leave seed out"
@@ -381,8 +381,8 @@ def _word(name: str, value: Any) -> str:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    if of_kind(name, value, int, f"a whole number from {least} on") < least:
-        raise UsageError(f"{name} {value} is too small; give a whole number from {least} on")
+    if of_kind(name, value, int, f"a whole number of at least {least}") < least:
+        raise UsageError(f"{name} {value} is too small; give a whole number of at least {least}")
     return int(value)
 
 

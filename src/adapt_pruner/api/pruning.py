@@ -106,7 +106,7 @@ def prune(
         }  # fmt: skip
         if given := [name for name, value in alone.items() if value is not None]:
             raise UsageError(
-                f"{' and '.join(given)} would be ignored, since a recipe says by itself what is done; put it into the recipe"
+                f"{' and '.join(given)} would be ignored, since a recipe sets everything itself; put it into the recipe"
             )
         return _pruned(model, place, keep, trust_remote_code, progress, listen)
     overrides = as_overrides(settings)
@@ -171,7 +171,7 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = recipes.read(str(of_kind("recipe", recipe, (str, Path), "a Recipe, a YAML file or a name")), overrides=overrides)
     elif overrides:
-        raise UsageError("settings would be ignored, since a Recipe says by itself what is done; put them into the recipe")
+        raise UsageError("settings would be ignored, since a Recipe sets everything itself; put them into the recipe")
     return _ran(recipe.ready(), place, keep, trust_remote_code, progress, listen, force_recipe=force_recipe)
 
 
@@ -258,6 +258,6 @@ def _place(output: Any, name: str = "run") -> tuple[Keeper | None, Path]:
     if output is not None:
         return None, as_place("output", output)
     if world.size() > 1:
-        raise UsageError("several processes work on this and share one folder; give output=")
+        raise UsageError("several processes work together and need one shared folder; give output=")
     temporary = Keeper()
     return temporary, Path(temporary.name) / name

@@ -149,4 +149,4 @@ class Result:
         losses = [value for value in self.figures.get("calibration_losses") or [] if value is not None]
         if len(losses) > 1:
             return f"{losses[0]:.3f} → {losses[-1]:.3f} nats a token on the calibration text"
-        return f"not measured; .evaluate(text) does, of {millions(self.figures['params_after'])} parameters"
+        return f"not measured; .evaluate(text) measures it, with {millions(self.figures['params_after'])} parameters"

@@ -79,7 +79,7 @@ def answer(
         RunError: a logit is infinite or not a number.
     """
     if not prompt.strip():
-        raise UsageError("the prompt is empty; write what the model is to answer, in quotes")
+        raise UsageError("the prompt is empty; write what the model should answer, in quotes")
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
         said = [{"role": "system", "content": system}] if system else []
@@ -98,12 +98,12 @@ def answer(
         ids = tokenizer("\n".join([*above, prompt]), return_tensors="pt").input_ids
     if not ids.shape[1]:
         made = "chat template writes nothing" if templated else "tokenizer makes no tokens"
-        raise UsageError(f"the model's {made} for this prompt; mend its files, or write another prompt")
+        raise UsageError(f"the model's {made} for this prompt; correct its files, or write another prompt")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UsageError(
-            f"the prompt of {ids.shape[1]:,} tokens and {max_new_tokens:,} new ones are more than the {limit:,} that the model reads; "
-            "shorten it, or lower --max-new-tokens"
+            f"the prompt of {ids.shape[1]:,} tokens and {max_new_tokens:,} new ones are more than the {limit:,} tokens that the "
+            "model reads; shorten it, or lower --max-new-tokens"
         )
     ids = ids.to(model.device)
     own = model.generation_config
@@ -130,7 +130,7 @@ def answer(
                 raise
             raise RunError(
                 f"the model cannot write ({type(error).__name__}: {first_line(error)}); its generation_config.json or config.json "
-                "asks for what it cannot do, so mend or remove generation_config.json"
+                "asks for what it cannot do, so correct or remove generation_config.json"
             ) from error
     seconds = time.perf_counter() - began
     ended = bool(len(written)) and int(written[-1]) in ends

@@ -71,8 +71,8 @@ def check_no_code(folder: Path) -> None:
                 waiting.append(path.parent / node.value.replace("\0", ""))
                 continue
             raise UsageError(
-                f"task file {path}, line {node.start_mark.line + 1}, {why}, and foreign code runs only where you say so; "
-                "read it, and pass --trust-remote-code if you trust it"
+                f"task file {path}, line {node.start_mark.line + 1}, {why}, and foreign code runs only if you allow it; read "
+                "it, and pass --trust-remote-code if you trust it"
             )
 
 

@@ -146,6 +146,6 @@ def _made(folder: Path, make: Callable[[Path], None]) -> None:
     except OSError as error:
         if not folder.is_dir():
             raise RunError(
-                f"task data cannot be kept in {folder.parent} ({why(error)}); "
+                f"task data cannot be stored in {folder.parent} ({why(error)}); "
                 "make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
             ) from error

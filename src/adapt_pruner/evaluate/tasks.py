@@ -347,5 +347,5 @@ def _said_of(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"scores cannot be kept in {folder} ({why(error)}); make room there or name another folder with --cache-dir"
+            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder with --cache-dir"
         ) from error

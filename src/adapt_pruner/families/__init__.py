@@ -51,7 +51,7 @@ def family_of(config: Any) -> ModuleType:
         if config.model_type in family.MODEL_TYPES:
             return family
     raise UsageError(
-        f"model type {config.model_type!r} is of no known family ({nearest(config.model_type, model_types())}); "
+        f"model type {config.model_type!r} belongs to no known family ({nearest(config.model_type, model_types())}); "
         "a new family is one file: see docs/extending.md"
     )
 

@@ -280,7 +280,7 @@ def _of_block(index: int, block: Mapping[str, Any], raw: Mapping[str, Any]) -> d
     for name, part in (("attention", attention), ("MLP", mlp)):
         if odd := [key for key in _UNHELD if part.get(key)]:
             raise UsageError(
-                f"the {name} of layer {index} has {odd[0]} in block_configs, which no stock class has; take a model without it"
+                f"the {name} of layer {index} has {odd[0]} in block_configs, which no stock class has; use a model without it"
             )
     if skip := [name for name, part in (("attention", attention), ("mlp", mlp)) if part.get("no_op")]:
         own["skip"] = skip

@@ -29,13 +29,14 @@ def stock_config(raw: dict[str, Any]) -> LlamaConfig:
     """
     if raw.get("layer_sharing"):
         raise UsageError(
-            "this MobileLLM runs every layer twice with the same weights (layer_sharing: true), which cannot be pruned yet; "
-            "take a MobileLLM without -LS in its name"
+            "this MobileLLM runs every layer twice with the same weights (layer_sharing: true), which cannot be pruned yet; use "
+            "a MobileLLM without -LS in its name"
         )
     for key, value in raw.items():
         if isinstance(value, list) and key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             raise UsageError(
-                f"{key} of this MobileLLM is a list, one size a layer, which only the code that pruned it reads; take the dense model"
+                f"{key} of this MobileLLM is a list, one size a layer, which only the code that pruned it reads; use the dense "
+                "model"
             )
     tied = bool(raw.get("share_embedding") or raw.get("tie_word_embeddings"))
     config: LlamaConfig = LlamaConfig.from_dict(
