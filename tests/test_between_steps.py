@@ -113,8 +113,8 @@ def test_stages_and_a_repair(tiny_folder: Path, text_file: Path, tmp_path: Path)
     ({"training": {"source": None, "tokens": 0}}, "between_steps removes units while the model trains, and the recipe trains nothing"),
     ({"training": {"lora": {"rank": 2}}}, "between steps, which training.lora does not allow; leave it out"),
     ({"training": {"compile": True}, "moments": "reset"}, "which training.compile and moments=reset does not allow; leave them out"),
-    ({"metric": "activations.wanda", "axes": ["neurons"]}, "between_steps scores by gradients of weights alone; set metric=weights.taylor"),
-    ({"chooser": "allocate.adaptive", "distance": "blocks.cosine", "axes": ["neurons"]}, "scores by gradients of weights alone"),
+    ({"metric": "activations.wanda", "axes": ["neurons"]}, "between_steps uses only scores from gradients of weights; set metric=weights.taylor"),
+    ({"chooser": "allocate.adaptive", "distance": "blocks.cosine", "axes": ["neurons"]}, "uses only scores from gradients of weights"),
     ({"reduce": "between_steps(batches=3)"}, "adds up the scores of 3 steps and cuts after every 1; raise every, or lower batches"),
     ({"budget": "1000", "axes": ["neurons"]}, "budget 1,000 is below the"),
 ])  # fmt: skip

@@ -137,7 +137,7 @@ def test_everything_that_walks_layers_copes(layout: tuple[str, str], batches: li
 
 
 def test_a_model_that_lacks_blocks_is_not_sliced() -> None:
-    with pytest.raises(UsageError, match="layer 0 lacks its attention or MLP, and slicing changes the basis at both; set reduce"):
+    with pytest.raises(UsageError, match="layer 0 has no attention or no MLP, and slicing changes the basis at both; set reduce"):
         floor_of(lacking())
 
 

@@ -285,13 +285,13 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
     ("asked", "left_out"),
     [
         ({"head_metric": None}, []),
-        ({}, ["KV heads shut one by one"]),
+        ({}, ["KV heads switched off one by one"]),
         ({"axes": ["neurons"]}, []),
-        ({"method": "adaptive-ls-v1"}, ["text that the model writes itself", "KV heads shut one by one", "repair"]),
+        ({"method": "adaptive-ls-v1"}, ["text that the model writes itself", "KV heads switched off one by one", "repair"]),
         ({"method": "wanda-sp"}, ["measuring behind pruned layers"]),
         (
             {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"},
-            ["layers or blocks shut one by one"],
+            ["layers or blocks switched off one by one"],
         ),
         ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["tasks"]),
         ({"head_metric": None, "calibration": {"source": "self"}}, ["text that the model writes itself"]),

@@ -69,7 +69,7 @@ def test_answers_are_read_mended_or_left_out(serve: Serve) -> None:
     assert found[0] == dict(zip(NAMES, (24, 16, 20), strict=True)), "right as it is"
     assert found[2] == SPACE.base
     assert said == [
-        "the language model wrote 2 candidates that were used as they are, 1 that were mended and 3 unusable; evolution made 3"
+        "the language model wrote 2 candidates that were used as they are, 1 that were corrected and 3 unusable; evolution made 3"
     ]
     path, body = asked[0]
     assert path == "/v1/chat/completions"
@@ -85,7 +85,7 @@ def test_answers_are_read_mended_or_left_out(serve: Serve) -> None:
 def test_nonsense_costs_no_search(text: str, serve: Serve) -> None:
     _, said = proposed(serve(text))
     assert "evolution made 6" in said[0]
-    assert "0 candidates that were used as they are, 0 that were mended" in said[0]
+    assert "0 candidates that were used as they are, 0 that were corrected" in said[0]
 
 
 def test_a_server_that_fails_or_is_not_there_costs_no_search(serve: Serve) -> None:
@@ -131,6 +131,6 @@ def test_a_model_and_its_proposals_go_together(tiny_folder: Path, text_file: Pat
             "calibration": {"source": str(text_file), "samples": 4, "length": 16},
         })  # fmt: skip
         with pytest.raises(
-            UsageError, match="language_model needs a model, and nothing else has one|model 'nowhere' does not exist"
+            UsageError, match="language_model needs a model, and no other takes one|model 'nowhere' does not exist"
         ):
             run(recipe, tmp_path / "run")

@@ -384,10 +384,10 @@ def test_sequential_scoring_measures_without_what_goes_whole(goes: str, batches:
 
 def test_behind_needs_no_gradients(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"layer by layer from activations, and weights\.taylor does not go by activations; set metric"
+        UsageError, match=r"layer by layer from activations, and weights\.taylor does not use activations; set metric"
     ):
         prune(recipe_with(tiny_folder, text_file, sequential_scoring=True), tmp_path / "out")
-    with pytest.raises(UsageError, match=r"weights\.random does not go by activations"):
+    with pytest.raises(UsageError, match=r"weights\.random does not use activations"):
         prune(recipe_with(tiny_folder, text_file, sequential_scoring=True, metric="weights.random"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -179,7 +179,7 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"axes": ["neurons", "residual"]}, "reduce search moves units from one layer to another, and of residual the model has one axis"),
+    ({"axes": ["neurons", "residual"]}, "reduce search moves units from one layer to another, and the model has only one axis of residual"),
     ({"reduce": "search(fitness=accuracy)"}, "fitness 'accuracy' of reduce search is not known; known: loss, kl"),
     ({"reduce": "search(proposals=evolutoin)"}, "proposal 'evolutoin' is not known; did you mean 'proposals.evolution'"),
     ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),

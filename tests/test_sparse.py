@@ -265,7 +265,7 @@ def test_units_go_from_a_sparse_model_and_zeros_come_to_a_pruned_one(tiny_folder
     assert both.weight_mask is not None
     assert both.weight_mask.unmasked(both.model) == []
     assert both.weight_mask.pattern is None
-    assert sum("is 2:4 no more" in event.get("message", "") for event in heard) == 1
+    assert sum("no longer follow 2:4" in event.get("message", "") for event in heard) == 1
 
     prune(recipe_of(tiny_folder, text_file, **smaller | {"multiple_of": 4}), tmp_path / "small")  # type: ignore[arg-type]
     prune(recipe_of(tmp_path / "small", text_file, "sparsegpt"), tmp_path / "other")
@@ -317,7 +317,7 @@ def assert_refused_run(made: Any, tmp_path: Path, said: str) -> None:
             "is for reduce=sparse, but reduce is 'units'",
         ),
         ({"solver": None}, "the recipe names none; set solver to one of fista.fista, "),
-        ({"solver": "fista(warm_start=fista)"}, "cannot begin with fista"),
+        ({"solver": "fista(warm_start=fista)"}, "cannot start from fista"),
         ({"solver": "fista(warm_start=nothing)"}, "solver 'nothing' is not known"),
         (
             {"solver": "fista(reads=none)"},
@@ -337,7 +337,7 @@ def test_what_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "wanda"}, "has zeros already (2:4), and wanda begins with dense weights; name the model it was made from"),
+        ({"method": "wanda"}, "has zeros already (2:4), and wanda needs dense weights; name the model it was made from"),
         ({"method": "slicegpt", "budget": "80%", "sparsity": ""}, "reduce=slice would not keep the zeros"),
         ({"method": "best", "budget": "80%", "sparsity": ""}, "repair would not keep the zeros of a sparse model; set repair=null"),
         (

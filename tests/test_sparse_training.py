@@ -105,7 +105,7 @@ def test_decay_acts_on_masked_weights_alone_and_rises(tiny_folder: Path, text_fi
         ({"parallel": "fsdp"}, "cannot mask with parallel=fsdp"),
         ({"reduce": "sparse_training(scores=size)"}, "scores 'size' of reduce sparse_training are not known"),
         ({"sparsity": "8:32"}, "which is not a multiple of 32"),
-        ({"reduce": "sparse_training(slorb=16)"}, "mlp.down_proj has 40 inputs, no multiple of slorb=16"),
+        ({"reduce": "sparse_training(slorb=16)"}, "mlp.down_proj has 40 inputs, which is not a multiple of slorb=16"),
         ({"budget": "80%"}, "makes weights zero and removes none"),
     ],
 )
@@ -118,7 +118,11 @@ def test_what_masks_do_not_go_with_is_refused(
 def test_a_sparse_model_is_no_start(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     start = read({"model": str(tiny_folder), "method": "magnitude-sparse", "sparsity": "2:4"})
     prune(start, tmp_path / "sparse")
-    assert_refused(lambda: recipe_of(tmp_path / "sparse", text_file), tmp_path / "run", "has zeros already (2:4), and ast begins")
+    assert_refused(
+        lambda: recipe_of(tmp_path / "sparse", text_file),
+        tmp_path / "run",
+        "has zeros already (2:4), and ast needs dense weights",
+    )
 
 
 STRANGER = """

@@ -63,7 +63,8 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
     """
     if not torch.isfinite(distances).all():
         raise RunError(
-            "block distances are not finite; the model or its calibration text gives NaN or infinity: set dtype=float32, or mend the weights"
+            "block distances are not finite; the model or its calibration text gives NaN or infinity: set dtype=float32, or "
+            "repair the weights"
         )
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())

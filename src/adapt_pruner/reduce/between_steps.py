@@ -92,12 +92,12 @@ class BetweenSteps(Units):
             )
         if whole := [kind for kind in recipe.axes if kind in WHOLE]:
             raise UsageError(
-                f"reduce between_steps goes by gradients of units, and axes names {', '.join(whole)}; leave that out of axes"
+                f"reduce between_steps works with gradients of units, and axes names {', '.join(whole)}; leave that out of axes"
             )
         if evidence_of(work, metrics_of(work, seed=0)) not in (Evidence.WEIGHTS, Evidence.GRADIENTS) or recipe.distance:
             raise UsageError(
-                "reduce between_steps scores by gradients of weights alone; set metric=weights.taylor and distance=null, with a chooser "
-                "that needs no distance, such as rank.per_parameter"
+                "reduce between_steps uses only scores from gradients of weights; set metric=weights.taylor and distance=null, "
+                "with a chooser that needs no distance, such as rank.per_parameter"
             )
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:

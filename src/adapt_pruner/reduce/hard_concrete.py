@@ -283,8 +283,8 @@ def _rows_of(axes: Sequence[Axis], kind: str) -> Tensor:
     its = [axis for axis in axes if axis.kind == kind]
     if len({axis.entries for axis in its}) != 1:
         raise UsageError(
-            f"reduce hard_concrete wants layers that are alike, and the {kind} of this model differ from layer to layer; begin with "
-            "the dense model"
+            f"reduce hard_concrete needs layers of equal size, and the {kind} of this model differ from layer to layer; start "
+            "with the dense model"
         )
     return torch.zeros(len(its), its[0].entries)
 

@@ -54,7 +54,10 @@ def language_model(
             whole = space.mended(sizes, draw)
             used, mended = used + (whole == sizes), mended + (whole != sizes)
             proposed.append(whole)
-        told = f"the language model wrote {used} candidates that were used as they are, {mended} that were mended and {unusable} unusable"
+        told = (
+            f"the language model wrote {used} candidates that were used as they are, {mended} that were corrected and "
+            f"{unusable} unusable"
+        )
     except Exception as error:  # from the network, from a server, or from a model whose context is too short
         told = f"the language model did not answer ({first_line(error)})"
     if len(proposed) < number:

@@ -96,8 +96,9 @@ class Search(Units):
         parts.check("proposal", self.proposals)
         if parts.takes("proposal", self.proposals, "model") is not bool(self.model):
             raise UsageError(
-                f"reduce search has proposals={self.proposals} and model={self.model or 'none'}; language_model needs a model, and nothing "
-                "else has one: write search(proposals=language_model, model=http://localhost:8000/v1#NAME), or a model on this machine"
+                f"reduce search has proposals={self.proposals} and model={self.model or 'none'}; language_model needs a model, "
+                "and no other takes one: write search(proposals=language_model, model=http://localhost:8000/v1#NAME), or a "
+                "model on this machine"
             )
         if self.model and not self.model.startswith(("http://", "https://")):
             locate(self.model)
@@ -108,12 +109,13 @@ class Search(Units):
             )
         if single := [kind for kind in work.recipe.axes if sum(axis.kind == kind for axis in work.axes) == 1]:
             raise UsageError(
-                f"reduce search moves units from one layer to another, and of {', '.join(single)} the model has one axis; leave that "
-                "out of axes"
+                f"reduce search moves units from one layer to another, and the model has only one axis of {', '.join(single)}; "
+                "leave that out of axes"
             )
         if "query_heads" in work.recipe.axes and self.on_repaired:
             raise UsageError(
-                "reduce search(repaired=true) takes neurons and kv_heads, and axes names query_heads; leave that out of axes"
+                "reduce search(repaired=true) works only on neurons and kv_heads, and axes names query_heads; leave that out of "
+                "axes"
             )
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:

@@ -95,8 +95,8 @@ def _check_model(model: Any) -> None:
     _sliced_class(model)
     if lacking := [i for i, layer in enumerate(model.config.per_layer_config) if getattr(layer, "skip", ())]:
         raise UsageError(
-            f"layer {lacking[0]} lacks its attention or MLP, and slicing changes the basis at both; set reduce to units, or slice the "
-            "model that it came from"
+            f"layer {lacking[0]} has no attention or no MLP, and slicing changes the basis at both; set reduce to units, or "
+            "slice the model that it came from"
         )
 
 

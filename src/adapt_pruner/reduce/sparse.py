@@ -39,10 +39,10 @@ class Sparse(Reduction):
         solver = work.recipe.solver
         if solver is None:
             known = ", ".join(parts.names("solver"))
-            raise UsageError(f"reduce sparse goes by a solver and the recipe names none; set solver to one of {known}")
+            raise UsageError(f"reduce sparse needs a solver, and the recipe names none; set solver to one of {known}")
         warm = parts.bind("solver", solver).keywords.get("warm_start")
         if warm is not None and "dense" in parts.needs("solver", warm):
-            raise UsageError(f"solver {solver} cannot begin with {warm}; give warm_start=wanda, sparsegpt or magnitude")
+            raise UsageError(f"solver {solver} cannot start from {warm}; give warm_start=wanda, sparsegpt or magnitude")
         if (reads := _reads(solver)) not in READS:
             raise UsageError(f"reads {reads!r} of the solver is not known; known: {', '.join(READS)}")
         check_dense(work)
@@ -112,8 +112,8 @@ class Sparse(Reduction):
         """
         if self._done:
             raise UsageError(
-                f"{self._done} decoder layers of this run have their zeros already, by the recipe that it began with; leave the recipe as it "
-                "was, or name another folder"
+                f"{self._done} decoder layers of this run have their zeros already, from the recipe that it started with; leave "
+                "the recipe as it was, or name another folder"
             )
 
 
@@ -132,12 +132,12 @@ def check_dense(work: Work) -> None:
     """
     if (pattern := work.state.figures.get("sparsity_before")) is not None:
         raise UsageError(
-            f"{work.recipe.model} has zeros already ({pattern or 'in a pattern that a cut has broken'}), and {work.recipe.method} begins with "
-            "dense weights; name the model it was made from"
+            f"{work.recipe.model} has zeros already ({pattern or 'in a pattern that a cut has broken'}), and "
+            f"{work.recipe.method} needs dense weights; name the model it was made from"
         )
     if families.is_sliced(work.model.config):
         raise UsageError(
-            f"{work.recipe.model} is sliced, and its shortcut matrices are not made for zeros; name the model that it came from"
+            f"{work.recipe.model} is sliced, and its shortcut matrices cannot be given zeros; name the model that it came from"
         )
 
 

@@ -81,7 +81,8 @@ class SparseTraining(Reduction):
         for name, module in linear_layers(work.model, work.axes).items() if self.slorb else ():
             if (inputs := oriented(module).shape[1]) % self.slorb:
                 raise UsageError(
-                    f"{name} has {inputs:,} inputs, no multiple of slorb={self.slorb}; give a divisor, such as 16, or 0"
+                    f"{name} has {inputs:,} inputs, which is not a multiple of slorb={self.slorb}; give a divisor, such as 16, "
+                    "or 0"
                 )
 
     def floor(self, work: Work) -> tuple[int, str]:

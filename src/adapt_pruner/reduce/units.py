@@ -67,7 +67,8 @@ class Units(Reduction):
         if evidence_of(work, metrics_of(work, seed=0)[:1]) is not Evidence.FORWARD:
             raise UsageError(
                 "sequential_scoring=true scores layer by layer from activations, and "
-                f"{recipe.metric} does not go by activations; set metric to activations.wanda, say, or set sequential_scoring=false"
+                f"{recipe.metric} does not use activations; set metric to one that does, such as activations.wanda, or set "
+                "sequential_scoring=false"
             )
 
     def floor(self, work: Work) -> tuple[int, str]:
@@ -113,8 +114,8 @@ class Units(Reduction):
         heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
         taken = {
-            "layers or blocks shut one by one": layers,
-            "KV heads shut one by one": heads,
+            "layers or blocks switched off one by one": layers,
+            "KV heads switched off one by one": heads,
             "measuring behind pruned layers": recipe.sequential_scoring,
             "repair": repairs,
         }

@@ -376,7 +376,8 @@ class Work:
             return self.recipe.step
         if self.recipe.step < 1:
             self.warn_of_stage(
-                f"half of the {minutes:g} minutes are over at {self.num_params:,} parameters, so what is still to go goes in one cut"
+                f"half of the {minutes:g} minutes are over at {self.num_params:,} parameters, so one cut removes all that is "
+                "left to remove"
             )
         return 1.0
 
@@ -436,8 +437,8 @@ class Work:
             self.weight_mask = self.weight_mask.cut(self.model, self.axes, mask, optimizer=self.optimizer)
             if pattern and not self.weight_mask.pattern:
                 self.warn(
-                    f"the cut leaves the zeros where they are, and what is left is {pattern} no more; make zeros in the result of a cut, not "
-                    "before it, where an engine goes by the pattern"
+                    f"the cut keeps the zeros, but the weights that stay no longer follow {pattern}; if an engine relies on the "
+                    "pattern, cut first and make zeros in the result"
                 )
         self._axes = None
         self.state.mask = self.state.mask.then(mask, self.axes)

@@ -355,7 +355,7 @@ def _guard(loss: float, norm: float, progress: Progress, *, max_rise: float, lr:
     """Raise before a step with a bad gradient would spoil the weights."""
     at = (
         f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text, then start in another folder, or "
-        "remove the checkpoints written since the loss went wrong and go on with --force-recipe"
+        "remove the checkpoints written since the loss went wrong and continue with --force-recipe"
     )
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(f"the training loss became {loss} (gradient norm {norm}) {at}")

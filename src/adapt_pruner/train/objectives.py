@@ -117,7 +117,7 @@ def _hidden_distance(
 ) -> Tensor:
     if len(ours) != len(theirs) or ours[0].shape != theirs[0].shape:
         raise UsageError(
-            f"hidden states do not compare: the model has {len(ours) - 1} layers of width {ours[0].shape[-1]}, "
+            f"hidden states cannot be compared: the model has {len(ours) - 1} layers of width {ours[0].shape[-1]}, "
             f"the teacher {len(theirs) - 1} of {theirs[0].shape[-1]}; leave out the option hidden of objectives.distil"
         )
     total = torch.zeros((), device=input_ids.device)
