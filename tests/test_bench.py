@@ -250,9 +250,9 @@ def test_bench_in_llama_cpp(quant: str, tmp_path: Path, monkeypatch: pytest.Monk
         (["--engine", "lama.cpp"], "did you mean 'llama.cpp'"),
         (["--batch", "1,x"], "not a list of batch sizes"),
         (["--batch", "0"], "not a list of batch sizes"),
-        (["--quant", "q8_0"], "is of --engine llama.cpp"),
+        (["--quant", "q8_0"], "applies only to --engine llama.cpp"),
         (["--engine", "llama.cpp", "--device", "cuda"], "on the CPU"),
-        (["--engine", "llama.cpp", "--dtype", "float32"], "is of --engine torch"),
+        (["--engine", "llama.cpp", "--dtype", "float32"], "applies only to --engine torch"),
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--rounds", "0"], "greater than or equal to 1"),
         ([], "model 'nowhere' does not exist"),
@@ -278,7 +278,7 @@ def pretending(code: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     "code", ["pass", "import os, signal; print({}, flush=True); input(); os.kill(os.getpid(), signal.SIGKILL)"]
 )
 def test_a_process_that_dies_is_an_error_and_no_wait(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = r"process with small ended with status (0|-9) and without a word; there may be too little memory"
+    wanted = r"process with small ended with status (0|-9) and without a message; there may be too little memory"
     with pytest.raises(RunError, match=wanted), pretending(code, monkeypatch) as worker:
         worker.ask({"batch": 1})
 
@@ -300,4 +300,4 @@ def test_a_type_of_what_needs_no_export_is_refused(ask: Any, tmp_path: Path) -> 
     words = ["--engine", "llama.cpp", "--quant", "q8_0"]
     status, _, err = ask("bench", tmp_path / "a.gguf", "--against", tmp_path / "b.gguf", *words)
     assert status == 2
-    assert "--quant q8_0 is for models that are yet to be exported" in err
+    assert "--quant q8_0 applies only to models that bench exports" in err

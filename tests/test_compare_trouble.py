@@ -39,7 +39,7 @@ def test_an_interrupt_keeps_what_is_finished(
     monkeypatch.setattr(comparison, "prune_apart", interrupted)
     status, said, err = ask(*words(tiny_folder, text_file, out, "--draws", 2))
     assert (status, said) == (1, "")
-    assert "1 of 4 cells are finished; the same command goes on from there" in err
+    assert "1 of 4 cells are finished; the same command continues from there" in err
     assert "interrupted" in one_sentence(err)
     assert len(read_json(out / "compare.json")["cells"]) == 1, "what is finished can be read meanwhile"
     monkeypatch.setattr(comparison, "prune_apart", here)

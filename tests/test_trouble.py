@@ -121,7 +121,7 @@ def test_a_run_does_not_begin_in_a_comparison(ask: Any, tiny_folder: Path, text_
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        (["latency=0.7x"], "compare goes by --params, and the recipe of magnitude has a latency; leave it out"),
+        (["latency=0.7x"], "compare prunes to the sizes of --params, and the recipe of magnitude sets a latency; leave it out"),
     ],
 )
 def test_what_every_cell_would_fail_by_is_refused_before_the_first(given: list[str], wanted: str) -> None:
@@ -135,7 +135,7 @@ def test_numbers_of_tokens_and_a_vocabulary_of_fewer_do_not_go_together() -> Non
         overrides=("vocabulary.source=a.txt", "vocabulary.keep=300"),
     )  # fmt: skip
     with pytest.raises(
-        UsageError, match="--calibration-ids are numbers of tokens before the vocabulary is pruned; name a text by --cal"
+        UsageError, match="--calibration-ids are token ids of the vocabulary before it is pruned; name a text with --cal"
     ):
         asked.checked()
 
@@ -144,7 +144,7 @@ def test_a_comparison_is_told_its_text_once() -> None:
     asked = Request(
         model="m", methods=("flap",), params=("80%",), texts=("t",), calibration="a", overrides=("calibration.source=b",)
     )
-    with pytest.raises(UsageError, match="calibration.source is said by --calibration and by --set; leave one of them out"):
+    with pytest.raises(UsageError, match="calibration.source is set by --calibration and by --set; leave one of them out"):
         asked.checked()
 
 

@@ -56,7 +56,7 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
         reason = _heard(process, listen)
         status = process.wait()
     if status < 0:
-        reason = f"the process was killed by signal {-status}, which is what a machine does that runs out of memory"
+        reason = f"the process was killed by signal {-status}, which a machine that runs out of memory does"
     if status:
         raise RunError(reason or f"prune ended with status {status}")
 

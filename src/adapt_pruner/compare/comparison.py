@@ -103,7 +103,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
             try:
                 return comparison.run()
             except KeyboardInterrupt:
-                listen(Interrupted(message=f"{comparison.standing}; the same command goes on from there").told())
+                listen(Interrupted(message=f"{comparison.standing}; the same command continues from there").told())
                 raise
     except OSError as error:
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
@@ -394,5 +394,5 @@ class _Comparison:
         others = {figures["made_by"] for figures in self._done.values()} - {made_by()}
         if others:
             self._warn(
-                f"some of them were made by other versions ({'; '.join(sorted(others))}); name another folder to run them anew"
+                f"some of them were made by other versions ({'; '.join(sorted(others))}); name another folder to run them again"
             )

@@ -93,7 +93,7 @@ class Request:
             if key in _OWN_KEYS:
                 raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
             if key == "calibration.source" and self.calibration is not None:
-                raise UsageError(f"{key} is said by --calibration and by --set; leave one of them out")
+                raise UsageError(f"{key} is set by --calibration and by --set; leave one of them out")
         if self.calibration_ids and self._drawn:
             raise UsageError(
                 "--calibration-ids fix every token, so --calibration-samples and --calibration-length would be ignored; leave them out"
@@ -111,11 +111,13 @@ class Request:
             if recipe.makes_zeros and recipe.solver is None:
                 raise UsageError(f"compare prunes and does not train, and {method} learns its zeros in training; leave it out")
             if recipe.latency:
-                raise UsageError(f"compare goes by --params, and the recipe of {method} has a latency; leave it out")
+                raise UsageError(
+                    f"compare prunes to the sizes of --params, and the recipe of {method} sets a latency; leave it out"
+                )
             if recipe.vocabulary is not None and self.calibration_ids:
                 raise UsageError(
-                    "--calibration-ids are numbers of tokens before the vocabulary is pruned; name a text by --calibration, or leave "
-                    "vocabulary out"
+                    "--calibration-ids are token ids of the vocabulary before it is pruned; name a text with --calibration, or "
+                    "leave vocabulary out"
                 )
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")

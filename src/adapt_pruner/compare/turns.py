@@ -82,7 +82,9 @@ def bench(
     """
     _check(engine, device, dtype, quant)
     if quant is not None and Path(pruned).is_file() and Path(dense).is_file():
-        raise UsageError(f"--quant {quant} is for models that are yet to be exported, and both are .gguf files; leave it out")
+        raise UsageError(
+            f"--quant {quant} applies only to models that bench exports, and both are .gguf files already; leave it out"
+        )
     import torch  # only after everything that can be refused without it
 
     asked = {
@@ -129,7 +131,10 @@ def bench(
                 })  # fmt: skip
         facts = [worker.facts for worker in workers]
     if facts[0]["stored"] != facts[1]["stored"]:
-        message = f"{pruned} is held in {facts[0]['stored']} and {dense} in {facts[1]['stored']}, so that speed-ups are not of pruning alone"
+        message = (
+            f"{pruned} is stored in {facts[0]['stored']} and {dense} in {facts[1]['stored']}, so the speed-ups do not come from "
+            "pruning alone"
+        )
         listen(Warned(message=message).told())
     models = [
         {
@@ -148,11 +153,11 @@ def _check(engine: str, device: str, dtype: str, quant: str | None) -> None:
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r} is not known; {nearest(engine, ENGINES)}")
     if engine == "torch" and quant is not None:
-        raise UsageError(f"--quant {quant} is of --engine llama.cpp; torch has no such weights, so leave it out")
+        raise UsageError(f"--quant {quant} applies only to --engine llama.cpp; torch has no such weights, so leave it out")
     if engine == "llama.cpp" and device not in ("auto", "cpu"):
         raise UsageError(f"llama.cpp is measured on the CPU, not on {device!r}; leave --device out")
     if engine == "llama.cpp" and dtype != "auto":
-        raise UsageError(f"--dtype {dtype} is of --engine torch; for llama.cpp say --quant f32, f16, bf16, …")
+        raise UsageError(f"--dtype {dtype} applies only to --engine torch; for llama.cpp use --quant f32, f16, bf16, …")
 
 
 def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Callable[[dict[str, Any]], None]) -> str:
@@ -197,7 +202,7 @@ def _heard(answer: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _opened(asked: dict[str, Any]) -> Iterator[_Worker]:
     silent = (
-        f"the process with {asked['model']} ended with status {{status}} and without a word; there may be too "
+        f"the process with {asked['model']} ended with status {{status}} and without a message; there may be too "
         "little memory for two models, or for so large a --batch"
     )
     with talking(module("adapt_pruner.compare.worker", json.dumps(asked)), silent=silent) as child:
