@@ -292,9 +292,7 @@ def test_a_link_or_a_pipe_in_place_of_our_files(name: str, folder: Path, tmp_pat
     path = tmp_path / "mine" / name
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(
-        UsageError, match="is a link, and what it leads to may be no part of the model; put the file itself there"
-    ):
+    with pytest.raises(UsageError, match="is a link, and its target may not belong to the model; put the file itself there"):
         parcel(tmp_path / "mine", "me/small")
     path.unlink()
     os.mkfifo(path)
@@ -311,9 +309,9 @@ def test_shards_are_those_that_the_index_names(folder: Path, tmp_path: Path) -> 
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     assert "model-00001-of-00001.safetensors" in parcel(mine, "me/small").files
     for shard, said in (
-        ("gone.safetensors", "lacks gone"),
-        ("../x.safetensors", "no shard beside it"),
-        ("notes.txt", "no shard"),
+        ("gone.safetensors", "has no gone"),
+        ("../x.safetensors", "not a shard beside it"),
+        ("notes.txt", "not a shard"),
     ):
         index.write_text(json.dumps({"weight_map": {"a": shard}}))
         with pytest.raises(UsageError, match=said):

@@ -356,7 +356,7 @@ def test_what_of_a_recipe_makes_no_sense_is_left_out(copied: Path, wrong: str) -
     Seen(page.page(record))
     assert (record.recipe["seed"], record.trouble) == (
         3,
-        [f"recipe.yaml has no sensible {wrong.partition(':')[0]}, which was left out"],
+        [f"recipe.yaml has no usable {wrong.partition(':')[0]}, which was left out"],
     )
 
 

@@ -104,13 +104,15 @@ def card_of(folder: Path) -> str:
 def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and pruning.json of a checkpoint; refuses the same folders as `card_of`."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; name a checkpoint, such as prune or run writes")
+        raise UsageError(f"{folder} is not a folder; name a checkpoint that prune or run wrote")
     if (folder / "model" / "pruning.json").is_file():
         raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
     contents: list[dict[str, Any]] = []
     for name in ("config.json", "pruning.json"):
         if not (folder / name).is_file():
-            raise UsageError(f"{folder} is not a checkpoint of ours: it has no {name}; name a folder that prune or run wrote")
+            raise UsageError(
+                f"{folder} is not a checkpoint of adapt-pruner: it has no {name}; name a folder that prune or run wrote"
+            )
         try:
             data = read_json(folder / name)
         except (OSError, ValueError) as error:

@@ -62,13 +62,14 @@ def parcel(folder: Path, repo: str) -> Parcel:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(
-            f"{repo!r} is no name of a repository on the hub; name it ORG/NAME, of letters, digits, -, _ and ., at most 96 of them"
+            f"{repo!r} is not the name of a repository on the hub; write ORG/NAME with letters, digits, -, _ and ., at most 96 "
+            "of them"
         ) from error
     if (folder / "state.json").is_file():
         raise UsageError(f"{folder} is a checkpoint in the middle of a run; let the run end and name its folder model")
     if folder.is_file():
         raise UsageError(
-            f"{folder} is a file, and only a folder has a card; put it into the folder of its checkpoint, which is sent with it, and name that"
+            f"{folder} is a file, and only a folder has a card; put it into the folder of its checkpoint and name that folder"
         )
     exported = not (folder / "pruning.json").exists() and _is_export(folder / "README.md")
     text = "" if exported else card_of(folder)
@@ -80,13 +81,13 @@ def parcel(folder: Path, repo: str) -> Parcel:
     else:
         text = readme.read_text(encoding="utf-8", errors="replace")
     if not any(name.endswith(_WEIGHTS) for name in files):
-        raise UsageError(f"{folder} holds no weights (*.safetensors); get the folder again")
+        raise UsageError(f"{folder} contains no weights (*.safetensors); get the folder again")
     notes = []
     if left_out:
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         notes.append(
-            f"{', '.join(left_out[:_NAMED])}{more}: not sent, since adapt-pruner did not write them there; what you want to share of "
-            "them, add on the page of the repository"
+            f"{', '.join(left_out[:_NAMED])}{more}: not sent, since adapt-pruner did not write them there; add those that you "
+            "want to share on the page of the repository"
         )
     if "\nlicense:" not in text.partition("\n---")[0]:
         notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
@@ -118,12 +119,12 @@ def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
         if name not in _WRITTEN | _EXPORTED | shards and not _TEMPLATE.fullmatch(name) and not name.endswith(".gguf"):
             left_out.append(name)
         elif any(part.is_symlink() for part in inside):
-            raise UsageError(f"{path} is a link, and what it leads to may be no part of the model; put the file itself there")
+            raise UsageError(f"{path} is a link, and its target may not belong to the model; put the file itself there")
         else:
             check_regular(path, most=None)
             files[name] = path.stat().st_size
     if missing := sorted(shards - files.keys()):
-        raise UsageError(f"{folder} lacks {missing[0]}, which model.safetensors.index.json names; get the folder again")
+        raise UsageError(f"{folder} has no {missing[0]}, which model.safetensors.index.json names; get the folder again")
     return files, left_out
 
 
@@ -137,7 +138,7 @@ def _shards(index: Path) -> set[str]:
     except ValueError as error:
         raise UsageError(f"{index} is damaged ({error}); get the folder again") from error
     if strange := sorted(name for name in named if not _SHARD.fullmatch(name)):
-        raise UsageError(f"{index} names the file {strange[0]!r}, which is no shard beside it; get the folder again")
+        raise UsageError(f"{index} names the file {strange[0]!r}, which is not a shard beside it; get the folder again")
     return named
 
 

@@ -69,7 +69,7 @@ def check_page(path: Path, folder: Path) -> None:
         )
     if path.suffix.lower() not in (".html", ".htm") and path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
-            f"{path} lies in the folder that it is about and does not end in .html; name another file, such as report.html"
+            f"{path} is inside the folder that it describes and does not end in .html; name another file, such as report.html"
         )
 
 

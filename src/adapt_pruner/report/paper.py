@@ -38,7 +38,9 @@ def check_matplotlib() -> None:
         UsageError: it is not installed.
     """
     if not has_matplotlib():
-        raise UsageError("--png needs matplotlib; pip install 'adapt-pruner[plot]', or leave it out: the page needs nothing")
+        raise UsageError(
+            "--png needs matplotlib; pip install 'adapt-pruner[plot]', or leave --png out, since the page does not need it"
+        )
 
 
 def check_ours(pictures: Iterable[Chart | Beside], folder: Path) -> None:

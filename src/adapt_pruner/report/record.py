@@ -164,12 +164,12 @@ def check_is_run(path: Path) -> None:
     if not path.exists():
         raise UsageError(f"{path} does not exist; name the folder that `adapt-pruner run` wrote, such as runs/demo")
     if not path.is_dir():
-        raise UsageError(f"{path} is a file; name the folder of a run, which holds recipe.yaml and log.jsonl")
+        raise UsageError(f"{path} is a file; name the folder of a run, which contains recipe.yaml and log.jsonl")
     if (path / "pruning.json").is_file() and (path.parent / "log.jsonl").is_file():
         raise UsageError(f"{path} is the result of a run; name the run's folder, {path.parent}")
     inside = sorted(child.parent for child in path.glob("*/log.jsonl"))
     hint = f"; did you mean {inside[0]}?" if inside else "; name the folder that `adapt-pruner run` wrote"
-    raise UsageError(f"{path} is not the folder of a run: it holds neither recipe.yaml nor log.jsonl{hint}")
+    raise UsageError(f"{path} is not the folder of a run: it contains neither recipe.yaml nor log.jsonl{hint}")
 
 
 def standing(path: Path) -> tuple[Standing, float] | None:
@@ -192,17 +192,17 @@ def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
         text = read_plain(path, most=2**20).decode("utf-8")
         data = value_of(text, "recipe.yaml")
     except FileNotFoundError:
-        trouble.append("recipe.yaml is not there, so what the run was asked to do is not known")
+        trouble.append("recipe.yaml is missing, so the page cannot say what the run was asked to do")
         return "", {}
     except (OSError, ValueError) as error:
         trouble.append(f"recipe.yaml cannot be read ({first_line(error)})")
         return "", {}
     if not isinstance(data, dict):
-        trouble.append("recipe.yaml holds no keys")
+        trouble.append("recipe.yaml contains no keys")
         return text, {}
     wrong = [key for key in data if not _makes_sense(key, data[key])]
     if wrong:
-        trouble.append(f"recipe.yaml has no sensible {', '.join(wrong)}, which was left out")
+        trouble.append(f"recipe.yaml has no usable {', '.join(wrong)}, which was left out")
     return text, in_todays_keys({key: value for key, value in data.items() if key not in wrong})
 
 
@@ -232,7 +232,7 @@ def _events(path: Path, trouble: list[str]) -> list[Event]:
     try:
         lines = read_plain(path).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
-        trouble.append("log.jsonl is not there yet, so there is nothing to show of the run's course")
+        trouble.append("log.jsonl does not exist yet, so the page cannot show the course of the run")
         return []
     except OSError as error:
         trouble.append(f"log.jsonl cannot be read ({error.strerror})")
