@@ -137,7 +137,7 @@ def test_text_of_the_same_kind_is_said(
     _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="uniform"))
     assert err.count("look like the same kind of text") == 1
     _, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="magnitude-all"))
-    assert "one kind" not in err
+    assert "the same kind of text" not in err
     _, _, err = ask(*words(tiny_folder, tmp_path / "wiki.valid.txt", tmp_path / "out", *more, methods="uniform"))
     assert "share a document" in err
 
@@ -153,9 +153,9 @@ def test_ids_of_the_text_that_is_measured_are_said(
     more = ["--set", "step=1", "--calibration-ids", tmp_path / "others.json", "--calibration-ids", tmp_path / "its.json"]
     _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="uniform"))
     assert "its.json', 2 of 3 sequences share text with" in err
-    assert "others.json' " not in err
+    assert "others.json', " not in err
     _, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="magnitude-all"))
-    assert "in common" not in err
+    assert "share text with" not in err
 
 
 BAD = {

@@ -119,4 +119,4 @@ def test_a_run_that_measures_its_calibration_ids_is_told(tiny_folder: Path, text
     assert [message for message in said if "1 of 2 sequences share text with" in message]
     heard.clear()
     prune(read(asked | {"method": "magnitude-all"}), tmp_path / "without text", listen=heard.append)
-    assert not [event for event in heard if event["event"] == "warning" and "in common" in event["message"]]
+    assert not [event for event in heard if event["event"] == "warning" and "share text with" in event["message"]]

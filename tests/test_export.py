@@ -356,7 +356,7 @@ def test_verify_sees_another_model_and_other_weights(
     assert "does not compute what" in error
     assert found["tolerance"]["agreement"] == 0.98
     status, _, error = call(monkeypatch, capsys, "verify", tmp_path / "own", tmp_path / "other", *options)
-    assert (status, "has 300 tokens and" in error, "of another model" in error) == (1, True, True)
+    assert (status, "has 300 tokens and" in error, "comes from another model" in error) == (1, True, True)
 
 
 def test_verify_runs_our_own_folder_without_us(tmp_path: Path) -> None:

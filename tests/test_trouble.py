@@ -121,7 +121,10 @@ def test_a_run_does_not_begin_in_a_comparison(ask: Any, tiny_folder: Path, text_
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        (["latency=0.7x"], "compare prunes to the sizes of --params, and the recipe of magnitude sets a latency; leave it out"),
+        (
+            ["latency=0.7x"],
+            "compare prunes to the sizes of --params, and the recipe of magnitude sets a latency; leave latency out",
+        ),
     ],
 )
 def test_what_every_cell_would_fail_by_is_refused_before_the_first(given: list[str], wanted: str) -> None:

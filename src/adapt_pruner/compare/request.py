@@ -112,7 +112,7 @@ class Request:
                 raise UsageError(f"compare prunes and does not train, and {method} learns its zeros in training; leave it out")
             if recipe.latency:
                 raise UsageError(
-                    f"compare prunes to the sizes of --params, and the recipe of {method} sets a latency; leave it out"
+                    f"compare prunes to the sizes of --params, and the recipe of {method} sets a latency; leave latency out"
                 )
             if recipe.vocabulary is not None and self.calibration_ids:
                 raise UsageError(
