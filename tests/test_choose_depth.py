@@ -304,7 +304,7 @@ def test_recipes_that_cannot_be_are_refused(changes: dict[str, Any], said: str, 
 def test_a_budget_below_one_layer_is_refused_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
-        match=r"parameters that stay when depth.drop_layers has taken all that it may \(layers\); the smallest possible",
+        match=r"parameters remain when depth.drop_layers has removed all it can \(layers\); the smallest possible",
     ):
         prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -303,11 +303,11 @@ def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -
         ("rank.standardised(by=head)", "by=head of rank.standardised is not known; known: unit, feature"),
         (
             "rank.per_parameter(floor=0.9)",
-            r"when rank.per_parameter\(floor=0.9\) has taken all that it may \(kv_heads, neurons\); the smallest possible",
+            r"when rank.per_parameter\(floor=0.9\) has removed all it can \(kv_heads, neurons\); the smallest possible",
         ),
         (
             "allocate.uniform(first=2, last=1)",
-            r"takes nothing \(kv_heads, neurons\) from a model of 3 layers, so set another method or chooser; the smallest possible budget is 50,784",
+            r"can remove nothing \(kv_heads, neurons\) from a model of 3 layers, so set another method or chooser; the smallest possible budget is 50,784",
         ),
         ("allocate.uniform(first=-1)", r"option 'first' of chooser 'allocate.uniform' is -1; give a whole number \(0 or more\)"),
     ],

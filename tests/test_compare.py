@@ -224,7 +224,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(
     )
     assert status == 1
     assert "1 of 2 cells failed" in one_sentence(err)
-    failed = next(line for line in said.splitlines() if "is below the" in line)
+    failed = next(line for line in said.splitlines() if "is too small: " in line)
     assert failed.startswith("magnitude")
     assert "–" in failed
     assert [row["error"] is None for row in read_json(tmp_path / "out" / "compare.json")["rows"]] == [True, True, False]

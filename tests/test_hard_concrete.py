@@ -121,10 +121,10 @@ def test_a_killed_run_goes_on_bit_equal(nth: int, tiny_folder: Path, text_file: 
     ({"training": {"gradient_checkpointing": True}}, "cannot mask with training.gradient_checkpointing; leave it out"),
     ({"reduce": "hard_concrete(residual=64)"}, "the shape has 64 residual, and the model has 48; give that many or fewer"),
     ({"reduce": "hard_concrete(layers=0)"}, "option 'layers' of reduce 'hard_concrete' is 0; give a whole number (1 or more) or null"),
-    ({"reduce": "hard_concrete(kv_heads=3)", "budget": "50%"}, "parameters that stay when the model has the shape that"),
+    ({"reduce": "hard_concrete(kv_heads=3)", "budget": "50%"}, "parameters remain when the model has the shape that"),
     ({"axes": ["neurons", "query_heads"]}, "hard_concrete masks residual, kv_heads, neurons, layers, and axes names query_heads"),
     ({"stages": 2}, "can run only once, and stages is 2; set stages to 1"),
-    ({"budget": "100"}, "budget 100 is below the"),
+    ({"budget": "100"}, "budget 100 is too small: "),
 ])  # fmt: skip
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path

@@ -78,7 +78,7 @@ def test_llm_pruner_and_its_baseline_leave_the_ends_whole_and_say_so_where_nothi
     sizes = {axis.name: axis.size for axis in families.axes(load(str(tmp_path / "out")).model)}
     for i in range(12):
         assert (sizes[f"layers.{i}.neurons"] < 40) == (4 <= i < 10)
-    with pytest.raises(UsageError, match=r"takes nothing \(kv_heads, neurons\) from a model of 3 layers, so set another"):
+    with pytest.raises(UsageError, match=r"can remove nothing \(kv_heads, neurons\) from a model of 3 layers, so set another"):
         prune(read(asked | {"model": str(tiny_folder)}), tmp_path / "none")
 
 

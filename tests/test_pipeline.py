@@ -169,7 +169,7 @@ def test_only_what_may_go_goes(recipe: Recipe, tmp_path: Path) -> None:
     assert all(axis.size == 40 for axis in axes if axis.kind == "neurons")
     with pytest.raises(
         UsageError,
-        match=r"below the .* parameters that stay when .* has taken all that it may \(kv_heads\); the smallest possible",
+        match=r"is too small: .* parameters remain when .* has removed all it can \(kv_heads\); the smallest possible",
     ):
         prune(without_training(recipe, axes=["kv_heads"], budget="50%"), tmp_path / "more")
     assert not (tmp_path / "more").exists()

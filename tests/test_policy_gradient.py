@@ -148,7 +148,7 @@ def test_a_killed_search_goes_on_bit_equal(nth: int, tiny_folder: Path, text_fil
     ({"reduce": "policy_gradient(masks=1)"}, "option 'masks' of reduce 'policy_gradient' is 1; give a whole number (2 or more)"),
     ({"reduce": "policy_gradient(updates=0)"}, "option 'updates' of reduce 'policy_gradient' is 0; give a whole number (1 or "
     "more)"),
-    ({"budget": "1000"}, "budget 1,000 is below the"),
+    ({"budget": "1000"}, "budget 1,000 is too small: "),
 ])  # fmt: skip
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path

@@ -848,10 +848,10 @@ def _other_tokenizer(folder: Path) -> None:
 
 BAD = {
     "stages that cannot reach the budget": (
-        ["budget=1000", "stages=4"], r"budget 1,000 is below the [\d,]+ parameters that stay .*; the smallest possible budget is",
+        ["budget=1000", "stages=4"], r"budget 1,000 is too small: [\d,]+ parameters remain .*; the smallest possible budget is",
     ),
     "heads alone that cannot": (
-        ["axes=[kv_heads]", "budget=50%"], r"budget [\d,]+ is below the [\d,]+ parameters that stay .*\(kv_heads\)",
+        ["axes=[kv_heads]", "budget=50%"], r"budget [\d,]+ is too small: [\d,]+ parameters remain .*\(kv_heads\)",
     ),
     "more tokens than the text has": (
         ["training.repeat=false"], r"'.*foxes.txt' has [\d,]+ tokens .* but 4,000 are asked for; .* allow training.repeat",

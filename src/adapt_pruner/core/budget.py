@@ -117,6 +117,5 @@ class Budget:
         """
         if self.keep < floor:
             raise UsageError(
-                f"budget {self.keep:,} is below the {floor:,} parameters that stay when {when}; "
-                f"the smallest possible budget is {floor:,}"
+                f"budget {self.keep:,} is too small: {floor:,} parameters remain when {when}; the smallest possible budget is {floor:,}"
             )

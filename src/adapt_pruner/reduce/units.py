@@ -79,9 +79,9 @@ class Units(Reduction):
             depth = len(decoder_layers(work.model, work.axes))
             return (
                 least,
-                f"{work.recipe.chooser} takes nothing ({kinds}) from a model of {depth} layers, so set another method or chooser",
+                f"{work.recipe.chooser} can remove nothing ({kinds}) from a model of {depth} layers, so set another method or chooser",
             )
-        return least, f"{work.recipe.chooser} has taken all that it may ({kinds})"
+        return least, f"{work.recipe.chooser} has removed all it can ({kinds})"
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Estimate of the iterations: each removes a share `step`, or one whole layer or block if that is more.
