@@ -102,7 +102,7 @@ def test_a_command_that_fails_leaves_what_somebody_put_beside_it(ask: Any, words
         assert contents(place) == before
     (place / ".lock").unlink()
     status, _, err = ask(*words("run"), place, "--set", "budget=1000")
-    assert (status, "budget 1,000 is below" in one_sentence(err)) == (2, True), err
+    assert (status, "budget 1,000 is too small" in one_sentence(err)) == (2, True), err
     assert contents(place).keys() == {".adapt-pruner", "notes.txt", "report.html"}
     status, _, err = ask(*words("run"), place)
     assert (status, "report.html is not a page of adapt-pruner and stays as it is" in err) == (0, True), err

@@ -333,7 +333,7 @@ def test_too_little_text_is_said(recipe: Recipe, tmp_path: Path, text_file: Path
 def test_it_is_planned_as_one_iteration(recipe: Recipe) -> None:
     planned = dry_run(recipe)
     assert [(stage["iterations"], stage["calibration_tokens"]) for stage in planned["stages"]] == [(1, 256)]
-    with pytest.raises(UsageError, match="stay when 8 of 48 dimensions are left"):
+    with pytest.raises(UsageError, match="remain when 8 of 48 dimensions are left"):
         dry_run(read(recipe.model_dump() | {"budget": "1000"}))
 
 

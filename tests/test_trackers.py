@@ -208,7 +208,7 @@ def test_a_tracker_that_is_not_installed(
 
 
 def test_a_run_that_is_refused_leaves_nothing_with_a_tracker(recipe: Recipe, fake: type[Fake], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="below"):
+    with pytest.raises(UsageError, match="budget 1,000 is too small"):
         tracked(read(recipe.model_dump() | {"budget": "1000", "report_to": ["wandb"]}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert fake.started == []

@@ -44,5 +44,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that names the closest known word, or all of them if none is close."""
     choices = sorted(known)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.55)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}"
