@@ -445,7 +445,8 @@ def test_exports_say_that_their_engines_skip_no_zeros(sparse_folder: Path, tmp_p
     assert "multiplies by them" in said["notes"][0]
     assert load(str(tmp_path / "plain")).weight_mask == load(str(sparse_folder)).weight_mask
     loaded = load(str(sparse_folder))
-    assert ["no longer zero" in note for quant in ("q4_k_m", "q8_0") for note in _of_zeros(loaded, "gguf", quant)] == [True, False]
+    notes = [note for quant in ("q4_k_m", "q8_0") for note in _of_zeros(loaded, "gguf", quant)]
+    assert ["no longer zero" in note for note in notes] == [True, False]
 
 
 @pytest.mark.parametrize(("method", "words"), [("magnitude-sparse", []), ("sparsegpt", ["solving the layers"])])
