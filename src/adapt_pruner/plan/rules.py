@@ -23,10 +23,9 @@ _MORE = 2.0  # tokens prepared for each that should fit, so that the text lasts 
 _READ_OFTEN = 4  # times that a text may be read before the plan mentions it: so many repeats are nearly as good as fresh text
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
-_FEWEST_STEPS = 10
 _ROW, _LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
-_WINDOWS = (40, 20, 8, 4)
-_BATCHES = (2048, 1024, 512)  # tokens of a step: the first with which `_FEWEST_STEPS` fit is taken
+_WINDOWS = (40, 20, 8, 4, 2)
+_BATCHES = {2048: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
 _LARGE = {500e6: 2e-4, 2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
@@ -205,17 +204,17 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
     Raises:
         UsageError: even the smallest choice takes longer.
     """
-    for batch, windows, way in product(_BATCHES, _WINDOWS, _WAYS):
+    for (batch, fewest), windows, way in product(_BATCHES.items(), _WINDOWS, _WAYS):
         measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
         left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - pruning
-        least = _FEWEST_STEPS * batch / speed
-        barest = windows == _WINDOWS[-1] and way is _WAYS[-1]
+        least = fewest * batch / speed
+        barest = windows in _WINDOWS[-2:] and way is _WAYS[-1]
         if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
             return batch, windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)
     raise UsageError(
         f"{total / 60 + gone:.3g} minutes are too few: to measure this machine, load {model.name}, prune it in one cut, train "
-        f"{_FEWEST_STEPS} steps and measure it takes about {_minutes_up(needed + 60 * gone):g} minutes here; give at least that many"
+        f"{fewest} steps and measure it takes about {_minutes_up(needed + 60 * gone):g} minutes here; give at least that many"
     )
 
 
