@@ -10,8 +10,8 @@ of 512 tokens of WikiText-2's test text. A line that is there is not made again,
 removed once they are measured, unless `--keep` is given. Draw 0 is `calibration_c4_64x128.json`; `benchmarks/draws.py` makes 1 and 2.
 
 Beside the four solvers it has FISTAPruner from SparseGPT's result, without the correction within a decoder layer, and on the output of the sparse
-layers before as SparseGPT reads it, and units removed to the same number of parameters that are not zero, for both ways side by side. The line "forward pass" is one pass of the dense model over a draw, which
-the table divides seconds by; measure it beside the same other work.
+layers before, as SparseGPT reads it. Units removed to the same number of parameters that are not zero stand beside them. The line "forward pass" is
+one pass of the dense model over a draw, which the table divides seconds by; measure it beside the same other work.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from command import command, evaluated
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.memory import peak_rss_bytes
 from adapt_pruner.core.precision import precision
+from adapt_pruner.data.tokens import batches_of, calibration_ids
 
 MODEL = "smollm2-135m-instruct"
 SPARSITY = ("50%", "2:4")
@@ -76,9 +77,9 @@ def lines(draws: list[int]) -> Iterator[Line]:
 
 
 def forward(ids: Path) -> dict[str, float]:
-    """Seconds of one pass of the dense model over the sequences of a file, eight at once, and the peak memory of this process."""
+    """Seconds of one pass of the dense model over the sequences of a file, 1,024 tokens at once, and the peak memory of this process."""
     model = load(MODEL).model.eval()
-    batches = torch.tensor(json.loads(ids.read_text())["input_ids"]).split(8)
+    batches = batches_of(calibration_ids(ids, vocab_size=model.config.vocab_size), max_tokens=1024)
     with torch.no_grad(), precision(torch.device("cpu"), "auto"):
         model(batches[0])  # the first pass of a process is slow
         began = time.perf_counter()

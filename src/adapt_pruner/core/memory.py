@@ -62,9 +62,6 @@ def keeping_freed() -> Iterator[None]:
     every new page with zeros. For work that allocates the same tensors again and again, such as training, that is a fifth of the
     processor's time. Results are the same to the last bit.
     """
-    if sys.platform != "linux":
-        yield
-        return
     _call_glibc("mallopt", _MMAP_MAX, 0)
     _call_glibc("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
     try:
