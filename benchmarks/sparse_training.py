@@ -34,7 +34,10 @@ UNTRAINED = {  # the calls of `prune`, one after the other
     "static": ["--method wanda --sparsity 2:4"],
     "zeros": ["--method sparsegpt --sparsity 2:4"],
     "units": ["--method adaptive-ls-v1 --params 81.4M --set calibration.self_generated=0"],
-    "units and zeros": ["--method adaptive-ls-v1 --params 113.3M", "--method sparsegpt --sparsity 37.5%"],
+    "units and zeros": [
+        "--method adaptive-ls-v1 --params 113.3M --set calibration.self_generated=0",
+        "--method sparsegpt --sparsity 37.5%",
+    ],
 }
 AST = {"ast": [], "ast with SLoRB": ["--set", "reduce=sparse_training(slorb=16)", "--trust-remote-code"]}
 ARMS = [*UNTRAINED, *(f"{arm}, trained" for arm in UNTRAINED), *AST]
