@@ -96,11 +96,17 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
     clock = count(0, 600)  # ten minutes between two looks, whatever the machine
     for module in (sys.modules["adapt_pruner.cli.shrink"], in_time):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    status, said, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run"))
-    assert (status, said) == (0, "")
+    asked = shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run")
+    status, said, lines = ask(*asked)
+    assert status == 0
+    (tmp_path / "plan.yaml").write_text(said)
+    assert read(str(tmp_path / "plan.yaml")).minutes == 110.0, "the recipe, less the ten minutes of the probe"
     assert "it ends within 1" in lines, "not the whole two hours"
     assert f"it ends within {span(6600)}" in lines
     assert not (tmp_path / "small").exists()
+    status, said, _ = ask(*asked, "--json")
+    assert status == 0
+    assert json.loads(said)["method"] == "adaptive-ls-v1"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def shrink(
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and on stdout its recipe; run nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +71,7 @@ def shrink(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if dry_run:
+            print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
             return
         try:
             outcome = documented.run(recipe, out, listen=listen, trust_remote_code=trust_remote_code)
