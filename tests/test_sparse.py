@@ -202,8 +202,13 @@ def test_a_run_that_was_killed_between_layers_ends_the_same(
     one, other = (load(str(tmp_path / name / "model")).weight_mask for name in ("whole", "broken"))
     assert one == other
     assert one is not None
-    with pytest.raises(UsageError, match="names another folder|leave the recipe as it was|differs"):
-        run(recipe_of(tiny_folder, text_file, method, sparsity="50%"), tmp_path / "broken")
+
+
+def test_no_other_pattern_once_some_layers_have_their_zeros(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file, "sparsegpt", checkpoint_minutes=0)
+    break_off(recipe, tmp_path / "broken", kind="masked", nth=3)
+    with pytest.raises(UsageError, match="2 decoder layers of this run have their zeros already"):
+        run(recipe_of(tiny_folder, text_file, "sparsegpt", sparsity="50%"), tmp_path / "broken", force_recipe=True)
 
 
 def test_what_the_layers_read_is_the_solvers_choice(
@@ -252,6 +257,10 @@ def test_a_sparse_model_recovers_in_a_run_of_its_own(
     assert after.weight_mask is not None
     assert after.weight_mask.broken(after.model) == []
     assert not torch.equal(after.model.model.layers[0].mlp.up_proj.weight, before.model.model.layers[0].mlp.up_proj.weight)
+    assert "# tiny-llama with 2:4 zeros" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "adaptive-ls-v1 kept the zeros of the model, with training on" in (tmp_path / "run" / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_units_go_from_a_sparse_model_and_zeros_come_to_a_pruned_one(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -273,6 +282,23 @@ def test_units_go_from_a_sparse_model_and_zeros_come_to_a_pruned_one(tiny_folder
     assert other.mask is not None
     assert other.weight_mask is not None
     assert other.weight_mask.broken(other.model) == []
+
+
+def test_a_mask_is_found_by_the_name_of_a_model_on_the_hub(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(recipe_of(tiny_folder, text_file, "magnitude-sparse"), tmp_path / "sparse")
+    place = tmp_path / "cache" / "models--me--sparse"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tmp_path / "sparse", place / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    here, there = load(str(tmp_path / "sparse")), load("me/sparse")
+    assert there.weight_mask is not None
+    assert there.weight_mask.broken(there.model) == []
+    assert there.dense_params == here.dense_params is not None
+    assert there.mask == here.mask is not None
 
 
 def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -344,6 +370,11 @@ def test_what_makes_no_sense_is_refused(
             {"method": "uniform", "budget": "80%", "sparsity": "", "repair": None,
              "training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "lora": {"rank": 4}}},
             "training.lora would not keep the zeros",
+        ),
+        (
+            {"method": "uniform", "budget": "100%", "sparsity": "", "parallel": "fsdp",
+             "training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32}},
+            "parallel=fsdp would not keep the zeros",
         ),
         (
             {"method": "uniform", "budget": "100%", "sparsity": "",
@@ -447,6 +478,29 @@ def test_exports_say_that_their_engines_skip_no_zeros(sparse_folder: Path, tmp_p
     loaded = load(str(sparse_folder))
     notes = [note for quant in ("q4_k_m", "q8_0") for note in _of_zeros(loaded, "gguf", quant)]
     assert ["no longer zero" in note for note in notes] == [True, False]
+
+
+@pytest.mark.parametrize(("form", "fits"), [("padded", True), ("padded", False), ("decilm", False)])
+def test_a_padded_form_has_the_mask_where_no_shape_changes(
+    form: str, fits: bool, sparse_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    folder = sparse_folder
+    if not fits:
+        smaller = {
+            "method": "magnitude-all",
+            "chooser": "rank.per_parameter",
+            "budget": "80%",
+            "sparsity": "",
+            "axes": ["neurons"],
+            "multiple_of": 4,
+        }
+        prune(recipe_of(sparse_folder, text_file, **smaller), tmp_path / "smaller")  # type: ignore[arg-type]
+        folder = tmp_path / "smaller"
+    said = json.loads(invoke("export", folder, "--to", form, "-o", tmp_path / "out", "--json"))
+    mask = load(str(folder)).weight_mask
+    assert mask is not None
+    assert load(str(tmp_path / "out"), trust_remote_code=True).weight_mask == (mask if fits else None)
+    assert any("this folder has no mask over weights" in note for note in said["notes"]) == (not fits)
 
 
 @pytest.mark.parametrize(("method", "words"), [("magnitude-sparse", []), ("sparsegpt", ["solving the layers"])])

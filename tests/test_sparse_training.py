@@ -1,5 +1,6 @@
 """`reduce: sparse_training`: what a step learns, the masks at the end, runs that are broken off, and what is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
+from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.sparse_training import masked
 from adapt_pruner.report.documented import prune, run
@@ -163,8 +165,22 @@ def test_sums_of_blocks_stay_in_the_checkpoint_and_load_anywhere(tiny_folder: Pa
         "training": {"objective": "lm"},
     }
     assert_refused(lambda: recipe_of(tmp_path / "whole" / "model", text_file, **again), tmp_path / "no", "which cannot be cut")  # type: ignore[arg-type]
+    card = (tmp_path / "whole" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "--to gguf" not in card
+    assert "vllm serve" not in card
+    assert no_gguf(read_json(tmp_path / "whole" / "model" / "config.json")) is not None
+    page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"ast made \d+\.\d% of the parameters zero", page)
     with pytest.raises(UsageError, match=r"maps of sums beside its zeros \(slorb\), and a stock class has no place"):
         export(made, tmp_path / "plain", to="uniform")
+
+
+def test_sums_of_blocks_come_with_the_first_masks_or_never(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file, checkpoint_minutes=0)
+    break_off(recipe, tmp_path / "run", kind="step", nth=4)
+    other = recipe_of(tiny_folder, text_file, reduce="sparse_training(every=3, slorb=8)", checkpoint_minutes=0)
+    with pytest.raises(UsageError, match="this run began with slorb=0, and now the recipe says slorb=8"):
+        run(other, tmp_path / "run", force_recipe=True)
 
 
 def test_sums_of_blocks_begin_as_what_comes_nearest_to_the_masked_weights() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapt_pruner.core.files import check_regular
+from adapt_pruner.checkpoint.foreign import found
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import of_json, to_json
 from adapt_pruner.core.weight_mask import WeightMask, packed, unpacked
@@ -32,19 +32,18 @@ def write_bits(mask: WeightMask, folder: Path) -> None:
     save_file({name: packed(keep) for name, keep in mask.kept.items()}, path, metadata=about)
 
 
-def read_bits(folder: Path, name: str) -> WeightMask | None:
-    """The mask in a model folder; None if it has none.
+def read_bits(folder: str, name: str) -> WeightMask | None:
+    """The mask beside a model; None if it has none.
 
     Args:
-        folder: the model's folder.
+        folder: the model's folder, or its id on the hub.
         name: the model's name for messages.
 
     Raises:
         RunError: the file is damaged.
     """
-    path = folder / BITS
-    check_regular(path, most=None)
-    if not path.is_file():
+    path = found(folder, BITS)
+    if path is None:
         return None
     try:
         with safe_open(path, framework="pt") as file:

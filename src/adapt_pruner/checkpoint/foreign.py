@@ -13,7 +13,7 @@ from adapt_pruner.core.files import check_regular
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["check_files", "check_weights", "code_in", "shards_in", "without_code"]
+__all__ = ["check_files", "check_weights", "code_in", "found", "shards_in", "without_code"]
 
 _WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of files that are read whole
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
@@ -47,7 +47,7 @@ def check_weights(folder: str, named: Any, name: str) -> None:
         UsageError: the weights are refused.
         RunError: the index cannot be read.
     """
-    if _found(folder, "adapter_config.json") is not None:
+    if found(folder, "adapter_config.json") is not None:
         raise UsageError(
             f"{name} has an adapter beside its weights (adapter_config.json), which would silently change the model; merge it "
             "with peft (merge_and_unload) and name the result, or remove adapter_config.json to load the weights without it"
@@ -59,7 +59,7 @@ def check_weights(folder: str, named: Any, name: str) -> None:
         raise UsageError(
             f"config.json of {name} names the weights {named!r}, which are outside its folder; remove transformers_weights"
         )
-    path = _found(folder, index)
+    path = found(folder, index)
     if path is None:
         return
     try:
@@ -87,10 +87,15 @@ def _is_shard(name: Any) -> bool:
     return isinstance(name, str) and _SHARD.fullmatch(name) is not None
 
 
-def _found(folder: str, file: str) -> Path | None:
-    """A file of a folder, or of a model on the hub (then fetched to the cache); None if there is no such file."""
+def found(folder: str, file: str) -> Path | None:
+    """A file of a folder, or of a model on the hub (then fetched to the cache); None if there is no such file.
+
+    Raises:
+        UsageError: it is a device, a pipe or a socket.
+    """
     if Path(folder).is_dir():
         path = Path(folder) / file
+        check_regular(path, most=None)
         return path if path.is_file() else None
     from transformers.utils import cached_file
 

@@ -25,7 +25,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.bits import read_bits
 from adapt_pruner.checkpoint.for_others import stock_type
-from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, without_code
+from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
@@ -195,8 +195,8 @@ def _load(
     if type(tokenizer).__module__.startswith("transformers."):  # no foreign code was run, so none is passed on
         tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
-    mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(Path(folder))
-    weight_mask = None if gguf is not None or fresh is not None else read_bits(Path(folder), name)
+    mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(folder)
+    weight_mask = None if gguf is not None or fresh is not None else read_bits(folder, name)
     if mask is not None:
         _check_mask(model, mask, name)
     if weight_mask is not None:
@@ -538,16 +538,15 @@ def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tup
     )
 
 
-def _origin(folder: Path) -> tuple[Mask | None, int | None]:
-    """The mask against the dense model and that model's parameters, if the folder is one of ours."""
-    path = folder / "mask.json"
+def _origin(folder: str) -> tuple[Mask | None, int | None]:
+    """The mask against the dense model and that model's parameters, if the folder, or the model on the hub, is one of ours."""
+    if (path := found(folder, "mask.json")) is None:
+        return None, None
     try:
-        if not path.is_file():
-            return None, None
         mask = Mask.from_json(read_json(path))
-        path = folder / "pruning.json"
-        if not path.is_file():
+        if (about := found(folder, "pruning.json")) is None:
             return mask, None
+        path = about
         dense_params = read_json(path)["dense_params"]
         return mask, None if dense_params is None else int(dense_params)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -83,7 +83,7 @@ def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
         n, m = zeros["pattern"].split(":")
         held = f"in each, every group of {m} inputs has at most {n} weights that are not zero"
     else:
-        held = f"each has at least the share of zeros that {zeros['pattern']} promises"
+        held = f"each has as many as {zeros['pattern']} asks for, rounded down for each output"
     print(
         f"{model}: {zeros['zeros']:,} of {zeros['weights']:,} weights in {zeros['layers']} linear layers are zero "
         f"({zeros['zeros'] / zeros['weights']:.2%}); {held}"

@@ -382,7 +382,7 @@ class Cut(Event):
     def line(self, begun: str = "dense") -> str:
         if self.target is None:
             return ""
-        if self.zeros is not None and self.params == self.target:
+        if self.zeros is not None and self.params >= self.target:
             return f"stage {self.stage}: {millions(self.zeros)} of {millions(self.params)} parameters are zero"
         loss = "" if self.loss is None or not math.isfinite(self.loss) else f", calibration loss {self.loss:.3f}"
         return f"stage {self.stage}, iteration {self.iteration}: {millions(self.params)} parameters (target {millions(self.target)}){loss}"

@@ -75,7 +75,7 @@ class Pattern:
         if self.m and inputs % self.m:
             raise UsageError(
                 f"{name} has {inputs:,} inputs, which is not a multiple of {self.m}, so sparsity {self} does not fit it; give a "
-                f"share such as {float(self.share):.0%}, or prune to widths that are multiples of {self.m} (multiple_of)"
+                f"share such as {min(99, max(1, round(100 * float(self.share))))}%, or prune to widths that are multiples of {self.m} (multiple_of)"
             )
         if not self.zeros_of(inputs):
             raise UsageError(f"{name} has {inputs:,} inputs, of which sparsity {self} makes none zero; give a larger share")

@@ -31,8 +31,9 @@ if TYPE_CHECKING:  # an unknown form is reported before torch is loaded
 
 __all__ = ["Form", "check_form", "export", "form_of", "forms"]
 
-_MOVES_ZERO = ("q5_k_m", "q5_k_s", "q5_1", "q4_k_m", "q4_k_s", "q4_1", "q2_k")
-"""GGUF types that store a block as a minimum and steps; zero need not be one of the steps."""
+_MOVES_ZERO = ("q5_k_m", "q5_k_s", "q5_1", "q4_k_m", "q4_k_s", "q4_1", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
+"""GGUF types of which zero need not be a value: blocks of a minimum and steps, or, in some matrices or in rows that are no multiple of
+256, types that llama.cpp takes in their place."""
 
 
 class Form(Protocol):
@@ -89,7 +90,7 @@ def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
         "neither smaller nor faster"
     )
     if quant is not None and quant.lower() in _MOVES_ZERO:
-        note += f"; {quant} stores a minimum for each block, so most of them are no longer zero"
+        note += f"; {quant} stores blocks in which zero need not be a value, so many of them are no longer zero"
     yield note
 
 

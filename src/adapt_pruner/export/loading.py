@@ -24,6 +24,8 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
     yield in_transformers(own_code)
     if any("attention" in layer.get("skip", ()) for layer in layers_of(config)):
         yield "**vLLM** refuses a model with a layer that has no attention."
+    elif config.get("block_sums"):
+        yield "**vLLM** has no place for the sums of blocks beside linear layers (`slorb`)."
     elif own_code:
         yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
     else:
@@ -61,6 +63,8 @@ def no_gguf(config: Mapping[str, Any]) -> str | None:
     """Why `export --to gguf` would refuse the model, as far as its config shows; None if it would not."""
     if "sliced_hidden_size" in config:
         return "it has no place for the maps beside the layers of a sliced model"
+    if config.get("block_sums"):
+        return "it has no place for the sums of blocks beside linear layers (slorb)"
     if any(layer.get("skip") for layer in layers_of(config)):
         return "the export knows no layers that lack their attention or MLP"
     kind = stock_type(config)

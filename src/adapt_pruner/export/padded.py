@@ -5,7 +5,16 @@ from pathlib import Path
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, stock_model, widest
+from adapt_pruner.export.padding import (
+    NO_MASK,
+    LayerSizes,
+    accepted,
+    check_layers,
+    layer_sizes,
+    still_fitting,
+    stock_model,
+    widest,
+)
 from adapt_pruner.export.plain import holds, loading, opened
 
 __all__ = ["ABOUT", "holds", "loading", "opened", "write"]
@@ -29,8 +38,13 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         for group in range(least.group, 4 * least.group + 1)
     ]
     stock = stock_model(loaded.model, min(grown, key=lambda size: (not accepted(loaded.model, size), size.heads, size.kv_heads)))
-    save(stock, loaded.tokenizer, path, dtype=loaded.dtype)
+    mask = still_fitting(loaded.weight_mask, stock.state_dict())
+    save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=mask)
     before, after = count_parameters(loaded.model), count_parameters(stock)
+    lost = [] if mask is loaded.weight_mask else [NO_MASK]
     if after == before:
-        return []
-    return [f"padding brings {before:,} parameters to {after:,}; what was pruned is zero, and costs its memory and time again"]
+        return lost
+    return [
+        *lost,
+        f"padding brings {before:,} parameters to {after:,}; what was pruned is zero, and costs its memory and time again",
+    ]

@@ -5,7 +5,7 @@ whatever it attends to. Query head (k, g) is number g of KV head k. It moves to 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,25 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
+from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import UsageError
 
-__all__ = ["LayerSizes", "accepted", "check_layers", "layer_sizes", "padded_weights", "stock_model", "widest"]
+__all__ = [
+    "NO_MASK",
+    "LayerSizes",
+    "accepted",
+    "check_layers",
+    "layer_sizes",
+    "padded_weights",
+    "still_fitting",
+    "stock_model",
+    "widest",
+]
+
+NO_MASK = (
+    "padding changes the shape of layers that have zeros, so this folder has no mask over weights, and training would fill the zeros; "
+    "train the checkpoint itself"
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,13 @@ def check_layers(config: Any, form: str) -> None:
             f"layer {lacking[0]} has no {' and no '.join(config.per_layer_config[lacking[0]].skip)}, which this export to "
             f"{form} does not support yet; export it --to onnx, or prune heads and neurons instead"
         )
+
+
+def still_fitting(mask: WeightMask | None, weights: Mapping[str, Tensor]) -> WeightMask | None:
+    """The mask over weights if padding has left the shapes of all masked weights as they were, else None."""
+    if mask is None or any(weights[f"{name}.weight"].shape != keep.shape for name, keep in mask.kept.items()):
+        return None
+    return mask
 
 
 def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ class Model:
         target: parameters that may stay.
         longest: most tokens that the model reads at once; None if its config does not say.
         training: bytes that training takes, without and with gradient checkpointing.
+        sparse: whether it has a mask over weights. A repair would fill its zeros, and it is not the dense model that could teach.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Model:
     target: int
     longest: int | None = None
     training: tuple[int, int] = (0, 0)
+    sparse: bool = False
 
     @property
     def share(self) -> float:
@@ -174,7 +176,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     checkpointing = _fitting(machine, model)
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
-    distilled = model.share >= _DISTIL_FROM or not asked.own
+    distilled = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
     total = math.inf if asked.minutes is None else 60 * asked.minutes
     speed = _training_speed(machine, model, distilled)
     batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)
@@ -204,11 +206,12 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
     Raises:
         UsageError: even the smallest choice takes longer.
     """
-    for (batch, fewest), windows, way in product(_BATCHES.items(), _WINDOWS, _WAYS):
+    ways = [replace(way, repairs=False) for way in _WAYS[:-1]] if model.sparse else _WAYS
+    for (batch, fewest), windows, way in product(_BATCHES.items(), _WINDOWS, ways):
         measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
         left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - pruning
         least = fewest * batch / speed
-        barest = windows in _WINDOWS[-2:] and way is _WAYS[-1]
+        barest = windows in _WINDOWS[-2:] and way is ways[-1]
         if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
             return batch, windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)

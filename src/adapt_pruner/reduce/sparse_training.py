@@ -162,8 +162,18 @@ class SparseTraining(Reduction):
         self._began = dict(state.get("began", {}))
 
     def fit(self, work: Work) -> None:
-        """Count rows and steps from the start, because the recipe or a text changed."""
+        """Count rows and steps from the start, because the recipe or a text changed.
+
+        Raises:
+            UsageError: the recipe changes `slorb`, but the run has its sums of blocks, or its masks without them, already.
+        """
         self._began = {}
+        there = getattr(work.model.config, "block_sums", 0)
+        if work.weight_mask is not None and self.slorb != there:
+            raise UsageError(
+                f"this run began with slorb={there}, and now the recipe says slorb={self.slorb}; leave it as it was, or name another "
+                "folder"
+            )
 
 
 @torch.no_grad()

@@ -141,7 +141,11 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         raise ValueError("dense_params")
     recipe, figures = pruning["recipe"], pruning["figures"]
     base = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name})
-    how = f"with {recipe['sparsity']} zeros" if recipe.get("sparsity") else f"pruned to {_count(figures['params_after'])}"
+    smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
+    zeros = recipe.get("sparsity") or figures.get("sparsity_after")
+    how = " ".join(
+        [f"pruned to {_count(figures['params_after'])}"] * (smaller or not zeros) + [f"with {_plain(zeros)} zeros"] * bool(zeros)
+    )
     title = f"{base['name'].rpartition('/')[2]} {how}"
     sections = [
         f"# {_plain(title)}",

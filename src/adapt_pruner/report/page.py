@@ -192,13 +192,8 @@ def _lead(figures: Figures, before: float | None, now: float | None) -> str:
         many = f"{cuts} iteration{'s' * (cuts > 1)}" + (f" in {stages} stages" if stages > 1 else "")
         zeros = next((row for row in figures.rows if row.name == "not zero"), None)
         done = f"removed {1 - now / before:.1%} of the parameters"
-        if zeros is not None and now == before:
-            done = (
-                f"made {1 - zeros.now / zeros.before:.1%} of the parameters zero"
-                if zeros.now and zeros.before
-                else "makes parameters zero"
-            )
-            many = ""
+        if zeros is not None and now >= before:
+            done, many = _of_zeros(zeros, cuts), ""
         said.append(f"{escaped(figures.method)} {done}{f' in {many}' if cuts and many else ''}")
         if figures.tokens.get("train"):
             said[-1] += f", with training on {compact(figures.tokens['train'])} tokens"
@@ -212,6 +207,13 @@ def _lead(figures: Figures, before: float | None, now: float | None) -> str:
     if figures.status != "finished" and figures.target and now and now > figures.target:
         said.append(f"It is on its way to {shown(figures.target, 'params')}")
     return (". ".join(said) + ".") if said else "Nothing has been cut yet."
+
+
+def _of_zeros(row: Row, cuts: int) -> str:
+    """What a run that keeps all shapes did with single weights."""
+    if not (row.now and row.before):
+        return "makes parameters zero"
+    return f"made {1 - row.now / row.before:.1%} of the parameters zero" if cuts else "kept the zeros of the model"
 
 
 def _tiles(rows: Iterable[Row]) -> str:

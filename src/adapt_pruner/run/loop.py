@@ -96,7 +96,8 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         "seed": recipe.seed,
     }
     if work.weight_mask is not None:
-        state.figures["nonzero_after"] = count_nonzero(work.model)
+        pattern = work.weight_mask.pattern
+        state.figures |= {"nonzero_after": count_nonzero(work.model), "sparsity_after": None if pattern is None else str(pattern)}
     return Outcome(work.loaded, state.mask, state.figures, state.history)
 
 

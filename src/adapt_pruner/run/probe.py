@@ -54,7 +54,9 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     needs = tuple(held(training_memory(dense, each), kind) for each in (how, Setup(**{**vars(how), "checkpointing": True})))
     outside = dense.params - dense.decoder
     target = Budget.parse(recipe.budget, dense=dense.params, decoder=dense.decoder, outside=outside).keep
-    measured = Model(recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]))
+    measured = Model(
+        recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]), work.loaded.weight_mask is not None
+    )
     free = _free_bytes(device)
     words = (
         f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
