@@ -103,6 +103,19 @@ def test_a_run_that_is_late_trains_less_and_says_so(recipe: Recipe, tmp_path: Pa
     assert "of the 6.0\u00a0k tokens; the learning rate comes down by then" in said
 
 
+def test_fewer_tokens_than_lie_ready_are_no_news_if_no_more_were_expected(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for expected, warned in ((2_048, 0), (6_000, 1)):
+        slowly(monkeypatch, each=1.0)
+        heard: list[dict[str, Any]] = []
+        training = recipe.training.model_copy(update={"expected": expected})
+        run(recipe.model_copy(update={"minutes": 0.5, "training": training}), tmp_path / str(expected), listen=heard.append)
+        assert sum(event["event"] == "warning" for event in heard) == warned
+        (start,) = [event for event in heard if event["event"] == "start"]
+        assert start["training_tokens"] == expected
+
+
 def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +12,17 @@ from typing import Any
 
 import pytest
 
+from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.words import span
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, probe
+from adapt_pruner.run import in_time, loop
 from adapt_pruner.run.training import Trainer
-from conftest import assert_same_model
+from conftest import assert_same_model, read_json, tiny_model
 from test_cli import ask
+from test_vocabulary import byte_level
 
 __all__ = ["ask"]  # a fixture
 
@@ -90,6 +93,76 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
     assert_same_model(out, tmp_path / "whole")
 
 
+def test_ctrl_c_while_the_result_is_measured_loses_no_training(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measured = tmp_path / "small", loop.measure_text
+
+    def measure(work: Any, *, stage: int, after_cuts: bool = False) -> None:
+        measured(work, stage=stage, after_cuts=after_cuts)
+        if stage == 1 and not after_cuts:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_text", measure)
+        status, _, lines = ask(*shrink(tiny_folder, text, out))
+    assert status == 1
+    assert f"the best model so far is {out / 'checkpoints' / 'stage-1'}, of 35," in lines
+    assert "trained on 10.2" in lines
+    status, said, lines = ask(*shrink(tiny_folder, text, out))
+    assert status == 0, lines
+    assert "trained on 10.2" in said
+    assert len(read_json(out / "model" / "pruning.json")["figures"]["perplexities"]) == 2
+    assert ask("run", out / "recipe.yaml", "-o", tmp_path / "whole")[0] == 0
+    assert_same_model(out, tmp_path / "whole")
+
+
+def test_keys_set_by_the_user_are_planned_around_and_known_again(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    words = shrink(tiny_folder, text, out, "--set", "seed=3", "--set", "training.tokens=4k", "--set", "report_to=[tensorboard]")
+    for finished in (False, True):
+        status, _, lines = ask(*words)
+        assert status == 0, lines
+        assert ("this run is finished" in lines) == finished
+        assert ("set by you, whatever the lines above say: seed=3, training.tokens=4k" in lines) != finished
+    recipe = read(str(out / "recipe.yaml"))
+    assert (recipe.seed, recipe.training.tokens) == (3, 4_000)
+    assert recipe.about == "shrink to 70% by training on 10,000 tokens"
+    assert any((out / "trackers").iterdir())
+    words[words.index("70%")] = "80%"
+    assert "was started with another --params or --tokens (shrink to 70%" in ask(*words)[2]
+
+
+def test_other_minutes_go_on_with_a_run_that_was_stopped(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    common = {"model": str(tiny_folder), "budget": "70%", "seed": 0, "device": "auto", "dtype": "auto"}
+    (tmp_path / "small").mkdir()
+
+    def asked(minutes: float) -> Any:
+        long, listen = (minutes, None), lambda event: None
+        return in_time.recipe_in_time(
+            common, tmp_path / "small", text=str(text), long=long, started=time.perf_counter(), listen=listen
+        )
+
+    planned = asked(5)
+    (tmp_path / "small" / "recipe.yaml").write_text(planned.to_yaml())
+    assert planned.minutes is not None
+    assert 4 < planned.minutes < 5
+    assert planned.training.expected == pytest.approx(planned.training.tokens / 2, abs=2048)
+    assert asked(5).minutes == planned.minutes, "less what the probe took then"
+    assert asked(8).minutes == 8
+
+
+def test_a_share_is_of_the_model_with_all_its_tokens(ask: Any, text: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    model = tiny_model(vocab_size=len(tokenizer), bos_token_id=700, pad_token_id=2)
+    model.save_pretrained(tmp_path / "words")
+    tokenizer.save_pretrained(tmp_path / "words")
+    fewer = ["--set", f"vocabulary.source={text}", "--set", "vocabulary.keep=400"]
+    status, said, lines = ask(*shrink(tmp_path / "words", text, tmp_path / "no", *fewer, "--dry-run", "--json"))
+    assert status == 0, lines
+    assert int(json.loads(said)["budget"]) == int(0.7 * count_parameters(model))
+
+
 def test_minutes_become_the_run_s_less_what_the_probe_took(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,14 +212,23 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     out.mkdir()
-    begun = read({"model": str(tiny_folder), "budget": "40000", "training": {"source": f"{text}#train", "tokens": 4096}})
+    about = "shrink to 40k by training on 10,000 tokens"
+    begun = read(
+        {"about": about, "model": str(tiny_folder), "budget": "40000", "training": {"source": f"{text}#train", "tokens": 4096}}
+    )
     (out / "recipe.yaml").write_text(begun.to_yaml())
     command = ["shrink", tiny_folder, "--text", text, "-o", out, "--tokens", "10k", "--params"]
-    assert f"{out} was started with another --params; name another folder" in ask(*command, "41k")[2]
-    assert f"{out} was started with another --seed; name another folder" in ask(*command, "40k", "--seed", 1)[2]
+    said = (
+        f"{out} was started with another --params or --tokens ({about}, not {about.replace('40k', '41k')}); name another folder"
+    )
+    assert said in ask(*command, "41k")[2]
+    assert f"{out} was started with another --seed (0, not 1); name another folder" in ask(*command, "40k", "--seed", 1)[2]
     (tmp_path / "other.txt").write_text("another text. " * 3_000)
     command[3] = tmp_path / "other.txt"
-    assert f"{out} was started with another --text; name another folder" in ask(*command, "40k")[2]
+    assert (
+        f"{out} was started with another --text ({text}#train, not {tmp_path / 'other.txt'}#train); name another folder"
+        in ask(*command, "40k")[2]
+    )
 
 
 def test_somebody_else_s_folder_is_refused_before_the_probe(
@@ -154,7 +236,7 @@ def test_somebody_else_s_folder_is_refused_before_the_probe(
 ) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("Dear")
-    monkeypatch.setattr(probe, "probed", lambda *_, **__: pytest.fail("it was probed"))
+    monkeypatch.setattr(in_time, "probed", lambda *_, **__: pytest.fail("it was probed"))
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "letters"))
     assert (status, lines.count("\n")) == (2, 1)
     assert str(tmp_path / "letters") in lines

@@ -62,6 +62,7 @@ def shrink(
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
     from adapt_pruner.run.in_time import recipe_in_time
+    from adapt_pruner.run.trackers import reporting
 
     quiet_libraries()
     common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}
@@ -74,7 +75,8 @@ def shrink(
             print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
             return
         try:
-            outcome = documented.run(recipe, out, listen=listen, trust_remote_code=trust_remote_code)
+            with reporting(recipe, out, listen) as tell:
+                outcome = documented.run(recipe, out, listen=tell, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
             _say_what_there_is(out, listen)
             raise

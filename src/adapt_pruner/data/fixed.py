@@ -179,6 +179,7 @@ def training_rows(
     seed: int,
     warn: Callable[[str], None],
     repeat: bool = True,
+    expected: int | None = None,
     moving: bool = False,
     cache: Path | None = None,
 ) -> Rows:
@@ -193,6 +194,7 @@ def training_rows(
         tokens: of the whole run; the last row may exceed this number.
         warn: called with a sentence about repeated texts, conversations left out, or a damaged store.
         repeat: whether a text may be repeated.
+        expected: how many of the tokens will be read, if time ends before; warnings count repeats of these.
         moving: whether the shares of a mixture may change. If so, each text also has rows beyond its share, for all `tokens` if
             it is long enough.
         cache: see `data.store.stored`.
@@ -220,7 +222,8 @@ def training_rows(
                     f"{short}, which would repeat it {asked / there:,.0f} times; at most {_MOST_REPEATS:,} are allowed, so give "
                     "more text or lower training.tokens"
                 )
-            warn(f"{short}, so it is repeated: it is read {asked / there:.1f} times")
+            if (times := asked / there * (1 if expected is None else min(1.0, expected / tokens))) > 1:
+                warn(f"{short}, so it is repeated: it is read {times:.1f} times")
         random = np.random.default_rng([seed, number])
         order = _epochs(np.diff(store.offsets), asked, random)
         stores.append(store)

@@ -14,7 +14,7 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.words import compact, millions, span
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Asked", "Machine", "Model", "Plan", "how_long", "planned"]
+__all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "how_long", "planned"]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
@@ -25,7 +25,9 @@ _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense mo
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
 _ROW, _LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
 _WINDOWS = (40, 20, 8, 4, 2)
-_BATCHES = {2048: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
+_ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
+BATCH_TOKENS = 2048  # tokens of a step, if ten fit
+_BATCHES = {BATCH_TOKENS: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
 _LARGE = {500e6: 2e-4, 2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
@@ -63,7 +65,9 @@ class Model:
         target: parameters that may stay.
         longest: most tokens that the model reads at once; None if its config does not say.
         training: bytes that training takes, without and with gradient checkpointing.
+        teacher: bytes that a teacher takes besides.
         sparse: whether it has a mask over weights. A repair would fill its zeros, and it is not the dense model that could teach.
+        chats: whether it answers prompts before and after.
     """
 
     name: str
@@ -72,7 +76,9 @@ class Model:
     target: int
     longest: int | None = None
     training: tuple[int, int] = (0, 0)
+    teacher: int = 0
     sparse: bool = False
+    chats: bool = False
 
     @property
     def share(self) -> float:
@@ -173,10 +179,10 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     Raises:
         UsageError: the time is too short for the smallest plan, or the model does not fit into memory.
     """
-    checkpointing = _fitting(machine, model)
+    distilled = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
+    checkpointing = _fitting(machine, model, distilled)
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
-    distilled = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
     total = math.inf if asked.minutes is None else 60 * asked.minutes
     speed = _training_speed(machine, model, distilled)
     batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)
@@ -186,6 +192,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
         "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
         "training.source": asked.train, "training.tokens": _whole(tokens * (1 if asked.tokens is not None else _MORE), batch),
+        **({} if asked.minutes is None else {"training.expected": _whole(tokens, batch)}),
         "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
         "training.lr": next(lr for most, lr in _LARGE.items() if model.params <= most),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
@@ -195,7 +202,12 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         "checkpoint_minutes": _checkpoints(total),
         **({} if asked.minutes is None else {"minutes": asked.minutes}),
     }  # fmt: skip
-    seconds = {"load": machine.load, "measure": _measuring(windows, model, machine), "prune": pruning, "train": tokens / speed}
+    seconds = {
+        "load": machine.load,
+        "measure": _measuring(windows, model, machine) + _answering(model, machine),
+        "prune": pruning,
+        "train": tokens / speed,
+    }
     plan = Plan(settings, (), seconds)
     return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, distilled=distilled))
 
@@ -209,7 +221,7 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
     ways = [replace(way, repairs=False) for way in _WAYS[:-1]] if model.sparse else _WAYS
     for (batch, fewest), windows, way in product(_BATCHES.items(), _WINDOWS, ways):
         measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
-        left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - pruning
+        left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - _answering(model, machine) - pruning
         least = fewest * batch / speed
         barest = windows in _WINDOWS[-2:] and way is ways[-1]
         if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
@@ -221,13 +233,13 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
     )
 
 
-def _fitting(machine: Machine, model: Model) -> bool:
+def _fitting(machine: Machine, model: Model, distilled: bool) -> bool:
     """Whether the model needs gradient checkpointing to fit into memory.
 
     Raises:
         UsageError: it does not fit even with checkpointing.
     """
-    plain, again = model.training
+    plain, again = (each + model.teacher * distilled for each in model.training)
     if machine.memory is None or plain <= machine.memory:
         return False
     if again > machine.memory:
@@ -239,8 +251,13 @@ def _fitting(machine: Machine, model: Model) -> bool:
 
 
 def _measuring(windows: int, model: Model, machine: Machine) -> float:
-    """Seconds to measure the dense model, and the pruned one after the cuts and after training."""
+    """Seconds to read the held-out windows: with the dense model, and with the pruned one after the cuts and after training."""
     return windows * _WINDOW / machine.read * (1 + 2 * model.target / model.params)
+
+
+def _answering(model: Model, machine: Machine) -> float:
+    """Seconds in which the dense and the final model answer prompts."""
+    return _ANSWERS * model.chats / machine.read * (1 + model.target / model.params)
 
 
 def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:

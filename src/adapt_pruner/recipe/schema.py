@@ -172,6 +172,7 @@ class Training(_Frozen):
     tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
         0, ge=0, le=10**13, description="tokens to train on, all stages together; 0 trains nothing"
     )
+    expected: Count | None = Field(None, description="tokens that should fit into minutes; the run warns if far fewer will")
     batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step")
     length: Count = Field(512, ge=2, description="tokens per sequence")
     lr: float = Field(2e-5, gt=0, description="peak learning rate")

@@ -1,12 +1,12 @@
 """The recipe of `shrink`: it fits the user's time, planned after a probe of this machine; a run that goes on keeps its recipe."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner import recipe as recipes
-from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import EVERYWHERE, PlanLine
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
@@ -18,6 +18,8 @@ from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 
 __all__ = ["recipe_in_time"]
+
+_SPENT = 0.25  # of the minutes; a recipe has fewer than were asked for, by those that the probe took
 
 
 def recipe_in_time(
@@ -33,6 +35,8 @@ def recipe_in_time(
 ) -> Recipe:
     """The recipe to run in the folder `out`; the listener is told the plan, line by line, unless a run goes on there.
 
+    Its `about` says what was asked for. The same request goes on with a run that was stopped, and may give it other minutes.
+
     Args:
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
         out: the run's folder.
@@ -44,15 +48,17 @@ def recipe_in_time(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UsageError: the folder holds something else, or a run of another model, size, text, seed or number format; the model or
-            the text cannot be loaded; or the time is too short.
+        UsageError: the folder holds something else, or a run of another model, size, text, tokens, seed or number format; the
+            model or the text cannot be loaded; or the time is too short.
     """
-    begun = _begun(out, overrides, common, text=text)
-    if begun is not None:
-        return begun
     minutes, tokens = long
     train, held_out, characters = apart(text or EVERYWHERE)
-    plain = recipes.read({}, values=common, overrides=overrides)
+    plain = recipes.read({}, overrides=overrides, values={
+        **common, "about": _about(common["budget"], tokens), "calibration.source": train, "training.source": train,
+        "training.tokens": tokens or 1_000_000, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
+    })  # fmt: skip
+    if (begun := _begun(out, overrides, plain)) is not None:
+        return begun
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
     del work
@@ -61,7 +67,14 @@ def recipe_in_time(
     plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
     for line in plan.lines:
         listen(PlanLine(text=line).told())
-    return recipes.read({}, values={**common, **plan.settings}, overrides=overrides)
+    if overrides:
+        listen(PlanLine(text=f"set by you, whatever the lines above say: {', '.join(overrides)}").told())
+    return recipes.read({}, values={**common, "about": plain.about, **plan.settings}, overrides=overrides)
+
+
+def _about(size: str, tokens: int | None) -> str:
+    """What was asked for, in the recipe for people, and for the same request to be recognised by."""
+    return f"shrink to {size}" + (f" by training on {tokens:,} tokens" if tokens is not None else "")
 
 
 def _tokens_a_character(tokenizer: Any, spec: str) -> float:
@@ -70,22 +83,23 @@ def _tokens_a_character(tokenizer: Any, spec: str) -> float:
     return len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
 
 
-def _begun(out: Path, overrides: Sequence[str], common: Mapping[str, Any], *, text: str | None) -> Recipe | None:
-    """The recipe of the run that was begun in this folder, with `overrides`; None if no run was begun.
+def _begun(out: Path, overrides: Sequence[str], plain: Recipe) -> Recipe | None:
+    """The recipe of the run that was begun in this folder, with `overrides` and the minutes of `plain`; None if no run was begun.
 
     Raises:
-        UsageError: that run has another model, size, text, seed or number format, or the folder holds something else.
+        UsageError: that run has another model, size, text, tokens, seed or number format, or the folder holds something else.
     """
     if not (out / "recipe.yaml").exists():
-        check_folder(out, recipes.read({}, values=common), force=False)  # before the probe
+        check_folder(out, plain, force=False)  # before the probe
         return None
     recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides)
-    others = {"MODEL": recipe.model != common["model"], "--text": apart(text or EVERYWHERE)[0] != recipe.training.source}
-    params = common["budget"]
-    others["--params"] = "%" not in params and str(parse_count(params)) != recipe.budget
-    others |= {f"--{key}": common[key] != getattr(recipe, key) for key in ("seed", "dtype")}
-    if wrong := [name for name, differs in others.items() if differs]:
+    others = {
+        "MODEL": (recipe.model, plain.model), "--text": (recipe.training.source, plain.training.source),
+        "--params or --tokens": (recipe.about, plain.about), "--seed": (recipe.seed, plain.seed), "--dtype": (recipe.dtype, plain.dtype),
+    }  # fmt: skip
+    if wrong := [f"{name} ({there}, not {here})" for name, (there, here) in others.items() if there != here]:
         raise UsageError(
             f"{out} was started with another {' and another '.join(wrong)}; name another folder, or give what it was started with"
         )
-    return recipe
+    longer = plain.minutes is not None and not math.isclose(plain.minutes, recipe.minutes or 0, rel_tol=_SPENT)
+    return recipe.model_copy(update={"minutes": plain.minutes}) if longer else recipe

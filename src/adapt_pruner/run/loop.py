@@ -8,8 +8,10 @@ training, and within both whenever `checkpoint_minutes` have passed. A listener 
 key `event`. The library itself prints nothing.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,12 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
         if scores_tasks and not (went_on and state.progress.steps == steps):
             trainer.save(f"stage-{stage.stage}")  # what follows may take hours
-        measure_text(work, stage=stage.stage)
-        if scores_tasks:
-            measure_tasks(work, stage=stage.stage)
-        if stage.stage == recipe.stages:
-            measure_answers(work, stage=stage.stage)
+        with _kept(work, trainer, None if went_on and state.progress.steps == steps else f"stage-{stage.stage}"):
+            measure_text(work, stage=stage.stage)
+            if scores_tasks:
+                measure_tasks(work, stage=stage.stage)
+            if stage.stage == recipe.stages:
+                measure_answers(work, stage=stage.stage)
         state.stage, state.pruned = stage.stage + 1, False
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
@@ -99,6 +102,22 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         pattern = work.weight_mask.pattern
         state.figures |= {"nonzero_after": count_nonzero(work.model), "sparsity_after": None if pattern is None else str(pattern)}
     return Outcome(work.loaded, state.mask, state.figures, state.history)
+
+
+@contextmanager
+def _kept(work: Work, trainer: Trainer, name: str | None) -> Iterator[None]:
+    """Within this context, which measures the result of training, an interrupt first writes a checkpoint `name` from before it."""
+    before = copy.deepcopy(work.state.figures)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (
+            name is not None and world.size() == 1
+        ):  # other processes were perhaps not interrupted, and a checkpoint takes them all
+            work.state.figures.clear()
+            work.state.figures.update(before)
+            trainer.save(name)
+        raise
 
 
 def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
@@ -352,7 +371,7 @@ def _tell_start(work: Work) -> None:
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
-        training_tokens=0 if feed is None else feed.num_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
+        training_tokens=0 if feed is None else min(feed.num_tokens, recipe.training.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
         **left,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.memory import keeping_freed
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan.rules import Machine, Model
+from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, Work
 from adapt_pruner.run.estimate import Setup, held, shapes, training_memory
-from adapt_pruner.run.start import begin
+from adapt_pruner.run.start import begin, sizes_begun
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
-from adapt_pruner.train.loop import MICRO_TOKENS, make_optimizer
+from adapt_pruner.train.kernels import kernels
+from adapt_pruner.train.loop import make_optimizer
 from adapt_pruner.train.objectives import lm
 
 __all__ = ["probed"]
@@ -50,13 +52,15 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     device, dense = next(model.parameters()).device, shapes(work.model)
     kind = "cpu" if device.type == "cpu" else "cuda"
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
-    how = Setup(kind, narrow, _ROW, batch_tokens=MICRO_TOKENS[kind])
-    needs = tuple(held(training_memory(dense, each), kind) for each in (how, Setup(**{**vars(how), "checkpointing": True})))
-    outside = dense.params - dense.decoder
-    target = Budget.parse(recipe.budget, dense=dense.params, decoder=dense.decoder, outside=outside).keep
+    how = Setup(kind, narrow, _ROW, batch_tokens=BATCH_TOKENS)
+    ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
+    needs = [held(training_memory(dense, each), kind) for each in ways]
+    start, decoder = sizes_begun(work)  # a vocabulary that shrinks has done so
+    target = Budget.parse(recipe.budget, dense=work.dense, decoder=decoder, outside=start - decoder).keep
     measured = Model(
-        recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]), work.loaded.weight_mask is not None
-    )
+        recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
+        sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
+    )  # fmt: skip
     free = _free_bytes(device)
     words = (
         f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
@@ -68,14 +72,15 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     read = _TOKENS / _seconds(lambda: perplexity(model, batch.split(1), dtype=recipe.dtype), device)
     scored = _TOKENS / _seconds(lambda: score(model, axes, [batch], metrics=[taylor], dtype=recipe.dtype), device)
     fits = free is None or needs[1] <= free
-    trained = _trained(work, device, narrow=narrow) if fits else scored
+    again = free is not None and needs[0] > free  # as the plan will do
+    trained = _trained(work, device, narrow=narrow, checkpointing=again) * (4 / 3 if again else 1) if fits else scored
     machine = Machine(read, scored, trained, load, f"{words}, {'bfloat16' if narrow else 'float32'}", free)
     return machine, measured, work
 
 
-def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
+def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
     """Tokens per second of a training step, or of one row if that is slow; the learning rate is 0, so no weight changes."""
-    model, rows = work.model, MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"] // _ROW
+    model, rows = work.model, BATCH_TOKENS // _ROW
     ids = torch.randint(model.config.vocab_size, (rows, _ROW), generator=torch.Generator().manual_seed(1)).to(device)
     optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
 
@@ -88,7 +93,7 @@ def _trained(work: Work, device: torch.device, *, narrow: bool) -> float:
 
     model.train()
     try:
-        with keeping_freed():  # as in training
+        with keeping_freed(), kernels(model, gradient_checkpointing=checkpointing, compiled=False, liger=False):  # as in training
             one = _seconds(lambda: step(1), device)
             return _ROW / one if one > _ENOUGH / 2 else ids.numel() / _seconds(lambda: step(rows), device, times=1)
     finally:

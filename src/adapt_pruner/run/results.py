@@ -43,9 +43,12 @@ class Outcome:
 
 
 def measure_calibration(work: Work) -> None:
-    """Add the loss on the first calibration text, nats per token, to the figures; done before the first cut and at the end."""
+    """Add the loss on the first calibration text, nats per token, to the figures; done before the first cut and at the end.
+
+    A run with held-out text has no need of it.
+    """
     batches, tokens = [], 0
-    for batch in work.reads.calibration(1):
+    for batch in work.reads.calibration(1) if not work.reads.held_out else ():
         if tokens < _ENOUGH:
             batches.append(batch)
             tokens += batch.numel()

@@ -422,10 +422,12 @@ def _rows(work: Work, *, moving: bool) -> Rows | None:
     if source is None:
         return None
 
+    expected = {} if asked.expected is None else {"expected": asked.expected}
+
     def read_rows() -> Rows:
         return work.task.rows(
             work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
-            warn=work.warn, moving=moving,
+            warn=work.warn, moving=moving, **expected,
         )  # fmt: skip
 
     rows: list[Rows] = []

@@ -75,7 +75,7 @@ class Trainer:
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the stage's last step
         if work.reads.feed is None or (progress.rows >= until and not unmerged):
             return
-        asked, before = work.recipe.training.tokens, progress.tokens
+        asked = work.recipe.training.expected or work.recipe.training.tokens
         in_time = None if work.recipe.minutes is None else self._seconds_left
         for step in self.told(until=until, seconds_left=in_time):
             if step.reach < _SLOW * asked:
@@ -83,7 +83,7 @@ class Trainer:
                     f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(asked)} tokens; the "
                     "learning rate comes down by then"
                 )
-        if in_time is not None and progress.tokens == before:
+        if in_time is not None and progress.tokens == 0:
             work.warn(f"the {work.recipe.minutes:g} minutes were over before training began; give more minutes, or prune faster")
 
     def _seconds_left(self) -> float:
