@@ -66,10 +66,10 @@ common-tests: $(READY)
 	$(BIN)/python .ci/common_tests
 
 ladder-quick: $(READY)
-	$(BIN)/python benchmarks/ladder/ladder.py run quick
+	$(BIN)/python benchmarks/ladder/ladder.py run quick $(TEXTS)
 
 ladder: $(READY)
-	$(BIN)/python benchmarks/ladder/ladder.py run night
+	$(BIN)/python benchmarks/ladder/ladder.py run night $(TEXTS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build dist src/*.egg-info $(DEMO)

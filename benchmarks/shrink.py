@@ -29,13 +29,23 @@ MEASURED = {
 
 _TRAINED = (
     "--set", f"calibration.source={TEXT}#train", "--set", f"training.source={TEXT}#train", "--set", "evaluation.source=null",
-    "--set", "evaluation.prompts=[]", "--set", "training.tokens=4M",
+    "--set", "evaluation.prompts=[]",
 )  # fmt: skip
 
 
 def words(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> list[object]:
     """The command of an arm."""
-    timed = ["--set", f"minutes={minutes:g}", "--set", f"budget={params}", "--set", f"seed={seed}"]
+    tokens = f"{max(1, round(minutes / 15))}M"  # more than fit, so that the clock ends training
+    timed = [
+        "--set",
+        f"minutes={minutes:g}",
+        "--set",
+        f"training.tokens={tokens}",
+        "--set",
+        f"budget={params}",
+        "--set",
+        f"seed={seed}",
+    ]
     return {
         "shrink": ["shrink", MODEL, "--params", params, "--text", TEXT, "--minutes", minutes, "--seed", seed, "-o", out],
         "default method alone": ["prune", MODEL, "--params", params, "--calibration", f"{TEXT}#train", "--seed", seed, "-o", out / "model"],
@@ -58,7 +68,7 @@ def _job(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> dict
     run = json.loads(command(*words(arm, minutes=minutes, params=params, seed=seed, out=folder), "--json"))
     took = time.perf_counter() - began
     figures = {
-        "arm": arm, "asked": minutes, "seed": seed, "minutes": took / 60, "params": run["params_after"], "trained": run.get("trained_tokens", 0),
+        "arm": arm, "asked": minutes, "size": params, "seed": seed, "minutes": took / 60, "params": run["params_after"], "trained": run.get("trained_tokens", 0),
         "nll": {name: evaluated(folder / "model", text)["nll"] for name, text in MEASURED.items()},
     }  # fmt: skip
     told.write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -69,13 +79,13 @@ def _job(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> dict
 
 def _table(lines: list[dict[str, Any]]) -> Iterator[str]:
     """Perplexities, the geometric mean over seeds, as Markdown."""
-    yield f"| arm | asked | minutes taken | tokens trained | {' | '.join(MEASURED)} |"
-    yield "|---|---:|---:|---:|" + "---:|" * len(MEASURED)
-    for arm, asked in dict.fromkeys((line["arm"], line["asked"]) for line in lines):
-        its = [line for line in lines if (line["arm"], line["asked"]) == (arm, asked)]
+    yield f"| to | arm | asked | minutes taken | tokens trained | {' | '.join(MEASURED)} |"
+    yield "|---:|---|---:|---:|---:|" + "---:|" * len(MEASURED)
+    for size, arm, asked in dict.fromkeys((line["size"], line["arm"], line["asked"]) for line in lines):
+        its = [line for line in lines if (line["size"], line["arm"], line["asked"]) == (size, arm, asked)]
         means = [sum(line["nll"][name] for line in its) / len(its) for name in MEASURED]
         each = [sum(line[key] for line in its) / len(its) for key in ("minutes", "trained")]
-        yield f"| {arm} | {asked:g} | {each[0]:.1f} | {each[1]:,.0f} | {' | '.join(f'{math.exp(mean):.2f}' for mean in means)} |"
+        yield f"| {size} | {arm} | {asked:g} | {each[0]:.1f} | {each[1]:,.0f} | {' | '.join(f'{math.exp(mean):.2f}' for mean in means)} |"
 
 
 def main() -> None:

@@ -73,6 +73,8 @@ def test_arms_take_the_learning_rate_that_won(modules: Any, ladder: Any) -> None
     for one, loss in zip(ladder.sweep("X", "b"), (4.2, 4.3, 4.1), strict=True):
         write_whole(ladder.results / f"{one.name}.json", json.dumps({"lr": one.lr, "loss": loss}))
     assert jobs.lr_of(ladder, job) == 2e-3
+    write_whole(ladder.results / f"{one.name}.json", json.dumps({"lr": one.lr, "error": "no space left"}))
+    assert jobs.lr_of(ladder, job) == 5e-4, "one that failed tells nothing"
     assert jobs.lr_of(ladder, jobs.Job("X", 0, "a", 1, 2)) == 4e-3
 
 
@@ -116,6 +118,12 @@ def test_a_verdict_is_of_pairs_and_says_when_it_cannot_tell(modules: Any) -> Non
     assert lost["Interleaving in 5 stages beats one cut", "S", 1].verdict == "false"
     alone = reporting.judged(results_of({"b": [4.0], "d5": [3.0, 3.1]}), table)["Interleaving in 5 stages beats one cut", "S", 1]
     assert (alone.verdict, alone.differences) == ("undecided", [1.0]), "one pair decides nothing"
+    swept = [result | {"swept": True, "loss": 3.0} for result in results_of({"b": [4.0, 4.5]})]
+    failed = [{"rung": "S", "base": 0, "arm": "b", "at": 1, "seed": 0, "error": "no space left"}]
+    either = results_of({"b": [4.0, 4.5], "d5": [4.1, 4.6001]})
+    assert reporting.judged([*swept, *either, *swept, *failed], table).keys() == lost.keys()
+    assert reporting.judged([*either, *swept], table)["Interleaving in 5 stages beats one cut", "S", 1].verdict == "false"
+    assert reporting.tables([*either, *failed], table)["failed"] == ["* S, base 0, b at 1, seed 0, failed: no space left"]
     untrained = reporting.judged(results_of({"b": [4.0, 4.1], "u1": [5.0, 5.1]}, at=0), table)
     assert list(untrained) == [("Adaptive shares beat uniform ones before training", "S", 0)]
 

@@ -175,6 +175,7 @@ class Ladder:
         loop.run(recipe, folder)
         done = self.measured(job.rung, folder / "model") | {
             "rung": job.rung, "base": job.base, "arm": job.arm, "at": job.at, "seed": job.seed, "lr": recipe.training.lr,
+            "swept": job.lr is not None,
             "tokens": recipe.training.tokens, "cpu_seconds": time.process_time() - began[0],
             "seconds": time.perf_counter() - began[1], "made_by": made_by(),
         }  # fmt: skip
@@ -210,7 +211,9 @@ def lr_of(ladder: Ladder, job: Job) -> float:
     named = ladder.table["arms"][job.arm]["lr"]
     if not isinstance(named, str):
         return float(named)
-    tried = [result for one in ladder.sweep(job.rung, named) if (result := ladder.result(one)) is not None]
+    tried = [
+        result for one in ladder.sweep(job.rung, named) if (result := ladder.result(one)) is not None and "error" not in result
+    ]
     if not tried:
         rates = ladder.table["learning_rates"]["tried"]
         return float(rates[len(rates) // 2])

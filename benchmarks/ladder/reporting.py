@@ -44,10 +44,10 @@ class Judged:
 
 
 def _by_key(results: Sequence[Result]) -> dict[Key, dict[tuple[int, int], Result]]:
-    """Results of the main jobs by rung, arm and tokens, then by base and seed; those of failed jobs are left out."""
+    """Results of the main jobs by rung, arm and tokens, then by base and seed; those of failed jobs and of sweeps are left out."""
     by_key: dict[Key, dict[tuple[int, int], Result]] = defaultdict(dict)
     for result in results:
-        if "error" not in result:
+        if "error" not in result and not result.get("swept"):
             by_key[result["rung"], result["arm"], result["at"]][result["base"], result["seed"]] = result
     return by_key
 
@@ -93,7 +93,11 @@ def tables(results: Sequence[Result], table: Mapping[str, Any]) -> dict[str, lis
             f"| {rung} | {arm}, {table['arms'][arm]['says']} | {at:g} | {len(runs)} | {first['params']:,} | {mean(losses):.4f} | {spread} "
             f"| {mean(run['bits_per_byte'] for run in runs.values()):.4f} | {mean(run['cpu_seconds'] for run in runs.values()):.0f} |"
         )
-    return {"claims": claims, "arms": arms, "saved": _saved(by_key, table)}
+    failed = [
+        f"* {result['rung']}, base {result['base']}, {result['arm']} at {result['at']:g}, seed {result['seed']}, failed: {result['error']}"
+        for result in results if "error" in result
+    ]  # fmt: skip
+    return {"claims": claims, "arms": arms, "saved": _saved(by_key, table), "failed": failed}
 
 
 def _place(table: Mapping[str, Any], says: str) -> int:
