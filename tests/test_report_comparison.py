@@ -63,6 +63,17 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
 
 
+def test_bits_per_byte_stand_beside_perplexity_and_a_winner_on_its_own_kind_of_text_is_called_so() -> None:
+    result = comparison_result()
+    for row in result["rows"][:3]:
+        row["texts"]["t.txt"]["bits_per_byte"] = row["params"] / 100
+    result["rows"][1]["in_domain"] = result["rows"][3]["in_domain"] = ["t.txt"]
+    text = comparison_page(result, *table(result["rows"][:3]), name="cmp")
+    assert "★ 12.00 (1.20×), 0.800 bits" in text
+    assert "bits are per byte of text" in text
+    assert "Lowest perplexity: good (in-domain) at 80" in text
+
+
 def test_a_picture_shows_quality_against_the_seconds_of_pruning() -> None:
     result = comparison_result()
     for row, seconds in zip(result["rows"][1:], (5.0, 60.0, 2.0), strict=False):

@@ -248,7 +248,7 @@ def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, 
 
 
 def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes: Sequence[int]) -> str:
-    """Perplexity by method and size, with its ratio to the dense model's."""
+    """Perplexity by method and size, with its ratio to the dense model's, and bits per byte where they are known."""
     cells = {(row["method"], row["size"]): row for row in result["rows"]}
     best = {
         size: min(
@@ -267,15 +267,19 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
             ratio = number_of(row["texts"][text]["ratio"]) if row and value is not None else None
             star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
             infinite = value is None and row and text in row["texts"]
+            bits = number_of(row["texts"][text].get("bits_per_byte")) if row and value is not None else None
             line.append(
                 "∞"
                 if infinite
-                else f"{star}{shown(value, 'perplexity')}" + (f" ({shown(ratio, 'times')})" if ratio is not None else "")
+                else f"{star}{shown(value, 'perplexity')}"
+                + (f" ({shown(ratio, 'times')})" if ratio is not None else "")
+                + (f", {bits:.3f} bits" if bits is not None else "")
             )
         lines.append(line)
     dense = _perplexity(result["rows"][0], text)
     caption = (
         f"Perplexity on {text}; dense {shown(dense, 'perplexity')}; in brackets over the dense model’s; ★ is the lowest of a size"
+        + ("; bits are per byte of text" if any(" bits" in cell for line in lines for cell in line) else "")
     )
     return table(["method", *(f"at most {shown(size, 'params')}" for size in sizes)], lines, caption=caption)
 
@@ -289,7 +293,7 @@ def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
     said = []
     for size in sizes:
         known = [
-            (value, row["method"])
+            (value, f"{row['method']} (in-domain)" if text in (row.get("in_domain") or ()) else row["method"])
             for row in result["rows"]
             if row["size"] == size and (value := _perplexity(row, text)) is not None
         ]
