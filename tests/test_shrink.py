@@ -147,7 +147,7 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(tiny_folder: Path, text
     (tmp_path / "small" / "recipe.yaml").write_text(planned.to_yaml())
     assert planned.minutes is not None
     assert 4 < planned.minutes < 5
-    assert planned.training.expected == pytest.approx(planned.training.tokens / 2, abs=2048)
+    assert planned.training.expected == planned.training.tokens // 2
     assert asked(5).minutes == planned.minutes, "less what the probe took then"
     assert asked(8).minutes == 8
 
@@ -194,6 +194,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
         (["--minutes", "0.00001"], "minutes are too few: to measure this machine, load"),
         (["--tokens", "10k", "--text", "self"], "--text self would train the model on its own text"),
         (["--tokens", "10k", "--text", "nothing.txt"], "nothing.txt"),
+        (["--tokens", "10k", "--params", "1k"], "budget 1,000 is too small"),
         (["--tokens", "10k", "--params", "200M"], "is above the 50,784 parameters the model has"),
         (["--tokens", "10k", "--set", "stages=0"], "stages"),
     ],

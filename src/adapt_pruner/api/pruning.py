@@ -199,6 +199,7 @@ def shrink(
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer, which is left as it is.
         output: the run's folder, new or of a run that was stopped; without it a temporary one, which lives as long as the result.
+            A stopped run of a model in memory cannot go on, since its recipe names a copy that is gone; save the model first.
         tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
         text: your text: it is trained and calibrated on, and a part is held out. Python's language reference by default.

@@ -19,7 +19,7 @@ __all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "how_long", "pla
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
 _SPARE = 0.02  # of the time, for what no probe predicts
-_MORE = 2.0  # tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow
+_MORE = 2  # tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow
 _READ_OFTEN = 4  # times that a text may be read before the plan mentions it: so many repeats are nearly as good as fresh text
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
@@ -187,12 +187,12 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     speed = _training_speed(machine, model, distilled)
     batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)
     pruning = way.seconds(model, machine)
-    tokens = asked.tokens if asked.tokens is not None else left * speed
+    tokens = _whole(asked.tokens if asked.tokens is not None else left * speed, batch)
     settings = {
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
         "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
-        "training.source": asked.train, "training.tokens": _whole(tokens * (1 if asked.tokens is not None else _MORE), batch),
-        **({} if asked.minutes is None else {"training.expected": _whole(tokens, batch)}),
+        "training.source": asked.train, "training.tokens": tokens * (1 if asked.tokens is not None else _MORE),
+        **({} if asked.minutes is None else {"training.expected": tokens}),
         "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
         "training.lr": next(lr for most, lr in _LARGE.items() if model.params <= most),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",

@@ -56,9 +56,11 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
     needs = [held(training_memory(dense, each), kind) for each in ways]
     start, decoder = sizes_begun(work)  # a vocabulary that shrinks has done so
-    target = Budget.parse(recipe.budget, dense=work.dense, decoder=decoder, outside=start - decoder).keep
+    budget = Budget.parse(recipe.budget, dense=work.dense, decoder=decoder, outside=start - decoder)
+    floor, when = work.reduction.floor(work)
+    budget.check_reachable(floor, when=when)
     measured = Model(
-        recipe.model, dense.params, dense.decoder, target, longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
+        recipe.model, dense.params, dense.decoder, budget.keep, longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
         sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
     )  # fmt: skip
     free = _free_bytes(device)
