@@ -28,7 +28,7 @@ _WINDOWS = (40, 20, 8, 4, 2)
 _ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
 BATCH_TOKENS = 2048  # tokens of a step, if ten fit
 _BATCHES = {BATCH_TOKENS: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
-_LARGE = {500e6: 2e-4, 2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
+_RATES = {2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
 
@@ -194,7 +194,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         "training.source": asked.train, "training.tokens": tokens * (1 if asked.tokens is not None else _MORE),
         **({} if asked.minutes is None else {"training.expected": tokens}),
         "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
-        "training.lr": next(lr for most, lr in _LARGE.items() if model.params <= most),
+        "training.lr": next(lr for most, lr in _RATES.items() if model.params <= most),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": checkpointing,
         "evaluation.source": asked.held_out, "evaluation.window": min(_WINDOW, model.longest or _WINDOW),
