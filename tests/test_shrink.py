@@ -18,7 +18,7 @@ from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, loop
+from adapt_pruner.run import in_time, loop, probe
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model, read_json, tiny_model
 from test_cli import ask
@@ -241,6 +241,31 @@ def test_somebody_else_s_folder_is_refused_before_the_probe(
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "letters"))
     assert (status, lines.count("\n")) == (2, 1)
     assert str(tmp_path / "letters") in lines
+
+
+def test_a_model_too_large_to_train_is_refused_before_its_weights_are_read(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(probe, "begin", lambda *_, **__: pytest.fail("it was loaded"))
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
+    assert (status, lines.count("\n")) == (2, 1)
+    assert "GiB of memory to train, but only 0.0 GiB are free; use a smaller model or a larger machine, or prune without" in lines
+
+
+def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_memory", lambda *_: [3 * 10**9, 10**9, 4 * 10**9])
+    monkeypatch.setattr(probe, "_free_bytes", lambda device: 2 * 10**9)
+    again, kernels = list[bool](), probe.kernels
+    monkeypatch.setattr(
+        probe, "kernels", lambda model, **how: again.append(how["gradient_checkpointing"]) or kernels(model, **how)
+    )
+    status, said, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run", "--json"))
+    assert status == 0, lines
+    assert again == [True]
+    assert json.loads(said)["training"]["gradient_checkpointing"] is True
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:

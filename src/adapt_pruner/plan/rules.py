@@ -14,7 +14,7 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.words import compact, millions, span
 from adapt_pruner.errors import UsageError
 
-__all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "how_long", "planned"]
+__all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
@@ -242,12 +242,21 @@ def _fitting(machine: Machine, model: Model, distilled: bool) -> bool:
     plain, again = (each + model.teacher * distilled for each in model.training)
     if machine.memory is None or plain <= machine.memory:
         return False
-    if again > machine.memory:
-        raise UsageError(
-            f"{model.name} needs {again / _GIB:.1f} GiB of memory to train, but only {machine.memory / _GIB:.1f} GiB are free; "
-            f"use a smaller model or a larger machine, or prune without training: adapt-pruner prune {model.name} -o DIR --params {model.target}"
-        )
+    check_memory(model.name, str(model.target), needed=again, free=machine.memory)
     return True
+
+
+def check_memory(name: str, size: str, *, needed: int, free: int | None) -> None:
+    """Refuse to train a model that needs more memory than is free; `size` is what --params would be without training.
+
+    Raises:
+        UsageError: it does not fit.
+    """
+    if free is not None and needed > free:
+        raise UsageError(
+            f"{name} needs {needed / _GIB:.1f} GiB of memory to train, but only {free / _GIB:.1f} GiB are free; use a smaller model or "
+            f"a larger machine, or prune without training: adapt-pruner prune {name} -o DIR --params {size}"
+        )
 
 
 def _measuring(windows: int, model: Model, machine: Machine) -> float:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
+from adapt_pruner.checkpoint.load import load_shapes, locate, pick_device
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.memory import keeping_freed
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model
+from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model, check_memory
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, Work
-from adapt_pruner.run.estimate import Setup, held, shapes, training_memory
+from adapt_pruner.run.estimate import Setup, Shapes, held, shapes, training_memory
 from adapt_pruner.run.start import begin, sizes_begun
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
@@ -46,15 +47,16 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
         UsageError: the model cannot be loaded, or is smaller than the budget.
     """
     began = time.perf_counter()
+    if locate(recipe.model)[1] is None:  # the sizes of a GGUF file are known once it is read
+        foreseen = pick_device(recipe.device)
+        needed = _memory(shapes(load_shapes(recipe.model, trust_remote_code=trust_remote_code)), foreseen, recipe.dtype)[1]
+        check_memory(recipe.model, recipe.budget, needed=needed, free=_free_bytes(foreseen))
     work = begin(recipe, listen, trust_remote_code=trust_remote_code)
     load = time.perf_counter() - began
     model, config = work.model, work.model.config
     device, dense = next(model.parameters()).device, shapes(work.model)
-    kind = "cpu" if device.type == "cpu" else "cuda"
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
-    how = Setup(kind, narrow, _ROW, batch_tokens=BATCH_TOKENS)
-    ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
-    needs = [held(training_memory(dense, each), kind) for each in ways]
+    needs = _memory(dense, device, recipe.dtype)
     start, decoder = sizes_begun(work)  # a vocabulary that shrinks has done so
     budget = Budget.parse(recipe.budget, dense=work.dense, decoder=decoder, outside=start - decoder)
     floor, when = work.reduction.floor(work)
@@ -66,7 +68,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     free = _free_bytes(device)
     words = (
         f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
-        if kind == "cpu"
+        if device.type == "cpu"
         else torch.cuda.get_device_name(device)
     )
     batch = torch.randint(config.vocab_size, (_TOKENS // _LENGTH, _LENGTH), generator=torch.Generator().manual_seed(0))
@@ -78,6 +80,14 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     trained = _trained(work, device, narrow=narrow, checkpointing=again) * (4 / 3 if again else 1) if fits else scored
     machine = Machine(read, scored, trained, load, f"{words}, {'bfloat16' if narrow else 'float32'}", free)
     return machine, measured, work
+
+
+def _memory(dense: Shapes, device: torch.device, dtype: str) -> list[int]:
+    """Bytes that training takes: plain, with gradient checkpointing, and plain with the dense model as teacher."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    how = Setup(kind, uses_bfloat16(device, dtype), _ROW, batch_tokens=BATCH_TOKENS)
+    ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
+    return [held(training_memory(dense, each), kind) for each in ways]
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
