@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {"llama": ("llama", "llama"), "qwen2": ("llama", "qwen2"), "gemma3": ("gemma3", "gemma3-grouped")}
 VOLATILE = re.compile(r"^(time|(\w+_)?seconds(_.*)?|tokens_per_second|peak_bytes|peak_rss_bytes|path|made_by|spent|identity)$")
 RENAMED = (  # recipe keys that a version may spell otherwise, or not have
-    "rotate", "reduce", "feed", "task", "init", "behind", "sequential_scoring", "own", "self_generated", "repair_samples",
+    "rotate", "reduce", "feed", "task", "init", "behind", "sequential_scoring", "own", "self_generated", "repair_samples", "expected",
 )  # fmt: skip
 SHARED = {
     "budget": "70%", "device": "cpu", "dtype": "float32", "stages": 2, "keep_checkpoints": 9, "multiple_of": 1,

@@ -13,7 +13,8 @@ import pytest
 from adapt_pruner.core.interrupts import held
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
-from conftest import assert_same_model
+from adapt_pruner.run import loop
+from conftest import assert_same_model, log_of, read_json
 
 
 @pytest.fixture
@@ -56,6 +57,30 @@ def test_an_interrupted_run_keeps_the_step_it_was_in(sent: signal.Signals, recip
     run(recipe, tmp_path / "run")
     run(recipe, tmp_path / "whole")
     assert_same_model(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_again(
+    recipe: Recipe, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"evaluation": {"source": str(text_file), "window": 64, "max_windows": 2}, "stages": 2}
+    recipe, measure = read(recipe.model_dump() | measured), loop.measure_text
+    for stage in (1, 2):
+
+        def interrupted(work: Any, *, stage: int, after_cuts: bool = False, at: int = stage) -> None:
+            measure(work, stage=stage, after_cuts=after_cuts)
+            if stage == at and not after_cuts:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop, "measure_text", interrupted)
+            run(recipe, tmp_path / "run")
+        assert (tmp_path / "run" / "checkpoints" / f"stage-{stage}").is_dir()
+    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "whole")
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
+    both = [read_json(tmp_path / name / "model" / "pruning.json")["figures"]["perplexities"] for name in ("run", "whole")]
+    assert both[0] == both[1]
+    assert [len(log_of(tmp_path / name, "step")) for name in ("run", "whole")] == [8, 8]
 
 
 def test_a_second_ctrl_c_waits_for_nothing() -> None:

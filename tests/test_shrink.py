@@ -130,18 +130,17 @@ def test_keys_set_by_the_user_are_planned_around_and_known_again(ask: Any, tiny_
     assert recipe.about == "shrink to 70% by training on 10,000 tokens"
     assert any((out / "trackers").iterdir())
     words[words.index("70%")] = "80%"
-    assert "was started with another --params or --tokens (shrink to 70%" in ask(*words)[2]
+    assert "was started with another --params or --tokens (70% by training" in ask(*words)[2]
 
 
 def test_other_minutes_go_on_with_a_run_that_was_stopped(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     common = {"model": str(tiny_folder), "budget": "70%", "seed": 0, "device": "auto", "dtype": "auto"}
     (tmp_path / "small").mkdir()
+    heard: list[dict[str, Any]] = []
 
     def asked(minutes: float) -> Any:
-        long, listen = (minutes, None), lambda event: None
-        return in_time.recipe_in_time(
-            common, tmp_path / "small", text=str(text), long=long, started=time.perf_counter(), listen=listen
-        )
+        now, long = time.perf_counter(), (minutes, None)
+        return in_time.recipe_in_time(common, tmp_path / "small", text=str(text), long=long, started=now, listen=heard.append)
 
     planned = asked(5)
     (tmp_path / "small" / "recipe.yaml").write_text(planned.to_yaml())
@@ -149,7 +148,9 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(tiny_folder: Path, text
     assert 4 < planned.minutes < 5
     assert planned.training.expected == planned.training.tokens // 2
     assert asked(5).minutes == planned.minutes, "less what the probe took then"
-    assert asked(8).minutes == 8
+    assert asked(5.5).minutes == pytest.approx(planned.minutes + 0.5)
+    assert asked(8).minutes == pytest.approx(planned.minutes + 3)
+    assert "it may now take 8 minutes instead of 5" in heard[-1]["text"]
 
 
 def test_a_share_is_of_the_model_with_all_its_tokens(ask: Any, text: Path, tmp_path: Path) -> None:
@@ -213,15 +214,14 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     out.mkdir()
-    about = "shrink to 40k by training on 10,000 tokens"
+    about = "shrink to 40,000 by training on 10,000 tokens"
     begun = read(
         {"about": about, "model": str(tiny_folder), "budget": "40000", "training": {"source": f"{text}#train", "tokens": 4096}}
     )
     (out / "recipe.yaml").write_text(begun.to_yaml())
     command = ["shrink", tiny_folder, "--text", text, "-o", out, "--tokens", "10k", "--params"]
-    said = (
-        f"{out} was started with another --params or --tokens ({about}, not {about.replace('40k', '41k')}); name another folder"
-    )
+    asked = about.removeprefix("shrink to ")
+    said = f"{out} was started with another --params or --tokens ({asked}, not {asked.replace('40', '41')}); name another folder"
     assert said in ask(*command, "41k")[2]
     assert f"{out} was started with another --seed (0, not 1); name another folder" in ask(*command, "40k", "--seed", 1)[2]
     (tmp_path / "other.txt").write_text("another text. " * 3_000)

@@ -5,6 +5,7 @@ recipe, five lines that explain them, and the seconds of each phase.
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -83,7 +84,7 @@ class Model:
     @property
     def share(self) -> float:
         """The share of the decoder that goes."""
-        return (self.params - self.target) / self.decoder
+        return max(0, self.params - self.target) / self.decoder
 
 
 @dataclass(frozen=True)
@@ -253,9 +254,10 @@ def check_memory(name: str, size: str, *, needed: int, free: int | None) -> None
         UsageError: it does not fit.
     """
     if free is not None and needed > free:
+        without = shlex.join(["adapt-pruner", "prune", name, "-o", "DIR", "--params", size])
         raise UsageError(
             f"{name} needs {needed / _GIB:.1f} GiB of memory to train, but only {free / _GIB:.1f} GiB are free; use a smaller model or "
-            f"a larger machine, or prune without training: adapt-pruner prune {name} -o DIR --params {size}"
+            f"a larger machine, or prune without training: {without}"
         )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import compact, shown
 from adapt_pruner.report.figures import Figures, fit_slope
 
@@ -86,7 +87,9 @@ def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]
         yield Advice(
             f"The training loss was still falling when it ended: {fell:.2f} nats over the last {compact(half[-1][0] - half[0][0])} tokens "
             f"({times} times its standard error). More tokens will still help.",
-            f"--set training.tokens={2 * asked}",
+            f"--set minutes={2 * minutes:g}"
+            if (minutes := number_of(recipe.get("minutes")))
+            else f"--set training.tokens={2 * asked}",
         )
 
 

@@ -144,7 +144,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
     how = " ".join(
-        [f"pruned to {_count(figures['params_after'])}"] * (smaller or not zeros) + [f"with {_plain(zeros)} zeros"] * bool(zeros)
+        [f"pruned to {_count(figures['params_after'])}"] * (smaller or not zeros) + [f"with {zeros} zeros"] * bool(zeros)
     )
     title = f"{base['name'].rpartition('/')[2]} {how}"
     sections = [

@@ -1,13 +1,15 @@
 """The recipe of `shrink`: it fits the user's time, planned after a probe of this machine; a run that goes on keeps its recipe."""
 
-import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner import recipe as recipes
+from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import EVERYWHERE, PlanLine
+from adapt_pruner.core.words import compact
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
@@ -19,7 +21,8 @@ from adapt_pruner.run.probe import probed
 
 __all__ = ["recipe_in_time"]
 
-_SPENT = 0.25  # of the minutes; a recipe has fewer than were asked for, by those that the probe took
+_ASKED = re.compile(r"shrink to (.+?)(?: in ([\d.e+]+) minutes)?")
+"""An `about` as `_about` writes it."""
 
 
 def recipe_in_time(
@@ -54,10 +57,10 @@ def recipe_in_time(
     minutes, tokens = long
     train, held_out, characters = apart(text or EVERYWHERE)
     plain = recipes.read({}, overrides=overrides, values={
-        **common, "about": _about(common["budget"], tokens), "calibration.source": train, "training.source": train,
+        **common, "about": _about(common["budget"], minutes, tokens), "calibration.source": train, "training.source": train,
         "training.tokens": tokens or 1_000_000, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
     })  # fmt: skip
-    if (begun := _begun(out, overrides, plain)) is not None:
+    if (begun := _begun(out, overrides, plain, asked=_about(common["budget"], minutes, tokens), listen=listen)) is not None:
         return begun
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
@@ -72,9 +75,10 @@ def recipe_in_time(
     return recipes.read({}, values={**common, "about": plain.about, **plan.settings}, overrides=overrides)
 
 
-def _about(size: str, tokens: int | None) -> str:
+def _about(size: str, minutes: float | None, tokens: int | None) -> str:
     """What was asked for, in the recipe for people, and for the same request to be recognised by."""
-    return f"shrink to {size}" + (f" by training on {tokens:,} tokens" if tokens is not None else "")
+    asked = size if "%" in size else f"{parse_count(size):,}"
+    return f"shrink to {asked}" + (f" in {minutes:g} minutes" if tokens is None else f" by training on {tokens:,} tokens")
 
 
 def _tokens_a_character(tokenizer: Any, spec: str) -> float:
@@ -83,8 +87,8 @@ def _tokens_a_character(tokenizer: Any, spec: str) -> float:
     return len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
 
 
-def _begun(out: Path, overrides: Sequence[str], plain: Recipe) -> Recipe | None:
-    """The recipe of the run that was begun in this folder, with `overrides` and the minutes of `plain`; None if no run was begun.
+def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, listen: Listener) -> Recipe | None:
+    """The recipe of the run that was begun in this folder, with `overrides` and the minutes asked for; None if no run was begun.
 
     Raises:
         UsageError: that run has another model, size, text, tokens, seed or number format, or the folder holds something else.
@@ -93,13 +97,22 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe) -> Recipe | None:
         check_folder(out, plain, force=False)  # before the probe
         return None
     recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides)
+    before, now = _ASKED.fullmatch(recipe.about), _ASKED.fullmatch(asked)
+    assert now is not None
     others = {
         "MODEL": (recipe.model, plain.model), "--text": (recipe.training.source, plain.training.source),
-        "--params or --tokens": (recipe.about, plain.about), "--seed": (recipe.seed, plain.seed), "--dtype": (recipe.dtype, plain.dtype),
+        "--params or --tokens": (before and before[1], before and now[1]), "--seed": (recipe.seed, plain.seed),
+        "--dtype": (recipe.dtype, plain.dtype),
     }  # fmt: skip
     if wrong := [f"{name} ({there}, not {here})" for name, (there, here) in others.items() if there != here]:
         raise UsageError(
             f"{out} was started with another {' and another '.join(wrong)}; name another folder, or give what it was started with"
         )
-    longer = plain.minutes is not None and not math.isclose(plain.minutes, recipe.minutes or 0, rel_tol=_SPENT)
-    return recipe.model_copy(update={"minutes": plain.minutes}) if longer else recipe
+    if not (before and before[2] and now[2] and recipe.minutes) or before[2] == now[2]:
+        return recipe
+    listen(PlanLine(text=(
+        f"it may now take {now[2]} minutes instead of {before[2]}; {compact(recipe.training.tokens)} tokens of the text lie ready, which "
+        "end the training if they are read before"
+    )).told())  # fmt: skip
+    more = float(now[2]) - float(before[2])  # the recipe's minutes are fewer than were asked for, by those of the probe
+    return recipe.model_copy(update={"minutes": max(1e-3, recipe.minutes + more), "about": asked, "device": plain.device})

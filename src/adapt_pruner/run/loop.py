@@ -83,7 +83,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
 
-    if "calibration_losses" in state.figures:
+    if "calibration_losses" in state.figures and not work.reads.held_out:
         measure_calibration(work)
     state.figures |= {
         "params_after": work.num_params,
@@ -271,6 +271,8 @@ def _resumed(
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         target = folder.checkpoints / name
+        if target.exists():  # of the same place in the run: it was interrupted between there and here, and has gone on
+            return
         facts = {
             **work.state.to_json(), "start": start_of(work.loaded), "model": recipe.model, "identity": origin, "reduce": recipe.reduce,
             "digests": work.reads.digests, "log_size": folder.log_size,
@@ -371,7 +373,7 @@ def _tell_start(work: Work) -> None:
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
-        training_tokens=0 if feed is None else min(feed.num_tokens, recipe.training.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
+        training_tokens=0 if feed is None else min(feed.num_tokens, (recipe.minutes and recipe.training.expected) or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
         **left,

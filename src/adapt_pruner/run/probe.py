@@ -47,7 +47,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
         UsageError: the model cannot be loaded, or is smaller than the budget.
     """
     began = time.perf_counter()
-    if locate(recipe.model)[1] is None:  # the sizes of a GGUF file are known once it is read
+    if locate(recipe.model)[1] is None and recipe.vocabulary is None:  # otherwise the sizes are known once it is read
         foreseen = pick_device(recipe.device)
         needed = _memory(shapes(load_shapes(recipe.model, trust_remote_code=trust_remote_code)), foreseen, recipe.dtype)[1]
         check_memory(recipe.model, recipe.budget, needed=needed, free=_free_bytes(foreseen))
@@ -62,7 +62,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     floor, when = work.reduction.floor(work)
     budget.check_reachable(floor, when=when)
     measured = Model(
-        recipe.model, dense.params, dense.decoder, budget.keep, longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
+        recipe.model, dense.params, dense.decoder, min(budget.keep, dense.params), longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
         sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
     )  # fmt: skip
     free = _free_bytes(device)
