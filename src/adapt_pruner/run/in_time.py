@@ -56,11 +56,12 @@ def recipe_in_time(
     """
     minutes, tokens = long
     train, held_out, characters = apart(text or EVERYWHERE)
+    asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
-        **common, "about": _about(common["budget"], minutes, tokens), "calibration.source": train, "training.source": train,
+        **common, "about": asked, "calibration.source": train, "training.source": train,
         "training.tokens": tokens or 1_000_000, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
     })  # fmt: skip
-    if (begun := _begun(out, overrides, plain, asked=_about(common["budget"], minutes, tokens), listen=listen)) is not None:
+    if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
