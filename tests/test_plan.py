@@ -65,6 +65,14 @@ def test_five_minutes_do_on_a_machine_a_sixth_or_a_tenth_as_fast() -> None:
     assert (stalled["training.batch_tokens"], stalled["evaluation.max_windows"]) == (512, 2)
 
 
+def test_prompts_are_answered_where_there_is_time() -> None:
+    assert "evaluation.prompts" not in plan_of(15, chats=True).settings
+    assert plan_of(15, chats=True).seconds["measure"] > plan_of(15).seconds["measure"]
+    slow = {"read": 75, "scored": 20, "trained": 29, "load": 25, "target": 105_000_000, "own": False}
+    assert plan_of(4.2, chats=True, **slow).settings["evaluation.prompts"] == []
+    assert plan_of(4.2, chats=True, **slow).seconds == plan_of(4.2, **slow).seconds
+
+
 def test_who_loses_much_or_has_no_text_learns_from_the_dense_model() -> None:
     assert plan_of(60).settings["training.objective"] == "objectives.lm"
     for plan in (plan_of(60, target=92_000_000), plan_of(60, own=False)):

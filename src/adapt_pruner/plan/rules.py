@@ -18,6 +18,7 @@ from adapt_pruner.errors import UsageError
 __all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
+_FOR_ANSWERS = 0.1  # of the time, at most; else no prompts are answered
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
 _SPARE = 0.02  # of the time, for what no probe predicts
 _MORE = 2  # tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow
@@ -185,6 +186,8 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
     total = math.inf if asked.minutes is None else 60 * asked.minutes
+    silent = model.chats and _answering(model, machine) > _FOR_ANSWERS * total
+    model = replace(model, chats=model.chats and not silent)
     speed = _training_speed(machine, model, distilled)
     batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)
     pruning = way.seconds(model, machine)
@@ -199,7 +202,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": checkpointing,
         "evaluation.source": asked.held_out, "evaluation.window": min(_WINDOW, model.longest or _WINDOW),
-        "evaluation.max_windows": windows,
+        "evaluation.max_windows": windows, **({"evaluation.prompts": []} if silent else {}),
         "checkpoint_minutes": _checkpoints(total),
         **({} if asked.minutes is None else {"minutes": asked.minutes}),
     }  # fmt: skip
