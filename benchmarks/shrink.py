@@ -36,16 +36,8 @@ _TRAINED = (
 def words(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> list[object]:
     """The command of an arm."""
     tokens = f"{max(1, round(minutes / 15))}M"  # more than fit, so that the clock ends training
-    timed = [
-        "--set",
-        f"minutes={minutes:g}",
-        "--set",
-        f"training.tokens={tokens}",
-        "--set",
-        f"budget={params}",
-        "--set",
-        f"seed={seed}",
-    ]
+    keys = {"minutes": f"{minutes:g}", "training.tokens": tokens, "budget": params, "seed": seed}
+    timed = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
     return {
         "shrink": ["shrink", MODEL, "--params", params, "--text", TEXT, "--minutes", minutes, "--seed", seed, "-o", out],
         "default method alone": ["prune", MODEL, "--params", params, "--calibration", f"{TEXT}#train", "--seed", seed, "-o", out / "model"],

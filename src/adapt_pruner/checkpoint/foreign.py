@@ -101,9 +101,7 @@ def found(folder: str, file: str) -> Path | None:
 
     try:
         path = cached_file(folder, file, _raise_exceptions_for_missing_entries=False)
-    except (
-        OSError
-    ):  # no network or no permission: loading the weights reports it, unless they are in the cache and this file is not
+    except OSError:  # no network or no permission: loading the weights reports it, unless the cache has them
         return None
     return None if path is None else Path(path)
 

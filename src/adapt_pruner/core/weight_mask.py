@@ -125,8 +125,9 @@ class WeightMask:
     def broken(self, model: nn.Module) -> list[str]:
         """A sentence for each linear layer, masked or not, that does not hold the pattern; none if the mask has no pattern.
 
-        N:M holds if every group of M inputs has at most N weights that are not zero. A share holds if as many
-        weights are zero as it asks for, rounded down for each output. Both are counted in the weights themselves, and the mask itself must keep exactly what the pattern says.
+        N:M holds if every group of M inputs has at most N weights that are not zero. A share holds if as many weights are zero as
+        it asks for, rounded down for each output. Both are counted in the weights themselves, and the mask itself must keep
+        exactly what the pattern says.
         """
         said: list[str] = []
         pattern = self.pattern

@@ -22,7 +22,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export.padding import NO_MASK, LayerSizes, check_layers, layer_sizes, padded_weights, still_fitting, widest
+from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, still_fitting, widest
 from adapt_pruner.export.plain import holds, loading, opened
 
 __all__ = ["ABOUT", "holds", "loading", "opened", "width_of", "write"]
@@ -73,14 +73,13 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
 
     weights = padded_weights(model, wide)
-    mask = still_fitting(loaded.weight_mask, weights)
+    mask, notes = still_fitting(loaded.weight_mask, weights)
     save(model, loaded.tokenizer, path, dtype=loaded.dtype, weights=weights, weight_mask=mask, beside=as_decilm)
-    lost = [] if mask is loaded.weight_mask else [NO_MASK]
     grown = sum(new.neurons - old.neurons for new, old in zip(wide, sizes, strict=True))
     if not grown:
-        return lost
+        return notes
     return [
-        *lost,
+        *notes,
         f"MLPs are zero-padded by {grown:,} neurons to multiples of {_MULTIPLE}, which the form rounds to; prune with --set "
         f"multiple_of={_MULTIPLE} to avoid that",
     ]

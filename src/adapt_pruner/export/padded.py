@@ -6,7 +6,6 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.export.padding import (
-    NO_MASK,
     LayerSizes,
     accepted,
     check_layers,
@@ -38,13 +37,12 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         for group in range(least.group, 4 * least.group + 1)
     ]
     stock = stock_model(loaded.model, min(grown, key=lambda size: (not accepted(loaded.model, size), size.heads, size.kv_heads)))
-    mask = still_fitting(loaded.weight_mask, stock.state_dict())
+    mask, notes = still_fitting(loaded.weight_mask, stock.state_dict())
     save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=mask)
     before, after = count_parameters(loaded.model), count_parameters(stock)
-    lost = [] if mask is loaded.weight_mask else [NO_MASK]
     if after == before:
-        return lost
+        return notes
     return [
-        *lost,
+        *notes,
         f"padding brings {before:,} parameters to {after:,}; what was pruned is zero, and costs its memory and time again",
     ]

@@ -17,7 +17,6 @@ from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import UsageError
 
 __all__ = [
-    "NO_MASK",
     "LayerSizes",
     "accepted",
     "check_layers",
@@ -28,7 +27,7 @@ __all__ = [
     "widest",
 ]
 
-NO_MASK = (
+_NO_MASK = (
     "padding changes the shape of layers that have zeros, so this folder has no mask over weights, and training would fill the zeros; "
     "train the checkpoint itself"
 )
@@ -87,11 +86,11 @@ def check_layers(config: Any, form: str) -> None:
         )
 
 
-def still_fitting(mask: WeightMask | None, weights: Mapping[str, Tensor]) -> WeightMask | None:
-    """The mask over weights if padding has left the shapes of all masked weights as they were, else None."""
-    if mask is None or any(weights[f"{name}.weight"].shape != keep.shape for name, keep in mask.kept.items()):
-        return None
-    return mask
+def still_fitting(mask: WeightMask | None, weights: Mapping[str, Tensor]) -> tuple[WeightMask | None, list[str]]:
+    """The mask over weights, unless padding has changed the shape of a masked weight; then None, and a sentence about it."""
+    if mask is not None and any(weights[f"{name}.weight"].shape != keep.shape for name, keep in mask.kept.items()):
+        return None, [_NO_MASK]
+    return mask, []
 
 
 def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]:

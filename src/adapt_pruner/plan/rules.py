@@ -186,7 +186,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
     total = math.inf if asked.minutes is None else 60 * asked.minutes
-    silent = model.chats and _answering(model, machine) > _FOR_ANSWERS * total
+    silent = _answering(model, machine) > _FOR_ANSWERS * total
     model = replace(model, chats=model.chats and not silent)
     speed = _training_speed(machine, model, distilled)
     batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)

@@ -258,7 +258,7 @@ class Reduction:
         """
 
     def floor(self, work: "Work") -> tuple[int, str]:
-        """The fewest parameters that it can leave in `work.model`, and WORDS that complete the sentence `… stay when WORDS`."""
+        """The fewest parameters that it can leave in `work.model`, and WORDS that complete the sentence `… remain when WORDS`."""
         raise NotImplementedError
 
     def num_steps(self, work: "Work", *, start: int, reached: int, target: int) -> int:
@@ -380,6 +380,11 @@ class Work:
                 "left to remove"
             )
         return 1.0
+
+    @property
+    def expected(self) -> int | None:
+        """The training tokens that should fit, `training.expected`; None if no `minutes` end the run."""
+        return self.recipe.training.expected if self.recipe.minutes is not None else None
 
     @property
     def multiple_of(self) -> int:

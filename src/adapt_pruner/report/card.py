@@ -143,10 +143,8 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     base = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name})
     smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
-    how = " ".join(
-        [f"pruned to {_count(figures['params_after'])}"] * (smaller or not zeros) + [f"with {zeros} zeros"] * bool(zeros)
-    )
-    title = f"{base['name'].rpartition('/')[2]} {how}"
+    size = f" pruned to {_count(figures['params_after'])}" if smaller or not zeros else ""
+    title = base["name"].rpartition("/")[2] + size + (f" with {zeros} zeros" if zeros else "")
     sections = [
         f"# {_plain(title)}",
         _summary(config, pruning, base, form=exported and exported[0]),

@@ -71,9 +71,10 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
             trainer.begin_stage()
         trainer.train(until=work.reads.ends[stage.stage - 1] if work.reads.ends else 0)
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
-        if scores_tasks and not (went_on and state.progress.steps == steps):
+        trained = not (went_on and state.progress.steps == steps)  # since the newest checkpoint
+        if scores_tasks and trained:
             trainer.save(f"stage-{stage.stage}")  # what follows may take hours
-        with _kept(work, trainer, None if went_on and state.progress.steps == steps else f"stage-{stage.stage}"):
+        with _kept(work, trainer, f"stage-{stage.stage}" if trained else None):
             measure_text(work, stage=stage.stage)
             if scores_tasks:
                 measure_tasks(work, stage=stage.stage)
@@ -83,7 +84,7 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
 
-    if "calibration_losses" in state.figures and not work.reads.held_out:
+    if "calibration_losses" in state.figures:
         measure_calibration(work)
     state.figures |= {
         "params_after": work.num_params,
@@ -111,9 +112,7 @@ def _kept(work: Work, trainer: Trainer, name: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if (
-            name is not None and world.size() == 1
-        ):  # other processes were perhaps not interrupted, and a checkpoint takes them all
+        if name is not None and world.size() == 1:  # a checkpoint takes all processes, and others may not be interrupted
             work.state.figures.clear()
             work.state.figures.update(before)
             trainer.save(name)
@@ -373,7 +372,7 @@ def _tell_start(work: Work) -> None:
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
-        training_tokens=0 if feed is None else min(feed.num_tokens, (recipe.minutes and recipe.training.expected) or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
+        training_tokens=0 if feed is None else min(feed.num_tokens, work.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
         **left,

@@ -422,7 +422,7 @@ def _rows(work: Work, *, moving: bool) -> Rows | None:
     if source is None:
         return None
 
-    expected = {"expected": asked.expected} if work.recipe.minutes and asked.expected else {}
+    expected = {"expected": work.expected} if work.expected else {}
 
     def read_rows() -> Rows:
         return work.task.rows(

@@ -75,8 +75,8 @@ class Trainer:
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the stage's last step
         if work.reads.feed is None or (progress.rows >= until and not unmerged):
             return
-        training = work.recipe.training
-        asked = min(training.expected or training.tokens, training.tokens)
+        tokens = work.recipe.training.tokens
+        asked = min(tokens, work.expected or tokens)
         in_time = None if work.recipe.minutes is None else self._seconds_left
         for step in self.told(until=until, seconds_left=in_time):
             if step.reach < _SLOW * asked:
