@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,19 +132,22 @@ def test_keys_set_by_the_user_are_planned_around_and_known_again(ask: Any, tiny_
     assert "was started with another --params or --tokens (70% by training" in ask(*words)[2]
 
 
-def test_other_minutes_go_on_with_a_run_that_was_stopped(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_other_minutes_go_on_with_a_run_that_was_stopped(
+    tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_time, "time", SimpleNamespace(perf_counter=lambda: 30.0))  # the probe takes half a minute anywhere
     common = {"model": str(tiny_folder), "budget": "70%", "seed": 0, "device": "auto", "dtype": "auto"}
     (tmp_path / "small").mkdir()
     heard: list[dict[str, Any]] = []
 
     def asked(minutes: float) -> Any:
-        now, long = time.perf_counter(), (minutes, None)
-        return in_time.recipe_in_time(common, tmp_path / "small", text=str(text), long=long, started=now, listen=heard.append)
+        long = (minutes, None)
+        return in_time.recipe_in_time(common, tmp_path / "small", text=str(text), long=long, started=0.0, listen=heard.append)
 
     planned = asked(5)
     (tmp_path / "small" / "recipe.yaml").write_text(planned.to_yaml())
     assert planned.minutes is not None
-    assert 4 < planned.minutes < 5
+    assert planned.minutes == 4.5
     assert planned.training.expected == planned.training.tokens // 2
     assert asked(5).minutes == planned.minutes, "less what the probe took then"
     assert asked(5.5).minutes == pytest.approx(planned.minutes + 0.5)
