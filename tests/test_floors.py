@@ -82,7 +82,15 @@ def test_the_walk_sees_an_upward_import(tmp_path: Path) -> None:
     assert imports_of(tmp_path / "x.py") == ["run", "cli", "recipe"]
 
 
-@pytest.mark.parametrize("statement", ["import adapt_pruner", "import adapt_pruner.cli", "import adapt_pruner.recipe"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import adapt_pruner",
+        "import adapt_pruner.cli",
+        "import adapt_pruner.recipe",
+        "from adapt_pruner.report import card, comparison, hub, page, screen",  # what reads a folder's JSON only
+    ],
+)
 def test_nothing_heavy_is_loaded_before_it_is_needed(statement: str) -> None:
     code = f"import sys; {statement}; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.bits import BITS
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli import app
 from adapt_pruner.core import world
+from adapt_pruner.core.marks import BITS
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented

@@ -12,15 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapt_pruner.checkpoint.foreign import found
+from adapt_pruner.core.marks import BITS
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import of_json, to_json
 from adapt_pruner.core.weight_mask import WeightMask, packed, unpacked
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["BITS", "read_bits", "write_bits"]
-
-BITS = "sparsity/weight_mask.safetensors"
-"""Path of the file within a model folder."""
+__all__ = ["read_bits", "write_bits"]
 
 
 def write_bits(mask: WeightMask, folder: Path) -> None:

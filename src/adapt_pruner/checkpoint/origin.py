@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adapt_pruner.checkpoint.load import PACKAGED, locate
 from adapt_pruner.core.files import check_regular
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import one_line
@@ -44,6 +43,8 @@ def origin(name: str) -> dict[str, Any]:
         dequantised from, if any; license, license_name, license_link: as in a model card of the hub, if known; license_from:
         where the licence was found, or None. A model that is missing or unreadable gives only its name.
     """
+    from adapt_pruner.checkpoint.load import PACKAGED, locate  # here, so that a card is written without torch
+
     seen: set[str] = set()
     while (before := _named_before(name, seen)) is not None:
         name = before

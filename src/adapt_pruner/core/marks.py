@@ -1,17 +1,23 @@
-"""How we recognise our own files: a mark in the folders that we write, and a foot on our pages."""
+"""How we recognise our own files: by their names, a mark in the folders that we write, and a foot on our pages."""
 
 from contextlib import suppress
 from pathlib import Path
 
 from adapt_pruner.core.files import write_whole
 
-__all__ = ["MARK", "PAGE_FOOT", "is_marked", "is_page", "mark"]
+__all__ = ["BITS", "MARK", "PAGE_FOOT", "PROGRESS", "is_marked", "is_page", "mark"]
 
 MARK = ".adapt-pruner"
 """The file in a folder that says what the folder is."""
 
 PAGE_FOOT = "Written by adapt-pruner"
 """The text at the foot of every page."""
+
+BITS = "sparsity/weight_mask.safetensors"
+"""The file of a mask over weights, within a model folder (see `checkpoint.bits`)."""
+
+PROGRESS = "progress.json"
+"""The file in a run's folder that says where the run stands (see `core.standing`)."""
 
 _DOCTYPE = b"<!doctype html"
 

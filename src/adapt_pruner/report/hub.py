@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.checkpoint.bits import BITS
 from adapt_pruner.checkpoint.foreign import shards_in
 from adapt_pruner.core.files import check_regular, files_in
+from adapt_pruner.core.marks import BITS
 from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card

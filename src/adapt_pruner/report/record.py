@@ -11,13 +11,13 @@ import yaml
 from adapt_pruner.core.events import Event, is_logged, parse, parse_line
 from adapt_pruner.core.files import read_plain
 from adapt_pruner.core.locks import is_held
+from adapt_pruner.core.marks import PROGRESS
 from adapt_pruner.core.standing import Standing
 from adapt_pruner.core.strict_json import is_count, is_number, read_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
-from adapt_pruner.run.folder import PROGRESS
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record", "record_of_result", "standing"]
 

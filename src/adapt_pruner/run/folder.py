@@ -29,7 +29,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.events import Other, is_logged, parse, parse_line
 from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
-from adapt_pruner.core.marks import MARK, is_marked, is_page, mark
+from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
 from adapt_pruner.core.standing import Course
 from adapt_pruner.core.strict_json import read_json, to_json
@@ -37,9 +37,8 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first
 
-__all__ = ["OWN_TEXT", "PROGRESS", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "opened"]
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "opened"]
 
-PROGRESS = "progress.json"
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
