@@ -1,4 +1,6 @@
-"""Processes that have stock transformers and cannot import this package; forked from one that has imported it, which takes seconds.
+"""Processes forked from one that has imported stock transformers, which takes seconds, and has never seen this package.
+
+`ask_a_stranger` runs code where this package cannot be imported; `command_of` runs the command line of a copy of this package.
 
 Not the fork server of multiprocessing: there is one in a process, and that of test_resume has imported this package.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 
 SERVER = """
 import sys
-sys.modules["adapt_pruner"] = None
+sys.modules["adapt_pruner"] = None  # no import takes it along
 import json, os, signal, traceback
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # whatever an import prints is no answer
@@ -35,9 +37,15 @@ for line in sys.stdin:
             transformers.dynamic_module_utils.HF_MODULES_CACHE = asked["modules"]
             torch.set_num_threads(1)
             sys.argv = ["-c", *asked["words"]]
+            os.environ.update(asked["environment"])
+            if asked["package"]:
+                del sys.modules["adapt_pruner"]
+                sys.path.insert(0, asked["package"])
             exec(compile(asked["code"], "<stranger>", "exec"), {"__name__": "__main__"})
             sys.stdout.flush()
             status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         except BaseException:
             traceback.print_exc()
         finally:
@@ -61,14 +69,29 @@ def _server() -> "subprocess.Popen[str]":
 
 def ask_a_stranger(code: str, *words: str | Path, folder: Path) -> str:
     """What `code` prints, run in `folder` with `words` as its arguments; remote code is cached there and nowhere else."""
+    status, said, wrong = _forked(code, *words, folder=folder)
+    assert status == "0", f"status {status or 'none'}: {wrong[-3000:]}"
+    return said
+
+
+def command_of(source: Path, *words: str, folder: Path, **environment: str) -> tuple[int, str]:
+    """The exit status and the stderr of `adapt-pruner WORDS` in `folder`, with the package that lies in `source`."""
+    code = "import runpy; runpy.run_module('adapt_pruner', run_name='__main__', alter_sys=True)"
+    status, _, wrong = _forked(code, *words, folder=folder, package=source, **environment)
+    return int(status), wrong
+
+
+def _forked(code: str, *words: str | Path, folder: Path, package: Path | None = None, **environment: str) -> tuple[str, str, str]:
+    """The exit status, stdout and stderr of a forked process; the status is empty if there was none."""
     said, wrong = folder / "said.txt", folder / "wrong.txt"
-    asked = {"code": code, "words": [str(word) for word in words], "modules": str(folder / "modules")}
+    asked = {
+        "code": code, "words": [str(word) for word in words], "modules": str(folder / "modules"), "folder": str(folder),
+        "said": str(said), "wrong": str(wrong), "package": package and str(package), "environment": environment,
+    }  # fmt: skip
     server = _server()
     assert server.poll() is None, "the process that forks strangers is no more"
     assert server.stdin is not None
     assert server.stdout is not None
-    print(json.dumps(asked | {"folder": str(folder), "said": str(said), "wrong": str(wrong)}), file=server.stdin, flush=True)
+    print(json.dumps(asked), file=server.stdin, flush=True)
     status = server.stdout.readline().strip()
-    trouble = wrong.read_text(encoding="utf-8")[-3000:] if wrong.exists() else "nothing was said"
-    assert status == "0", f"status {status or 'none'}: {trouble}"
-    return said.read_text(encoding="utf-8")
+    return status, *(path.read_text(encoding="utf-8") if path.exists() else "" for path in (said, wrong))

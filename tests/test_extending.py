@@ -1,12 +1,9 @@
 """Each example of docs/extending.md works as it stands: one file in a copy of the package, and the command below it."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,8 @@ import pytest
 import torch
 
 import adapt_pruner
-from conftest import HANGS, VOCAB, byte_tokenizer, log_of, read_json, tiny_model
+from conftest import VOCAB, byte_tokenizer, log_of, read_json, tiny_model
+from strangers import command_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLE = re.compile(r"```(?:python|yaml)\n# (src/\S+)\n(.*?)```\s+```sh\n(.*?)```", re.DOTALL)
@@ -122,7 +120,7 @@ def test_the_page_has_an_example_of_each_kind() -> None:
 def test_an_example_is_one_file_and_works(file: str, tmp_path: Path) -> None:
     code, command = EXAMPLES[file]
     package = tmp_path / "src" / "adapt_pruner"
-    shutil.copytree(Path(adapt_pruner.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(adapt_pruner.__file__).parent, package)
     assert not (tmp_path / file).exists(), "an example is a new file"
     (tmp_path / file).write_text(code, encoding="utf-8")
     place = tmp_path / "place"
@@ -148,11 +146,7 @@ def test_an_example_is_one_file_and_works(file: str, tmp_path: Path) -> None:
     (place / "recipe.yaml").write_text(RECIPE[1], encoding="utf-8")
     words = shlex.split(command.replace("\\\n", " "))
     assert words[0] == "adapt-pruner"
-    done = subprocess.run(
-        [sys.executable, "-m", "adapt_pruner", *words[1:]],
-        cwd=place, env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "ADAPT_PRUNER_CACHE": str(tmp_path / "cache")},
-        capture_output=True, text=True, check=False, timeout=HANGS,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    status, said = command_of(tmp_path / "src", *words[1:], folder=place, ADAPT_PRUNER_CACHE=str(tmp_path / "cache"))
+    assert status == 0, said
     for check in CHECKS[file]:
-        check(place, done.stderr)
+        check(place, said)
