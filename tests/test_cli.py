@@ -160,6 +160,9 @@ def test_run_and_dry_run(ask: Any, tiny_folder: Path, text_file: Path, tmp_path:
     assert not (tmp_path / "run").exists()
     planned = json.loads(ask("run", tmp_path / "recipe.yaml", "--dry-run", "--set", "training.tokens=4k", "--json")[1])
     assert sum(stage["tokens"] for stage in planned["stages"]) == 4_000
+    longer = ("training.tokens=40M", "training.repeat=true", "stages=1", "minutes=1")
+    out = ask("run", tmp_path / "recipe.yaml", "--dry-run", *(word for key in longer for word in ("--set", key)))[1]
+    assert "in total about 1 min 00 s (`minutes` ends training then; all tokens would take" in out
     status, out, err = ask("run", tmp_path / "recipe.yaml", "-o", tmp_path / "run", "--set", "seed=5")
     assert status == 0
     assert f"saved {tmp_path / 'run' / 'model'}" in out

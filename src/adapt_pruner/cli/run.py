@@ -1,5 +1,6 @@
 """`adapt-pruner run`: a whole recipe, with training between cuts."""
 
+import math
 import os
 import sys
 import time
@@ -144,8 +145,10 @@ def _print_plan(planned: dict[str, Any]) -> None:
     print()
     print_table(["memory while", "at most", "of which"], phases)
     many = f" on {planned['processes']} processes ({planned['parallel']})" if planned["processes"] > 1 else ""
+    seconds, limit = planned["seconds"], 60 * (planned["minutes"] or math.inf)
+    ends = f" (`minutes` ends training then; all tokens would take {span(seconds)})" if seconds > limit else ""
     print(
-        f"\nin total about {span(planned['seconds'])} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
+        f"\nin total about {span(min(seconds, limit))}{ends} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
         "nothing was written"
     )
     without = f"; not counted: {', '.join(planned['time_without'])}" if planned["time_without"] else ""

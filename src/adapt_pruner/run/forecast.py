@@ -41,7 +41,8 @@ def dry_run(
 
     If the weights are on this machine, the model is loaded and the texts are found. A batch of random tokens, forward and
     backward, then probes the speed. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those
-    of `estimate`. The time covers passes over the texts; `time_without` names the work that it leaves out.
+    of `estimate`. The time covers passes over the texts; `time_without` names the work that it leaves out. `minutes` are those of
+    the recipe, which may end its training sooner.
 
     Args:
         recipe: the run.
@@ -133,6 +134,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         "params_after": budget.keep,
         "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(work.stages, spans, strict=True)],
         "seconds": sum(spans),
+        "minutes": recipe.minutes,
         "time_by": "time on paper" if on_paper else "time by a probe",
         "speed": speed.words,
         "time_without": _left_out(work, looks),
