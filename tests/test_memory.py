@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapt_pruner.core.memory import take_into_memory
+from adapt_pruner.core import memory
+from adapt_pruner.core.memory import take_into_memory, usable_bytes
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 MB = 2**20
@@ -103,3 +104,27 @@ def test_freed_memory_is_kept_for_the_next_tensor_and_then_returned() -> None:
     assert kept < 5_000
     assert afterwards > 50_000
     assert more < 8_192, "pages of 4 kB: the 64 MB are returned"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+def test_a_container_has_the_memory_that_its_limit_leaves(
+    limit: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\nHugePages_Total: 0\n")
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t 3000 kB\nVmRSS:\t 2000 kB\n")
+    (tmp_path / "memory").mkdir()
+    for name in ("_SYSTEM", "_STATUS", "_CONTAINER"):
+        monkeypatch.setattr(memory, name, tmp_path / {"_SYSTEM": "meminfo", "_STATUS": "status"}.get(name, ""))
+    assert memory.peak_rss_bytes() == 3_000 * 1024
+    assert usable_bytes() == 60_002_000 * 1024, "no container"
+    (tmp_path / used).write_text("1500000000\n")
+    (tmp_path / used).with_name("memory.stat").write_text("anon 900000000\ninactive_file 400000000\nactive_file 100000000\n")
+    (tmp_path / limit).write_text("max\n")
+    assert usable_bytes() == 60_002_000 * 1024, "no limit"
+    (tmp_path / limit).write_text("4000000000\n")
+    assert usable_bytes() == 3_000_000_000 + 2_000 * 1024, "what is cached of files can be had"
+    (tmp_path / "meminfo").unlink()
+    assert usable_bytes() is None

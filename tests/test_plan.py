@@ -123,6 +123,26 @@ def test_a_model_that_does_not_fit_is_refused_and_one_that_hardly_does_works_twi
     plan_of(60, memory=None)
 
 
+def test_where_the_dense_model_does_not_fit_beside_it_the_text_alone_teaches() -> None:
+    fits = plan_of(60, target=70_800_000, teacher=2**29, memory=int(3.6 * 2**30))
+    alone = plan_of(60, target=70_800_000, teacher=2**29, memory=int(2.4 * 2**30))
+    assert fits.settings["training.objective"] == "objectives.distil(temperature=1)"
+    assert alone.settings["training.objective"] == "objectives.lm"
+    assert "on the text; the dense model, which would teach it, does not fit into memory beside it" in alone.lines[2]
+
+
+def test_the_shares_of_the_rules_are_where_the_page_says() -> None:
+    """docs/shrink.md: 35 % of the decoder, a twelfth of the time, 5 % for windows, rows of 256, and how the rate rises and falls."""
+    dense, decoder = SMOLLM2.params, SMOLLM2.decoder
+    for share, objective in ((0.345, "objectives.lm"), (0.355, "objectives.distil(temperature=1)")):
+        assert plan_of(60, target=round(dense - share * decoder)).settings["training.objective"] == objective
+    assert [plan_of(minutes).settings["checkpoint_minutes"] for minutes in (6, 60, 600)] == [1, 5, 10]
+    for minutes in (8, 15, 60):
+        assert plan_of(minutes).seconds["measure"] <= 0.05 * 60 * minutes
+    training = read({}, values=plan_of(60).settings).training
+    assert (training.length, training.batch_tokens, training.warmup, training.decay, training.lr) == (256, 2048, 0.05, 0.1, 1e-4)
+
+
 def test_large_models_learn_more_slowly() -> None:
     rates = [
         plan_of(600, params=n, decoder=n // 2, target=n * 8 // 10).settings["training.lr"] for n in (10**8, 10**9, 4 * 10**9)

@@ -84,6 +84,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
     assert (status, said) == (1, "")
     assert f"the best model so far is {out / 'checkpoints' / 'stage-1-step-2'}, of 35," in lines
     assert "parameters, trained on 4.1" in lines
+    assert "its learning rate has not come down yet" in lines
     status, said, lines = ask(*shrink(tiny_folder, text, out))
     assert status == 0, lines
     assert "continuing from" in lines
@@ -108,6 +109,7 @@ def test_ctrl_c_while_the_result_is_measured_loses_no_training(
     assert status == 1
     assert f"the best model so far is {out / 'checkpoints' / 'stage-1'}, of 35," in lines
     assert "trained on 10.2" in lines
+    assert "come down" not in lines, "its learning rate has"
     status, said, lines = ask(*shrink(tiny_folder, text, out))
     assert status == 0, lines
     assert "trained on 10.2" in said
@@ -153,6 +155,23 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(
     assert asked(5.5).minutes == pytest.approx(planned.minutes + 0.5)
     assert asked(8).minutes == pytest.approx(planned.minutes + 3)
     assert "it may now take 8 minutes instead of 5" in heard[-1]["text"]
+    common["device"] = "cpu"
+    assert asked(5).device == asked(8).device == "cpu", "it may go on elsewhere"
+    (tmp_path / "small" / "model").mkdir()
+    heard.clear()
+    assert asked(8).minutes == planned.minutes, "it is finished"
+    assert not heard
+    (tmp_path / "small" / "recipe.yaml").write_text(planned.model_copy(update={"about": "mine"}).to_yaml())
+    with pytest.raises(UsageError, match="was not started by shrink; name another folder, or continue it with: adapt-pruner run"):
+        asked(5)
+
+
+def test_another_method_keeps_its_own_step_and_repair(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    words = shrink(tiny_folder, text, tmp_path / "small", "--set", "method=magnitude-all", "--dry-run", "--json")
+    status, said, lines = ask(*words)
+    assert status == 0, lines
+    recipe = json.loads(said)
+    assert (recipe["method"], recipe["step"], recipe["repair"]) == ("magnitude-all", 1.0, None)
 
 
 def test_a_share_is_of_the_model_with_all_its_tokens(ask: Any, text: Path, tmp_path: Path) -> None:

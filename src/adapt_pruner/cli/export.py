@@ -50,6 +50,7 @@ def export(
     from adapt_pruner.export import check_form
 
     check_form(to, quant=quant, pad=pad)
+    from adapt_pruner.core.words import typed
     from adapt_pruner.report import documented
     from adapt_pruner.report.screen import quiet_libraries, screen
 
@@ -60,4 +61,4 @@ def export(
     if as_json:
         print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))
         return
-    print(f"saved {out} ({size / 1e6:,.1f} MB); try: adapt-pruner verify {model} {out}")
+    print(f"saved {out} ({size / 1e6:,.1f} MB); try: {typed('verify', model, out)}")

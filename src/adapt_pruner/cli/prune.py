@@ -86,7 +86,7 @@ def prune(
     )  # fmt: skip
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.words import millions, span
+    from adapt_pruner.core.words import millions, span, typed
     from adapt_pruner.report import documented
     from adapt_pruner.report.screen import quiet_libraries, screen
 
@@ -141,10 +141,13 @@ def prune(
     print_table(
         ["next", ""],
         [
-            ["measure it", f"adapt-pruner eval {model} {out} --text python-docs:heldout --max-windows 20"],
-            ["ask it", f'adapt-pruner chat {out} "What is the capital of France?" --against {model}'],
-            ["train it", f"adapt-pruner run smollm2-105m --set model={out} --set budget=100% --set training.source=FILE"],
-            ["for llama.cpp", f"adapt-pruner export {out} --to gguf -o {out}.gguf"],
+            ["measure it", typed("eval", model, out, "--text", "python-docs:heldout", "--max-windows", 20)],
+            ["ask it", typed("chat", out, "What is the capital of France?", "--against", model)],
+            [
+                "train it",
+                typed("run", "smollm2-105m", "--set", f"model={out}", "--set", "budget=100%", "--set", "training.source=FILE"),
+            ],
+            ["for llama.cpp", typed("export", out, "--to", "gguf", "-o", f"{out}.gguf")],
         ],
         left=2,
     )

@@ -1,6 +1,5 @@
 """`adapt-pruner shrink`: a smaller model in a given time. It measures the machine and writes its plan as a recipe."""
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,19 +92,24 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
     from adapt_pruner.run.folder import RunFolder
 
     newest, state, _ = RunFolder(out).newest(thorough=False)
-    if newest is None:
+    if newest is None or (out / "model").is_dir():  # nothing is kept yet, or the result is there, which was said
         return
     trained, params = (
         state["progress"]["tokens"],
         (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"],
     )
-    whole = f"trained on {compact(trained)} tokens; its learning rate has not come down yet" if trained else "not trained"
+    if trained:
+        whole = f"trained on {compact(trained)} tokens"
+        if "-step-" in newest.name:  # see `run.checkpoints`
+            whole += "; its learning rate has not come down yet"
+    else:
+        whole = "not trained" if newest.name.endswith("-pruned") else "not trained, and not yet as small as you asked"
     listen.say(f"the best model so far is {newest}, of {millions(params)} parameters, {whole}")
 
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     from adapt_pruner.cli.tables import said_perplexities
-    from adapt_pruner.core.words import compact, millions, span
+    from adapt_pruner.core.words import compact, millions, span, typed
 
     model = out / "model"
     print(
@@ -115,8 +119,8 @@ def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     if figures.get("perplexities"):
         print(f"perplexity on held-out text: {said_perplexities(figures)}")
     print(f"saved {model}; its report is {out / 'report.html'}, its card {model / 'README.md'}")
-    print(f"try: adapt-pruner chat {model}")
+    print(f"try: {typed('chat', model)}")
     if isinstance(recipe.evaluation.source, str):
-        print(f"     adapt-pruner eval {recipe.model} {model} --text {shlex.quote(recipe.evaluation.source)}")
-    print(f"     adapt-pruner export {model} --to gguf -o {out / 'model.gguf'}")
-    print(f"     adapt-pruner run {out / 'recipe.yaml'} -o ANOTHER_DIR")
+        print(f"     {typed('eval', recipe.model, model, '--text', recipe.evaluation.source)}")
+    print(f"     {typed('export', model, '--to', 'gguf', '-o', out / 'model.gguf')}")
+    print(f"     {typed('run', out / 'recipe.yaml', '-o', 'ANOTHER_DIR')}")

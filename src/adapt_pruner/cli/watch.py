@@ -28,7 +28,7 @@ def watch(
 
         adapt-pruner watch runs/demo
     """
-    from adapt_pruner.core.words import span
+    from adapt_pruner.core.words import span, typed
     from adapt_pruner.errors import RunError
     from adapt_pruner.report.record import check_is_run, is_worked_in, standing
     from adapt_pruner.report.screen import screen
@@ -60,7 +60,7 @@ def watch(
                 when = f", {span(time.time() - last.time)} ago" if last and last.time else ""
                 raise RunError(
                     f"no process works in {run_dir}: the run was stopped{when}; "
-                    f"`adapt-pruner run {run_dir / 'recipe.yaml'} -o {run_dir}` continues it, `adapt-pruner report {run_dir}` "
+                    f"`{typed('run', run_dir / 'recipe.yaml', '-o', run_dir)}` continues it, `{typed('report', run_dir)}` "
                     "shows the results so far"
                 )
             elif last is None and not wait_said:
@@ -71,7 +71,7 @@ def watch(
                 silence_said = True
             if not fresh:
                 time.sleep(_POLL)
-    print(f"the run is finished: {run_dir / 'model'}; `adapt-pruner report {run_dir}` shows it")
+    print(f"the run is finished: {run_dir / 'model'}; `{typed('report', run_dir)}` shows it")
 
 
 class _Tail:

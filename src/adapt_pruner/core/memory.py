@@ -15,9 +15,13 @@ if TYPE_CHECKING:  # a process that runs another engine does not hold torch for 
 
     from torch import Tensor, nn
 
-__all__ = ["give_back", "keeping_freed", "peak_bytes", "peak_rss_bytes", "take_into_memory"]
+__all__ = ["give_back", "keeping_freed", "peak_bytes", "peak_rss_bytes", "take_into_memory", "usable_bytes"]
 
 _STATUS = Path("/proc/self/status")
+_SYSTEM = Path("/proc/meminfo")
+_GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Files of a container's limit and use, of version 2 and 1 of Linux' control groups."""
+_CONTAINER = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # what mallopt calls them
 _USUAL = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 64 * 2**20}  # where glibc's own adjustment ends up with large tensors
 
@@ -27,12 +31,35 @@ def peak_rss_bytes() -> int:
 
     Read from /proc if it exists. On Linux `getrusage` also counts the memory that the parent held when it started this process.
     """
-    if _STATUS.exists():
-        for line in _STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (most := _in_kib(_STATUS).get("VmHWM")) is not None:
+        return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_bytes() -> int | None:
+    """Bytes of memory that this process may hold: those it holds, and those free on this machine and in its container.
+
+    None if the system does not say. A container's file cache counts as free, since the kernel gives it up.
+    """
+    free, held = _in_kib(_SYSTEM).get("MemAvailable"), _in_kib(_STATUS).get("VmRSS")
+    if free is None or held is None:
+        return None
+    for limit, used in _GROUPS:
+        with suppress(OSError, ValueError):  # no such group, or its limit is `max`
+            most, now = (int((_CONTAINER / name).read_text(encoding="ascii")) for name in (limit, used))
+            stat = (_CONTAINER / used).with_name("memory.stat").read_text(encoding="ascii")
+            cache = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] in ("inactive_file", "active_file"))
+            free = min(free, max(0, most - now + cache))
+    return free + held
+
+
+def _in_kib(path: Path) -> dict[str, int]:
+    """The sizes in a file of /proc, in bytes; none if there is no such file."""
+    if not path.exists():
+        return {}
+    lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1:] == ["kB"]}
 
 
 def peak_bytes(model: nn.Module) -> int:

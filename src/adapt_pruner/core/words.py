@@ -1,7 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and commands as people read them."""
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "span",
     "tick",
     "ticks",
+    "typed",
 ]
 
 NARROW = "\u00a0"
@@ -130,3 +132,8 @@ def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[
     rough = (high - low) / most
     step = next(s for e in (0, 1) for m in (1, 2, 5) if (s := m * 10.0 ** (math.floor(math.log10(rough)) + e)) >= rough)
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def typed(*words: object) -> str:
+    """A command of ours, quoted as a shell needs it."""
+    return shlex.join(["adapt-pruner", *map(str, words)])

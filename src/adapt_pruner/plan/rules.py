@@ -5,14 +5,13 @@ recipe, five lines that explain them, and the seconds of each phase.
 """
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.words import compact, millions, span
+from adapt_pruner.core.words import compact, millions, span, typed
 from adapt_pruner.errors import UsageError
 
 __all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
@@ -181,7 +180,8 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     Raises:
         UsageError: the time is too short for the smallest plan, or the model does not fit into memory.
     """
-    distilled = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
+    taught = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
+    distilled = taught and (machine.memory is None or model.training[1] + model.teacher <= machine.memory)
     checkpointing = _fitting(machine, model, distilled)
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
@@ -213,7 +213,9 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         "train": tokens / speed,
     }
     plan = Plan(settings, (), seconds)
-    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, distilled=distilled))
+    by = "learning from the dense model's predictions on " if distilled else "on "
+    lacking = "; the dense model, which would teach it, does not fit into memory beside it" if taught and not distilled else ""
+    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=f"{by}the text{lacking}"))
 
 
 def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float, gone: float) -> tuple[int, int, _Pruning, float]:
@@ -257,7 +259,7 @@ def check_memory(name: str, size: str, *, needed: int, free: int | None) -> None
         UsageError: it does not fit.
     """
     if free is not None and needed > free:
-        without = shlex.join(["adapt-pruner", "prune", name, "-o", "DIR", "--params", size])
+        without = typed("prune", name, "-o", "DIR", "--params", size)
         raise UsageError(
             f"{name} needs {needed / _GIB:.1f} GiB of memory to train, but only {free / _GIB:.1f} GiB are free; use a smaller model or "
             f"a larger machine, or prune without training: {without}"
@@ -296,7 +298,7 @@ def _minutes_up(seconds: float) -> float:
 
 
 def _lines(
-    plan: Plan, machine: Machine, model: Model, asked: Asked, way: _Pruning, *, tokens: float, distilled: bool
+    plan: Plan, machine: Machine, model: Model, asked: Asked, way: _Pruning, *, tokens: float, what: str
 ) -> tuple[str, ...]:
     """The plan in five lines."""
     settings, seconds = plan.settings, plan.seconds
@@ -306,7 +308,6 @@ def _lines(
         if often > _READ_OFTEN
         else ""
     )
-    taught = "learning from the dense model's predictions on" if distilled else "on"
     cuts = way.iterations(model)
     when = (
         f"ends within {span(60 * asked.minutes)}" if asked.minutes is not None else f"takes about {span(sum(seconds.values()))}"
@@ -316,7 +317,7 @@ def _lines(
         f"{machine.trained:,.0f}",
         f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {cuts} cut{'s' * (cuts != 1)}, each "
         f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
-        f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a rate of {settings['training.lr']:g}, {taught} the text{repeats}: "
+        f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a rate of {settings['training.lr']:g}, {what}{repeats}: "
         f"about {span(seconds['train'])}",
         f"text: {asked.train}" + ("" if asked.own else " (it comes with Python and teaches little else; name your own with --text)")
         + f"; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",

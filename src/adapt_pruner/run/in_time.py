@@ -9,7 +9,7 @@ from typing import Any
 from adapt_pruner import recipe as recipes
 from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import EVERYWHERE, PlanLine
-from adapt_pruner.core.words import compact
+from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
@@ -73,7 +73,10 @@ def recipe_in_time(
         listen(PlanLine(text=line).told())
     if overrides:
         listen(PlanLine(text=f"set by you, whatever the lines above say: {', '.join(overrides)}").told())
-    return recipes.read({}, values={**common, "about": plain.about, **plan.settings}, overrides=overrides)
+    settings = dict(plan.settings)
+    if any(word.partition("=")[0].strip() == "method" for word in overrides):  # another method has its own step and repair
+        settings = {key: value for key, value in settings.items() if key not in ("method", "step", "repair")}
+    return recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides)
 
 
 def _about(size: str, minutes: float | None, tokens: int | None) -> str:
@@ -100,20 +103,26 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
     recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides)
     before, now = _ASKED.fullmatch(recipe.about), _ASKED.fullmatch(asked)
     assert now is not None
+    if before is None:
+        raise UsageError(
+            f"the run in {out} was not started by shrink; name another folder, or continue it with: "
+            f"{typed('run', out / 'recipe.yaml', '-o', out)}"
+        )
     others = {
         "MODEL": (recipe.model, plain.model), "--text": (recipe.training.source, plain.training.source),
-        "--params or --tokens": (before and before[1], before and now[1]), "--seed": (recipe.seed, plain.seed),
+        "--params or --tokens": (before[1], now[1]), "--seed": (recipe.seed, plain.seed),
         "--dtype": (recipe.dtype, plain.dtype),
     }  # fmt: skip
     if wrong := [f"{name} ({there}, not {here})" for name, (there, here) in others.items() if there != here]:
         raise UsageError(
             f"{out} was started with another {' and another '.join(wrong)}; name another folder, or give what it was started with"
         )
-    if not (before and before[2] and now[2] and recipe.minutes) or before[2] == now[2]:
+    recipe = recipe.model_copy(update={"device": plain.device})
+    if not (before[2] and now[2] and recipe.minutes) or before[2] == now[2] or (out / "model").is_dir():
         return recipe
     listen(PlanLine(text=(
         f"it may now take {now[2]} minutes instead of {before[2]}; {compact(recipe.training.tokens)} tokens of the text lie ready, which "
         "end the training if they are read before"
     )).told())  # fmt: skip
     more = float(now[2]) - float(before[2])  # the recipe's minutes are fewer than were asked for, by those of the probe
-    return recipe.model_copy(update={"minutes": max(1e-3, recipe.minutes + more), "about": asked, "device": plain.device})
+    return recipe.model_copy(update={"minutes": max(1e-3, recipe.minutes + more), "about": asked})

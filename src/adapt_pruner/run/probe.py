@@ -1,15 +1,14 @@
-"""Measure in less than a minute how fast this machine reads, scores and trains a model, and whether it fits."""
+"""Measure how fast this machine reads, scores and trains a model, and whether it fits; less than a minute for small models."""
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from adapt_pruner.checkpoint.load import load_shapes, locate, pick_device
 from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.memory import keeping_freed
+from adapt_pruner.core.memory import keeping_freed, usable_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model, check_memory
@@ -28,8 +27,6 @@ __all__ = ["probed"]
 _TOKENS, _LENGTH = 512, 128  # tokens of a pass that reads or scores, and of one of its rows
 _ROW = 256  # tokens of a training row
 _ENOUGH = 4.0  # seconds; a slower pass is not repeated: the first of a process takes longer, but not by so much
-_MEMORY = Path("/proc/meminfo")
-_KIB = 1024
 
 
 def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False) -> tuple[Machine, Model, Work]:
@@ -73,8 +70,8 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     )
     batch = torch.randint(config.vocab_size, (_TOKENS // _LENGTH, _LENGTH), generator=torch.Generator().manual_seed(0))
     axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in recipe.axes]
-    read = _TOKENS / _seconds(lambda: perplexity(model, batch.split(1), dtype=recipe.dtype), device)
-    scored = _TOKENS / _seconds(lambda: score(model, axes, [batch], metrics=[taylor], dtype=recipe.dtype), device)
+    read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch, device)
+    scored = _tokens_a_second(lambda rows: score(model, axes, [rows], metrics=[taylor], dtype=recipe.dtype), batch, device)
     fits = free is None or needs[1] <= free
     again = free is not None and needs[0] > free  # as the plan will do
     trained = _trained(work, device, narrow=narrow, checkpointing=again) * (4 / 3 if again else 1) if fits else scored
@@ -92,49 +89,47 @@ def _memory(dense: Shapes, device: torch.device, dtype: str) -> list[int]:
 
 def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
     """Tokens per second of a training step, or of one row if that is slow; the learning rate is 0, so no weight changes."""
-    model, rows = work.model, BATCH_TOKENS // _ROW
-    ids = torch.randint(model.config.vocab_size, (rows, _ROW), generator=torch.Generator().manual_seed(1)).to(device)
+    model = work.model
+    ids = torch.randint(model.config.vocab_size, (BATCH_TOKENS // _ROW, _ROW), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
     optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
 
-    def step(rows: int) -> None:
+    def step(rows: torch.Tensor) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-            loss = lm(model, ids[:rows], None)
-        (loss / ids[:rows].numel()).backward()
+            loss = lm(model, rows, None)
+        (loss / rows.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     model.train()
     try:
         with keeping_freed(), kernels(model, gradient_checkpointing=checkpointing, compiled=False, liger=False):  # as in training
-            one = _seconds(lambda: step(1), device)
-            return _ROW / one if one > _ENOUGH / 2 else ids.numel() / _seconds(lambda: step(rows), device, times=1)
+            return _tokens_a_second(step, ids, device)
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
 
 
-def _seconds(do: Callable[[], object], device: torch.device, *, times: int = 2) -> float:
-    """Seconds of the last of `times` calls, or of the first call that takes long."""
-    span = 0.0
-    for _ in range(times):
-        began = time.perf_counter()
-        do()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        span = max(time.perf_counter() - began, 1e-6)
-        if span > _ENOUGH:
+def _tokens_a_second(do: Callable[[torch.Tensor], object], batch: torch.Tensor, device: torch.device) -> float:
+    """Speed of a pass over a batch, or over its first row if that takes long; the first pass of a process takes longest."""
+    for _ in range(2):
+        one = _seconds(lambda: do(batch[:1]), device)
+        if one > _ENOUGH:
             break
-    return span
+    return batch[0].numel() / one if one > _ENOUGH / 2 else batch.numel() / _seconds(lambda: do(batch), device)
+
+
+def _seconds(do: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    do()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(time.perf_counter() - began, 1e-6)
 
 
 def _free_bytes(device: torch.device) -> int | None:
     """Bytes of memory that this process may use in all: what is free and what it holds; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    if not _MEMORY.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="utf-8").splitlines() if ":" in line)
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if ":" in line
-    )
-    return (int(lines["MemAvailable"].split()[0]) + int(status["VmRSS"].split()[0])) * _KIB
+    return usable_bytes()
