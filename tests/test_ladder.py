@@ -1,4 +1,4 @@
-"""benchmarks/ladder: the table holds together, a job is done once and resumed, and verdicts follow from paired differences."""
+"""benchmarks/ladder: the table holds together, a job is done once, and verdicts follow from paired differences."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from adapt_pruner.core.files import write_whole
+from adapt_pruner.errors import RunError, UsageError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "ladder"
 
@@ -90,10 +91,58 @@ def test_jobs_are_done_once_and_reported(modules: Any, ladder: Any, monkeypatch:
     assert not list((ladder.folder / "runs").glob("*/"))
     monkeypatch.setattr(jobs.loop, "run", lambda *_: pytest.fail("it was done again"))
     script.work(ladder, todo)
-    said = reporting.write_report(results, ladder.table, tmp_path / "report", plan="test", planned=5)
+    said = reporting.write_report(
+        results, ladder.table, tmp_path / "report", plan="test", jobs=[*(job.name for job in todo), "T-0-d5-1-1"]
+    )
     assert "4 of 5 jobs of the plan `test` are done" in said
     assert "Interleaving in 5 stages beats one cut" in (tmp_path / "report" / "ladder.md").read_text()
     assert "<svg" in (tmp_path / "report" / "ladder.html").read_text()
+
+
+def test_what_was_made_otherwise_is_not_taken_for_ours(modules: Any, ladder: Any) -> None:
+    jobs, _, _ = modules
+    job, other = jobs.Job("X", 0, "b", 1, 0), jobs.Job("X", 0, "u1", 1, 0)
+    for one in (job, other):
+        ladder._keep(one, {"loss": 4.0})
+    ladder.table["arms"]["u1"]["set"]["method"] = "random"
+    assert ladder.result(job)["loss"] == 4.0
+    assert ladder.result(other) is None, "its arm has changed"
+    assert [one["arm"] for one in ladder.results_of({"X"})] == ["b"]
+    assert ladder.results_of({"S"}) == []
+    ladder.check("X")
+    ladder.check("X")
+    ladder.text = ladder.text | {"train": "mine.txt"}
+    with pytest.raises(UsageError, match=r"was made with another text \(see .*made_of.json\); name another --folder"):
+        ladder.check("X")
+
+
+def test_a_job_that_failed_is_tried_once_more(modules: Any, ladder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, _, script = modules
+    job = jobs.Job("T", 0, "b", 0, 0)
+    (ladder.folder / "T" / "base-0" / "model").mkdir(parents=True)
+
+    def fail(_: Any) -> None:
+        raise RunError("no space left")
+
+    monkeypatch.setattr(ladder, "do", fail)
+    script.work(ladder, [job])
+    assert ladder.result(job)["error"] == "no space left", "the first result of a folder, too"
+    monkeypatch.setattr(ladder, "do", lambda _: pytest.fail("it would fail again"))
+    script.work(ladder, [job])
+    ladder.forget_failures([job])
+    assert ladder.result(job) is None
+
+
+def test_arms_of_one_plan_are_compared_with_those_of_another(modules: Any, ladder: Any, tmp_path: Path) -> None:
+    jobs, reporting, _ = modules
+    for arm, at, losses in (("b", 1, (4.0, 4.1, 4.2)), ("f", 1, (3.9, 4.0, 4.1))):
+        for seed, loss in enumerate(losses):
+            figures = {"loss": loss, "params": 800, "tokens": 100, "bits_per_byte": 1.0, "cpu_seconds": 1.0}
+            ladder._keep(jobs.Job("X", 0, arm, at, seed), figures)
+    named = [job.name for job in ladder.jobs("long")]
+    said = reporting.write_report(ladder.results_of({"X"}), ladder.table, tmp_path / "report", plan="long", jobs=named)
+    assert f"3 of {len(named)} jobs of the plan `long` are done" in said
+    assert "| Removal between steps beats one cut | X | 1 | 3 | +0.1000 |" in (tmp_path / "report" / "ladder.md").read_text()
 
 
 def results_of(arms: dict[str, list[float]], *, at: float = 1) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """Which jobs a plan has, what each is made of, and doing one: a base model, or an arm on a base."""
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.data.sources import texts
 from adapt_pruner.data.tokens import evaluation_windows, text_bytes
+from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe import read as read_recipe
@@ -52,6 +54,7 @@ class Job:
 class Ladder:
     """The table, and the folder where bases and results are kept.
 
+    FOLDER/RUNG/made_of.json                the text and the settings of its bases
     FOLDER/RUNG/text/{train,heldout}.jsonl  the documents that bases and arms read, drawn once
     FOLDER/RUNG/tokenizer/                  byte-level BPE trained on them
     FOLDER/RUNG/base-N/                     a run folder: model/, recipe.yaml, log.jsonl
@@ -87,9 +90,60 @@ class Ladder:
                         yield Job(rung, base, arm, at, seed)
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """What came of a job; None if it has not been done."""
-        path = self.results / f"{job.name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What came of a job; None if it has not been done, or with other settings of its arm."""
+        path, its = self.results / f"{job.name}.json", self.of(job.arm)
+        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return found if found is None or found.get("of", its) == its else None
+
+    def results_of(self, rungs: Collection[str]) -> list[dict[str, Any]]:
+        """The results of these rungs, of whatever plan, in the order of their names."""
+        found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.results.glob("*.json")))
+        ours = {arm: self.of(arm) for arm in self.table["arms"]}
+        return [one for one in found if one["rung"] in rungs and one.get("of", ours[one["arm"]]) == ours[one["arm"]]]
+
+    def of(self, arm: str) -> str:
+        """A digest of an arm's settings, which make a result besides its name."""
+        its = [
+            {key: value for key, value in self.table["arms"][arm].items() if key != "says"},
+            self.table["arm"],
+            self.table["pruning"],
+        ]
+        return hashlib.sha256(json.dumps(its, sort_keys=True).encode()).hexdigest()[:8]
+
+    def failed(self, job: Job, error: Exception) -> None:
+        """Keep what a job failed with."""
+        self._keep(job, {"error": str(error)})
+
+    def forget_failures(self, jobs: Iterable[Job]) -> None:
+        """Jobs that failed are to be tried once more."""
+        for job in jobs:
+            if "error" in (self.result(job) or {}):
+                (self.results / f"{job.name}.json").unlink()
+
+    def _keep(self, job: Job, done: Mapping[str, Any]) -> None:
+        named = {"rung": job.rung, "base": job.base, "arm": job.arm, "at": job.at, "seed": job.seed, "of": self.of(job.arm)}
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_whole(self.results / f"{job.name}.json", to_json({**named, **done}) + "\n")
+
+    def check(self, rung: str) -> None:
+        """Refuse a folder whose bases of this rung were made of another text or with other settings; note ours in a new one.
+
+        Raises:
+            UsageError: it was.
+        """
+        path = self.folder / rung / "made_of.json"
+        ours = {
+            "text": self.text,
+            "rung": self.table["rungs"][rung],
+            **{key: self.table[key] for key in ("base", "length", "heldout_windows")},
+        }
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, to_json(ours) + "\n")
+        elif wrong := [key for key, value in json.loads(path.read_text(encoding="utf-8")).items() if value != ours[key]]:
+            raise UsageError(
+                f"{path.parent} was made with another {' and another '.join(wrong)} (see {path}); name another --folder, or remove it"
+            )
 
     def sweep(self, rung: str, arm: str) -> list[Job]:
         """The jobs that try learning rates for an arm."""
@@ -173,15 +227,14 @@ class Ladder:
         folder = self.folder / "runs" / job.name
         recipe = self.recipe(job, self.folder / job.rung / f"base-{job.base}" / "model")
         loop.run(recipe, folder)
-        done = self.measured(job.rung, folder / "model") | {
-            "rung": job.rung, "base": job.base, "arm": job.arm, "at": job.at, "seed": job.seed, "lr": recipe.training.lr,
-            "swept": job.lr is not None,
+        self._keep(job, self.measured(job.rung, folder / "model") | {
+            "lr": recipe.training.lr, "swept": job.lr is not None,
             "tokens": recipe.training.tokens, "cpu_seconds": time.process_time() - began[0],
             "seconds": time.perf_counter() - began[1], "made_by": made_by(),
-        }  # fmt: skip
-        self.results.mkdir(parents=True, exist_ok=True)
-        write_whole(self.results / f"{job.name}.json", to_json(done) + "\n")
+        })  # fmt: skip
         shutil.rmtree(folder)
+        done = self.result(job)
+        assert done is not None
         return done
 
     def measured(self, rung: str, model: Path) -> dict[str, Any]:

@@ -23,9 +23,7 @@ import torch
 from jobs import Job, Ladder
 from reporting import write_report
 
-from adapt_pruner.core.files import write_whole
 from adapt_pruner.core.locks import locked
-from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.screen import quiet_libraries
@@ -58,20 +56,36 @@ def main() -> None:
             return
     except (UsageError, RunError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
     if asked.figures:
         results = [json.loads(line) for line in asked.figures.read_text(encoding="utf-8").splitlines()]
-    else:
-        results = [result for job in jobs if (result := ladder.result(job)) is not None]
-    print(write_report(results, ladder.table, asked.output or asked.folder / "report", plan=asked.plan, planned=len(jobs)))
+    else:  # those of other plans too: arms of one are compared with arms of another
+        results = ladder.results_of({job.rung for job in jobs})
+    print(
+        write_report(
+            results, ladder.table, asked.output or asked.folder / "report", plan=asked.plan, jobs=[job.name for job in jobs]
+        )
+    )
 
 
 def _in_processes(plan: str, folder: Path, processes: int, ladder: Ladder) -> None:
     """Work with so many processes of one thread each until every job is done."""
     words = [sys.executable, __file__, "work", plan, "--folder", str(folder)]
     words += ["--train", ladder.text["train"], "--heldout", ladder.text["heldout"]]
+    jobs = ladder.jobs(plan)
+    for rung in {job.rung for job in jobs}:
+        ladder.check(rung)
+    ladder.forget_failures(jobs)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     children = [subprocess.Popen(words, env=environment) for _ in range(processes)]
-    if sum(abs(child.wait()) for child in children):  # each is waited for
+    try:
+        failed = sum(abs(child.wait()) for child in children)  # each is waited for
+    except KeyboardInterrupt:  # which reached them too
+        for child in children:
+            child.wait()
+        raise
+    if failed:
         raise RunError("a process of the ladder has ended before its time; see its message; the same command continues")
 
 
@@ -108,9 +122,8 @@ def _tried(ladder: Ladder, job: Job, jobs: Sequence[Job]) -> bool:
             return False
         try:
             done = ladder.do(job)
-        except (UsageError, RunError) as error:  # it would fail again
-            failed = {"rung": job.rung, "base": job.base, "arm": job.arm, "at": job.at, "seed": job.seed, "error": str(error)}
-            write_whole(ladder.results / f"{job.name}.json", to_json(failed) + "\n")
+        except (UsageError, RunError) as error:  # the others go on; the next `run` tries it once more
+            ladder.failed(job, error)
             print(f"{job.name}: {error}", flush=True)
             return True
         print(f"{job.name}: {done['loss']:.4f} nats, {done['params']:,} parameters, {done['cpu_seconds']:.0f} CPU-s", flush=True)

@@ -188,12 +188,24 @@ def _series(arm: str, by_tokens: Mapping[float, Sequence[float]]) -> Series:
     return Series(arm, points, low, high, dots=True)
 
 
-def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Path, *, plan: str, planned: int) -> str:
-    """Write ladder.md, ladder.html and the pictures; returns a sentence that says where."""
+def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Path, *, plan: str, jobs: Sequence[str]) -> str:
+    """Write ladder.md, ladder.html and the pictures; returns a sentence that says where.
+
+    Args:
+        results: of this plan and of others.
+        table: ladder.yaml.
+        folder: where.
+        plan: the plan's name.
+        jobs: the names of its jobs.
+    """
     made, charts = tables(results, table), pictures(results, table)
-    done = sum("error" not in result for result in results)
+    there = {"{rung}-{base}-{arm}-{at:g}-{seed}".format(**one) for one in results if "error" not in one and not one.get("swept")}
+    there |= {
+        "{rung}-{base}-{arm}-{at:g}-{seed}-lr{lr:g}".format(**one) for one in results if "error" not in one and one.get("swept")
+    }
+    done = len(there.intersection(jobs))
     cpu = sum(result.get("cpu_seconds", 0.0) for result in results)
-    head = f"{done} of {planned} jobs of the plan `{plan}` are done, in {cpu / 3600:.2f} CPU-hours without the bases."
+    head = f"{done} of {len(jobs)} jobs of the plan `{plan}` are done, in {cpu / 3600:.2f} CPU-hours without the bases."
     text = "\n\n".join([head, *("\n".join(lines) for lines in made.values() if lines)]) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "ladder.md", text)
