@@ -1,11 +1,11 @@
 """`shrink` against what a person would type instead, in the same minutes, on SmolLM2-135M-Instruct.
 
-    python benchmarks/shrink.py [--minutes 15] [--params 105M] [--seeds 0] [--arms shrink recipe …] [-o runs/shrink]
+    python benchmarks/shrink.py [--minutes 15] [--params 105M] [--seeds 0 1 2] [--arms shrink smollm2-105m …] [-o runs/shrink]
 
 Four arms: `shrink`; the default method alone, which takes as long as it takes; `llm-pruner` and then training for what is left of the time; the
 recipe smollm2-105m cut to the time. All read the same text, C4, and no arm sees WikiText-2. Call it from the project's folder, with ../shared/data
 beside it, on a machine that does nothing else: tokens count by the clock. A job that is done is skipped, and each writes
-OUT/ARM-MINUTES-SEED/figures.json; the table of all that is there goes to stdout at the end.
+OUT/ARM-PARAMS-MINUTES-SEED/figures.json; the table of all that is there goes to stdout at the end.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def test_a_plan_is_a_recipe_that_fits_its_time(minutes: float, target: int) -> N
 def test_more_time_buys_thoroughness_and_then_tokens() -> None:
     plans = [plan_of(minutes) for minutes in (2, 4, 8, 15, 60)]
     looked_at = [plan.settings["calibration.samples"] for plan in plans]
-    tokens = [plan.settings["training.tokens"] for plan in plans]
+    tokens = [plan.settings["training.expected"] for plan in plans]
     assert [plan.settings["method"] for plan in plans] == ["adaptive-ls-v1"] * 5
     assert [plan.settings["step"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1]
     assert looked_at == [16, 16, 32, 64, 64]
@@ -51,7 +51,7 @@ def test_more_time_buys_thoroughness_and_then_tokens() -> None:
 def test_a_slower_machine_gets_a_smaller_plan() -> None:
     fast, slow = plan_of(15), plan_of(15, read=300, scored=72, trained=114)
     assert slow.settings["calibration.samples"] < fast.settings["calibration.samples"]
-    assert slow.settings["training.tokens"] < fast.settings["training.tokens"] / 4
+    assert slow.settings["training.expected"] < fast.settings["training.expected"] / 4
     assert slow.settings["evaluation.max_windows"] < fast.settings["evaluation.max_windows"]
 
 
@@ -89,6 +89,16 @@ def test_tokens_in_the_place_of_minutes() -> None:
     assert plan.lines[4].startswith("it takes about ")
 
 
+@pytest.mark.parametrize(("minutes", "more"), [(15, 8), (60, 2), (600, 2)])
+def test_the_text_lasts_until_the_deadline_where_the_probe_was_too_slow(minutes: float, more: float) -> None:
+    """A disturbed probe found 110 tokens a second where training reached 300; 15 minutes ended after 10."""
+    training = read({}, values=plan_of(minutes).settings).training
+    assert training.expected is not None
+    assert more <= training.tokens / training.expected <= 8
+    disturbed = read({}, values=plan_of(15, read=550, scored=130, trained=210).settings).training
+    assert disturbed.tokens > read({}, values=plan_of(15).settings).training.expected
+
+
 @pytest.mark.parametrize("target", [113_300_000, 70_800_000])
 def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -> None:
     with pytest.raises(UsageError, match=r"0\.5 minutes are too few: .* takes about [\d.]+ minutes here") as refused:
@@ -107,7 +117,7 @@ def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:
     line = plan_of(60, text_tokens=50_000).lines[2]
     often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).k tokens would be enough", line)
     assert often is not None, line
-    tokens = plan_of(60).settings["training.tokens"] / 2
+    tokens = plan_of(60).settings["training.expected"]
     assert float(often[1]) == pytest.approx(tokens / 50_000, rel=0.01)
     assert 1000 * float(often[2]) == pytest.approx(tokens / 4, rel=0.01)
     assert "times" not in plan_of(60).lines[2]
@@ -117,7 +127,7 @@ def test_a_model_that_does_not_fit_is_refused_and_one_that_hardly_does_works_twi
     assert not plan_of(60).settings["training.gradient_checkpointing"]
     hardly = plan_of(60, memory=int(2.5 * 2**30))
     assert hardly.settings["training.gradient_checkpointing"]
-    assert hardly.settings["training.tokens"] < plan_of(60).settings["training.tokens"]
+    assert hardly.settings["training.expected"] < plan_of(60).settings["training.expected"]
     with pytest.raises(UsageError, match=r"needs 2\.0 GiB of memory to train, but only 1\.0 GiB are free; use a smaller model"):
         plan_of(60, memory=2**30)
     plan_of(60, memory=None)

@@ -72,6 +72,7 @@ def test_bits_per_byte_stand_beside_perplexity_and_a_winner_on_its_own_kind_of_t
     assert "★ 12.00 (1.20×), 0.800 bits" in text
     assert "bits are per byte of text" in text
     assert "Lowest perplexity: good (in-domain) at 80" in text
+    assert "good (in-domain)" in {series.name for series in comparison_pictures(result)[0].series}
 
 
 def test_a_picture_shows_quality_against_the_seconds_of_pruning() -> None:

@@ -20,7 +20,9 @@ _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_ANSWERS = 0.1  # of the time, at most; else no prompts are answered
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more
 _SPARE = 0.02  # of the time, for what no probe predicts
-_MORE = 2  # tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow
+_MORE, _MOST_MORE, _EASILY = 2, 8, 4_000_000
+"""Tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow: 2, or up to 8 as long as
+that makes so many tokens, which takes seconds."""
 _READ_OFTEN = 4  # times that a text may be read before the plan mentions it: so many repeats are nearly as good as fresh text
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
@@ -195,7 +197,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     settings = {
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
         "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
-        "training.source": asked.train, "training.tokens": tokens * (1 if asked.tokens is not None else _MORE),
+        "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch),
         **({} if asked.minutes is None else {"training.expected": tokens}),
         "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
         "training.lr": next(lr for most, lr in _RATES.items() if model.params <= most),
@@ -280,6 +282,11 @@ def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:
     """Tokens per second of training the pruned model; a teacher adds one forward pass to the student's work of three."""
     student = machine.trained * model.params / model.target
     return student / (1 + (model.params / model.target / 3 if distilled else 0))
+
+
+def _prepared(expected: int, batch: int) -> int:
+    """Tokens to prepare for a run that a deadline ends."""
+    return max(_MORE * expected, min(_MOST_MORE * expected, _whole(_EASILY, batch)))
 
 
 def _whole(tokens: float, batch: int) -> int:

@@ -239,12 +239,19 @@ def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, 
     )
     spread = lows != highs and len(lows) == len(highs) == len(known)
     dense = method == "dense"
+    name = _named(method, rows, text)
     return Series(
-        method, [(x, y) for x, y, _ in known], lows if spread else [], highs if spread else [], dots=True, star=dense,
+        name, [(x, y) for x, y, _ in known], lows if spread else [], highs if spread else [], dots=True, star=dense,
         labels=[
-            f"dense {shown(y, 'perplexity')}" if dense else method if (method, row["size"]) in front else "" for _, y, row in known
+            f"dense {shown(y, 'perplexity')}" if dense else name if (method, row["size"]) in front else "" for _, y, row in known
         ],
     )  # fmt: skip
+
+
+def _named(method: str, rows: Sequence[Mapping[str, Any]], text: str) -> str:
+    """The method, and whether it was calibrated on the kind of text that is measured."""
+    own = any(row["method"] == method and text in (row.get("in_domain") or ()) for row in rows)
+    return f"{method} (in-domain)" if own else method
 
 
 def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes: Sequence[int]) -> str:
@@ -258,9 +265,8 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
         for size in sizes
     }
     lines = []
-    own = {row["method"] for row in result["rows"] if text in (row.get("in_domain") or ())}
     for method in methods:
-        line = [f"{method} (in-domain)" if method in own else method]
+        line = [_named(method, result["rows"], text)]
         for size in sizes:
             row = cells.get((method, size))
             value = _perplexity(row, text) if row else None
@@ -293,7 +299,7 @@ def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
     said = []
     for size in sizes:
         known = [
-            (value, f"{row['method']} (in-domain)" if text in (row.get("in_domain") or ()) else row["method"])
+            (value, _named(row["method"], [row], text))
             for row in result["rows"]
             if row["size"] == size and (value := _perplexity(row, text)) is not None
         ]
