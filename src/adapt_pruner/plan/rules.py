@@ -294,8 +294,8 @@ def _whole(tokens: float, batch: int) -> int:
 
 
 def _checkpoints(total: float) -> float:
-    """Minutes between checkpoints: a twelfth of the time, at least one and at most ten."""
-    return round(min(10.0, max(1.0, total / 60 / 12)), 1)
+    """Minutes between checkpoints: a sixth of the time, at least one and at most ten."""
+    return round(min(10.0, max(1.0, total / 60 / 6)), 1)
 
 
 def _minutes_up(seconds: float) -> float:
