@@ -185,3 +185,15 @@ def test_tokens_saved_are_read_off_the_curve_from_scratch(modules: Any) -> None:
     assert row == f"| S | 1 | 5.5000 | 2.0 | {2 * 0.8 / 24.8:.2g} |", "half of the way in log tokens from 1 to 4"
     (beyond,) = reporting.tables(scratch + results_of({"b": [4.5]}), table)["saved"][2:]
     assert "| > 4.0 |" in beyond
+
+
+def test_the_page_says_what_the_figures_say(modules: Any) -> None:
+    _, reporting, _ = modules
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
+    results = [json.loads(line) for line in (FOLDER / "rung-x.jsonl").read_text(encoding="utf-8").splitlines()]
+    page = (FOLDER.parents[1] / "docs" / "ladder.md").read_text(encoding="utf-8")
+    rows = {tuple(map(str.strip, line.split("|")[3:6])) for line in page.splitlines() if line.count("|") == 6}
+    for claim, judged in reporting.judged(results, table).items():
+        low, high = judged.mean - judged.half, judged.mean + judged.half
+        said = (f"{judged.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", judged.verdict)
+        assert said in rows or len(judged.differences) == 1, claim

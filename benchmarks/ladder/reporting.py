@@ -143,16 +143,16 @@ def pictures(results: Sequence[Result], table: Mapping[str, Any]) -> list[Lines]
             runs = {at: by_key[its, a, at] for its, a, at in sorted(by_key, key=str) if (its, a) == (rung, arm) and at}
             runs = dict(sorted(runs.items()))
             if runs:
-                losses.append(_series(arm, {at: [run["loss"] for run in of.values()] for at, of in runs.items()}))
+                losses.append(
+                    _series(table["arms"][arm]["says"], {at: [run["loss"] for run in of.values()] for at, of in runs.items()})
+                )
             paired = {
                 at: [run["loss"] - cut[pair]["loss"] for pair, run in of.items() if pair in cut]
                 for at, of in runs.items() if arm not in ("a", "b") and (cut := by_key.get((rung, "b", at), {}))
             }  # fmt: skip
             if any(paired.values()):
-                differences.append(_series(arm, {at: values for at, values in paired.items() if values}))
-        about = "Bars run from the lowest to the highest run. " + "; ".join(
-            f"{a}: {of['says']}" for a, of in table["arms"].items() if any(s.name == a for s in losses)
-        )
+                differences.append(_series(table["arms"][arm]["says"], {at: values for at, values in paired.items() if values}))
+        about = "Bars run from the lowest to the highest run."
         if sum(len(series.points) for series in losses) > 1:
             charts.append(
                 Lines(
@@ -181,11 +181,11 @@ def pictures(results: Sequence[Result], table: Mapping[str, Any]) -> list[Lines]
     return charts
 
 
-def _series(arm: str, by_tokens: Mapping[float, Sequence[float]]) -> Series:
+def _series(name: str, by_tokens: Mapping[float, Sequence[float]]) -> Series:
     several = all(len(values) > 1 for values in by_tokens.values())
     points = [(at, mean(values)) for at, values in by_tokens.items()]
     low, high = ([pick(values) for values in by_tokens.values()] if several else [] for pick in (min, max))
-    return Series(arm, points, low, high, dots=True)
+    return Series(name, points, low, high, dots=True)
 
 
 def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Path, *, plan: str, jobs: Sequence[str]) -> str:
