@@ -92,7 +92,7 @@ def test_jobs_are_done_once_and_reported(modules: Any, ladder: Any, monkeypatch:
     monkeypatch.setattr(jobs.loop, "run", lambda *_: pytest.fail("it was done again"))
     script.work(ladder, todo)
     said = reporting.write_report(
-        results, ladder.table, tmp_path / "report", plan="test", jobs=[*(job.name for job in todo), "T-0-d5-1-1"]
+        results, ladder.table, tmp_path / "report", plan="test", jobs=[*todo, jobs.Job("T", 0, "d5", 1, 1)]
     )
     assert "4 of 5 jobs of the plan `test` are done" in said
     assert "Interleaving in 5 stages beats one cut" in (tmp_path / "report" / "ladder.md").read_text()
@@ -139,7 +139,7 @@ def test_arms_of_one_plan_are_compared_with_those_of_another(modules: Any, ladde
         for seed, loss in enumerate(losses):
             figures = {"loss": loss, "params": 800, "tokens": 100, "bits_per_byte": 1.0, "cpu_seconds": 1.0}
             ladder._keep(jobs.Job("X", 0, arm, at, seed), figures)
-    named = [job.name for job in ladder.jobs("long")]
+    named = ladder.jobs("long")
     said = reporting.write_report(ladder.results_of({"X"}), ladder.table, tmp_path / "report", plan="long", jobs=named)
     assert f"3 of {len(named)} jobs of the plan `long` are done" in said
     assert "| Removal between steps beats one cut | X | 1 | 3 | +0.1000 |" in (tmp_path / "report" / "ladder.md").read_text()

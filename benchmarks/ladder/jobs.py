@@ -45,6 +45,12 @@ class Job:
     seed: int
     lr: float | None = None
 
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> "Job":
+        """The job that a result is of."""
+        lr = result["lr"] if result.get("swept") else None
+        return cls(result["rung"], result["base"], result["arm"], result["at"], result["seed"], lr)
+
     @property
     def name(self) -> str:
         """Its file: X-0-b-1-0, with the learning rate where one is given."""
@@ -91,15 +97,22 @@ class Ladder:
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """What came of a job; None if it has not been done, or with other settings of its arm."""
-        path, its = self.results / f"{job.name}.json", self.of(job.arm)
-        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        return found if found is None or found.get("of", its) == its else None
+        return self._found(self._place(job))
 
     def results_of(self, rungs: Collection[str]) -> list[dict[str, Any]]:
         """The results of these rungs, of whatever plan, in the order of their names."""
-        found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.results.glob("*.json")))
-        ours = {arm: self.of(arm) for arm in self.table["arms"]}
-        return [one for one in found if one["rung"] in rungs and one.get("of", ours[one["arm"]]) == ours[one["arm"]]]
+        found = map(self._found, sorted(self.results.glob("*.json")))
+        return [one for one in found if one is not None and one["rung"] in rungs]
+
+    def _found(self, path: Path) -> dict[str, Any] | None:
+        """The result in a file; None if there is no such file, or its arm has other settings now."""
+        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if found is not None and "of" in found and found["of"] != self.of(found["arm"]):  # older ones have no digest
+            return None
+        return found
+
+    def _place(self, job: Job) -> Path:
+        return self.results / f"{job.name}.json"
 
     def of(self, arm: str) -> str:
         """A digest of an arm's settings, which make a result besides its name."""
@@ -118,12 +131,14 @@ class Ladder:
         """Jobs that failed are to be tried once more."""
         for job in jobs:
             if "error" in (self.result(job) or {}):
-                (self.results / f"{job.name}.json").unlink()
+                self._place(job).unlink()
 
-    def _keep(self, job: Job, done: Mapping[str, Any]) -> None:
+    def _keep(self, job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what came of a job, with what the job is; returns both."""
         named = {"rung": job.rung, "base": job.base, "arm": job.arm, "at": job.at, "seed": job.seed, "of": self.of(job.arm)}
         self.results.mkdir(parents=True, exist_ok=True)
-        write_whole(self.results / f"{job.name}.json", to_json({**named, **done}) + "\n")
+        write_whole(self._place(job), to_json({**named, **done}) + "\n")
+        return {**named, **done}
 
     def check(self, rung: str) -> None:
         """Refuse a folder whose bases of this rung were made of another text or with other settings; note ours in a new one.
@@ -227,14 +242,12 @@ class Ladder:
         folder = self.folder / "runs" / job.name
         recipe = self.recipe(job, self.folder / job.rung / f"base-{job.base}" / "model")
         loop.run(recipe, folder)
-        self._keep(job, self.measured(job.rung, folder / "model") | {
+        done = self._keep(job, self.measured(job.rung, folder / "model") | {
             "lr": recipe.training.lr, "swept": job.lr is not None,
             "tokens": recipe.training.tokens, "cpu_seconds": time.process_time() - began[0],
             "seconds": time.perf_counter() - began[1], "made_by": made_by(),
         })  # fmt: skip
         shutil.rmtree(folder)
-        done = self.result(job)
-        assert done is not None
         return done
 
     def measured(self, rung: str, model: Path) -> dict[str, Any]:

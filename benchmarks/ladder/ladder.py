@@ -62,11 +62,7 @@ def main() -> None:
         results = [json.loads(line) for line in asked.figures.read_text(encoding="utf-8").splitlines()]
     else:  # those of other plans too: arms of one are compared with arms of another
         results = ladder.results_of({job.rung for job in jobs})
-    print(
-        write_report(
-            results, ladder.table, asked.output or asked.folder / "report", plan=asked.plan, jobs=[job.name for job in jobs]
-        )
-    )
+    print(write_report(results, ladder.table, asked.output or asked.folder / "report", plan=asked.plan, jobs=jobs))
 
 
 def _in_processes(plan: str, folder: Path, processes: int, ladder: Ladder) -> None:

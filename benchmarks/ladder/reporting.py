@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from jobs import Job
+
 from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.files import write_whole
 from adapt_pruner.core.words import compact
@@ -188,7 +190,7 @@ def _series(name: str, by_tokens: Mapping[float, Sequence[float]]) -> Series:
     return Series(name, points, low, high, dots=True)
 
 
-def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Path, *, plan: str, jobs: Sequence[str]) -> str:
+def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Path, *, plan: str, jobs: Sequence[Job]) -> str:
     """Write ladder.md, ladder.html and the pictures; returns a sentence that says where.
 
     Args:
@@ -196,14 +198,10 @@ def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Pa
         table: ladder.yaml.
         folder: where.
         plan: the plan's name.
-        jobs: the names of its jobs.
+        jobs: its jobs.
     """
     made, charts = tables(results, table), pictures(results, table)
-    there = {"{rung}-{base}-{arm}-{at:g}-{seed}".format(**one) for one in results if "error" not in one and not one.get("swept")}
-    there |= {
-        "{rung}-{base}-{arm}-{at:g}-{seed}-lr{lr:g}".format(**one) for one in results if "error" not in one and one.get("swept")
-    }
-    done = len(there.intersection(jobs))
+    done = len({Job.of(one) for one in results if "error" not in one}.intersection(jobs))
     cpu = sum(result.get("cpu_seconds", 0.0) for result in results)
     head = f"{done} of {len(jobs)} jobs of the plan `{plan}` are done, in {cpu / 3600:.2f} CPU-hours without the bases."
     text = "\n\n".join([head, *("\n".join(lines) for lines in made.values() if lines)]) + "\n"

@@ -31,7 +31,7 @@ def peak_rss_bytes() -> int:
 
     Read from /proc if it exists. On Linux `getrusage` also counts the memory that the parent held when it started this process.
     """
-    if (most := _in_kib(_STATUS).get("VmHWM")) is not None:
+    if (most := _sizes_in(_STATUS).get("VmHWM")) is not None:
         return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -42,7 +42,7 @@ def usable_bytes() -> int | None:
 
     None if the system does not say. A container's file cache counts as free, since the kernel gives it up.
     """
-    free, held = _in_kib(_SYSTEM).get("MemAvailable"), _in_kib(_STATUS).get("VmRSS")
+    free, held = _sizes_in(_SYSTEM).get("MemAvailable"), _sizes_in(_STATUS).get("VmRSS")
     if free is None or held is None:
         return None
     for limit, used in _GROUPS:
@@ -54,7 +54,7 @@ def usable_bytes() -> int | None:
     return free + held
 
 
-def _in_kib(path: Path) -> dict[str, int]:
+def _sizes_in(path: Path) -> dict[str, int]:
     """The sizes in a file of /proc, in bytes; none if there is no such file."""
     if not path.exists():
         return {}

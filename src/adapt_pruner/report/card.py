@@ -7,7 +7,6 @@ wherever and whenever it is made. The card states what the run recorded, and lea
 import json
 import math
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from adapt_pruner.core.events import Warned
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import visible
-from adapt_pruner.core.words import NARROW, score, shots, shown
+from adapt_pruner.core.words import NARROW, score, shots, shown, typed
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
@@ -291,7 +290,7 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
     if not perplexities and not tasks:
         yield (
             "The run measured no perplexity: its recipe names no text to evaluate on. To measure it, and the base model beside it:\n\n"
-            + _block("sh", f"adapt-pruner eval {shlex.quote(recipe['model'])} . --text python-docs:heldout")
+            + _block("sh", typed("eval", recipe["model"], ".", "--text", "python-docs:heldout"))
         )
         return
     begun = (
@@ -407,7 +406,7 @@ def _command(recipe: Mapping[str, Any]) -> str | None:
         "--latency-of",
         asked.latency_of,
     ]
-    words = ["adapt-pruner", "prune", asked.model, "-o", "small", *target, "--method", asked.method]
+    words = ["prune", asked.model, "-o", "small", *target, "--method", asked.method]
     words += ["--seed", str(asked.seed)] if asked.seed else []
     for key in changed:
         value = asked.model_dump(mode="json")
@@ -417,7 +416,7 @@ def _command(recipe: Mapping[str, Any]) -> str | None:
             words += [_FLAGS[key], str(value)]
         else:
             words += ["--set", f"{key}={json.dumps(value)}"]
-    return shlex.join(words)
+    return typed(*words)
 
 
 def _asked(recipe: Mapping[str, Any]) -> str:
