@@ -30,7 +30,7 @@ def export(
 
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.
-        to: the form, as in `adapt-pruner export --to`: gguf, onnx, padded, plain, …
+        to: the form, as in `adapt-pruner export --to`: gguf, onnx, padded, uniform, decilm, …
         output: a new folder; for gguf a new file FILE.gguf.
         tokenizer: needed only for a model in memory.
         quant: for gguf: f32, f16 or bf16; with llama-cpp-python also q8_0, q4_k_m, …; None keeps the checkpoint's.

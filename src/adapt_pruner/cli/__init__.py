@@ -80,8 +80,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    help="Make small language models from larger ones: adaptive structured pruning, with training between the cuts.\n\n"
-    "Start with `adapt-pruner prune smollm2-135m-instruct -o small --params 110M`. "
+    help="Make small language models from larger ones: adaptive structured pruning, and training that brings the quality back.\n\n"
+    "Start with `adapt-pruner shrink smollm2-135m-instruct --params 110M --minutes 15 -o small`. "
     "`adapt-pruner COMMAND --help` explains a command.",
 )
 for command, name in (

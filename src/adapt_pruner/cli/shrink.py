@@ -41,7 +41,7 @@ def shrink(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Make a smaller model from MODEL in the time that you have. You choose only the size.
+    """Make a smaller model from MODEL in the time that you have. You choose the size, the text and the time.
 
     It measures this machine, plans what fits the time, prints the plan in five lines and carries it out. DIR/recipe.yaml is the plan,
     which `adapt-pruner run` accepts; DIR/model is the result, DIR/report.html its report. Ctrl-C stops it and keeps the best model so far.
