@@ -153,8 +153,11 @@ def test_the_shares_of_the_rules_are_where_the_page_says() -> None:
     assert (training.length, training.batch_tokens, training.warmup, training.decay, training.lr) == (256, 2048, 0.05, 0.1, 1e-4)
 
 
-def test_large_models_learn_more_slowly() -> None:
-    rates = [
-        plan_of(600, params=n, decoder=n // 2, target=n * 8 // 10).settings["training.lr"] for n in (10**8, 10**9, 4 * 10**9)
-    ]
-    assert rates == [1e-4, 1e-4, 5e-5]
+def test_the_rate_rises_with_what_is_gone_and_is_half_for_large_models() -> None:
+    """docs/shrink.md: 1e-4 below 35 % of the decoder, 2e-4 below 50 %, 4e-4 from there on; half of that above 2 B parameters."""
+    dense, decoder = SMOLLM2.params, SMOLLM2.decoder
+    shares = {0.2: 1e-4, 0.345: 1e-4, 0.355: 2e-4, 0.495: 2e-4, 0.505: 4e-4, 0.6: 4e-4}
+    assert {share: plan_of(60, target=round(dense - share * decoder)).settings["training.lr"] for share in shares} == shares
+    for params, rate in ((10**9, 1e-4), (4 * 10**9, 5e-5)):
+        fifth = plan_of(600, params=params, decoder=params // 2, target=params * 9 // 10)
+        assert fifth.settings["training.lr"] == rate

@@ -31,7 +31,8 @@ _WINDOWS = (40, 20, 8, 4, 2)
 _ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
 BATCH_TOKENS = 2048  # tokens of a step, if ten fit
 _BATCHES = {BATCH_TOKENS: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
-_RATES = {2e9: 1e-4, math.inf: 5e-5}  # parameters up to -> learning rate
+_RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that goes, below -> learning rate
+_LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
 
@@ -200,7 +201,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch),
         **({} if asked.minutes is None else {"training.expected": tokens}),
         "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
-        "training.lr": next(lr for most, lr in _RATES.items() if model.params <= most),
+        "training.lr": _rate(model),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": checkpointing,
         "evaluation.source": asked.held_out, "evaluation.window": min(_WINDOW, model.longest or _WINDOW),
@@ -282,6 +283,12 @@ def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:
     """Tokens per second of training the pruned model; a teacher adds one forward pass to the student's work of three."""
     student = machine.trained * model.params / model.target
     return student / (1 + (model.params / model.target / 3 if distilled else 0))
+
+
+def _rate(model: Model) -> float:
+    """The learning rate for a model that loses so much of its decoder."""
+    rate = next(rate for most, rate in _RATES.items() if model.share < most)
+    return rate * (_LARGE_RATE if model.params > _LARGE else 1)
 
 
 def _prepared(expected: int, batch: int) -> int:
