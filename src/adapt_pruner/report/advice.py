@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import compact, shown
+from adapt_pruner.core.words import compact, shown, typed
 from adapt_pruner.report.figures import Figures, fit_slope
 
 __all__ = ["Advice", "advice"]
@@ -29,16 +29,14 @@ def advice(figures: Figures, recipe: dict[str, Any], *, folder: str, checkpoint:
     Args:
         figures: the run's figures.
         recipe: as in recipe.yaml; empty if it could not be read.
-        folder: the run's folder, as a person would type it.
+        folder: the run's folder, as the page names it.
         checkpoint: name of the newest checkpoint; None if there is none.
     """
     remarks: list[Advice] = []
     if figures.status == "stopped":
         where = f"from {checkpoint}" if checkpoint else "from the beginning, since no checkpoint was complete"
         remarks.append(
-            Advice(
-                f"The run was stopped. The same command goes on {where}.", f"adapt-pruner run {folder}/recipe.yaml -o {folder}"
-            )
+            Advice(f"The run was stopped. The same command goes on {where}.", typed("run", f"{folder}/recipe.yaml", "-o", folder))
         )
     for rule in _RULES:
         remarks += rule(figures, recipe)

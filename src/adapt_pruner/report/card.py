@@ -81,7 +81,7 @@ def try_card(folder: Path, *, path: Path, listen: Callable[[dict[str, Any]], Non
     try:
         write_card(folder)
     except Exception as error:
-        message = f"there is no README.md, since it failed: {first_line(error)}; `adapt-pruner card {path}` tries again"
+        message = f"there is no README.md, since it failed: {first_line(error)}; `{typed('card', path)}` tries again"
         listen(Warned(message=message).told())
 
 

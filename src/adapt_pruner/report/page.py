@@ -3,7 +3,6 @@
 import base64
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from adapt_pruner.core.events import Start
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.marks import PAGE_FOOT, is_page
 from adapt_pruner.core.places import check_place
-from adapt_pruner.core.words import compact, duration, shown
+from adapt_pruner.core.words import compact, duration, shown, typed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
@@ -50,7 +49,7 @@ def try_report(run_dir: Path) -> str | None:
     try:
         write_report(run_dir)
     except Exception as error:
-        return f"there is no report, since it failed: {first_line(error)}; `adapt-pruner report {run_dir}` tries again"
+        return f"there is no report, since it failed: {first_line(error)}; `{typed('report', run_dir)}` tries again"
     return None
 
 
@@ -329,16 +328,14 @@ def _facts(record: Record, figures: Figures) -> str:
         ("held-out text", _source(evaluation.get("source"))), ("began", _when(record)),
     ]  # fmt: skip
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(_placeless(value))}</dd>" for name, value in facts if value not in (None, ""))
-    folder = shlex.quote(_placeless(record.path))
-    again = f"adapt-pruner run {folder}/recipe.yaml -o again"
+    folder, dense = _placeless(record.path), _placeless(figures.model)
     result = folder if not record.kept else f"{folder}/model" if figures.status == "finished" else None
-    lines = [again] if record.kept else []
+    lines = [typed("run", f"{folder}/recipe.yaml", "-o", "again")] if record.kept else []
     if result:
-        dense = shlex.quote(_placeless(figures.model))
         lines += [
-            f"adapt-pruner eval {dense} {result} --text SPEC",
-            f"adapt-pruner inspect {result}",
-            f"adapt-pruner chat {result} 'Why is the sky blue?' --against {dense}",
+            typed("eval", dense, result, "--text", "SPEC"),
+            typed("inspect", result),
+            typed("chat", result, "Why is the sky blue?", "--against", dense),
         ]
     commands = f'<pre tabindex="0"><code>{escaped(chr(10).join(lines))}</code></pre>'
     text = ""
@@ -373,13 +370,13 @@ def _when(record: Record) -> str | None:
 
 def _next(record: Record, figures: Figures) -> str:
     checkpoint = record.checkpoint.name if record.checkpoint is not None else None
-    remarks = advice(figures, record.recipe, folder=shlex.quote(_placeless(record.path)), checkpoint=checkpoint)
+    remarks = advice(figures, record.recipe, folder=_placeless(record.path), checkpoint=checkpoint)
     if figures.status == "running":
         remarks.insert(
             0,
             Advice(
                 "The run is still at work; see it live, or make this page anew later.",
-                f"adapt-pruner watch {shlex.quote(_placeless(record.path))}",
+                typed("watch", _placeless(record.path)),
             ),
         )
     if not remarks:
