@@ -1,5 +1,6 @@
 """Memory and time by formula: held against the tensors of real training and scoring, and against counts by hand."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
@@ -331,3 +333,22 @@ def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
     ).stdout
     assert printed.count("\n") > 10
     assert printed in (root / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_page_about_a_24_gb_card_says_what_its_dry_run_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "qwen-24gb.md").read_text(encoding="utf-8")
+    block = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    asked = yaml.safe_load(block[1]) | {"model": str(CONFIGS / "qwen2.5-0.5b"), "device": "cuda"}
+
+    def gib(**training: Any) -> tuple[float, float]:
+        memory = dry_run(read(asked | {"training": asked["training"] | training}))["memory"]
+        return tuple(memory[phase]["bytes"] / 2**30 for phase in ("training", "pruning"))  # type: ignore[return-value]
+
+    text = " ".join(page.split())
+    training, pruning = gib()
+    assert f"Training holds about {training:.0f} GiB" in text
+    assert f"Pruning holds about {pruning:.1f} GiB" in text
+    assert f"({gib(micro_batch_tokens=2 * asked['training']['micro_batch_tokens'])[0]:.1f} GiB)" in text
+    assert f"which needs {gib(gradient_checkpointing=True)[0]:.1f} GiB" in text
+    assert f"its {dry_run(read(asked))['seconds'] / 60:.0f} minutes for an H100" in text

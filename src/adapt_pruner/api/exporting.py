@@ -26,7 +26,7 @@ def export(
 ) -> Path:
     """Write a model in the form of another tool: llama.cpp, stock transformers, vLLM or ONNX Runtime.
 
-    Anything to know about the result comes as a Python warning, or as a line if `progress` or `listen` is given.
+    Anything to know about the result comes as a Python warning, with `progress` as a line, with `listen` as an event.
 
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer.

@@ -64,7 +64,7 @@ def prune(
     """Prune a model to a number of parameters, or to a speed on this machine, or carry out a recipe.
 
     A model in memory is left as it is. It is first written to a temporary folder, then treated like any other; this costs its
-    size on disk and the seconds to write and read it. Warnings are Python warnings, or lines if `progress` or `listen` is given.
+    size on disk and the seconds to write and read it. Warnings are Python warnings, with `progress` lines, with `listen` events.
 
     Args:
         model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe,
