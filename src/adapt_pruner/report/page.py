@@ -370,13 +370,14 @@ def _when(record: Record) -> str | None:
 
 def _next(record: Record, figures: Figures) -> str:
     checkpoint = record.checkpoint.name if record.checkpoint is not None else None
-    remarks = advice(figures, record.recipe, folder=_placeless(record.path), checkpoint=checkpoint)
+    folder = _placeless(record.path)
+    remarks = advice(figures, record.recipe, folder=folder, checkpoint=checkpoint)
     if figures.status == "running":
         remarks.insert(
             0,
             Advice(
                 "The run is still at work; see it live, or make this page anew later.",
-                typed("watch", _placeless(record.path)),
+                typed("watch", folder),
             ),
         )
     if not remarks:
