@@ -449,6 +449,26 @@ def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.partial-*"))
 
 
+LEFT_WAITING = """
+import signal, threading, time
+from adapt_pruner import cli
+from adapt_pruner.checkpoint import load
+def interrupted(*_, **__):
+    threading.Thread(target=threading.Event().wait).start()
+    signal.raise_signal(signal.SIGINT)
+load.load = interrupted
+cli.program()
+"""
+
+
+def test_ctrl_c_when_a_thread_of_a_library_waits_for_ever(tiny_folder: Path) -> None:
+    """Python would wait for the thread, as it does if an interrupt leaves the lock of a pool's semaphore held."""
+    command = [sys.executable, "-P", "-c", LEFT_WAITING, "inspect", str(tiny_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "interrupted" in one_sentence(done.stderr)
+
+
 def test_ctrl_c_while_saving(
     ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,7 @@ def _life(words: Sequence[str], said: str, point: str | None, nth: int) -> None:
     if point is not None:
         POINTS[point](nth)
     sys.argv = ["adapt-pruner", *words]
-    cli.main()
+    cli.program()
 
 
 class Lives:

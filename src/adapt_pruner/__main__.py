@@ -5,7 +5,7 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # the current folder; -m puts it there unless -P is given, and so does torchrun
 
-from adapt_pruner.cli import main
+from adapt_pruner.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -38,7 +38,7 @@ from adapt_pruner.core.files import no_room
 from adapt_pruner.core.streams import filtered
 from adapt_pruner.errors import RunError, UsageError, is_out_of_memory
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "program"]
 
 
 def _without_types(parameters: Iterable[Any]) -> None:
@@ -153,6 +153,24 @@ def main() -> None:
         sys.unraisablehook = before
 
 
+def program() -> None:
+    """Run the command line in a process of its own, which ends within seconds of an interrupt.
+
+    An interrupt that comes while a library hands work to its threads can leave a lock held in Python's `threading` module. Such
+    a thread then waits for ever, and Python waits for the thread.
+    """
+    try:
+        main()
+    except SystemExit as left:
+        if _interrupts:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process at once
+            at_last = threading.Timer(_TO_END, os._exit, (left.code,))
+            at_last.daemon = True
+            at_last.start()
+        raise
+
+
+_TO_END = 5.0  # seconds that an interrupted process has to end by itself
 _interrupts: list[object] = []
 
 
