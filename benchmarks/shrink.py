@@ -59,9 +59,10 @@ def _job(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> dict
     began = time.perf_counter()
     run = json.loads(command(*words(arm, minutes=minutes, params=params, seed=seed, out=folder), "--json"))
     took = time.perf_counter() - began
+    found = {name: evaluated(folder / "model", text) for name, text in MEASURED.items()}
     figures = {
         "arm": arm, "asked": minutes, "size": params, "seed": seed, "minutes": took / 60, "params": run["params_after"], "trained": run.get("trained_tokens", 0),
-        "nll": {name: evaluated(folder / "model", text)["nll"] for name, text in MEASURED.items()},
+        **{key: {name: each[key] for name, each in found.items()} for key in ("nll", "bits_per_byte")},
     }  # fmt: skip
     told.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "model")
@@ -70,14 +71,15 @@ def _job(arm: str, *, minutes: float, params: str, seed: int, out: Path) -> dict
 
 
 def _table(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Perplexities, the geometric mean over seeds, as Markdown."""
+    """Perplexities, the geometric mean over seeds, and the mean bits per byte, as Markdown."""
     yield f"| to | arm | asked | minutes taken | tokens trained | {' | '.join(MEASURED)} |"
     yield "|---:|---|---:|---:|---:|" + "---:|" * len(MEASURED)
     for size, arm, asked in dict.fromkeys((line["size"], line["arm"], line["asked"]) for line in lines):
         its = [line for line in lines if (line["size"], line["arm"], line["asked"]) == (size, arm, asked)]
-        means = [sum(line["nll"][name] for line in its) / len(its) for name in MEASURED]
+        nll, bits = ([sum(line[key][name] for line in its) / len(its) for name in MEASURED] for key in ("nll", "bits_per_byte"))
+        texts = " | ".join(f"{math.exp(nats):.2f} · {each:.3f}" for nats, each in zip(nll, bits, strict=True))
         each = [sum(line[key] for line in its) / len(its) for key in ("minutes", "trained")]
-        yield f"| {size} | {arm} | {asked:g} | {each[0]:.1f} | {each[1]:,.0f} | {' | '.join(f'{math.exp(mean):.2f}' for mean in means)} |"
+        yield f"| {size} | {arm} | {asked:g} | {each[0]:.1f} | {each[1]:,.0f} | {texts} |"
 
 
 def main() -> None:
