@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,6 +290,26 @@ def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
     assert status == 0, lines
     assert again == [True]
     assert json.loads(said)["training"]["gradient_checkpointing"] is True
+
+
+@pytest.mark.parametrize(("crowded", "used"), [(0.0, 2), (0.05, 1)])
+def test_fewer_threads_where_those_of_a_pass_wait_for_each_other(
+    crowded: float, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that sleeps has no core; it is `crowded` seconds longer with more threads than one."""
+    monkeypatch.setattr(probe.torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(probe.torch, "set_num_threads", lambda count: threads.append(count))
+    threads = [2]
+    words = probe._threads(lambda: time.sleep(0.01 + crowded * (threads[-1] > 1)))
+    assert (threads[-1], words) == (used, {2: "2 threads", 1: "1 of 2 threads, which is faster at present"}[used])
+
+
+def test_as_many_threads_as_cores_are_not_tried_against_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(probe.torch, "set_num_threads", lambda count: pytest.fail("it was tried"))
+    clock = iter(range(0, 100, 2))
+    monkeypatch.setattr(probe, "time", SimpleNamespace(process_time=lambda: next(clock), perf_counter=lambda: next(clock) / 2))
+    assert probe._threads(lambda: None) == "2 threads"
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:
