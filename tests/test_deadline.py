@@ -1,5 +1,6 @@
 """A run that has to end in time: training ends early and its learning rate with it, and pruning takes what is left in one cut."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import run
+from adapt_pruner.run import loop
+from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.loop import Progress, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.pace import Pace
-from conftest import assert_same_model, tiny_model, train
+from conftest import assert_same_model, read_json, tiny_model, train
 
 
 class Clock:
@@ -54,6 +57,64 @@ def test_training_ends_in_time_and_its_rate_with_it(seconds: float, taken: int) 
         assert heard[-1].reach == pytest.approx(5.5 * 64)
     if taken == 10:
         assert [step.lr for step in heard] == pytest.approx([1 - (step + 0.5) / 10 for step in range(10)]), "time to spare"
+
+
+def test_until_there_is_a_pace_the_rate_is_that_of_what_was_expected() -> None:
+    pace = Pace(Clock(100.0), expected=640.0)
+    assert pace.reach(0) == 640.0
+    pace.taken(64)
+    assert pace.reach(64) == 640.0
+
+
+def test_a_run_that_goes_on_begins_at_its_pace_so_far(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve steps lie ready and far fewer fit; after half of these, the next step's rate has come down."""
+    slowly(monkeypatch, each=1.0)
+    timed = recipe.model_copy(update={"minutes": 0.5, "checkpoint_minutes": 0.0, "keep_checkpoints": 9})
+    steps: list[dict[str, Any]] = []
+
+    def stop(event: dict[str, Any]) -> None:
+        steps.extend([event] * (event["event"] == "step"))
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(timed, tmp_path / "run", listen=stop)
+    steps.clear()
+    monkeypatch.setattr(Trainer, "_expected", lambda trainer, left: 4 * 512.0)
+    run(timed, tmp_path / "run", listen=lambda event: steps.extend([event] * (event["event"] == "step")))
+    assert steps[0]["step"] == 3
+    assert steps[0]["lr"] == pytest.approx(3e-3 * (1 - (2.5 / 4 - 0.5) / 0.5))
+
+
+def test_training_beyond_the_end_of_a_stage_is_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while the result is measured, given more tokens, and stopped again: the newest checkpoint is the newest."""
+    out, asked = tmp_path / "run", recipe.model_copy(update={"checkpoint_minutes": 0.0, "keep_checkpoints": 1})
+
+    def stopped(recipe: Recipe, *, at: Callable[[dict[str, Any]], bool], **how: Any) -> str:
+        def listen(event: dict[str, Any]) -> None:
+            if at(event):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, out, listen=listen, **how)
+        (left,) = (out / "checkpoints").iterdir()
+        return left.name
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_text", raising_after_training)
+        assert stopped(asked, at=lambda _: False) == "stage-1"
+    more = asked.model_copy(update={"training": asked.training.model_copy(update={"tokens": 9_000})})
+    step = stopped(more, at=lambda event: event["event"] == "step" and event["step"] == 15, force_recipe=True)
+    assert step == "stage-1-step-14"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_text", raising_after_training)
+        assert stopped(more, at=lambda _: False) == "stage-1"
+    assert read_json(out / "checkpoints" / "stage-1" / "state.json")["progress"]["steps"] == 18
+
+
+def raising_after_training(work: Work, *, stage: int, after_cuts: bool = False) -> None:
+    if stage and not after_cuts:
+        raise KeyboardInterrupt
 
 
 def test_the_pace_is_that_of_the_last_steps() -> None:
@@ -132,6 +193,14 @@ def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
     whole = run(recipe, tmp_path / "whole")
     assert whole is not None
     assert late < whole.figures["iterations"]
+
+
+@pytest.mark.parametrize("method", ["efficientllm", "sheared", "ast"])
+def test_a_deadline_is_not_for_reductions_that_train(method: str, recipe: Recipe) -> None:
+    asked = {"method": method, "model": recipe.model, "training": {"source": "x.txt", "tokens": 100}, "minutes": 5}
+    with pytest.raises(UsageError, match="minutes 5 cannot end a run whose reduce .* trains while it removes") as refused:
+        read(asked | ({"sparsity": "2:4"} if method == "ast" else {"budget": "70%"}))
+    assert str(refused.value).endswith("leave minutes out and set training.tokens (with shrink: --tokens)")
 
 
 def test_a_deadline_is_of_one_stage(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from adapt_pruner import families
 from adapt_pruner.core import layerwise, loss
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
-from adapt_pruner.run import estimate
+from adapt_pruner.run import estimate, forecast
 from adapt_pruner.run.estimate import PAPER, Setup, held, operations, pruning_memory, seconds, shapes, training_memory
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence, score
@@ -296,6 +296,8 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
             ["layers or blocks switched off one by one"],
         ),
         ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["tasks"]),
+        ({"head_metric": None, "evaluation": {"source": "x", "max_windows": 8}}, []),
+        ({"head_metric": None, "evaluation": {"source": "x", "max_windows": None}}, ["reading the whole held-out text"]),
         ({"head_metric": None, "calibration": {"source": "self"}}, ["text that the model writes itself"]),
         ({"head_metric": None, "calibration": {"self_generated": 4}}, []),
         ({"method": "magnitude", "calibration": {"source": "self"}}, []),
@@ -307,6 +309,33 @@ def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: 
     asked = asked | {"calibration": {"source": "python-docs:train"} | asked.get("calibration", {})}
     planned = dry_run(read(common | asked))
     assert planned["time_without"] == left_out
+
+
+def test_a_reduction_that_trains_needs_memory_for_the_model_as_it_begins() -> None:
+    asked = {
+        "model": str(CONFIGS / "mobilellm-350m"),
+        "budget": "50%",
+        "device": "cpu",
+        "training": {"source": "x", "tokens": "1M"},
+    }
+    after, during = (dry_run(read(asked | {"method": method})) for method in ("magnitude", "sheared"))
+    weights = [planned["memory"]["training"]["of"]["weights"] for planned in (after, during)]
+    assert weights == [4 * after["params_after"], 4 * after["params_before"]]
+    assert during["seconds"] > 1.2 * after["seconds"]
+
+
+def test_held_out_text_is_read_at_the_start_too(tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the cuts as well; and the whole of it if nobody limits the windows."""
+    monkeypatch.setattr(forecast, "_probe", lambda *_, **__: PAPER["cpu"])
+
+    def at_start(max_windows: int | None) -> float:
+        evaluation = {"source": str(text_file), "window": 32, "max_windows": max_windows}
+        planned = dry_run(read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "evaluation": evaluation}))
+        assert planned["time_without"] == []
+        return float(planned["seconds"] - sum(stage["seconds"] for stage in planned["stages"]))
+
+    few, whole = at_start(2), at_start(None)
+    assert 0 < 10 * few < whole
 
 
 def test_factors_of_blocks_take_the_memory_of_whole_backward_passes() -> None:

@@ -29,6 +29,7 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
             sparsity   the recipe's sparsity instead of a budget (reductions)
             gram       sums of products of a layer's inputs (solvers)
             dense      the same sums of the dense model, beside those of the sparse one (solvers)
+            training   training text, since the reduction trains the model while it removes (reductions)
             one stage  a run of one stage, because the reduction cannot continue from its own result (reductions)
     """
     return lambda function: function

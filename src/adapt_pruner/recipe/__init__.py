@@ -1,9 +1,10 @@
-"""Recipes: `schema.py` describes a run, `parts.py` finds the parts that a recipe names.
+"""Recipes: `schema.py` describes a run, `fitting.py` refuses keys that do not fit together, `parts.py` finds the parts that a recipe names.
 
 The methods of papers lie in `methods/`, whole runs in `recipes/`.
 """
 
-from adapt_pruner.recipe import schema
+from adapt_pruner.recipe import fitting, schema
+from adapt_pruner.recipe.fitting import *  # noqa: F403
 from adapt_pruner.recipe.schema import *  # noqa: F403
 
-__all__ = schema.__all__
+__all__ = [*fitting.__all__, *schema.__all__]

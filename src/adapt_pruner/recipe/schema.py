@@ -5,7 +5,6 @@ command line `--set KEY=VALUE` overrides one key (`--set training.lr=1e-4`). A p
 parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is silent.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +19,12 @@ from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
+from adapt_pruner.recipe.fitting import check_fitting
 from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
     "ALIASES",
     "PAPERS",
-    "WHOLE",
     "Calibration",
     "Evaluation",
     "Lora",
@@ -37,7 +36,6 @@ __all__ = [
     "differing",
     "in_todays_keys",
     "methods",
-    "parse_latency",
     "read",
 ]
 
@@ -48,8 +46,6 @@ _OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
 _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # old spelling -> today's
-WHOLE = ("layers", "attentions", "mlps")
-"""Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
 _WIDEST = 2**20  # neurons
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
@@ -92,20 +88,6 @@ def _optional_part(key: str) -> Any:
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def parse_latency(written: str) -> float:
-    """A share of the dense model's time as people write it: `0.7x`.
-
-    Raises:
-        UsageError: it is not written so, or the share is not between 0 and 1.
-    """
-    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*x\s*", written)
-    if match is None or not 0 < float(match[1]) < 1:
-        raise UsageError(
-            f"latency {written!r} is not a share of the dense model's time; write it like 0.7x, above 0x and below 1x"
-        )
-    return float(match[1])
 
 
 class Vocabulary(_Frozen):
@@ -368,118 +350,8 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _fitting(self) -> "Recipe":
-        self._check_zeros()
-        if self.latency:
-            self._check_latency()
-        if self.init == "random":
-            self._check_random()
-        if "chosen" in parts.needs("reduce", self.reduce):
-            self._check_chosen()
-        else:
-            self._check_ignored()
-        if "one stage" in parts.needs("reduce", self.reduce) and self.stages > 1:
-            raise ValueError(f"reduce {self.reduce!r} can run only once, and stages is {self.stages}; set stages to 1")
-        if self.vocabulary is not None:
-            self._check_tokens()
-        if self.minutes is not None and self.stages > 1:
-            raise ValueError(
-                f"minutes {self.minutes:g} needs a run of one stage, and stages is {self.stages}; set stages to 1, or leave "
-                "minutes out"
-            )
+        check_fitting(self)
         return self
-
-    def _check_zeros(self) -> None:
-        """Refuse a budget where weights become zero, and a pattern of zeros or a solver where none do."""
-        if not self.makes_zeros:
-            if self.sparsity:
-                raise ValueError(
-                    f"method {self.method!r} removes units and makes no zeros, so sparsity {self.sparsity!r} would be ignored; set method to one "
-                    "that makes zeros, such as wanda, and prune to a size in a separate command"
-                )
-            if self.solver is not None:
-                raise ValueError(f"solver {self.solver!r} is for reduce=sparse, but reduce is {self.reduce!r}; leave solver out")
-            return
-        if asked := self.budget or self.latency:
-            raise ValueError(
-                f"method {self.method!r} makes weights zero and removes none, so it cannot reach {asked!r}; give --sparsity 50% "
-                "or --sparsity 2:4; for both, prune first, then make zeros in the result with a second command"
-            )
-
-    def _check_chosen(self) -> None:
-        """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
-        chooser, needs = self.chooser.partition("(")[0], parts.needs("chooser", self.chooser)
-        drops = "whole" in needs
-        if self.distance is None and "distance" in needs:
-            raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
-        whole = [kind for kind in self.axes if kind in WHOLE]
-        if drops and not whole:
-            raise ValueError(
-                f"chooser {chooser!r} drops whole layers, attentions or mlps, and axes names none; add one of them to axes"
-            )
-        if whole and not drops:
-            raise ValueError(
-                f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers"
-            )
-        if "residual" in self.axes and "layers" in needs:
-            raise ValueError(
-                f"chooser {chooser!r} prunes layer by layer, and the axis residual is in no layer; set chooser to "
-                "allocate.uniform"
-            )
-        if self.multiple_of not in (1, "auto") and "neurons" not in self.axes:
-            raise ValueError(
-                f"multiple_of {self.multiple_of} counts neurons, and axes does not name neurons; add neurons to axes"
-            )
-
-    def _check_ignored(self) -> None:
-        """Refuse keys that a reduction without a choice of units would ignore."""
-        asked = {
-            "equal_widths": self.equal_widths,
-            "multiple_of": self.multiple_of not in (1, "auto"),
-            "repair": self.repair is not None,
-        }
-        if ignored := [key for key, given in asked.items() if given]:
-            raise ValueError(
-                f"reduce {self.reduce!r} chooses no units, so {' and '.join(ignored)} would be ignored; leave {'it' if len(ignored) == 1 else 'them'} out"
-            )
-
-    def _check_random(self) -> None:
-        """Refuse settings that make no sense with random weights."""
-        if not self.training.tokens:
-            raise ValueError(
-                "init random begins with a model that knows nothing, and the recipe trains nothing; set training.tokens"
-            )
-        if "teacher" in parts.needs("objective", self.training.objective) and self.training.teacher is None:
-            raise ValueError(
-                f"training.objective {self.training.objective!r} would be taught by the random model itself; name a training.teacher"
-            )
-        if SELF in domains(self.calibration.source) or self.calibration.self_generated:
-            raise ValueError(
-                "init random has no model that could write calibration text; name a text as calibration.source and set calibration.self_generated to 0"
-            )
-
-    def _check_latency(self) -> None:
-        """Refuse a latency that is badly written, or that a table of neurons and KV heads cannot predict."""
-        parse_latency(self.latency)
-        if self.budget:
-            raise ValueError(
-                f"budget {self.budget!r} and latency {self.latency!r} both say how far to prune; leave one of them out"
-            )
-        others = sorted(set(self.axes) - {"neurons", "kv_heads"})
-        whole = "chosen" not in parts.needs("reduce", self.reduce)
-        has = f"reduce {self.reduce}" if whole else "vocabulary" if self.vocabulary is not None else ""
-        if has or others:
-            raise ValueError(
-                f"latency {self.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has "
-                f"{has or 'axes ' + ', '.join(others)}; set budget instead"
-            )
-
-    def _check_tokens(self) -> None:
-        """Refuse settings that need the full vocabulary, from before it is pruned."""
-        if self.calibration.ids is not None:
-            raise ValueError(
-                "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
-                "first in a separate run"
-            )
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` takes back."""

@@ -35,7 +35,7 @@ from adapt_pruner.score.calibrate import Evidence, finish
 __all__ = ["BetweenSteps"]
 
 
-@part("reduce", needs={"chosen"})
+@part("reduce", needs={"chosen", "training"})
 class BetweenSteps(Units):
     """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""
 

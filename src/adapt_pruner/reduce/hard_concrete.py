@@ -50,7 +50,7 @@ def settled(log_alpha: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(soft).scatter(-1, best, soft.gather(-1, best))
 
 
-@part("reduce", needs={"one stage"})
+@part("reduce", needs={"one stage", "training"})
 class HardConcrete(Reduction):
     """Learn masks over width, heads, neurons and layers with the weights, until the model has a given shape (Sheared LLaMA)."""
 

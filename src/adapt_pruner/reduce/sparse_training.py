@@ -35,7 +35,7 @@ __all__ = ["SparseTraining", "masked"]
 _SCORES = ("magnitude", "wanda")
 
 
-@part("reduce", needs={"sparsity", "one stage"})
+@part("reduce", needs={"sparsity", "one stage", "training"})
 class SparseTraining(Reduction):
     """Train under masks over the weights, choose the masks anew as the model learns, and keep all shapes (AST)."""
 

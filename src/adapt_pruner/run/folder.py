@@ -17,6 +17,7 @@ progress.json            where the run stands (see `core.standing`), rewritten a
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -176,6 +177,23 @@ class RunFolder:
             aside = path.with_name(f"{path.name}.damaged")
             remove(aside)
             path.rename(aside)
+
+    def reopen(self, name: str, *, step: int) -> None:
+        """Let the checkpoint after a stage be one within the stage, in place, if training has gone on since, up to `step`.
+
+        That happens to a run that was stopped after its last step and then given more minutes or tokens.
+
+        Args:
+            name: the checkpoint that is to be written.
+            step: number of the run's last step.
+        """
+        after = self.checkpoints / re.sub(r"(stage-\d+).*", r"\1", name)
+        with suppress(RunError):  # it is not there, or damaged
+            before = read_state(after, thorough=False)["progress"]["steps"]
+            if before < step:
+                within = after.with_name(f"{after.name}-step-{before}")
+                remove(within)
+                after.rename(within)
 
     def tidy(self, *, keep: int | None = None) -> None:
         """Remove, in place, all checkpoints but the newest `keep`, and what was left half-written or half-removed."""

@@ -102,11 +102,16 @@ def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, pr
 def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, Any]:
     recipe, budget, dense, looks = work.recipe, work.budget, shapes(work.model), work.reduction.looks(work)
     spans, evaluation = [], recipe.evaluation
-    read = 0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0)
-    for stage in work.stages:
+    windows = sum(window.numel() for window in work.reads.held_out)  # not read where there are no weights
+    read = windows or (0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0))
+    first = seconds(dense, how, speed, scored=0, trained=0, read=read)
+    while_cutting = "training" in parts.needs("reduce", recipe.reduce)
+    begins = [dense.params, *(stage.params for stage in work.stages)]
+    for stage, before in zip(work.stages, begins, strict=False):
         scored = stage.calibration_tokens if looks.text else 0
         looked = read * (2 if stage.tokens else 1)  # after the cuts as well as after training
-        spans.append(seconds(dense.cut_to(stage.params), how, speed, scored=scored, trained=stage.tokens, read=looked))
+        size = dense.cut_to((before + stage.params) // 2 if while_cutting else stage.params)
+        spans.append(seconds(size, how, speed, scored=scored, trained=stage.tokens, read=looked))
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
@@ -124,7 +129,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
     memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if trains:
-        memory["training"] = training_memory(dense.cut_to(work.stages[0].params), how)
+        memory["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
     peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}
     return {
         "model": recipe.model,
@@ -133,11 +138,11 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         "params_before": budget.total,
         "params_after": budget.keep,
         "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(work.stages, spans, strict=True)],
-        "seconds": sum(spans),
+        "seconds": first + sum(spans),
         "minutes": recipe.minutes,
         "time_by": "time on paper" if on_paper else "time by a probe",
         "speed": speed.words,
-        "time_without": _left_out(work, looks),
+        "time_without": _left_out(work, looks, read=read),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
@@ -146,14 +151,15 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     }
 
 
-def _left_out(work: Work, looks: Looks) -> list[str]:
-    """Names of the work whose time is not predicted."""
+def _left_out(work: Work, looks: Looks, *, read: int) -> list[str]:
+    """Names of the work whose time is not predicted; `read` tokens of held-out text are."""
     recipe = work.recipe
     writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
     return [
         *(["text that the model writes itself"] if writes else []),
         *looks.beside,
         *(["tasks"] if recipe.evaluation.tasks is not None else []),
+        *(["reading the whole held-out text"] if recipe.evaluation.source is not None and not read else []),
     ]
 
 

@@ -11,6 +11,7 @@ Whole models are timed, because the weights of a single layer that runs again an
 
 import copy
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def find(work: Work) -> dict[str, Any]:
         work: the run, with its model before any pruning.
 
     Returns:
-        `latency`: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`. Empty if the recipe
-        has no latency.
+        `latency`: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`; and
+        `measuring_seconds`, which `reach` will about take. Empty if the recipe has no latency.
 
     Raises:
         UsageError: the latency is out of reach; the message names the least that can be reached.
@@ -60,7 +61,9 @@ def find(work: Work) -> dict[str, Any]:
     if not recipe.latency:
         return {}
     asked, axes = parse_latency(recipe.latency), prunable(work)
+    began = time.perf_counter()
     table = table_of(work)
+    round_of_two = (time.perf_counter() - began) / max(1, sum(len(points) - 1 for points in table.values())) / (ROUNDS + 1)
     least = sizes_alike(work, keep=0)
     nearest = predicted(table, axes, least)
     if nearest > asked:
@@ -74,7 +77,8 @@ def find(work: Work) -> dict[str, Any]:
         within = predicted(table, axes, sizes_alike(work, keep=middle)) <= asked
         low, high = (middle, high) if within else (low, middle)
     foretold = predicted(table, axes, sizes_alike(work, keep=low))
-    return {"latency": {"asked": asked, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}}
+    found = {"asked": asked, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}
+    return {"latency": found, "measuring_seconds": round_of_two * (2 * ROUNDS + 1)}
 
 
 def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:

@@ -57,9 +57,10 @@ def shrink(work: Work, trainer: Trainer) -> Outcome:
             state.figures["nonzero_before"] = count_nonzero(work.model)
         measure_calibration(work)
         measure_text(work, stage=0)
-        measure_tasks(work, stage=0)
+        cached = measure_tasks(work, stage=0)
         measure_answers(work, stage=0)
-        state.figures["measuring_seconds"] = state.spent["evaluate"]
+        latency = state.figures.get("measuring_seconds", 0.0)  # see `run.latency.find`
+        state.figures["measuring_seconds"] = latency + cached + state.spent["evaluate"]
     for stage in work.stages[state.stage - 1 :]:
         state.stage = stage.stage
         went_on, steps = state.pruned, state.progress.steps
@@ -269,6 +270,7 @@ def _resumed(
         work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        folder.reopen(name, step=work.state.progress.steps)
         target = folder.checkpoints / name
         if target.exists():  # of the same place in the run: it was interrupted between there and here, and has gone on
             return

@@ -80,11 +80,15 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
     work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, **measured.told()))
 
 
-def measure_tasks(work: Work, *, stage: int) -> None:
-    """Score the recipe's tasks, on the main process alone. Scores of the same model are taken from the cache."""
+def measure_tasks(work: Work, *, stage: int) -> float:
+    """Score the recipe's tasks, on the main process alone. Scores of the same model are taken from the cache.
+
+    Returns:
+        The seconds that the scores from the cache once took.
+    """
     asked, figures = work.recipe.evaluation, work.state.figures
     if asked.tasks is None:
-        return
+        return 0.0
 
     def told(task: str, done: int, of: int) -> None:
         work.tell(Progress(phase="task", task=task, done=done, of=of, stage=stage or None))
@@ -96,6 +100,7 @@ def measure_tasks(work: Work, *, stage: int) -> None:
     summary: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
     figures["tasks"] = [*figures.get("tasks", [None] if stage else []), summary]  # of the start and of the end
     work.tell(Tasks(stage=stage, params=work.num_params, **summary))
+    return sum(part.seconds for score in scores for part in score.parts or (score,) if part.again)
 
 
 def measure_answers(work: Work, *, stage: int) -> None:

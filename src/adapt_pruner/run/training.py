@@ -94,6 +94,13 @@ class Trainer:
         after = measuring + self._last_save + _AFTERWARDS
         return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after
 
+    def _expected(self, seconds_left: float) -> float:
+        """Tokens of the whole run by the end of the time: by the pace of its training so far, else as the recipe expects."""
+        read, took = self._work.state.progress.tokens, self._work.state.spent["train"]
+        if read and took:
+            return read + read / took * max(0.0, seconds_left)
+        return self._work.expected or math.inf
+
     def told(
         self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
     ) -> Iterator[Step]:
@@ -142,6 +149,7 @@ class Trainer:
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
+            expected=math.inf if seconds_left is None else world.agreed(self._expected(seconds_left())),
         )  # fmt: skip
         with keeping_freed(), self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)

@@ -108,6 +108,7 @@ class How:
         task: what the model learns; it says how many predictions of a batch count.
         seconds_left: how many seconds training may still take; None for no deadline. With a deadline training may end early, and
             the learning-rate curve with it: the share of the run done is then a share of the tokens that fit.
+        expected: tokens of the whole run that should fit, as long as the pace is not known; infinite if nobody can say.
     """
 
     objective: Objective
@@ -121,6 +122,7 @@ class How:
     seed: int = 0
     task: Task = CAUSAL_LM
     seconds_left: Callable[[], float] | None = None
+    expected: float = math.inf
 
 
 @dataclass
@@ -228,7 +230,7 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
     device = next(model.parameters()).device
     was_training, random_state = model.training, torch.get_rng_state()
     model.train()
-    pace = Pace(how.seconds_left)
+    pace = Pace(how.seconds_left, expected=how.expected)
     try:
         while progress.rows < until and not pace.is_up():
             reach = pace.reach(progress.tokens)

@@ -18,9 +18,14 @@ class Pace:
     first step does not count, since it includes preparation. Every process uses the clock of the main process.
     """
 
-    def __init__(self, seconds_left: Callable[[], float] | None) -> None:
-        """`seconds_left` says how many seconds training may still take; None stands for no deadline."""
-        self._seconds_left = seconds_left
+    def __init__(self, seconds_left: Callable[[], float] | None, *, expected: float = math.inf) -> None:
+        """Start the clock.
+
+        Args:
+            seconds_left: how many seconds training may still take; None stands for no deadline.
+            expected: tokens of the whole run that should be read by then, as long as the pace is not known.
+        """
+        self._seconds_left, self._expected = seconds_left, expected
         self._marks: deque[tuple[float, int]] = deque(maxlen=_STEPS + 1)  # (seconds left, tokens read) after each step
 
     def taken(self, tokens: int) -> None:
@@ -31,10 +36,12 @@ class Pace:
     def reach(self, tokens: int) -> float:
         """The tokens of the whole run that will have been read when the time is up, at the pace so far; `tokens` are read now.
 
-        Infinite without a deadline, and before there is a pace.
+        Infinite without a deadline; before there is a pace it is what was expected.
         """
-        if self._seconds_left is None or len(self._marks) < 2:
+        if self._seconds_left is None:
             return math.inf
+        if len(self._marks) < 2:
+            return self._expected
         (first, before), (last, after) = self._marks[0], self._marks[-1]
         return tokens + (after - before) / max(first - last, 1e-9) * max(0.0, self._left())
 
