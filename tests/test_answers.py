@@ -88,6 +88,25 @@ def test_a_model_that_cannot_answer_is_no_error(
     assert warned == ["the prompts were not answered: no answer can be read from logits of nan"] * 2
 
 
+def test_no_answer_of_the_result_is_not_the_dense_model_s(
+    ask: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = results.answer, []
+
+    def ruined_by_pruning(*words: Any, **how: Any) -> Any:
+        asked.append(words)
+        if len(asked) > 1:
+            raise RunError("no answer can be read from logits of nan")
+        return real(*words, **how)
+
+    monkeypatch.setattr(results, "answer", ruined_by_pruning)
+    words = ["--params", "80%", "--method", "random", "--set", "evaluation.prompts=[Line]"]
+    status, said, _ = ask("prune", tiny_folder, "-o", tmp_path / "out", *words)
+    assert status == 0
+    (row,) = [line for line in said.splitlines() if line.startswith("Line")]
+    assert row.split()[-1] == "–"
+
+
 def test_a_conversation_remembers_what_was_said(
     tiny_folder: Path, tmp_path: Path, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,14 @@ def test_a_result_is_measured_asked_exported_and_reported(
     assert small.report() == small.path.with_name("model.html")
 
 
+def test_the_page_of_a_result_without_losses(tiny_folder: Path, tmp_path: Path) -> None:
+    """A method that reads no text has losses that are not numbers; they are left out, as from a log."""
+    small = ap.prune(tiny_folder, tmp_path / "out", params="80%", method="magnitude-all", settings={"step": 0.1})
+    page = small.report(tmp_path / "page.html").read_text()
+    assert "nan" not in " ".join(re.findall(r' d="[^"]*"', page))
+    assert "∞" not in page
+
+
 def test_a_failed_proof_is_false_and_says_why() -> None:
     failed = ap.Verification(passed=False, failures=["one", "two"], figures={"agreement": 0.5})
     assert not failed

@@ -449,6 +449,16 @@ def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.partial-*"))
 
 
+def test_results_on_a_terminal_of_another_encoding(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    words = ["prune", tiny_folder, "-o", tmp_path / "out", "--params", "80%", *small(text_file)]
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"loss on the calibration text" in done.stdout
+    assert rb"\u2192" in done.stdout
+
+
 LEFT_WAITING = """
 import signal, threading, time
 from adapt_pruner import cli

@@ -533,6 +533,16 @@ def test_every_cut_says_how_its_scores_lie(finished: Path) -> None:
         assert not any(counts["removed"][half + 1 :])
 
 
+def test_layers_of_a_stopped_run_that_narrows_the_model_are_not_guessed(stopped: Path) -> None:
+    """What left the residual stream left the embedding, too."""
+    row = {row.name: row for row in figures_of(read_record(stopped)).rows}["in decoder layers"]
+    assert row.now is not None
+    for key, value in (("axes", ["neurons", "residual"]), ("reduce", "slice")):
+        record = read_record(stopped)
+        record.recipe[key] = value
+        assert {row.name: row for row in figures_of(record).rows}["in decoder layers"].now is None
+
+
 def test_advice_follows_the_figures(finished: Path, stopped: Path) -> None:
     def said(folder: Path, recipe: dict[str, Any] | None = None, **changes: Any) -> str:
         record = read_record(folder)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -186,6 +188,18 @@ def test_a_share_is_of_the_model_with_all_its_tokens(ask: Any, text: Path, tmp_p
     status, said, lines = ask(*shrink(tmp_path / "words", text, tmp_path / "no", *fewer, "--dry-run", "--json"))
     assert status == 0, lines
     assert int(json.loads(said)["budget"]) == int(0.7 * count_parameters(model))
+
+
+def test_other_keys_for_a_run_that_was_begun_are_refused_with_a_command_that_takes_them(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    assert ask(*shrink(tiny_folder, text, out))[0] == 0
+    shutil.rmtree(out / "model")
+    status, _, lines = ask(*shrink(tiny_folder, text, out, "--set", "training.lr=5e-5"))
+    said, _, command = lines.strip().rpartition("adapt-pruner ")
+    assert (status, f"{out} was started with another training.lr; name another folder, or continue" in said) == (2, True)
+    assert ask(*shlex.split(command))[0] == 0
 
 
 def test_minutes_become_the_run_s_less_what_the_probe_took(

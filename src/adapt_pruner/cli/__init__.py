@@ -4,6 +4,7 @@ Results go to stdout, everything else goes to stderr.
 """
 
 import _thread
+import io
 import os
 import signal
 import sys
@@ -132,6 +133,10 @@ def main() -> None:
         signal.signal(sent, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal sends SIGHUP when it closes; nohup ignores it
         signal.signal(signal.SIGHUP, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as stderr: a terminal of another encoding lacks the arrow in our results
     before, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -129,10 +129,11 @@ def prune(
     if losses := figures.get("calibration_losses"):
         print(f"\nloss on the calibration text: {' → '.join(f'{loss:.3f}' for loss in losses)} nats a token")
     if "answers" in figures:
-        first, last = ([one["text"] for one in said["answers"]] for said in (figures["answers"][0], figures["answers"][-1]))
-        prompts = [one["prompt"] for one in figures["answers"][-1]["answers"]]
+        said = {one["stage"] > 0: {each["prompt"]: each["text"] for each in one["answers"]} for one in figures["answers"]}
+        before, after = said.get(False, {}), said.get(True, {})
         print()
-        print_table(["asked", "before", "after"], list(zip(prompts, first, last, strict=True)), left=3)
+        rows = [[prompt, before.get(prompt, "–"), after.get(prompt, "–")] for prompt in before | after]
+        print_table(["asked", "before", "after"], rows, left=3)
     peak = figures["peak_rss_bytes"] / 2**30
     print(
         f"\n{figures['iterations']} iteration{'s' * (figures['iterations'] != 1)} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB"

@@ -68,7 +68,7 @@ def _no_training(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         if before and now
         else ""
     )
-    yield Advice(f"Nothing was trained.{rise}", "--set training.source=TEXT --set training.tokens=10M --set stages=5")
+    yield Advice(f"Nothing was trained.{rise}", "--set training.source=TEXT --set training.tokens=10M")
 
 
 def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:

@@ -320,8 +320,16 @@ def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> lis
     rows = [Row("parameters", before, now, "params")]
     if figures.get("decoder_params_before"):
         own, after = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
+        narrows = "residual" in record.recipe.get("axes", ()) or str(record.recipe.get("reduce")).startswith("slice")
         whole = figures.get("params_after_vocabulary", before)  # tokens lie outside the layers
-        rows.append(Row("in decoder layers", own, own - (whole - now) if after is None and whole and now else after, "params"))
+        rows.append(
+            Row(
+                "in decoder layers",
+                own,
+                own - (whole - now) if after is None and whole and now and not narrows else after,
+                "params",
+            )
+        )
     if figures.get("nonzero_before"):
         rows.append(Row("not zero", number_of(figures["nonzero_before"]), number_of(figures.get("nonzero_after")), "params"))
     if record.weight_bytes and now and before:

@@ -223,7 +223,7 @@ def _tile(row: Row) -> str:
     change = ""
     if row.before and row.now:
         percent = row.now / row.before - 1
-        better = percent > 0 if row.form in ("speed", "right") else percent < 0
+        better = percent > 0 if row.form == "right" else percent < 0
         tone = "good" if better else "bad" if abs(percent) > 0.0005 else ""
         change = f' <b class="{tone}">{percent:+.1%}</b>'.replace("-", "−")
     said = [row.note, f"{shown(row.after_cuts, row.form)} after the cuts" if row.after_cuts is not None else ""]

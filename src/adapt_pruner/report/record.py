@@ -8,12 +8,12 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from adapt_pruner.core.events import Event, is_logged, parse, parse_line
+from adapt_pruner.core.events import Event, is_logged, parse_line
 from adapt_pruner.core.files import read_plain
 from adapt_pruner.core.locks import is_held
 from adapt_pruner.core.marks import PROGRESS
 from adapt_pruner.core.standing import Standing
-from adapt_pruner.core.strict_json import is_count, is_number, read_json
+from adapt_pruner.core.strict_json import is_count, is_number, read_json, to_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
@@ -130,7 +130,7 @@ def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
     recipe = pruning.get("recipe") or {}
     return Record(
         path=path, status="finished", recipe=recipe, recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        made_by=str(pruning.get("made_by") or ""), events=[event for told in events if is_logged(told) and (event := parse(told))],
+        made_by=str(pruning.get("made_by") or ""), events=[event for told in events if is_logged(told) and (event := parse_line(to_json(told)))],
         pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=_weight_bytes(path), kept=False,
         trouble=trouble,
     )  # fmt: skip

@@ -34,6 +34,7 @@ from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
 from adapt_pruner.core.standing import Course
 from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.words import typed
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first
@@ -102,14 +103,18 @@ class RunFolder:
                 return ["keys that are unknown, since the old recipe cannot be read"]
             raise UsageError(
                 f"{self.path / 'recipe.yaml'}, the recipe that the run started with, cannot be read ({error}); "
-                "name another folder, or pass --force-recipe to continue with the new one"
+                f"name another folder, or continue with the new one by {self._forced}"
             ) from error
         if keys and not force:
             raise UsageError(
                 f"{self.path} was started with another recipe, which differs in {', '.join(keys)}; "
-                "name another folder, or pass --force-recipe to continue with the new one"
+                f"name another folder, or continue with the new one by {self._forced}"
             )
         return keys
+
+    @property
+    def _forced(self) -> str:
+        return typed("run", "RECIPE", "-o", self.path, "--force-recipe")
 
     def log(self, event: dict[str, Any]) -> None:
         """Add an event to log.jsonl, unless events of its kind are not kept.

@@ -117,6 +117,12 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
         raise UsageError(
             f"{out} was started with another {' and another '.join(wrong)}; name another folder, or give what it was started with"
         )
+    if changed := recipes.differing(recipes.read(str(out / "recipe.yaml")), recipe):
+        again = [word for override in overrides for word in ("--set", override)]
+        raise UsageError(
+            f"{out} was started with another {' and another '.join(changed)}; name another folder, or continue with the new one by: "
+            f"{typed('run', out / 'recipe.yaml', '-o', out, *again, '--force-recipe')}"
+        )
     recipe = recipe.model_copy(update={"device": plain.device})
     if not (before[2] and now[2] and recipe.minutes) or before[2] == now[2] or (out / "model").is_dir():
         return recipe

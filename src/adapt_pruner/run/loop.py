@@ -28,6 +28,7 @@ from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.searched import Within
 from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.core.words import typed
 from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -251,7 +252,7 @@ def _resumed(
     if replaced and not force:
         raise UsageError(
             f"the {' and the '.join(replaced)} changed after {path} was written; restore the old version, start again in another "
-            "folder, or pass --force-recipe to continue with the new version"
+            f"folder, or continue with the new version by {typed('run', folder.path / 'recipe.yaml', '-o', folder.path, '--force-recipe')}"
         )
 
     def write_down() -> None:

@@ -21,6 +21,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Find, Load, VocabularyCut
 from adapt_pruner.core.files import why, write_whole
+from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.surgery import cut
@@ -404,7 +405,8 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
             "another folder"
         )
     if begun:  # the model of the run has been cut since
-        writer = load(recipe.model, device=next(work.model.parameters()).device).model
+        device = next(work.model.parameters()).device
+        writer = load(recipe.model, device=device, trust_remote_code=work.trust_remote_code).model
     written = _written(work, writer, samples=samples, seed=seed)
     try:
         write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
@@ -471,8 +473,34 @@ def _teacher(work: Work, *, begun: bool) -> Any:
         raise UsageError(
             f"teacher {name} has {sizes[0]:,} logits and {recipe.model} has {sizes[1]:,}; name a teacher of the same vocabulary"
         )
+    if parts.bind("objective", recipe.training.objective).keywords.get("hidden"):
+        _check_hidden(work, teacher)
     narrow = torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32
     return teacher.to(narrow).eval().requires_grad_(False)
+
+
+def _check_hidden(work: Work, teacher: Any) -> None:
+    """Refuse to compare hidden states of models whose layers are not as many, or not as wide, once the student is pruned.
+
+    Raises:
+        UsageError: they are not.
+    """
+    recipe = work.recipe
+    changed = [kind for kind in ("residual", "layers") if kind in recipe.axes]
+    if changed or recipe.reduce.partition("(")[0] == "slice":
+        what = f"axes names {' and '.join(changed)}" if changed else "reduce slice narrows the model"
+        raise UsageError(
+            f"objectives.distil(hidden=…) compares hidden states with those of the teacher, layer by layer, but {what}; leave out hidden"
+        )
+    ours, theirs = (
+        (len(decoder_layers(model, families.axes(model))), model.get_input_embeddings().weight.shape[1])
+        for model in (work.model, teacher)
+    )
+    if ours != theirs:
+        raise UsageError(
+            f"objectives.distil(hidden=…) compares hidden states layer by layer, but {recipe.model} has {ours[0]} layers of width {ours[1]} and "
+            f"the teacher {theirs[0]} of {theirs[1]}; leave out hidden"
+        )
 
 
 def _with_same_tokens(teacher: Loaded, work: Work) -> Loaded:

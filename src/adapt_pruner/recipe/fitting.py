@@ -1,0 +1,165 @@
+"""Refuse a recipe whose keys do not fit together, before any work is done.
+
+Each check raises a `ValueError` with one sentence: the values, why they do not fit, and what to change.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import parts
+
+if TYPE_CHECKING:
+    from adapt_pruner.recipe.schema import Recipe
+
+__all__ = ["WHOLE", "check_fitting", "parse_latency"]
+
+WHOLE = ("layers", "attentions", "mlps")
+"""Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
+
+
+def parse_latency(written: str) -> float:
+    """A share of the dense model's time as people write it: `0.7x`.
+
+    Raises:
+        UsageError: it is not written so, or the share is not between 0 and 1.
+    """
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*x\s*", written)
+    if match is None or not 0 < float(match[1]) < 1:
+        raise UsageError(
+            f"latency {written!r} is not a share of the dense model's time; write it like 0.7x, above 0x and below 1x"
+        )
+    return float(match[1])
+
+
+def check_fitting(recipe: "Recipe") -> None:
+    """Refuse keys that do not fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    needs = parts.needs("reduce", recipe.reduce)
+    _check_zeros(recipe)
+    if recipe.latency:
+        _check_latency(recipe)
+    if recipe.init == "random":
+        _check_random(recipe)
+    if "chosen" in needs:
+        _check_chosen(recipe)
+    else:
+        _check_ignored(recipe)
+    if "one stage" in needs and recipe.stages > 1:
+        raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
+    if recipe.vocabulary is not None:
+        _check_tokens(recipe)
+    if recipe.minutes is not None:
+        _check_minutes(recipe)
+
+
+def _check_minutes(recipe: "Recipe") -> None:
+    """Refuse a deadline that the run could not keep."""
+    if recipe.stages > 1:
+        raise ValueError(
+            f"minutes {recipe.minutes:g} needs a run of one stage, and stages is {recipe.stages}; set stages to 1, or leave "
+            "minutes out"
+        )
+    if "training" in parts.needs("reduce", recipe.reduce):
+        raise ValueError(
+            f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} trains while it removes, since that goes "
+            "by tokens; leave minutes out and set training.tokens (with shrink: --tokens)"
+        )
+
+
+def _check_zeros(recipe: "Recipe") -> None:
+    """Refuse a budget where weights become zero, and a pattern of zeros or a solver where none do."""
+    if not recipe.makes_zeros:
+        if recipe.sparsity:
+            raise ValueError(
+                f"method {recipe.method!r} removes units and makes no zeros, so sparsity {recipe.sparsity!r} would be ignored; set method to one "
+                "that makes zeros, such as wanda, and prune to a size in a separate command"
+            )
+        if recipe.solver is not None:
+            raise ValueError(f"solver {recipe.solver!r} is for reduce=sparse, but reduce is {recipe.reduce!r}; leave solver out")
+        return
+    if asked := recipe.budget or recipe.latency:
+        raise ValueError(
+            f"method {recipe.method!r} makes weights zero and removes none, so it cannot reach {asked!r}; give --sparsity 50% "
+            "or --sparsity 2:4; for both, prune first, then make zeros in the result with a second command"
+        )
+
+
+def _check_chosen(recipe: "Recipe") -> None:
+    """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
+    chooser, needs = recipe.chooser.partition("(")[0], parts.needs("chooser", recipe.chooser)
+    drops = "whole" in needs
+    if recipe.distance is None and "distance" in needs:
+        raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
+    whole = [kind for kind in recipe.axes if kind in WHOLE]
+    if drops and not whole:
+        raise ValueError(
+            f"chooser {chooser!r} drops whole layers, attentions or mlps, and axes names none; add one of them to axes"
+        )
+    if whole and not drops:
+        raise ValueError(
+            f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers"
+        )
+    if "residual" in recipe.axes and "layers" in needs:
+        raise ValueError(
+            f"chooser {chooser!r} prunes layer by layer, and the axis residual is in no layer; set chooser to allocate.uniform"
+        )
+    if recipe.multiple_of not in (1, "auto") and "neurons" not in recipe.axes:
+        raise ValueError(f"multiple_of {recipe.multiple_of} counts neurons, and axes does not name neurons; add neurons to axes")
+
+
+def _check_ignored(recipe: "Recipe") -> None:
+    """Refuse keys that a reduction without a choice of units would ignore."""
+    asked = {
+        "equal_widths": recipe.equal_widths,
+        "multiple_of": recipe.multiple_of not in (1, "auto"),
+        "repair": recipe.repair is not None,
+    }
+    if ignored := [key for key, given in asked.items() if given]:
+        raise ValueError(
+            f"reduce {recipe.reduce!r} chooses no units, so {' and '.join(ignored)} would be ignored; leave {'it' if len(ignored) == 1 else 'them'} out"
+        )
+
+
+def _check_random(recipe: "Recipe") -> None:
+    """Refuse settings that make no sense with random weights."""
+    if not recipe.training.tokens:
+        raise ValueError("init random begins with a model that knows nothing, and the recipe trains nothing; set training.tokens")
+    if "teacher" in parts.needs("objective", recipe.training.objective) and recipe.training.teacher is None:
+        raise ValueError(
+            f"training.objective {recipe.training.objective!r} would be taught by the random model itself; name a training.teacher"
+        )
+    if SELF in domains(recipe.calibration.source) or recipe.calibration.self_generated:
+        raise ValueError(
+            "init random has no model that could write calibration text; name a text as calibration.source and set calibration.self_generated to 0"
+        )
+
+
+def _check_latency(recipe: "Recipe") -> None:
+    """Refuse a latency that is badly written, or that a table of neurons and KV heads cannot predict."""
+    parse_latency(recipe.latency)
+    if recipe.budget:
+        raise ValueError(
+            f"budget {recipe.budget!r} and latency {recipe.latency!r} both say how far to prune; leave one of them out"
+        )
+    others = sorted(set(recipe.axes) - {"neurons", "kv_heads"})
+    whole = "chosen" not in parts.needs("reduce", recipe.reduce)
+    has = f"reduce {recipe.reduce}" if whole else "vocabulary" if recipe.vocabulary is not None else ""
+    if has or others:
+        raise ValueError(
+            f"latency {recipe.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has "
+            f"{has or 'axes ' + ', '.join(others)}; set budget instead"
+        )
+
+
+def _check_tokens(recipe: "Recipe") -> None:
+    """Refuse settings that need the full vocabulary, from before it is pruned."""
+    if recipe.calibration.ids is not None:
+        raise ValueError(
+            "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
+            "first in a separate run"
+        )
