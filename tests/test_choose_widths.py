@@ -45,7 +45,7 @@ def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "
     return load(str(out)).model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "self-pruner"])
 def test_neurons_stay_multiples_and_within_the_budget(method: str, wide_folder: Path, text_file: Path, tmp_path: Path) -> None:
     before = count_parameters(load(str(wide_folder)).model)
     extra = ["axes=[layers,neurons]"] if method == "shortgpt" else []

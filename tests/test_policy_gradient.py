@@ -46,6 +46,19 @@ def test_a_projection_is_the_nearest_shift() -> None:
     assert projected(stay, 0.9).tolist() == pytest.approx([1.0, 0.9, 0.5, 0.2, 0.0]), "below its share nothing is shifted"
 
 
+def test_a_head_that_cannot_go_is_not_drawn(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neurons alone meet the budget, so their share is smaller; heads that stay in any case are never shut."""
+    work = work_of(tiny_model(num_key_value_heads=1), batches)
+    shut: list[set[str]] = []
+    loss = Work.loss
+    monkeypatch.setattr(Work, "loss", lambda self, gates, text: shut.append(set(gates)) or loss(self, gates, text))
+    change = list(PolicyGradient(updates=2, sequences=2).steps(work, work.stages[0].params))[-1]
+    assert shut
+    assert all(name.endswith("neurons") for gates in shut[:-1] for name in gates)
+    work.apply(change)
+    assert work.num_params <= work.stages[0].params
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_step_is_the_formula(exact: bool, batches: list[torch.Tensor]) -> None:
     """One update against the score function written out for one unit at a time."""

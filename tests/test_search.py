@@ -46,6 +46,18 @@ def space_of(work: Work) -> Space:
 
 
 @pytest.mark.parametrize("propose", [evolution, at_random])
+def test_widths_of_candidates_stay_multiples(propose: Any, batches: list[torch.Tensor]) -> None:
+    work = work_of(tiny_model(intermediate_size=64), batches, multiple_of=8)
+    base = sizes_alike(work, keep=work.stages[0].params)
+    space, draw = Space.around(prunable(work), base, level=0.1, multiple=work.multiple_of), random.Random(0)
+    population = [Candidate(space.swapped(space.base, draw, 3), float(n)) for n in range(4)]
+    found = [*(one.sizes for one in population), *propose(population, space, draw, 12)]
+    widths = {size for sizes in found for name, size in sizes.items() if name.endswith("neurons")}
+    assert len(widths) > 2
+    assert all(width % 8 == 0 and width >= 8 for width in widths)
+
+
+@pytest.mark.parametrize("propose", [evolution, at_random])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 def test_candidates_have_the_budget_of_the_start(layout: tuple[str, str], propose: Any, batches: list[torch.Tensor]) -> None:
     work = work_of(tiny_model(layout), batches)
@@ -185,9 +197,24 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),
     ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"repair": "closed_form.mean_bias"}, "measures candidates with repaired weights, and the recipe has no repair"),
+    ({"equal_widths": True}, "so equal_widths would be ignored; leave it out"),
+    ({"equal_widths": True, "sequential_scoring": True}, "so equal_widths and sequential_scoring would be ignored; leave them out"),
     ({"budget": "1000"}, "budget 1,000 is too small: "),
 ])  # fmt: skip
 def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
+
+
+def test_scores_that_read_no_text_leave_text_for_the_candidates(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tiny_folder,
+        text_file,
+        metric="weights.magnitude",
+        repair=None,
+        reduce="search(population=2, offspring=2, rounds=1, tokens=16)",
+    )
+    outcome = run(recipe, tmp_path / "run")
+    assert outcome is not None
+    assert outcome.figures["params_after"] <= outcome.figures["budget"]

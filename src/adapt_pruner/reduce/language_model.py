@@ -5,7 +5,6 @@ import random
 import re
 import urllib.request
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 from adapt_pruner.core.parts import part
@@ -27,7 +26,7 @@ def language_model(
     draw: random.Random,
     number: int,
     *,
-    model: str = "",
+    model: Any = "",
     warn: Callable[[str], None] = lambda message: None,
 ) -> list[Sizes]:
     """A chat model reads the best candidates with their losses and writes new ones: rates in percent, one per axis.
@@ -38,7 +37,7 @@ def language_model(
 
     Args:
         model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a model
-            as the command `chat` takes it, which runs on this machine.
+            that is loaded here, as `checkpoint.load.load` returns it.
 
     Source: arXiv:2502.14413; its prompts are not public, these are ours.
     """
@@ -124,9 +123,9 @@ def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
     return sizes
 
 
-def _asked(model: str, prompt: str, *, seed: int) -> str:
+def _asked(model: Any, prompt: str, *, seed: int) -> str:
     """The model's answer."""
-    if re.match(r"https?://", model):
+    if isinstance(model, str):
         address, _, name = model.partition("#")
         body = {
             "model": name or "default", "messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": _TOKENS,
@@ -142,12 +141,4 @@ def _asked(model: str, prompt: str, *, seed: int) -> str:
         return str(content)
     from adapt_pruner.evaluate.answer import answer
 
-    loaded = _loaded(model)
-    return answer(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_TOKENS, temperature=1.0, seed=seed, dtype="auto").text
-
-
-@cache
-def _loaded(model: str) -> Any:
-    from adapt_pruner.checkpoint.load import load
-
-    return load(model)
+    return answer(model.model, model.tokenizer, prompt, max_new_tokens=_TOKENS, temperature=1.0, seed=seed, dtype="auto").text

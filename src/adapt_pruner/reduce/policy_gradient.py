@@ -112,7 +112,7 @@ class PolicyGradient(Units):
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Learn s and report after every draw of text; then yield one cut."""
-        now, axes = work.num_params, prunable(work)
+        now, axes = work.num_params, _movable(work)
         if now <= target:
             return
         where = {"stage": work.state.stage, "iteration": work.iteration}
@@ -202,6 +202,11 @@ class PolicyGradient(Units):
         self._stage = 0
 
 
+def _movable(work: Work) -> list[Axis]:
+    """The axes that have more units than they must keep; a lone KV head is never drawn, since it cannot go."""
+    return [axis for axis in prunable(work) if axis.size > axis.least]
+
+
 def start_of(scores: Tensor, keep: float) -> Tensor:
     """`sigmap` of the released code: the sigmoid of the scores standardised over their axis, shifted to the mean `keep`, clamped.
 
@@ -230,7 +235,7 @@ def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scor
     recipe, batches = work.recipe, work.batches()
     scores, _ = scores_of(work, batches, **where)
     if recipe.sequential_scoring:
-        sizes = {axis.name: max(1, round(axis.size * keep)) for axis in axes}
+        sizes = {axis.name: axis.size for axis in prunable(work)} | {axis.name: max(1, round(axis.size * keep)) for axis in axes}
         metric = metrics_of(work, seed=recipe.seed + where["iteration"])[0]
         scores |= score_behind(
             work.model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype

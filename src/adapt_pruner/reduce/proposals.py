@@ -43,14 +43,23 @@ class Space:
     most: Mapping[str, int]
 
     @classmethod
-    def around(cls, axes: Sequence[Axis], base: Sizes, *, level: float) -> "Space":
-        """The space around `base`. A level is the share `level` of the widest layer's neurons; of other units it is one."""
+    def around(cls, axes: Sequence[Axis], base: Sizes, *, level: float, multiple: int = 1) -> "Space":
+        """The space around `base`.
+
+        Args:
+            axes: those that may shrink.
+            base: the start.
+            level: neurons in a level, as a share of the widest layer's; of other units a level has one.
+            multiple: levels are multiples of so many neurons, and every layer keeps as many at least.
+        """
         kinds: dict[str, tuple[str, ...]] = {}
         for axis in axes:
             kinds[axis.kind] = (*kinds.get(axis.kind, ()), axis.name)
         widest = max((axis.size for axis in axes if axis.kind == "neurons"), default=1)
-        units = {kind: max(1, round(level * widest)) if kind == "neurons" else 1 for kind in kinds}
-        return cls(base, kinds, units, {axis.name: axis.least for axis in axes}, {axis.name: axis.size for axis in axes})
+        neurons = max(1, round(level * widest / multiple)) * multiple
+        units = {kind: neurons if kind == "neurons" else 1 for kind in kinds}
+        least = {axis.name: min(axis.size, max(axis.least, multiple * (axis.kind == "neurons"))) for axis in axes}
+        return cls(base, kinds, units, least, {axis.name: axis.size for axis in axes})
 
     def levels(self, name: str) -> list[int]:
         """The sizes that an axis may have. The list is equally long for all axes: the smallest and largest size may repeat."""

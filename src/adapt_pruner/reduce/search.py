@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.checkpoint.load import locate
+from adapt_pruner.checkpoint.load import load, locate
+from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import precision
@@ -36,7 +37,8 @@ from adapt_pruner.reduce.units import (
     scores_of,
     sizes_alike,
 )
-from adapt_pruner.reduce.work import Change, Passes, Work
+from adapt_pruner.reduce.work import Change, Looks, Passes, Work
+from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train.objectives import kl_of_logits
 
 __all__ = ["Search"]
@@ -100,8 +102,14 @@ class Search(Units):
                 "and no other takes one: write search(proposals=language_model, model=http://localhost:8000/v1#NAME), or a "
                 "model on this machine"
             )
-        if self.model and not self.model.startswith(("http://", "https://")):
+        if self._is_here:
             locate(self.model)
+        ignored = {"equal_widths": work.recipe.equal_widths, "sequential_scoring": work.recipe.sequential_scoring}
+        if given := [key for key, asked in ignored.items() if asked]:
+            raise UsageError(
+                f"reduce search gives layers different sizes and scores them side by side, so {' and '.join(given)} would be ignored; leave "
+                f"{'it' if len(given) == 1 else 'them'} out"
+            )
         if self.on_repaired and (work.recipe.repair is None or repair_parameters(work)):
             raise UsageError(
                 "reduce search(repaired=true) measures candidates with repaired weights, and the recipe has no repair that leaves the "
@@ -117,6 +125,16 @@ class Search(Units):
                 "reduce search(repaired=true) works only on neurons and kv_heads, and axes names query_heads; leave that out of "
                 "axes"
             )
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether a chat model on this machine writes candidates."""
+        return bool(self.model) and not self.model.startswith(("http://", "https://"))
+
+    def looks(self, work: Work) -> Looks:
+        """What the metric reads, and forward passes."""
+        its = super().looks(work)
+        return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the rounds, and the repair of the result; the time of a round is known only after the first."""
@@ -142,7 +160,8 @@ class Search(Units):
             batches = work.batches()
             scores, _ = scores_of(work, batches, **where)
             text = work.batches(ahead=1)
-            space = Space.around(axes, sizes_alike(work, keep=target - repair_parameters(work)), level=self.level)
+            base = sizes_alike(work, keep=target - repair_parameters(work))
+            space = Space.around(axes, base, level=self.level, multiple=work.multiple_of)
             weights = _repaired_weights(work, axes, scores, space, batches) if self.on_repaired else {}
             judge = _Judge(work, axes, scores, text, self, weights)
             if self._found.stage != work.state.stage:
@@ -157,13 +176,14 @@ class Search(Units):
 
     def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", target: int) -> Iterator[Searched]:
         so_far = self._found
-        propose = parts.bind("proposal", self.proposals, model=self.model, warn=work.warn)
+        chat = load(self.model, device=work.model.device) if self._is_here and world.is_main() else self.model
+        propose = parts.bind("proposal", self.proposals, model=chat, warn=work.warn)
         while so_far.done <= self.rounds:
             draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + so_far.done)
             if so_far.done == 0:  # the start and its neighbours
                 candidates = [space.base, *(space.swapped(space.base, draw, 4) for _ in range(self.population - 1))]
             else:
-                candidates = propose(so_far.population, space, draw, self.offspring)
+                candidates = world.on_main(lambda: propose(so_far.population, space, draw, self.offspring))  # noqa: B023
             known = {tuple(one.sizes.values()) for one in so_far.population}
             candidates = [sizes for sizes in _distinct(candidates) if tuple(sizes.values()) not in known]
             tell = work.progress("search", stage=work.state.stage)
