@@ -109,6 +109,20 @@ def test_stages_and_a_repair(tiny_folder: Path, text_file: Path, tmp_path: Path)
     assert outcome.figures["seconds_repair"] > 0
 
 
+def test_biases_that_a_repair_adds_are_trained_at_once(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """A killed run takes them from its checkpoint, so it tells if the whole run left them out until the cuts were over."""
+    calibration = {"source": str(text_file), "samples": 4, "length": 16}
+    recipe = recipe_of(
+        tiny_folder, text_file, axes=["neurons"], budget="90%", repair="closed_form.mean_bias", calibration=calibration
+    )
+    run(recipe, tmp_path / "whole")
+    break_off(recipe, tmp_path / "broken", kind="step", nth=5)
+    run(recipe, tmp_path / "broken")
+    norms = [[line["gradient_norm"] for line in log_of(tmp_path / name, "step")] for name in ("whole", "broken")]
+    assert norms[0] == norms[1]
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"training": {"source": None, "tokens": 0}}, "between_steps removes units while the model trains, and the recipe trains nothing"),
     ({"training": {"lora": {"rank": 2}}}, "between steps, which training.lora does not allow; leave it out"),

@@ -13,7 +13,8 @@ from adapt_pruner import families
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import hard_concrete
-from adapt_pruner.reduce.hard_concrete import expected_open, fold, sampled, settled
+from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold, sampled, settled
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
@@ -102,6 +103,19 @@ def test_a_shape_is_found_for_a_budget(tiny_folder: Path, text_file: Path, tmp_p
     assert outcome.figures["budget"] * 0.85 < outcome.figures["params_after"] <= outcome.figures["budget"]
     sizes = families.sizes(outcome.loaded.model)
     assert len({sizes[name] for name in sizes if name.endswith("neurons")}) == 1
+
+
+def test_a_budget_a_little_below_the_model_takes_no_whole_layer_or_head() -> None:
+    """Kinds of few units are rounded up, so that those of many pay."""
+    model = tiny_model(num_hidden_layers=4, hidden_size=192, intermediate_size=640)
+    work = Work.of(model, read({"model": "x", "budget": "97%", "method": "sheared", "training": {"source": "x", "tokens": 100}}))
+    dense = {axis.kind: axis.size for axis in work.axes}
+    found = HardConcrete()._found(work, work.num_params * 97 // 100)
+    assert {kind: dense[kind] - size for kind, size in found.items() if kind in ("kv_heads", "layers")} == {
+        "kv_heads": 0,
+        "layers": 0,
+    }
+    assert all(found[kind] < dense[kind] for kind in ("neurons", "residual"))
 
 
 @pytest.mark.parametrize("nth", [3, 12, 20])

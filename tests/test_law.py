@@ -452,5 +452,8 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         Mask({"layers": torch.ones(3)})
     with pytest.raises(ValueError, match="not a mask"):
         Mask.from_json({"format": 1, "axes": {"layers": {"size": 2, "kept": [5]}}})
+    for axis in ({"size": 2, "kept": [-1]}, {"size": -2, "kept": []}, {"size": 2**60, "kept": []}, {"size": "2", "kept": [0]}):
+        with pytest.raises(ValueError, match="not a mask"):
+            Mask.from_json({"format": 1, "axes": {"layers": axis}})
     with pytest.raises(ValueError, match="format 2"):
         Mask.from_json({"format": 2, "axes": {}})

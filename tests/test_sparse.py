@@ -204,6 +204,17 @@ def test_a_run_that_was_killed_between_layers_ends_the_same(
     assert one is not None
 
 
+def test_layers_are_not_solved_again_once_all_are_done(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Killed after the checkpoint that follows the last layer, before the run has noted that the reduction is over."""
+    recipe = recipe_of(tiny_folder, text_file, "sparsegpt", checkpoint_minutes=0)
+    break_off(recipe, tmp_path / "broken", kind="saved", nth=4)
+    assert (tmp_path / "broken" / "checkpoints" / "stage-1-cut-1").is_dir()
+    told: list[dict[str, Any]] = []
+    run(recipe, tmp_path / "broken", listen=told.append)
+    assert not [event for event in told if event["event"] in ("masked", "cut")]
+    assert len(log_of(tmp_path / "broken", "cut")) == 1
+
+
 def test_no_other_pattern_once_some_layers_have_their_zeros(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_folder, text_file, "sparsegpt", checkpoint_minutes=0)
     break_off(recipe, tmp_path / "broken", kind="masked", nth=3)

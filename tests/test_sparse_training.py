@@ -72,6 +72,16 @@ def test_it_ends_with_exact_masks_and_a_killed_run_ends_the_same(
     assert all(0 < line["flipped"] < 0.5 for line in told)
 
 
+def test_masks_are_not_learnt_again_once_they_are_final(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file, reduce="sparse_training(every=2, share=0.5)", checkpoint_minutes=0)
+    run(recipe, tmp_path / "whole")
+    (saves,) = [n for n, line in enumerate(log_of(tmp_path / "whole", "saved"), 1) if line["path"].endswith("stage-1-cut-1")]
+    break_off(recipe, tmp_path / "broken", kind="saved", nth=saves)
+    run(recipe, tmp_path / "broken")
+    assert len(log_of(tmp_path / "broken", "cut")) == 1
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_masks_rest_for_the_rest_of_the_rows(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     run(recipe_of(tiny_folder, text_file, reduce="sparse_training(every=2, share=0.5)"), tmp_path / "run")
     assert [line["done"] for line in log_of(tmp_path / "run", "masked")] == [2, 4]

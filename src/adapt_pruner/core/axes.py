@@ -25,6 +25,8 @@ from adapt_pruner.errors import RunError
 
 __all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice"]
 
+_MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
+
 Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a block of an axis only."""
 
@@ -326,8 +328,11 @@ class Mask:
                 raise ValueError(f"mask format {data['format']!r} is not known to this version; known: 1")
             kept = {}
             for name, axis in data["axes"].items():
-                keep = torch.zeros(axis["size"], dtype=torch.bool)
-                keep[torch.tensor(axis["kept"], dtype=torch.long)] = True
+                size, indices = axis["size"], axis["kept"]
+                if not 0 <= size <= _MOST_UNITS or any(not 0 <= index < size for index in indices):
+                    raise ValueError(f"not a mask: {name!r} has {size} units and keeps others")
+                keep = torch.zeros(size, dtype=torch.bool)
+                keep[torch.tensor(indices, dtype=torch.long)] = True
                 kept[name] = keep
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a mask: {error!r}") from error

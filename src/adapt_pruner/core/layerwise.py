@@ -210,7 +210,8 @@ class Sweep:
 
     def _worked(self, layers: int) -> None:
         self._done += layers
-        self._tell(self._done / self._of)
+        if self._of:  # a process may have no text
+            self._tell(self._done / self._of)
 
     def forward(self) -> None:
         """Bring every batch to the end of the last layer."""

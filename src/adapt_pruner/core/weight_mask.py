@@ -89,6 +89,10 @@ class WeightMask:
         alike = self.kept.keys() == other.kept.keys() and self.pattern == other.pattern
         return alike and all(torch.equal(keep, other.kept[name]) for name, keep in self.kept.items())
 
+    def to(self, device: torch.device) -> "WeightMask":
+        """The same mask on a device."""
+        return WeightMask({name: keep.to(device) for name, keep in self.kept.items()}, self.pattern)
+
     @property
     def num_zeros(self) -> int:
         """The number of masked weights."""

@@ -75,8 +75,8 @@ class HardConcrete(Reduction):
             ramp: share of those rows over which the target sizes fall to those of the shape.
             lr: peak learning rate of log α and of the multipliers; it follows the schedule of the weights.
 
-        Without any size, the shape follows from the budget: all kinds in `axes` give up the same share of their units, the
-        smallest that meets the budget.
+        Without any size, the shape follows from the budget: all kinds in `axes` keep the same share of their units, rounded
+        up, the largest that meets the budget.
 
         With e_j the expected share of a row that is gone, t_j its target so far, and multipliers λ of each kind j:
 
@@ -176,10 +176,10 @@ class HardConcrete(Reduction):
         return {kind: size for kind, size in self.shape.items() if size is not None and size < most.get(kind, 0)}
 
     def _found(self, work: Work, target: int) -> dict[str, int]:
-        """The largest sizes that keep the same share of every kind and meet the budget."""
+        """The largest sizes that keep the same share of every kind, rounded up to whole units, and meet the budget."""
         most = {kind: min(axis.size for axis in work.axes if axis.kind == kind) for kind in self._kinds(work)}
         shares = range(1000, 0, -1)
-        sizes = ({kind: max(1, most[kind] * share // 1000) for kind in most} for share in shares)
+        sizes = ({kind: -(-most[kind] * share // 1000) for kind in most} for share in shares)
         return next(shape for shape in sizes if _params(work, shape) <= target)
 
     def _hold(self, work: Work, rows: Mapping[str, Tensor]) -> None:
@@ -200,7 +200,7 @@ class HardConcrete(Reduction):
                 parameter.copy_(torch.tensor(values["value"]).to(device).view_as(parameter))
             if values["moments"]:
                 work.optimizer.state[parameter] = {  # type: ignore[union-attr]
-                    key: torch.tensor(value) if key == "step" else torch.tensor(value).to(device).view_as(parameter)
+                    key: torch.tensor(value).to(device).view(() if key == "step" else parameter.shape)
                     for key, value in values["moments"].items()
                 }
         self._saved = {}

@@ -32,7 +32,7 @@ class Sparse(Reduction):
     """Make single weights zero by the recipe's solver, a share of them or N of every M, and keep all shapes."""
 
     def __init__(self) -> None:
-        self._done = 0
+        self._done, self._over = 0, False
 
     def check(self, work: Work) -> None:
         """Refuse a model that has zeros or is sliced, a layer that the pattern does not fit, and a recipe without a solver."""
@@ -69,6 +69,8 @@ class Sparse(Reduction):
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
         """Solve the decoder layers one after the other and report each; then yield that all are done."""
+        if self._over:
+            return
         recipe, pattern = work.recipe, Pattern.parse(work.recipe.sparsity)
         assert recipe.solver is not None
         needs, solver = parts.needs("solver", recipe.solver), parts.bind("solver", recipe.solver)
@@ -89,7 +91,7 @@ class Sparse(Reduction):
                 self._done += solved.layers
                 error = sum(solved.errors) / len(solved.errors) if solved.errors else None
                 yield Masked(stage=work.state.stage, done=self._done, of=depth, error=error, zeros=work.weight_mask.num_zeros)
-        self._done = 0
+        self._done, self._over = 0, True
         yield Change(None, told={"zeros": 0 if work.weight_mask is None else work.weight_mask.num_zeros})
 
     def _batches(self, work: Work) -> list[Tensor]:
@@ -97,12 +99,12 @@ class Sparse(Reduction):
         return work.reads.calibration(work.iteration) if self._done else work.batches()
 
     def state(self) -> dict[str, Any]:
-        """How many decoder layers are done."""
-        return {"done": self._done}
+        """How many decoder layers are done, and whether that was said of all."""
+        return {"done": self._done, "over": self._over}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue after those layers."""
-        self._done = state.get("done", 0)
+        self._done, self._over = state.get("done", 0), state.get("over", False)
 
     def fit(self, work: Work) -> None:
         """Refuse a change of the recipe while some layers have zeros and others have none.

@@ -70,6 +70,7 @@ class SparseTraining(Reduction):
         """
         self.scores, self.every, self.decay, self.ramp, self.share, self.slorb = scores, every, decay, ramp, share, slorb
         self._began: dict[str, int] = {}
+        self._over = False
 
     def check(self, work: Work) -> None:
         """Refuse a recipe without training, training that does not work with masks, and a model that has zeros."""
@@ -100,6 +101,8 @@ class SparseTraining(Reduction):
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
         """Train under masks and report each new choice of masks; then make the masked weights zero."""
+        if self._over:
+            return
         assert work.training is not None
         progress, asked = work.state.progress, work.recipe.training
         if not self._began:
@@ -112,29 +115,30 @@ class SparseTraining(Reduction):
         first, stop = self._began["rows"], work.row_at(self.share, first=self._began["rows"])
         last = -(-(stop - first) // (asked.batch_tokens // asked.length))
         squares: dict[str, Tensor] = {}
+        here = work.weight_mask.to(work.model.device)
 
         def around(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def loss(model: Any, ids: Tensor, predicted: Tensor | None = None) -> Tensor:
-                assert work.weight_mask is not None
-                with masked(model, work.weight_mask), _watched(model, squares if self.scores == "wanda" else None):
+                with masked(model, here), _watched(model, squares if self.scores == "wanda" else None):
                     total: Tensor = objective(model, ids, predicted)
                 return total
 
             return loss
 
         for step in work.training(until=stop, around=around):
-            _draw_to_zero(work.model, work.weight_mask, self._strength(progress.rows - first, stop - first))
+            _draw_to_zero(work.model, here, self._strength(progress.rows - first, stop - first))
             step.take()
             done = progress.steps - self._began["steps"]
             if done % self.every == 0 or progress.rows >= stop:
                 before, work.weight_mask = work.weight_mask, self._chosen(work, squares)
+                here = work.weight_mask.to(work.model.device)
                 yield Masked(
                     stage=work.state.stage, unit="step", done=done, of=last, zeros=work.weight_mask.num_zeros,
                     flipped=_flipped(before, work.weight_mask),
                 )  # fmt: skip
             squares.clear()
         work.weight_mask.apply(work.model, optimizer=work.optimizer)
-        self._began = {}
+        self._began, self._over = {}, True
         yield Change(None, told={"zeros": work.weight_mask.num_zeros})
 
     def _strength(self, read: int, of: int) -> float:
@@ -154,12 +158,12 @@ class SparseTraining(Reduction):
         return WeightMask(kept, pattern)
 
     def state(self) -> dict[str, Any]:
-        """Where the training under masks began; the masks themselves are in the checkpoint."""
-        return {"began": dict(self._began)}
+        """Where the training under masks began, and whether it is over; the masks themselves are in the checkpoint."""
+        return {"began": dict(self._began), "over": self._over}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
-        self._began = dict(state.get("began", {}))
+        self._began, self._over = dict(state.get("began", {})), state.get("over", False)
 
     def fit(self, work: Work) -> None:
         """Count rows and steps from the start, because the recipe or a text changed.

@@ -406,6 +406,12 @@ class Work:
         """Number of the next pruning step, from 1, over all stages."""
         return len(self.state.history) + 1
 
+    def train_new_parameters(self) -> None:
+        """Add the parameters that a repair has made, which are biases, to the optimiser, in place, without weight decay."""
+        if self.optimizer is not None:
+            its = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            self.optimizer.param_groups[-1]["params"] += [one for one in self.model.parameters() if id(one) not in its]
+
     def row_at(self, share: float, *, first: int) -> int:
         """The row of the feed at which this share of the stage's rows from `first` on has been read; at least one row."""
         end = self.reads.ends[self.state.stage - 1]

@@ -191,7 +191,7 @@ class Trainer:
             work.optimizer = self._new_optimizer()
             self._working = (work.model, work.optimizer)
             return
-        work.optimizer.param_groups[-1]["params"] += [one for one in there if id(one) not in its]
+        work.train_new_parameters()
 
     @contextmanager
     def _at_work(self) -> Iterator[tuple[Any, Any]]:

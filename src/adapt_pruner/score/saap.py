@@ -60,7 +60,10 @@ def saap(
     with attached(model.get_parameter(name).register_hook(_watch(model, name, its, lines)) for name, its in pieces.items()):
         elements = yield from taylor(model, axes, form="mixed")
     fused = partial(_fused, terms=terms, stability=stability)
-    return {axis.name: fused(elements[axis.name], *map(torch.stack, lines[axis.name])) for axis in scored}
+    own = {
+        axis.name: [torch.stack(each) if each else torch.zeros(0, axis.entries) for each in lines[axis.name]] for axis in scored
+    }
+    return {axis.name: fused(elements[axis.name], *own[axis.name]) for axis in scored}
 
 
 def _watch(
