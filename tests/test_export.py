@@ -79,6 +79,12 @@ def unequal(layout: tuple[str, str] = ("llama", "llama"), **changes: Any) -> Any
     return model
 
 
+def five_heads() -> Any:
+    model = tiny_model(num_attention_heads=6, num_key_value_heads=6)
+    cut(model, families.axes(model), Mask({f"layers.{i}.kv_heads": torch.tensor([True] * 5 + [False]) for i in range(3)}))
+    return model
+
+
 def as_loaded(model: Any, tokenizer: Any = None) -> Loaded:
     return Loaded(model, tokenizer or bpe(), torch.float32, None, None, "org/tiny", 0)
 
@@ -162,7 +168,7 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
     """A width of 48 takes 6 heads, not 5."""
     model = tiny_model(("llama", "llama-mha-biased"), vocab_size=VOCAB)
     cut(model, families.axes(model), Mask({f"layers.{i}.kv_heads": torch.tensor([True] * 5 + [False]) for i in range(3)}))
-    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use --to padded"):
+    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use --to gguf"):
         export(as_loaded(model), tmp_path / "uniform", to="uniform")
     export(as_loaded(model), tmp_path / "out", to="padded")
     assert read_json(tmp_path / "out" / "config.json")["num_attention_heads"] == 6
@@ -223,6 +229,7 @@ def test_a_decilm_folder_loads_from_block_configs_alone(tmp_path: Path) -> None:
         ),
         (lambda: tiny_model(("llama", "qwen2")), "DeciLM is a Llama, and this model is of type 'qwen2'"),
         (lambda: tiny_model(("llama", "mistral")), "'mistral' with a sliding window"),
+        (five_heads, "DeciLM's config wants the number of query heads, 5, to divide the width, 48; use --to padded"),
         (lambda: tiny_model(("llama", "llama-mha-biased")), "DeciLM has no biases"),
     ],
 )

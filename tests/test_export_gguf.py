@@ -14,7 +14,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export, gguf, gguf_tokenizer
-from adapt_pruner.export.loading import GGUF_TYPES
+from adapt_pruner.export.loading import GGUF_TYPES, no_gguf
 from conftest import LAYOUTS, tiny_config, tiny_model
 from test_cli import call
 from test_export import TEMPLATE, VOCAB, as_loaded, bpe, compared, repaired, unequal
@@ -158,6 +158,27 @@ def test_ropes_are_scaled_alike(kind: str, tmp_path: Path) -> None:
     assert found["max_difference"] < 1e-4 * found["deviation"], found
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0} | ROPES["llama3"]
+
+
+@pytest.mark.parametrize("what", ["heads", "rope"])
+def test_a_qwen2_whose_layers_are_alike_and_not_as_llama_cpp_expects(what: str, tmp_path: Path) -> None:
+    """Queries narrower than the stream, or positions scaled as Llama 3 does it: llama.cpp's qwen2 knows neither, its deci both."""
+    llama_cpp()
+    model = tiny_model(
+        ("llama", "qwen2"), vocab_size=VOCAB, **PLAIN["qwen2"], **({} if what == "heads" else {"rope_parameters": LLAMA3_ROPE})
+    )
+    if what == "heads":
+        axes = families.axes(model)
+        cut(model, axes, Mask({axis.name: torch.arange(axis.size) < 2 for axis in axes if axis.kind == "kv_heads"}))
+        assert model.config.hidden_size != model.config.num_attention_heads * model.model.layers[0].self_attn.head_dim
+    loaded = as_loaded(model)
+    export(loaded, tmp_path / "x.gguf", to="gguf")
+    found = compared(loaded, tmp_path / "x.gguf")
+    assert found["passed"], found["failures"]
+    assert "(deci)" in found["engine"]
+
+
 def test_biases_of_a_repair_and_pieces_as_sentencepiece_has_them(repaired: Loaded, tmp_path: Path) -> None:
     llama_cpp()
     export(repaired, tmp_path / "repaired.gguf", to="gguf")
@@ -249,9 +270,18 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, repaired: Lo
         (tiny_model(("gemma3", "gemma3"), vocab_size=VOCAB), "scales attention by the head size 16"),
         (tiny_model(("gemma3", "gemma3-capped"), vocab_size=VOCAB, query_pre_attn_scalar=16), "no attention biases"),
         (tiny_model(vocab_size=VOCAB, hidden_act="gelu"), "computes this model with silu, and it has gelu"),
+        (
+            tiny_model(("llama", "qwen3"), vocab_size=VOCAB, rope_parameters=LLAMA3_ROPE),
+            "rope scaling 'llama3' of a model of type qwen3",
+        ),
+        (
+            tiny_model(vocab_size=VOCAB, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}),
+            "rope scaling 'yarn'",
+        ),
     ):
         with pytest.raises(UsageError, match=said):
             export(as_loaded(model), tmp_path / "x.gguf", to="gguf")
+        assert said in str(no_gguf(model.config.to_dict())), "the card knows it, too"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,7 +22,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, still_fitting, widest
+from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, padded_weights, still_fitting, widest
 from adapt_pruner.export.plain import holds, loading, opened
 
 __all__ = ["ABOUT", "holds", "loading", "opened", "width_of", "write"]
@@ -48,7 +48,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     model = loaded.model
     check_layers(model.config, "DeciLM")
     sizes = layer_sizes(model)
-    _refuse_unheld(model.config, sizes)
+    _refuse_unheld(model, sizes)
     wide = [replace(size, neurons=-(-size.neurons // _MULTIPLE) * _MULTIPLE) for size in sizes]
     blocks = [_block(size, model.config.hidden_size) for size in wide]
 
@@ -97,8 +97,8 @@ def _block(size: LayerSizes, hidden_size: int) -> dict[str, Any]:
     return {"attention": attention | absent, "ffn": {"ffn_mult": ffn_mult} | absent}
 
 
-def _refuse_unheld(config: Any, sizes: list[LayerSizes]) -> None:
-    kind = config.model_type
+def _refuse_unheld(model: Any, sizes: list[LayerSizes]) -> None:
+    config, kind = model.config, model.config.model_type
     sliding = kind == "mistral" and config.sliding_window is not None
     if kind not in ("llama", "mistral") or sliding:
         raise UsageError(
@@ -106,6 +106,11 @@ def _refuse_unheld(config: Any, sizes: list[LayerSizes]) -> None:
         )
     if any(getattr(config, key, False) for key in ("attention_bias", "mlp_bias", "output_bias")):
         raise UsageError("DeciLM has no biases, and this model has some; use --to gguf")
+    if not accepted(model, widest(sizes)):
+        raise UsageError(
+            f"DeciLM's config wants the number of query heads, {widest(sizes).heads}, to divide the width, {model.config.hidden_size}; use "
+            "--to padded or gguf"
+        )
     heads = sorted({size.heads for size in sizes})
     if len(heads) > 1:
         raise UsageError(

@@ -36,6 +36,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
+from adapt_pruner.export.loading import not_computed, ropes_of
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
 __all__ = ["ABOUT", "PADS", "QUANTS", "holds", "loading", "opened", "write"]
@@ -206,18 +207,19 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     check_layers(config, "llama.cpp")
     if config.model_type not in _NATIVE:
         raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(_NATIVE)}")
-    _refuse_unheld(config)
+    if (trouble := not_computed(config.to_dict(), config.model_type)) is not None:
+        raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use --to padded or onnx")
     notes = []
     sizes = layer_sizes(model)
     sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]
-    arch = _NATIVE[config.model_type]
+    arch, head_dim = _NATIVE[config.model_type], model.model.layers[0].self_attn.head_dim
     extra_biases = bool(getattr(config, "output_bias", False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if extra_biases and arch not in ("llama", "qwen2"):
         raise UsageError(
             f"llama.cpp has no place for the biases that a repair gave this {arch} model; export it --to onnx, or prune with --set repair=null"
         )
-    if len(set(sizes)) > 1 or extra_biases:
+    if len(set(sizes)) > 1 or extra_biases or (arch == "qwen2" and not _fits_qwen2(config, sizes[0], head_dim)):
         if arch in ("llama", "qwen2"):
             arch = "deci"
         elif arch == "qwen3" and tied and not config.attention_bias:
@@ -238,40 +240,18 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     window = getattr(config, "sliding_window", None)
     if arch != "gemma3" and window and window < config.max_position_embeddings and _slides(config):
         notes.append(f"llama.cpp has no sliding window for this model, so its context is set to the window of {window:,} tokens")
-    return _Plan(arch, tuple(sizes), model.model.layers[0].self_attn.head_dim), notes
+    return _Plan(arch, tuple(sizes), head_dim), notes
+
+
+def _fits_qwen2(config: Any, size: LayerSizes, head_dim: int) -> bool:
+    """Whether llama.cpp's qwen2 holds layers of this size: its queries are as wide as the stream, and it knows no rope of Llama 3."""
+    llama3 = any(rope.get("rope_type") == "llama3" for rope in ropes_of(config.to_dict()))
+    return size.heads * head_dim == config.hidden_size and not llama3
 
 
 def _slides(config: Any) -> bool:
     types = getattr(config, "layer_types", None)
     return types is None or "sliding_attention" in types
-
-
-def _refuse_unheld(config: Any) -> None:
-    """Refuse a model that llama.cpp's graphs cannot compute."""
-    if config.model_type == "gemma3_text":
-        head_dim = config.head_dim
-        scalar = config.query_pre_attn_scalar
-        if scalar != head_dim:
-            raise UsageError(
-                f"llama.cpp scales attention by the head size {head_dim}, this model by query_pre_attn_scalar {scalar}; use --to padded or onnx"
-            )
-        if config.attention_bias or getattr(config, "use_bidirectional_attention", False):
-            raise UsageError("llama.cpp's gemma3 has no attention biases and looks backwards only; use --to padded or onnx")
-    elif config.hidden_act != "silu":
-        raise UsageError(f"llama.cpp computes this model with silu, and it has {config.hidden_act}; use --to padded or onnx")
-    for rope in _ropes(config):
-        if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-            raise UsageError(f"rope scaling {rope['rope_type']!r} is not written to GGUF; use --to padded or onnx")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UsageError("a rope over a part of a head is not written to GGUF; use --to padded or onnx")
-
-
-def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The rope parameters: one set for the whole model, or one each for full and sliding attention."""
-    rope = config.rope_parameters
-    if "full_attention" in rope:
-        return [rope["full_attention"], rope["sliding_attention"]]
-    return [rope]
 
 
 def _write(gguf: Any, loaded: Loaded, path: Path, plan: _Plan, dtype: torch.dtype) -> list[str]:
@@ -332,7 +312,7 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
     writer.add_value_length(plan.head_dim)
     writer.add_rope_dimension_count(plan.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = _ropes(config)[0]
+    rope = ropes_of(config.to_dict())[0]
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -342,7 +322,7 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(_ropes(config)[1]["rope_theta"])
+        writer.add_rope_freq_base_swa(ropes_of(config.to_dict())[1]["rope_theta"])
 
 
 def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
@@ -384,7 +364,7 @@ def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
     With λ = 2π / frequency and the context c that the model was trained on: 1 if λ < c / high, the factor if λ > c / low, and
     otherwise 1 / ((1 - s) / factor + s), s = (c / λ - low) / (high - low).
     """
-    rope = _ropes(config)[0]
+    rope = ropes_of(config.to_dict())[0]
     if rope.get("rope_type") != "llama3":
         return None
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]

@@ -5,10 +5,11 @@ from typing import Any
 
 from adapt_pruner.checkpoint.for_others import stock_type
 
-__all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf"]
+__all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
 
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """The model types that `export --to gguf` can write."""
+_LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama, whose graph scales positions as Llama 3 does
 
 
 def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -72,6 +73,29 @@ def no_gguf(config: Mapping[str, Any]) -> str | None:
         return f"the export knows no form for models of type {kind}"
     if config.get("output_bias") and kind not in ("llama", "mistral", "qwen2"):
         return "it has no place for the biases that a repair added"
-    if kind == "gemma3_text" and config.get("query_pre_attn_scalar") != config.get("head_dim"):
-        return "it scales attention by the head size, and this model does not"
+    return not_computed(config, kind)
+
+
+def not_computed(config: Mapping[str, Any], kind: str) -> str | None:
+    """What of a model llama.cpp's graph for its type does not compute; None if it computes all."""
+    if kind == "gemma3_text":
+        head_dim, scalar = config["head_dim"], config["query_pre_attn_scalar"]
+        if scalar != head_dim:
+            return f"it scales attention by the head size {head_dim}, and this model by query_pre_attn_scalar {scalar}"
+        if config.get("attention_bias") or config.get("use_bidirectional_attention"):
+            return "its gemma3 has no attention biases and looks backwards only"
+    elif config["hidden_act"] != "silu":
+        return f"it computes this model with silu, and it has {config['hidden_act']}"
+    for rope in ropes_of(config):
+        scaling = rope.get("rope_type", "default")
+        if scaling not in ("default", "linear", *(["llama3"] if kind in _LLAMAS else [])):
+            return f"rope scaling {scaling!r} of a model of type {kind} is not written to GGUF"
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            return "a rope over a part of a head is not written to GGUF"
     return None
+
+
+def ropes_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rope parameters: one set for the whole model, or one each for full and sliding attention."""
+    rope = config.get("rope_parameters") or {}
+    return [rope["full_attention"], rope["sliding_attention"]] if "full_attention" in rope else [rope]

@@ -193,6 +193,6 @@ def _stock_config(model: Any, size: LayerSizes) -> Any:
     except ValueError as error:
         raise UsageError(
             f"the stock config does not allow {size.heads} heads: the width {config.hidden_size} is not a multiple of that; "
-            "use --to padded or --to gguf"
+            "use --to gguf or --to onnx"
         ) from error
     return config
