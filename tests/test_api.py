@@ -157,6 +157,22 @@ def test_the_page_of_a_result_without_losses(tiny_folder: Path, tmp_path: Path) 
     assert "∞" not in page
 
 
+def test_a_path_from_the_home_folder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small = ap.prune(tiny_folder, "~/small", params="80%", method="magnitude-all")
+    assert (tmp_path / "small" / "config.json").is_file()
+    with pytest.warns(UserWarning, match="padding brings"):
+        assert small.export("padded", "~/plain") == tmp_path / "plain"
+    assert (tmp_path / "plain" / "README.md").is_file()
+    assert ap.verify("~/small", "~/plain")
+
+
+@pytest.mark.parametrize("wrong", [{"limit": -1}, {"limit": 0}, {"max_windows": 0}])
+def test_numbers_that_measure_nothing(wrong: dict[str, int], tiny_folder: Path) -> None:
+    with pytest.raises(ap.UsageError, match=rf"{next(iter(wrong))}.*at least 1"):
+        ap.evaluate(tiny_folder, tasks="piqa", text="python-docs:heldout", **wrong)
+
+
 def test_a_failed_proof_is_false_and_says_why() -> None:
     failed = ap.Verification(passed=False, failures=["one", "two"], figures={"agreement": 0.5})
     assert not failed

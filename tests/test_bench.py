@@ -85,6 +85,9 @@ def test_a_gguf_file_has_the_shapes_of_its_checkpoint(tied: bool, tmp_path: Path
     found = of_gguf(tmp_path / "a.gguf")
     assert found.shapes == shapes(model)
     assert (found.weight, found.cached) == (4, 2)
+    joined = unequal(("llama", "qwen3"))  # its file has queries, keys and values in one matrix
+    export(as_loaded(joined), tmp_path / "q.gguf", to="gguf", quant="f32")
+    assert of_gguf(tmp_path / "q.gguf").shapes == shapes(joined)
     export(as_loaded(model), tmp_path / "b.gguf", to="gguf", quant="bf16")
     assert 2 < of_gguf(tmp_path / "b.gguf").weight < 2.2, "norms stay in 32 bits"
     (tmp_path / "c.gguf").write_bytes(b"GGUF and then nothing of the kind")

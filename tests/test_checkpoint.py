@@ -635,3 +635,17 @@ for name in sys.argv[2:]:
         save(model, byte_tokenizer(), tmp_path / name / "model", dtype=torch.float32)
     found = ask_a_stranger(code, tmp_path, "unequal", "sliced", "again", folder=tmp_path).split()
     assert found == ["PrunedLlamaForCausalLM", "SlicedLlamaForCausalLM", "PrunedLlamaForCausalLM"]
+
+
+def test_the_size_on_disk_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Not of moments beside them, as in a run's checkpoint, nor of the same weights in another form."""
+    save(tiny_model(vocab_size=VOCAB), byte_tokenizer(), tmp_path / "whole", dtype=torch.float32)
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    for other in ("optimizer.safetensors", "consolidated.safetensors"):
+        (tmp_path / "whole" / other).write_bytes(bytes(1000))
+    assert load(str(tmp_path / "whole")).weight_bytes == size
+    load(str(tmp_path / "whole")).model.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(tmp_path / "parts")
+    parts = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(parts) > 1
+    assert load(str(tmp_path / "parts")).weight_bytes == sum(part.stat().st_size for part in parts)

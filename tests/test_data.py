@@ -155,6 +155,8 @@ def test_half_a_character_becomes_a_mark_for_it(tmp_path: Path) -> None:
     [
         ("empty.txt", b"  \n", "is empty"),
         ("latin1.txt", "caf\xe9".encode("latin1"), r"not UTF-8 text \(byte 3 is 0xe9\).*iconv"),
+        ("packed.txt.gz", gzip.compress(b"text"), "is packed by gzip; unpack it"),
+        ("model.bin", b"\x80\x02\x00\x00", "is no text"),
         ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2, is not JSON"),
         ("other.jsonl", b'{"body": "x"}\n', "line 1, has no text in a field 'text'"),
         ("cut.jsonl.gz", gzip.compress(LINES.encode() * 50)[:-20], "cannot be read"),

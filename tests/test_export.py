@@ -1,6 +1,7 @@
 """Exports compute what the model computes in tools that do not have this package, and what a form cannot hold is refused."""
 
 import io
+import itertools
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import decilm, export
+from adapt_pruner.export import decilm, export, proof
 from adapt_pruner.export import onnx as onnx_form
 from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
@@ -430,3 +431,21 @@ def test_code_of_a_tokenizer_beside_a_graph_is_not_run_unasked(tmp_path: Path, m
     with pytest.raises(UsageError, match="pass --trust-remote-code"), opened(tmp_path, context=8):
         pass
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_proof_reads_no_more_text_than_it_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
+    model, lines = unequal(), list[int]()
+    save(model, bpe(), tmp_path / "own", dtype=torch.float32)
+    export(as_loaded(model), tmp_path / "out", to="padded")
+
+    def endless(spec: str) -> Any:
+        for number in itertools.count():
+            lines.append(number)
+            yield f"Line {number}.\n"
+
+    monkeypatch.setattr(proof, "texts", endless)
+    assert proof.prove(str(tmp_path / "own"), tmp_path / "out", text=str(text_file), window=64)["passed"]
+    assert len(lines) == 200
+    with pytest.raises(UsageError, match="does not exist"):
+        proof.prove(str(tmp_path / "own"), tmp_path / "nothing", text=str(text_file))
+    assert len(lines) == 200, "none is read for what is not there"

@@ -1,6 +1,7 @@
 """Scores on tasks: the likelihoods and scores of lm-eval's own model, shared beginnings or not, kept and compared."""
 
 import importlib.util
+import io
 import json
 import random
 import sys
@@ -193,6 +194,30 @@ def test_a_task_is_scored_once(folder: Path, tmp_path: Path, monkeypatch: pytest
     (next(iter(tmp_path.glob("*.json")))).write_text("{", encoding="utf-8")
     with pytest.raises(TypeError, match="NoneType"):
         evaluate_tasks(model, tokenizer, wanted, cache=tmp_path)
+
+
+@needs_lm_eval
+def test_what_a_listener_prints_is_seen(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """lm-eval's own words are not."""
+    wanted = find_tasks("tiny_choices", task_dir=folder)
+    set_shots(wanted, None)
+    evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path, on_task=lambda *told: print(*told))
+    assert len(capsys.readouterr().out.splitlines()) > 2
+
+
+def test_a_hub_that_answers_again_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(*_: Any, **__: Any) -> Any:
+        if not there:
+            raise OSError("no network")
+        return io.BytesIO()
+
+    there: list[bool] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(task_sources.urllib.request, "urlopen", answers)
+    assert not task_sources._hub_answers(1)
+    there.append(True)
+    assert not task_sources._hub_answers(1), "its clients would wait for half a minute a file"
+    assert task_sources._hub_answers(2)
 
 
 def test_a_model_is_known_by_what_it_is() -> None:

@@ -21,6 +21,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core import world
 from adapt_pruner.core.events import Warned, parse
+from adapt_pruner.core.files import expanded
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import RunError, UsageError
@@ -138,7 +139,7 @@ def _a(value: Any) -> str:
 
 def as_place(name: str, value: Any) -> Path:
     """The path of a folder or file to be written."""
-    return Path(of_kind(name, value, (str, Path), "a path, as str or Path"))
+    return expanded(of_kind(name, value, (str, Path), "a path, as str or Path"))
 
 
 def as_size(name: str, value: Any) -> str:

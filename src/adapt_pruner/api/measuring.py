@@ -195,7 +195,7 @@ def evaluate(
     how = Measures(
         text=None if text is None else as_spec("text", text), window=512 if window is None else _whole("window", window, 2),
         max_windows=None if max_windows is None else _whole("max_windows", max_windows, 1),
-        tasks=None if tasks is None else ",".join(as_words("tasks", tasks, _word)), num_fewshot=num_fewshot, limit=limit,
+        tasks=None if tasks is None else ",".join(as_words("tasks", tasks, _word)), num_fewshot=num_fewshot, limit=None if limit is None else _whole("limit", limit, 1),
         task_dir=None if task_dir is None else as_place("task_dir", task_dir),
         cache_dir=None if cache_dir is None else as_place("cache_dir", cache_dir), device=_word("device", device), dtype=_precision(dtype),
         trust_remote_code=trust_remote_code,
@@ -280,7 +280,7 @@ def compare(
             calibration=None if calibration is None else as_spec("calibration", calibration),
             calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in calibration_ids or ()), calibration_samples=calibration_samples,
             calibration_length=calibration_length,
-            draws=3 if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=max_windows,
+            draws=3 if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=_whole("max_windows", max_windows, 1),
             overrides=tuple(as_overrides(settings)), device=device, dtype=_precision(dtype), trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return Comparison(place, comparison.compare(asked, place, listen=tell, keep=keep), keeper)

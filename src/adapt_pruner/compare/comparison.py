@@ -34,7 +34,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.compared import Cell as CellBegun
 from adapt_pruner.core.compared import CellDone, Reused
 from adapt_pruner.core.events import Interrupted, Load, Warned
-from adapt_pruner.core.files import tidy, why, write_whole
+from adapt_pruner.core.files import expanded, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import is_marked, mark
 from adapt_pruner.core.places import check_place, check_room
@@ -42,7 +42,7 @@ from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
-from adapt_pruner.data.sources import SELF, documents, domains, read
+from adapt_pruner.data.sources import SELF, domains, read, texts
 from adapt_pruner.data.tokens import calibration_ids, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -84,7 +84,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     _check_kind(out)
     for text in asked.texts:
         if text != SELF:
-            documents(text)  # reports a missing text before a model is loaded
+            next(texts(text), None)  # reports a missing text before a model is loaded
     listen(Load(model=asked.model).told())
     device = pick_device(asked.device)
     again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
@@ -179,7 +179,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         if not counted[cell.method] and cell.method not in readers:
             return None
         if cell.recipe.calibration.ids is not None:
-            return hashlib.sha256(Path(cell.recipe.calibration.ids).read_bytes()).hexdigest()
+            return hashlib.sha256(expanded(cell.recipe.calibration.ids).read_bytes()).hexdigest()
         return [digests.get(spec) for spec in (*counted[cell.method], *domains(cell.recipe.calibration.source))]
 
     in_domain = {

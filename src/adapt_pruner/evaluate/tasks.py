@@ -5,10 +5,11 @@ import inspect
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -133,14 +134,17 @@ def evaluate_tasks(
     device = next(model.parameters()).device
     precision = "bfloat16" if uses_bfloat16(device, dtype) else "float32"
     whose = fingerprint(model, tokenizer)
-    current = ""
+    current, stdout = "", sys.stdout  # lm-eval prints, and nobody should see that; what a listener prints is seen
 
     def told(done: int, of: int) -> None:
         if on_task is not None:
-            on_task(current, done, of)
+            with redirect_stdout(stdout):
+                on_task(current, done, of)
 
     def told_of_cuts(cut: int, of: int, tokens: int) -> None:
-        if warn is not None:
+        if warn is None:
+            return
+        with redirect_stdout(stdout):
             warn(f"{current}: {cut:,} of {of:,} requests were cut off on the left to the {tokens:,} tokens that the model reads")
 
     asked = None

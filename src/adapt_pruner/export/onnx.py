@@ -126,7 +126,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
         check_files(path.parent)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # the tokenizers library raises plain ones
             raise UsageError(
                 f"the tokenizer beside {path} cannot be read ({first_line(error)}); if it brings its own Python code, pass "
                 "--trust-remote-code"

@@ -43,6 +43,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     check_files(artefact)
     try:
         config = read_json(artefact / "config.json")
+        if isinstance(config, dict):  # what transformers reads, which may lie in another file that this one names
+            config, _ = transformers.PreTrainedConfig.get_config_dict(artefact)
     except (OSError, ValueError) as error:
         raise UsageError(f"{artefact / 'config.json'} cannot be read: {first_line(error)}; get the folder again") from error
     if not isinstance(config, dict):

@@ -1,5 +1,6 @@
 """The proof, starting from names: load a checkpoint and its text, and compare it with an artefact or count its zeros."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from jinja2 import TemplateError
 
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Load, Progress
-from adapt_pruner.data.sources import SELF, documents
+from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export.verify import verify, zeros_of
+from adapt_pruner.export.verify import PIECES, verify, zeros_of
 
 __all__ = ["prove"]
 
@@ -55,9 +56,10 @@ def prove(
         return {"model": model, "sparsity": zeros, "passed": not zeros["failures"]}
     if text == SELF:
         raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
-    lines = [line for document in documents(text) for line in document.splitlines() if line.strip()]
     if not artefact.exists():
         raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
+    written = (line for document in texts(text) for line in document.splitlines() if line.strip())
+    lines = list(itertools.islice(written, PIECES))
     listen(Load(model=model).told())
     loaded = load(model, trust_remote_code=trust_remote_code)
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)

@@ -32,7 +32,7 @@ __all__ = ["TOLERANCES", "Tolerance", "opened", "verify", "zeros_of"]
 
 _PROMPT, _WRITTEN = 16, 32  # tokens of a prompt, and tokens written after it
 _PROMPTS = 4
-_PIECES = 200
+PIECES = 200
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _encoding(own: Engine, other: Engine, pieces: Sequence[str]) -> dict[str, An
     """The pieces of text for which both make the same ids; None if the artefact has no tokenizer."""
     if own.encode is None or other.encode is None:
         return None
-    taken = list(pieces[:_PIECES])
+    taken = list(pieces[:PIECES])
     differing = [piece for piece in taken if own.encode(piece) != other.encode(piece)]
     return {"same": len(taken) - len(differing), "of": len(taken), "example": differing[0][:200] if differing else None}
 

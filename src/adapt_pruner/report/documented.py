@@ -6,6 +6,7 @@ from typing import Any
 
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Interrupted, Load, Saved, Warned, parse
+from adapt_pruner.core.files import expanded
 from adapt_pruner.core.places import check_place
 from adapt_pruner.export import check_form
 from adapt_pruner.export import export as write
@@ -111,7 +112,7 @@ def export(
     loaded = load(model, trust_remote_code=trust_remote_code)
     notes = write(loaded, out, to=to, quant=quant, pad=pad)
     if out.is_dir():
-        write_card_of_export(Path(loaded.source), out, to)
+        write_card_of_export(expanded(loaded.source), out, to)
     for note in notes:
         listen(Warned(message=note).told())
     return notes

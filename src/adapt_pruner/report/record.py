@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from adapt_pruner.core.events import Event, is_logged, parse_line
-from adapt_pruner.core.files import read_plain
+from adapt_pruner.core.files import read_plain, weight_bytes
 from adapt_pruner.core.locks import is_held
 from adapt_pruner.core.marks import PROGRESS
 from adapt_pruner.core.standing import Standing
@@ -113,7 +113,7 @@ def read_record(run_dir: str | Path) -> Record:
         state={} if place is None or finished else _json(place / "state.json", trouble),
         mask={} if place is None else _mask(_json(place / "mask.json", trouble)),
         checkpoint=place,
-        weight_bytes=_weight_bytes(place) if finished and place else None,
+        weight_bytes=weight_bytes(place) if finished and place else None,
         trouble=trouble,
     )
 
@@ -131,13 +131,9 @@ def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
     return Record(
         path=path, status="finished", recipe=recipe, recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         made_by=str(pruning.get("made_by") or ""), events=[event for told in events if is_logged(told) and (event := parse_line(to_json(told)))],
-        pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=_weight_bytes(path), kept=False,
+        pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=weight_bytes(path), kept=False,
         trouble=trouble,
     )  # fmt: skip
-
-
-def _weight_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("model*.safetensors"))
 
 
 def parse_lines(lines: list[str]) -> tuple[list[Event], list[int]]:
