@@ -21,7 +21,7 @@ from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan import rules
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, loop, probe
+from adapt_pruner.run import in_time, loop, probe, trackers
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model, read_json, tiny_model
 from test_cli import ask
@@ -268,6 +268,15 @@ def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Pat
         f"{out} was started with another --text ({text}#train, not {tmp_path / 'other.txt'}#train); name another folder"
         in ask(*command, "40k")[2]
     )
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_probe(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_time, "probed", lambda *_, **__: pytest.fail("it was probed"))
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--set", "report_to=[wandb]"))
+    assert (status, "report_to wandb needs the package wandb" in lines) == (2, True)
 
 
 def test_somebody_else_s_folder_is_refused_before_the_probe(

@@ -18,6 +18,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
+from adapt_pruner.run.trackers import check_trackers
 
 __all__ = ["recipe_in_time"]
 
@@ -63,6 +64,7 @@ def recipe_in_time(
     })  # fmt: skip
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
+    check_trackers(plain)
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
     del work

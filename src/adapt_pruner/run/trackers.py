@@ -12,7 +12,7 @@ from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener
 
-__all__ = ["reporting"]
+__all__ = ["check_trackers", "reporting"]
 
 
 @contextmanager
@@ -27,9 +27,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
         UsageError: a tracker's package is not installed (raised at once), or the tracker cannot be started (raised at the event
             `start`, before the model changes).
     """
-    for name in recipe.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"report_to {name} needs the package {name}; pip install 'adapt-pruner[{name}]'")
+    check_trackers(recipe)
     if not recipe.report_to or not world.is_main():
         yield listen
         return
@@ -78,6 +76,17 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
     finally:
         for tracked in list(running):
             attempt(tracked, lambda tracker: tracker.finish())
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse a recipe's trackers that are not installed.
+
+    Raises:
+        UsageError: the package of one is missing.
+    """
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"report_to {name} needs the package {name}; pip install 'adapt-pruner[{name}]'")
 
 
 def _flat(data: dict[str, Any], above: str = "") -> dict[str, Any]:
