@@ -325,6 +325,10 @@ def test_errors_name_arguments_where_they_named_options() -> None:
         ("add --set sparsity=50%, or --set step=0.1", 'add settings={"sparsity": "50%"}, or settings={"step": 0.1}'),
         ("set by --set; leave it", "set by settings; leave it"),
         ("with --other 3 and a--params", "with --other 3 and a--params"),
+        (
+            "give --params, or `adapt-pruner run x --params 80% --set a=1`",
+            "give params, or `adapt-pruner run x --params 80% --set a=1`",
+        ),
     ):
         assert _respelled(said, names, flags) == heard_as
     assert as_overrides({"a.b": None, "c": "80%", "d": [1]}) == ["a.b=null", 'c="80%"', "d=[1]"]

@@ -86,6 +86,27 @@ def test_a_run_that_goes_on_begins_at_its_pace_so_far(recipe: Recipe, tmp_path: 
     assert steps[0]["lr"] == pytest.approx(3e-3 * (1 - (2.5 / 4 - 0.5) / 0.5))
 
 
+@pytest.mark.parametrize(("read", "took", "left", "expected", "foreseen"), [
+    (0, 0.0, 100.0, 5_000, 5_000), (0, 0.0, 100.0, None, float("inf")), (1_000, 10.0, 50.0, 5_000, 6_000), (1_000, 10.0, -3.0, 5_000, 1_000),
+])  # fmt: skip
+def test_what_is_expected_follows_the_pace_so_far(
+    read: int, took: float, left: float, expected: int | None, foreseen: float, recipe: Recipe
+) -> None:
+    training = recipe.training.model_copy(update={"expected": expected})
+    work = Work.of(tiny_model(), recipe.model_copy(update={"minutes": 1.0, "training": training}))
+    work.state.progress.tokens, work.state.spent["train"] = read, took
+    assert Trainer(work)._expected(left) == foreseen
+
+
+def test_time_is_kept_for_what_the_start_took_from_a_cache(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "measure_tasks", lambda work, *, stage: 30.0 if stage == 0 else 0.0)
+    outcome = run(recipe, tmp_path / "run")
+    assert outcome is not None
+    assert 30 < outcome.figures["measuring_seconds"] < 40
+
+
 def test_training_beyond_the_end_of_a_stage_is_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped while the result is measured, given more tokens, and stopped again: the newest checkpoint is the newest."""
     out, asked = tmp_path / "run", recipe.model_copy(update={"checkpoint_minutes": 0.0, "keep_checkpoints": 1})

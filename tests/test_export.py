@@ -169,7 +169,7 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
     """A width of 48 takes 6 heads, not 5."""
     model = tiny_model(("llama", "llama-mha-biased"), vocab_size=VOCAB)
     cut(model, families.axes(model), Mask({f"layers.{i}.kv_heads": torch.tensor([True] * 5 + [False]) for i in range(3)}))
-    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use --to gguf"):
+    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use --to padded"):
         export(as_loaded(model), tmp_path / "uniform", to="uniform")
     export(as_loaded(model), tmp_path / "out", to="padded")
     assert read_json(tmp_path / "out" / "config.json")["num_attention_heads"] == 6

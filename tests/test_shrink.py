@@ -21,7 +21,7 @@ from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan import rules
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, loop, probe, trackers
+from adapt_pruner.run import in_time, loop, probe, threads, trackers
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model, read_json, tiny_model
 from test_cli import ask
@@ -197,7 +197,7 @@ def test_other_keys_for_a_run_that_was_begun_are_refused_with_a_command_that_tak
     assert ask(*shrink(tiny_folder, text, out))[0] == 0
     shutil.rmtree(out / "model")
     status, _, lines = ask(*shrink(tiny_folder, text, out, "--set", "training.lr=5e-5"))
-    said, _, command = lines.strip().rpartition("adapt-pruner ")
+    said, _, command = lines.strip().rstrip("`").rpartition("`adapt-pruner ")
     assert (status, f"{out} was started with another training.lr; name another folder, or continue" in said) == (2, True)
     assert ask(*shlex.split(command))[0] == 0
 
@@ -320,19 +320,35 @@ def test_fewer_threads_where_those_of_a_pass_wait_for_each_other(
     crowded: float, used: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass that sleeps has no core; it is `crowded` seconds longer with more threads than one."""
-    monkeypatch.setattr(probe.torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(probe.torch, "set_num_threads", lambda count: threads.append(count))
-    threads = [2]
-    words = probe._threads(lambda: time.sleep(0.01 + crowded * (threads[-1] > 1)))
-    assert (threads[-1], words) == (used, {2: "2 threads", 1: "1 of 2 threads, which is faster at present"}[used])
+    used_now = [2]
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: used_now[-1])
+    monkeypatch.setattr(threads.torch, "set_num_threads", used_now.append)
+    words = threads._fitted(lambda: time.sleep(0.01 + crowded * (used_now[-1] > 1)))
+    assert (used_now[-1], words) == (used, {2: "2 threads", 1: "1 of 2 threads, which is faster at present"}[used])
 
 
 def test_as_many_threads_as_cores_are_not_tried_against_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe.torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(probe.torch, "set_num_threads", lambda count: pytest.fail("it was tried"))
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads.torch, "set_num_threads", lambda count: pytest.fail("it was tried"))
     clock = iter(range(0, 100, 2))
-    monkeypatch.setattr(probe, "time", SimpleNamespace(process_time=lambda: next(clock), perf_counter=lambda: next(clock) / 2))
-    assert probe._threads(lambda: None) == "2 threads"
+    monkeypatch.setattr(threads, "time", SimpleNamespace(process_time=lambda: next(clock), perf_counter=lambda: next(clock) / 2))
+    assert threads._fitted(lambda: None) == "2 threads"
+
+
+@pytest.mark.parametrize(("long", "fits"), [(["--minutes", "60"], True), (["--tokens", "10k"], False)])
+def test_threads_are_fitted_where_the_clock_ends_the_run(
+    long: list[str], fits: bool, ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it goes on later. A run by tokens goes on with the same threads, to the last bit."""
+    fitted: list[Any] = []
+    for module in (probe, loop):
+        monkeypatch.setattr(module, "fit_threads", lambda work: fitted.append(work) or "2 of 4 threads")
+    monkeypatch.setattr(loop, "shrink", lambda *_: pytest.fail("far enough"))
+    command = ["shrink", tiny_folder, "--params", "70%", "--text", text, "-o", tmp_path / "small", *long]
+    for expected in (2, 3):  # by the probe and by the run; the second time by the run alone
+        with pytest.raises(pytest.fail.Exception):
+            ask(*command)
+        assert len(fitted) == expected * fits
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:

@@ -215,6 +215,13 @@ def test_layers_are_not_solved_again_once_all_are_done(tiny_folder: Path, text_f
     assert len(log_of(tmp_path / "broken", "cut")) == 1
 
 
+def test_no_other_sparsity_once_all_layers_have_their_zeros(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, text_file, "sparsegpt", checkpoint_minutes=0)
+    break_off(recipe, tmp_path / "broken", kind="saved", nth=4)
+    with pytest.raises(UsageError, match="this run has its zeros already, of sparsity 2:4, and now the recipe says 50%"):
+        run(recipe_of(tiny_folder, text_file, "sparsegpt", sparsity="50%"), tmp_path / "broken", force_recipe=True)
+
+
 def test_no_other_pattern_once_some_layers_have_their_zeros(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_folder, text_file, "sparsegpt", checkpoint_minutes=0)
     break_off(recipe, tmp_path / "broken", kind="masked", nth=3)

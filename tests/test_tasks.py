@@ -183,6 +183,11 @@ def test_a_task_is_scored_once(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert [score.again for score in first] == [True, False]
     monkeypatch.setattr(tasks, "harness_model", None)  # nothing may be scored now
     second = evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path)
+    assert all(score.seconds > 0 for score in second)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.get_num_threads", lambda: 99)
+        elsewhere = evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path)
+    assert [score.seconds for score in elsewhere] == [0, 0], "a machine with more threads takes another time"
     assert [score.value for score in second] == [score.value for score in first]
     with_example = find_tasks("tiny_pair", task_dir=folder)
     set_shots(with_example, 1)

@@ -101,7 +101,8 @@ def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
             return f"{name}=True" + (f" {behind}" if behind else "")
         return (f"{name}={_literal(value)}" if value else name) + after
 
-    return _OPTION.sub(one, sentence)
+    parts = re.split(r"(`[^`]*`)", sentence)  # commands of a shell stay as they are
+    return "".join(part if part.startswith("`") else _OPTION.sub(one, part) for part in parts)
 
 
 def _quoted(value: str) -> str:

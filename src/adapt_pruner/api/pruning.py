@@ -34,6 +34,7 @@ from adapt_pruner.report import documented
 from adapt_pruner.run import trackers
 from adapt_pruner.run.folder import figures_of
 from adapt_pruner.run.in_time import recipe_in_time
+from adapt_pruner.run.threads import kept_threads
 
 __all__ = ["prune", "run", "shrink"]
 
@@ -224,7 +225,7 @@ def shrink(
     overrides = as_overrides(settings)
     spec = None if text is None else as_spec("text", text)
     size = as_size("params", params)
-    with named(model, tokenizer) as name:
+    with kept_threads(), named(model, tokenizer) as name:
         common = {"model": name, "budget": size, "seed": seed, "device": device, "dtype": dtype}
         with heard(listen, progress=progress) as tell:
             recipe = recipe_in_time(

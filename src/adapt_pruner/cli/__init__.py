@@ -166,10 +166,10 @@ def program() -> None:
     """
     try:
         main()
-    except SystemExit as left:
-        if _interrupts:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process at once
-            at_last = threading.Timer(_TO_END, os._exit, (left.code,))
+    except BaseException as left:
+        if _interrupts or isinstance(left, KeyboardInterrupt):  # a second Ctrl-C may have broken off what `main` does at the end
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends the process at once
+            at_last = threading.Timer(_TO_END, os._exit, (left.code if isinstance(left, SystemExit) else 1,))
             at_last.daemon = True
             at_last.start()
         raise

@@ -81,8 +81,9 @@ def of_gguf(path: Path) -> Weights:
         found = {
             name.partition(".attention.")[2]: field.contents() for name, field in reader.fields.items() if ".attention." in name
         }
-        each = found[key] if isinstance(found[key], list) else [found[key]] * len(layers)
-        return int(found["key_length"]) * sum(map(int, each))
+        count = found.get(key, found["head_count"])
+        each = count if isinstance(count, list) else [count] * len(layers)
+        return int(found.get("key_length", width // max(each))) * sum(map(int, each))
 
     one = any(name.endswith(".attn_qkv.weight") for name in by_name)
 

@@ -166,11 +166,10 @@ def tidy(folder: Path, *, older: str | None = None) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weights: the files that its index names, else model.safetensors; 0 if there is neither."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        with suppress(OSError, ValueError, KeyError, AttributeError):  # a damaged one is told of by who loads the weights
+    """Bytes of a checkpoint's weights: model.safetensors, else the files that its index names; 0 if there is neither."""
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # who loads the weights tells of a damaged one
             names = set(json.loads(read_plain(index))["weight_map"].values())
     return sum(file.stat().st_size for name in names if (file := folder / str(name)).is_file())
 

@@ -16,7 +16,8 @@ from adapt_pruner.errors import UsageError, first_line
 __all__ = ["hub", "hub_revision", "local"]
 
 Row = tuple[str, str | list[Mapping[str, Any]]]
-_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
+_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_ASKED_FOR = (".json.gz", ".json.zst")  # by their names or a glob; in a folder they are often metadata, as .json is
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -135,7 +136,8 @@ def _paths(spec: str) -> list[Path]:
     if path.is_file():
         return [path]
     matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    paths = sorted(match for match in matches if match.is_file() and match.name.endswith(_SUFFIXES))
+    suffixes = _SUFFIXES if path.is_dir() else (*_SUFFIXES, *_ASKED_FOR)
+    paths = sorted(match for match in matches if match.is_file() and match.name.endswith(suffixes))
     if not paths:
         what = "contains no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise UsageError(

@@ -50,7 +50,7 @@ class TaskScore:
         version: lm-eval's version of the task.
         data: where its items are from.
         metrics: all of lm-eval's figures, by "metric,filter".
-        seconds: time that scoring took.
+        seconds: time that scoring took; 0 of a score from the cache if it was made on another device, or by more or fewer threads.
         again: whether the score comes from the cache.
         parts: the tasks of a group.
     """
@@ -134,6 +134,7 @@ def evaluate_tasks(
     device = next(model.parameters()).device
     precision = "bfloat16" if uses_bfloat16(device, dtype) else "float32"
     whose = fingerprint(model, tokenizer)
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     current, stdout = "", sys.stdout  # lm-eval prints, and nobody should see that; what a listener prints is seen
 
     def told(done: int, of: int) -> None:
@@ -153,7 +154,7 @@ def evaluate_tasks(
         with as_lm_eval_does():
             made_from = {"format": _FORMAT, "model": whose, "precision": precision, "task": _task_fingerprint(task, limit)}
         path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
-        score = _kept(path)
+        score = _kept(path, on)
         if score is None:
             current, began = name, time.perf_counter()
             told(0, 1)
@@ -166,7 +167,7 @@ def evaluate_tasks(
                     asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
                 )
             score = {**_figures(name, task, came), "seconds": time.perf_counter() - began}
-            _keep(path, {"made_from": made_from, "score": score})
+            _keep(path, {"made_from": made_from, "score": score, "on": on})
             score["again"] = False
         scores[name] = score
     return [_line(line, scores) for line in wanted]
@@ -325,10 +326,12 @@ def _stable(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, default=named).encode()
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """A score from the cache; None if it is missing or damaged."""
+def _kept(path: Path, on: str) -> dict[str, Any] | None:
+    """A score from the cache; None if it is missing or damaged. Its seconds count only if it was made `on` a device like this one."""
     try:
-        return {**read_json(path)["score"], "again": True}
+        kept = read_json(path)
+        score = kept["score"]
+        return {**score, "seconds": score["seconds"] if kept.get("on") == on else 0.0, "again": True}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

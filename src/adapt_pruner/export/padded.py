@@ -36,7 +36,11 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         for kv_heads in range(least.kv_heads, 4 * least.kv_heads + 1)
         for group in range(least.group, 4 * least.group + 1)
     ]
-    stock = stock_model(loaded.model, min(grown, key=lambda size: (not accepted(loaded.model, size), size.heads, size.kv_heads)))
+    stock = stock_model(
+        loaded.model,
+        min(grown, key=lambda size: (not accepted(loaded.model, size), size.heads, size.kv_heads)),
+        instead="--to gguf or onnx",
+    )
     mask, notes = still_fitting(loaded.weight_mask, stock.state_dict())
     save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=mask)
     before, after = count_parameters(loaded.model), count_parameters(stock)

@@ -139,17 +139,22 @@ def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tupl
     return wide.reshape(*before, -1, *after)
 
 
-def stock_model(model: Any, size: LayerSizes) -> Any:
+def stock_model(model: Any, size: LayerSizes, *, instead: str) -> Any:
     """A model of the stock class, with all layers of one size, that computes the same as `model`.
 
     It is made only to be saved: it has weights, shared with `model` where they need no padding, but no buffers.
+
+    Args:
+        model: the model.
+        size: of all layers.
+        instead: the forms to name if the stock class refuses that size.
 
     Raises:
         UsageError: the stock class has no place for a bias of the model, or refuses the number of heads.
     """
     from transformers import AutoModelForCausalLM
 
-    config = _stock_config(model, size)
+    config = _stock_config(model, size, instead)
     state = padded_weights(model, [size] * config.num_hidden_layers)
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config)
@@ -171,13 +176,13 @@ def stock_model(model: Any, size: LayerSizes) -> Any:
 def accepted(model: Any, size: LayerSizes) -> bool:
     """Whether the stock config accepts this number of heads: Llama's wants it to divide the width of the stream."""
     try:
-        _stock_config(model, size)
+        _stock_config(model, size, "")
     except UsageError:
         return False
     return True
 
 
-def _stock_config(model: Any, size: LayerSizes) -> Any:
+def _stock_config(model: Any, size: LayerSizes, instead: str) -> Any:
     config = copy.deepcopy(model.config)
     config.per_layer_config = None
     for key in ("allow_global_per_layer_attribute_access", "auto_map"):
@@ -193,6 +198,6 @@ def _stock_config(model: Any, size: LayerSizes) -> Any:
     except ValueError as error:
         raise UsageError(
             f"the stock config does not allow {size.heads} heads: the width {config.hidden_size} is not a multiple of that; "
-            "use --to gguf or --to onnx"
+            f"use {instead}"
         ) from error
     return config

@@ -31,5 +31,6 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
                 f"layers have between {min(of_layers):,} and {max(of_layers):,} {name}, and a stock class has one number for all; "
                 "prune with --set equal_widths=true, or use --to padded"
             )
-    save(stock_model(loaded.model, sizes[0]), loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=loaded.weight_mask)
+    stock = stock_model(loaded.model, sizes[0], instead="--to padded or gguf")
+    save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=loaded.weight_mask)
     return []

@@ -265,7 +265,7 @@ def check_memory(name: str, size: str, *, needed: int, free: int | None) -> None
         without = typed("prune", name, "-o", "DIR", "--params", size)
         raise UsageError(
             f"{name} needs {needed / _GIB:.1f} GiB of memory to train, but only {free / _GIB:.1f} GiB are free; use a smaller model or "
-            f"a larger machine, or prune without training: {without}"
+            f"a larger machine, or prune without training: `{without}`"
         )
 
 

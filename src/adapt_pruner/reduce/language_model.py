@@ -36,8 +36,8 @@ def language_model(
     or that the model did not answer. `evolution` makes the missing candidates, so the search goes on in any case.
 
     Args:
-        model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a model
-            that is loaded here, as `checkpoint.load.load` returns it.
+        model: the address of an OpenAI-compatible server with the name of its model, `http://localhost:8000/v1#NAME`; or a function
+            that gives a model on this machine, as `checkpoint.load.load` returns it.
 
     Source: arXiv:2502.14413; its prompts are not public, these are ours.
     """
@@ -141,4 +141,5 @@ def _asked(model: Any, prompt: str, *, seed: int) -> str:
         return str(content)
     from adapt_pruner.evaluate.answer import answer
 
-    return answer(model.model, model.tokenizer, prompt, max_new_tokens=_TOKENS, temperature=1.0, seed=seed, dtype="auto").text
+    here = model()
+    return answer(here.model, here.tokenizer, prompt, max_new_tokens=_TOKENS, temperature=1.0, seed=seed, dtype="auto").text

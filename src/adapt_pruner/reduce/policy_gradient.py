@@ -119,7 +119,7 @@ class PolicyGradient(Units):
         excess = now + repair_parameters(work) - target
         keep = 1 - excess / sum(axis.size * axis.cost for axis in axes)
         with work.state.clock("score"):
-            if self._stage != work.state.stage:
+            if self._stage != work.state.stage or self._stay.keys() != {axis.name for axis in axes}:
                 scores = _scores(work, axes, keep, **where)
                 self._stay = {axis.name: start_of(scores[axis.name], keep) for axis in axes}
                 self._stage, self._done, self._baseline = work.state.stage, 0, math.nan

@@ -8,6 +8,7 @@ A candidate is measured with its units shut, not cut. With `repaired` it is meas
 would give it. Only the best candidate is cut, at the end.
 """
 
+import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,8 +177,8 @@ class Search(Units):
 
     def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", target: int) -> Iterator[Searched]:
         so_far = self._found
-        chat = load(self.model, device=work.model.device) if self._is_here and world.is_main() else self.model
-        propose = parts.bind("proposal", self.proposals, model=chat, warn=work.warn)
+        chat = functools.cache(lambda: load(self.model, device=work.model.device, any_family=True))
+        propose = parts.bind("proposal", self.proposals, model=chat if self._is_here else self.model, warn=work.warn)
         while so_far.done <= self.rounds:
             draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + so_far.done)
             if so_far.done == 0:  # the start and its neighbours

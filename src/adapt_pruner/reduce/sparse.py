@@ -24,7 +24,7 @@ from adapt_pruner.reduce.solvers import Inputs
 from adapt_pruner.reduce.work import Change, Looks, Passes, Reduction, Work
 from adapt_pruner.score.calibrate import Evidence
 
-__all__ = ["Sparse", "check_dense", "check_pattern"]
+__all__ = ["Sparse", "check_dense", "check_pattern", "check_same_zeros"]
 
 
 @part("reduce", needs={"sparsity", "one stage"})
@@ -107,16 +107,32 @@ class Sparse(Reduction):
         self._done, self._over = state.get("done", 0), state.get("over", False)
 
     def fit(self, work: Work) -> None:
-        """Refuse a change of the recipe while some layers have zeros and others have none.
+        """Refuse a change of the recipe while some layers have zeros and others have none, and another sparsity once all have.
 
         Raises:
             UsageError: some layers have their zeros already.
         """
+        if self._over:
+            check_same_zeros(work)
         if self._done:
             raise UsageError(
                 f"{self._done} decoder layers of this run have their zeros already, from the recipe that it started with; leave "
                 "the recipe as it was, or name another folder"
             )
+
+
+def check_same_zeros(work: Work) -> None:
+    """Refuse another sparsity for a run that has all its zeros.
+
+    Raises:
+        UsageError: the recipe asks for another one.
+    """
+    there = None if work.weight_mask is None else work.weight_mask.pattern
+    if there is not None and there != Pattern.parse(work.recipe.sparsity):
+        raise UsageError(
+            f"this run has its zeros already, of sparsity {there}, and now the recipe says {work.recipe.sparsity}; leave it as it was, "
+            "or name another folder"
+        )
 
 
 def _reads(solver: str) -> str:

@@ -26,7 +26,7 @@ from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.searched import Masked, Within
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.sparse import check_dense, check_pattern
+from adapt_pruner.reduce.sparse import check_dense, check_pattern, check_same_zeros
 from adapt_pruner.reduce.work import Change, Looks, Reduction, Work, check_masks_learn
 from adapt_pruner.score.calibrate import Evidence
 
@@ -166,12 +166,14 @@ class SparseTraining(Reduction):
         self._began, self._over = dict(state.get("began", {})), state.get("over", False)
 
     def fit(self, work: Work) -> None:
-        """Count rows and steps from the start, because the recipe or a text changed.
+        """Count rows and steps from the start, unless all masks are chosen, because the recipe or a text changed.
 
         Raises:
-            UsageError: the recipe changes `slorb`, but the run has its sums of blocks, or its masks without them, already.
+            UsageError: the recipe changes the sparsity of masks that are chosen, or it changes `slorb`, but the run has its sums of blocks, or its masks without them, already.
         """
         self._began = {}
+        if self._over:
+            check_same_zeros(work)
         there = getattr(work.model.config, "block_sums", 0)
         if work.weight_mask is not None and self.slorb != there:
             raise UsageError(

@@ -114,7 +114,7 @@ class RunFolder:
 
     @property
     def _forced(self) -> str:
-        return typed("run", "RECIPE", "-o", self.path, "--force-recipe")
+        return f"`{typed('run', 'RECIPE', '-o', self.path, '--force-recipe')}`"
 
     def log(self, event: dict[str, Any]) -> None:
         """Add an event to log.jsonl, unless events of its kind are not kept.

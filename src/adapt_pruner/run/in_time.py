@@ -108,7 +108,7 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
     if before is None:
         raise UsageError(
             f"the run in {out} was not started by shrink; name another folder, or continue it with: "
-            f"{typed('run', out / 'recipe.yaml', '-o', out)}"
+            f"`{typed('run', out / 'recipe.yaml', '-o', out)}`"
         )
     others = {
         "MODEL": (recipe.model, plain.model), "--text": (recipe.training.source, plain.training.source),
@@ -123,7 +123,7 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
         again = [word for override in overrides for word in ("--set", override)]
         raise UsageError(
             f"{out} was started with another {' and another '.join(changed)}; name another folder, or continue with the new one by: "
-            f"{typed('run', out / 'recipe.yaml', '-o', out, *again, '--force-recipe')}"
+            f"`{typed('run', out / 'recipe.yaml', '-o', out, *again, '--force-recipe')}`"
         )
     recipe = recipe.model_copy(update={"device": plain.device})
     if not (before[2] and now[2] and recipe.minutes) or before[2] == now[2] or (out / "model").is_dir():

@@ -39,6 +39,7 @@ from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
 from adapt_pruner.run.room import check_result, check_run
 from adapt_pruner.run.start import begin, read, sizes_begun
+from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
 
@@ -184,7 +185,7 @@ def run(
     `beside` writes more files into the result before the result gets its final name.
     """
     started = time.perf_counter()
-    with opened(Path(run_dir)) as folder:
+    with kept_threads(), opened(Path(run_dir)) as folder:
         recipe = folder.as_begun(recipe)
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
@@ -194,6 +195,8 @@ def run(
         try:
             work, trainer = _resumed(recipe.ready(), folder, tell, trust_remote_code, changed=changed, force=force_recipe)
             work.started = started
+            if recipe.minutes is not None:
+                fit_threads(work)
             _tell_start(work)
             with work.state.clock("other"):
                 outcome = shrink(work, trainer)
@@ -252,7 +255,7 @@ def _resumed(
     if replaced and not force:
         raise UsageError(
             f"the {' and the '.join(replaced)} changed after {path} was written; restore the old version, start again in another "
-            f"folder, or continue with the new version by {typed('run', folder.path / 'recipe.yaml', '-o', folder.path, '--force-recipe')}"
+            f"folder, or continue with the new version by `{typed('run', folder.path / 'recipe.yaml', '-o', folder.path, '--force-recipe')}`"
         )
 
     def write_down() -> None:

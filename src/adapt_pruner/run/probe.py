@@ -16,6 +16,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, Work
 from adapt_pruner.run.estimate import Setup, Shapes, held, shapes, training_memory
 from adapt_pruner.run.start import begin, sizes_begun
+from adapt_pruner.run.threads import fit_threads, in_words
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
@@ -26,8 +27,6 @@ __all__ = ["probed"]
 
 _TOKENS, _LENGTH = 512, 128  # tokens of a pass that reads or scores, and of one of its rows
 _ROW = 256  # tokens of a training row
-_BUSY = 0.75  # cores that this process gets per thread; below, fewer threads may be faster
-_GAIN = 1.25  # times that fewer threads have to be faster
 _ENOUGH = 10.0  # seconds of a pass over one row; a slower one is not repeated
 _MOST = 30.0  # seconds of a pass over the whole batch; if it would take longer, the row has to do
 
@@ -35,7 +34,8 @@ _MOST = 30.0  # seconds of a pass over the whole batch; if it would take longer,
 def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False) -> tuple[Machine, Model, Work]:
     """Measure this machine with the model of a recipe.
 
-    On a CPU, this process uses fewer threads from now on if that is faster because other work keeps cores busy.
+    If minutes end the run, this process may use fewer threads from now on (see `run.threads`). Otherwise it uses all that torch
+    does, so that a run that goes on later gives the same weights.
 
     Args:
         recipe: only its model, budget, device, axes and number format count.
@@ -70,11 +70,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     free = _free_bytes(device)
     batch = torch.randint(config.vocab_size, (_TOKENS // _LENGTH, _LENGTH), generator=torch.Generator().manual_seed(0))
     axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in recipe.axes]
-    words = (
-        torch.cuda.get_device_name(device)
-        if device.type != "cpu"
-        else _threads(lambda: score(model, axes, [batch[:1]], metrics=[taylor], dtype=recipe.dtype))
-    )
+    words = torch.cuda.get_device_name(device) if device.type != "cpu" else fit_threads(work) if recipe.minutes else in_words()
     read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch, device)
     scored = _tokens_a_second(lambda rows: score(model, axes, [rows], metrics=[taylor], dtype=recipe.dtype), batch, device)
     fits = free is None or needs[1] <= free
@@ -82,34 +78,6 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     trained = _trained(work, device, narrow=narrow, checkpointing=again) * (4 / 3 if again else 1) if fits else scored
     machine = Machine(read, scored, trained, load, f"{words}, {'bfloat16' if narrow else 'float32'}", free)
     return machine, measured, work
-
-
-def _threads(do: Callable[[], object]) -> str:
-    """Use fewer threads from now on if a pass is then faster, and say how many are used.
-
-    The threads of a pass wait for each other many times. If other work, or a limit on this process, leaves them fewer cores than
-    there are threads, each time lasts until the system has run them all in turn.
-    """
-    threads = torch.get_num_threads()
-    words = f"{threads} thread{'s' * (threads != 1)}"
-    if threads == 1:
-        return words
-    for _ in range(2):  # the first of a process takes longest
-        began = time.process_time()
-        seconds = _seconds(do)
-        cores = (time.process_time() - began) / seconds
-        if seconds > _ENOUGH:
-            break
-    if cores >= _BUSY * threads:
-        return words
-    fewer = min(threads - 1, max(1, round(cores)))
-    torch.set_num_threads(fewer)
-    faster = _seconds(do)
-    torch.set_num_threads(threads)
-    if min(seconds, _seconds(do)) < _GAIN * faster:  # asked again, since other work may have ended meanwhile
-        return words
-    torch.set_num_threads(fewer)
-    return f"{fewer} of {threads} threads, which is faster at present"
 
 
 def _memory(dense: Shapes, device: torch.device, dtype: str) -> list[int]:
@@ -156,10 +124,10 @@ def _tokens_a_second(do: Callable[[torch.Tensor], object], batch: torch.Tensor, 
     return batch[0].numel() / one if one * len(batch) > _MOST else batch.numel() / _seconds(lambda: do(batch), device)
 
 
-def _seconds(do: Callable[[], object], device: torch.device | None = None) -> float:
+def _seconds(do: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     do()
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
     return max(time.perf_counter() - began, 1e-6)
 
