@@ -209,8 +209,11 @@ def test_a_template_that_writes_nothing(folder: Path) -> None:
 @pytest.mark.parametrize("command", [["inspect"], ["export", "--to", "padded", "-o", "x"], ["card"]])
 def test_a_config_that_is_none(content: str, command: list[str], ask: Any, folder: Path) -> None:
     (folder / "config.json").write_text(content)
+    if command == ["card"]:
+        (folder / "pruning.json").write_text('{"recipe": {}, "figures": {}}')
     status, _, err = ask(command[0], folder, *command[1:])
     assert (status in (1, 2), "unexpected" in one_sentence(err)) == (True, False), err
+    assert command != ["card"] or "config.json" in err, "it is not the pruning.json that is amiss"
 
 
 def test_a_small_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch, ask: Any, folder: Path) -> None:

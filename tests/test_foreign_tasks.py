@@ -90,14 +90,17 @@ def test_code_that_a_task_file_names_needs_the_flag(name: str, evil: Path, monke
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_cannot_reach_python(name: str) -> None:
+def test_a_template_cannot_reach_python(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import utils
+
+    monkeypatch.chdir(tmp_path)  # what a template would make lies there
 
     doc = {"question": "1", "kind": "__class__"}
     with task_sources.as_lm_eval_does():
         with suppress(SecurityError, UndefinedError):
             assert "class" not in utils.apply_template(TEMPLATES[name], doc)
         assert utils.apply_template("{{question|regex_replace('1', '2')}}\n", doc) == "2\n", "what lm-eval adds is there"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("field", ["doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix"])

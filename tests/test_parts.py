@@ -57,23 +57,24 @@ def test_a_pass_reads_something(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "said"),
     [
-        {"metric": "weights.taylor(form=elementt)"},
-        {"metric": "weights.magnitude(norm=l3)"},
-        {"metric": "activations.wanda", "axes": ["neurons", "residual"]},
-        {"metric": "activations.fluctuation(form=WIFN, authors_mean=true)"},
-        {"chooser": "rank.standardised(structure=AL-MM, heads=0.2)", "axes": ["neurons"], "distance": None},
+        ({"metric": "weights.taylor(form=elementt)"}, "elementt"),
+        ({"metric": "weights.magnitude(norm=l3)"}, "l3"),
+        ({"metric": "activations.wanda", "axes": ["neurons", "residual"], "chooser": "allocate.uniform", "distance": None, "head_metric": None}, "residual"),
+        ({"metric": "activations.fluctuation(form=WIFN, authors_mean=true)"}, "authors_mean"),
+        ({"chooser": "rank.standardised(structure=AL-MM, heads=0.2)", "axes": ["neurons"], "distance": None}, "heads"),
     ],
     ids=["form", "norm", "axes", "mean", "heads"],
 )  # fmt: skip
 def test_what_a_part_refuses_is_refused_before_anything_is_measured(
-    changes: dict[str, Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+    changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Nothing ties the folder to a recipe that cannot be."""
     heard: list[dict[str, Any]] = []
-    with pytest.raises(UsageError):
-        documented.run(small_recipe(tiny_folder, text_file, **changes), tmp_path / "run", listen=heard.append)
+    recipe = small_recipe(tiny_folder, text_file, **changes)
+    with pytest.raises(UsageError, match=said):
+        documented.run(recipe, tmp_path / "run", listen=heard.append)
     assert not {"start", "evaluation"} & {event["event"] for event in heard}
     assert not [path for path in (tmp_path / "run").glob("*") if path.name != ".lock"]
 

@@ -58,11 +58,11 @@ def plainly(model: Any, pairs: Any, *, max_length: int = 512) -> list[tuple[floa
 def test_likelihoods_are_those_of_whole_passes(layout: tuple[str, str], batch_tokens: int) -> None:
     """In every family, windows of sliding attention shorter than the contexts included, whatever is batched with what."""
     model = tiny_model(layout)
-    pairs = pairs_of(model.config.vocab_size)
+    pairs, before = pairs_of(model.config.vocab_size), model.config.to_dict()
     assert likelihood.shares_beginnings(model)
     found = loglikelihoods(model, pairs, max_length=512, batch_tokens=batch_tokens)
     close(found, plainly(model, pairs))
-    assert model.config.use_cache in (True, False)
+    assert model.config.to_dict() == before, "the config is left as it was"
 
 
 def test_layers_of_different_sizes_and_without_blocks() -> None:

@@ -25,6 +25,7 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
             biases     a bias on each linear layer at a gate; those added count as parameters (repairs)
             teacher    a second model, handed in as `teacher` (objectives)
             text       calibration text (metrics, reductions)
+            inputs     every axis that may shrink lies at the input of a linear layer (metrics)
             chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without this need uses none of them
             sparsity   the recipe's sparsity instead of a budget (reductions)
             gram       sums of products of a layer's inputs (solvers)

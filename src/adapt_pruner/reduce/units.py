@@ -9,7 +9,7 @@ The recipe names the parts: `metric`, `distance` and `head_metric` from `score/`
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -57,6 +57,8 @@ class Units(Reduction):
         if missing := [kind for kind in recipe.axes if kind not in there]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
         check_multiple(prunable(work), work.multiple_of)
+        if "inputs" in parts.needs("metric", recipe.metric):
+            _check_scored(work, {axis.kind for axis in prunable(work) if axis.slices and not axis.gate.is_linear})
         evidence_of(work)
         if not recipe.sequential_scoring:
             return
@@ -231,12 +233,17 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
     scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
     if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
         scores |= measure_layers(work.model, _measured_whole(work), batches)
-    if unscored := sorted({axis.kind for axis in prunable(work) if axis.name not in scores}):
-        raise UsageError(
-            f"metric {recipe.metric!r} gives no scores for {', '.join(unscored)}; set metric to another, such as weights.taylor, "
-            "or leave them out of axes"
-        )
+    _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
     return scores, loss
+
+
+def _check_scored(work: Work, without: Collection[str]) -> None:
+    """Refuse a metric if kinds of axis that may shrink are left `without` scores."""
+    if without:
+        raise UsageError(
+            f"metric {work.recipe.metric!r} gives no scores for {', '.join(sorted(without))}; set metric to another, such as "
+            "weights.taylor, or leave them out of axes"
+        )
 
 
 def repaired(work: Work, mask: Mask, batches: Sequence[Tensor], **where: int) -> None:

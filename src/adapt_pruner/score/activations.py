@@ -23,7 +23,7 @@ from adapt_pruner.score.calibrate import Evidence
 __all__ = ["fluctuation", "magnitude", "wanda"]
 
 
-@part("metric", needs={"text"})
+@part("metric", needs={"text", "inputs"})
 def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:
     """Weights times activations: the mean of |W_ij| · ‖X_j‖₂ over the outputs i, summed over the features j of a unit (Wanda-sp).
 
@@ -41,7 +41,7 @@ def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, S
     return {axis.name: _by_unit(channels, axis).sum(dim=1).float() for axis in axes}
 
 
-@part("metric", needs={"text"})
+@part("metric", needs={"text", "inputs"})
 def fluctuation(
     model: nn.Module,
     axes: Sequence[Axis],

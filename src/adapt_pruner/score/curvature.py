@@ -29,7 +29,7 @@ __all__ = ["kfac"]
 _ROUNDS = 48  # in which an axis's units of one column go; one by one they would take far longer for little more precision
 
 
-@part("metric", needs={"text"})
+@part("metric", needs={"text", "inputs"})
 def kfac(
     model: nn.Module, axes: Sequence[Axis], *, ridge: Annotated[float, "0 or more"] = 0.3, task: Task = CAUSAL_LM
 ) -> Generator[Evidence, None, Scores]:
