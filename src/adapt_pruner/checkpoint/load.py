@@ -354,6 +354,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
 
     try:
         if "gguf_file" not in options:
+            if (path := Path(folder, "config.json")).is_file() and not isinstance(read_json(path), dict):
+                raise UsageError(f"model {name!r} cannot be loaded: its config.json holds no JSON object; get the folder again")
             raw, _ = PreTrainedConfig.get_config_dict(folder)
             if "model_type" in raw and stock_type(raw) in families.model_types():
                 raw["model_type"] = stock_type(raw)
