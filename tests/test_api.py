@@ -372,7 +372,7 @@ def test_the_examples_of_the_python_page_run(
     (tmp_path / "my.txt").write_text("".join(lines[:300]))
     (tmp_path / "held-out.txt").write_text("".join(lines[300:]))
     monkeypatch.chdir(tmp_path)
-    quick = ["calibration.samples=2", "calibration.length=32", "step=0.3"]
+    quick = ["calibration.samples=2", "calibration.length=32", "calibration.self_generated=4", "step=0.3"]
     monkeypatch.setattr(pruning, "to_prune", lambda asked, overrides: to_prune(asked, overrides=[*overrides, *quick]))
     names: dict[str, Any] = {}
     with warnings.catch_warnings():

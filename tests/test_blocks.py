@@ -151,7 +151,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_line_drops_attentions(folder: Path, text_file: Path, tmp_path: Path) -> None:
     asked = ["--set", "axes=[attentions]", "--set", "chooser=depth.drop_layers", "--set", "distance=blocks.block_influence"]
-    text = ["--calibration", str(text_file), "--calibration-samples", "4"]
+    asked += ["--set", "calibration.self_generated=0"]
+    text = ["--calibration", str(text_file), "--calibration-samples", "4", "--calibration-length", "32"]
     done = CliRunner().invoke(app, ["prune", str(folder), "--params", "80%", "-o", str(tmp_path / "out"), *asked, *text])
     assert done.exit_code == 0, done.output
     mask = Mask.from_json(read_json(tmp_path / "out" / "mask.json"))

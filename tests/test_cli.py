@@ -36,7 +36,8 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def small(text_file: Path) -> list[Any]:
-    return ["--calibration", text_file, "--calibration-samples", 8, "--calibration-length", 32]
+    text = ["--calibration", text_file, "--calibration-samples", 8, "--calibration-length", 32]
+    return [*text, "--set", "calibration.self_generated=4"]
 
 
 def test_prune_eval_and_inspect_in_json(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def prune(folder: Path, out: Path, params: str, text_file: Path) -> str:
     from adapt_pruner.cli import app
 
     words = ["prune", folder, "-o", out, "--params", params, "--calibration", text_file, "--calibration-samples", 4]
-    said = CliRunner().invoke(app, [str(word) for word in [*words, "--calibration-length", 16, "--set", "step=0.2"]])
+    asked = ["--calibration-length", 16, "--set", "calibration.self_generated=0", "--set", "step=0.2"]
+    said = CliRunner().invoke(app, [str(word) for word in [*words, *asked]])
     return said.output if said.exit_code == 0 else str(said.exception)
 
 

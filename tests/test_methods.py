@@ -41,9 +41,12 @@ def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: 
     assert row["method"] == name
     assert "arXiv:" in row["paper"] or name == "random"
     zeros = "sparsity" in parts.needs("reduce", row.get("reduce", "units"))
+    calibration = {"source": str(text_file), "samples": 4, "length": 32}
+    if "self_generated" in row.get("calibration", {}):
+        calibration["self_generated"] = 4
     asked = read({
         "model": str(deep_folder), **({"sparsity": "2:4"} if zeros else {"budget": "85%"}), "method": name, "dtype": "float32",
-        "calibration": {"source": str(text_file), "samples": 4, "length": 32}, **SHORTER.get(name, {}),
+        "calibration": calibration, **SHORTER.get(name, {}),
     })  # fmt: skip
     if "training" in SHORTER.get(name, {}):
         asked = asked.model_copy(update={"training": asked.training.model_copy(update={"source": str(text_file)})})

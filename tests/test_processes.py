@@ -44,10 +44,11 @@ def recipe_for(folder: Path, text: Path, **changes: Any) -> Recipe:
     """Two stages in which neurons and KV heads go, with training after each."""
     training = {"source": str(text), "tokens": 4_600, "batch_tokens": 512, "length": 64, "lr": 3e-3, "micro_batch_tokens": 128}
     training |= changes.pop("training", {})
+    calibration = {"source": str(text), "samples": 24, "length": 32} | changes.pop("calibration", {})
     return read({
         "method": "adapt-pruner",
         "model": str(folder), "budget": "70%", "stages": 2, "step": 0.1, "amplitude": 0.05, "dtype": "float32", "device": "cpu",
-        "calibration": {"source": str(text), "samples": 24, "length": 32}, "training": training, "moments": "carry",
+        "calibration": calibration, "training": training, "moments": "carry",
         "evaluation": {"source": str(text), "window": 64, "max_windows": 3}, **changes,
     })  # fmt: skip
 
@@ -55,7 +56,7 @@ def recipe_for(folder: Path, text: Path, **changes: Any) -> Recipe:
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"stages": 2, "training": {"tokens": 2_000, "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}},
     "distil": {"stages": 1, "training": {"tokens": 2_000, "objective": "objectives.distil(alpha=0.5, hidden=0.5)"}},
-    "best": {"method": "best", "stages": 1, "training": {"tokens": 2_000}},
+    "best": {"method": "best", "stages": 1, "training": {"tokens": 2_000}, "calibration": {"self_generated": 16}},
 }
 
 
@@ -405,7 +406,7 @@ def test_what_best_repairs_in_shares_is_what_it_repairs(ground: Ground) -> None:
     """Least squares, a factor for each block, heads shut one by one, and text that each process writes for itself."""
     ground.work()
     assert_same_run(ground.alone("best"), ground.base / "best")
-    assert len(read_json(ground.base / "best" / "repair_self.json")["input_ids"]) == 128
+    assert len(read_json(ground.base / "best" / "repair_self.json")["input_ids"]) == 16
 
 
 def test_additions_in_shares_are_additions(ground: Ground) -> None:

@@ -123,9 +123,9 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(monkeypatch: pytest.
 
 def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
-    prune_apart(
-        ["prune", str(tiny_folder), "--params", "80%", "--calibration", str(text_file)], tmp_path / "cell", listen=heard.append
-    )
+    text = ["--calibration", str(text_file), "--calibration-samples", "4", "--calibration-length", "32"]
+    words = ["prune", str(tiny_folder), "--params", "80%", *text, "--set", "calibration.self_generated=0"]
+    prune_apart(words, tmp_path / "cell", listen=heard.append)
     inner = [one["said"] for one in heard if one["event"] == "in_cell"]
     assert {"planned", "progress", "cut"} <= {one["event"] for one in inner}
     where: dict[str, Any] = {"cell": 2, "of": 4, "method": "best", "size": 113_300_000, "draw": 1, "draws": 1}

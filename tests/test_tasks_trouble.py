@@ -172,6 +172,7 @@ def test_sequences_longer_than_the_model_reads_are_said(
     byte_tokenizer().save_pretrained(model)
     text = ("--text", text_file, "--window", length, "--max-windows", 2)
     calibration = ("--calibration", text_file, "--calibration-length", length, "--calibration-samples", 2)
+    calibration += ("--set", "calibration.self_generated=0")
     calls = {
         "--window": ("eval", model, *text),
         "calibration.length": ("prune", model, "-o", tmp_path / "small", "--params", "95%", *calibration),
