@@ -32,6 +32,9 @@ from adapt_pruner.recipe.asked import to_prune
 from adapt_pruner.report import notebook
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
+from test_compare import pruned_here
+
+__all__ = ["pruned_here"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {"method": "adapt-pruner", "calibration_samples": 4, "calibration_length": 32, "settings": {"step": 0.1}}
@@ -213,13 +216,14 @@ def test_shrink_plans_and_trains(tiny_folder: Path, text_file: Path, tmp_path: P
     assert "machine:" in capsys.readouterr().err, "the plan is told"
 
 
-def test_compare_gives_a_table(tiny_folder: Path, text_file: Path) -> None:
+def test_compare_gives_a_table(pruned_here: list[Any], tiny_folder: Path, text_file: Path) -> None:
     loaded = load(str(tiny_folder))
     compared = ap.compare(
         loaded.model, tokenizer=loaded.tokenizer, methods=["random"], params=["80%"], text=text_file, calibration=text_file, draws=1,
         window=64, max_windows=2,
     )  # fmt: skip
     assert [row["method"] for row in compared.rows] == ["dense", "random"]
+    assert len(pruned_here) == 1
     shown = repr(compared).splitlines()
     assert shown[0].split()[:3] == ["method", "parameters", "removed"]
     assert "50,784" in shown[1]

@@ -9,7 +9,7 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call, one_sentence
 from test_vocabulary import byte_level
 
-DRAW = comparison.draw
+DRAW, PRUNE_APART = comparison.draw, comparison.prune_apart
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
 Ask = Any
 
@@ -44,6 +44,12 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return lambda *words: call(monkeypatch, capsys, *words)
 
 
+def prune_here(command: Sequence[str], path: Path) -> None:
+    """What a cell's own process does."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.app(args=[*command, "-o", str(path), "--json"], standalone_mode=False)
+
+
 @pytest.fixture
 def pruned_here(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Cells are pruned in this process and nothing is drawn, which takes seconds less; the commands that were given."""
@@ -51,19 +57,42 @@ def pruned_here(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 
     def here(command: Sequence[str], path: Path, *, listen: Any) -> None:
         asked.append(command)
-        with contextlib.redirect_stdout(io.StringIO()):
-            cli.app(args=[*command, "-o", str(path), "--json"], standalone_mode=False)
+        prune_here(command, path)
 
     monkeypatch.setattr(comparison, "prune_apart", here)
     monkeypatch.setattr(comparison, "draw", lambda *_, **__: False)
     return asked
 
 
-def test_all_are_measured_on_equal_terms(ask: Ask, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """Figures are those that `eval` and `prune` give of the same models, each pruned in a process of its own."""
+@pytest.fixture
+def only_in_a_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Sequence[str]], bool]], list[bool]]:
+    """Let only the cells of these commands have a process of their own, and the others this one; whether each had."""
+
+    def only(these: Callable[[Sequence[str]], bool]) -> list[bool]:
+        had: list[bool] = []
+
+        def prune(command: Sequence[str], path: Path, *, listen: Any) -> None:
+            had.append(these(command))
+            if had[-1]:
+                PRUNE_APART(command, path, listen=listen)
+            else:
+                prune_here(command, path)
+
+        monkeypatch.setattr(comparison, "prune_apart", prune)
+        return had
+
+    return only
+
+
+def test_all_are_measured_on_equal_terms(
+    ask: Ask, only_in_a_process: Any, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Figures are those that `eval` and `prune` give of the same models, of which the first is pruned in a process of its own."""
     out = tmp_path / "out"
+    apart = only_in_a_process(lambda command: "magnitude-all" in command and command[command.index("--seed") + 1] == "0")
     status, said, err = ask(*words(tiny_folder, text_file, out, "--draws", 2, "--keep", "--json", params="80%"))
     assert status == 0, err
+    assert apart == [True, False, False, False]
     result = json.loads(said)
     dense, *rows = result["rows"]
     measure = ["--text", text_file, "--window", 64, "--max-windows", 4, "--dtype", "float32", "--json"]
@@ -214,15 +243,18 @@ def test_samples_and_length_are_options_here_too(
 
 def test_a_failure_is_a_row_and_the_others_go_on(
     ask: Ask,
+    only_in_a_process: Any,
     tiny_folder: Path,
     text_file: Path,
     tmp_path: Path,
 ) -> None:
     """A size that nothing can reach, in a real process: its own sentence is the reason."""
+    apart = only_in_a_process(lambda command: "20000" in command)
     status, said, err = ask(
         *words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all", params="20k,80%")
     )
     assert status == 1
+    assert sorted(apart) == [False, True]
     assert "1 of 2 cells failed" in one_sentence(err)
     failed = next(line for line in said.splitlines() if "is too small: " in line)
     assert failed.startswith("magnitude")

@@ -14,10 +14,11 @@ from adapt_pruner.evaluate import likelihood, packaged_tasks, task_sources, task
 from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import _task_fingerprint, evaluate_tasks, set_shots
 from conftest import VOCAB, byte_tokenizer, tiny_model
+from test_compare import pruned_here
 from test_tasks import CHOICES, ask, definition, folder, needs_lm_eval
 
 pytestmark = needs_lm_eval
-__all__ = ["ask", "folder"]  # fixtures
+__all__ = ["ask", "folder", "pruned_here"]  # fixtures
 
 LIKELY = definition(
     "tiny_likely",
@@ -165,7 +166,7 @@ def test_requests_that_are_cut_off_are_counted(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("length", "warned"), [(64, False), (65, True)])
 def test_sequences_longer_than_the_model_reads_are_said(
-    ask: Any, tmp_path: Path, text_file: Path, length: int, warned: bool
+    ask: Any, pruned_here: list[Any], tmp_path: Path, text_file: Path, length: int, warned: bool
 ) -> None:
     model = tmp_path / "model"
     tiny_model(vocab_size=VOCAB, max_position_embeddings=64).save_pretrained(model)
@@ -185,6 +186,7 @@ def test_sequences_longer_than_the_model_reads_are_said(
         "compare", model, "--methods", "random", "--params", "95%", "--draws", 1, *text, "-o", tmp_path / "compared"
     )
     assert status == 0, err
+    assert len(pruned_here) == 1
     assert ("--window of 65 tokens is longer" in err) == warned
 
 

@@ -14,9 +14,10 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
 from conftest import VOCAB, byte_tokenizer, tiny_model
 from test_cli import ask, one_sentence
+from test_compare import pruned_here
 from test_packaged import write_gguf
 
-__all__ = ["ask"]  # a fixture
+__all__ = ["ask", "pruned_here"]  # fixtures
 
 RECIPES = {
     "a key given twice": (b"model: m\nbudget: 80%\nbudget: 60%\n", "line 3: budget is given twice; leave one of them out"),
@@ -109,9 +110,12 @@ def test_a_gguf_file_in_a_file(tiny_folder: Path, tmp_path: Path) -> None:
         gguf.write(load(str(tiny_folder)), tmp_path / "notes.txt" / "m.gguf")
 
 
-def test_a_run_does_not_begin_in_a_comparison(ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    words = ["--methods", "magnitude-all", "--params", "80%", "--text", text_file, "--max-windows", 1]
+def test_a_run_does_not_begin_in_a_comparison(
+    ask: Any, pruned_here: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words = ["--methods", "magnitude-all", "--params", "80%", "--text", text_file, "--max-windows", 1, "--draws", 1]
     assert ask("compare", tiny_folder, *words, "-o", tmp_path / "c")[0] == 0
+    assert len(pruned_here) == 1
     before = sorted(tmp_path.rglob("*"))
     status, _, err = ask("run", "smollm2-demo", "--set", f"model={tiny_folder}", "-o", tmp_path / "c")
     assert (status, "exists and is not empty" in one_sentence(err)) == (2, True)
