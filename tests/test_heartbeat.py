@@ -24,7 +24,7 @@ def end(sentence):
 
 try:
     with world.joined(lost=end):
-        world.on_main(lambda: time.sleep(8))
+        world.on_main(lambda: time.sleep(float(os.environ["ALONE"])))
         print("met", flush=True)
         while True:
             world.agreed(1)
@@ -36,7 +36,8 @@ except Exception as error:
 
 
 @pytest.fixture
-def pair() -> Iterator[list["subprocess.Popen[str]"]]:
+def pair(request: pytest.FixtureRequest) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Two processes; the first works alone for the seconds of the parameter before they meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         common = {
@@ -44,6 +45,7 @@ def pair() -> Iterator[list["subprocess.Popen[str]"]]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free.getsockname()[1]),
             "CUDA_VISIBLE_DEVICES": "",
+            "ALONE": str(getattr(request, "param", 0)),
         }
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
@@ -57,9 +59,9 @@ def pair() -> Iterator[list["subprocess.Popen[str]"]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(("stopped", "pair"), [(0, 8), (1, 0)], indirect=["pair"])
 def test_a_process_that_is_stopped_is_given_up(stopped: int, pair: list["subprocess.Popen[str]"]) -> None:
-    """The store of all is with the first process. Before that the first worked alone for longer than silence may last."""
+    """The store of all is with the first process, which in one case worked alone before for longer than silence may last."""
     for process in pair:
         assert process.stdout is not None
         assert process.stdout.readline() == "met\n", process.communicate()
