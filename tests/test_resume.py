@@ -39,6 +39,12 @@ from adapt_pruner.run import folder as runs
 from adapt_pruner.run import results, start
 from adapt_pruner.run.training import Trainer
 from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
+from test_cli import ask
+
+__all__ = ["ask"]  # a fixture
+
+Ask = Callable[..., tuple[int, str, str]]  # runs the command line in this process: exit status, stdout, stderr
+Refused = Callable[..., str]
 
 MODULES = [
     "test_resume",
@@ -399,7 +405,7 @@ def test_killed_while_the_model_writes_its_calibration_text(live: Lives, place: 
     assert_same(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("point", ["within a step", "before a checkpoint", "with half of the weights written"])
+@pytest.mark.parametrize("point", ["within a step", "with half of the weights written"])
 def test_killed_with_low_rank_additions_and_a_teacher(point: str, live: Lives, place: Path, tmp_path: Path) -> None:
     """At every step of a run that trains additions with dropout towards the dense model, the last of each stage included."""
     path = recipe(
@@ -416,19 +422,22 @@ def test_killed_with_low_rank_additions_and_a_teacher(point: str, live: Lives, p
     assert_same(run, place / "lora")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("sent", "times"), [(signal.SIGTERM, 3), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
 def test_interrupted_at_random_moments(
-    sent: signal.Signals, whole: tuple[Path, float], live: Lives, place: Path, tmp_path: Path
+    sent: signal.Signals, times: int, whole: tuple[Path, float], live: Lives, place: Path, tmp_path: Path
 ) -> None:
-    """Exit status 1, one sentence, nothing half-written, and the same command goes on from what it names."""
+    """Exit status 1, one sentence, nothing half-written, and the same command goes on from what it names.
+
+    What comes after a signal does not depend on which it was, so one is sent again and again.
+    """
     reference, seconds = whole
     draw = random.Random(int(sent))
     interrupted = run_dirs = 0
-    while interrupted < 3:
+    while interrupted < times:
         run, status, last = tmp_path / f"run-{run_dirs}", 1, None
         run_dirs += 1
         while status == 1:
-            within = draw.uniform(0, 0.5) * seconds if interrupted < 3 else None
+            within = draw.uniform(0, 0.5) * seconds if interrupted < times else None
             status, said = live("run", place / "main.yaml", "-o", run, seconds=within, sent=sent)
             if "; the log is " in said or "the result is complete in " in said:  # it was through when the signal came
                 break
@@ -449,9 +458,10 @@ def test_interrupted_at_random_moments(
         assert_same(run, reference)
 
 
-def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
-    """As on a cluster: SIGTERM, the same command again, and again; by real processes from their start."""
-    command = [sys.executable, "-m", "adapt_pruner", "run", str(place / "main.yaml"), "-o", str(tmp_path / "run")]
+def test_interrupted_gone_on_with_and_finished(ask: Ask, place: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    """As on a cluster: SIGTERM, and the same command again, by real processes from their start; and again, when all is done."""
+    words = ["run", str(place / "main.yaml"), "-o", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "adapt_pruner", *words]
     how: dict[str, Any] = {"text": True, "env": os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
     deadline = time.monotonic() + HANGS
@@ -472,13 +482,13 @@ def test_interrupted_gone_on_with_and_finished(place: Path, whole: tuple[Path, f
     assert done.returncode == 0, done.stderr
     assert f"continuing from {last} (stage " in done.stderr
     assert_same(tmp_path / "run", whole[0])
-    again = subprocess.run(command, capture_output=True, check=False, **how)
-    assert again.returncode == 0
-    assert f"this run is finished: {tmp_path / 'run' / 'model'}" in again.stderr
-    assert "loading" not in again.stderr
-    assert again.stdout == done.stdout
-    assert "parameters in" in again.stdout
-    assert "perplexity on held-out text" in again.stdout
+    status, out, said = ask(*words)
+    assert status == 0
+    assert f"this run is finished: {tmp_path / 'run' / 'model'}" in said
+    assert "loading" not in said
+    assert out == done.stdout
+    assert "parameters in" in out
+    assert "perplexity on held-out text" in out
 
 
 def newest_first(run: Path) -> list[str]:
@@ -507,8 +517,21 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+FILES, DAMAGES = ("model.safetensors", "optimizer.safetensors", "state.json"), (_truncate, _flip, Path.unlink)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_makes_the_checkpoint_before_the_newest(file: str, damage: Callable[[Path], None], halfway: Path) -> None:
+    newest = halfway / "checkpoints" / "stage-3-step-9"
+    damage(newest / file)
+    path, _, damaged = runs.RunFolder(halfway).newest()
+    assert path == newest.with_name("stage-3-step-8")
+    assert list(damaged) == [newest]
+    assert str(newest / file) in damaged[newest]
+
+
+@pytest.mark.parametrize(("file", "damage"), zip(FILES, DAMAGES, strict=True))
 def test_a_damaged_checkpoint(
     file: str, damage: Callable[[Path], None], halfway: Path, whole: tuple[Path, float], live: Lives, place: Path
 ) -> None:
@@ -678,18 +701,23 @@ def contents(run: Path) -> dict[Path, bytes]:
     }
 
 
-def refused(live: Lives, run: Path, *words: Any) -> str:
-    """The sentence with which a life is refused; it must leave the run as it was."""
-    before = contents(run)
-    status, said = live("run", *words, "-o", run)
-    assert status == 2, said
-    assert contents(run) == before
-    return one_sentence(said)
+@pytest.fixture
+def refused(ask: Ask) -> Refused:
+    """The sentence with which a run in this process is refused; it must leave the folder as it was."""
+
+    def sentence(run: Path, *words: Any) -> str:
+        before = contents(run)
+        status, out, said = ask("run", *words, "-o", run)
+        assert (status, out) == (2, ""), said
+        assert contents(run) == before
+        return one_sentence(said)
+
+    return sentence
 
 
-def test_a_changed_recipe(halfway: Path, live: Lives, place: Path) -> None:
+def test_a_changed_recipe(halfway: Path, live: Lives, refused: Refused, place: Path) -> None:
     changes = ["--set", "seed=4", "--set", "training.lr=1e-3", "--set", "calibration.samples=9"]
-    sentence = refused(live, halfway, place / "main.yaml", *changes)
+    sentence = refused(halfway, place / "main.yaml", *changes)
     assert re.search(r"differs in calibration\.samples, training\.lr, seed; .* --force-recipe", sentence)
     machine = ["--set", "device=cpu", "--set", "checkpoint_minutes=5", "--set", "keep_checkpoints=3", "--set", "about=mine"]
     assert live("run", place / "main.yaml", "-o", halfway, *machine, point="within a step", nth=1)[0] == -9, "these do not count"
@@ -709,10 +737,10 @@ def test_forced_to_another_recipe(halfway: Path, live: Lives, place: Path) -> No
     assert max(event["lr"] for event in log_of(halfway) if event["event"] == "step" and event["step"] > 9) <= 1e-4
 
 
-def test_forced_to_more_tokens_of_another_text(halfway: Path, live: Lives, place: Path) -> None:
+def test_forced_to_more_tokens_of_another_text(halfway: Path, live: Lives, refused: Refused, place: Path) -> None:
     """The run goes on at the place in the new text that as many tokens lead to."""
     changes = ["--set", "training.tokens=9000", "--set", f"training.source={place / 'foxes.txt'}", "--set", "training.length=32"]
-    sentence = refused(live, halfway, place / "main.yaml", *changes)
+    sentence = refused(halfway, place / "main.yaml", *changes)
     assert re.search(r"differs in training\.source, training\.tokens, training\.length;", sentence)
     status, said = live("run", place / "main.yaml", "-o", halfway, *changes, "--force-recipe")
     assert status == 0, said
@@ -723,10 +751,10 @@ def test_forced_to_more_tokens_of_another_text(halfway: Path, live: Lives, place
     assert max(after["tokens"] - before["tokens"] for before, after in itertools.pairwise(steps)) <= 512
 
 
-def test_forced_to_what_cannot_be(halfway: Path, live: Lives, place: Path) -> None:
-    sentence = refused(live, halfway, place / "main.yaml", "--set", "stages=2", "--force-recipe")
+def test_forced_to_what_cannot_be(halfway: Path, refused: Refused, place: Path) -> None:
+    sentence = refused(halfway, place / "main.yaml", "--set", "stages=2", "--force-recipe")
     assert re.search(r"is in stage 3 and the recipe has only 2 stages; set stages to 3 or more", sentence)
-    sentence = refused(live, halfway, place / "main.yaml", "--set", f"model={place / 'other'}", "--force-recipe")
+    sentence = refused(halfway, place / "main.yaml", "--set", f"model={place / 'other'}", "--force-recipe")
     assert f"as it was when the run began, not of {place / 'other'} as it is now" in sentence
 
 
@@ -741,26 +769,28 @@ def test_forced_to_prune_more_kinds_and_less(live: Lives, place: Path, tmp_path:
     assert figures["params_after"] <= 0.7 * figures["params_before"]
 
 
-def test_an_unreadable_recipe_in_the_folder(halfway: Path, whole: tuple[Path, float], live: Lives, place: Path) -> None:
+def test_an_unreadable_recipe_in_the_folder(
+    halfway: Path, whole: tuple[Path, float], live: Lives, refused: Refused, place: Path
+) -> None:
     """As another version may leave it."""
     with (halfway / "recipe.yaml").open("a") as file:
         file.write("forgotten_key: 1\n")
-    sentence = refused(live, halfway, place / "main.yaml")
+    sentence = refused(halfway, place / "main.yaml")
     assert f"{halfway / 'recipe.yaml'}" in sentence
     assert "--force-recipe" in sentence
     (halfway / "recipe.yaml").unlink()
-    assert f"{halfway / 'recipe.yaml'}" in refused(live, halfway, place / "main.yaml", "--set", "seed=4")
+    assert f"{halfway / 'recipe.yaml'}" in refused(halfway, place / "main.yaml", "--set", "seed=4")
     assert live("run", place / "main.yaml", "-o", halfway, "--force-recipe")[0] == 0
     assert_same(halfway, whole[0])
 
 
-def test_low_rank_additions_are_not_forgotten(live: Lives, place: Path, tmp_path: Path) -> None:
+def test_low_rank_additions_are_not_forgotten(live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
     """Under way they cannot be turned off or into others: what they learned would be lost."""
     path = recipe(place, "lora-forced", stages=1, training={"tokens": 1_500, "lora": {"rank": 4}})
     run = tmp_path / "run"
     assert live("run", path, "-o", run, point="within a step", nth=2)[0] == -9
     for change in ("training.lora=null", "training.lora={rank: 8}"):
-        sentence = refused(live, run, path, "--set", change, "--force-recipe")
+        sentence = refused(run, path, "--set", change, "--force-recipe")
         assert "low-rank additions" in sentence
         assert "training.lora" in sentence
 
@@ -771,7 +801,9 @@ def own_model(place: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", ["config", "size", "values", "gone"])
-def test_the_model_changed_underneath(change: str, own_model: Path, live: Lives, place: Path, tmp_path: Path) -> None:
+def test_the_model_changed_underneath(
+    change: str, own_model: Path, live: Lives, refused: Refused, place: Path, tmp_path: Path
+) -> None:
     path = recipe(place, f"own-{change}", model=str(own_model), stages=1, training={"tokens": 1_500})
     run = tmp_path / "run"
     assert live("run", path, "-o", run, point="within a step", nth=2)[0] == -9
@@ -784,7 +816,7 @@ def test_the_model_changed_underneath(change: str, own_model: Path, live: Lives,
         changes = {"hidden_size": 96} if change == "size" else {}
         tiny_model(vocab_size=VOCAB, attention_dropout=0.1, seed=1, **changes).save_pretrained(own_model)
         byte_tokenizer().save_pretrained(own_model)
-    sentence = refused(live, run, path)
+    sentence = refused(run, path)
     assert (
         f"{run / 'checkpoints' / 'stage-1-step-1'} is a checkpoint of the model {own_model} as it was when the run began"
         in sentence
@@ -793,7 +825,7 @@ def test_the_model_changed_underneath(change: str, own_model: Path, live: Lives,
 
 
 @pytest.mark.parametrize("text", ["training", "calibration"])
-def test_a_text_changed_underneath(text: str, live: Lives, place: Path, tmp_path: Path) -> None:
+def test_a_text_changed_underneath(text: str, live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text((place / "foxes.txt").read_text())
     own_text: dict[str, Any] = {"training": {"tokens": 1_500}}
@@ -802,17 +834,17 @@ def test_a_text_changed_underneath(text: str, live: Lives, place: Path, tmp_path
     assert live("run", path, "-o", tmp_path / "run", point="within a step", nth=2)[0] == -9
     said = own.read_text()
     own.write_text(said.replace("lazy", "busy"))
-    assert f"the {text} text changed after" in refused(live, tmp_path / "run", path)
+    assert f"the {text} text changed after" in refused(tmp_path / "run", path)
     own.write_text(said)
     assert live("run", path, "-o", tmp_path / "run")[0] == 0
 
 
-def test_a_teacher_changed_underneath(own_model: Path, live: Lives, place: Path, tmp_path: Path) -> None:
+def test_a_teacher_changed_underneath(own_model: Path, live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
     taught = {"tokens": 1_500, "objective": "objectives.distil", "teacher": str(own_model)}
     path = recipe(place, "own-teacher", stages=1, training=taught)
     assert live("run", path, "-o", tmp_path / "run", point="within a step", nth=2)[0] == -9
     tiny_model(vocab_size=VOCAB, attention_dropout=0.1, seed=1).save_pretrained(own_model)
-    assert "the teacher changed after" in refused(live, tmp_path / "run", path)
+    assert "the teacher changed after" in refused(tmp_path / "run", path)
     status, said = live("run", path, "-o", tmp_path / "run", "--force-recipe")
     assert (status, "continuing with another teacher from where the run stopped" in said) == (0, True)
 
@@ -867,7 +899,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_begun_leaves_nothing(case: str, live: Lives, place: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_begun_leaves_nothing(case: str, refused: Refused, place: Path, tmp_path: Path) -> None:
     """One sentence, exit status 2, and the folder is as free as it was."""
     settings, expected = BAD[case]
     if "TEACHER" in " ".join(settings):
@@ -875,9 +907,8 @@ def test_what_cannot_be_begun_leaves_nothing(case: str, live: Lives, place: Path
     words = [word for text in settings for word in ("--set", text.replace("TEACHER", str(place / "teacher")))]
     (tmp_path / "empty").mkdir()
     for run in (tmp_path / "run", tmp_path / "empty"):
-        status, said = live("run", place / "main.yaml", "-o", run, *words)
-        assert status == 2, said
-        assert re.search(expected, one_sentence(said)), said
+        sentence = refused(run, place / "main.yaml", *words)
+        assert re.search(expected, sentence), sentence
     assert not (tmp_path / "run").exists()
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -902,15 +933,15 @@ def test_a_text_that_is_too_short_is_repeated_with_a_warning(whole: tuple[Path, 
     assert warning.removeprefix("warning: ") in logged, "the log and the report have what was said before the run began"
 
 
-def test_a_folder_of_something_else(live: Lives, place: Path, tmp_path: Path) -> None:
+def test_a_folder_of_something_else(refused: Refused, place: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("…")
-    assert "exists and is not empty" in refused(live, tmp_path / "run", place / "main.yaml")
+    assert "exists and is not empty" in refused(tmp_path / "run", place / "main.yaml")
     with suppress(FileNotFoundError):
         (place / "file").unlink()
     (place / "file").write_text("…")
-    status, said = live("run", place / "main.yaml", "-o", place / "file")
-    assert (status, "exists and is not a folder" in one_sentence(said)) == (2, True)
+    assert "exists and is not a folder" in refused(place / "file", place / "main.yaml")
+    assert (place / "file").read_text() == "…"
 
 
 # Figures.
