@@ -81,20 +81,39 @@ def started(folder: Path, *command: Any) -> str:
     return done.stdout
 
 
+COMMANDS = """
+import json, sys
+from adapt_pruner import cli
+from adapt_pruner.compare import turns
+
+turns.LOADS = 1  # each is a process
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["adapt-pruner", *words]
+    try:
+        cli.main()
+    except SystemExit as left:
+        if left.code:
+            raise
+"""
+"""Several commands one after the other, without their starts; each imports what it needs and starts its own processes."""
+
+
 def test_no_command_runs_a_file_of_the_current_folder(planted: Path, text_file: Path) -> None:
     """Nor do the processes that it starts, whatever name is planted."""
     for name in SHADOWS:
         shutil.copy(planted / "typer.py", planted / f"{name}.py")
-    ours = ["-P", "-m", "adapt_pruner"]
     text = ["--text", text_file, "--window", 64, "--max-windows", 2, "--dtype", "float32"]
     quick = ["--batch", 1, "--prompt", 8, "--generate", 4, "--rounds", 1]
-    started(
-        planted, *ours, "compare", ".", "--methods", "magnitude-all", "--params", "80%", "-o", "../c", "--keep", *text, "--json"
-    )
+    compared = ["--methods", "magnitude-all", "--params", "80%", "-o", "../c", "--keep", *text, "--json"]
+    started(planted, "-P", "-m", "adapt_pruner", "compare", ".", *compared)
     pruned = next((planted.parent / "c" / "models").glob("*/config.json")).parent
-    started(planted, *ours, "bench", pruned, "--against", ".", *quick, "--json")
-    started(planted, *ours, "export", pruned, "-o", "../padded", "--to", "padded")
-    started(planted, *ours, "verify", pruned, "../padded", "--json")
+    commands: list[list[Any]] = [
+        ["bench", pruned, "--against", ".", *quick, "--json"],
+        ["export", pruned, "-o", "../padded", "--to", "padded"],
+        ["verify", pruned, "../padded", "--json"],
+    ]
+    said = started(planted, "-P", "-c", COMMANDS, json.dumps([[str(word) for word in words] for words in commands]))
+    assert all(word in said for word in ('"speeds"', "saved ../padded", '"passed": true')), "each has done its work"
 
 
 def test_plain_python_m_takes_no_library_of_the_current_folder(planted: Path) -> None:
