@@ -138,35 +138,39 @@ def test_what_is_finished_is_not_run_again(
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps({"input_ids": [[5, 6, 7, 8]] * 4}))
 
-    def run(*more: Any, **kinds: Any) -> tuple[int, str]:
+    def run(*more: Any, methods: str = "magnitude-all", **kinds: Any) -> tuple[int, str]:
         pruned_here.clear()
-        status, _, err = ask(*words(tiny_folder, text_file, out, *more, **kinds))
+        status, _, err = ask(*words(tiny_folder, text_file, out, *more, methods=methods, **kinds))
         assert status == 0, err
         return len(pruned_here), err
 
-    assert run("--draws", 1)[0] == 2
+    assert run("--draws", 1)[0] == 1
     before = read_json(out / "compare.json")
     assert not (out / "models").exists(), "checkpoints are large, figures are what is kept"
     again, err = run("--draws", 1)
     assert again == 0
-    assert "2 of 2 cells are finished and used again" in err
+    assert "1 of 1 cells are finished and used again" in err
     assert read_json(out / "compare.json") == before
-    assert run("--draws", 2)[0] == 2, "the second draw of each"
-    assert run("--draws", 1, methods="magnitude-all,uniform", params="80%")[0] == 1, "a method more"
-    assert run("--draws", 1, params="80%,70%")[0] == 2, "a size more"
-    assert run("--draws", 1, "--set", "metric=weights.magnitude(norm=l2)")[0] == 2, "another recipe"
-    assert run("--draws", 1, "--max-windows", 3)[0] == 2, "other windows"
-    assert run("--draws", 1, "--dtype", "bfloat16")[0] == 2, "another precision"
-    assert run("--calibration-ids", ids, methods="uniform")[0] == 1
-    assert run("--calibration-ids", ids, methods="uniform")[0] == 0
+    assert run("--draws", 2)[0] == 1, "the second draw"
+    assert run("--draws", 1, methods="magnitude-all,random")[0] == 1, "a method more"
+    assert run("--draws", 1, params="80%,70%")[0] == 1, "a size more"
+    assert run("--draws", 1, "--set", "metric=weights.magnitude(norm=l2)")[0] == 1, "another recipe"
+    assert run("--draws", 1, "--max-windows", 3)[0] == 1, "other windows"
+    assert run("--draws", 1, "--dtype", "bfloat16")[0] == 1, "another precision"
+    given = ["--calibration-ids", ids, "--set", "step=1"]
+    assert run(*given, methods="uniform")[0] == 1
+    assert run(*given, methods="uniform")[0] == 0
     ids.write_text(json.dumps({"input_ids": [[5, 6, 7, 9]] * 4}))
-    assert run("--calibration-ids", ids, methods="uniform")[0] == 1, "other tokens under the same name"
+    assert run(*given, methods="uniform")[0] == 1, "other tokens under the same name"
     for path in (out / "cells").glob("magnitude-*"):
         path.write_text('{"half')
-    assert run("--draws", 1)[0] == 1, "figures that cannot be read are no figures"
+    both = "magnitude-all,random"
+    count, err = run("--draws", 1, methods=both)
+    assert count == 1, "figures that cannot be read are no figures"
+    assert "1 of 2 cells are finished and used again" in err
     for path in (out / "cells").glob("random-*"):
         path.write_text(json.dumps(read_json(path) | {"made_by": "adapt-pruner 0.0.1"}))
-    count, err = run("--draws", 1)
+    count, err = run("--draws", 1, methods=both)
     assert count == 0
     assert "other versions (adapt-pruner 0.0.1)" in err
 
