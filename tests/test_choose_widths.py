@@ -145,6 +145,7 @@ def test_heads_go_where_neurons_are_at_their_least(
         f"multiple_of={multiple}",
         "calibration.self_generated=0",
         *(["axes=[layers,neurons]"] if method == "shortgpt" else []),
+        *(["step=0.1"] if method == "adapt-pruner" else []),  # as best has it
     ]
     with pytest.raises(UsageError, match="smallest possible budget is") as refused:
         pruned(wide_folder, tmp_path / "none", text_file, *words, method=method, budget="2")

@@ -22,6 +22,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report import documented
 from adapt_pruner.report.hub import parcel
 from conftest import byte_tokenizer
+from test_cli import call
 
 
 class Hub(ThreadingHTTPServer):
@@ -227,14 +228,11 @@ def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Pa
         parcel(tmp_path, "me/small")
 
 
-def test_an_export_is_sent_with_its_own_card(folder: Path, hub: Hub, tmp_path: Path) -> None:
+def test_an_export_is_sent_with_its_own_card(
+    folder: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "padded"
-    assert (
-        subprocess.run(
-            [sys.executable, "-m", "adapt_pruner", "export", folder, "--to", "padded", "-o", out], check=False
-        ).returncode
-        == 0
-    )
+    assert call(monkeypatch, capsys, "export", folder, "--to", "padded", "-o", out)[0] == 0
     (out / "notes.txt").write_text("mine")
     (out / "small.gguf").write_bytes(b"GGUF")
     status, _, err = push(out, "me/small", endpoint=hub.address)

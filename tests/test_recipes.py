@@ -19,6 +19,7 @@ from adapt_pruner.report import documented
 from adapt_pruner.run.forecast import dry_run
 from conftest import byte_tokenizer
 from test_checkpoint import pruned
+from test_cli import call
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -97,17 +98,18 @@ def test_a_budget_out_of_reach_is_refused_on_shapes_alone() -> None:
         dry_run(read("mobilellm-350m-to-125m", values={"model": config_of("mobilellm-350m-to-125m"), "budget": "40M"}))
 
 
-def test_from_the_command_line_nothing_but_the_config_is_read(tmp_path: Path) -> None:
+def test_from_the_command_line_nothing_but_the_config_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_text((CONFIGS / "qwen2.5-0.5b" / "config.json").read_text())
     assert not has_weights(str(tmp_path))
     words = ["run", "qwen2.5-0.5b-to-350m", "--set", f"model={tmp_path}", "--dry-run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "adapt_pruner", *words], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "376,100,000" in done.stdout
-    assert "time on paper: an H100 at 40 % of its 989 TFLOP/s" in done.stdout
-    assert "nothing was written" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(monkeypatch, capsys, *words)
+    assert status == 0, err
+    assert "376,100,000" in out
+    assert "time on paper: an H100 at 40 % of its 989 TFLOP/s" in out
+    assert "nothing was written" in out
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     done = subprocess.run([sys.executable, "-m", "adapt_pruner", *words, "--json"], capture_output=True, text=True, check=True)
     planned: dict[str, Any] = json.loads(done.stdout)
