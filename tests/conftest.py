@@ -33,7 +33,9 @@ os.fsync = lambda handle: None  # what a machine loses that loses its power is n
 atexit.register(shutil.rmtree, os.environ["ADAPT_PRUNER_CACHE"], ignore_errors=True)  # it may hold a real model
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
-LONGEST = {"test_forecast.py", "test_processes.py", "test_readme.py", "test_resume.py"}
+LONGEST = {
+    "test_forecast.py", "test_processes.py", "test_readme.py", "test_resume.py", "test_vocabulary_runs.py", "test_without_trust.py",
+}  # fmt: skip
 """Begun first, so that no process is left alone with them at the end; see `make test`."""
 
 LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families.all_families() for name in family.tiny()]

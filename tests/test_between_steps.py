@@ -77,22 +77,30 @@ def test_what_goes_is_what_the_gradients_of_the_step_say(tiny_folder: Path, text
     assert load(str(first[0])).mask == Mask.of_sizes(axes, {axis.name: scores[axis.name] for axis in axes}, sizes)
 
 
+@pytest.fixture(scope="module", params=["", "(every=3, batches=2, share=0.75)"])
+def whole(
+    request: pytest.FixtureRequest, tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    """A recipe, and its run that nothing stopped."""
+    recipe = recipe_of(tiny_folder, text_file, reduce=f"between_steps{request.param}")
+    folder = tmp_path_factory.mktemp("between-steps") / "whole"
+    run(recipe, folder)
+    return recipe, folder
+
+
 @pytest.mark.parametrize(("kind", "nth"), [("step", 3), ("cut", 3), ("step", 12)])
-@pytest.mark.parametrize("options", ["", "(every=3, batches=2, share=0.75)"])
-def test_a_killed_run_goes_on_bit_equal(
-    kind: str, nth: int, options: str, tiny_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_of(tiny_folder, text_file, reduce=f"between_steps{options}")
-    run(recipe, tmp_path / "whole")
-    break_off(recipe, tmp_path / "broken", kind=kind, nth=nth)
-    run(recipe, tmp_path / "broken")
+def test_a_killed_run_goes_on_bit_equal(kind: str, nth: int, whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, reference = whole
+    broken = tmp_path / "broken"
+    break_off(recipe, broken, kind=kind, nth=nth)
+    run(recipe, broken)
     logs = []
-    for name in ("whole", "broken"):
-        lines = [log_of(tmp_path / name, kind) for kind in ("step", "cut")]
+    for folder in (reference, broken):
+        lines = [log_of(folder, kind) for kind in ("step", "cut")]
         keep = ("step", "loss", "iteration", "params", "sizes", "lr")
         logs.append([[{key: line.get(key) for key in keep} for line in kind] for kind in lines])
     assert logs[0] == logs[1]
-    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+    assert_same_model(reference, broken)
 
 
 def test_stages_and_a_repair(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

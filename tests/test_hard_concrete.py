@@ -67,6 +67,13 @@ def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
     return read(keys | changes)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The run that nothing stopped, and what came of it."""
+    folder = tmp_path_factory.mktemp("hard-concrete") / "whole"
+    return folder, run(recipe_of(tiny_folder, text_file), folder)
+
+
 def test_a_loss_that_rises_while_masks_close_is_no_divergence(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_folder, text_file, reduce="hard_concrete(share=1.0)", training={"max_rise": 1e-6})
     outcome = run(recipe, tmp_path / "run")
@@ -97,8 +104,8 @@ def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_
     assert len(log_of(tmp_path / "run", "step")) > 120, "the rest of the tokens trains the small model"
 
 
-def test_a_shape_is_found_for_a_budget(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    outcome = run(recipe_of(tiny_folder, text_file), tmp_path / "run")
+def test_a_shape_is_found_for_a_budget(whole: tuple[Path, Any]) -> None:
+    _, outcome = whole
     assert outcome is not None
     assert outcome.figures["budget"] * 0.85 < outcome.figures["params_after"] <= outcome.figures["budget"]
     sizes = families.sizes(outcome.loaded.model)
@@ -119,15 +126,16 @@ def test_a_budget_a_little_below_the_model_takes_no_whole_layer_or_head() -> Non
 
 
 @pytest.mark.parametrize("nth", [3, 12, 20])
-def test_a_killed_run_goes_on_bit_equal(nth: int, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_folder, text_file)
-    run(recipe, tmp_path / "whole")
-    break_off(recipe, tmp_path / "broken", kind="step", nth=nth)
-    run(recipe, tmp_path / "broken")
+def test_a_killed_run_goes_on_bit_equal(
+    nth: int, whole: tuple[Path, Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe, broken = recipe_of(tiny_folder, text_file), tmp_path / "broken"
+    break_off(recipe, broken, kind="step", nth=nth)
+    run(recipe, broken)
     for kind, keys in (("step", ("step", "loss", "lr")), ("cut", ("sizes", "params"))):
-        one, other = ([[line.get(key) for key in keys] for line in log_of(tmp_path / name, kind)] for name in ("whole", "broken"))
+        one, other = ([[line.get(key) for key in keys] for line in log_of(folder, kind)] for folder in (whole[0], broken))
         assert one == other
-    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+    assert_same_model(whole[0], broken)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -139,11 +139,19 @@ def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
     return read(keys | changes)
 
 
-@pytest.mark.parametrize("nth", [1, 4])
-def test_a_killed_search_goes_on_bit_equal(nth: int, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe, and its run that nothing stopped."""
     recipe = recipe_of(tiny_folder, text_file, stages=2)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(recipe, whole)
+    folder = tmp_path_factory.mktemp("policy-gradient") / "whole"
+    run(recipe, folder)
+    return recipe, folder
+
+
+@pytest.mark.parametrize("nth", [1, 4])
+def test_a_killed_search_goes_on_bit_equal(nth: int, whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, reference = whole
+    broken = tmp_path / "broken"
     break_off(recipe, broken, kind="searched", nth=nth + 1)
     names = sorted(path.name for path in (broken / "checkpoints").iterdir())
     assert any("search" in name for name in names)
@@ -151,7 +159,7 @@ def test_a_killed_search_goes_on_bit_equal(nth: int, tiny_folder: Path, text_fil
     run(recipe, broken, listen=told.append)
     searched = [event["done"] for event in told if event["event"] == "searched" and event["stage"] == 1]
     assert searched[0] > 2, "what was done is not done again"
-    assert_same_model(whole, broken)
+    assert_same_model(reference, broken)
     rounds = [(line["stage"], line["done"]) for line in log_of(broken, "searched")]
     assert rounds == [(stage, done) for stage in (1, 2) for done in range(2, 13, 2)], "each round once in the log"
 
