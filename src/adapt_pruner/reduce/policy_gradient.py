@@ -85,12 +85,12 @@ class PolicyGradient(Units):
 
     def check(self, work: Work) -> None:
         """Refuse axes other than neurons and KV heads."""
-        super().check(work)
         others = [kind for kind in work.recipe.axes if kind not in _KINDS]
         if others:
             raise UsageError(
                 f"reduce policy_gradient draws neurons and kv_heads, and axes names {', '.join(others)}; leave that out of axes"
             )
+        super().check(work)
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Draws of calibration text: one for the start, and those that the updates read."""

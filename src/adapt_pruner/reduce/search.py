@@ -93,6 +93,11 @@ class Search(Units):
 
     def check(self, work: Work) -> None:
         """Refuse an unknown fitness, unknown proposals, `repaired` without a repair, and axes that the search cannot change."""
+        if single := [kind for kind in work.recipe.axes if sum(axis.kind == kind for axis in work.axes) == 1]:
+            raise UsageError(
+                f"reduce search moves units from one layer to another, and the model has only one axis of {', '.join(single)}; "
+                "leave that out of axes"
+            )
         super().check(work)
         if self.fitness not in ("loss", "kl"):
             raise UsageError(f"fitness {self.fitness!r} of reduce search is not known; known: loss, kl")
@@ -115,11 +120,6 @@ class Search(Units):
             raise UsageError(
                 "reduce search(repaired=true) measures candidates with repaired weights, and the recipe has no repair that leaves the "
                 "number of parameters as it is; set repair=closed_form.least_squares, or leave repaired out"
-            )
-        if single := [kind for kind in work.recipe.axes if sum(axis.kind == kind for axis in work.axes) == 1]:
-            raise UsageError(
-                f"reduce search moves units from one layer to another, and the model has only one axis of {', '.join(single)}; "
-                "leave that out of axes"
             )
         if "query_heads" in work.recipe.axes and self.on_repaired:
             raise UsageError(
