@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import form_of
 from adapt_pruner.export import gguf as gguf_form
-from adapt_pruner.export.loading import no_gguf
+from adapt_pruner.export.loading import loading, no_gguf
 from adapt_pruner.report import documented
 from adapt_pruner.report.card import _command, _entries, card, card_of, write_card
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
@@ -167,6 +167,21 @@ def test_its_python_loads_that_very_folder(
         refused = True
     assert refused == (no_gguf(config) is not None)
     run_snippet(folder, monkeypatch)
+
+
+def test_vllm_builds_a_qwen2_of_fewer_heads_by_transformers() -> None:
+    """vLLM's own Qwen2 divides the width by the number of heads."""
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+    }
+    assert any("vllm serve . --model-impl transformers\n" in said for said in loading(config))
+    for plain in (config | {"num_attention_heads": 6}, config | {"model_type": "llama"}):
+        assert any("vllm serve .\n" in said for said in loading(plain))
 
 
 @pytest.mark.parametrize("form", ["uniform", "padded", "decilm", "onnx"])

@@ -167,7 +167,9 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(
     assert asked(8).minutes == planned.minutes, "it is finished"
     assert not heard
     (tmp_path / "small" / "recipe.yaml").write_text(planned.model_copy(update={"about": "mine"}).to_yaml())
-    with pytest.raises(UsageError, match="was not started by shrink; name another folder, or continue it with: `adapt-pruner run"):
+    with pytest.raises(
+        UsageError, match="was not started by shrink; name another folder, or continue it with: `adapt-pruner run"
+    ):
         asked(5)
 
 

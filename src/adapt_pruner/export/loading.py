@@ -29,6 +29,13 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
         yield "**vLLM** has no place for the sums of blocks beside linear layers (`slorb`)."
     elif own_code:
         yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
+    elif (
+        stock_type(config) == "qwen2"
+        and config.get("head_dim")
+        and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]
+    ):
+        why = "Its own Qwen2 (of 0.32) takes the size of a head from the width of the model, which is another here; transformers' does not"
+        yield f"**vLLM**. {why}:\n\n```sh\nvllm serve . --model-impl transformers\n```"
     else:
         yield "**vLLM**:\n\n```sh\nvllm serve .\n```"
     if (trouble := no_gguf(config)) is not None:
