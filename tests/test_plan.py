@@ -81,6 +81,20 @@ def test_who_loses_much_or_has_no_text_learns_from_the_dense_model() -> None:
     assert "name your own with --text" in plan_of(60, own=False).lines[3]
 
 
+def test_a_text_that_is_read_again_teaches_by_the_dense_model() -> None:
+    """A model learns such a text by heart; the dense model's predictions are no text."""
+    enough = plan_of(60).settings["training.expected"]
+    once, again = plan_of(60, text_tokens=enough), plan_of(60, text_tokens=enough // 2)
+    assert once.settings["training.objective"] == "objectives.lm"
+    assert again.settings["training.objective"] == "objectives.distil(temperature=1)"
+    assert again.settings["training.expected"] < enough
+    assert plan_of(tokens=30_000, text_tokens=20_000).settings["training.objective"] == "objectives.distil(temperature=1)"
+    assert plan_of(60, text_tokens=enough // 2, sparse=True).settings["training.objective"] == "objectives.lm"
+    lacking = plan_of(60, text_tokens=enough // 2, teacher=10**12)
+    assert lacking.settings["training.objective"] == "objectives.lm"
+    assert "which would teach it, does not fit" in lacking.lines[2]
+
+
 def test_tokens_in_the_place_of_minutes() -> None:
     plan = plan_of(tokens=2_000_000)
     assert plan.settings["training.tokens"] == 2_000_896, "whole batches"
@@ -115,11 +129,11 @@ def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -
 
 def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:
     line = plan_of(60, text_tokens=50_000).lines[2]
-    often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).k tokens would be enough", line)
+    often = re.search(r"each about ([\d.]+) times; a text of ([\d.]+).M tokens would be read once, which is better", line)
     assert often is not None, line
-    tokens = plan_of(60).settings["training.expected"]
+    tokens = plan_of(60, text_tokens=50_000).settings["training.expected"]
     assert float(often[1]) == pytest.approx(tokens / 50_000, rel=0.01)
-    assert 1000 * float(often[2]) == pytest.approx(tokens / 4, rel=0.01)
+    assert 1e6 * float(often[2]) == pytest.approx(tokens, rel=0.05)
     assert "times" not in plan_of(60).lines[2]
 
 

@@ -23,7 +23,7 @@ _SPARE = 0.02  # of the time, for what no probe predicts
 _MORE, _MOST_MORE, _EASILY = 2, 8, 4_000_000
 """Tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow: 2, or up to 8 as long as
 that makes so many tokens, which takes seconds."""
-_READ_OFTEN = 4  # times that a text may be read before the plan mentions it: so many repeats are nearly as good as fresh text
+_ONCE = 1.05  # times that a text may be read; above, the model would learn it by heart, so the dense model's predictions teach
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
 _ROW, _LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
@@ -184,6 +184,14 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         UsageError: the time is too short for the smallest plan, or the model does not fit into memory.
     """
     taught = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
+    plan, tokens = _planned(machine, model, asked, taught=taught)
+    if tokens > _ONCE * asked.text_tokens and not (taught or model.sparse):
+        plan, _ = _planned(machine, model, asked, taught=True)
+    return plan
+
+
+def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> tuple[Plan, int]:
+    """The plan, and the tokens that it expects to train on; `taught` by the dense model if both fit into memory."""
     distilled = taught and (machine.memory is None or model.training[1] + model.teacher <= machine.memory)
     checkpointing = _fitting(machine, model, distilled)
     if checkpointing:
@@ -218,7 +226,7 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     plan = Plan(settings, (), seconds)
     by = "learning from the dense model's predictions on " if distilled else "on "
     lacking = "; the dense model, which would teach it, does not fit into memory beside it" if taught and not distilled else ""
-    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=f"{by}the text{lacking}"))
+    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=f"{by}the text{lacking}")), tokens
 
 
 def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float, gone: float) -> tuple[int, int, _Pruning, float]:
@@ -318,8 +326,8 @@ def _lines(
     settings, seconds = plan.settings, plan.seconds
     often = tokens / max(1, asked.text_tokens)
     repeats = (
-        f", each about {often:.1f} times; a text of {compact(tokens / _READ_OFTEN)} tokens would be enough"
-        if often > _READ_OFTEN
+        f", each about {often:.1f} times; a text of {compact(tokens)} tokens would be read once, which is better"
+        if often > _ONCE
         else ""
     )
     cuts = way.iterations(model)
