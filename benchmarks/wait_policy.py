@@ -3,7 +3,8 @@
     python benchmarks/wait_policy.py [--model smollm2-135m-instruct] [--busy 0 1] [--repeats 2]
 
 Each line is a fresh process that measures the model as `shrink` does (`run.probe`), beside so many busy processes. Speeds are tokens
-a second. `spin` is what the OpenMP library does by itself, `sleep` is OMP_WAIT_POLICY=passive, `spin 1000` is GOMP_SPINCOUNT=1000, the turns of a loop before a thread sleeps.
+a second. `spin` is what the OpenMP library does by itself, `sleep` is OMP_WAIT_POLICY=passive. `spin 1000` is GOMP_SPINCOUNT=1000: a
+thread turns so often in a loop before it sleeps.
 Call it on a machine that does nothing else.
 """
 

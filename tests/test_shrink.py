@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,11 +320,12 @@ def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
 def test_fewer_threads_where_those_of_a_pass_wait_for_each_other(
     crowded: float, used: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass that sleeps has no core; it is `crowded` seconds longer with more threads than one."""
-    used_now = [2]
+    """A pass that has no core; it is `crowded` seconds longer with more threads than one."""
+    used_now, now = [2], [0.0]
+    monkeypatch.setattr(threads, "time", SimpleNamespace(process_time=lambda: 0.0, perf_counter=lambda: now[0]))
     monkeypatch.setattr(threads.torch, "get_num_threads", lambda: used_now[-1])
     monkeypatch.setattr(threads.torch, "set_num_threads", used_now.append)
-    words = threads._fitted(lambda: time.sleep(0.01 + crowded * (used_now[-1] > 1)))
+    words = threads._fitted(lambda: now.insert(0, now[0] + 0.01 + crowded * (used_now[-1] > 1)))
     assert (used_now[-1], words) == (used, {2: "2 threads", 1: "1 of 2 threads, which is faster at present"}[used])
 
 

@@ -29,8 +29,7 @@ from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in,
 from adapt_pruner.checkpoint.save import needs_own_code, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import expanded, folder_beside, remove
-from adapt_pruner.core.files import weight_bytes as stored_bytes
+from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
@@ -205,9 +204,9 @@ def _load(
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
-    on_disk = stored_bytes(Path(folder)) if gguf is None else 0
-    weight_bytes = on_disk or count_parameters(model) * stored.itemsize
-    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, weight_bytes, weight_mask)
+    on_disk = weight_bytes(Path(folder)) if gguf is None else 0
+    size = on_disk or count_parameters(model) * stored.itemsize
+    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask)
 
 
 def _kept(gguf: Path) -> Path:

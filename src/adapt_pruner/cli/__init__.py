@@ -134,9 +134,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal sends SIGHUP when it closes; nohup ignores it
         signal.signal(signal.SIGHUP, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # as stderr: a terminal of another encoding lacks the arrow in our results
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr; not every terminal's encoding has the arrow in our results
     before, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)

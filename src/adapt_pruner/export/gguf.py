@@ -245,7 +245,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
 
 def _fits_qwen2(config: Any, size: LayerSizes, head_dim: int) -> bool:
     """Whether llama.cpp's qwen2 holds layers of this size: its queries are as wide as the stream, and it knows no rope of Llama 3."""
-    llama3 = any(rope.get("rope_type") == "llama3" for rope in ropes_of(config.to_dict()))
+    llama3 = any(rope.get("rope_type") == "llama3" for rope in ropes_of(config.rope_parameters))
     return size.heads * head_dim == config.hidden_size and not llama3
 
 
@@ -312,7 +312,7 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
     writer.add_value_length(plan.head_dim)
     writer.add_rope_dimension_count(plan.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = ropes_of(config.to_dict())[0]
+    rope = ropes_of(config.rope_parameters)[0]
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -322,7 +322,7 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(ropes_of(config.to_dict())[1]["rope_theta"])
+        writer.add_rope_freq_base_swa(ropes_of(config.rope_parameters)[1]["rope_theta"])
 
 
 def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
@@ -364,7 +364,7 @@ def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
     With λ = 2π / frequency and the context c that the model was trained on: 1 if λ < c / high, the factor if λ > c / low, and
     otherwise 1 / ((1 - s) / factor + s), s = (c / λ - low) / (high - low).
     """
-    rope = ropes_of(config.to_dict())[0]
+    rope = ropes_of(config.rope_parameters)[0]
     if rope.get("rope_type") != "llama3":
         return None
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]

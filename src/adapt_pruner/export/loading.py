@@ -93,7 +93,7 @@ def not_computed(config: Mapping[str, Any], kind: str) -> str | None:
             return "its gemma3 has no attention biases and looks backwards only"
     elif config["hidden_act"] != "silu":
         return f"it computes this model with silu, and it has {config['hidden_act']}"
-    for rope in ropes_of(config):
+    for rope in ropes_of(config.get("rope_parameters") or {}):
         scaling = rope.get("rope_type", "default")
         if scaling not in ("default", "linear", *(["llama3"] if kind in _LLAMAS else [])):
             return f"rope scaling {scaling!r} of a model of type {kind} is not written to GGUF"
@@ -102,7 +102,6 @@ def not_computed(config: Mapping[str, Any], kind: str) -> str | None:
     return None
 
 
-def ropes_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rope parameters: one set for the whole model, or one each for full and sliding attention."""
-    rope = config.get("rope_parameters") or {}
+def ropes_of(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config's rope parameters: one set for the whole model, or one each for full and sliding attention."""
     return [rope["full_attention"], rope["sliding_attention"]] if "full_attention" in rope else [rope]

@@ -1,6 +1,7 @@
 """Refuse a recipe whose keys do not fit together, before any work is done.
 
-Each check raises a `ValueError` with one sentence: the values, why they do not fit, and what to change.
+Each check raises a `ValueError`. Its message is one sentence, which names the values, says why they do not fit, and tells the user
+what to change.
 """
 
 import re

@@ -31,10 +31,11 @@ from adapt_pruner.reduce.units import (
     repair_parameters,
     repaired,
     scores_of,
+    with_forward,
     within_widths,
 )
 from adapt_pruner.reduce.work import Change, Looks, Passes, Work
-from adapt_pruner.score.calibrate import Evidence, score_behind
+from adapt_pruner.score.calibrate import score_behind
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
 
@@ -99,8 +100,7 @@ class PolicyGradient(Units):
 
     def looks(self, work: Work) -> Looks:
         """What the metric reads, and forward passes."""
-        its = super().looks(work)
-        return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
+        return with_forward(super().looks(work))
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the updates, and the repair; the time of the updates is known only once some are done."""

@@ -37,9 +37,9 @@ from adapt_pruner.reduce.units import (
     repaired,
     scores_of,
     sizes_alike,
+    with_forward,
 )
 from adapt_pruner.reduce.work import Change, Looks, Passes, Work
-from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train.objectives import kl_of_logits
 
 __all__ = ["Search"]
@@ -134,8 +134,7 @@ class Search(Units):
 
     def looks(self, work: Work) -> Looks:
         """What the metric reads, and forward passes."""
-        its = super().looks(work)
-        return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
+        return with_forward(super().looks(work))
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the rounds, and the repair of the result; the time of a round is known only after the first."""

@@ -35,7 +35,7 @@ from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, scor
 
 __all__ = [
     "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
-    "within_widths",
+    "with_forward", "within_widths",
 ]  # fmt: skip
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
@@ -235,6 +235,11 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
         scores |= measure_layers(work.model, _measured_whole(work), batches)
     _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
     return scores, loss
+
+
+def with_forward(its: Looks) -> Looks:
+    """What a metric reads, and forward passes over the same text besides."""
+    return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
 
 
 def _check_scored(work: Work, without: Collection[str]) -> None:

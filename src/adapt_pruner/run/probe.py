@@ -16,7 +16,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Listener, Work
 from adapt_pruner.run.estimate import Setup, Shapes, held, shapes, training_memory
 from adapt_pruner.run.start import begin, sizes_begun
-from adapt_pruner.run.threads import fit_threads, in_words
+from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, seconds
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
@@ -27,7 +27,6 @@ __all__ = ["probed"]
 
 _TOKENS, _LENGTH = 512, 128  # tokens of a pass that reads or scores, and of one of its rows
 _ROW = 256  # tokens of a training row
-_ENOUGH = 10.0  # seconds of a pass over one row; a slower one is not repeated
 _MOST = 30.0  # seconds of a pass over the whole batch; if it would take longer, the row has to do
 
 
@@ -119,17 +118,18 @@ def _tokens_a_second(do: Callable[[torch.Tensor], object], batch: torch.Tensor, 
     """
     for _ in range(2):
         one = _seconds(lambda: do(batch[:1]), device)
-        if one > _ENOUGH:
+        if one > ENOUGH:
             break
     return batch[0].numel() / one if one * len(batch) > _MOST else batch.numel() / _seconds(lambda: do(batch), device)
 
 
 def _seconds(do: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    do()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return max(time.perf_counter() - began, 1e-6)
+    def whole() -> None:
+        do()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return seconds(whole)
 
 
 def _free_bytes(device: torch.device) -> int | None:

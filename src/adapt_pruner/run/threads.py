@@ -15,12 +15,13 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 
-__all__ = ["fit_threads", "in_words", "kept_threads"]
+__all__ = ["ENOUGH", "fit_threads", "in_words", "kept_threads", "seconds"]
 
 _TOKENS = 128  # of the pass that is timed
 _BUSY = 0.75  # cores that this process gets per thread; below, fewer threads may be faster
 _GAIN = 2.0  # times that fewer threads have to be faster: on an idle machine a short pass gains less
-_ENOUGH = 10.0  # seconds; a slower pass is not repeated
+ENOUGH = 10.0
+"""Seconds of a pass over one row; a slower one is not repeated."""
 
 
 def fit_threads(work: Work) -> str:
@@ -41,17 +42,17 @@ def _fitted(do: Callable[[], object]) -> str:
     threads = torch.get_num_threads()
     for _ in range(2):  # the first of a process takes longest
         began = time.process_time()
-        seconds = _seconds(do)
-        cores = (time.process_time() - began) / seconds
-        if seconds > _ENOUGH:
+        took = seconds(do)
+        cores = (time.process_time() - began) / took
+        if took > ENOUGH:
             break
     if cores >= _BUSY * threads:
         return in_words()
     fewer = min(threads - 1, max(1, round(cores)))
     torch.set_num_threads(fewer)
-    faster = _seconds(do)
+    faster = seconds(do)
     torch.set_num_threads(threads)
-    if min(seconds, _seconds(do)) < _GAIN * faster:  # asked again, since other work may have ended meanwhile
+    if min(took, seconds(do)) < _GAIN * faster:  # asked again, since other work may have ended meanwhile
         return in_words()
     torch.set_num_threads(fewer)
     return f"{fewer} of {threads} threads, which is faster at present"
@@ -73,7 +74,8 @@ def in_words() -> str:
     return f"{threads} thread{'s' * (threads != 1)}"
 
 
-def _seconds(do: Callable[[], object]) -> float:
+def seconds(do: Callable[[], object]) -> float:
+    """How long a call takes."""
     began = time.perf_counter()
     do()
     return max(time.perf_counter() - began, 1e-6)
