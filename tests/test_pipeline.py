@@ -192,11 +192,14 @@ def test_heads_are_measured_before_one_goes(recipe: Recipe, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_a_number_names_the_last_good_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
-    wild = read(recipe.model_dump() | {"training": recipe.training.model_dump() | {"lr": 1e30, "warmup": 0.5, "clip": 1e9}})
-    with pytest.raises(
-        RunError, match=r"lower training.lr .*; (no stage was complete yet|the last complete checkpoint is .*stage-1)"
-    ):
-        run(wild, tmp_path / "run")
+    training = recipe.training.model_dump()
+    wild = read(recipe.model_dump() | {"training": training | {"lr": 1e30, "warmup": 0.5, "clip": 1e9}})
+    break_off(recipe, tmp_path / "run", kind="saved", nth=3)
+    with pytest.raises(RunError, match=r"became .*lower training.lr .*; the last complete checkpoint is ") as error:
+        run(wild, tmp_path / "run", force_recipe=True)
+    named = Path(str(error.value).rpartition("checkpoint is ")[2])
+    assert named == tmp_path / "run" / "checkpoints" / "stage-2-pruned"
+    assert all(weight.isfinite().all() for weight in load(str(named)).model.state_dict().values())
     assert not (tmp_path / "run" / "model").exists()
 
 
