@@ -8,6 +8,7 @@ after any decoder layer.
 """
 
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -136,10 +137,11 @@ def check_same_zeros(work: Work) -> None:
 
 
 def _reads(solver: str) -> str:
-    """Which of `READS` a solver asks for."""
+    """Which of `READS` a solver asks for: by its option `reads`, if it has one."""
     if "dense" not in parts.needs("solver", solver):
         return "sparse"
-    return str(parts.bind("solver", solver).keywords.get("reads", "corrected"))
+    asked = signature(parts.bind("solver", solver)).parameters.get("reads")
+    return "corrected" if asked is None else str(asked.default)
 
 
 def check_dense(work: Work) -> None:
