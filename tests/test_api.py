@@ -301,7 +301,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
             'quant="q8_0" works only with to gguf; the form padded sets its number format itself',
         ),
         (lambda: ap.verify(small), "has no mask over weights, so there is nothing to verify without an artefact"),
-        (lambda: ap.chat(small, " "), "the prompt is empty; write what the model should answer"),
+        (lambda: ap.chat(small, " "), "the prompt is empty; write a question or an instruction"),
         (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),
         (lambda: ap.chat(small, "x", seed=1), "seed 1 has no effect at temperature 0"),
         (lambda: ap.shrink(small, params="80%"), 'give one of minutes=60, hours=1 and tokens="2M"'),

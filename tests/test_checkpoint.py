@@ -337,15 +337,13 @@ def test_damaged_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     state = load_file(lacking / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        RunError, match=r"lack 1 parameters, for example 'model.layers.1.mlp.up_proj.weight'; get the right files"
-    ):
+    with pytest.raises(RunError, match=r"lack 1 tensor, for example 'model.layers.1.mlp.up_proj.weight'; get the right files"):
         load(str(lacking))
 
     state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 48)
     state["model.layers.1.mlp.up_proj.bias"] = torch.zeros(40)
     save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match=r"exceed its config by 1 parameters, for example 'model.layers.1.mlp.up_proj.bias'"):
+    with pytest.raises(RunError, match=r"exceed its config by 1 tensor, for example 'model.layers.1.mlp.up_proj.bias'"):
         load(str(lacking))
 
     pickled = spoil(tiny_folder, tmp_path, "pickled")

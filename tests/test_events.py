@@ -104,7 +104,7 @@ def test_a_start_says_the_share_of_the_decoder_the_text_and_what_to_expect() -> 
     assert start.line() == "pruning to 228.0 M parameters, 85% of all and 60% of the decoder's, by best, calibrated on my.txt"
     less = start.model_copy(update={"decoder_target": 49_000_000, "text": "python-docs:train"})
     assert (
-        "calibrated on python-docs:train (Python's language reference; text of your own gives a better model: --calibration FILE)"
+        "calibrated on python-docs:train (Python's language reference; text of your own gives a better model: --set calibration.source=FILE)"
         in less.line()
     )
     assert less.line().endswith(
@@ -163,4 +163,7 @@ def test_events_are_read_without_torch() -> None:
 
 def test_a_run_says_that_its_model_writes_the_text() -> None:
     line = Start(method="flap", params=100, target=80, text="self").line()
-    assert "calibrated on text that the model writes itself (text of your own gives a better model: --calibration FILE)" in line
+    assert (
+        "calibrated on text that the model writes itself (text of your own gives a better model: --set calibration.source=FILE)"
+        in line
+    )

@@ -383,7 +383,7 @@ def test_verify_runs_our_own_folder_without_us(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({}, None),
-        ({"max_difference": 0.2}, "a logit is off by 0.1 deviations"),
+        ({"max_difference": 0.2}, "a logit is off by 0.1 standard deviations"),
         ({"max_difference": math.inf}, "a logit is off by inf"),
         ({"agreement": 0.9}, "agrees at 90.0% of positions"),
         ({"perplexity": {"model": 20.0, "artefact": 20.2}}, "perplexity is 20.2 instead of 20"),

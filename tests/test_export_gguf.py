@@ -293,4 +293,4 @@ def test_a_gemma_whose_pattern_is_another_is_said(tmp_path: Path) -> None:
     assert not any("llama.cpp" in note for note in export(as_loaded(model), tmp_path / "whole.gguf", to="gguf"))
     cut(model, families.axes(model), Mask({"layers": torch.tensor([False] + [True] * 6)}))
     (note,) = export(as_loaded(model), tmp_path / "cut.gguf", to="gguf")
-    assert "attend to everything are not every sixth one" in note
+    assert "full-attention layers of this model are not every sixth one" in note

@@ -239,11 +239,11 @@ def test_passes_without_gradients_may_hold_the_most() -> None:
     scoring, both = pruning_memory(of, how, **asked), pruning_memory(of, how, **asked, reads=True)
     alone = pruning_memory(of, how, **asked, evidence=Evidence.FORWARD)
     assert both == (alone if sum(alone.values()) > sum(scoring.values()) else scoring)
-    assert alone["copies"] == 2 * (of.decoder + of.head)
+    assert alone["bfloat16 copies"] == 2 * (of.decoder + of.head)
     streams = pruning_memory(of, how, **asked, evidence=Evidence.STREAM_GRADIENTS)
     samples = pruning_memory(of, how, **asked, evidence=Evidence.SAMPLE_GRADIENTS)
     assert streams["gradients"] == 0
-    assert samples["gradients"] == samples["squares"] == 4 * of.decoder
+    assert samples["gradients"] == samples["squared gradients"] == 4 * of.decoder
     assert sum(samples.values()) - sum(streams.values()) == 8 * of.decoder
 
 

@@ -152,7 +152,7 @@ def test_where_the_dense_model_does_not_fit_beside_it_the_text_alone_teaches() -
     alone = plan_of(60, target=70_800_000, teacher=2**29, memory=int(2.4 * 2**30))
     assert fits.settings["training.objective"] == "objectives.distil(temperature=1)"
     assert alone.settings["training.objective"] == "objectives.lm"
-    assert "on the text; the dense model, which would teach it, does not fit into memory beside it" in alone.lines[2]
+    assert "; the dense model, which would teach it, does not fit into memory beside it" in alone.lines[2]
 
 
 def test_the_shares_of_the_rules_are_where_the_page_says() -> None:

@@ -69,7 +69,7 @@ def test_it_plans_on_shapes_alone(name: str) -> None:
     tokens = [row["tokens"] for row in planned["stages"]]
     assert sum(tokens) == 5_000_000_000
     assert tokens == pytest.approx([5e9 * 2 * k / (stages * (stages + 1)) for k in range(1, stages + 1)], abs=stages)
-    assert planned["time_by"] == "time on paper"
+    assert planned["time_by"] == "the time assumes"
     assert "989 TFLOP/s" in planned["speed"]
 
 
@@ -108,7 +108,7 @@ def test_from_the_command_line_nothing_but_the_config_is_read(
     status, out, err = call(monkeypatch, capsys, *words)
     assert status == 0, err
     assert "376,100,000" in out
-    assert "time on paper: an H100 at 40 % of its 989 TFLOP/s" in out
+    assert "the time assumes: an H100 at 40 % of its 989 TFLOP/s" in out
     assert "nothing was written" in out
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     done = subprocess.run([sys.executable, "-m", "adapt_pruner", *words, "--json"], capture_output=True, text=True, check=True)

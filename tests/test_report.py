@@ -314,7 +314,7 @@ def test_lines_that_are_no_events_are_left_out_and_counted(copied: Path) -> None
     count = len(log.read_bytes().split(b"\n"))
     assert record.trouble == [
         "the last line of log.jsonl is broken off: the run was killed while writing it, or is writing it now",
-        f"3 lines of log.jsonl are not events and were left out: 1, {count - 2}, {count - 1}",
+        f"lines of log.jsonl that are not events were left out (3): 1, {count - 2}, {count - 1}",
     ]
 
 
@@ -342,7 +342,7 @@ def test_an_event_without_what_its_kind_has_is_none(copied: Path, line: str) -> 
     Seen(page.page(record))
     assert record.events[-1] == Warned(message="the last")
     assert len(record.trouble) == 1
-    assert "1 lines of log.jsonl are not events" in record.trouble[0]
+    assert "lines of log.jsonl that are not events were left out (1)" in record.trouble[0]
 
 
 @pytest.mark.parametrize(

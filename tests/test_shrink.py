@@ -85,7 +85,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
         patch.setattr(Trainer, "_tell", tell)
         status, said, lines = ask(*shrink(tiny_folder, text, out))
     assert (status, said) == (1, "")
-    assert f"the best model so far is {out / 'checkpoints' / 'stage-1-step-2'}, of 35," in lines
+    assert f"the newest checkpoint is {out / 'checkpoints' / 'stage-1-step-2'}, of 35," in lines
     assert "parameters, trained on 4.1" in lines
     assert "its learning rate has not come down yet" in lines
     status, said, lines = ask(*shrink(tiny_folder, text, out))
@@ -110,7 +110,7 @@ def test_ctrl_c_while_the_result_is_measured_loses_no_training(
         patch.setattr(loop, "measure_text", measure)
         status, _, lines = ask(*shrink(tiny_folder, text, out))
     assert status == 1
-    assert f"the best model so far is {out / 'checkpoints' / 'stage-1'}, of 35," in lines
+    assert f"the newest checkpoint is {out / 'checkpoints' / 'stage-1'}, of 35," in lines
     assert "trained on 10.2" in lines
     assert "come down" not in lines, "its learning rate has"
     status, said, lines = ask(*shrink(tiny_folder, text, out))
@@ -128,7 +128,7 @@ def test_keys_set_by_the_user_are_planned_around_and_known_again(ask: Any, tiny_
         status, _, lines = ask(*words)
         assert status == 0, lines
         assert ("this run is finished" in lines) == finished
-        assert ("set by you, whatever the lines above say: seed=3, training.tokens=4k" in lines) != finished
+        assert ("your own settings, which replace those above: seed=3, training.tokens=4k" in lines) != finished
     recipe = read(str(out / "recipe.yaml"))
     assert (recipe.seed, recipe.training.tokens) == (3, 4_000)
     assert recipe.about == "shrink to 70% by training on 10,000 tokens"
@@ -158,7 +158,7 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(
     assert asked(5).minutes == planned.minutes, "less what the probe took then"
     assert asked(5.5).minutes == pytest.approx(planned.minutes + 0.5)
     assert asked(8).minutes == pytest.approx(planned.minutes + 3)
-    assert "it may now take 8 minutes instead of 5" in heard[-1]["text"]
+    assert "the run may now take 8 minutes instead of 5" in heard[-1]["text"]
     common["device"] = "cpu"
     assert asked(5).device == asked(8).device == "cpu", "it may go on elsewhere"
     (tmp_path / "small" / "model").mkdir()

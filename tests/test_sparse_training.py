@@ -181,7 +181,7 @@ def test_sums_of_blocks_stay_in_the_checkpoint_and_load_anywhere(tiny_folder: Pa
     assert no_gguf(read_json(tmp_path / "whole" / "model" / "config.json")) is not None
     page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
     assert re.search(r"ast made \d+\.\d% of the parameters zero", page)
-    with pytest.raises(UsageError, match=r"maps of sums beside its zeros \(slorb\), and a stock class has no place"):
+    with pytest.raises(UsageError, match=r"SLoRB matrices beside its zeros, and a stock class has no place"):
         export(made, tmp_path / "plain", to="uniform")
 
 

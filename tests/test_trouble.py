@@ -158,7 +158,9 @@ def test_a_comparison_is_told_its_text_once() -> None:
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("budget: 80%")
-    with pytest.raises(UsageError, match="it is the folder of a run that has no result yet$"):
+    with pytest.raises(
+        UsageError, match="it is the folder of a run that has no result yet; let the run end, or name one of its checkpoints$"
+    ):
         load(str(tmp_path / "run"))
     (tmp_path / "run" / "model").mkdir()
     with pytest.raises(UsageError, match=r"it is the folder of a run; name its result, .*/run/model$"):

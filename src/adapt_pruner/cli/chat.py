@@ -58,9 +58,9 @@ def chat(
     quiet_libraries()
     check_precision(dtype)
     if prompt is None and as_json:
-        raise UsageError("--json prints the answer to a prompt, and there is none; write what the model should answer, in quotes")
+        raise UsageError("--json prints the answer to a prompt, and there is none; write a question or an instruction, in quotes")
     if prompt is not None and not prompt.strip():
-        raise UsageError("the prompt is empty; write what the model should answer, in quotes")
+        raise UsageError("the prompt is empty; write a question or an instruction, in quotes")
     if seed is not None and not temperature:
         raise UsageError(
             f"--seed {seed} has no effect at temperature 0, which draws nothing; add --temperature 0.7, or leave --seed out"

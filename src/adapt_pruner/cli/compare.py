@@ -87,6 +87,7 @@ def compare(
     from adapt_pruner.compare.comparison import compare as run
     from adapt_pruner.compare.table import table
     from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.words import counted
     from adapt_pruner.report.comparison import tokens_note
     from adapt_pruner.report.screen import quiet_libraries, screen
 
@@ -96,7 +97,9 @@ def compare(
     if as_json:
         print(to_json(result | {"path": str(out)}))
     else:
-        texts = "; ".join(f"{text['text']}, {text['tokens']:,} tokens in {text['windows']} windows" for text in result["texts"])
+        texts = "; ".join(
+            f"{text['text']}, {text['tokens']:,} tokens in {counted(text['windows'], 'window')}" for text in result["texts"]
+        )
         shown = [rows for rows in (result["rows"], result["sparse_rows"]) if len(rows) > 1] or [result["rows"]]
         for number, rows in enumerate(shown):
             print("\n" * (number > 0), end="")

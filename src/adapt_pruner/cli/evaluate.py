@@ -123,6 +123,7 @@ def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskSc
 def _print(rows: list[dict[str, Any]]) -> None:
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.weight_mask import has_zeros
+    from adapt_pruner.core.words import counted
 
     zeros = any(has_zeros(row["params"], row["nonzero"]) for row in rows)
     print_table(
@@ -147,7 +148,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 f"\n{row['model']} is dequantised from {row['dequantised']}, so it differs a little from the model that its "
                 "makers published"
             )
-    print(f"\nperplexity over {first['tokens']:,} tokens in {first['windows']} windows; weights on disk as safetensors")
+    print(
+        f"\nperplexity over {first['tokens']:,} tokens in {counted(first['windows'], 'window')}; weights on disk as safetensors"
+    )
 
 
 def _print_tasks(

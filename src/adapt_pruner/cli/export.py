@@ -61,4 +61,5 @@ def export(
     if as_json:
         print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))
         return
-    print(f"saved {out} ({size / 1e6:,.1f} MB); try: {typed('verify', model, out)}")
+    trust = ["--trust-remote-code"] if trust_remote_code or any(out.glob("*.py")) else []
+    print(f"saved {out} ({size / 1e6:,.1f} MB); try: {typed('verify', model, out, *trust)}")

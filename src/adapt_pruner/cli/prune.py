@@ -86,7 +86,7 @@ def prune(
     )  # fmt: skip
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.words import millions, span, typed
+    from adapt_pruner.core.words import counted, millions, span, typed
     from adapt_pruner.report import documented
     from adapt_pruner.report.screen import quiet_libraries, screen
 
@@ -135,9 +135,7 @@ def prune(
         rows = [[prompt, before.get(prompt, "–"), after.get(prompt, "–")] for prompt in before | after]
         print_table(["asked", "before", "after"], rows, left=3)
     peak = figures["peak_rss_bytes"] / 2**30
-    print(
-        f"\n{figures['iterations']} iteration{'s' * (figures['iterations'] != 1)} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB"
-    )
+    print(f"\n{counted(figures['iterations'], 'iteration')} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
     print(f"saved {out} ({millions(figures['params_after'])} parameters)\n")
     print_table(
         ["next", ""],

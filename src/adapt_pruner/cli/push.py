@@ -12,7 +12,10 @@ __all__ = ["push"]
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Checkpoint that `prune` or `run` wrote, or a folder that `export` made of one.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Checkpoint that `shrink`, `prune` or `run` wrote, or a folder that `export` made of one."
+        ),
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; created if it does not exist.")],
     private: Annotated[

@@ -26,8 +26,8 @@ def shrink(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Your text, for training and calibration; a part is held out to measure on. [default: Python's language "
-            "reference]",
+            help="Your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. "
+            "[default: Python's language reference]",
         ),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes that the whole run may take.")] = None,
@@ -44,7 +44,7 @@ def shrink(
     """Make a smaller model from MODEL in the time that you have. You choose the size, the text and the time.
 
     It measures this machine, plans what fits the time, prints the plan in five lines and carries it out. DIR/recipe.yaml is the plan,
-    which `adapt-pruner run` accepts; DIR/model is the result, DIR/report.html its report. Ctrl-C stops it and keeps the best model so far.
+    which `adapt-pruner run` accepts; DIR/model is the result, DIR/report.html its report. Ctrl-C stops it and keeps the newest checkpoint.
 
     Examples:
 
@@ -104,7 +104,7 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
             whole += "; its learning rate has not come down yet"
     else:
         whole = "not trained" if newest.name.endswith("-pruned") else "not trained, and not yet as small as you asked"
-    listen.say(f"the best model so far is {newest}, of {millions(params)} parameters, {whole}")
+    listen.say(f"the newest checkpoint is {newest}, of {millions(params)} parameters, {whole}")
 
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:

@@ -63,14 +63,14 @@ def verify(
             _print_zeros(model, zeros)
     _check_zeros(model, zeros)
     if not figures["passed"]:
-        raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}")
+        raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}; export it again")
 
 
 def _check_zeros(model: str, zeros: dict[str, Any] | None) -> None:
     from adapt_pruner.errors import RunError
 
     if zeros is not None and (failures := zeros["failures"]):
-        more = f", and {len(failures) - 1} other layers" if len(failures) > 1 else ""
+        more = f" (and {len(failures) - 1} more; --json lists all)" if len(failures) > 1 else ""
         raise RunError(f"{model} does not have the zeros that its mask over weights promises: {failures[0]}{more}; make it again")
 
 
@@ -92,14 +92,15 @@ def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
 
 def _print(figures: dict[str, Any]) -> None:
     from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.words import counted
 
     tolerance, greedy, encoding = figures["tolerance"], figures["greedy"], figures["encoding"]
     deviation, perplexity = figures["deviation"] or 1.0, figures["perplexity"]
     most = "" if tolerance["difference"] is None else f"at most {tolerance['difference']:g}"
     change = perplexity["artefact"] / perplexity["model"] - 1
     rows = [
-        ["largest difference of a logit, in deviations", f"{figures['max_difference'] / deviation:.2g}", most],
-        ["mean difference of a logit, in deviations", f"{figures['mean_difference'] / deviation:.2g}", ""],
+        ["largest difference of a logit, in standard deviations", f"{figures['max_difference'] / deviation:.2g}", most],
+        ["mean difference of a logit, in standard deviations", f"{figures['mean_difference'] / deviation:.2g}", ""],
         ["same token on top", f"{figures['agreement']:.2%}", f"at least {tolerance['agreement']:.0%}"],
         ["perplexity of the model", f"{perplexity['model']:.3f}", ""],
         [
@@ -115,7 +116,7 @@ def _print(figures: dict[str, Any]) -> None:
         )
     print_table(["", "found", "tolerance"], rows)
     print(
-        f"\n{figures['artefact']} ({figures['stored']}) in {figures['engine']}, on {figures['tokens']:,} tokens in {figures['windows']} windows"
+        f"\n{figures['artefact']} ({figures['stored']}) in {figures['engine']}, on {figures['tokens']:,} tokens in {counted(figures['windows'], 'window')}"
     )
     if figures["passed"]:
         print("it computes what the model computes")

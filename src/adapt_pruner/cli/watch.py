@@ -61,7 +61,7 @@ def watch(
                 raise RunError(
                     f"no process works in {run_dir}: the run was stopped{when}; "
                     f"`{typed('run', run_dir / 'recipe.yaml', '-o', run_dir)}` continues it, `{typed('report', run_dir)}` "
-                    "shows the results so far"
+                    "writes a report of the results so far"
                 )
             elif last is None and not wait_said:
                 show.say(f"the run in {run_dir} is preparing, and has logged nothing yet")
@@ -71,7 +71,7 @@ def watch(
                 silence_said = True
             if not fresh:
                 time.sleep(_POLL)
-    print(f"the run is finished: {run_dir / 'model'}; `{typed('report', run_dir)}` shows it")
+    print(f"the run is finished: {run_dir / 'model'}; `{typed('report', run_dir)}` writes its report")
 
 
 class _Tail:

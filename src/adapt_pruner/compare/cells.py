@@ -131,7 +131,7 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
     for text, its in windows.items():
         losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=told).nll
         if not math.isfinite(losses[text]):
-            raise RunError(f"the loss on {text} is infinite; the pruned model overflows")
+            raise RunError(f"the loss on {text} is infinite; the model overflows: give --dtype float32, or compare milder sizes")
     return {
         "params": count_parameters(loaded.model),
         "decoder_params": decoder_parameters(loaded.model),

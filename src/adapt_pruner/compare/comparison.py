@@ -275,7 +275,7 @@ class _Comparison:
             if name in self._done:
                 continue
             where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
-            where |= {"draws": self._asked.num_draws}
+            where |= {"draws": self._asked.num_draws, "sparsity": cell.sparsity or None}
             self._listen(CellBegun(**where, **self._foreseen(cell)).told())
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
@@ -394,5 +394,5 @@ class _Comparison:
         others = {figures["made_by"] for figures in self._done.values()} - {made_by()}
         if others:
             self._warn(
-                f"some of them were made by other versions ({'; '.join(sorted(others))}); name another folder to run them again"
+                f"some finished cells were made by other versions ({'; '.join(sorted(others))}); name another folder to run them again"
             )

@@ -134,7 +134,9 @@ class Request:
         kinds = ((units, self.params, "--params", "80%"), (zeros, self.sparsity, "--sparsity", "50%,2:4"))
         for methods, sizes, option, example in kinds:
             if methods and not sizes:
-                raise UsageError(f"{', '.join(methods)} needs {option}; add it, for example {option} {example}")
+                raise UsageError(
+                    f"{', '.join(methods)} need{'s' * (len(methods) == 1)} {option}; add it, for example {option} {example}"
+                )
         for methods, sizes, option, _ in kinds:
             if sizes and not methods:
                 raise UsageError(f"no method takes {option} {','.join(sizes)}; leave it out, or name a method that does")

@@ -23,7 +23,7 @@ class Reused(Event):
 
 
 class _OfCell(Event):
-    """Fields of an event about a cell: number `cell` of `of`, its method, its target `size`, and draw `draw` of `draws`."""
+    """Fields of an event about a cell: number `cell` of `of`, its method, its target `size`, for a method that makes zeros its `sparsity`, and draw `draw` of `draws`."""
 
     logged = False
     cell: Count
@@ -32,12 +32,14 @@ class _OfCell(Event):
     size: Count
     draw: Count
     draws: Count
+    sparsity: str | None = None
 
     @property
     def name(self) -> str:
         """The cell's name for people."""
         which = f", draw {self.draw} of {self.draws}" if self.draws > 1 else ""
-        return f"cell {self.cell} of {self.of}: {self.method} to {millions(self.size)}{which}"
+        goal = f"with {self.sparsity} zeros" if self.sparsity else f"to {millions(self.size)}"
+        return f"cell {self.cell} of {self.of}: {self.method} {goal}{which}"
 
 
 class Cell(_OfCell):

@@ -263,7 +263,7 @@ class Start(Event):
             text += f", calibrated on {'text that the model writes itself' if own else self.text}"
             if own or self.text == EVERYWHERE:
                 what = "" if own else "Python's language reference; "
-                text += f" ({what}text of your own gives a better model: --calibration FILE)"
+                text += f" ({what}text of your own gives a better model: --set calibration.source=FILE)"
         if self.stages > 1:
             text += f" in {self.stages} stages"
         if self.training_tokens:

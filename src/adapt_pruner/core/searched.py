@@ -71,7 +71,7 @@ class Masked(Within):
     def line(self, begun: str = "dense") -> str:
         text = f"stage {self.stage}: {self.unit} {self.done} of {self.of}, {self.zeros:,} weights are zero"
         if self.error is not None:
-            text += f", {self.error:.1%} of the layers' output missed"
+            text += f", relative output error {self.error:.1%}"
         return text if self.flipped is None else f"{text}, {self.flipped:.2%} of the masks changed"
 
     def figures(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = [
     "NARROW",
     "compact",
+    "counted",
     "duration",
     "millions",
     "num_draws",
@@ -32,6 +33,11 @@ def compact(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.{1 if abs(value) < 1000 * size and size < 1e9 else 2}f}{NARROW}{unit}"
     return f"{value:,.0f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count and its noun: 1 window, 2,000 windows."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -50,7 +50,9 @@ def hub(spec: str) -> Iterator[Row]:
         for number, row in enumerate(_hub_builder(spec).as_streaming_dataset(split=split), start=1):
             content = _content(row, field)
             if content is None:
-                raise UsageError(f"{spec!r} has no text in a field {field!r}; its fields: {', '.join(row)}")
+                raise UsageError(
+                    f"{spec!r} has no text in a field {field!r}; its fields: {', '.join(row)}; name one of them: hub:NAME:CONFIG:SPLIT:FIELD"
+                )
             yield f"{spec} row {number}", content
     except UsageError:
         raise

@@ -79,7 +79,7 @@ def answer(
         RunError: a logit is infinite or not a number.
     """
     if not prompt.strip():
-        raise UsageError("the prompt is empty; write what the model should answer, in quotes")
+        raise UsageError("the prompt is empty; write a question or an instruction, in quotes")
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
         said = [{"role": "system", "content": system}] if system else []
@@ -89,9 +89,8 @@ def answer(
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program and may raise anything
-            raise UsageError(
-                f"the prompt does not fit the model's chat template ({first_line(error)}); leave --system out"
-            ) from error
+            remedy = "leave --system out" if system else "correct the template in chat_template.jinja or tokenizer_config.json"
+            raise UsageError(f"the prompt does not fit the model's chat template ({first_line(error)}); {remedy}") from error
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     else:
         above = [*([system] if system else []), *(line for turn in before for line in turn)]

@@ -354,5 +354,6 @@ def _said_of(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder with --cache-dir"
+            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder: --cache-dir of eval, "
+            "or ADAPT_PRUNER_CACHE=DIR"
         ) from error

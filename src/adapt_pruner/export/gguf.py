@@ -233,7 +233,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
             sizes = [widest(sizes)] * len(sizes)
     if arch == "gemma3" and any((kind == "full_attention") != (i % 6 == 5) for i, kind in enumerate(config.layer_types)):
         notes.append(
-            "the layers of this model that attend to everything are not every sixth one; the file says which they are, but an "
+            "the full-attention layers of this model are not every sixth one; the file says which they are, but an "
             "older llama.cpp ignores that and computes something else: run `adapt-pruner verify` with the llama.cpp that you "
             "serve with"
         )

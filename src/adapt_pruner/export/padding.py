@@ -76,7 +76,7 @@ def check_layers(config: Any, form: str) -> None:
         )
     if getattr(config, "block_sums", 0):
         raise UsageError(
-            f"the model has maps of sums beside its zeros (slorb), and {form} has no place for them; export it --to onnx, or train with slorb=0"
+            f"the model has SLoRB matrices beside its zeros, and {form} has no place for them; export it --to onnx, or train with slorb=0"
         )
     lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]
     if lacking:

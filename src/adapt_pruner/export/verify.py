@@ -216,7 +216,7 @@ def _failures(figures: dict[str, Any], tolerance: Tolerance) -> list[str]:
     failures = []
     relative = figures["max_difference"] / (figures["deviation"] or 1.0)
     if tolerance.difference is not None and not relative <= tolerance.difference:
-        failures.append(f"a logit is off by {relative:.2g} deviations (at most {tolerance.difference:g})")
+        failures.append(f"a logit is off by {relative:.2g} standard deviations (at most {tolerance.difference:g})")
     if figures["agreement"] < tolerance.agreement:
         failures.append(
             f"the likeliest token agrees at {figures['agreement']:.1%} of positions (at least {tolerance.agreement:.0%})"

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.words import compact, millions, span, typed
+from adapt_pruner.core.words import compact, counted, millions, span, typed
 from adapt_pruner.errors import UsageError
 
 __all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
@@ -173,7 +173,8 @@ def how_long(minutes: float | None, hours: float | None, tokens: str | None) -> 
         return None, parse_count(tokens)
     asked = float(minutes if minutes is not None else 60 * (hours or 0.0))
     if not 0 < asked <= 10**6:
-        raise UsageError(f"{named[0]} {given[named[0]]:g} is out of range; give minutes above 0 and up to 1,000,000")
+        most = "16,666" if named[0] == "--hours" else "1,000,000"
+        raise UsageError(f"{named[0]} {given[named[0]]:g} is out of range; give {named[0][2:]} above 0 and up to {most}")
     return asked, None
 
 
@@ -226,7 +227,9 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
     plan = Plan(settings, (), seconds)
     by = "learning from the dense model's predictions on " if distilled else "on "
     lacking = "; the dense model, which would teach it, does not fit into memory beside it" if taught and not distilled else ""
-    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=f"{by}the text{lacking}")), tokens
+    return replace(
+        plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=f"{by}the text", lacking=lacking)
+    ), tokens
 
 
 def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float, gone: float) -> tuple[int, int, _Pruning, float]:
@@ -320,7 +323,7 @@ def _minutes_up(seconds: float) -> float:
 
 
 def _lines(
-    plan: Plan, machine: Machine, model: Model, asked: Asked, way: _Pruning, *, tokens: float, what: str
+    plan: Plan, machine: Machine, model: Model, asked: Asked, way: _Pruning, *, tokens: float, what: str, lacking: str
 ) -> tuple[str, ...]:
     """The plan in five lines."""
     settings, seconds = plan.settings, plan.seconds
@@ -331,18 +334,18 @@ def _lines(
         else ""
     )
     cuts = way.iterations(model)
+    own = "" if asked.own else " (Python's language reference, which teaches little beyond Python; name your own with --text)"
     when = (
         f"ends within {span(60 * asked.minutes)}" if asked.minutes is not None else f"takes about {span(sum(seconds.values()))}"
     )
     return (
         f"machine: {machine.words}; with this model it reads {machine.read:,.0f} tokens a second and trains on "
         f"{machine.trained:,.0f}",
-        f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {cuts} cut{'s' * (cuts != 1)}, each "
+        f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {counted(cuts, 'cut')}, each "
         f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
-        f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a rate of {settings['training.lr']:g}, {what}{repeats}: "
-        f"about {span(seconds['train'])}",
-        f"text: {asked.train}" + ("" if asked.own else " (it comes with Python and teaches little else; name your own with --text)")
-        + f"; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",
-        f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the best model so far, and the "
+        f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a learning rate of "
+        f"{settings['training.lr']:g}, {what}{repeats}: about {span(seconds['train'])}{lacking}",
+        f"text: {asked.train}{own}; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",
+        f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the newest checkpoint, and the "
         "same command continues",
     )  # fmt: skip

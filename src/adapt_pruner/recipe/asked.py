@@ -20,9 +20,13 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
         UsageError: no size to reach is named, or two are; a key is set twice or has no effect; or the recipe trains.
     """
     given = {key: value for key, value in asked.items() if value is not None}
-    text = [key for key in ("calibration.source", "calibration.samples", "calibration.length") if key in given]
+    options = {"source": "--calibration", "samples": "--calibration-samples", "length": "--calibration-length"}
+    text = [option for key, option in options.items() if f"calibration.{key}" in given]
     if text and "calibration.ids" in given:
-        raise UsageError(f"--calibration-ids fixes every token, so {', '.join(text)} would be ignored; leave one out")
+        raise UsageError(
+            f"--calibration-ids fixes every token, so {' and '.join(text)} would be ignored; leave out "
+            f"{'it' if len(text) == 1 else 'them'}, or --calibration-ids"
+        )
     if "budget" in given and "latency" in given:
         raise UsageError(
             f"--params {given['budget']} and --latency {given['latency']} both say how far to prune; leave one of them out"

@@ -76,9 +76,10 @@ def _check_zeros(recipe: "Recipe") -> None:
     """Refuse a budget where weights become zero, and a pattern of zeros or a solver where none do."""
     if not recipe.makes_zeros:
         if recipe.sparsity:
+            size = "; prune to a size in a separate command" if recipe.budget or recipe.latency else ""
             raise ValueError(
                 f"method {recipe.method!r} removes units and makes no zeros, so sparsity {recipe.sparsity!r} would be ignored; set method to one "
-                "that makes zeros, such as wanda, and prune to a size in a separate command"
+                f"that makes zeros, such as wanda{size}"
             )
         if recipe.solver is not None:
             raise ValueError(f"solver {recipe.solver!r} is for reduce=sparse, but reduce is {recipe.reduce!r}; leave solver out")

@@ -115,8 +115,8 @@ def _attention(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
             yield Advice(f"Attention is untouched: {share}, and heads were not allowed to.", "--set 'axes=[neurons, kv_heads]'")
         elif "heads_after" not in str(recipe.get("chooser")):  # that chooser makes heads wait on purpose
             yield Advice(
-                f"Attention is untouched: {share}, and all {heads[0]} KV heads stayed. No layer owed a whole head yet. A larger amplitude "
-                "makes layers differ more, so that some come to owe one.",
+                f"Attention is untouched: {share}, and all {heads[0]} KV heads stayed: no layer had to give up a whole head. A larger "
+                "amplitude makes layers differ more, so that some lose one.",
                 f"--set amplitude={2 * float(recipe.get('amplitude') or 0.02):g}",
             )
 

@@ -18,7 +18,7 @@ from adapt_pruner.core.events import Warned
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import visible
-from adapt_pruner.core.words import NARROW, score, shots, shown, typed
+from adapt_pruner.core.words import NARROW, counted, score, shots, shown, typed
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
@@ -81,7 +81,7 @@ def try_card(folder: Path, *, path: Path, listen: Callable[[dict[str, Any]], Non
     try:
         write_card(folder)
     except Exception as error:
-        message = f"there is no README.md, since it failed: {first_line(error)}; `{typed('card', path)}` tries again"
+        message = f"README.md could not be written: {first_line(error)}; `{typed('card', path)}` tries again"
         listen(Warned(message=message).told())
 
 
@@ -103,14 +103,14 @@ def card_of(folder: Path) -> str:
 def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and pruning.json of a checkpoint; refuses the same folders as `card_of`."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; name a checkpoint that prune or run wrote")
+        raise UsageError(f"{folder} is not a folder; name a checkpoint that shrink, prune or run wrote")
     if (folder / "model" / "pruning.json").is_file():
         raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
     contents: list[dict[str, Any]] = []
     for name in ("config.json", "pruning.json"):
         if not (folder / name).is_file():
             raise UsageError(
-                f"{folder} is not a checkpoint of adapt-pruner: it has no {name}; name a folder that prune or run wrote"
+                f"{folder} is not a checkpoint of adapt-pruner: it has no {name}; name a folder that shrink, prune or run wrote"
             )
         try:
             data = read_json(folder / name)
@@ -355,7 +355,7 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
         lines.append("* Calibration: none; the method reads no text.")
     else:
         text = f"the tokens in {_code(calibration['ids'])}" if calibration["ids"] else _words(calibration["source"])
-        drawn = f"{calibration['samples']:d} sequences of {calibration['length']:d} tokens an iteration, {figures['iterations']:d} iterations"
+        drawn = f"{calibration['samples']:d} sequences of {calibration['length']:d} tokens an iteration, {counted(figures['iterations'], 'iteration')}"
         total = f"; {figures['calibration_tokens']:,} tokens read in all" if figures.get("calibration_tokens") else ""
         lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
         if calibration.get("self_generated") and recipe.get("repair"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
-from adapt_pruner.core.words import score, shots, shown, tick, ticks
+from adapt_pruner.core.words import counted, score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
@@ -287,7 +287,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
         said.append(f"{share:.0%} of the {panel.name} went" if share else f"no {panel.name} went")
     missing = [layer for layer in layers if layer not in states[-1].layers]
     if missing:
-        said.append(f"{len(missing)} whole layers went ({', '.join(map(str, missing))})")
+        said.append(f"{counted(len(missing), 'whole layer')} went ({', '.join(map(str, missing))})")
     said += [f"the stream is {size:,} channels wide" for kind, size in states[-1].wide.items() if kind in ("residual", "width")]
     return Anatomy(
         "anatomy", "What was taken out, layer by layer", "; ".join(said)[:1].upper() + "; ".join(said)[1:] + ".", layers, panels,

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapt_pruner.core.marks import PAGE_FOOT
 from adapt_pruner.core.strict_json import number_of, read_json
-from adapt_pruner.core.words import num_draws, shown
+from adapt_pruner.core.words import counted, num_draws, shown
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.page import framed
@@ -138,7 +138,7 @@ def comparison_page(
         f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{title}</h2>{inner}</section>'
         for key, title, inner in sections
     )
-    many = f"{len(methods)} method{'s' * (len(methods) != 1)} at {len(sizes)} size{'s' * (len(sizes) != 1)}"
+    many = f"{counted(len(methods), 'method')} at {counted(len(sizes), 'size')}"
     head = (
         f'<p class="over">{escaped(name)}</p><h1>{escaped(model)}: {many}</h1>'
         f'<p class="lead">Pruned and not trained, from {shown(rows[0]["params"], "params")} parameters. {_winners(result, sizes)}</p>'

@@ -184,7 +184,8 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
                 f"the hub does not let you write to {parcel.repo} (status {status}); name a repository of yours, "
                 "or log in with a token that may write: `hf auth login`"
             ) from error
-        raise RunError(f"the hub refused {parcel.repo} (status {status}): {first_line(error)}; try again later") from error
+        then = "try again later" if status == 429 or status >= 500 else "correct what it names and push again"
+        raise RunError(f"the hub refused {parcel.repo} (status {status}): {first_line(error)}; {then}") from error
     except (HTTPError, ConnectionError) as error:
         raise RunError(
             f"the hub cannot be reached from here ({first_line(error)}); try again where there is a network, "

@@ -12,7 +12,7 @@ from adapt_pruner.core.events import Start
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.marks import PAGE_FOOT, is_page
 from adapt_pruner.core.places import check_place
-from adapt_pruner.core.words import compact, duration, shown, typed
+from adapt_pruner.core.words import compact, counted, duration, shown, typed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
@@ -49,7 +49,7 @@ def try_report(run_dir: Path) -> str | None:
     try:
         write_report(run_dir)
     except Exception as error:
-        return f"there is no report, since it failed: {first_line(error)}; `{typed('report', run_dir)}` tries again"
+        return f"the report could not be written: {first_line(error)}; `{typed('report', run_dir)}` tries again"
     return None
 
 
@@ -188,7 +188,7 @@ def _lead(figures: Figures, before: float | None, now: float | None) -> str:
     if before and now:
         cuts = len(figures.cuts)
         stages = len({cut.stage for cut in figures.cuts})
-        many = f"{cuts} iteration{'s' * (cuts > 1)}" + (f" in {stages} stages" if stages > 1 else "")
+        many = f"{counted(cuts, 'iteration')}" + (f" in {stages} stages" if stages > 1 else "")
         zeros = next((row for row in figures.rows if row.name == "not zero"), None)
         done = f"removed {1 - now / before:.1%} of the parameters"
         if zeros is not None and now >= before:

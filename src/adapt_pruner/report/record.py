@@ -158,13 +158,13 @@ def check_is_run(path: Path) -> None:
     if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file() or _prepares(path):
         return
     if not path.exists():
-        raise UsageError(f"{path} does not exist; name the folder that `adapt-pruner run` wrote, such as runs/demo")
+        raise UsageError(f"{path} does not exist; name the folder that `adapt-pruner shrink` or `run` wrote, such as runs/demo")
     if not path.is_dir():
         raise UsageError(f"{path} is a file; name the folder of a run, which contains recipe.yaml and log.jsonl")
     if (path / "pruning.json").is_file() and (path.parent / "log.jsonl").is_file():
         raise UsageError(f"{path} is the result of a run; name the run's folder, {path.parent}")
     inside = sorted(child.parent for child in path.glob("*/log.jsonl"))
-    hint = f"; did you mean {inside[0]}?" if inside else "; name the folder that `adapt-pruner run` wrote"
+    hint = f"; did you mean {inside[0]}?" if inside else "; name the folder that `adapt-pruner shrink` or `run` wrote"
     raise UsageError(f"{path} is not the folder of a run: it contains neither recipe.yaml nor log.jsonl{hint}")
 
 
@@ -239,7 +239,7 @@ def _events(path: Path, trouble: list[str]) -> list[Event]:
         trouble.append("the last line of log.jsonl is broken off: the run was killed while writing it, or is writing it now")
     if bad:
         trouble.append(
-            f"{len(bad)} lines of log.jsonl are not events and were left out: {', '.join(map(str, bad[:5]))}{' …' if bad[5:] else ''}"
+            f"lines of log.jsonl that are not events were left out ({len(bad)}): {', '.join(map(str, bad[:5]))}{' …' if bad[5:] else ''}"
         )
     return events
 

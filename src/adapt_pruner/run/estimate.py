@@ -157,21 +157,21 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     shares = how.processes if sharded else 1
     trained, whole = how.trained(of), of.params + (how.trained(of) if how.lora else 0)
     parts = {"weights": 4 * whole // shares, "gradients": 4 * trained // shares, "moments": 8 * trained // shares}
-    on_their_way = 0
+    temporary = 0
     if sharded:
         outside = of.params - of.decoder
-        parts["gathered"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
+        parts["gathered shards"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
     else:
-        parts["copies"] = 2 * of.decoder if how.narrow else 0
+        parts["bfloat16 copies"] = 2 * of.decoder if how.narrow else 0
         if not how.lora:
             again = how.batch_tokens // how.processes > how.tokens
-            on_their_way = 4 * of.head * (2 if of.tied else 1) + (parts["copies"] if again else 0)
+            temporary = 4 * of.head * (2 if of.tied else 1) + (parts["bfloat16 copies"] if again else 0)
     norms = (16, 12)
     parts["activations"] = _activations(of, how, norms=norms)
     parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
     if how.checkpointing:
         parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norms=norms) // of.layers)
-    parts["on their way"] = max(0, on_their_way - parts["activations"] - parts["loss"])
+    parts["temporary buffers"] = max(0, temporary - parts["activations"] - parts["loss"])
     if how.teacher is not None:
         parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)
     return parts
@@ -222,17 +222,17 @@ def pruning_memory(
     activations = all_activations * k // of.layers
     scoring = {
         "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
-        "squares": 4 * group if evidence is Evidence.SAMPLE_GRADIENTS else 0, "copies": copies, "activations": activations,
+        "squared gradients": 4 * group if evidence is Evidence.SAMPLE_GRADIENTS else 0, "bfloat16 copies": copies, "activations": activations,
     }  # fmt: skip
     if whole:
         scoring["loss"] = all_loss
     else:
-        scoring["on their way"] = max(0, copies - activations)
+        scoring["temporary buffers"] = max(0, copies - activations)
         swept_loss = _loss(of, rows, learns=False, chunk=LOGITS_OF if how.device == "cpu" else None)
         scoring["loss"] = max(0, swept_loss - sum(scoring.values()))
         scoring["hidden states"] = stream * (-(-of.layers // k) + 1)
     reading = {
-        "copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
+        "bfloat16 copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
         "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),
     }  # fmt: skip
     if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):

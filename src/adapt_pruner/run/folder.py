@@ -75,7 +75,9 @@ class RunFolder:
         try:
             write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
         except OSError as error:
-            raise RunError(f"{self.path / 'recipe.yaml'} could not be written: {why(error)}") from error
+            raise RunError(
+                f"{self.path / 'recipe.yaml'} could not be written: {why(error)}; correct that and give the same command again"
+            ) from error
         self._begun = True
 
     def as_begun(self, recipe: Recipe) -> Recipe:
@@ -134,7 +136,9 @@ class RunFolder:
             self._append("".join([*self._early, line]))
             self._early = []
         except OSError as error:
-            raise RunError(f"{self.path / 'log.jsonl'} could not be written: {why(error)}") from error
+            raise RunError(
+                f"{self.path / 'log.jsonl'} could not be written: {why(error)}; correct that and give the same command again"
+            ) from error
 
     def stand(self, event: dict[str, Any]) -> None:
         """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""

@@ -74,7 +74,7 @@ def recipe_in_time(
     for line in plan.lines:
         listen(PlanLine(text=line).told())
     if overrides:
-        listen(PlanLine(text=f"set by you, whatever the lines above say: {', '.join(overrides)}").told())
+        listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").told())
     settings = dict(plan.settings)
     if any(word.partition("=")[0].strip() == "method" for word in overrides):  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "repair")}
@@ -129,8 +129,8 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
     if not (before[2] and now[2] and recipe.minutes) or before[2] == now[2] or (out / "model").is_dir():
         return recipe
     listen(PlanLine(text=(
-        f"it may now take {now[2]} minutes instead of {before[2]}; {compact(recipe.training.tokens)} tokens of the text lie ready, which "
-        "end the training if they are read before"
+        f"the run may now take {now[2]} minutes instead of {before[2]}; training ends earlier if it has read all "
+        f"{compact(recipe.training.tokens)} tokens that were prepared"
     )).told())  # fmt: skip
     more = float(now[2]) - float(before[2])  # the recipe's minutes are fewer than were asked for, by those of the probe
     return recipe.model_copy(update={"minutes": max(1e-3, recipe.minutes + more), "about": asked})

@@ -28,7 +28,7 @@ from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.searched import Within
 from adapt_pruner.core.weight_mask import count_nonzero
-from adapt_pruner.core.words import typed
+from adapt_pruner.core.words import counted, typed
 from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -324,7 +324,7 @@ def _check_place(path: Path, state: RunState, recipe: Recipe, changed: Sequence[
     """Refuse changes of the recipe with which the run cannot go on, even if forced."""
     if state.stage > recipe.stages:
         raise UsageError(
-            f"the run of {path} is in stage {state.stage} and the recipe has only {recipe.stages} stages; set stages to "
+            f"the run of {path} is in stage {state.stage} and the recipe has only {counted(recipe.stages, 'stage')}; set stages to "
             f"{state.stage} or more, "
             "or name another folder"
         )

@@ -141,7 +141,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     _check_zeros(work, cuts=total > budget.keep)
     if total > budget.keep and getattr(work.model.config, "block_sums", False):
         raise UsageError(
-            f"{recipe.model} has maps of sums beside its zeros (slorb), which cannot be cut; prune first, and train zeros in the result"
+            f"{recipe.model} has SLoRB matrices beside its zeros, which cannot be cut; prune first, and train zeros in the result"
         )
     if total > budget.keep and families.is_sliced(work.model.config):
         raise UsageError(
@@ -411,7 +411,7 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
     try:
         write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
     except OSError as error:
-        raise RunError(f"{path} could not be written: {why(error)}") from error
+        raise RunError(f"{path} could not be written: {why(error)}; correct that and give the same command again") from error
 
 
 def _digest(batches: list[Tensor]) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from adapt_pruner.core import world
+from adapt_pruner.core.words import counted
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
@@ -71,7 +72,7 @@ def kept_threads() -> Iterator[None]:
 def in_words() -> str:
     """How many threads are used."""
     threads = torch.get_num_threads()
-    return f"{threads} thread{'s' * (threads != 1)}"
+    return counted(threads, "thread")
 
 
 def seconds(do: Callable[[], object]) -> float:

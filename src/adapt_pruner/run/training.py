@@ -85,7 +85,9 @@ class Trainer:
                     "learning rate comes down by then"
                 )
         if in_time is not None and progress.tokens == 0:
-            work.warn(f"the {work.recipe.minutes:g} minutes were over before training began; give more minutes, or prune faster")
+            work.warn(
+                f"the {work.recipe.minutes:g} minutes were over before training began; give more minutes, or prune in fewer cuts (a larger step)"
+            )
 
     def _seconds_left(self) -> float:
         """Seconds until training has to end, so that there is time to measure again, as at the start, and to write the result."""
