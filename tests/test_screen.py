@@ -136,6 +136,7 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
     assert "13 min 56 s left" in visible_words(lines), "a minute and four seconds after 15 minutes"
     _, lines = seen([Cell(**where, seconds_left=900.0, seconds_here=30.0), scoring], width=100)
     assert "14 min 30 s left" in visible_words(lines), "a cell that is late takes nothing off the others"
+    assert Cell(**where, sparsity="2:4").name == "cell 2 of 4: best with 2:4 zeros"
     _, lines = seen([Cell(**where), scoring], width=100)
     assert "left" not in visible_words(lines), "nobody knows before a cell is done"
     item: Any = {"stage": 1, "times": 1, "repeats": True, "flops": 1e9}

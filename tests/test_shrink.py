@@ -229,7 +229,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
         (["--minutes", "5", "--tokens", "2M"], "--minutes and --tokens all say how long"),
         (["--minutes", "0"], "--minutes 0 is out of range; give minutes above 0"),
         (["--minutes", "nan"], "--minutes nan is out of range"),
-        (["--hours", "-1"], "--hours -1 is out of range"),
+        (["--hours", "20000"], "--hours 20000 is out of range; give hours above 0 and up to 16,666"),
         (["--tokens", "many"], "'many' is not a count"),
         (["--minutes", "0.00001"], "minutes are too few: to measure this machine, load"),
         (["--tokens", "10k", "--text", "self"], "--text self would train the model on its own text"),
