@@ -200,11 +200,16 @@ def test_methods_lists_rows_and_parts(ask: Any) -> None:
 
 
 def test_help_has_examples(ask: Any) -> None:
-    for command in ("prune", "run", "eval", "compare", "inspect", "methods", "recipes"):
+    commands = [command.name or "" for command in cli.app.registered_commands]
+    for command in commands:
         status, out, _ = ask(command, "--help")
         assert status == 0
         assert f"adapt-pruner {command}" in out
         assert "<bool>" not in out, "a flag takes no value"
+    status, out, _ = ask("--help")
+    assert status == 0
+    assert all(command in out for command in ["adapt-pruner shrink", *commands])
+    assert "<bool>" not in out
     assert ask()[0] == 0
 
 

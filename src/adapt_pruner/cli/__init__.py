@@ -17,7 +17,7 @@ from functools import partial
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from adapt_pruner.cli.bench import bench
 from adapt_pruner.cli.card import card
@@ -49,17 +49,25 @@ def _without_types(parameters: Iterable[Any]) -> None:
             parameter.metavar = ""
 
 
-class _Command(TyperCommand):
-    """Refuse an option of one value that is given twice, since the parser would take the last one; filter what is printed."""
+class _PlainHelp:
+    """Show no <bool> beside a flag in --help."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _without_types(self.params)
+        _without_types(self.params)  # type: ignore[attr-defined]
 
     def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
+        option = super().get_help_option(ctx)  # type: ignore[misc]
         _without_types([option])
         return option
+
+
+class _Group(_PlainHelp, TyperGroup):
+    """The program itself."""
+
+
+class _Command(_PlainHelp, TyperCommand):
+    """Refuse an option of one value that is given twice, since the parser would take the last one; filter what is printed."""
 
     def invoke(self, ctx: Any) -> Any:
         with filtered():
@@ -77,6 +85,7 @@ class _Command(TyperCommand):
 
 
 app = typer.Typer(
+    cls=_Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
