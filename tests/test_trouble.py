@@ -167,14 +167,24 @@ def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
         load(str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(("method", "why"), [("shortgpt", "axes names layers"), ("slicegpt", "reduce slice narrows the model")])
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ({"method": "shortgpt"}, "axes names layers"),
+        ({"method": "slicegpt"}, "reduce slice changes their width or number"),
+        (
+            {"method": "sheared", "reduce": "hard_concrete(residual=24)", "axes": ["neurons"]},
+            "reduce hard_concrete(residual=24) changes their width or number",
+        ),
+    ],
+)
 def test_hidden_states_that_will_differ_in_number_or_width_are_not_compared(
-    method: str, why: str, ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path
+    method: dict[str, Any], why: str, ask: Any, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Before anything is pruned, and not when training begins."""
     (tmp_path / "r.yaml").write_text(json.dumps({
-        "method": method, "model": str(tiny_folder), "budget": "80%", "calibration": {"source": str(text_file), "samples": 4, "length": 32},
-        "training": {"source": str(text_file), "tokens": 1000, "length": 32, "objective": "objectives.distil(hidden=0.1)"},
+        "model": str(tiny_folder), "budget": "80%", "calibration": {"source": str(text_file), "samples": 4, "length": 32},
+        "training": {"source": str(text_file), "tokens": 1000, "length": 32, "objective": "objectives.distil(hidden=0.1)"}, **method,
     }))  # fmt: skip
     status, _, said = ask("run", tmp_path / "r.yaml", "-o", tmp_path / "run")
     assert status == 2

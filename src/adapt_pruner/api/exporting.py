@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.api.arguments import Name, Saved, as_place, heard, in_python, named, of_kind
+from adapt_pruner.core.events import Listener
 from adapt_pruner.export import forms
-from adapt_pruner.reduce.work import Listener
 from adapt_pruner.report import documented
 
 __all__ = ["export"]

@@ -25,11 +25,11 @@ from adapt_pruner.compare import comparison
 from adapt_pruner.compare.models import Measures, measured
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import table
+from adapt_pruner.core.events import Listener
 from adapt_pruner.core.words import score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.export.proof import prove
-from adapt_pruner.reduce.work import Listener
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
 

@@ -25,11 +25,11 @@ from adapt_pruner.api.arguments import (
 )
 from adapt_pruner.api.result import Result
 from adapt_pruner.core import world
+from adapt_pruner.core.events import Listener
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import how_long
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.asked import to_prune
-from adapt_pruner.reduce.work import Listener
 from adapt_pruner.report import documented
 from adapt_pruner.run import trackers
 from adapt_pruner.run.folder import figures_of

@@ -18,7 +18,7 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
 from adapt_pruner.core.compared import InCell, Said
-from adapt_pruner.core.events import TOLD_AS, Progress, Warned, parse_line
+from adapt_pruner.core.events import TOLD_AS, Listener, Warned, counting, parse_line
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.data.tokens import in_other_tokens, text_bytes
@@ -26,7 +26,6 @@ from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
-from adapt_pruner.reduce.work import Listener
 
 __all__ = ["measure", "measure_beside", "prune_apart", "release"]
 
@@ -124,12 +123,9 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
         RunError: a loss is not finite.
     """
 
-    def told(done: int, of: int) -> None:
-        listen(Progress(phase="evaluate", done=done, of=of).told())
-
     losses = {}
     for text, its in windows.items():
-        losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=told).nll
+        losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=counting(listen, "evaluate")).nll
         if not math.isfinite(losses[text]):
             raise RunError(f"the loss on {text} is infinite; the model overflows: give --dtype float32, or compare milder sizes")
     return {

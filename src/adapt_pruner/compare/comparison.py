@@ -33,7 +33,7 @@ from adapt_pruner.core import events
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.compared import Cell as CellBegun
 from adapt_pruner.core.compared import CellDone, Reused
-from adapt_pruner.core.events import Interrupted, Load, Warned
+from adapt_pruner.core.events import Interrupted, Listener, Load, Warned
 from adapt_pruner.core.files import expanded, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import is_marked, mark
@@ -48,7 +48,7 @@ from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener, Work, reads_text
+from adapt_pruner.reduce.work import Work, reads_text
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
 from adapt_pruner.report.paper import has_matplotlib, write_pictures

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.events import Find, Load, Progress, Warned
+from adapt_pruner.core.events import Find, Listener, Load, Progress, Warned, counting
 from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.tokens import opening, text_bytes
@@ -21,7 +21,6 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, set_shots
-from adapt_pruner.reduce.work import Listener
 
 __all__ = ["Measures", "measured"]
 
@@ -133,11 +132,10 @@ def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tupl
     for sentence in too_long(loaded.model.config, {"--window": how.window}):
         listen(Warned(message=f"{loaded.source}: {sentence}").told())
 
-    def told(done: int, of: int) -> None:
-        listen(Progress(phase="evaluate", done=done, of=of).told())
-
     num_bytes = text_bytes(loaded.tokenizer, windows)
-    return perplexity(loaded.model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=told).told(), windows[0]
+    return perplexity(
+        loaded.model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=counting(listen, "evaluate")
+    ).told(), windows[0]
 
 
 def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Listener) -> Sequence[TaskScore]:

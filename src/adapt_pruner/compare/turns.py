@@ -6,7 +6,7 @@ seconds apart, so that anything that slows the machine slows both.
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from adapt_pruner.compare.ideal import PHASES, Weights, ideal_speed_up, of_gguf, of_torch
 from adapt_pruner.core.children import Child, module, talking
-from adapt_pruner.core.events import Load, Progress, Warned
+from adapt_pruner.core.events import Listener, Load, Progress, Warned
 from adapt_pruner.errors import RunError, UsageError, nearest
 
 __all__ = ["ENGINES", "LOADS", "Spread", "bench"]
@@ -54,7 +54,7 @@ def bench(
     dtype: str = "auto",
     quant: str | None = None,
     trust_remote_code: bool = False,
-    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+    listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
     """How fast `pruned` runs beside `dense`, in tokens per second, and what share of the ideal speed-up that is.
 
@@ -160,7 +160,7 @@ def _check(engine: str, device: str, dtype: str, quant: str | None) -> None:
         raise UsageError(f"--dtype {dtype} applies only to --engine torch; for llama.cpp use --quant f32, f16, bf16, …")
 
 
-def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Callable[[dict[str, Any]], None]) -> str:
+def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Listener) -> str:
     """A model as a GGUF file: the file itself, or the model exported to `path`."""
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.export import export, llama_cpp

@@ -6,7 +6,7 @@ it, and nothing else: everything that shows or keeps events asks the class.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
@@ -18,11 +18,13 @@ from adapt_pruner.core.strict_json import MOST, of_json
 from adapt_pruner.core.words import millions
 
 __all__ = [
-    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Load", "Loaded", "Other", "PlanLine", "Progress", "Resumed",
-    "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "is_logged", "parse", "parse_line",
+    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Listener", "Load", "Loaded", "Other", "PlanLine", "Progress", "Resumed",
+    "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "counting", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
+Listener = Callable[[dict[str, Any]], None]
+"""Whoever is told of events, each as plain data (`Event.told`)."""
 EVERYWHERE = "python-docs:train"
 """The text used if none is named."""
 TOLD_AS = "ADAPT_PRUNER_EVENTS"
@@ -345,6 +347,11 @@ class Progress(Event):
 
     def line(self, begun: str = "dense") -> str:
         return f"{self.where}: {self.doing}" if self.where else self.doing
+
+
+def counting(listen: Listener, phase: str, **where: Any) -> Callable[[int, int], None]:
+    """A function of (done, of) that tells how far a phase is."""
+    return lambda done, of: listen(Progress(phase=phase, done=done, of=of, **where).told())
 
 
 class Cut(Event):

@@ -1,14 +1,13 @@
 """The proof, starting from names: load a checkpoint and its text, and compare it with an artefact or count its zeros."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.events import Load, Progress
+from adapt_pruner.core.events import Listener, Load, counting
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.errors import UsageError
@@ -25,7 +24,7 @@ def prove(
     window: int = 256,
     max_windows: int = 8,
     trust_remote_code: bool = False,
-    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+    listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
     """Compare an artefact, in its own engine, with its checkpoint; without one, check the zeros of the checkpoint.
 
@@ -64,11 +63,10 @@ def prove(
     loaded = load(model, trust_remote_code=trust_remote_code)
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
 
-    def told(done: int, of: int) -> None:
-        listen(Progress(phase="evaluate", done=done, of=of).told())
-
     pieces = [*_chat(loaded.tokenizer), *lines]
-    figures = verify(loaded, artefact, windows, pieces=pieces, trust_remote_code=trust_remote_code, on_window=told)
+    figures = verify(
+        loaded, artefact, windows, pieces=pieces, trust_remote_code=trust_remote_code, on_window=counting(listen, "evaluate")
+    )
     zeros = zeros_of(loaded)
     return figures if zeros is None else figures | {"sparsity": zeros, "passed": figures["passed"] and not zeros["failures"]}
 

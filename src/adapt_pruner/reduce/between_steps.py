@@ -39,6 +39,8 @@ __all__ = ["BetweenSteps"]
 class BetweenSteps(Units):
     """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""
 
+    fills_zeros = True
+
     def __init__(
         self,
         *,

@@ -18,7 +18,6 @@ from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import gated, num_left
-from adapt_pruner.core.task import CAUSAL_LM, CausalLM
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.work import Change, Looks, Reduction, Work, check_masks_learn
 
@@ -54,6 +53,8 @@ def settled(log_alpha: Tensor, keep: int) -> Tensor:
 class HardConcrete(Reduction):
     """Learn masks over width, heads, neurons and layers with the weights, until the model has a given shape (Sheared LLaMA)."""
 
+    fills_zeros = True
+
     def __init__(
         self,
         *,
@@ -88,6 +89,7 @@ class HardConcrete(Reduction):
         everywhere here. AdamW's betas are the run's.
         """
         self.shape = {"residual": residual, "kv_heads": kv_heads, "neurons": neurons, "layers": layers}
+        self.changes_hidden_states = bool(residual or layers)
         self.share, self.ramp, self.lr = share, ramp, lr
         self._began: dict[str, int] = {}
         self._saved: Mapping[str, Any] = {}
@@ -314,7 +316,7 @@ def _params(work: Work, shape: Mapping[str, int]) -> int:
 
 
 @torch.no_grad()
-def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor], *, task: CausalLM = CAUSAL_LM) -> None:
+def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> None:
     """Multiply z into the weights, in place, so that the model computes the same without gates; where z is 0 nothing is done.
 
     Neurons and heads: z multiplies the columns that read them. Layers: z multiplies the outputs of their attention and MLP.
@@ -325,7 +327,6 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor], *, tas
         model: causal LM; afterwards it computes what it computed under `gated` with these values.
         axes: its axes.
         z: kind -> [rows, entries], 0 for entries that the next cut removes.
-        task: finds the embeddings and the head.
     """
     for axis in axes:
         if axis.kind not in z:
@@ -339,7 +340,7 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor], *, tas
         elif axis.name == "layers":
             _fold_layers(model, axes, values)
         else:
-            _fold_channels(model, axes, axis, values, task)
+            _fold_channels(model, axes, axis, values)
 
 
 def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None:
@@ -360,10 +361,9 @@ def _behind(model: nn.Module, block: Axis) -> str | None:
     return name if getattr(model.get_submodule(name), "weight", None) is not None else None
 
 
-def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor, task: CausalLM) -> None:
+def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor) -> None:
     """Scale the embeddings, all weights that write the stream and the norms after blocks; see `fold` for tied embeddings."""
-    head: Any = task.head(model)
-    embeddings: Any = task.entrance(model)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     behind = [name for block in axes if block.kind in ("attentions", "mlps") and (name := _behind(model, block))]
     for piece in axis.slices:
         parameter = model.get_parameter(piece.parameter)
@@ -375,7 +375,7 @@ def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: T
             offset = 1.0 if piece.parameter in axis.one_more else 0.0
             parameter.copy_((parameter + offset) * values.to(parameter) - offset)
     embeddings.weight.mul_(values.to(embeddings.weight))
-    if head.weight is embeddings.weight:
+    if head is not None and head.weight is embeddings.weight:
         name = f"{axis.gate.module}.weight"  # of the last norm
         norm, offset = model.get_parameter(name), 1.0 if name in axis.one_more else 0.0
         norm.copy_((norm + offset) / values.to(norm) - offset)

@@ -47,6 +47,9 @@ _WRITERS = ("o_proj", "down_proj")
 class Slice(Reduction):
     """Rotate the residual stream to its principal directions and cut off the last of them; adds shortcut matrices (SliceGPT)."""
 
+    fills_zeros = True
+    changes_hidden_states = True
+
     def check(self, work: Work) -> None:
         """Refuse liger, which has no kernel for the norms of a sliced model."""
         if work.recipe.training.liger and work.recipe.training.source is not None:

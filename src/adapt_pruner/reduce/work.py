@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.events import Event, Warned
+from adapt_pruner.core.events import Event, Listener, Warned, counting
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.searched import Within
 from adapt_pruner.core.surgery import cut, gated
@@ -34,7 +34,6 @@ from adapt_pruner.train.loop import Progress, Step
 
 __all__ = [
     "Change",
-    "Listener",
     "Looks",
     "Passes",
     "Reads",
@@ -48,9 +47,6 @@ __all__ = [
 
 _WIDTHS = ((1024, 64), (256, 32))
 """(neurons, multiple): `multiple_of: auto` is the first multiple for which the narrowest layer has at least these neurons."""
-
-Listener = Callable[[dict[str, Any]], None]
-"""Told of every event of a run, as a plain dict with a key `event` (see `core.events`)."""
 
 PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
 """The phases among which a run's seconds are divided."""
@@ -248,7 +244,15 @@ class Reduction:
     """A way to bring a model to a stage's budget: a class with `@part("reduce")`, one per file of `reduce/`.
 
     A recipe names it by its file. The keyword arguments of its `__init__` are options. One object serves a whole run.
+
+    Attributes:
+        fills_zeros: whether it changes or replaces weights, so that the zeros of a sparse model would be lost.
+        changes_hidden_states: whether it narrows the residual stream or removes layers beside what the recipe's axes name, so that
+            hidden states cannot be compared with the dense model's.
     """
+
+    fills_zeros: ClassVar[bool] = False
+    changes_hidden_states: bool = False
 
     def check(self, work: "Work") -> None:
         """Refuse, before any work is done, a recipe that this reduction cannot carry out.
@@ -465,7 +469,7 @@ class Work:
 
     def counts(self, phase: str, **where: Any) -> Callable[[int, int], None]:
         """A function of (done, of) that tells how far a phase is, for a phase that may never begin."""
-        return lambda done, of: self.tell(events.Progress(phase=phase, done=done, of=of, **where))
+        return counting(self.listen, phase, **where)
 
     def begins(self, phase: str, **where: Any) -> None:
         """Tell the listener that a phase begins (see `core.events.Progress`)."""

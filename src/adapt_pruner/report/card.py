@@ -7,14 +7,14 @@ wherever and whenever it is made. The card states what the run recorded, and lea
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from adapt_pruner.checkpoint.origin import said_of_base
-from adapt_pruner.core.events import Warned
+from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import visible
@@ -73,7 +73,7 @@ def write_card_of_export(source: Path, out: Path, form: str) -> None:
         raise RunError(f"{out / 'README.md'} could not be written: {why(error)}") from error
 
 
-def try_card(folder: Path, *, path: Path, listen: Callable[[dict[str, Any]], None]) -> None:
+def try_card(folder: Path, *, path: Path, listen: Listener) -> None:
     """Write the card of a result that lies in `folder` and will be called `path`. A failure is only a warning.
 
     The model is worth more than its card.

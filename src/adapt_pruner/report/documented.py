@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.events import Interrupted, Load, Saved, Warned, parse
+from adapt_pruner.core.events import Interrupted, Listener, Load, Saved, Warned, parse
 from adapt_pruner.core.files import expanded
 from adapt_pruner.core.places import check_place
 from adapt_pruner.export import check_form
 from adapt_pruner.export import export as write
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener
 from adapt_pruner.report.card import try_card, write_card_of_export
 from adapt_pruner.report.page import try_report
 from adapt_pruner.run import loop

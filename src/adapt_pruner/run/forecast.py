@@ -9,10 +9,11 @@ import torch
 
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.events import Listener
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.work import Listener, Looks, Work
+from adapt_pruner.reduce.work import Looks, Work
 from adapt_pruner.run.estimate import (
     PAPER,
     Setup,

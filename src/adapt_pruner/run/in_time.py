@@ -8,14 +8,13 @@ from typing import Any
 
 from adapt_pruner import recipe as recipes
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.events import EVERYWHERE, PlanLine
+from adapt_pruner.core.events import EVERYWHERE, Listener, PlanLine
 from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import Asked, planned
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.trackers import check_trackers

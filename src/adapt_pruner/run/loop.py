@@ -22,7 +22,7 @@ from adapt_pruner.checkpoint.load import pick_device
 from adapt_pruner.checkpoint.save import check_target
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
 from adapt_pruner.core import world
-from adapt_pruner.core.events import Cut, Finished, Interrupted, Resumed, Saved, Start
+from adapt_pruner.core.events import Cut, Finished, Interrupted, Listener, Resumed, Saved, Start
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
@@ -33,7 +33,7 @@ from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener, RunState, Stage, Work, reads_text
+from adapt_pruner.reduce.work import RunState, Stage, Work, reads_text
 from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text

@@ -8,12 +8,13 @@ import torch
 
 from adapt_pruner.checkpoint.load import load_shapes, locate, pick_device
 from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.events import Listener
 from adapt_pruner.core.memory import keeping_freed, usable_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model, check_memory
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener, Work
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.estimate import Setup, Shapes, held, shapes, training_memory
 from adapt_pruner.run.start import begin, sizes_begun
 from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, seconds

@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.events import Find, Load, VocabularyCut
+from adapt_pruner.core.events import Find, Listener, Load, VocabularyCut
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.precision import uses_bfloat16
@@ -38,16 +38,13 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.work import Listener, Reads, RunState, Stage, Work, reads_text
+from adapt_pruner.reduce.work import Reads, RunState, Stage, Work, reads_text
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
 __all__ = ["begin", "plan", "read", "sizes_begun", "stage_targets", "writes_text"]
-
-_FILLING = ("slice", "hard_concrete", "between_steps")
-"""Reductions that change or replace weights when they cut, or between two steps."""
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
@@ -166,9 +163,7 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
     trains = asked.source is not None
     filling = {
         "repair": (cuts and recipe.repair is not None, "set repair=null"),
-        **{
-            f"reduce={way}": (cuts and recipe.reduce.startswith(way), "prune the model that it was made from") for way in _FILLING
-        },
+        f"reduce={recipe.reduce.partition('(')[0]}": (cuts and work.reduction.fills_zeros, "prune the model that it was made from"),
         "training.lora": (trains and asked.lora is not None, "set training.lora=null, which trains the weights that stay"),
         "parallel=fsdp": (trains and recipe.parallel == "fsdp", "set parallel=ddp"),
     }
@@ -487,8 +482,8 @@ def _check_hidden(work: Work, teacher: Any) -> None:
     """
     recipe = work.recipe
     changed = [kind for kind in ("residual", "layers") if kind in recipe.axes]
-    if changed or recipe.reduce.partition("(")[0] == "slice":
-        what = f"axes names {' and '.join(changed)}" if changed else "reduce slice narrows the model"
+    if changed or work.reduction.changes_hidden_states:
+        what = f"axes names {' and '.join(changed)}" if changed else f"reduce {recipe.reduce} changes their width or number"
         raise UsageError(
             f"objectives.distil(hidden=…) compares hidden states with those of the teacher, layer by layer, but {what}; leave out hidden"
         )

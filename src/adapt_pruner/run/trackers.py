@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core import world
-from adapt_pruner.core.events import Resumed, Start, Step, Warned, parse
+from adapt_pruner.core.events import Listener, Resumed, Start, Step, Warned, parse
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Listener
 
 __all__ = ["check_trackers", "reporting"]
 
