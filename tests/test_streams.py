@@ -114,7 +114,7 @@ def test_events_tables_and_what_libraries_print(terminal: bool, monkeypatch: pyt
             print(evil)
             print(evil, file=sys.stderr)
             sys.stderr.writelines([evil])
-        print_table([evil], [[evil]], title=evil)
+        print_table([evil], [[evil]])
     told = stream.getvalue()
     for one in STEERING.values():
         if one not in ("\rerror", "\x1b[31m") or not terminal:

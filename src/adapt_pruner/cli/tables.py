@@ -15,7 +15,7 @@ _GAP = 2  # columns between two of a table
 _WORDS = 24  # least width of a column of words, unless its words are shorter
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """Print a table. The first `left` columns are words, the others are numbers; a row with its first cell alone is a heading."""
     header, rows = list(map(visible, header)), [list(map(visible, row)) for row in rows]
     out = console(highlight=False, markup=False)
@@ -27,8 +27,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
         min(_WORDS, max(widest[index], len(name))) if index < left else max(widest[index], *map(len, name.split() or [""]))
         for index, name in enumerate(header)
     ]
-    if title:
-        out.print(visible(title), style="italic")
     if sum(least) + _GAP * (len(header) - 1) > out.width:
         _print_paragraphs(out, header, rows, left)
         return

@@ -55,12 +55,15 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
     return Console(file=stream, stderr=stderr, **options)
 
 
-def fitted(parts: Sequence[str], width: int, *, between: str = " · ") -> list[str]:
-    """Join the parts into as few lines of `width` as possible; a part wider than a line breaks between its words."""
+_BETWEEN = " · "
+
+
+def fitted(parts: Sequence[str], width: int) -> list[str]:
+    """Join the parts, with dots between them, into as few lines of `width` as possible; a part wider than a line breaks between its words."""
     lines: list[str] = []
     for part in parts:
-        if lines and len(lines[-1]) + len(between) + len(part) <= width:
-            lines[-1] += between + part
+        if lines and len(lines[-1]) + len(_BETWEEN) + len(part) <= width:
+            lines[-1] += _BETWEEN + part
         else:
             lines += wrapped(part, width)
     return lines

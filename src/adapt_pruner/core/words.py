@@ -4,10 +4,11 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "NARROW",
+    "Form",
     "compact",
     "counted",
     "duration",
@@ -23,6 +24,10 @@ __all__ = [
     "typed",
 ]
 
+Form = Literal[
+    "params", "bytes", "perplexity", "bits", "speed", "count", "share", "right", "loss", "lr", "GiB", "ratio", "times", "plain"
+]
+"""Kinds of figures that `shown` knows."""
 NARROW = "\u00a0"
 """The character between a number and its unit; it keeps both on one line."""
 
@@ -50,11 +55,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}{NARROW}h{NARROW}{whole % 3600 // 60:02d}{NARROW}min"
 
 
-def shown(value: float | None, form: str) -> str:
-    """A figure as people read it.
-
-    `form` is params, bytes, perplexity, bits, speed, share, right (a share of right answers), lr, times or plain.
-    """
+def shown(value: float | None, form: Form) -> str:
+    """A figure as people read it; `right` is a share of right answers, `plain` has four digits."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -80,7 +82,8 @@ def shown(value: float | None, form: str) -> str:
         "GiB": "{:.2f}" + NARROW + "GiB",
         "ratio": "{:.3g}×",
         "times": "{:,.2f}×" if value < 100 else "{:,.0f}×",
-    }.get(form, "{:,.4g}").format(value)
+        "plain": "{:,.4g}",
+    }[form].format(value)
 
 
 def millions(count: int) -> str:
@@ -115,7 +118,7 @@ def num_draws(asked: Mapping[str, Any]) -> int:
     return len(asked["calibration_ids"]) or int(asked["draws"])
 
 
-def tick(value: float, form: str) -> str:
+def tick(value: float, form: Form) -> str:
     """A figure at a tick of an axis: like `shown`, without trailing zeros."""
     return re.sub(r"\.(?=\D|$)", "", re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", shown(value, form)))
 

@@ -14,8 +14,11 @@ from adapt_pruner.core.precision import casting_once, precision
 __all__ = ["forward_speed", "reading_and_writing"]
 
 
+_ROUNDS = 5  # timed passes of each model
+
+
 @torch.no_grad()
-def forward_speed(models: Sequence[Any], ids: Tensor, *, dtype: str = "float32", rounds: int = 5) -> list[float]:
+def forward_speed(models: Sequence[Any], ids: Tensor, *, dtype: str = "float32") -> list[float]:
     """Median tokens per second of a forward pass over `ids`, logits included.
 
     The models take turns (A B A B …), after one pass each to warm up, in which weights are cast to bfloat16.
@@ -24,14 +27,13 @@ def forward_speed(models: Sequence[Any], ids: Tensor, *, dtype: str = "float32",
         models: of transformers; each stays in its present mode.
         ids: int64 [batch, length]. All models read the same ids; those beyond the smallest vocabulary become its last one.
         dtype: precision of the matrix products.
-        rounds: timed passes of each model.
     """
     ids = ids.clamp(max=min(model.config.get_text_config().vocab_size for model in models) - 1)
     seconds: list[list[float]] = [[] for _ in models]
     with ExitStack() as casting:
         for model in models:
             casting.enter_context(casting_once(model))
-        for round_idx in range(rounds + 1):
+        for round_idx in range(_ROUNDS + 1):
             for taken, model in zip(seconds, models, strict=True):
                 device = next(model.parameters()).device
                 on_device = ids.to(device)

@@ -107,7 +107,7 @@ class PolicyGradient(Units):
         its = {
             name: replace(passes, times=1) for name, passes in super().phases(work, target).items() if name in ("score", "repair")
         }
-        last = {name: its.pop(name) for name in ("repair",) if name in its}
+        last = {"repair": its.pop("repair")} if "repair" in its else {}
         return {**its, "search": Passes(flops=None, times=self.updates), **last}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:

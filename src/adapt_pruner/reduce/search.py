@@ -144,7 +144,7 @@ class Search(Units):
             for name, passes in super().phases(work, target).items()
             if name in ("score", "blocks", "repair")
         }
-        last = {name: its.pop(name) for name in ("repair",) if name in its}
+        last = {"repair": its.pop("repair")} if "repair" in its else {}
         return {**its, **levels, "search": Passes(flops=None, times=self.rounds + 1), **last}
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
-from adapt_pruner.core.words import counted, score, shots, shown, tick, ticks
+from adapt_pruner.core.words import Form, counted, score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
@@ -77,8 +77,8 @@ class Lines:
     series: list[Series]
     x_label: str
     y_label: str
-    x_form: str = "plain"
-    y_form: str = "plain"
+    x_form: Form = "plain"
+    y_form: Form = "plain"
     log: bool = False
     marks: list[tuple[float, str]] = field(default_factory=list)
     short: bool = False
@@ -140,7 +140,7 @@ class HeatMap:
     columns: list[str]
     rows: list[str]
     values: list[list[float | None]]
-    form: str
+    form: Form
     low: str
     high: str
     by_rank: bool = False
@@ -458,7 +458,7 @@ def training(figures: Figures) -> list[Lines]:
             Series("mean of a stage’s last steps", _running_mean(steps, window=max(5, len(steps) // 25))),
         ]
     charts = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
-    for key, title, y_label, form, points in (
+    further: tuple[tuple[str, str, str, Form, list[tuple[float, float]]], ...] = (
         ("lr", "Learning rate", "learning rate", "lr", [(float(step.tokens), step.lr) for step in steps if step.lr is not None]),
         ("speed", "Training speed", "tokens/s", "count", _speeds(figures)),
         (
@@ -468,7 +468,8 @@ def training(figures: Figures) -> list[Lines]:
             "GiB",
             [(float(step.tokens), step.peak_bytes / 2**30) for step in steps if step.peak_bytes is not None],
         ),
-    ):
+    )
+    for key, title, y_label, form, points in further:
         if len(points) > 1:
             line = [_averaged(title, points)]
             charts.append(Lines(key, title, "", line, "training tokens", y_label, "count", form, marks=places, short=True))

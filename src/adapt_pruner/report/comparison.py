@@ -9,7 +9,7 @@ from typing import Any
 
 from adapt_pruner.core.marks import PAGE_FOOT
 from adapt_pruner.core.strict_json import number_of, read_json
-from adapt_pruner.core.words import counted, num_draws, shown
+from adapt_pruner.core.words import Form, counted, num_draws, shown
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.page import framed
@@ -72,11 +72,12 @@ def _picture(result: Mapping[str, Any], number: int, of: str) -> Lines | None:
     ]
     if sum(len(series.points) for series in every) < 2:
         return None
-    key, title, x_label, x_form = {
+    axes: dict[str, tuple[str, str, str, Form]] = {
         "params": ("size", "Quality against size", "parameters", "params"),
         "speed_up": ("speed", "Quality against speed", "times as fast as dense", "ratio"),
         "seconds": ("seconds", "Quality against time", "seconds of pruning", "plain"),
-    }[of]
+    }
+    key, title, x_label, x_form = axes[of]
     return Lines(
         f"{key}-{number}", title + (f" on {label(text, texts)}" if len(texts) > 1 else ""),
         "Perplexity, lower is better; bars run from the lowest to the highest draw. Named are those that no other beats in both.",

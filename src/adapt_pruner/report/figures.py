@@ -12,7 +12,7 @@ from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.searched import Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import shots
+from adapt_pruner.core.words import Form, shots
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
@@ -21,6 +21,7 @@ PHASES = {
     "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
     "other": "all else",
 }  # fmt: skip
+_MOST_STATES = 8  # iterations of one stage that are shown
 _INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # kinds of units removed with a layer's whole block
 
 
@@ -35,7 +36,7 @@ class Row:
     name: str
     before: float | None
     now: float | None
-    form: str
+    form: Form
     note: str = ""
     begun: str = "dense"
     after_cuts: float | None = None
@@ -287,12 +288,12 @@ def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | Non
     return began, _grouped(cuts, states)
 
 
-def _grouped(cuts: Sequence[events.Cut], states: Sequence[State], *, most: int = 8) -> list[State]:
+def _grouped(cuts: Sequence[events.Cut], states: Sequence[State]) -> list[State]:
     stages = [cut.stage or 1 for cut, _ in zip(cuts, states, strict=False)]
     if len(set(stages)) > 1:
         last = dict(zip(stages, states, strict=True))
         return [State(f"stage {stage}", state.params, state.layers, state.wide) for stage, state in last.items()]
-    ends = sorted({round((number + 1) * len(states) / most) - 1 for number in range(most)} - {-1})
+    ends = sorted({round((number + 1) * len(states) / _MOST_STATES) - 1 for number in range(_MOST_STATES)} - {-1})
     return [State(f"iteration {end + 1}", states[end].params, states[end].layers, states[end].wide) for end in ends]
 
 
@@ -355,10 +356,11 @@ def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], after_cuts
         last = evaluations[-1] if evaluations[-1].stage else None
         when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
         cut = next((one for one in after_cuts if last and one.stage == last.stage), None)
-        for name, key, form, note in (
+        shown: tuple[tuple[str, str, Form, str], ...] = (
             ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
             ("bits per byte", "bits_per_byte", "bits", ""),
-        ):
+        )
+        for name, key, form, note in shown:
             before, now, between = (getattr(one, key, None) for one in (first, last, cut))
             rows.append(Row(name, before, now, form, note, after_cuts=between))
     return [row for row in rows if row.before is not None or row.now is not None]

@@ -23,6 +23,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":")  # for the first use of each colour, the second and the third
 _SOFTWARE = "adapt-pruner"
 _METADATA = {"svg": {"Date": None}, "png": {"Software": _SOFTWARE}}
+_DPI = 200
 _WIDTH, _PANEL = 6.4, (5.6, 4.2)  # inches: width of a picture, and size of one of several pictures side by side
 
 
@@ -62,16 +63,13 @@ def _is_ours(path: Path) -> bool:
     return False
 
 
-def write_pictures(
-    pictures: Iterable[Chart | Beside], folder: Path, *, endings: Sequence[str] = ("png",), dpi: int = 200
-) -> list[Path]:
+def write_pictures(pictures: Iterable[Chart | Beside], folder: Path, *, endings: Sequence[str] = ("png",)) -> list[Path]:
     """Write each chart as KEY.png to `folder`, each whole or not at all; the same figures give the same file.
 
     Args:
         pictures: what to draw.
         folder: made if it does not exist.
         endings: kinds of files that matplotlib writes.
-        dpi: dots per inch; a picture is 6.4 inches wide.
 
     Returns:
         The paths of the files.
@@ -96,7 +94,7 @@ def write_pictures(
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                     with whole_file(path) as partial:
-                        figure.savefig(partial, format=ending, dpi=dpi, metadata=_METADATA.get(ending))
+                        figure.savefig(partial, format=ending, dpi=_DPI, metadata=_METADATA.get(ending))
                 except OSError as error:
                     raise RunError(f"{path} could not be written: {why(error)}; name another folder") from error
                 written.append(path)

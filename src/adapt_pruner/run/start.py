@@ -163,7 +163,10 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
     trains = asked.source is not None
     filling = {
         "repair": (cuts and recipe.repair is not None, "set repair=null"),
-        f"reduce={recipe.reduce.partition('(')[0]}": (cuts and work.reduction.fills_zeros, "prune the model that it was made from"),
+        f"reduce={recipe.reduce.partition('(')[0]}": (
+            cuts and work.reduction.fills_zeros,
+            "prune the model that it was made from",
+        ),
         "training.lora": (trains and asked.lora is not None, "set training.lora=null, which trains the weights that stay"),
         "parallel=fsdp": (trains and recipe.parallel == "fsdp", "set parallel=ddp"),
     }

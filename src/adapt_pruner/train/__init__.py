@@ -1,1 +1,6 @@
-"""The training loop, what it minimises (objectives) and its learning-rate curves (schedules)."""
+"""Training between and after the cuts.
+
+loop.py         the loop of one stage; schedules.py: the learning rate over all stages; pace.py: how far it gets in the time left
+objectives.py   what it minimises
+adapters.py     LoRA; kernels.py: the same in less time or memory; spread.py: a model spread over processes (FSDP)
+"""
