@@ -20,11 +20,11 @@ from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Event, Listener, Warned, counting
+from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.searched import Within
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.core.weight_mask import WeightMask
-from adapt_pruner.data.feed import Feed
 from adapt_pruner.data.task import TextTask
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.task_sources import Wanted
@@ -114,7 +114,7 @@ class RunState:
         progress: of training, over all stages; its row is the position in the training text.
         mask: the units that stayed, of the model at the start of the run.
         reduction: what the reduction carries from one step to the next (see `Reduction.state`); plain data.
-        feed: what the feed carries (see `data.feed.Feed.state`); plain data.
+        feed: what the feed carries (see `core.feed.Feed.state`); plain data.
         figures: measured so far.
         history: a note on every iteration of pruning.
         began: axis name -> units the model had when the run began.

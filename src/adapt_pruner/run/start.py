@@ -20,12 +20,12 @@ from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Find, Listener, Load, VocabularyCut
+from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.data.feed import Feed
 from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows

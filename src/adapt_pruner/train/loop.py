@@ -8,15 +8,16 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from adapt_pruner.core import world
+from adapt_pruner.core.feed import Feed, Taken
 from adapt_pruner.core.precision import precision
 from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.errors import RunError
@@ -24,11 +25,9 @@ from adapt_pruner.train.pace import Pace
 
 __all__ = [
     "MICRO_TOKENS",
-    "Feeds",
     "How",
     "Objective",
     "Progress",
-    "Rows",
     "Step",
     "make_optimizer",
     "stage_tokens",
@@ -41,36 +40,6 @@ _SMOOTHING = 0.9  # of the loss that the divergence guard watches
 
 Objective = Callable[..., Tensor]
 """(model, ids, predicted) -> the sum of a loss over the predicted tokens, differentiable."""
-
-
-class Rows(Protocol):
-    """Rows that a feed has given (see `data.feed.Taken`)."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows together, without padding."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Ids int64 [n, width] of some rows, and which tokens are predicted."""
-
-    def domains(self, start: int, stop: int) -> Sequence[str]:
-        """The text that each of these rows comes from."""
-
-
-class Feeds(Protocol):
-    """Gives the training text (see `data.feed.Feed`)."""
-
-    num_tokens: int
-    wants_losses: bool
-
-    def take(self, num_rows: int) -> Rows:
-        """The next rows."""
-
-    def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
-        """Receive the losses of a step: text -> (their sum, tokens predicted)."""
 
 
 @dataclass
@@ -203,7 +172,7 @@ def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
     return [(end + batch_rows // 2) // batch_rows * batch_rows for end in ends[:-1]] + list(ends[-1:])
 
 
-def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:
+def steps(model: nn.Module, feed: Feed, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:
     """Train, in place, on the next rows of `feed` until `until` rows have been read or time is up; `progress` moves along.
 
     A step takes `how.batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
@@ -246,7 +215,7 @@ def steps(model: nn.Module, feed: Feeds, optimizer: Optimizer, progress: Progres
             reach = max(tokens, reach)
             rate = how.lr * how.schedule(min(1.0, (progress.tokens + rows.num_tokens / 2) / min(feed.num_tokens, reach)))
 
-            def take(rows: Rows = rows, batch: _Batch = batch, rate: float = rate) -> None:
+            def take(rows: Taken = rows, batch: _Batch = batch, rate: float = rate) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("scale", 1.0)
                 optimizer.step()
@@ -285,7 +254,7 @@ class _Batch:
     """
 
     def __init__(
-        self, rows: Rows, *, device: torch.device, micro_tokens: int | None, by_domain: bool = False, task: Task = CAUSAL_LM
+        self, rows: Taken, *, device: torch.device, micro_tokens: int | None, by_domain: bool = False, task: Task = CAUSAL_LM
     ) -> None:
         each = -(-len(rows) // world.size())
         first = world.rank() * each
