@@ -36,7 +36,7 @@ from adapt_pruner.run.estimate import Setup, held, pruning_memory, shapes, train
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
-from adapt_pruner.train.loop import How, Progress, make_optimizer, steps
+from adapt_pruner.train.loop import TrainConfig, TrainState, make_optimizer, steps
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
 
@@ -183,9 +183,9 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
     kernel = {"gradient_checkpointing": how.checkpointing, "compiled": False, "liger": False}
     with spread(model, optimizer, dtype=dtype) as (working, its_optimizer), kernels(working, **kernel):
         gauge.begin()
-        training = How(lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=how.micro_tokens, dtype=dtype)
+        training = TrainConfig(lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=how.micro_tokens, dtype=dtype)
         feed = Fixed(cast(Any, Rows(ids)))
-        for step in steps(working, feed, its_optimizer, Progress(), training, until=2 * rows):
+        for step in steps(working, feed, its_optimizer, TrainState(), training, until=2 * rows):
             step.take()
         return gauge.most()
 

@@ -44,19 +44,19 @@ def distilled(folder: str, steps: int, options: dict[str, Any]) -> dict[str, Any
 def ours(folder: str, steps: int, options: dict[str, Any], objective: Any = None) -> dict[str, Any]:
     from adapt_pruner.data.fixed import Fixed
     from adapt_pruner.train.kernels import kernels
-    from adapt_pruner.train.loop import How, Progress, make_optimizer
+    from adapt_pruner.train.loop import TrainConfig, TrainState, make_optimizer
     from adapt_pruner.train.loop import steps as training_steps
     from adapt_pruner.train.objectives import lm
 
     model, rows, ids = data(steps, folder)
     losses, times = [], []
 
-    how = How(
+    how = TrainConfig(
         objective=objective or lm, schedule=lambda share: 1.0, lr=LR, batch_rows=BATCH_ROWS, micro_tokens=ROWS * LENGTH
     )  # fmt: skip
     optimizer = make_optimizer(model, lr=LR, weight_decay=0.0)
     with kernels(model, liger=False, **options):
-        for step in training_steps(model, Fixed(rows), optimizer, Progress(), how, until=ids.shape[0]):
+        for step in training_steps(model, Fixed(rows), optimizer, TrainState(), how, until=ids.shape[0]):
             step.take()
             losses.append(step.loss)
             times.append(time.perf_counter())

@@ -27,7 +27,7 @@ from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.data.fixed import Span
-from adapt_pruner.train.loop import How, Progress, steps
+from adapt_pruner.train.loop import TrainConfig, TrainState, steps
 
 os.fsync = lambda handle: None  # what a machine loses that loses its power is not tested, and a fsync takes 30 ms
 atexit.register(shutil.rmtree, os.environ["ADAPT_PRUNER_CACHE"], ignore_errors=True)  # it may hold a real model
@@ -83,11 +83,11 @@ class InOrder:
 
 
 def train(
-    model: Any, rows: Any, *, until: int, optimizer: Any, progress: Progress, total_tokens: int, on_step: Any = None, **how: Any
+    model: Any, rows: Any, *, until: int, optimizer: Any, progress: TrainState, total_tokens: int, on_step: Any = None, **how: Any
 ) -> None:
     """Train, in place, on rows that lie in order; every step is taken, then `on_step` is told of it."""
     feed = InOrder(rows, progress.rows, total_tokens)
-    for step in steps(model, feed, optimizer, progress, How(**how), until=until):
+    for step in steps(model, feed, optimizer, progress, TrainConfig(**how), until=until):
         step.take()
         if on_step is not None:
             on_step(step)

@@ -14,7 +14,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.train.adapters import adapted, base_name
-from adapt_pruner.train.loop import Progress, make_optimizer
+from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from conftest import LAYOUTS, tiny_model, train
 
@@ -37,7 +37,7 @@ class Counting:
 
 def learn(model: Any, *stops: int, seed: int = 0) -> None:
     """Train, in place, up to a row, in as many calls as there are stops."""
-    progress, optimizer = Progress(), make_optimizer(model, lr=2e-2, weight_decay=0.0)
+    progress, optimizer = TrainState(), make_optimizer(model, lr=2e-2, weight_decay=0.0)
     for until in stops:
         train(
             model, Counting(), until=until, optimizer=optimizer, objective=lm, schedule=lambda done: 1.0, lr=2e-2,

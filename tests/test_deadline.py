@@ -13,7 +13,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import run
 from adapt_pruner.run import loop
 from adapt_pruner.run.training import Trainer
-from adapt_pruner.train.loop import Progress, make_optimizer
+from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.pace import Pace
 from conftest import assert_same_model, read_json, tiny_model, train
@@ -45,7 +45,7 @@ def test_training_ends_in_time_and_its_rate_with_it(seconds: float, taken: int) 
         clock.left -= 2  # a step takes two seconds
         return lm(*words)
 
-    model, progress = tiny_model(), Progress()
+    model, progress = tiny_model(), TrainState()
     optimizer = make_optimizer(model, lr=1.0, weight_decay=0.0)
     how: dict[str, Any] = {"objective": slow, "schedule": lambda done: 1 - done, "lr": 1.0, "batch_rows": 4, "dtype": "float32"}
     how |= {"seconds_left": clock, "on_step": heard.append, "total_tokens": 640, "progress": progress}

@@ -26,7 +26,7 @@ from adapt_pruner.core import surgery, world
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
-from adapt_pruner.train.loop import Progress, Step, make_optimizer
+from adapt_pruner.train.loop import Step, TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
 from conftest import HANGS, read_json, tiny_model, train
@@ -91,7 +91,7 @@ def trained_on_chats(dtype: str, sharded: bool) -> tuple[list[Step], dict[str, T
     optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.1)
     settings = partial(
         train, rows=rows, until=len(rows.rows), objective=lm, schedule=lambda done: 1.0, lr=1e-3, total_tokens=1000,
-        batch_rows=4, micro_tokens=16, clip=0.5, dtype=dtype, progress=Progress(), on_step=steps.append,
+        batch_rows=4, micro_tokens=16, clip=0.5, dtype=dtype, progress=TrainState(), on_step=steps.append,
     )  # fmt: skip
     if sharded:
         with spread(model, optimizer, dtype=dtype) as (twin, its_optimizer):
@@ -114,7 +114,7 @@ def losses_under_dropout() -> list[float]:
     rows.rows, rows.masks = [torch.arange(3, 19)] * 4, [torch.ones(16, dtype=torch.bool)] * 4
     train(
         model, rows, until=4, optimizer=make_optimizer(model, lr=0.0, weight_decay=0.0), objective=noting, lr=0.0,
-        schedule=lambda done: 1.0, total_tokens=64, batch_rows=2, progress=Progress(), dtype="float32",
+        schedule=lambda done: 1.0, total_tokens=64, batch_rows=2, progress=TrainState(), dtype="float32",
     )  # fmt: skip
     return seen
 

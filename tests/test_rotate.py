@@ -22,7 +22,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy, decoder_parameters
 from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.reduce import slice as slicing
-from adapt_pruner.reduce.slice import Slice, directions, principal_directions, rotate, slice_to, sliced_parameters, width_for
+from adapt_pruner.reduce.slice import SliceGPT, directions, principal_directions, rotate, slice_to, sliced_parameters, width_for
 from adapt_pruner.reduce.work import Work, reads_text
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run import training as run_training
@@ -47,7 +47,7 @@ def test_a_model_that_cannot_be_sliced_is_refused(layout: tuple[str, str]) -> No
 
 def floor_of(model: Any) -> tuple[int, str]:
     """The parameters that are left with the narrowest stream, and when."""
-    return Slice().floor(Work.of(model, read({"method": "slicegpt", "budget": "50%"})))
+    return SliceGPT().floor(Work.of(model, read({"method": "slicegpt", "budget": "50%"})))
 
 
 def exact(model: Any) -> Any:

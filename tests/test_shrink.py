@@ -345,7 +345,7 @@ def test_threads_are_fitted_where_the_clock_ends_the_run(
     fitted: list[Any] = []
     for module in (probe, loop):
         monkeypatch.setattr(module, "fit_threads", lambda work: fitted.append(work) or "2 of 4 threads")
-    monkeypatch.setattr(loop, "shrink", lambda *_: pytest.fail("far enough"))
+    monkeypatch.setattr(loop, "run_stages", lambda *_: pytest.fail("far enough"))
     command = ["shrink", tiny_folder, "--params", "70%", "--text", text, "-o", tmp_path / "small", *long]
     for expected in (2, 3):  # by the probe and by the run; the second time by the run alone
         with pytest.raises(pytest.fail.Exception):

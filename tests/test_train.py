@@ -14,7 +14,7 @@ from torch import Tensor
 from adapt_pruner.core import world
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.errors import RunError
-from adapt_pruner.train.loop import How, Progress, Step, _Batch, make_optimizer, stage_tokens, steps, whole_batches
+from adapt_pruner.train.loop import Step, TrainConfig, TrainState, _Batch, make_optimizer, stage_tokens, steps, whole_batches
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
@@ -41,7 +41,7 @@ def run(model: Any, text: Tensor | Text, **changes: Any) -> list[Step]:
     steps: list[Step] = []
     settings: dict[str, Any] = {
         "optimizer": make_optimizer(model, lr=1e-2, weight_decay=0.0), "objective": lm, "schedule": lambda progress: 1.0, "lr": 1e-2,
-        "total_tokens": max(1, text.ids.numel()), "until": len(text.ids), "batch_rows": 4, "progress": Progress(), "dtype": "float32",
+        "total_tokens": max(1, text.ids.numel()), "until": len(text.ids), "batch_rows": 4, "progress": TrainState(), "dtype": "float32",
         "on_step": steps.append,
     }  # fmt: skip
     train(model, text, **settings | changes)
@@ -230,7 +230,7 @@ def test_a_stage_ends_at_its_row_and_the_next_begins_there(blocks: Tensor) -> No
         read.append(ids)
         return lm(model, ids, predicted)
 
-    model, progress = tiny_model(), Progress()
+    model, progress = tiny_model(), TrainState()
     for until in (6, 6, 17):
         run(model, blocks, until=until, progress=progress, objective=noting, total_tokens=1000)
     assert [len(ids) for ids in read] == [4, 2, 4, 4, 3]
@@ -241,7 +241,7 @@ def test_a_stage_ends_at_its_row_and_the_next_begins_there(blocks: Tensor) -> No
 
 
 def test_one_curve_spans_all_stages(blocks: Tensor) -> None:
-    model, progress = tiny_model(), Progress()
+    model, progress = tiny_model(), TrainState()
     optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.0)
     schedule = partial(wsd, warmup=0.5, decay=0.25, floor=0.0)
     rates = []
@@ -321,7 +321,7 @@ def at_levels(levels: list[float]) -> Any:
 
 def test_an_exploding_loss_stops_before_the_step_that_it_would_spoil(blocks: Tensor) -> None:
     """Smoothed with 0.9: 3, 2.9, 2.81, 5.529; 2.719 above its lowest."""
-    model, progress, kept = tiny_model(), Progress(), {}
+    model, progress, kept = tiny_model(), TrainState(), {}
 
     def keep(step: Step) -> None:
         kept.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -348,7 +348,7 @@ def test_a_slow_climb_stops_too(blocks: Tensor) -> None:
 
 def test_a_new_stage_may_begin_with_a_higher_loss(blocks: Tensor) -> None:
     for begins, stops in ((True, False), (False, True)):
-        progress = Progress()
+        progress = TrainState()
         run(tiny_model(), blocks, until=8, objective=at_levels([2.0, 2.0]), max_rise=2.0, progress=progress)
         assert (progress.smoothed, progress.lowest) == pytest.approx((2.0, 2.0))
         if begins:
@@ -378,7 +378,7 @@ def test_bfloat16_training_keeps_float32_weights(blocks: Tensor) -> None:
 def test_a_stage_without_a_row_is_passed_over(blocks: Tensor) -> None:
     model = tiny_model()
     assert run(model, blocks[:0], total_tokens=100) == []
-    assert run(model, blocks, until=8, progress=Progress(rows=8)) == []
+    assert run(model, blocks, until=8, progress=TrainState(rows=8)) == []
 
 
 class Stopped(Exception):  # noqa: N818 (not an error)
@@ -399,7 +399,7 @@ def test_training_that_was_stopped_goes_on_exactly(dropout: float, chats: Text) 
     straight = run(whole, chats, optimizer=optimizer, **same)
 
     model, optimizer = fresh()
-    progress, checkpoint = Progress(), {}
+    progress, checkpoint = TrainState(), {}
 
     def save_and_stop(step: Step) -> None:
         if step.step == 4:
@@ -416,7 +416,7 @@ def test_training_that_was_stopped_goes_on_exactly(dropout: float, chats: Text) 
     resumed, optimizer = fresh()
     resumed.load_state_dict(checkpoint["weights"] | {"lm_head.weight": checkpoint["weights"]["model.embed_tokens.weight"]})
     load_moments(resumed, optimizer, checkpoint["moments"])
-    progress = Progress(**checkpoint["progress"])
+    progress = TrainState(**checkpoint["progress"])
     assert progress.rows == 16
     rest = run(resumed, chats, optimizer=optimizer, progress=progress, **same)
     assert rest == straight[4:], "to the last bit"
@@ -425,7 +425,7 @@ def test_training_that_was_stopped_goes_on_exactly(dropout: float, chats: Text) 
 
 def test_dropout_is_drawn_from_the_seed_and_the_step_alone(blocks: Tensor) -> None:
     def trained(cuts: tuple[int, ...], *, seed: int, dropout: float = 0.3) -> Any:
-        model, progress = tiny_model(attention_dropout=dropout), Progress()
+        model, progress = tiny_model(attention_dropout=dropout), TrainState()
         optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.0)
         for until in cuts:
             torch.rand(int(torch.randint(1, 100, ())))  # somebody else draws
@@ -467,10 +467,10 @@ HOW = {"schedule": lambda progress: 1.0, "lr": 1e-2, "batch_rows": 4, "dtype": "
 
 def test_the_caller_has_the_word_between_backward_and_step(blocks: Tensor) -> None:
     """Gradients are in place and may be changed, weights are those of before; a step is taken once, by whoever comes first."""
-    model, twin, progress = tiny_model(), tiny_model(), Progress()
+    model, twin, progress = tiny_model(), tiny_model(), TrainState()
     optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.0)
     names = []
-    for step in steps(model, InOrder(Text(blocks), 0, 640), optimizer, progress, How(lm, **HOW), until=8):
+    for step in steps(model, InOrder(Text(blocks), 0, 640), optimizer, progress, TrainConfig(lm, **HOW), until=8):
         names += [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert progress.steps == step.step - 1
         if step.step == 1:
@@ -496,7 +496,7 @@ def test_other_parameters_learn_along_and_may_ascend(blocks: Tensor) -> None:
         def objective(model: Any, ids: Tensor, predicted: Tensor | None, of: Tensor = multiplier) -> Tensor:
             return lm(model, ids, predicted) + of.square()
 
-        for step in steps(model, InOrder(Text(blocks), 0, 640), optimizer, Progress(), How(objective, **HOW), until=4):
+        for step in steps(model, InOrder(Text(blocks), 0, 640), optimizer, TrainState(), TrainConfig(objective, **HOW), until=4):
             assert multiplier.grad is not None
             step.take()
         assert float(multiplier.detach()) == pytest.approx(1 + (0.03 if maximize else -0.03), abs=1e-4)
@@ -526,7 +526,7 @@ def test_a_feed_hears_the_loss_of_each_text(blocks: Tensor, chats: Text) -> None
         found = []
         for one, other in ((model, feed), (twin, plain)):
             optimizer = make_optimizer(one, lr=1e-2, weight_decay=0.0)
-            found.append([step.loss for step in steps(one, other, optimizer, Progress(), How(lm, **HOW), until=8)])
+            found.append([step.loss for step in steps(one, other, optimizer, TrainState(), TrainConfig(lm, **HOW), until=8)])
         assert found[0] == pytest.approx(found[1], rel=1e-5)
         assert [set(losses) for losses in feed.heard] == [{"odd", "even"}] * 2
         for losses, loss in zip(feed.heard, found[0], strict=True):

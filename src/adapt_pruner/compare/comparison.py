@@ -122,7 +122,7 @@ def _check_kind(out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Prepared:
     """The cells of a comparison, and the texts that were read for them.
 
     `windows` has the evaluation windows by text. `read` has everything besides the recipe that decides a cell's figures.
@@ -141,7 +141,7 @@ class _Work:
     dequantised: str | None = None
 
 
-def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
+def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
     """Prepare the work, and refuse everything that may be refused.
 
     Raises:
@@ -194,7 +194,9 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Work:
         "device": device.type,
     }
     predicted = {text: text_bytes(loaded.tokenizer, its) for text, its in windows.items()}
-    return _Work(cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, in_domain, loaded.dequantised)
+    return _Prepared(
+        cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, in_domain, loaded.dequantised
+    )
 
 
 def _counted(recipe: Recipe) -> Iterable[str]:
@@ -231,7 +233,9 @@ def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -
 class _Comparison:
     """A comparison in progress, with the results of its cells so far."""
 
-    def __init__(self, asked: Request, out: Path, work: _Work, dense: Callable[[], Loaded], listen: Listener, keep: bool) -> None:
+    def __init__(
+        self, asked: Request, out: Path, work: _Prepared, dense: Callable[[], Loaded], listen: Listener, keep: bool
+    ) -> None:
         self._asked, self._out, self._work, self._dense, self._listen, self._keep = asked, out, work, dense, listen, keep
         self._names = [cell.name(self._read_for(cell)) for cell in work.cells]
         self._done: dict[str, dict[str, Any]] = {}  # name of the cell -> its figures or `error`

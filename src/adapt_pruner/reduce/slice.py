@@ -25,7 +25,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
 
 __all__ = [
-    "Slice",
+    "SliceGPT",
     "directions",
     "fold_scale",
     "principal_directions",
@@ -44,7 +44,7 @@ _WRITERS = ("o_proj", "down_proj")
 
 
 @part("reduce", needs={"one stage", "text"})
-class Slice(Reduction):
+class SliceGPT(Reduction):
     """Rotate the residual stream to its principal directions and cut off the last of them; adds shortcut matrices (SliceGPT)."""
 
     fills_zeros = True
@@ -84,7 +84,7 @@ class Slice(Reduction):
 
 
 def width_for(model: Any, keep: int) -> int:
-    """The widest stream, a multiple of 8, with at most `keep` parameters in the sliced model; `keep` is `Slice.floor` or more."""
+    """The widest stream, a multiple of 8, with at most `keep` parameters in the sliced model; `keep` is `SliceGPT.floor` or more."""
     dense = model.get_output_embeddings().weight.shape[1]
     return max(width for width in range(_MULTIPLE, dense, _MULTIPLE) if sliced_parameters(model, width) <= keep)
 

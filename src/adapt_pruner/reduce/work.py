@@ -30,7 +30,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.task_sources import Wanted
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.score.calibrate import Evidence, mean_loss
-from adapt_pruner.train.loop import Progress, Step
+from adapt_pruner.train.loop import Step, TrainState
 
 __all__ = [
     "Change",
@@ -126,7 +126,7 @@ class RunState:
 
     stage: int = 1
     pruned: bool = False
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainState = field(default_factory=TrainState)
     mask: Mask = field(default_factory=Mask)
     reduction: dict[str, Any] = field(default_factory=dict)
     feed: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +183,7 @@ class RunState:
         progress = dict(data["progress"])
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
         return cls(
-            data["stage"], data["pruned"], Progress(**progress), Mask.from_json(data["mask"]),
+            data["stage"], data["pruned"], TrainState(**progress), Mask.from_json(data["mask"]),
             data["reduction"] if "reduction" in data else {"stage": 0, "debt": data["debt"]},
             data.get("feed", {"rows": progress["rows"]}), data["figures"], data["history"], data.get("began", {}), data["spent"],
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The loop of a run: for each stage, reduce the model to the stage's budget, then train it, then measure it.
 
-    shrink(work)      the loop
+    run_stages(work)  the loop
     prune, run        load the model, call the loop and write the result
 
 A run that was stopped continues from its newest checkpoint. Checkpoints are written after a stage's reduction, after its
@@ -43,10 +43,10 @@ from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
 
-__all__ = ["prune", "run", "shrink"]
+__all__ = ["prune", "run", "run_stages"]
 
 
-def shrink(work: Work, trainer: Trainer) -> Outcome:
+def run_stages(work: Work, trainer: Trainer) -> Outcome:
     """Prune, train and measure the model, in place, through all stages that are left.
 
     Raises:
@@ -165,7 +165,7 @@ def prune(
     check_result(work, out)
     _tell_start(work)
     with work.state.clock("other"):
-        outcome = shrink(work, Trainer(work))
+        outcome = run_stages(work, Trainer(work))
     results.write(work, out, beside=beside)
     work.tell(Saved(path=str(out), **outcome.figures))
     return outcome
@@ -199,7 +199,7 @@ def run(
                 fit_threads(work)
             _tell_start(work)
             with work.state.clock("other"):
-                outcome = shrink(work, trainer)
+                outcome = run_stages(work, trainer)
             world.on_main(lambda: results.write(work, folder.result, beside=beside))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
         except UsageError:
@@ -246,7 +246,7 @@ def _resumed(
         _check_origin(path, saved, recipe, origin)
         loaded, tensors = load_state(path, saved, device=pick_device(recipe.device))
         state = RunState.from_json(saved)
-        _check_place(path, state, recipe, changed, tensors)
+        _check_changes(path, state, recipe, changed, tensors)
         work = Work(loaded, recipe, tell, trust_remote_code, state, dense=state.figures["params_before"])
         if saved.get("reduce", recipe.reduce) == recipe.reduce:
             work.reduction.restore(state.reduction)
@@ -267,7 +267,7 @@ def _resumed(
     world.on_main(write_down)
     for sentence in _sentences(path, damaged=damaged, changed=changed, replaced=replaced):
         work.warn(sentence)
-    _place(work, anew=bool(changed or replaced))
+    _restore_position(work, anew=bool(changed or replaced))
     if path is not None:
         state = work.state
         cuts = sum(note["stage"] == state.stage for note in state.history)
@@ -298,7 +298,7 @@ def _resumed(
     return work, Trainer(work, save=keep, tensors=tensors)
 
 
-def _place(work: Work, *, anew: bool) -> None:
+def _restore_position(work: Work, *, anew: bool) -> None:
     """Bring feed and reduction, in place, to where the run stands; `anew` if recipe or text have changed."""
     feed, state = work.reads.feed, work.state
     if anew:
@@ -320,7 +320,7 @@ def _check_origin(path: Path, saved: Mapping[str, Any], recipe: Recipe, origin: 
         )
 
 
-def _check_place(path: Path, state: RunState, recipe: Recipe, changed: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+def _check_changes(path: Path, state: RunState, recipe: Recipe, changed: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
     """Refuse changes of the recipe with which the run cannot go on, even if forced."""
     if state.stage > recipe.stages:
         raise UsageError(

@@ -19,7 +19,7 @@ from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
-from adapt_pruner.train.loop import How, Objective, Step, make_optimizer, steps
+from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
 from adapt_pruner.train.spread import full_state, load_moments, spread
 
 __all__ = ["Save", "Trainer"]
@@ -53,7 +53,7 @@ class Trainer:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # they would take as much memory again
         self._working: tuple[Any, Any] = (work.model, work.optimizer)
-        work.training = self.told
+        work.training = self.train_steps
 
     def before_cuts(self) -> None:
         """Free the optimiser's moments if the recipe does not carry them through cuts; scoring can then use their memory."""
@@ -78,7 +78,7 @@ class Trainer:
         tokens = work.recipe.training.tokens
         asked = min(tokens, work.expected or tokens)
         in_time = None if work.recipe.minutes is None else self._seconds_left
-        for step in self.told(until=until, seconds_left=in_time):
+        for step in self.train_steps(until=until, seconds_left=in_time):
             if step.reach < _SLOW * asked:
                 work.warn_of_stage(
                     f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(asked)} tokens; the "
@@ -103,7 +103,7 @@ class Trainer:
             return read + read / took * max(0.0, seconds_left)
         return self._work.expected or math.inf
 
-    def told(
+    def train_steps(
         self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
     ) -> Iterator[Step]:
         """Yield each step up to row `until` before it is taken; then take it, tell of it, and save a checkpoint if one is due.
@@ -146,7 +146,7 @@ class Trainer:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
         assert feed is not None
-        how = How(
+        how = TrainConfig(
             objective=around(parts.bind("objective", asked.objective, teacher=work.reads.teacher, task=work.task)),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,

@@ -25,10 +25,10 @@ from adapt_pruner.train.pace import Pace
 
 __all__ = [
     "MICRO_TOKENS",
-    "How",
     "Objective",
-    "Progress",
     "Step",
+    "TrainConfig",
+    "TrainState",
     "make_optimizer",
     "stage_tokens",
     "steps",
@@ -43,7 +43,7 @@ Objective = Callable[..., Tensor]
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where training stands, over all stages. With model and optimiser, this decides the next step.
 
     It holds no random state: each step has a seed made of the run's seed, the step's number and the process.
@@ -61,7 +61,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class How:
+class TrainConfig:
     """How a run trains, the same in all its stages.
 
     Attributes:
@@ -172,7 +172,9 @@ def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
     return [(end + batch_rows // 2) // batch_rows * batch_rows for end in ends[:-1]] + list(ends[-1:])
 
 
-def steps(model: nn.Module, feed: Feed, optimizer: Optimizer, progress: Progress, how: How, *, until: int) -> Iterator[Step]:
+def steps(
+    model: nn.Module, feed: Feed, optimizer: Optimizer, progress: TrainState, how: TrainConfig, *, until: int
+) -> Iterator[Step]:
     """Train, in place, on the next rows of `feed` until `until` rows have been read or time is up; `progress` moves along.
 
     A step takes `how.batch_rows` rows, spread over the processes, and minimises the mean of the objective over all their
@@ -292,7 +294,7 @@ class _Batch:
         return int(most)
 
 
-def _accumulate(model: Any, batch: _Batch, how: How, others: Sequence[Tensor], *, device: torch.device) -> Tensor:
+def _accumulate(model: Any, batch: _Batch, how: TrainConfig, others: Sequence[Tensor], *, device: torch.device) -> Tensor:
     """Add, in place, the gradient of the batch's mean loss over all processes; returns that loss."""
     objective, task = how.objective, how.task
     loss = torch.zeros((), dtype=torch.float64)
@@ -322,7 +324,7 @@ def _full(norm: Any) -> Tensor:
     return full
 
 
-def _guard(loss: float, norm: float, progress: Progress, *, max_rise: float, lr: float) -> None:
+def _guard(loss: float, norm: float, progress: TrainState, *, max_rise: float, lr: float) -> None:
     """Raise before a step with a bad gradient would spoil the weights."""
     at = (
         f"at step {progress.steps + 1}; lower training.lr (now {lr:g}) or check the training text, then start in another folder, or "
