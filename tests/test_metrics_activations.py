@@ -17,7 +17,7 @@ from adapt_pruner.core.surgery import gated
 from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
-from adapt_pruner.reduce.work import Work, reads_text
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune
 from adapt_pruner.score import activations, blocks, weights
 from adapt_pruner.score.calibrate import score, score_behind
@@ -320,7 +320,7 @@ def test_a_recipe_may_rank_layers_by_the_loss_without_them(tiny_folder: Path, te
     """The distances of the first iteration are the losses on its batches, and the chooser goes by them."""
     recipe = recipe_with(tiny_folder, text_file, distance="blocks.loss_drop", metric="weights.magnitude")
     dense = tiny_model(vocab_size=VOCAB)
-    assert reads_text(Work.of(dense, recipe)), "the metric reads none, the distance does"
+    assert Work.of(dense, recipe).reads_text, "the metric reads none, the distance does"
     heard: list[dict[str, Any]] = []
     prune(recipe, tmp_path / "out", listen=heard.append)
     first = next(event for event in heard if event["event"] == "cut")

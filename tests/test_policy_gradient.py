@@ -11,7 +11,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import RunError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce.policy_gradient import PolicyGradient, projected, start_of
-from adapt_pruner.reduce.work import Reads, Stage, Work
+from adapt_pruner.reduce.work import RunData, Stage, Work
 from adapt_pruner.report.documented import run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
@@ -21,7 +21,7 @@ def work_of(model: Any, batches: list[torch.Tensor], **keys: Any) -> Work:
     work = Work.of(model, read(recipe | keys))
     target = work.num_params * 8 // 10
     work.stages = [Stage(1, target, 1, 0, 0, 0)]
-    work.reads = Reads(calibration=lambda iteration: [batch.roll(iteration, 0) for batch in batches])
+    work.data = RunData(calibration=lambda iteration: [batch.roll(iteration, 0) for batch in batches])
     return work
 
 

@@ -23,7 +23,7 @@ from adapt_pruner.evaluate.anatomy import anatomy, decoder_parameters
 from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.reduce import slice as slicing
 from adapt_pruner.reduce.slice import SliceGPT, directions, principal_directions, rotate, slice_to, sliced_parameters, width_for
-from adapt_pruner.reduce.work import Work, reads_text
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune, run
 from adapt_pruner.run import training as run_training
 from adapt_pruner.run.forecast import dry_run
@@ -375,7 +375,7 @@ def test_the_log_of_a_sliced_run_is_strict_json(recipe: Recipe, tmp_path: Path) 
 
 def test_text_is_read_whatever_parts_the_recipe_names(recipe: Recipe) -> None:
     blind = {"metric": "weights.magnitude", "distance": None, "head_metric": None, "chooser": "allocate.uniform"}
-    assert reads_text(Work.of(tiny_model(), read(recipe.model_dump() | blind)))
+    assert Work.of(tiny_model(), read(recipe.model_dump() | blind)).reads_text
 
 
 def test_liger_has_no_kernel_for_it(recipe: Recipe, text_file: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from adapt_pruner.reduce.proposals import Candidate, Space, evolution
 from adapt_pruner.reduce.proposals import random as at_random
 from adapt_pruner.reduce.search import Search
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
-from adapt_pruner.reduce.work import Reads, Stage, Work
+from adapt_pruner.reduce.work import RunData, Stage, Work
 from adapt_pruner.report.documented import run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
@@ -37,7 +37,7 @@ def work_of(model: Any, batches: list[torch.Tensor], **keys: Any) -> Work:
     }
     work = Work.of(model, read(recipe | keys))
     work.stages = [Stage(1, work.num_params * 8 // 10, 1, 0, 0, 0)]
-    work.reads = Reads(calibration=lambda iteration: [batch.roll(iteration, 0) for batch in batches])
+    work.data = RunData(calibration=lambda iteration: [batch.roll(iteration, 0) for batch in batches])
     return work
 
 

@@ -23,8 +23,7 @@ from adapt_pruner.report.page import page
 from adapt_pruner.report.record import read_record
 from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.start import begin
-from adapt_pruner.run.start import read as read_texts
+from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model, break_off, byte_tokenizer, read_json, tiny_model
 from strangers import ask_a_stranger
@@ -196,10 +195,10 @@ def test_the_dense_model_teaches_the_tokens_that_stay(folder: Path, text_file: P
     assert_same_model(tmp_path / "whole", tmp_path / "named")
 
     work = begin(asked, listen=lambda event: None)
-    read_texts(work)
+    prepare(work)
     dense, keep = load(str(folder)).model, outcome.mask["vocabulary"]
     ids = torch.arange(3, 40)[None]
-    told = work.reads.teacher(ids).logits.log_softmax(-1)
+    told = work.data.teacher(ids).logits.log_softmax(-1)
     before = torch.nonzero(keep).flatten()[ids]
     assert torch.allclose(told, dense(before).logits[..., keep].log_softmax(-1), atol=1e-5)
 

@@ -11,8 +11,9 @@ from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
 from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.reduction import Change, Reduction
 from adapt_pruner.reduce.units import Units
-from adapt_pruner.reduce.work import Change, Reduction, RunState, Stage, Work
+from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.score.calibrate import mean_loss
 from conftest import half, tiny_model
 

@@ -48,7 +48,7 @@ from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Work, reads_text
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
 from adapt_pruner.report.paper import has_matplotlib, write_pictures
@@ -154,7 +154,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
         for text in asked.texts
     }
     rows = {ids: calibration_ids(ids, vocab_size=loaded.model.config.vocab_size) for ids in asked.calibration_ids}
-    readers = {name for name, recipe in asked.recipes.items() if reads_text(Work.of(loaded.model, recipe))}
+    readers = {name for name, recipe in asked.recipes.items() if Work.of(loaded.model, recipe).reads_text}
     specs = {
         spec: 1.0 for name in sorted(readers) if not asked.calibration_ids
         for spec in domains(asked.recipes[name].calibration.source) if spec != SELF

@@ -19,6 +19,7 @@ from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.reduction import Change, Passes, TextUse
 from adapt_pruner.reduce.units import (
     Units,
     evidence_of,
@@ -29,7 +30,7 @@ from adapt_pruner.reduce.units import (
     scored,
     within_widths,
 )
-from adapt_pruner.reduce.work import Change, Looks, Passes, Work
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence, finish
 
 __all__ = ["BetweenSteps"]
@@ -108,10 +109,10 @@ class BetweenSteps(Units):
         steps = asked.tokens / work.recipe.stages / asked.batch_tokens * self.share
         return max(1, round(steps / self.every)) if reached > target else 0
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """Calibration text, if there is a repair to read it."""
         repairs = work.recipe.repair is not None
-        return Looks(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs, beside=("repair",) if repairs else ())
+        return TextUse(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs, beside=("repair",) if repairs else ())
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Only the repair."""

@@ -19,7 +19,8 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.searched import Searched
 from adapt_pruner.core.surgery import gated, num_left
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work, check_masks_learn
+from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
+from adapt_pruner.reduce.work import Work
 
 __all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
 
@@ -122,9 +123,9 @@ class HardConcrete(Reduction):
             return _params(work, self._given(work)), "the model has the shape that reduce=hard_concrete(…) names"
         return _params(work, dict.fromkeys(self._kinds(work), 1)), "every axis has one unit"
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """No calibration text."""
-        return Looks()
+        return TextUse()
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Train weights and masks and report every ten steps; then yield the cut."""

@@ -24,6 +24,7 @@ from adapt_pruner.data.tokens import batches_of
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.rank import standardised
+from adapt_pruner.reduce.reduction import Change, Passes, TextUse
 from adapt_pruner.reduce.units import (
     Units,
     metrics_of,
@@ -34,7 +35,7 @@ from adapt_pruner.reduce.units import (
     with_forward,
     within_widths,
 )
-from adapt_pruner.reduce.work import Change, Looks, Passes, Work
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import score_behind
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
@@ -98,9 +99,9 @@ class PolicyGradient(Units):
         per_draw = max(1, work.recipe.calibration.samples // self.sequences)
         return 1 + -(-self.updates // per_draw) if reached > target else 0
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """What the metric reads, and forward passes."""
-        return with_forward(super().looks(work))
+        return with_forward(super().text_use(work))
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the updates, and the repair; the time of the updates is known only once some are done."""
@@ -136,7 +137,7 @@ class PolicyGradient(Units):
         """Make the updates that are left, in place; returns the first sequences of the last draw."""
         rows: list[Tensor] = []
         work.begins("search", stage=work.state.stage)
-        per_draw = max(1, sum(len(batch) for batch in work.reads.calibration(work.iteration)) // self.sequences)
+        per_draw = max(1, sum(len(batch) for batch in work.data.calibration(work.iteration)) // self.sequences)
         losses: list[float] = []
         while self._done < self.updates:
             draw, place = divmod(self._done, per_draw)

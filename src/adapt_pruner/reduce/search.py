@@ -29,6 +29,7 @@ from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.proposals import Candidate, Sizes, Space
+from adapt_pruner.reduce.reduction import Change, Passes, TextUse
 from adapt_pruner.reduce.units import (
     Units,
     params_of,
@@ -39,7 +40,7 @@ from adapt_pruner.reduce.units import (
     sizes_alike,
     with_forward,
 )
-from adapt_pruner.reduce.work import Change, Looks, Passes, Work
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.train.objectives import kl_of_logits
 
 __all__ = ["Search"]
@@ -132,9 +133,9 @@ class Search(Units):
         """Whether a chat model on this machine writes candidates."""
         return bool(self.model) and not self.model.startswith(("http://", "https://"))
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """What the metric reads, and forward passes."""
-        return with_forward(super().looks(work))
+        return with_forward(super().text_use(work))
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the rounds, and the repair of the result; the time of a round is known only after the first."""

@@ -22,7 +22,8 @@ from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work
+from adapt_pruner.reduce.reduction import Change, Reduction, TextUse
+from adapt_pruner.reduce.work import Work
 
 __all__ = [
     "SliceGPT",
@@ -61,9 +62,9 @@ class SliceGPT(Reduction):
         least, dense = sliced_parameters(work.model, _MULTIPLE), work.model.get_output_embeddings().weight.shape[1]
         return least, f"{_MULTIPLE} of {dense} dimensions are left, whole head and shortcuts counted"
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """The calibration text, once."""
-        return Looks(text=True)
+        return TextUse(text=True)
 
     def steps(self, work: Work, target: int) -> Iterator[Change]:
         """Slice the stream, in one step, to the widest at which the model has at most `target` parameters."""

@@ -21,8 +21,9 @@ from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.layer_inputs import READS, Walk, walked
+from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.solvers import Inputs
-from adapt_pruner.reduce.work import Change, Looks, Passes, Reduction, Work
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["Sparse", "check_dense", "check_pattern", "check_same_zeros"]
@@ -57,12 +58,12 @@ class Sparse(Reduction):
         """One: the text is drawn once."""
         return 1
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """The calibration text, once, where the solver reads any."""
         needs = parts.needs("solver", work.recipe.solver or "")
         beside = ("solving the layers",) if "gram" in needs else ()
         evidence = Evidence.FORWARD if "text" in needs else Evidence.WEIGHTS
-        return Looks(text="text" in needs, evidence=evidence, beside=beside)
+        return TextUse(text="text" in needs, evidence=evidence, beside=beside)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """One decoder layer after the other; the time of a layer is known only after the first."""
@@ -97,7 +98,7 @@ class Sparse(Reduction):
 
     def _batches(self, work: Work) -> list[Tensor]:
         """The calibration batches; their tokens are counted once, however often the run is resumed."""
-        return work.reads.calibration(work.iteration) if self._done else work.batches()
+        return work.data.calibration(work.iteration) if self._done else work.batches()
 
     def state(self) -> dict[str, Any]:
         """How many decoder layers are done, and whether that was said of all."""

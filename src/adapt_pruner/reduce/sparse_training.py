@@ -26,8 +26,9 @@ from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.searched import Masked, Within
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
 from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
 from adapt_pruner.reduce.sparse import check_dense, check_pattern, check_same_zeros
-from adapt_pruner.reduce.work import Change, Looks, Reduction, Work, check_masks_learn
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["SparseTraining", "masked"]
@@ -94,10 +95,10 @@ class SparseTraining(Reduction):
         """One draw of text at most."""
         return int(self.scores == "wanda")
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """The calibration text, once, for the first masks by Wanda."""
         text = self.scores == "wanda"
-        return Looks(text=text, evidence=Evidence.FORWARD if text else Evidence.WEIGHTS)
+        return TextUse(text=text, evidence=Evidence.FORWARD if text else Evidence.WEIGHTS)
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
         """Train under masks and report each new choice of masks; then make the masked weights zero."""

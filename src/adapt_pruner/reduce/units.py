@@ -29,8 +29,9 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.closed_form import without_bias
+from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
-from adapt_pruner.reduce.work import Change, Looks, Passes, Reduction, Work
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
 
 __all__ = [
@@ -109,7 +110,7 @@ class Units(Reduction):
             steps = (reached - target) / max(recipe.step * counted_from, least)
         return max(1, math.ceil(steps - _NEARLY))
 
-    def looks(self, work: Work) -> Looks:
+    def text_use(self, work: Work) -> TextUse:
         """What the metrics, the distance, the head metric and the repair read."""
         recipe, evidence = work.recipe, evidence_of(work)
         layers = _layer_measure(work) is not None
@@ -121,7 +122,7 @@ class Units(Reduction):
             "measuring behind pruned layers": recipe.sequential_scoring,
             "repair": repairs,
         }
-        return Looks(
+        return TextUse(
             text=repairs or layers or heads or evidence is not Evidence.WEIGHTS,
             evidence=evidence,
             forward=heads,
@@ -237,9 +238,9 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
     return scores, loss
 
 
-def with_forward(its: Looks) -> Looks:
+def with_forward(its: TextUse) -> TextUse:
     """What a metric reads, and forward passes over the same text besides."""
-    return Looks(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
+    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
 
 
 def _check_scored(work: Work, without: Collection[str]) -> None:
@@ -259,7 +260,7 @@ def repaired(work: Work, mask: Mask, batches: Sequence[Tensor], **where: int) ->
     with work.state.clock("repair"):
         tell = work.progress("repair", **where)
         repair = parts.bind("repair", recipe.repair, task=work.task, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell)
-        repair(work.model, work.axes, mask, [*batches, *work.reads.own])
+        repair(work.model, work.axes, mask, [*batches, *work.data.own])
 
 
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:

@@ -1,6 +1,7 @@
-"""`Work` holds everything of a run: the recipe, the model, its texts and its state. A `Reduction` is a way to shrink the model.
+"""`Work` holds everything of a run: the recipe, the model, its texts and its state.
 
-All code of a run works on the same `Work`. `run.loop` takes it through the stages; a `Reduction` brings it to a stage's budget.
+All code of a run works on the same `Work`. `run.loop` takes it through the stages; a `reduction.Reduction` brings it to a stage's
+budget.
 """
 
 import re
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,28 +23,16 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Event, Listener, Warned, counting
 from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.memory import give_back
-from adapt_pruner.core.searched import Within
 from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.data.task import TextTask
-from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.task_sources import Wanted
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.score.calibrate import Evidence, mean_loss
+from adapt_pruner.reduce.reduction import Change, Reduction
+from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.train.loop import Step, TrainState
 
-__all__ = [
-    "Change",
-    "Looks",
-    "Passes",
-    "Reads",
-    "Reduction",
-    "RunState",
-    "Stage",
-    "Work",
-    "check_masks_learn",
-    "reads_text",
-]
+__all__ = ["RunData", "RunState", "Stage", "Work"]
 
 _WIDTHS = ((1024, 64), (256, 32))
 """(neurons, multiple): `multiple_of: auto` is the first multiple for which the narrowest layer has at least these neurons."""
@@ -75,7 +64,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Reads:
+class RunData:
     """What a run reads beside the model.
 
     Attributes:
@@ -189,118 +178,6 @@ class RunState:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Change:
-    """One step of a reduction.
-
-    Attributes:
-        mask: the units of the present model that stay; None if the reduction has changed the model itself.
-        loss: on the calibration text before the step, nats per token; NaN if no text was run.
-        told: further values for the event `cut`: sizes, distances, scores, … (see `core.events.Cut`).
-    """
-
-    mask: Mask | None
-    loss: float = float("nan")
-    told: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The work of a phase in one iteration, for an estimate of its time.
-
-    Attributes:
-        forward: tokens of forward passes.
-        both: tokens of forward and backward passes, as in scoring.
-        flops: further operations; None if nobody knows how many.
-        times: how often the phase runs in a stage; None for once per iteration.
-    """
-
-    forward: float = 0.0
-    both: float = 0.0
-    flops: float | None = 0.0
-    times: int | None = None
-
-
-@dataclass(frozen=True)
-class Looks:
-    """What a reduction reads; a dry run computes memory and time from it.
-
-    Attributes:
-        text: whether the reduction reads the calibration text.
-        evidence: the most that it needs from the model in one pass over the text.
-        forward: whether it also makes passes without gradients.
-        streams: whether it also takes gradients of hidden states, for every second sequence.
-        beside: names of the work whose time a dry run cannot predict.
-    """
-
-    text: bool = False
-    evidence: Evidence = Evidence.WEIGHTS
-    forward: bool = False
-    streams: bool = False
-    beside: tuple[str, ...] = ()
-
-
-class Reduction:
-    """A way to bring a model to a stage's budget: a class with `@part("reduce")`, one per file of `reduce/`.
-
-    A recipe names it by its file. The keyword arguments of its `__init__` are options. One object serves a whole run.
-
-    Attributes:
-        fills_zeros: whether it changes or replaces weights, so that the zeros of a sparse model would be lost.
-        changes_hidden_states: whether it narrows the residual stream or removes layers beside what the recipe's axes name, so that
-            hidden states cannot be compared with the dense model's.
-    """
-
-    fills_zeros: ClassVar[bool] = False
-    changes_hidden_states: bool = False
-
-    def check(self, work: "Work") -> None:
-        """Refuse, before any work is done, a recipe that this reduction cannot carry out.
-
-        Raises:
-            UsageError: the recipe asks for something that this reduction cannot do.
-        """
-
-    def floor(self, work: "Work") -> tuple[int, str]:
-        """The fewest parameters that it can leave in `work.model`, and WORDS that complete the sentence `… remain when WORDS`."""
-        raise NotImplementedError
-
-    def num_steps(self, work: "Work", *, start: int, reached: int, target: int) -> int:
-        """Estimate of the steps from `reached` parameters to `target`, in a run that began with `start` parameters."""
-        return int(reached > target)
-
-    def looks(self, work: "Work") -> Looks:
-        """What this reduction reads."""
-        return Looks()
-
-    def phases(self, work: "Work", target: int) -> dict[str, Passes]:
-        """Phase of an iteration (see `core.events.Progress`) -> its work on the way to `target` parameters; in order."""
-        asked = work.recipe.calibration
-        return {"score": Passes(both=asked.samples * asked.length)} if self.looks(work).text else {}
-
-    def steps(self, work: "Work", target: int) -> Iterator[Change | Within]:
-        """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
-
-        A reduction that takes long yields a `Within` now and then: `Searched` if only its state has changed, `Masked` if weights
-        have changed, too. The run then reports how far it is, and may write a checkpoint.
-
-        Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model
-        after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the
-        `yield`.
-        """
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Any]:
-        """Everything but the model that the next step depends on, as plain data."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Set the state, in place, to what `state` returned."""
-
-    def fit(self, work: "Work") -> None:
-        """Adapt the state, in place, to a recipe or a text that was changed during the run."""
-
-
 @dataclass
 class Work:
     """Everything of a run.
@@ -318,7 +195,7 @@ class Work:
         dense: parameters of the model at the start, before its vocabulary was cut.
         started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
         weight_mask: which single weights stay and which are zero; None for a model without such zeros.
-        training: training up to row `until`, step by step (see `run.training.Trainer.told`), for a reduction that cuts between
+        training: training up to row `until`, step by step (see `run.training.Trainer.train_steps`), for a reduction that cuts between
             steps; None outside a run.
         task: what the model learns, as the recipe names it.
     """
@@ -328,7 +205,7 @@ class Work:
     listen: Listener = lambda event: None
     trust_remote_code: bool = False
     state: RunState = field(default_factory=RunState)
-    reads: Reads = field(default_factory=Reads)
+    data: RunData = field(default_factory=RunData)
     stages: list[Stage] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(keep=0, total=0))
     optimizer: Optimizer | None = None
@@ -418,12 +295,12 @@ class Work:
 
     def row_at(self, share: float, *, first: int) -> int:
         """The row of the feed at which this share of the stage's rows from `first` on has been read; at least one row."""
-        end = self.reads.ends[self.state.stage - 1]
+        end = self.data.ends[self.state.stage - 1]
         return min(end, first + max(1, round((end - first) * share)))
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
         """The calibration batches of the next step, or of `ahead` steps later, int64 [batch, length]; counts their tokens."""
-        batches = self.reads.calibration(self.iteration + ahead)
+        batches = self.data.calibration(self.iteration + ahead)
         figures = self.state.figures
         figures["calibration_tokens"] = figures.get("calibration_tokens", 0) + sum(batch.numel() for batch in batches)
         return batches
@@ -485,38 +362,11 @@ class Work:
             self._said.add(words)
             self.warn(f"stage {self.state.stage}: {message}")
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the reduction reads the calibration text."""
+        return self.reduction.text_use(self).text
+
     def begin_stage(self) -> None:
         """Forget, in place, the warnings of the stage before, so that they can be given again."""
         self._said.clear()
-
-
-def reads_text(work: Work) -> bool:
-    """Whether the reduction reads the calibration text."""
-    return work.reduction.looks(work).text
-
-
-def check_masks_learn(work: Work, way: str, *, where: str = "") -> None:
-    """For a reduction that learns masks, refuse a recipe without training, or with training that does not work with masks.
-
-    Args:
-        work: the run.
-        way: name of the reduction.
-        where: words that the message adds to its remedy.
-
-    Raises:
-        UsageError: there is no training, or it does not work with masks.
-    """
-    recipe, asked = work.recipe, work.recipe.training
-    if asked.source is None:
-        raise UsageError(
-            f"reduce {way} learns masks while the model trains, and the recipe trains nothing; set training.source and "
-            f"training.tokens{where}"
-        )
-    unfit = {
-        "training.lora": asked.lora is not None,
-        "training.compile": asked.compile,
-        "training.gradient_checkpointing": asked.gradient_checkpointing,
-        "parallel=fsdp": recipe.parallel == "fsdp",
-    }
-    if wrong := [key for key, given in unfit.items() if given]:
-        raise UsageError(f"reduce {way} cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out")

@@ -13,7 +13,8 @@ from adapt_pruner.core.events import Listener
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.work import Looks, Work
+from adapt_pruner.reduce.reduction import TextUse
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.estimate import (
     PAPER,
     Setup,
@@ -26,7 +27,7 @@ from adapt_pruner.run.estimate import (
     shapes,
     training_memory,
 )
-from adapt_pruner.run.start import begin, plan, read, writes_text
+from adapt_pruner.run.start import begin, plan, prepare, writes_text
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 
@@ -58,8 +59,8 @@ def dry_run(
     on_paper = not has_weights(recipe.model)
     if not on_paper:
         work = begin(recipe, listen, trust_remote_code=trust_remote_code)
-        read(work, write=False)
-        teacher = None if work.reads.teacher is None else shapes(work.reads.teacher)
+        prepare(work, write=False)
+        teacher = None if work.data.teacher is None else shapes(work.data.teacher)
         device = next(work.model.parameters()).device
         narrow = uses_bfloat16(device, recipe.dtype)
         speed = _probe(work, narrow=narrow)
@@ -101,15 +102,15 @@ def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, pr
 
 
 def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, Any]:
-    recipe, budget, dense, looks = work.recipe, work.budget, shapes(work.model), work.reduction.looks(work)
+    recipe, budget, dense, use = work.recipe, work.budget, shapes(work.model), work.reduction.text_use(work)
     spans, evaluation = [], recipe.evaluation
-    windows = sum(window.numel() for window in work.reads.held_out)  # not read where there are no weights
+    windows = sum(window.numel() for window in work.data.held_out)  # not read where there are no weights
     read = windows or (0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0))
     first = seconds(dense, how, speed, scored=0, trained=0, read=read)
     while_cutting = "training" in parts.needs("reduce", recipe.reduce)
     begins = [dense.params, *(stage.params for stage in work.stages)]
     for stage, before in zip(work.stages, begins, strict=False):
-        scored = stage.calibration_tokens if looks.text else 0
+        scored = stage.calibration_tokens if use.text else 0
         looked = read * (2 if stage.tokens else 1)  # after the cuts as well as after training
         size = dense.cut_to((before + stage.params) // 2 if while_cutting else stage.params)
         spans.append(seconds(size, how, speed, scored=scored, trained=stage.tokens, read=looked))
@@ -123,10 +124,10 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         samples=asked.samples,
         length=asked.length,
         moments=carried,
-        reads=looks.forward or evaluation.source is not None,
+        reads=use.forward or evaluation.source is not None,
     )
-    passes = [scoring(evidence=looks.evidence)]
-    if looks.streams:  # fits to every second row of a batch
+    passes = [scoring(evidence=use.evidence)]
+    if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
     memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if trains:
@@ -143,7 +144,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         "minutes": recipe.minutes,
         "time_by": "the time assumes" if on_paper else "the time is from a probe",
         "speed": speed.words,
-        "time_without": _left_out(work, looks, read=read),
+        "time_without": _left_out(work, use, read=read),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
@@ -152,13 +153,13 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     }
 
 
-def _left_out(work: Work, looks: Looks, *, read: int) -> list[str]:
+def _left_out(work: Work, use: TextUse, *, read: int) -> list[str]:
     """Names of the work whose time is not predicted; `read` tokens of held-out text are."""
     recipe = work.recipe
-    writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (looks.text and writes_text(recipe))
+    writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (use.text and writes_text(recipe))
     return [
         *(["text that the model writes itself"] if writes else []),
-        *looks.beside,
+        *use.beside,
         *(["tasks"] if recipe.evaluation.tasks is not None else []),
         *(["reading the whole held-out text"] if recipe.evaluation.source is not None and not read else []),
     ]

@@ -33,12 +33,12 @@ from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import RunState, Stage, Work, reads_text
+from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.run import results
 from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
 from adapt_pruner.run.room import check_result, check_run
-from adapt_pruner.run.start import begin, read, sizes_begun
+from adapt_pruner.run.start import begin, prepare, sizes_begun
 from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
@@ -72,7 +72,7 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
                 measure_text(work, stage=stage.stage, after_cuts=True)
             state.pruned = True
             trainer.begin_stage()
-        trainer.train(until=work.reads.ends[stage.stage - 1] if work.reads.ends else 0)
+        trainer.train(until=work.data.ends[stage.stage - 1] if work.data.ends else 0)
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
         trained = not (went_on and state.progress.steps == steps)  # since the newest checkpoint
         if scores_tasks and trained:
@@ -161,7 +161,7 @@ def prune(
     check_target(out)
     work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code)
     work.started = started
-    read(work)
+    prepare(work)
     check_result(work, out)
     _tell_start(work)
     with work.state.clock("other"):
@@ -250,8 +250,8 @@ def _resumed(
         work = Work(loaded, recipe, tell, trust_remote_code, state, dense=state.figures["params_before"])
         if saved.get("reduce", recipe.reduce) == recipe.reduce:
             work.reduction.restore(state.reduction)
-    read(work, begun=path is not None, folder=folder.path)
-    replaced = [] if path is None else [what for what, digest in work.reads.digests.items() if digest != saved["digests"][what]]
+    prepare(work, begun=path is not None, folder=folder.path)
+    replaced = [] if path is None else [what for what, digest in work.data.digests.items() if digest != saved["digests"][what]]
     if replaced and not force:
         raise UsageError(
             f"the {' and the '.join(replaced)} changed after {path} was written; restore the old version, start again in another "
@@ -280,7 +280,7 @@ def _resumed(
             return
         facts = {
             **work.state.to_json(), "start": start_of(work.loaded), "model": recipe.model, "identity": origin, "reduce": recipe.reduce,
-            "digests": work.reads.digests, "log_size": folder.log_size,
+            "digests": work.data.digests, "log_size": folder.log_size,
         }  # fmt: skip
         save_state(
             work.loaded,
@@ -300,7 +300,7 @@ def _resumed(
 
 def _restore_position(work: Work, *, anew: bool) -> None:
     """Bring feed and reduction, in place, to where the run stands; `anew` if recipe or text have changed."""
-    feed, state = work.reads.feed, work.state
+    feed, state = work.data.feed, work.state
     if anew:
         work.reduction.fit(work)
     if feed is None:
@@ -367,14 +367,14 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
 
 
 def _tell_start(work: Work) -> None:
-    state, recipe, feed = work.state, work.recipe, work.reads.feed
+    state, recipe, feed = work.state, work.recipe, work.data.feed
     coming = work.stages[state.stage - 1 + state.pruned :]
     source = recipe.calibration.ids or recipe.calibration.source
     start, decoder = sizes_begun(work)
     decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
     left: dict[str, Any] = {} if recipe.minutes is None else {"seconds_left": max(0.0, 60 * recipe.minutes - work.elapsed)}
     work.tell(Start(
-        method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if reads_text(work) else None, decoder=decoder,
+        method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if work.reads_text else None, decoder=decoder,
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),

@@ -48,7 +48,7 @@ def measure_calibration(work: Work) -> None:
     A run with held-out text has no need of it.
     """
     batches, tokens = [], 0
-    for batch in work.reads.calibration(1) if not work.reads.held_out else ():
+    for batch in work.data.calibration(1) if not work.data.held_out else ():
         if tokens < _ENOUGH:
             batches.append(batch)
             tokens += batch.numel()
@@ -63,7 +63,7 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
 
     With `after_cuts` the model has been cut and most of the stage's training is still to come; these figures have other names.
     """
-    reads, figures = work.reads, work.state.figures
+    reads, figures = work.data, work.state.figures
     if not reads.held_out:
         return
     with work.state.clock("evaluate"):
@@ -95,7 +95,7 @@ def measure_tasks(work: Work, *, stage: int) -> float:
 
     with work.state.clock("evaluate"):
         settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
-        scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.reads.tasks, **settings))
+        scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.data.tasks, **settings))
     mean, stderr = average(scores) or (None, None)
     summary: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
     figures["tasks"] = [*figures.get("tasks", [None] if stage else []), summary]  # of the start and of the end

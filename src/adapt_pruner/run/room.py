@@ -32,7 +32,7 @@ def check_run(work: Work, path: Path, checkpoints: Path) -> None:
         UsageError: there is too little room.
     """
     recipe, state = work.recipe, work.state
-    trains = work.reads.feed is not None
+    trains = work.data.feed is not None
     with_moments = trains and recipe.training.lora is None
     sizes, largest = [], _result(work)
     for stage in work.stages[state.stage - 1 :]:

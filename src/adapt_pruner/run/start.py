@@ -38,13 +38,13 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.work import Reads, RunState, Stage, Work, reads_text
+from adapt_pruner.reduce.work import RunData, RunState, Stage, Work
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "read", "sizes_begun", "stage_targets", "writes_text"]
+__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "writes_text"]
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
@@ -202,7 +202,7 @@ def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
     return planned
 
 
-def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: bool = True) -> None:
+def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, write: bool = True) -> None:
     """Prepare `work`, in place, before any work is done: check the recipe, plan the stages and find the texts.
 
     The recipe is checked against the model, the machine and the processes.
@@ -227,9 +227,9 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
     if write:
-        work.tell(ahead(work, writes=() if begun else _to_write(recipe, scores=reads_text(work))))
+        work.tell(ahead(work, writes=() if begun else _to_write(recipe, scores=work.reads_text)))
         work.begins("read")
-    looks_at_text = reads_text(work)
+    looks_at_text = work.reads_text
     with work.state.clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
@@ -244,7 +244,7 @@ def read(work: Work, *, begun: bool = False, folder: Path | None = None, write: 
     batch_rows = recipe.training.batch_tokens // recipe.training.length
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if looks_at_text else None, held_out)
-    work.reads = Reads(
+    work.data = RunData(
         calibration=calibration,
         own=own,
         feed=feed,

@@ -49,7 +49,7 @@ class Trainer:
         """
         self._work, self._save, self._tensors = work, save, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0
-        if work.reads.feed is not None and work.recipe.training.lora is None:
+        if work.data.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # they would take as much memory again
         self._working: tuple[Any, Any] = (work.model, work.optimizer)
@@ -66,14 +66,14 @@ class Trainer:
         work.state.progress.begin_stage()
         if work.optimizer is not None:
             self._join(work)
-        if work.reads.feed is not None:
+        if work.data.feed is not None:
             self.save(f"stage-{work.state.stage}-pruned")
 
     def train(self, *, until: int) -> None:
         """Train the model, in place, up to row `until` of the text, or until only the time for the rest of the run is left."""
         work, progress = self._work, self._work.state.progress
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the stage's last step
-        if work.reads.feed is None or (progress.rows >= until and not unmerged):
+        if work.data.feed is None or (progress.rows >= until and not unmerged):
             return
         tokens = work.recipe.training.tokens
         asked = min(tokens, work.expected or tokens)
@@ -114,7 +114,7 @@ class Trainer:
         recipe's objective into the one to train with. With `seconds_left` training ends when no more time is left.
         """
         work, progress = self._work, self._work.state.progress
-        assert work.reads.feed is not None
+        assert work.data.feed is not None
         work.begins("train", stage=work.state.stage)
         with work.state.clock("train"), held(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
@@ -137,17 +137,17 @@ class Trainer:
             stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
             gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
         ))  # fmt: skip
-        for event in work.reads.feed.news() if work.reads.feed is not None else ():
+        for event in work.data.feed.news() if work.data.feed is not None else ():
             work.tell(event)
 
     def steps(
         self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
     ) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
-        work, asked, feed = self._work, self._work.recipe.training, self._work.reads.feed
+        work, asked, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
         how = TrainConfig(
-            objective=around(parts.bind("objective", asked.objective, teacher=work.reads.teacher, task=work.task)),
+            objective=around(parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
@@ -164,8 +164,8 @@ class Trainer:
         work.begins("save", stage=work.state.stage)
         with work.state.clock("save"):
             work.state.reduction = work.reduction.state()
-            if work.reads.feed is not None:
-                work.state.feed = work.reads.feed.state()
+            if work.data.feed is not None:
+                work.state.feed = work.data.feed.state()
             weights, moments = full_state(*self._working)
             write = self._save
             world.on_main(lambda: write(name, weights, moments))
