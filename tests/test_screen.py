@@ -10,9 +10,9 @@ from rich.console import Console
 
 from adapt_pruner.cli import tables
 from adapt_pruner.compare.cells import prune_apart
-from adapt_pruner.core.ahead import Planned
-from adapt_pruner.core.compared import Cell, CellDone, InCell
+from adapt_pruner.core.comparison_events import CellBegun, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Load, Progress, Start, Step
+from adapt_pruner.core.run_events import Planned
 from adapt_pruner.core.standing import Standing
 from adapt_pruner.report import screen as screens
 from adapt_pruner.report.screen import Screen
@@ -130,14 +130,14 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
     assert {"planned", "progress", "cut"} <= {one["event"] for one in inner}
     where: dict[str, Any] = {"cell": 2, "of": 4, "method": "best", "size": 113_300_000, "draw": 1, "draws": 1}
     scoring = InCell(said=Progress(phase="score", done=3, of=8, stage=1, iteration=2).told())
-    _, lines = seen([Cell(**where, seconds_left=900.0, seconds_here=300.0), scoring], width=100)
+    _, lines = seen([CellBegun(**where, seconds_left=900.0, seconds_here=300.0), scoring], width=100)
     assert "cell 2 of 4: best to 113.3 M" in visible_words(lines)
     assert "scoring 3/8" in visible_words(lines)
     assert "13 min 56 s left" in visible_words(lines), "a minute and four seconds after 15 minutes"
-    _, lines = seen([Cell(**where, seconds_left=900.0, seconds_here=30.0), scoring], width=100)
+    _, lines = seen([CellBegun(**where, seconds_left=900.0, seconds_here=30.0), scoring], width=100)
     assert "14 min 30 s left" in visible_words(lines), "a cell that is late takes nothing off the others"
-    assert Cell(**where, sparsity="2:4").name == "cell 2 of 4: best with 2:4 zeros"
-    _, lines = seen([Cell(**where), scoring], width=100)
+    assert CellBegun(**where, sparsity="2:4").name == "cell 2 of 4: best with 2:4 zeros"
+    _, lines = seen([CellBegun(**where), scoring], width=100)
     assert "left" not in visible_words(lines), "nobody knows before a cell is done"
     item: Any = {"stage": 1, "times": 1, "repeats": True, "flops": 1e9}
     plan = Planned(targets=[50], tokens=[0], items=[{"phase": "score", **item}])
@@ -146,11 +146,11 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
         for n, event in enumerate([plan, Progress(phase="score", done=0, of=0, stage=1)])
     ]
     half.append(InCell(said={**Progress(phase="score", done=5, of=10, stage=1).told(), "time": 1063.9}))
-    _, lines = seen([Cell(**where, seconds_left=60.0, seconds_here=30.0), *half], width=100)
+    _, lines = seen([CellBegun(**where, seconds_left=60.0, seconds_here=30.0), *half], width=100)
     assert "1 min 13 s left" in visible_words(lines), (
         "what the cell itself says, where it takes longer: 43 s, and 30 s for the others"
     )
-    assert "left" not in visible_words(seen([Cell(**where), scoring, CellDone(**where, nll=1.0)], width=100)[1])
+    assert "left" not in visible_words(seen([CellBegun(**where), scoring, CellDone(**where, nll=1.0)], width=100)[1])
 
 
 def test_a_watched_run_stands_where_it_says() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.core.ahead import Planned
 from adapt_pruner.core.events import Cut, Evaluation, Event, Progress, Saved, Start, Step, Tasks, parse
-from adapt_pruner.core.searched import Masked, Searched
+from adapt_pruner.core.run_events import Masked, Planned, Searched
 from adapt_pruner.core.standing import Course, Standing
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.work import Work

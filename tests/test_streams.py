@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapt_pruner.cli.tables import print_table
-from adapt_pruner.core.compared import Cell, Said
+from adapt_pruner.core.comparison_events import CellBegun, CellLine
 from adapt_pruner.core.events import Progress, Warned
 from adapt_pruner.core.streams import filtered
 from adapt_pruner.core.visible import one_line, visible
@@ -107,9 +107,9 @@ def test_events_tables_and_what_libraries_print(terminal: bool, monkeypatch: pyt
     with filtered():
         with screen() as listen:
             listen.hear(Warned(message=evil))
-            listen.hear(Said(text=evil))
+            listen.hear(CellLine(text=evil))
             listen.hear(Progress(phase="task", task=evil, done=1, of=2))
-            listen.hear(Cell(cell=1, of=2, method=evil, size=9, draw=1, draws=2))
+            listen.hear(CellBegun(cell=1, of=2, method=evil, size=9, draw=1, draws=2))
             listen.say(evil)
             print(evil)
             print(evil, file=sys.stderr)

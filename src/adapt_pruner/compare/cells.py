@@ -17,7 +17,7 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
-from adapt_pruner.core.compared import InCell, Said
+from adapt_pruner.core.comparison_events import CellLine, InCell
 from adapt_pruner.core.events import TOLD_AS, Listener, Warned, counting, parse_line
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import count_nonzero
@@ -92,7 +92,7 @@ def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
         elif kind == "error":
             reason = text
         elif line:
-            listen(Said(text=line).told())
+            listen(CellLine(text=line).told())
     return reason
 
 

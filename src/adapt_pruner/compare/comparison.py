@@ -31,8 +31,7 @@ from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core import events
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.compared import Cell as CellBegun
-from adapt_pruner.core.compared import CellDone, Reused
+from adapt_pruner.core.comparison_events import CellBegun, CellDone, Reused
 from adapt_pruner.core.events import Interrupted, Listener, Load, Warned
 from adapt_pruner.core.files import expanded, tidy, why, write_whole
 from adapt_pruner.core.locks import locked

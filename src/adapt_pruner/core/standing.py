@@ -6,7 +6,7 @@ follows it.
 The estimate counts the seconds until the result is written, with its card and page. It adds up what is still to come:
 
     left = Σ over the phases ahead of  times · seconds of one time
-    seconds of one time = operations (`core.ahead`) · seconds per operation of this phase in this run
+    seconds of one time = operations (`core.run_events`) · seconds per operation of this phase in this run
     times of an iteration's phases = parameters still to go / parameters that an iteration of this run removes
 
 A phase is judged by the seconds that it took, not by its tokens. So from the first iteration on, a repeated iteration costs what
@@ -27,10 +27,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from adapt_pruner.core.ahead import Item, Planned
-from adapt_pruner.core.compared import Cell, CellDone, InCell
+from adapt_pruner.core.comparison_events import CellBegun, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Find, Load, Progress, Saved, Start, Step, Tasks
-from adapt_pruner.core.searched import Masked, Within
+from adapt_pruner.core.run_events import Item, Masked, Planned, Within
 from adapt_pruner.core.words import span
 
 __all__ = ["Course", "Standing"]
@@ -165,7 +164,7 @@ class Course:
     _stage_tokens: dict[int, int] = field(default_factory=dict)
     _ended: bool = False
     _doing: str = ""  # what is done before the first phase
-    _cell: Cell | None = None
+    _cell: CellBegun | None = None
     _inner: "Course | None" = None  # follows the process of a cell
     _cell_began: float = 0.0
 
@@ -209,7 +208,7 @@ class Course:
         until = max(0.0, self._deadline - now)
         return plain if math.isinf(min(until, sure + guessed)) else _within(plain, sure, guessed, until)
 
-    def _in_cell(self, cell: Cell, inner: Standing, now: float) -> Standing:
+    def _in_cell(self, cell: CellBegun, inner: Standing, now: float) -> Standing:
         """The standing of a comparison: what its present cell is doing, and the seconds until all cells are done."""
         plain = Standing(inner.doing, cell.name, max(0.0, now - (self._began or now)), ends=True)
         spent, others = max(0.0, now - self._cell_began), cell.of - cell.cell
@@ -228,7 +227,7 @@ class Course:
         match event:
             case Planned():
                 self._plan(event)
-            case Cell():
+            case CellBegun():
                 self._cell, self._inner, self._cell_began = event, Course(), self._now
             case CellDone():
                 self._cell = self._inner = None

@@ -13,7 +13,7 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import Event
 from adapt_pruner.core.files import expanded
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.searched import Mixed
+from adapt_pruner.core.run_events import Mixed
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError

@@ -14,7 +14,7 @@ import torch
 from adapt_pruner.core.axes import Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts

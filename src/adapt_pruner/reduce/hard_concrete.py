@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import gated, num_left
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn

@@ -19,7 +19,7 @@ from torch import Tensor
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.run_events import Searched
 from adapt_pruner.data.tokens import batches_of
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.reduce.allocate import Debt

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.searched import Within
+from adapt_pruner.core.run_events import Within
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 

@@ -24,7 +24,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import precision
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts

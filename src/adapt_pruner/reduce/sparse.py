@@ -16,7 +16,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.searched import Masked, Within
+from adapt_pruner.core.run_events import Masked, Within
 from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts

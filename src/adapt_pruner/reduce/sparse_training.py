@@ -23,7 +23,7 @@ from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.precision import casting_once
-from adapt_pruner.core.searched import Masked, Within
+from adapt_pruner.core.run_events import Masked, Within
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn

@@ -23,7 +23,7 @@ from adapt_pruner.core.cutline import cut_line
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.searched import Searched
+from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts

@@ -8,9 +8,8 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
-from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.searched import Mixed, Searched
+from adapt_pruner.core.run_events import Answered, Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import Form, shots
 from adapt_pruner.report.record import Record

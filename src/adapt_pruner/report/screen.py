@@ -18,9 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adapt_pruner.core.compared import InCell
+from adapt_pruner.core.comparison_events import InCell
 from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step, parse
-from adapt_pruner.core.searched import Within
+from adapt_pruner.core.run_events import Within
 from adapt_pruner.core.standing import Course, Standing
 from adapt_pruner.core.streams import console as console_on
 from adapt_pruner.core.streams import filtered, fitted, wrapped

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from adapt_pruner.core import world
-from adapt_pruner.core.ahead import Item, Planned
 from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.run_events import Item, Planned
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Stage, Work
 from adapt_pruner.run.estimate import Setup, Shapes, operations, shapes

@@ -26,7 +26,7 @@ from adapt_pruner.core.events import Cut, Finished, Interrupted, Listener, Resum
 from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
-from adapt_pruner.core.searched import Within
+from adapt_pruner.core.run_events import Within
 from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.core.words import counted, typed
 from adapt_pruner.data.sources import domains

@@ -15,10 +15,10 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core import world
-from adapt_pruner.core.answered import Answered
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
 from adapt_pruner.core.provenance import made_by
+from adapt_pruner.core.run_events import Answered
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
 from adapt_pruner.evaluate.perplexity import perplexity

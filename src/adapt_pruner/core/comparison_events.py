@@ -7,7 +7,7 @@ from adapt_pruner.core.events import Count, Event, Seconds, parse
 from adapt_pruner.core.strict_json import perplexity_of
 from adapt_pruner.core.words import millions, shown
 
-__all__ = ["Cell", "CellDone", "InCell", "Reused", "Said"]
+__all__ = ["CellBegun", "CellDone", "CellLine", "InCell", "Reused"]
 
 
 class Reused(Event):
@@ -42,7 +42,7 @@ class _OfCell(Event):
         return f"cell {self.cell} of {self.of}: {self.method} {goal}{which}"
 
 
-class Cell(_OfCell):
+class CellBegun(_OfCell):
     """A cell begins.
 
     Attributes:
@@ -71,7 +71,7 @@ class CellDone(_OfCell):
         return f"{self.name}: {came}"
 
 
-class Said(Event):
+class CellLine(Event):
     """A line that the process of a cell wrote."""
 
     event: Literal["said"] = "said"

@@ -1,12 +1,44 @@
-"""Events of long work: a search for what to cut, zeros made layer by layer, a feed that shifts the shares of its texts."""
+"""Further events of a run: its plan, a reduction on its way, a feed that shifts the shares of its texts, answers to prompts."""
 
 from typing import Literal
 
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from adapt_pruner.core.events import Count, Event
 
-__all__ = ["Masked", "Mixed", "Searched", "Within"]
+__all__ = ["Answered", "Item", "Masked", "Mixed", "Planned", "PromptAnswer", "Searched", "Within"]
+
+
+class Item(TypedDict):
+    """A phase of a run.
+
+    `phase` is one of `core.events.Progress`; `stage` is 0 before the first stage. `times` is how often the phase comes in that
+    stage; it is an estimate if the phase is part of an iteration (`repeats`). `flops` are the operations of one time: 0 where
+    they do not matter, None where nobody knows.
+    """
+
+    phase: str
+    stage: Count
+    times: Count
+    flops: float | None
+    repeats: bool
+
+
+class Planned(Event):
+    """A run was planned, and is about to read its text. A resumed run lists only what is still to come.
+
+    Attributes:
+        targets: parameters at the end of each stage.
+        tokens: tokens still to be trained on in each stage.
+        items: the phases in their order.
+    """
+
+    event: Literal["planned"] = "planned"
+    logged = False
+    targets: list[Count]
+    tokens: list[Count]
+    items: list[Item]
 
 
 class Within(Event):
@@ -100,3 +132,23 @@ class Mixed(Event):
 
     def figures(self) -> dict[str, float]:
         return {f"share/{name}": share for name, share in self.shares.items()}
+
+
+class PromptAnswer(TypedDict):
+    """A prompt and what the model answered, without special tokens."""
+
+    prompt: str
+    text: str
+
+
+class Answered(Event):
+    """The model answered the run's prompts: stage 0 is the model at the start.
+
+    Attributes:
+        stage: counted from 1.
+        answers: in the order of the prompts.
+    """
+
+    event: Literal["answered"] = "answered"
+    stage: Count
+    answers: list[PromptAnswer]
