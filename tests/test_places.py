@@ -227,7 +227,7 @@ def told():
         print(left.code, *os.listdir(os.path.dirname(sys.argv[-1])))
 told()
 print("=====", file=sys.stderr)
-save.lacks_room = lambda *_, **__: None  # the system's own limit, met while writing
+save.lacks_disk_space = lambda *_, **__: None  # the system's own limit, met while writing
 importlib.import_module("adapt_pruner.run.loop").check_result = lambda *_: None
 told()
 """

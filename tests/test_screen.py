@@ -12,8 +12,8 @@ from adapt_pruner.cli import tables
 from adapt_pruner.compare.cells import prune_apart
 from adapt_pruner.core.comparison_events import CellBegun, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Load, Progress, Start, Step
+from adapt_pruner.core.progress import RunProgress
 from adapt_pruner.core.run_events import Planned
-from adapt_pruner.core.standing import Standing
 from adapt_pruner.report import screen as screens
 from adapt_pruner.report.screen import Screen
 
@@ -155,7 +155,7 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
 
 def test_a_watched_run_stands_where_it_says() -> None:
     shown, _ = seen(STAGES, width=120)
-    shown.stand(Standing("repairing 12/60", "stage 2", 50.0, 100.0, 100.0, 100.0, ends=True, share=0.3), 1060.0)
+    shown.show_progress(RunProgress("repairing 12/60", "stage 2", 50.0, 100.0, 100.0, 100.0, ends=True, share=0.3), 1060.0)
     with shown._console.capture() as captured:
         shown._console.print(shown.render())
     line = captured.get().splitlines()[-1]

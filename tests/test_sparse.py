@@ -16,7 +16,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli import app
 from adapt_pruner.core import world
-from adapt_pruner.core.marks import BITS
+from adapt_pruner.core.marks import WEIGHT_MASK_FILE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
@@ -321,7 +321,7 @@ def test_a_mask_is_found_by_the_name_of_a_model_on_the_hub(
 
 def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     prune(recipe_of(tiny_folder, text_file, "magnitude-sparse"), tmp_path / "sparse")
-    file = tmp_path / "sparse" / BITS
+    file = tmp_path / "sparse" / WEIGHT_MASK_FILE
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     with pytest.raises(RunError, match=r"sparsity/weight_mask.safetensors of .* is damaged"):
@@ -334,7 +334,7 @@ def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path
     tiny_model(vocab_size=VOCAB, intermediate_size=48).save_pretrained(wider)
     byte_tokenizer().save_pretrained(wider)
     (wider / "sparsity").mkdir()
-    (wider / BITS).write_bytes(whole)
+    (wider / WEIGHT_MASK_FILE).write_bytes(whole)
     with pytest.raises(
         RunError, match=r"sparsity/ of .* belongs to another model: the mask over .* is \(40, 48\), the weight is \(48, 48\)"
     ):

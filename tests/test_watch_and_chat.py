@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 
 from adapt_pruner.core.events import Cut, Start, parse, parse_line
-from adapt_pruner.core.standing import Standing
+from adapt_pruner.core.progress import RunProgress
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.report import documented
 from adapt_pruner.report.bars import Bars
-from adapt_pruner.report.record import standing
+from adapt_pruner.report.record import read_progress
 from adapt_pruner.report.screen import Screen
 from adapt_pruner.run import folder
 from conftest import byte_tokenizer, tiny_model
@@ -123,12 +123,12 @@ def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple
 def test_a_run_says_where_it_stands_as_long_as_it_works(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_STANDS_EVERY", 0.0)
+    monkeypatch.setattr(folder, "_EVERY", 0.0)
     monkeypatch.setattr(folder.RunFolder, "log", lambda *_: None)
     seen: list[tuple[str, str]] = []
 
     def listen(event: dict[str, Any]) -> None:
-        if (stands := standing(tmp_path / "run")) is not None:
+        if (stands := read_progress(tmp_path / "run")) is not None:
             seen.append((stands[0].where, stands[0].doing))
             assert abs(stands[1] - time.time()) < 60
 
@@ -136,7 +136,7 @@ def test_a_run_says_where_it_stands_as_long_as_it_works(
     assert ("", "reading text") in seen, "before the log has a line"
     told = {(where, doing.split(" ")[0]) for where, doing in seen if "/" in doing}
     assert {("stage 1, iteration 1", "scoring"), ("stage 1", "training"), ("stage 1", "evaluating")} <= told
-    assert standing(tmp_path / "run") is None, "it goes when the run does"
+    assert read_progress(tmp_path / "run") is None, "it goes when the run does"
 
 
 def test_watching_names_the_phase(
@@ -145,7 +145,7 @@ def test_watching_names_the_phase(
     """Of what the run says last; what is no such thing, as where it is just being written, is passed over."""
     whole, stands = (
         (heard[0] / "log.jsonl").read_bytes(),
-        Standing("repairing 12/60", "stage 2", 75.0, 60.0, 60.0, 60.0, ends=True),
+        RunProgress("repairing 12/60", "stage 2", 75.0, 60.0, 60.0, 60.0, ends=True),
     )
     for said, shown in ((json.dumps({"time": time.time(), **stands.told()}), True), ('{"time": 1.0, "doing": "rep', False)):
         (tmp_path / "progress.json").write_text(said)

@@ -23,10 +23,10 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
-from adapt_pruner.checkpoint.bits import read_bits
 from adapt_pruner.checkpoint.for_others import stock_type
 from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.save import needs_own_code, save
+from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
@@ -196,7 +196,7 @@ def _load(
         tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(folder)
-    weight_mask = None if gguf is not None or fresh is not None else read_bits(folder, name)
+    weight_mask = None if gguf is not None or fresh is not None else read_weight_mask(folder, name)
     if mask is not None:
         _check_mask(model, mask, name)
     if weight_mask is not None:

@@ -7,7 +7,7 @@ generation_config.json  if the dense model has one
 modeling_pruned.py      if layers differ, or have biases of a repair or sums of AST: classes for stock transformers (`auto_map`)
 modeling_sliced.py      if the model is sliced, beside modeling_pruned.py
 mask.json               which units of the dense model stayed
-sparsity/               if single weights are zero: which ones (see `checkpoint.bits`)
+sparsity/               if single weights are zero: which ones (see `checkpoint.weight_mask_file`)
 pruning.json            how the model was made
 README.md               for a result, the model card (see `report.card`)
 """
@@ -24,11 +24,11 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
-from adapt_pruner.checkpoint.bits import write_bits
 from adapt_pruner.checkpoint.for_others import name_for_others
+from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import folder_beside, named, no_room, sync, why
-from adapt_pruner.core.places import check_place, is_there, lacks_room
+from adapt_pruner.core.files import disk_full_reason, folder_beside, named, sync, why
+from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.core.weight_mask import WeightMask
@@ -92,7 +92,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
             named(partial, path)
             sync(path.parent)
     except Exception as error:
-        reason = why(error) if isinstance(error, OSError) else no_room(error)  # libraries wrap the system's error
+        reason = why(error) if isinstance(error, OSError) else disk_full_reason(error)  # libraries wrap the system's error
         if reason is None:
             raise
         raise _unwritten(path, reason) from error
@@ -113,7 +113,7 @@ def check_fits(path: Path, *files: Mapping[str, torch.Tensor], dtype: torch.dtyp
     for tensors in files:
         distinct = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors.values()}.values()
         sizes.append(sum(one.numel() * (dtype if one.is_floating_point() else one.dtype).itemsize for one in distinct))
-    if reason := lacks_room(path, sum(sizes), largest=min(max(sizes), SHARD_BYTES)):
+    if reason := lacks_disk_space(path, sum(sizes), largest=min(max(sizes), SHARD_BYTES)):
         raise _unwritten(path, reason)
 
 
@@ -161,7 +161,7 @@ def save(
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if weight_mask is not None:
-            write_bits(weight_mask, folder)
+            write_weight_mask(weight_mask, folder)
         if pruning is not None:
             (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
         beside(folder)

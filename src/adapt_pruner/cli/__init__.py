@@ -35,7 +35,7 @@ from adapt_pruner.cli.run import run
 from adapt_pruner.cli.shrink import shrink
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
-from adapt_pruner.core.files import no_room
+from adapt_pruner.core.files import disk_full_reason
 from adapt_pruner.core.streams import filtered
 from adapt_pruner.errors import RunError, UsageError, is_out_of_memory
 
@@ -225,7 +225,7 @@ def _stop_on_other(error: Exception) -> NoReturn:
         _stop(_INTERRUPTED, 1)
     if is_out_of_memory(error):
         _stop(_OUT_OF_MEMORY, 1, error)
-    if reason := no_room(error):
+    if reason := disk_full_reason(error):
         _stop(f"{reason}; make room and run again", 1, error)
     if isinstance(error, OSError):
         _stop(_of_the_system(error), 1, error)

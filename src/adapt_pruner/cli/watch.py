@@ -30,7 +30,7 @@ def watch(
     """
     from adapt_pruner.core.words import span, typed
     from adapt_pruner.errors import RunError
-    from adapt_pruner.report.record import check_is_run, is_worked_in, standing
+    from adapt_pruner.report.record import check_is_run, is_worked_in, read_progress
     from adapt_pruner.report.screen import screen
 
     check_is_run(run_dir)
@@ -43,8 +43,8 @@ def watch(
         silence_said = wait_said = False
         while not ended:
             at_work = is_worked_in(run_dir)  # asked before the log is read, so that its last lines are not missed
-            if at_work and (stands := standing(run_dir)) is not None:
-                show.stand(*stands)
+            if at_work and (progress := read_progress(run_dir)) is not None:
+                show.show_progress(*progress)
             fresh = list(tail.read())
             last, ended = _told(show, fresh, last=last, ended=ended)
             if fresh:

@@ -36,7 +36,7 @@ from adapt_pruner.core.events import Interrupted, Listener, Load, Warned
 from adapt_pruner.core.files import expanded, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import is_marked, mark
-from adapt_pruner.core.places import check_place, check_room
+from adapt_pruner.core.places import check_disk_space, check_place
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import read_json, to_json
@@ -91,7 +91,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     release()
     listen(events.Loaded(model=asked.model, params=work.params).told())
     comparison = _Comparison(asked, out, work, again, listen, keep)
-    comparison.check_room()
+    comparison.check_disk_space()
     try:
         out.mkdir(parents=True, exist_ok=True)
         mark(out, _KIND)
@@ -246,7 +246,7 @@ class _Comparison:
         decides = {key: value for key, value in self._work.read.items() if measured or key != "windows"}
         return decides | {"calibration": self._work.calibration(cell)}
 
-    def check_room(self) -> None:
+    def check_disk_space(self) -> None:
         """Refuse a place without room for the checkpoints that exist at the same time.
 
         Raises:
@@ -255,7 +255,7 @@ class _Comparison:
         coming = [cell.size for name, cell in zip(self._names, self._work.cells, strict=True) if self._stored(name) is None]
         if coming:
             numbers = sum(coming) if self._keep else max(coming)
-            check_room(self._out, numbers * self._work.itemsize, largest=max(coming) * self._work.itemsize)
+            check_disk_space(self._out, numbers * self._work.itemsize, largest=max(coming) * self._work.itemsize)
 
     @property
     def standing(self) -> str:

@@ -12,7 +12,7 @@ Disk and processes
     children.py     child processes; interrupts.py: interrupts that wait; provenance.py: what made a result
 What people see
     events.py       the events of a run; run_events.py, comparison_events.py: further ones
-    standing.py     how far a run is, from its events; words.py, visible.py, streams.py: numbers, text of others, the terminal
+    progress.py     how far a run is, from its events; words.py, visible.py, streams.py: numbers, text of others, the terminal
     strict_json.py, strict_yaml.py: plain figures, and keys that are read strictly
 parts.py            `@part` makes a function or class nameable in recipes
 """

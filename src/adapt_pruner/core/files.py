@@ -23,8 +23,22 @@ from pathlib import Path
 from adapt_pruner.errors import UsageError
 
 __all__ = [
-    "MOST_TEXT", "check_regular", "expanded", "file_beside", "files_in", "folder_beside", "named", "no_room", "read_plain", "remove", "sync", "tidy",
-    "weight_bytes", "whole_file", "why", "write_whole",
+    "MOST_TEXT",
+    "check_regular",
+    "disk_full_reason",
+    "expanded",
+    "file_beside",
+    "files_in",
+    "folder_beside",
+    "named",
+    "read_plain",
+    "remove",
+    "sync",
+    "tidy",
+    "weight_bytes",
+    "whole_file",
+    "why",
+    "write_whole",
 ]  # fmt: skip
 
 MOST_TEXT = 2**28
@@ -218,10 +232,10 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 def why(error: OSError) -> str:
     """What went wrong, in words for people."""
-    return no_room(error) or error.strerror or str(error)
+    return disk_full_reason(error) or error.strerror or str(error)
 
 
-def no_room(error: BaseException) -> str | None:
+def disk_full_reason(error: BaseException) -> str | None:
     """Why there is no room for a file, in words for people; None if the error is about something else.
 
     Libraries wrap the system's error: Rust libraries keep its number in their text, and numpy says how much it wrote.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapt_pruner.core.files import write_whole
 
-__all__ = ["BITS", "MARK", "PAGE_FOOT", "PROGRESS", "is_marked", "is_page", "mark"]
+__all__ = ["MARK", "PAGE_FOOT", "PROGRESS", "WEIGHT_MASK_FILE", "is_marked", "is_page", "mark"]
 
 MARK = ".adapt-pruner"
 """The file in a folder that says what the folder is."""
@@ -13,11 +13,11 @@ MARK = ".adapt-pruner"
 PAGE_FOOT = "Written by adapt-pruner"
 """The text at the foot of every page."""
 
-BITS = "sparsity/weight_mask.safetensors"
-"""The file of a mask over weights, within a model folder (see `checkpoint.bits`)."""
+WEIGHT_MASK_FILE = "sparsity/weight_mask.safetensors"
+"""The file of a mask over weights, within a model folder (see `checkpoint.weight_mask_file`)."""
 
 PROGRESS = "progress.json"
-"""The file in a run's folder that says where the run stands (see `core.standing`)."""
+"""The file in a run's folder that says where the run stands (see `core.progress`)."""
 
 _DOCTYPE = b"<!doctype html"
 

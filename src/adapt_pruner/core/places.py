@@ -10,7 +10,7 @@ from pathlib import Path
 from adapt_pruner.core.files import tidy, why
 from adapt_pruner.errors import UsageError
 
-__all__ = ["check_place", "check_room", "is_there", "lacks_room"]
+__all__ = ["check_disk_space", "check_place", "is_there", "lacks_disk_space"]
 
 _LONGEST_INSIDE = 256  # bytes by which the path of a file in a result may be longer than the path of the result
 
@@ -64,7 +64,7 @@ def is_there(path: Path) -> bool:
     return False
 
 
-def check_room(path: Path, num_bytes: int, *, largest: int | None = None, there: int = 0) -> None:
+def check_disk_space(path: Path, num_bytes: int, *, largest: int | None = None, there: int = 0) -> None:
     """Refuse to begin work if there is no room for its result.
 
     Args:
@@ -76,11 +76,11 @@ def check_room(path: Path, num_bytes: int, *, largest: int | None = None, there:
     Raises:
         UsageError: the disk has less room, or the system allows no file of this size.
     """
-    if lacking := lacks_room(path, num_bytes - there, largest=min(num_bytes, num_bytes if largest is None else largest)):
+    if lacking := lacks_disk_space(path, num_bytes - there, largest=min(num_bytes, num_bytes if largest is None else largest)):
         raise UsageError(f"{path} has no room for the result: {lacking}; make room or name another folder")
 
 
-def lacks_room(path: Path, num_bytes: int, *, largest: int | None = None) -> str | None:
+def lacks_disk_space(path: Path, num_bytes: int, *, largest: int | None = None) -> str | None:
     """What prevents writing `num_bytes` to a place, in words; None if nothing does. A user's quota is not known."""
     path = path.absolute()
     folder = next(part for part in (path, *path.parents) if is_there(part) and part.is_dir())

@@ -29,8 +29,8 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import file_beside, no_room, whole_file, why
-from adapt_pruner.core.places import check_place, is_there, lacks_room
+from adapt_pruner.core.files import disk_full_reason, file_beside, whole_file, why
+from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
 from adapt_pruner.core.words import millions
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
@@ -107,7 +107,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
         llama_cpp.library()  # fails before any work is done
     plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
-    if reason := lacks_room(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
+    if reason := lacks_disk_space(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
         raise RunError(f"{path} could not be written: {reason}; nothing was left there")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
                 rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
                 raise RunError(f"another program wrote {path} meanwhile; the complete result is in {rescued}")
     except (OSError, RuntimeError) as error:
-        reason = why(error) if isinstance(error, OSError) else no_room(error)
+        reason = why(error) if isinstance(error, OSError) else disk_full_reason(error)
         if reason is None:
             raise
         raise RunError(f"{path} could not be written: {reason}; nothing was left there") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapt_pruner.checkpoint.foreign import shards_in
 from adapt_pruner.core.files import check_regular, files_in
-from adapt_pruner.core.marks import BITS
+from adapt_pruner.core.marks import WEIGHT_MASK_FILE
 from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
@@ -16,7 +16,7 @@ __all__ = ["Parcel", "parcel", "push"]
 
 _WRITTEN = {
     "README.md", "config.json", "generation_config.json", "mask.json", "model.safetensors", "model.safetensors.index.json",
-    "modeling_pruned.py", "modeling_sliced.py", "pruning.json", BITS,
+    "modeling_pruned.py", "modeling_sliced.py", "pruning.json", WEIGHT_MASK_FILE,
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip

@@ -12,14 +12,14 @@ from adapt_pruner.core.events import Event, is_logged, parse_line
 from adapt_pruner.core.files import read_plain, weight_bytes
 from adapt_pruner.core.locks import is_held
 from adapt_pruner.core.marks import PROGRESS
-from adapt_pruner.core.standing import Standing
+from adapt_pruner.core.progress import RunProgress
 from adapt_pruner.core.strict_json import is_count, is_number, read_json, to_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
 
-__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_record", "record_of_result", "standing"]
+__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_progress", "read_record", "record_of_result"]
 
 Status = Literal["finished", "running", "stopped"]
 _Kind = TypeVar("_Kind", bound=Event)
@@ -168,11 +168,11 @@ def check_is_run(path: Path) -> None:
     raise UsageError(f"{path} is not the folder of a run: it contains neither recipe.yaml nor log.jsonl{hint}")
 
 
-def standing(path: Path) -> tuple[Standing, float] | None:
+def read_progress(path: Path) -> tuple[RunProgress, float] | None:
     """Where the run in this folder last said that it stands, and when (Unix seconds); None if there is nothing to read."""
     try:
         data = read_json(path / PROGRESS)
-        return Standing.from_json(data), float(data["time"])
+        return RunProgress.from_json(data), float(data["time"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -1,6 +1,6 @@
 """What a user sees while work goes on, on stderr: moving bars and figures in a terminal or notebook, plain lines elsewhere.
 
-`core.standing` knows what is being done and how long it has taken and will take; this file lays it out. No line is wider than the
+`core.progress` knows what is being done and how long it has taken and will take; this file lays it out. No line is wider than the
 terminal, and lines break between figures, never within one.
 """
 
@@ -20,8 +20,8 @@ from rich.text import Text
 
 from adapt_pruner.core.comparison_events import InCell
 from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step, parse
+from adapt_pruner.core.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.run_events import Within
-from adapt_pruner.core.standing import Course, Standing
 from adapt_pruner.core.streams import console as console_on
 from adapt_pruner.core.streams import filtered, fitted, wrapped
 from adapt_pruner.core.strict_json import to_json
@@ -80,9 +80,9 @@ class Screen:
         self._last_line = 0.0
         self._work: Start | None = None
         self._bars = Bars()
-        self._course = Course()
+        self._tracker = ProgressTracker()
         self._figures: dict[str, str] = {}  # figures shown beside the phase
-        self._kept: tuple[Standing, float] | None = None  # where a watched run stands, and the time of that
+        self._kept: tuple[RunProgress, float] | None = None  # where a watched run stands, and the time of that
 
     def __call__(self, data: dict[str, Any]) -> None:
         """Show what a listener is told, as it happens."""
@@ -91,16 +91,16 @@ class Screen:
 
     def hear(self, event: Event) -> None:
         """Show one event: as it happens or, if it has a `time`, from a log."""
-        self._course.hear(event)
+        self._tracker.hear(event)
         self._bars.hear(event)
         self._follow(event)
         if line := event.line(self._work.begun if self._work is not None else "dense"):
             self.say(line + self._standing_of(event), often=event.often)
 
-    def stand(self, standing: Standing, when: float) -> None:
+    def show_progress(self, progress: RunProgress, when: float) -> None:
         """Show where a run elsewhere said that it stood, at a time in Unix seconds; its events are not used for that."""
-        self._kept = (standing, when)
-        self.say(", ".join(part for part in (_doing(standing), _times(standing)) if part), often=True)
+        self._kept = (progress, when)
+        self.say(", ".join(part for part in (_doing(progress), _times(progress)) if part), often=True)
 
     @contextmanager
     def hushed(self) -> Iterator[None]:
@@ -122,7 +122,7 @@ class Screen:
         figures = [
             Text(line, no_wrap=True) for line in fitted([visible(value) for value in self._figures.values() if value], width)
         ]
-        return Group(*anatomy, *figures, *_bar(self._stands(now), width, now))
+        return Group(*anatomy, *figures, *_bar(self._progress(now), width, now))
 
     def say(self, text: str, *, often: bool = False) -> None:
         """Show a line. `often` marks one of many, which is shown only now and then, and not at all under a bar."""
@@ -135,17 +135,17 @@ class Screen:
             shown = "\n".join(wrapped(shown, self._console.width, indent="  "))
         self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
-    def _stands(self, now: float | None) -> Standing:
+    def _progress(self, now: float | None) -> RunProgress:
         if self._kept is not None:
-            standing, when = self._kept
-            return standing.later(max(0.0, (time.time() if now is None else now) - when))
-        return self._course.at(now)
+            progress, when = self._kept
+            return progress.later(max(0.0, (time.time() if now is None else now) - when))
+        return self._tracker.at(now)
 
     def _standing_of(self, event: Event) -> str:
         """Times so far and to come, to append to the line of an event about progress."""
         if self._moves or self._kept is not None or not isinstance(event, Progress | Step | Cut | InCell | Within):
             return ""
-        return f" ({times})" if (times := _times(self._course.at(event.time))) else ""
+        return f" ({times})" if (times := _times(self._tracker.at(event.time))) else ""
 
     def _follow(self, event: Event) -> None:
         """Update the figures."""
@@ -185,30 +185,30 @@ class _Teller(Screen):
         print(visible(text), file=sys.stderr, flush=True)
 
 
-def _doing(standing: Standing) -> str:
+def _doing(progress: RunProgress) -> str:
     """What is being done, and where: stage 1, iteration 2: repairing 12/60."""
-    return visible(": ".join(part for part in (standing.where, standing.doing) if part))
+    return visible(": ".join(part for part in (progress.where, progress.doing) if part))
 
 
-def _times(standing: Standing) -> str:
+def _times(progress: RunProgress) -> str:
     """The time so far, and the time left."""
     return ", ".join(
-        part for part in (f"{span(standing.seconds)} so far" if standing.seconds >= 1 else "", standing.said_left) if part
+        part for part in (f"{span(progress.seconds)} so far" if progress.seconds >= 1 else "", progress.said_left) if part
     )
 
 
-def _bar(standing: Standing, width: int, now: float) -> list[RenderableType]:
+def _bar(progress: RunProgress, width: int, now: float) -> list[RenderableType]:
     """Spinner and phase, and bar, share and seconds, in one line if `width` is enough, else in two; no bar without room."""
-    what = f"{_FRAMES[int(8 * now) % len(_FRAMES)]} {_doing(standing) or 'starting'}"
-    share = "" if standing.share is None else f"{standing.share:.0%}"
-    figures = [part for part in (share, _times(standing)) if part]
+    what = f"{_FRAMES[int(8 * now) % len(_FRAMES)]} {_doing(progress) or 'starting'}"
+    share = "" if progress.share is None else f"{progress.share:.0%}"
+    figures = [part for part in (share, _times(progress)) if part]
     after = " · ".join(figures)
     beside = width >= _WIDE
     room = width - len(after) - 2 - (len(what) + 2 if beside else 0)
     if room < _BAR:
         return [Text(line, no_wrap=True) for line in fitted([what, *figures], width)]
     line = Table.grid(padding=(0, 2))
-    bar = ProgressBar(total=1.0, completed=standing.share or 0.0, width=min(_WIDEST, room), pulse=standing.share is None)
+    bar = ProgressBar(total=1.0, completed=progress.share or 0.0, width=min(_WIDEST, room), pulse=progress.share is None)
     cells: list[RenderableType] = [bar, Text(after, no_wrap=True)]
     line.add_row(*([Text(what, no_wrap=True)] if beside else []), *cells)
     return [line] if beside else [*(Text(one, no_wrap=True) for one in fitted([what], width)), line]

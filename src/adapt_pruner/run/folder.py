@@ -10,7 +10,7 @@ repair_self.json         the text that the model wrote for the repair
 model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)
-progress.json            where the run stands (see `core.standing`), rewritten about once a second while a process works here
+progress.json            where the run stands (see `core.progress`), rewritten about once a second while a process works here
 .lock                    held by the process that works here
 .adapt-pruner            says that this is the folder of a run; a folder that is not empty and has no such file is refused
 """
@@ -32,7 +32,7 @@ from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
-from adapt_pruner.core.standing import Course
+from adapt_pruner.core.progress import ProgressTracker
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.words import typed
 from adapt_pruner.errors import RunError, UsageError
@@ -45,7 +45,7 @@ OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
 _OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
-_STANDS_EVERY = 1.0  # seconds between two writes of progress.json
+_EVERY = 1.0  # seconds between two writes of progress.json
 _FIRST_LINE = 2**20  # most bytes to read of the log's first line
 
 
@@ -58,7 +58,7 @@ class RunFolder:
         self.result = path / "model"
         self._begun = False
         self._early: list[str] = []  # lines of the log that wait for the run to begin
-        self._course, self._stood = Course(), -math.inf
+        self._tracker, self._written = ProgressTracker(), -math.inf
 
     @property
     def is_new(self) -> bool:
@@ -140,15 +140,15 @@ class RunFolder:
                 f"{self.path / 'log.jsonl'} could not be written: {why(error)}; correct that and give the same command again"
             ) from error
 
-    def stand(self, event: dict[str, Any]) -> None:
+    def write_progress(self, event: dict[str, Any]) -> None:
         """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""
         if (heard := parse(event)) is not None:
-            self._course.hear(heard)
-        if time.monotonic() - self._stood < _STANDS_EVERY:
+            self._tracker.hear(heard)
+        if time.monotonic() - self._written < _EVERY:
             return
-        self._stood = time.monotonic()
+        self._written = time.monotonic()
         with suppress(OSError):
-            text = to_json({"time": time.time(), **self._course.at().told()})
+            text = to_json({"time": time.time(), **self._tracker.at().told()})
             (self.path / PROGRESS).write_text(text, encoding="utf-8")
 
     @property

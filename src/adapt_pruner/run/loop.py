@@ -35,9 +35,9 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.run import results
+from adapt_pruner.run.disk_space import check_result, check_run
 from adapt_pruner.run.folder import RunFolder, opened
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
-from adapt_pruner.run.room import check_result, check_run
 from adapt_pruner.run.start import begin, prepare, sizes_begun
 from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
@@ -360,7 +360,7 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
     def tell(event: dict[str, Any]) -> None:
         if world.is_main():
             folder.log(event)
-            folder.stand(event)
+            folder.write_progress(event)
             listen(event)
 
     return tell

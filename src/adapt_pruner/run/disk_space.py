@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adapt_pruner.checkpoint.save import SHARD_BYTES
 from adapt_pruner.core.files import files_in
-from adapt_pruner.core.places import check_room
+from adapt_pruner.core.places import check_disk_space
 from adapt_pruner.reduce.work import Work
 
 __all__ = ["check_result", "check_run"]
@@ -19,7 +19,7 @@ def check_result(work: Work, path: Path) -> None:
         UsageError: there is too little room.
     """
     num_bytes = _result(work)
-    check_room(path, num_bytes, largest=min(num_bytes, SHARD_BYTES))
+    check_disk_space(path, num_bytes, largest=min(num_bytes, SHARD_BYTES))
 
 
 def check_run(work: Work, path: Path, checkpoints: Path) -> None:
@@ -46,7 +46,7 @@ def check_run(work: Work, path: Path, checkpoints: Path) -> None:
     keep = recipe.keep_checkpoints
     most = max(sum(together) for together in ([*sizes[-keep:], _result(work)], *_windows(sizes, keep + 1)))
     there = sum(file.stat().st_size for file in files_in(checkpoints).values())
-    check_room(path, most, largest=min(largest, SHARD_BYTES) if not with_moments else largest, there=there)
+    check_disk_space(path, most, largest=min(largest, SHARD_BYTES) if not with_moments else largest, there=there)
 
 
 def _result(work: Work) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from adapt_pruner.core.events import Cut, Evaluation, Event, Progress, Saved, Start, Step, Tasks, parse
+from adapt_pruner.core.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.run_events import Masked, Planned, Searched
-from adapt_pruner.core.standing import Course, Standing
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.ahead import ahead
@@ -20,9 +20,9 @@ RECORDED = Path(__file__).parent / "recorded"
 FLOPS = 1e9
 
 
-def followed(events: list[tuple[float, Event]], *, at: float | None = None) -> Standing:
+def followed(events: list[tuple[float, Event]], *, at: float | None = None) -> RunProgress:
     """Where a run stands after events, each with its second, at the last of them or later."""
-    course = Course()
+    course = ProgressTracker()
     for second, event in events:
         course.hear(event.model_copy(update={"time": 1000.0 + second}))
     return course.at(1000.0 + (events[-1][0] if at is None else at))
@@ -57,7 +57,7 @@ def test_the_estimate_of_a_recorded_run_is_near_the_truth(name: str) -> None:
     events = recorded(name)
     began = float(events[0].time or 0)
     whole = float(next(event.time or 0 for event in events if isinstance(event, Saved) and event.is_result)) - began
-    course, coming = Course(), iter([*events, None])
+    course, coming = ProgressTracker(), iter([*events, None])
     event, estimates = next(coming), {}
     for step in range(1, 200):
         now = began + whole * step / 200
@@ -201,8 +201,8 @@ def test_a_run_that_goes_on_plans_what_is_left() -> None:
 
 def test_a_standing_is_plain_data_and_back() -> None:
     stands = followed([(0, plan(*ITERATION)), (0, START), (0, phase("score")), (9, phase("score", 9, 10))])
-    assert Standing.from_json(json.loads(json.dumps(stands.told()))) == stands
+    assert RunProgress.from_json(json.loads(json.dumps(stands.told()))) == stands
     assert stands.later(5.0).left == pytest.approx(float(stands.left or 0) - 5)
     for broken in ({}, {**stands.told(), "seconds": "soon"}, {**stands.told(), "left": []}):
         with pytest.raises((KeyError, TypeError, ValueError)):
-            Standing.from_json(broken)
+            RunProgress.from_json(broken)

@@ -12,25 +12,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapt_pruner.checkpoint.foreign import found
-from adapt_pruner.core.marks import BITS
+from adapt_pruner.core.marks import WEIGHT_MASK_FILE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import of_json, to_json
 from adapt_pruner.core.weight_mask import WeightMask, packed, unpacked
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["read_bits", "write_bits"]
+__all__ = ["read_weight_mask", "write_weight_mask"]
 
 
-def write_bits(mask: WeightMask, folder: Path) -> None:
+def write_weight_mask(mask: WeightMask, folder: Path) -> None:
     """Write a mask into a model folder under construction."""
-    path = folder / BITS
+    path = folder / WEIGHT_MASK_FILE
     path.parent.mkdir()
     shapes = {name: list(keep.shape) for name, keep in mask.kept.items()}
     about = {"format": "1", "pattern": "" if mask.pattern is None else str(mask.pattern), "shapes": to_json(shapes)}
     save_file({name: packed(keep) for name, keep in mask.kept.items()}, path, metadata=about)
 
 
-def read_bits(folder: str, name: str) -> WeightMask | None:
+def read_weight_mask(folder: str, name: str) -> WeightMask | None:
     """The mask beside a model; None if it has none.
 
     Args:
@@ -40,7 +40,7 @@ def read_bits(folder: str, name: str) -> WeightMask | None:
     Raises:
         RunError: the file is damaged.
     """
-    path = found(folder, BITS)
+    path = found(folder, WEIGHT_MASK_FILE)
     if path is None:
         return None
     try:
@@ -53,5 +53,5 @@ def read_bits(folder: str, name: str) -> WeightMask | None:
         return WeightMask(kept, Pattern.parse(about["pattern"]) if about["pattern"] else None)
     except (SafetensorError, UsageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{BITS} of {name} is damaged ({first_line(error)}); remove it to load the model as one whose zeros are ordinary weights"
+            f"{WEIGHT_MASK_FILE} of {name} is damaged ({first_line(error)}); remove it to load the model as one whose zeros are ordinary weights"
         ) from error

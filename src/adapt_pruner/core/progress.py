@@ -1,6 +1,6 @@
 """Where a run stands, judged by its events alone: its phase, how much of it is done, seconds so far and seconds left.
 
-Everything that shows a run (the bar, plain lines, `watch`) or records its progress (`progress.json`) asks a `Course`, which
+Everything that shows a run (the bar, plain lines, `watch`) or records its progress (`progress.json`) asks a `ProgressTracker`, which
 follows it.
 
 The estimate counts the seconds until the result is written, with its card and page. It adds up what is still to come:
@@ -16,7 +16,7 @@ next. A phase that has not run yet is estimated from the measured ones, by their
 twice the guessed part.
 
 The promise: on a machine whose speed stays the same, the total time (seconds so far and left) is within 30 % of the truth after a
-tenth of a run, and within 15 % after a third. `tests/test_standing.py` checks this on recorded runs. The promise does not hold if
+tenth of a run, and within 15 % after a third. `tests/test_progress.py` checks this on recorded runs. The promise does not hold if
 the work depends on what is found on the way: a search without a fixed end, tasks that have not been scored yet (there is no
 estimate until then), or a user's own metric.
 """
@@ -32,7 +32,7 @@ from adapt_pruner.core.events import Cut, Evaluation, Event, Find, Load, Progres
 from adapt_pruner.core.run_events import Item, Masked, Planned, Within
 from adapt_pruner.core.words import span
 
-__all__ = ["Course", "Standing"]
+__all__ = ["ProgressTracker", "RunProgress"]
 
 _EASE = {"write": 0.27, "repair": 0.9}
 """Operations per second of a phase on a CPU, relative to reading text."""
@@ -44,7 +44,7 @@ _TOLD = ("evaluate", "task", "save", "train")  # phases whose end is an event
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunProgress:
     """Where a run stands at one moment.
 
     Attributes:
@@ -77,15 +77,15 @@ class Standing:
         return f"{span(self.left)} left" if self.left >= 0.5 else ""
 
     def told(self) -> dict[str, Any]:
-        """This standing as plain data, as in progress.json."""
+        """This progress as plain data, as in progress.json."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Standing":
-        """The standing from data that `told` gave.
+    def from_json(cls, data: Mapping[str, Any]) -> "RunProgress":
+        """The progress from data that `told` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: the data is not a standing.
+            KeyError, TypeError, ValueError: the data is no progress.
         """
 
         def known(key: str) -> float | None:
@@ -94,8 +94,8 @@ class Standing:
         seconds, low, high = float(data["seconds"]), float(data["low"]), float(data["high"])
         return cls(str(data["doing"]), str(data["where"]), seconds, known("left"), low, high, bool(data["ends"]), known("share"))
 
-    def later(self, seconds: float) -> "Standing":
-        """The standing `seconds` later, if no event came since."""
+    def later(self, seconds: float) -> "RunProgress":
+        """The progress `seconds` later, if no event came since."""
         left = None if self.left is None else max(0.0, self.left - seconds)
         low, high = max(0.0, self.low - seconds), max(0.0, self.high - seconds)
         return replace(self, seconds=self.seconds + seconds, left=left, low=low, high=high)
@@ -145,7 +145,7 @@ class _Measured:
 
 
 @dataclass
-class Course:
+class ProgressTracker:
     """Follows a run, or anything else that tells events, and says where it stands."""
 
     _began: float | None = None
@@ -165,7 +165,7 @@ class Course:
     _ended: bool = False
     _doing: str = ""  # what is done before the first phase
     _cell: CellBegun | None = None
-    _inner: "Course | None" = None  # follows the process of a cell
+    _inner: "ProgressTracker | None" = None  # follows the process of a cell
     _cell_began: float = 0.0
 
     def hear(self, event: Event) -> None:
@@ -185,17 +185,17 @@ class Course:
         else:
             self._follow(event)
 
-    def at(self, now: float | None = None) -> Standing:
+    def at(self, now: float | None = None) -> RunProgress:
         """Where the run stands at a moment, by default now."""
         now = time.time() if now is None else now
         if self._began is None:
-            return Standing()
+            return RunProgress()
         if self._cell is not None and self._inner is not None:
             return self._in_cell(self._cell, self._inner.at(now), now)
         doing, where = self._doing, ""
         if self._shown is not None:
             doing, where = self._shown.doing, self._shown.where
-        plain = Standing(doing, where, max(0.0, now - self._began), ends=bool(self._items))
+        plain = RunProgress(doing, where, max(0.0, now - self._began), ends=bool(self._items))
         if self._ended:
             return replace(plain, left=0.0, share=1.0)
         if not self._items:
@@ -208,9 +208,9 @@ class Course:
         until = max(0.0, self._deadline - now)
         return plain if math.isinf(min(until, sure + guessed)) else _within(plain, sure, guessed, until)
 
-    def _in_cell(self, cell: CellBegun, inner: Standing, now: float) -> Standing:
-        """The standing of a comparison: what its present cell is doing, and the seconds until all cells are done."""
-        plain = Standing(inner.doing, cell.name, max(0.0, now - (self._began or now)), ends=True)
+    def _in_cell(self, cell: CellBegun, inner: RunProgress, now: float) -> RunProgress:
+        """The progress of a comparison: what its present cell is doing, and the seconds until all cells are done."""
+        plain = RunProgress(inner.doing, cell.name, max(0.0, now - (self._began or now)), ends=True)
         spent, others = max(0.0, now - self._cell_began), cell.of - cell.cell
         if cell.seconds_left is not None and cell.seconds_here is not None:
             here = max(0.0, cell.seconds_here - spent)
@@ -228,7 +228,7 @@ class Course:
             case Planned():
                 self._plan(event)
             case CellBegun():
-                self._cell, self._inner, self._cell_began = event, Course(), self._now
+                self._cell, self._inner, self._cell_began = event, ProgressTracker(), self._now
             case CellDone():
                 self._cell = self._inner = None
             case Load() | Find():
@@ -439,8 +439,8 @@ class Course:
         return None if one is None else max(0.0, (1 - share) * one - since)
 
 
-def _within(plain: Standing, sure: float, guessed: float, until: float) -> Standing:
-    """The standing with `sure` seconds left that are measured and `guessed` ones that are not; at most `until` in all."""
+def _within(plain: RunProgress, sure: float, guessed: float, until: float) -> RunProgress:
+    """The progress with `sure` seconds left that are measured and `guessed` ones that are not; at most `until` in all."""
     whole = sure + guessed
     vague = guessed > _GUESSED * whole
     low, high = (sure + guessed / 2, sure + 2 * guessed) if vague else (whole, whole)
