@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode, check_precision
+from adapt_pruner.cli.options import Device, Json, Model, Precision, TrustRemoteCode, check_precision
 
 __all__ = ["chat"]
 
@@ -12,9 +12,7 @@ _NARROW = 100  # columns of a terminal below which answers stand below each othe
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
-    ],
+    model: Model,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT]", help="What you ask the model, in quotes. Without it you have a conversation."),

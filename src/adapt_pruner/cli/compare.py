@@ -5,15 +5,13 @@ from typing import Annotated
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, Set, TrustRemoteCode
+from adapt_pruner.cli.options import Device, Json, Model, Precision, Set, TrustRemoteCode
 
 __all__ = ["compare"]
 
 
 def compare(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
-    ],
+    model: Model,
     out: Annotated[
         Path,
         typer.Option("--output", "-o", help="Folder for figures, table and picture. Name it again to continue a comparison."),

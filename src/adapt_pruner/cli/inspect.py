@@ -1,18 +1,14 @@
 """`adapt-pruner inspect`: what a model is made of, layer by layer."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from adapt_pruner.cli.options import Json, TrustRemoteCode
+from adapt_pruner.cli.options import Json, Model, TrustRemoteCode
 
 __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
-    ],
+    model: Model,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:

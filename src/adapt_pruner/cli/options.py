@@ -6,8 +6,12 @@ import typer
 
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["Device", "Json", "Precision", "Set", "TrustRemoteCode", "check_precision"]
+__all__ = ["Device", "Json", "Model", "Precision", "Seed", "Set", "TrustRemoteCode", "check_precision"]
 
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one recipe key; can be repeated.")]
 Device = Annotated[str, typer.Option(help="Device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …")]
 Precision = Annotated[

@@ -5,15 +5,13 @@ from typing import Annotated
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, Set, TrustRemoteCode
+from adapt_pruner.cli.options import Device, Json, Model, Precision, Seed, Set, TrustRemoteCode
 
 __all__ = ["prune"]
 
 
 def prune(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
-    ],
+    model: Model,
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint, new or empty.")],
     params: Annotated[
         str | None, typer.Option(help="Parameters to keep: 110M, 110_000_000, 80% of the model, or '80% of decoder'.")
@@ -55,7 +53,7 @@ def prune(
         Path | None, typer.Option(help="JSON file with input_ids: calibrate on exactly these tokens instead of a text.")
     ] = None,
     overrides: Set = None,
-    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, Set, TrustRemoteCode
+from adapt_pruner.cli.options import Device, Json, Model, Precision, Seed, Set, TrustRemoteCode
 
 if TYPE_CHECKING:
     from adapt_pruner.recipe import Recipe
@@ -15,9 +15,7 @@ __all__ = ["shrink"]
 
 
 def shrink(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
-    ],
+    model: Model,
     params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000, 80% of the model, or '80% of decoder'.")],
     out: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run. Name the folder of a stopped one to continue it.")
@@ -34,7 +32,7 @@ def shrink(
     hours: Annotated[float | None, typer.Option(help="Instead of --minutes: hours.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Instead of --minutes: tokens to train on, such as 2M.")] = None,
     overrides: Set = None,
-    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and on stdout its recipe; run nothing.")] = False,

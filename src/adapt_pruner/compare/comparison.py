@@ -16,7 +16,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
-from adapt_pruner.data.sources import SELF, domains, read, texts
-from adapt_pruner.data.tokens import calibration_ids, text_bytes
+from adapt_pruner.data.sources import SELF, beginning, domains, texts
+from adapt_pruner.data.tokens import calibration_ids, digest_of, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
@@ -188,7 +188,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
     device = next(loaded.model.parameters()).device
     told_apart = {
         "model": identity(asked.model),
-        "windows": {text: _windows_digest(its) for text, its in windows.items()},
+        "windows": {text: digest_of(its) for text, its in windows.items()},
         "bfloat16": uses_bfloat16(device, asked.dtype),
         "device": device.type,
     }
@@ -206,13 +206,9 @@ def _counted(recipe: Recipe) -> Iterable[str]:
 
 def _text_digest(spec: str) -> str:
     digest = hashlib.sha256()
-    for document in itertools.islice(read(spec), _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None):
+    for document in beginning(spec, _MAX_HUB_DOCUMENTS):
         digest.update(document.digest)
     return digest.hexdigest()
-
-
-def _windows_digest(windows: Sequence[Tensor]) -> str:
-    return hashlib.sha256(to_json([ids.tolist() for ids in windows]).encode()).hexdigest()
 
 
 def _tidy(out: Path) -> None:

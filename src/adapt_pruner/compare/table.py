@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.core.words import num_draws, shown
-from adapt_pruner.report.comparison import label, tokens_note
+from adapt_pruner.core.words import shown
+from adapt_pruner.report.comparison import failures, label, num_draws, texts_in_words, tokens_note
 
 __all__ = ["markdown", "rows_of", "table"]
 
@@ -174,7 +174,6 @@ def _times(ratio: float | None) -> str:
 def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     """The comparison as a page: what was measured and how, the table, the picture, and every reason in full."""
     asked = result["arguments"]
-    texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
     count = num_draws(asked)
     drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
     if asked["calibration_ids"] or asked["calibration"]:
@@ -186,7 +185,7 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     page = [
         f"# {asked['model']}: {', '.join(asked['methods'])}",
         "",
-        f"Perplexity on {texts}; windows of {asked['window']}, {result['precision']}, {result['device']}. {drawn}.{changed} Parameters "
+        f"Perplexity on {texts_in_words(result)}; windows of {asked['window']}, {result['precision']}, {result['device']}. {drawn}.{changed} Parameters "
         "are counted in the saved models, the largest of a row. Seconds and peak memory are those of the pruning process, the median "
         "and the largest; the speed-up is that of reading a window." + (f" {note}" if note else ""),
         "",
@@ -201,9 +200,5 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     page.pop()
     if picture:
         page += ["", "![Perplexity against parameters](compare.svg)"]
-    failed = [
-        f"* {cell['method']}, {cell.get('sparsity') or 'at most ' + format(cell['size'], ',')}, draw {cell['draw']}: {cell['error']}"
-        for cell in result["cells"]
-        if "error" in cell
-    ]
+    failed = [f"* {line}" for line in failures(result)]
     return "\n".join([*page, *(["", "What failed:", "", *failed] if failed else [])]) + "\n"

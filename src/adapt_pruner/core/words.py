@@ -3,8 +3,8 @@
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 __all__ = [
     "NARROW",
@@ -13,7 +13,6 @@ __all__ = [
     "counted",
     "duration",
     "millions",
-    "num_draws",
     "progress",
     "score",
     "shots",
@@ -111,11 +110,6 @@ def score(value: float, error: float | None, *, share: bool) -> str:
 def shots(counts: Iterable[int]) -> str:
     """How many examples precede the items of tasks, each number once: 0-shot, 5-shot."""
     return ", ".join(f"{count}-shot" for count in sorted(set(counts)))
-
-
-def num_draws(asked: Mapping[str, Any]) -> int:
-    """Calibration draws that a comparison asks for: files of token ids, or seeds if there are no files."""
-    return len(asked["calibration_ids"]) or int(asked["draws"])
 
 
 def tick(value: float, form: Form) -> str:

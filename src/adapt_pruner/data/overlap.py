@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from adapt_pruner.core.files import expanded
-from adapt_pruner.data.sources import SELF, Source, domains, read
+from adapt_pruner.data.sources import SELF, Source, beginning, domains
 
 __all__ = ["of_kind", "overlaps", "same_kind", "same_tokens"]
 
@@ -42,8 +42,7 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
 
     @functools.cache
     def names(spec: str) -> dict[bytes, str]:
-        most = _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None
-        return {document.digest: document.name for document in itertools.islice(read(spec), most)}
+        return {document.digest: document.name for document in beginning(spec, _MAX_HUB_DOCUMENTS)}
 
     sentences = []
     for (one, its), (other, others) in itertools.combinations(specs.items(), 2):

@@ -25,7 +25,7 @@ from typing import Any
 from adapt_pruner.data import readers
 from adapt_pruner.errors import UsageError
 
-__all__ = ["SELF", "Document", "Source", "documents", "domains", "identity", "read", "texts"]
+__all__ = ["SELF", "Document", "Source", "beginning", "documents", "domains", "identity", "read", "texts"]
 
 SELF = "self"
 Source = str | Mapping[str, float]
@@ -76,8 +76,12 @@ def texts(spec: str) -> Iterator[str]:
     Raises:
         UsageError: as `documents`, once the faulty place is reached.
     """
-    most = _MAX_HUB_DOCUMENTS if spec.startswith("hub:") else None
-    return (document.text for document in itertools.islice(read(spec), most))
+    return (document.text for document in beginning(spec, _MAX_HUB_DOCUMENTS))
+
+
+def beginning(spec: str, most: int) -> Iterator[Document]:
+    """The documents of `read`, of a hub data set at most `most`."""
+    return itertools.islice(read(spec), most if spec.startswith("hub:") else None)
 
 
 def read(spec: str) -> Iterator[Document]:

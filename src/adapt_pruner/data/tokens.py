@@ -1,5 +1,6 @@
 """From documents to token ids: calibration windows, training blocks, evaluation windows."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapt_pruner.core.files import expanded
-from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.errors import UsageError
 
@@ -20,6 +21,7 @@ __all__ = [
     "batches_of",
     "calibration_ids",
     "calibration_windows",
+    "digest_of",
     "evaluation_windows",
     "in_other_tokens",
     "opening",
@@ -118,6 +120,11 @@ def calibration_windows(
 
 def _opened(start: list[int], ids: NDArray[np.int32]) -> Tensor:
     return torch.cat([torch.tensor(start, dtype=torch.int64), torch.from_numpy(ids.astype(np.int64))])
+
+
+def digest_of(rows: Sequence[Tensor]) -> str:
+    """The SHA-256 of token ids, row by row."""
+    return hashlib.sha256(to_json([row.tolist() for row in rows]).encode()).hexdigest()
 
 
 def calibration_ids(path: str | Path, *, vocab_size: int) -> list[Tensor]:

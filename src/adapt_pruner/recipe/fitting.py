@@ -131,7 +131,7 @@ def _check_random(recipe: "Recipe") -> None:
     """Refuse settings that make no sense with random weights."""
     if not recipe.training.tokens:
         raise ValueError("init random begins with a model that knows nothing, and the recipe trains nothing; set training.tokens")
-    if "teacher" in parts.needs("objective", recipe.training.objective) and recipe.training.teacher is None:
+    if recipe.training.needs_teacher and recipe.training.teacher is None:
         raise ValueError(
             f"training.objective {recipe.training.objective!r} would be taught by the random model itself; name a training.teacher"
         )

@@ -182,13 +182,18 @@ class Training(_Frozen):
     compile: bool = Field(False, description="compile the decoder with torch.compile, again after each stage's cuts")
     liger: bool = Field(False, description="use the fused kernels of liger-kernel (CUDA only)")
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective learns from a teacher."""
+        return "teacher" in parts.needs("objective", self.objective)
+
     @model_validator(mode="after")
     def _together(self) -> "Training":
         if self.tokens and self.source is None:
             raise ValueError("training.tokens is set but training.source is not; name a text to train on")
         if self.source is not None and not self.tokens:
             raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
-        if self.teacher is not None and "teacher" not in parts.needs("objective", self.objective):
+        if self.teacher is not None and not self.needs_teacher:
             raise ValueError(
                 f"training.teacher is set but training.objective {self.objective!r} has no teacher; set it to objectives.distil"
             )

@@ -23,10 +23,10 @@ from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["GOLDEN", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
+__all__ = ["GOLDEN", "HEADS", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
-_HEADS = ("kv_heads", "query_heads")
+HEADS = ("kv_heads", "query_heads")
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly spread in [0, 1)
 
 
@@ -177,7 +177,7 @@ def advance(
             axis.name: min(_MAX_SPARSITY, max(0.0, debt.sparsity[axis.name] + times * increments[axis.name])) for axis in axes
         }
 
-    late = {axis.name: heads_after if axis.kind in _HEADS else 0.0 for axis in axes}
+    late = {axis.name: heads_after if axis.kind in HEADS else 0.0 for axis in axes}
 
     def due(sparsity: Mapping[str, float]) -> dict[str, float]:
         """The share of each axis that should be removed; heads lose nothing until the share passes `heads_after`."""

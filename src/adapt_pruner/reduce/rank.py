@@ -18,7 +18,7 @@ from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.allocate import GOLDEN, Debt
+from adapt_pruner.reduce.allocate import GOLDEN, HEADS, Debt
 
 __all__ = ["per_parameter", "standardised"]
 
@@ -160,7 +160,7 @@ def standardised(
     if structure.startswith("UL"):
         worth = {axis.name: _share_gone(axis, debt.start[axis.name])[:-1] for axis in axes}
     if heads is not None:
-        attention = [axis for axis in axes if axis.kind.endswith("heads")]
+        attention = [axis for axis in axes if axis.kind in HEADS]
         if not attention:
             raise UsageError(
                 f"option heads={heads} of rank.standardised is a share of heads, and axes names none; add kv_heads to axes"

@@ -27,7 +27,7 @@ from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import num_left
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
-from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.allocate import HEADS, Debt
 from adapt_pruner.reduce.closed_form import without_bias
 from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
@@ -102,7 +102,7 @@ class Units(Reduction):
         least = sum(whole) / len(whole) if whole else 1  # one of them goes in any case
         after = float(parts.bind("chooser", recipe.chooser).keywords.get("heads_after") or 0.0)
         if after and recipe.debt != "reset":
-            heads = sum(axis.size * axis.cost for axis in outer if axis.kind in ("kv_heads", "query_heads"))
+            heads = sum(axis.size * axis.cost for axis in outer if axis.kind in HEADS)
             shares = [_share_of(gone, may_go - heads, heads, after) for gone in (start - reached, start - target)]
             steps = (shares[1] - shares[0]) / recipe.step
         else:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.allocate import HEADS
 
 __all__ = ["check_multiple", "fitting", "levelled"]
 
@@ -53,7 +54,7 @@ def fitting(
         return wanted - sum((axis.size - kept[axis.name]) * axis.cost for axis in staying if axis.kind != "neurons")
 
     neurons = [axis for axis in staying if axis.kind == "neurons"]
-    heads = [[axis for axis in staying if axis.kind == kind] for kind in ("kv_heads", "query_heads")]
+    heads = [[axis for axis in staying if axis.kind == kind] for kind in HEADS]
     if not equal_widths:
         return kept | _rounded(neurons, {axis.name: sizes[axis.name] for axis in neurons}, left(), multiple_of)
     for alike in heads:
@@ -83,9 +84,7 @@ def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
     """
     if any(axis.kind in ("layers", "attentions", "mlps") and sizes.get(axis.name, axis.size) < axis.size for axis in axes):
         return dict(sizes)
-    heads = {
-        kind: {sizes.get(axis.name, axis.size) for axis in axes if axis.kind == kind} for kind in ("kv_heads", "query_heads")
-    }
+    heads = {kind: {sizes.get(axis.name, axis.size) for axis in axes if axis.kind == kind} for kind in HEADS}
     neurons = {axis.name: sizes.get(axis.name, axis.size) for axis in axes if axis.kind == "neurons"}
     low, high = min(neurons.values(), default=0), max(neurons.values(), default=0)
     if high - low != 1 or low < 1 or not neurons.keys() <= sizes.keys() or any(len(alike) > 1 for alike in heads.values()):

@@ -18,7 +18,7 @@ from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.visible import visible
-from adapt_pruner.core.words import NARROW, counted, score, shots, shown, typed
+from adapt_pruner.core.words import counted, millions, score, shots, typed
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
@@ -142,7 +142,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     base = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name})
     smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
-    size = f" pruned to {_count(figures['params_after'])}" if smaller or not zeros else ""
+    size = f" pruned to {millions(figures['params_after'])}" if smaller or not zeros else ""
     title = base["name"].rpartition("/")[2] + size + (f" with {zeros} zeros" if zeros else "")
     sections = [
         f"# {_plain(title)}",
@@ -490,10 +490,6 @@ def _entries(method: str) -> list[str]:
 
 def _linked(paper: str) -> str:
     return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
-
-
-def _count(params: int) -> str:
-    return shown(params, "params").replace(NARROW, " ")
 
 
 def _is_number(value: Any) -> bool:

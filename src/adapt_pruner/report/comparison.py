@@ -9,13 +9,16 @@ from typing import Any
 
 from adapt_pruner.core.marks import PAGE_FOOT
 from adapt_pruner.core.strict_json import number_of, read_json
-from adapt_pruner.core.words import Form, counted, num_draws, shown
+from adapt_pruner.core.words import Form, counted, shown
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.page import framed
 from adapt_pruner.report.svg import drawn, escaped, table
 
-__all__ = ["comparison_page", "comparison_panels", "comparison_pictures", "label", "read_comparison", "tokens_note", "within"]
+__all__ = [
+    "comparison_page", "comparison_panels", "comparison_pictures", "failures", "label", "num_draws", "read_comparison", "texts_in_words", "tokens_note",
+    "within",
+]  # fmt: skip
 
 _MOST_SIZES = 6  # with more sizes, they are not written below the axis
 _APART = 0.09  # least distance between two of them, as a share of the axis
@@ -121,18 +124,13 @@ def comparison_page(
     sizes = [size for size in dict.fromkeys(row["size"] for row in rows) if size is not None]
     pictures = "".join(map(drawn, comparison_pictures(result)))
     tables = "".join(_matrix(result, text, methods, sizes) for text in _texts(result) if sizes)
-    failed = [
-        f"{cell['method']}, {cell.get('sparsity') or 'at most ' + format(cell['size'], ',')}, draw {cell['draw']}: {cell['error']}"
-        for cell in result.get("cells", [])
-        if "error" in cell
-    ]
-    texts = "; ".join(f"{text['text']} ({text['windows']} windows, {text['tokens']:,} tokens)" for text in result["texts"])
+    failed = failures(result)
     sections = [
         ("table", "Methods by budgets", tables),
         ("pictures", "Quality against size, speed and time", f'<div class="wide">{pictures}</div>'),
         ("all", "All figures", _grouped(header, lines) + ("" if sparse is None else _grouped(*sparse))),
         ("failed", "What failed", f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in failed)}</ul>" if failed else ""),
-        ("how", "How it was measured", _facts(result, texts)),
+        ("how", "How it was measured", _facts(result, texts_in_words(result))),
     ]  # fmt: skip
     sections = [section for section in sections if section[2]]
     body = "".join(
@@ -159,6 +157,27 @@ def label(text: str, texts: Sequence[str]) -> str:
     names = ["/".join([*Path(spec).parts[-2:-1], Path(spec).name.partition(".")[0]]) for spec in texts]
     name = names[list(texts).index(text)]
     return name if names.count(name) == 1 and len(name) < len(text) else text
+
+
+def num_draws(asked: Mapping[str, Any]) -> int:
+    """Calibration draws that a comparison asks for: files of token ids, or seeds if there are no files."""
+    return len(asked["calibration_ids"]) or int(asked["draws"])
+
+
+def texts_in_words(result: Mapping[str, Any]) -> str:
+    """The texts of a comparison and how much of each was read."""
+    return "; ".join(
+        f"{text['text']} ({counted(text['windows'], 'window')}, {text['tokens']:,} tokens)" for text in result["texts"]
+    )
+
+
+def failures(result: Mapping[str, Any]) -> list[str]:
+    """A line for each cell that failed."""
+    return [
+        f"{cell['method']}, {cell.get('sparsity') or 'at most ' + format(cell['size'], ',')}, draw {cell['draw']}: {cell['error']}"
+        for cell in result.get("cells", [])
+        if "error" in cell
+    ]
 
 
 def tokens_note(result: Mapping[str, Any]) -> str:

@@ -5,9 +5,8 @@ from dataclasses import replace
 from adapt_pruner.core import world
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.run_events import Item, Planned
-from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Stage, Work
-from adapt_pruner.run.estimate import Setup, Shapes, operations, shapes
+from adapt_pruner.run.estimate import Setup, Shapes, operations, setup_of, shapes
 
 __all__ = ["ahead"]
 
@@ -71,14 +70,11 @@ def ahead(work: Work, *, writes: tuple[int, ...] = ()) -> Planned:
 
 def _setup(work: Work) -> Setup:
     """How the run trains, seen from one of its processes."""
-    recipe, asked = work.recipe, work.recipe.training
-    device = work.model.device
-    taught = asked.source is not None and "teacher" in parts.needs("objective", asked.objective)
-    return Setup(
-        device="cpu" if device.type == "cpu" else "cuda", narrow=uses_bfloat16(device, recipe.dtype), length=asked.length,
-        batch_tokens=asked.batch_tokens, checkpointing=asked.gradient_checkpointing,
-        lora=0 if asked.lora is None else asked.lora.rank, teacher=shapes(work.model) if taught else None,
-        processes=world.size(), parallel=recipe.parallel,
+    recipe, device = work.recipe, work.model.device
+    taught = recipe.training.source is not None and recipe.training.needs_teacher
+    return setup_of(
+        recipe, device="cpu" if device.type == "cpu" else "cuda", narrow=uses_bfloat16(device, recipe.dtype),
+        teacher=shapes(work.model) if taught else None, processes=world.size(),
     )  # fmt: skip
 
 

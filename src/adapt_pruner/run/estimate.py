@@ -13,6 +13,7 @@ from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, kept, layers_at_once
 from adapt_pruner.data import windows
+from adapt_pruner.recipe import Recipe
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
@@ -27,6 +28,7 @@ __all__ = [
     "operations",
     "pruning_memory",
     "seconds",
+    "setup_of",
     "shapes",
     "training_memory",
 ]
@@ -136,6 +138,16 @@ class Setup:
     def trained(self, of: Shapes) -> int:
         """Parameters that have a gradient and moments."""
         return self.lora * of.in_and_out if self.lora else of.params
+
+
+def setup_of(recipe: Recipe, *, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
+    """How a recipe trains, for the formulas."""
+    asked = recipe.training
+    return Setup(
+        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.batch_tokens,
+        checkpointing=asked.gradient_checkpointing, lora=0 if asked.lora is None else asked.lora.rank, teacher=teacher,
+        processes=processes, parallel=recipe.parallel,
+    )  # fmt: skip
 
 
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:

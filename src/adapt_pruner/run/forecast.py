@@ -24,6 +24,7 @@ from adapt_pruner.run.estimate import (
     operations,
     pruning_memory,
     seconds,
+    setup_of,
     shapes,
     training_memory,
 )
@@ -78,7 +79,7 @@ def dry_run(
         kind = "cpu" if recipe.device == "cpu" else "cuda"
         narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
         speed = PAPER[kind]
-    how = _setup(recipe, kind, narrow, teacher, processes)
+    how = setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=processes)
     return _told(work, how, speed, on_paper=on_paper)
 
 
@@ -89,16 +90,6 @@ def _cut_on_paper(work: Work) -> None:
         tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
         work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
         work.state.figures["params_after_vocabulary"] = work.num_params
-
-
-def _setup(recipe: Recipe, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
-    """How a recipe trains, for the formulas."""
-    asked = recipe.training
-    return Setup(
-        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.batch_tokens,
-        checkpointing=asked.gradient_checkpointing, lora=0 if asked.lora is None else asked.lora.rank, teacher=teacher,
-        processes=processes, parallel=recipe.parallel,
-    )  # fmt: skip
 
 
 def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, Any]:
@@ -183,6 +174,6 @@ def _probe(work: Work, *, narrow: bool) -> Speed:
 
 def _teacher(work: Work, trust_remote_code: bool) -> Shapes | None:
     asked = work.recipe.training
-    if "teacher" not in parts.needs("objective", asked.objective):
+    if asked.source is None or not asked.needs_teacher:
         return None
     return shapes(work.model if asked.teacher is None else load_shapes(asked.teacher, trust_remote_code=trust_remote_code))

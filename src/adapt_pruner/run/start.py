@@ -1,7 +1,6 @@
 """Prepare a run: load the model, plan its stages and find the texts that they read."""
 
 import copy
-import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -30,7 +29,7 @@ from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF, domains
-from adapt_pruner.data.tokens import batches_of, calibration_ids
+from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError
@@ -173,7 +172,7 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
     for key, (given, remedy) in filling.items():
         if given:
             raise UsageError(f"{key} would not keep the zeros of a sparse model; {remedy}")
-    taught = trains and "teacher" in parts.needs("objective", asked.objective) and asked.teacher is None
+    taught = trains and asked.needs_teacher and asked.teacher is None
     if taught and "sparsity_before" in work.state.figures:
         raise UsageError(
             f"{recipe.model} is sparse, and training.objective {asked.objective!r} would use it as teacher; name the dense "
@@ -250,7 +249,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         feed=feed,
         ends=[] if feed is None else whole_batches(feed.ends([stage.tokens for stage in work.stages]), batch_rows=batch_rows),
         digests={
-            "calibration text": _digest([*begins_with, *own]),
+            "calibration text": digest_of([*begins_with, *own]),
             "training text": "" if rows is None else rows.digest(),
             "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
         },
@@ -412,10 +411,6 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
         raise RunError(f"{path} could not be written: {why(error)}; correct that and give the same command again") from error
 
 
-def _digest(batches: list[Tensor]) -> str:
-    return hashlib.sha256(to_json([batch.tolist() for batch in batches]).encode()).hexdigest()
-
-
 def _rows(work: Work, *, moving: bool) -> Rows | None:
     """All rows of the training; with `moving` also those that are read only if the shares of a mixture change."""
     asked, source = work.recipe.training, work.recipe.training.source
@@ -452,7 +447,7 @@ def _teacher(work: Work, *, begun: bool) -> Any:
         UsageError: the teacher has another vocabulary than the model.
     """
     loaded, recipe = work.loaded, work.recipe
-    if recipe.training.source is None or "teacher" not in parts.needs("objective", recipe.training.objective):
+    if recipe.training.source is None or not recipe.training.needs_teacher:
         return None
     device = next(loaded.model.parameters()).device
     name = recipe.training.teacher or recipe.model
