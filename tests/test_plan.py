@@ -156,7 +156,7 @@ def test_where_the_dense_model_does_not_fit_beside_it_the_text_alone_teaches() -
 
 
 def test_a_smaller_model_trains_a_little_faster_and_a_teacher_costs_a_pass() -> None:
-    """docs/shrink.md: 0.6 of the share by which it is smaller; a forward pass of the dense model."""
+    """docs/shrink.md: 0.6 of the share by which the dense model is larger; a forward pass of the dense model."""
     plain = plan_of(60, target=105_000_000, read=685, trained=373)
     taught = plan_of(60, target=105_000_000, read=685, trained=373, text_tokens=100_000)
     assert taught.settings["training.objective"] == "objectives.distil(temperature=1)", "the text is read more than once"

@@ -22,10 +22,10 @@ FLOPS = 1e9
 
 def followed(events: list[tuple[float, Event]], *, at: float | None = None) -> RunProgress:
     """Where a run stands after events, each with its second, at the last of them or later."""
-    course = ProgressTracker()
+    tracker = ProgressTracker()
     for second, event in events:
-        course.hear(event.model_copy(update={"time": 1000.0 + second}))
-    return course.at(1000.0 + (events[-1][0] if at is None else at))
+        tracker.hear(event.model_copy(update={"time": 1000.0 + second}))
+    return tracker.at(1000.0 + (events[-1][0] if at is None else at))
 
 
 def item(phase: str, stage: int = 1, times: int = 1, flops: float | None = FLOPS, *, repeats: bool = False) -> Any:
@@ -57,19 +57,19 @@ def test_the_estimate_of_a_recorded_run_is_near_the_truth(name: str) -> None:
     events = recorded(name)
     began = float(events[0].time or 0)
     whole = float(next(event.time or 0 for event in events if isinstance(event, Saved) and event.is_result)) - began
-    course, coming = ProgressTracker(), iter([*events, None])
+    tracker, coming = ProgressTracker(), iter([*events, None])
     event, estimates = next(coming), {}
     for step in range(1, 200):
         now = began + whole * step / 200
         while event is not None and float(event.time or 0) <= now:
-            course.hear(event)
+            tracker.hear(event)
             event = next(coming)
-        stands = course.at(now)
+        stands = tracker.at(now)
         estimates[step / 200] = None if stands.left is None else (stands.seconds + stands.left) / whole
     for share, error in ((0.1, 0.3), (1 / 3, 0.15)):
         far = {when: found for when, found in estimates.items() if when >= share and abs((found or 0) - 1) > error}
         assert not far, f"from {share:.0%} of {whole:.0f} s on: {far}"
-    assert course.at(began + whole).left is not None
+    assert tracker.at(began + whole).left is not None
 
 
 def test_a_repeated_iteration_costs_what_the_one_before_did() -> None:
@@ -199,7 +199,7 @@ def test_a_run_that_goes_on_plans_what_is_left() -> None:
     assert now["train", 3] == before["train", 3]
 
 
-def test_a_standing_is_plain_data_and_back() -> None:
+def test_progress_is_plain_data_and_back() -> None:
     stands = followed([(0, plan(*ITERATION)), (0, START), (0, phase("score")), (9, phase("score", 9, 10))])
     assert RunProgress.from_json(json.loads(json.dumps(stands.told()))) == stands
     assert stands.later(5.0).left == pytest.approx(float(stands.left or 0) - 5)

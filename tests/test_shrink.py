@@ -71,7 +71,7 @@ def test_a_plan_in_five_lines_a_model_its_page_and_a_recipe_that_runs_again(
     assert (status, lines.count("\n")) == (2, 1)
 
 
-def test_ctrl_c_keeps_the_best_so_far_and_the_same_command_goes_on(
+def test_ctrl_c_keeps_the_newest_checkpoint_and_the_same_command_goes_on(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, told = tmp_path / "small", Trainer._tell

@@ -152,4 +152,5 @@ def _print_plan(planned: dict[str, Any]) -> None:
         "nothing was written"
     )
     without = f"; not counted: {', '.join(planned['time_without'])}" if planned["time_without"] else ""
-    print(f"{planned['time_by']}: {planned['speed']}{without}")
+    by = {"assumption": "the time assumes", "probe": "the time is from a probe"}[planned["time_by"]]
+    print(f"{by}: {planned['speed']}{without}")

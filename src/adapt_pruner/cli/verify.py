@@ -63,7 +63,9 @@ def verify(
             _print_zeros(model, zeros)
     _check_zeros(model, zeros)
     if not figures["passed"]:
-        raise RunError(f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}; export it again")
+        raise RunError(
+            f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}; export it again, or with more bits if it is quantised"
+        )
 
 
 def _check_zeros(model: str, zeros: dict[str, Any] | None) -> None:

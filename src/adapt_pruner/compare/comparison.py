@@ -102,7 +102,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
             try:
                 return comparison.run()
             except KeyboardInterrupt:
-                listen(Interrupted(message=f"{comparison.standing}; the same command continues from there").told())
+                listen(Interrupted(message=f"{comparison.progress}; the same command continues from there").told())
                 raise
     except OSError as error:
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
@@ -254,7 +254,7 @@ class _Comparison:
             check_disk_space(self._out, numbers * self._work.itemsize, largest=max(coming) * self._work.itemsize)
 
     @property
-    def standing(self) -> str:
+    def progress(self) -> str:
         """How far the comparison is, in words."""
         return f"{sum('error' not in figures for figures in self._done.values())} of {len(self._names)} cells are finished"
 

@@ -6,7 +6,7 @@ The model
     layerwise.py    one decoder layer after the other; hooks.py: hooks that are always removed; cutline.py: scores about the cut line
 Computing
     task.py         what a model learns; feed.py: which rows come next; loss.py: losses without the full logits; precision.py: number formats
-    memory.py       how much is held; world.py: the processes that share a run; heartbeat.py: they watch each other
+    memory.py       how much is held; world.py: the processes that share a run; heartbeat.py: how these watch each other
 Disk and processes
     files.py        files that are written whole or not at all; locks.py, marks.py, places.py: whose they are, and whether they can be
     children.py     child processes; interrupts.py: interrupts that wait; provenance.py: what made a result

@@ -39,7 +39,7 @@ __all__ = [
     "whole_file",
     "why",
     "write_whole",
-]  # fmt: skip
+]
 
 MOST_TEXT = 2**28
 """The most bytes of a foreign file that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""

@@ -188,7 +188,7 @@ class Work:
         listen: told of every event.
         trust_remote_code: whether code that comes with a model may run.
         state: what the run has done so far.
-        reads: the texts, the teacher and the tasks.
+        data: the texts, the teacher and the tasks.
         stages: the rounds of pruning and training.
         budget: parameters at the start, and parameters to keep.
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.

@@ -81,7 +81,7 @@ def try_card(folder: Path, *, path: Path, listen: Listener) -> None:
     try:
         write_card(folder)
     except Exception as error:
-        message = f"README.md could not be written: {first_line(error)}; `{typed('card', path)}` tries again"
+        message = f"the result has no model card: {first_line(error)}; `{typed('card', path)}` tries again"
         listen(Warned(message=message).told())
 
 

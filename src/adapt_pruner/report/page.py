@@ -49,7 +49,7 @@ def try_report(run_dir: Path) -> str | None:
     try:
         write_report(run_dir)
     except Exception as error:
-        return f"the report could not be written: {first_line(error)}; `{typed('report', run_dir)}` tries again"
+        return f"the run has no new report: {first_line(error)}; `{typed('report', run_dir)}` tries again"
     return None
 
 

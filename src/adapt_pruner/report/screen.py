@@ -95,7 +95,7 @@ class Screen:
         self._bars.hear(event)
         self._follow(event)
         if line := event.line(self._work.begun if self._work is not None else "dense"):
-            self.say(line + self._standing_of(event), often=event.often)
+            self.say(line + self._times_of(event), often=event.often)
 
     def show_progress(self, progress: RunProgress, when: float) -> None:
         """Show where a run elsewhere said that it stood, at a time in Unix seconds; its events are not used for that."""
@@ -141,7 +141,7 @@ class Screen:
             return progress.later(max(0.0, (time.time() if now is None else now) - when))
         return self._tracker.at(now)
 
-    def _standing_of(self, event: Event) -> str:
+    def _times_of(self, event: Event) -> str:
         """Times so far and to come, to append to the line of an event about progress."""
         if self._moves or self._kept is not None or not isinstance(event, Progress | Step | Cut | InCell | Within):
             return ""

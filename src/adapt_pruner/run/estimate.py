@@ -158,8 +158,8 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
 
     The peak is in the last pass of a step, at one of two places. At the loss, there are activations and logits (with
     checkpointing: the larger of logits and the recomputed activations of one layer). At the end of the backward pass, some
-    gradients are still on their way: 4 V·H of the embedding, and as much again of a head tied to it. In bfloat16 there are also
-    2 N_dec of all copies, since the casts of the step's first pass come last in the backward pass.
+    gradients are still in temporary buffers: 4 V·H of the embedding, and as much again of a head tied to it. In bfloat16 there
+    are also 2 N_dec of all copies, since the casts of the step's first pass come last in the backward pass.
 
     Returns:
         part -> bytes; see `held` for what a process then occupies.

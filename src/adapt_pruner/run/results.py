@@ -63,13 +63,13 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
 
     With `after_cuts` the model has been cut and most of the stage's training is still to come; these figures have other names.
     """
-    reads, figures = work.data, work.state.figures
-    if not reads.held_out:
+    data, figures = work.data, work.state.figures
+    if not data.held_out:
         return
     with work.state.clock("evaluate"):
         measured = perplexity(
-            work.model, reads.held_out, task=work.task, dtype=work.recipe.dtype, num_bytes=reads.held_out_bytes,
-            texts=reads.held_out_texts, on_window=work.progress("evaluate", stage=stage),
+            work.model, data.held_out, task=work.task, dtype=work.recipe.dtype, num_bytes=data.held_out_bytes,
+            texts=data.held_out_texts, on_window=work.progress("evaluate", stage=stage),
         )  # fmt: skip
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
         known = figures.setdefault(f"{name}_after_cuts" if after_cuts else name, [])

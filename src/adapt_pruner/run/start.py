@@ -207,7 +207,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     The recipe is checked against the model, the machine and the processes.
 
     Args:
-        work: the run; its `stages`, `budget` and `reads` are filled.
+        work: the run; its `stages`, `budget` and `data` are filled.
         begun: whether the run began earlier, so that its model has changed since.
         folder: the run's folder, which keeps text that the model writes.
         write: whether the model writes its own calibration text now and tasks are loaded; a plan needs neither.

@@ -2,5 +2,5 @@
 
 loop.py         the loop of one stage; schedules.py: the learning rate over all stages; pace.py: how far it gets in the time left
 objectives.py   what it minimises
-adapters.py     LoRA; kernels.py: the same in less time or memory; spread.py: a model spread over processes (FSDP)
+adapters.py     LoRA; kernels.py: the same training in less time or memory; spread.py: a model spread over processes (FSDP)
 """
