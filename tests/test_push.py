@@ -20,7 +20,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report import documented
-from adapt_pruner.report.hub import parcel
+from adapt_pruner.report.hub import plan_upload
 from conftest import byte_tokenizer
 from test_cli import call
 
@@ -211,21 +211,21 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(folder: Path, hub: Hub, answ
 @pytest.mark.parametrize("repo", ["a/b/c", "me/ha ha", "me/a--b", "", "-x", "me/x.git", "me/" + "x" * 97])
 def test_a_name_that_is_none_is_refused(folder: Path, repo: str) -> None:
     with pytest.raises(UsageError, match="not the name of a repository"):
-        parcel(folder, repo)
+        plan_upload(folder, repo)
 
 
 def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no pruning\.json"):
-        parcel(tiny_folder, "me/small")
+        plan_upload(tiny_folder, "me/small")
     with pytest.raises(UsageError, match="is not a folder"):
-        parcel(tmp_path / "none", "me/small")
+        plan_upload(tmp_path / "none", "me/small")
     for name in ("config.json", "pruning.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(UsageError, match="no weights"):
-        parcel(tmp_path, "me/small")
+        plan_upload(tmp_path, "me/small")
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(UsageError, match="in the middle of a run"):
-        parcel(tmp_path, "me/small")
+        plan_upload(tmp_path, "me/small")
 
 
 def test_an_export_is_sent_with_its_own_card(
@@ -246,10 +246,10 @@ def test_a_folder_with_a_card_of_somebody_else_is_no_export(tiny_folder: Path, t
     shutil.copytree(tiny_folder, tmp_path / "theirs")
     (tmp_path / "theirs" / "README.md").write_text("---\ntags:\n- llama\n---\nNot made by adapt-pruner\n- adapt-pruner\n")
     with pytest.raises(UsageError, match=r"no pruning\.json"):
-        parcel(tmp_path / "theirs", "me/small")
+        plan_upload(tmp_path / "theirs", "me/small")
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
     with pytest.raises(UsageError, match="put it into the folder of its checkpoint"):
-        parcel(tmp_path / "small.gguf", "me/small")
+        plan_upload(tmp_path / "small.gguf", "me/small")
 
 
 def test_only_what_we_wrote_is_sent_and_the_rest_is_named(folder: Path, hub: Hub, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_only_what_we_wrote_is_sent_and_the_rest_is_named(folder: Path, hub: Hub
     (mine / "dangling").symlink_to(secret / "none")
     (mine / "linked").symlink_to(secret)
     os.mkfifo(mine / "pipe")
-    found = parcel(mine, "me/small")
+    found = plan_upload(mine, "me/small")
     assert set(found.files) == set(sent_by(folder))
     (note,) = [note for note in found.notes if "not sent" in note]
     assert "*, additional_chat_templates/x.py, dangling, link.json, linked" in note
@@ -291,11 +291,11 @@ def test_a_link_or_a_pipe_in_place_of_our_files(name: str, folder: Path, tmp_pat
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="is a link, and its target may not belong to the model; put the file itself there"):
-        parcel(tmp_path / "mine", "me/small")
+        plan_upload(tmp_path / "mine", "me/small")
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UsageError):
-        parcel(tmp_path / "mine", "me/small")
+        plan_upload(tmp_path / "mine", "me/small")
 
 
 def test_shards_are_those_that_the_index_names(folder: Path, tmp_path: Path) -> None:
@@ -303,9 +303,9 @@ def test_shards_are_those_that_the_index_names(folder: Path, tmp_path: Path) -> 
     mine, index = tmp_path / "mine", tmp_path / "mine" / "model.safetensors.index.json"
     (mine / "model.safetensors").rename(mine / "model-00001-of-00001.safetensors")
     with pytest.raises(UsageError, match="no weights"):
-        parcel(mine, "me/small")
+        plan_upload(mine, "me/small")
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
-    assert "model-00001-of-00001.safetensors" in parcel(mine, "me/small").files
+    assert "model-00001-of-00001.safetensors" in plan_upload(mine, "me/small").files
     for shard, said in (
         ("gone.safetensors", "has no gone"),
         ("../x.safetensors", "not a shard beside it"),
@@ -313,7 +313,7 @@ def test_shards_are_those_that_the_index_names(folder: Path, tmp_path: Path) -> 
     ):
         index.write_text(json.dumps({"weight_map": {"a": shard}}))
         with pytest.raises(UsageError, match=said):
-            parcel(mine, "me/small")
+            plan_upload(mine, "me/small")
 
 
 def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folde
     with pytest.raises(RunError, match="tool_use"):
         read_state(checkpoint)
     result = tmp_path / "run" / "model"
-    sent = parcel(result, "me/small").files
+    sent = plan_upload(result, "me/small").files
     assert set(sent) == {path.relative_to(result).as_posix() for path in result.rglob("*") if path.is_file()}
     assert other in sent
     assert set(load(str(result)).tokenizer.chat_template) == {"default", "tool_use"}

@@ -41,7 +41,7 @@ def push(
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report import hub
 
-    packed = hub.parcel(folder, repo)
+    packed = hub.plan_upload(folder, repo)
     for note in packed.notes:
         print(f"warning: {note}", file=sys.stderr)
     size = sum(packed.files.values())

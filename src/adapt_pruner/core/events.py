@@ -18,14 +18,14 @@ from adapt_pruner.core.strict_json import MOST, of_json
 from adapt_pruner.core.words import millions
 
 __all__ = [
-    "EVERYWHERE", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Listener", "Load", "Loaded", "Other", "PlanLine", "Progress", "Resumed",
+    "DEFAULT_TEXT", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Listener", "Load", "Loaded", "Other", "PlanLine", "Progress", "Resumed",
     "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "counting", "is_logged", "parse", "parse_line",
 ]  # fmt: skip
 
 
 Listener = Callable[[dict[str, Any]], None]
 """Whoever is told of events, each as plain data (`Event.told`)."""
-EVERYWHERE = "python-docs:train"
+DEFAULT_TEXT = "python-docs:train"
 """The text used if none is named."""
 TOLD_AS = "ADAPT_PRUNER_EVENTS"
 """Name of an environment variable; with the value `json`, a command writes its events to stderr as lines of JSON."""
@@ -263,7 +263,7 @@ class Start(Event):
         if self.text:
             own = self.text == "self"
             text += f", calibrated on {'text that the model writes itself' if own else self.text}"
-            if own or self.text == EVERYWHERE:
+            if own or self.text == DEFAULT_TEXT:
                 what = "" if own else "Python's language reference; "
                 text += f" ({what}text of your own gives a better model: --set calibration.source=FILE)"
         if self.stages > 1:

@@ -8,7 +8,7 @@ from torch import nn
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["casting_once", "linears_cast", "native_bfloat16", "numbers", "precision", "spoiled", "uses_bfloat16"]
+__all__ = ["casting_once", "linears_cast", "native_bfloat16", "nonfinite_error", "precision", "refuse_nonfinite", "uses_bfloat16"]
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -31,19 +31,19 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
 
 
-def spoiled(what: str, device: torch.device, dtype: str) -> RunError:
+def nonfinite_error(what: str, device: torch.device, dtype: str) -> RunError:
     """The error to raise if `what`, computed by a model, is not a number."""
     narrow = uses_bfloat16(device, dtype)
     format_and_remedy = "bfloat16; set dtype to float32, or get its files again" if narrow else "float32; get its files again"
     return RunError(f"{what}; the model's weights are damaged or overflow in {format_and_remedy}")
 
 
-def numbers(what: str, device: torch.device, dtype: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def refuse_nonfinite(what: str, device: torch.device, dtype: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A logits processor for transformers' `generate` (ids, logits -> logits) that refuses logits of nan or inf."""
 
     def check(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if not logits.max(dim=-1).values.isfinite().all():  # the maximum of a row with a nan is nan
-            raise spoiled(what, device, dtype)
+            raise nonfinite_error(what, device, dtype)
         return logits
 
     return check

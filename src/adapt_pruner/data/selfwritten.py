@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from adapt_pruner.core.precision import casting_once, numbers, precision
+from adapt_pruner.core.precision import casting_once, precision, refuse_nonfinite
 from adapt_pruner.data.tokens import opening
 
 __all__ = ["selfwritten_windows"]
@@ -78,7 +78,7 @@ def selfwritten_windows(
                     top_p=1.0,
                     max_new_tokens=length - shown,
                     logits_processor=LogitsProcessorList(
-                        [count, numbers("no text can be drawn from logits of nan or inf", device, dtype)]
+                        [count, refuse_nonfinite("no text can be drawn from logits of nan or inf", device, dtype)]
                     ),
                 )
                 rows.append(written[:, 1 - shown :].cpu())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
-from adapt_pruner.core.precision import numbers, precision
+from adapt_pruner.core.precision import precision, refuse_nonfinite
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
 __all__ = ["LONGEST", "PROMPTS", "Answer", "answer"]
@@ -119,7 +119,7 @@ def answer(
         try:
             written = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, num_beams=1, num_return_sequences=1,
-                logits_processor=LogitsProcessorList([numbers("no answer can be read from logits of nan or inf", model.device, dtype)]),
+                logits_processor=LogitsProcessorList([refuse_nonfinite("no answer can be read from logits of nan or inf", model.device, dtype)]),
                 pad_token_id=ends[0] if ends else 0, streamer=None if on_text is None else _Told(tokenizer, on_text), **how,
             )[0, ids.shape[1] :]  # fmt: skip
         except (RunError, UsageError):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapt_pruner import families
 from adapt_pruner.core import world
-from adapt_pruner.core.precision import casting_once, precision, spoiled
+from adapt_pruner.core.precision import casting_once, nonfinite_error, precision
 from adapt_pruner.core.strict_json import perplexity_of
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
@@ -106,7 +106,7 @@ def perplexity(
     world.sum_in_place(total, rate, *judged.values(), *by_text.values())
     nll = float(total) / count
     if math.isnan(nll):
-        raise spoiled(f"the loss on the text is {nll}", device, dtype)
+        raise nonfinite_error(f"the loss on the text is {nll}", device, dtype)
     bits = float(total) / math.log(2) / num_bytes if num_bytes else None
     seconds = time.perf_counter() - began
     return Perplexity(

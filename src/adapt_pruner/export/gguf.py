@@ -36,7 +36,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
-from adapt_pruner.export.loading import not_computed, ropes_of
+from adapt_pruner.export.loading import GGUF_TYPES, not_computed, ropes_of
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
 __all__ = ["ABOUT", "PADS", "QUANTS", "holds", "loading", "opened", "write"]
@@ -52,7 +52,6 @@ QUANTS = (
 PADS = (32, 256)
 """Block sizes of quantised rows, the second for k-quants; MLPs may be padded to multiples of them."""
 _BLOCK = PADS[0]
-_NATIVE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 _NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -205,14 +204,14 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     """
     config = model.config
     check_layers(config, "llama.cpp")
-    if config.model_type not in _NATIVE:
-        raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(_NATIVE)}")
+    if config.model_type not in GGUF_TYPES:
+        raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(GGUF_TYPES)}")
     if (trouble := not_computed(config.to_dict(), config.model_type)) is not None:
         raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use --to padded or onnx")
     notes = []
     sizes = layer_sizes(model)
     sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]
-    arch, head_dim = _NATIVE[config.model_type], model.model.layers[0].self_attn.head_dim
+    arch, head_dim = GGUF_TYPES[config.model_type], model.model.layers[0].self_attn.head_dim
     extra_biases = bool(getattr(config, "output_bias", False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if extra_biases and arch not in ("llama", "qwen2"):

@@ -7,8 +7,8 @@ from adapt_pruner.checkpoint.for_others import stock_type
 
 __all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
 
-GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-"""The model types that `export --to gguf` can write."""
+GGUF_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+"""The model types that `export --to gguf` can write -> llama.cpp's architecture."""
 _LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama, whose graph scales positions as Llama 3 does
 
 
@@ -26,7 +26,7 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
     if any("attention" in layer.get("skip", ()) for layer in layers_of(config)):
         yield "**vLLM** refuses a model with a layer that has no attention."
     elif config.get("block_sums"):
-        yield "**vLLM** has no place for the sums of blocks beside linear layers (`slorb`)."
+        yield "**vLLM** has no place for SLoRB matrices."
     elif own_code:
         yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
     elif (
@@ -72,13 +72,13 @@ def no_gguf(config: Mapping[str, Any]) -> str | None:
     if "sliced_hidden_size" in config:
         return "it has no place for the maps beside the layers of a sliced model"
     if config.get("block_sums"):
-        return "it has no place for the sums of blocks beside linear layers (slorb)"
+        return "it has no place for SLoRB matrices"
     if any(layer.get("skip") for layer in layers_of(config)):
         return "the export knows no layers that lack their attention or MLP"
     kind = stock_type(config)
     if kind not in GGUF_TYPES:
         return f"the export knows no form for models of type {kind}"
-    if config.get("output_bias") and kind not in ("llama", "mistral", "qwen2"):
+    if config.get("output_bias") and kind not in _LLAMAS:
         return "it has no place for the biases that a repair added"
     return not_computed(config, kind)
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adapt_pruner.core.budget import check_written, parse_count
-from adapt_pruner.core.events import EVERYWHERE
+from adapt_pruner.core.events import DEFAULT_TEXT
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -350,7 +350,7 @@ class Recipe(_Frozen):
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
         calibration = below.get("calibration", {})
         if below.get("init") == "random" and isinstance(calibration, dict):  # a random model cannot write its own text
-            below["calibration"] = {"source": EVERYWHERE, **calibration}
+            below["calibration"] = {"source": DEFAULT_TEXT, **calibration}
         return below
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
 
-__all__ = ["Parcel", "parcel", "push"]
+__all__ = ["Upload", "plan_upload", "push"]
 
 _WRITTEN = {
     "README.md", "config.json", "generation_config.json", "mask.json", "model.safetensors", "model.safetensors.index.json",
@@ -31,7 +31,7 @@ _NAMED = 8  # the most left-out files that the note names
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """What goes to the hub.
 
     Attributes:
@@ -49,7 +49,7 @@ class Parcel:
     notes: tuple[str, ...]
 
 
-def parcel(folder: Path, repo: str) -> Parcel:
+def plan_upload(folder: Path, repo: str) -> Upload:
     """What `push` would send. Nothing is written, and neither network nor token is needed.
 
     Raises:
@@ -91,7 +91,7 @@ def parcel(folder: Path, repo: str) -> Parcel:
         )
     if "\nlicense:" not in text.partition("\n---")[0]:
         notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
-    return Parcel(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
+    return Upload(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
 
 
 def _is_export(card: Path) -> bool:
@@ -142,11 +142,11 @@ def _shards(index: Path) -> set[str]:
     return named
 
 
-def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) -> str:
-    """Make the repository if there is none, and send the files of the parcel, and no others, in one commit.
+def push(upload: Upload, *, private: bool = False, branch: str | None = None) -> str:
+    """Make the repository if there is none, and send the files of the upload, and no others, in one commit.
 
     Args:
-        parcel: the result of `parcel`.
+        upload: the result of `plan_upload`.
         private: the repository must be private; an existing public one is refused.
         branch: used instead of main; made if it does not exist.
 
@@ -162,30 +162,30 @@ def push(parcel: Parcel, *, private: bool = False, branch: str | None = None) ->
 
     if get_token() is None:
         raise UsageError("nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write")
-    if parcel.new_card:
-        write_card(parcel.folder)
+    if upload.new_card:
+        write_card(upload.folder)
     api = HfApi(library_name="adapt-pruner", library_version=installed("adapt-pruner"))
     try:
-        repo = api.create_repo(parcel.repo, private=private or None, exist_ok=True).repo_id
+        repo = api.create_repo(upload.repo, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo).private:
             raise UsageError(f"{repo} is there already and public; make it private in its settings, or name another")
         if branch is not None:
             api.create_branch(repo, branch=branch, exist_ok=True)
         sent: Any = api.create_commit(
             repo_id=repo,
-            operations=[CommitOperationAdd(name, parcel.folder / name) for name in parcel.files],
+            operations=[CommitOperationAdd(name, upload.folder / name) for name in upload.files],
             revision=branch,
-            commit_message=f"{parcel.folder.resolve().name}, made with adapt-pruner",
+            commit_message=f"{upload.folder.resolve().name}, made with adapt-pruner",
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise UsageError(
-                f"the hub does not let you write to {parcel.repo} (status {status}); name a repository of yours, "
+                f"the hub does not let you write to {upload.repo} (status {status}); name a repository of yours, "
                 "or log in with a token that may write: `hf auth login`"
             ) from error
         then = "try again later" if status == 429 or status >= 500 else "correct what it names and push again"
-        raise RunError(f"the hub refused {parcel.repo} (status {status}): {first_line(error)}; {then}") from error
+        raise RunError(f"the hub refused {upload.repo} (status {status}): {first_line(error)}; {then}") from error
     except (HTTPError, ConnectionError) as error:
         raise RunError(
             f"the hub cannot be reached from here ({first_line(error)}); try again where there is a network, "

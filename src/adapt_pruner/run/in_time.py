@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_pruner import recipe as recipes
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.events import EVERYWHERE, Listener, PlanLine
+from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine
 from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import texts
@@ -55,7 +55,7 @@ def recipe_in_time(
             model or the text cannot be loaded; or the time is too short.
     """
     minutes, tokens = long
-    train, held_out, characters = apart(text or EVERYWHERE)
+    train, held_out, characters = apart(text or DEFAULT_TEXT)
     asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,

@@ -40,7 +40,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
-from adapt_pruner.core.precision import casting_once, linears_cast, precision, spoiled
+from adapt_pruner.core.precision import casting_once, linears_cast, nonfinite_error, precision
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
@@ -168,7 +168,7 @@ def score(
                 world.sum_in_place(nll)
                 total = float(nll) / predicted
                 if not math.isfinite(total):
-                    raise spoiled(f"the loss on the calibration text is {total}", next(model.parameters()).device, dtype)
+                    raise nonfinite_error(f"the loss on the calibration text is {total}", next(model.parameters()).device, dtype)
             for names in gradients if of_weights else ():
                 _sum_gradients(model, names)
                 for metric, name in product(of_weights, names):
