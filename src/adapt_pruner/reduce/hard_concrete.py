@@ -18,6 +18,7 @@ from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import gated, num_left
+from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
 from adapt_pruner.reduce.work import Work
@@ -364,7 +365,8 @@ def _behind(model: nn.Module, block: Axis) -> str | None:
 
 def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor) -> None:
     """Scale the embeddings, all weights that write the stream and the norms after blocks; see `fold` for tied embeddings."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embeddings: Any = CAUSAL_LM.entrance(model)
+    head = CAUSAL_LM.head(model)  # a model of another task has none
     behind = [name for block in axes if block.kind in ("attentions", "mlps") and (name := _behind(model, block))]
     for piece in axis.slices:
         parameter = model.get_parameter(piece.parameter)
@@ -376,7 +378,7 @@ def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: T
             offset = 1.0 if piece.parameter in axis.one_more else 0.0
             parameter.copy_((parameter + offset) * values.to(parameter) - offset)
     embeddings.weight.mul_(values.to(embeddings.weight))
-    if head is not None and head.weight is embeddings.weight:
+    if getattr(head, "weight", None) is embeddings.weight:
         name = f"{axis.gate.module}.weight"  # of the last norm
         norm, offset = model.get_parameter(name), 1.0 if name in axis.one_more else 0.0
         norm.copy_((norm + offset) / values.to(norm) - offset)
