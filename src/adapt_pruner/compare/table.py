@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.core.words import shown
+from adapt_pruner.core.words import counted, shown
 from adapt_pruner.report.comparison import failures, label, num_draws, texts_in_words, tokens_note
 
 __all__ = ["markdown", "rows_of", "table"]
@@ -175,7 +175,7 @@ def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     """The comparison as a page: what was measured and how, the table, the picture, and every reason in full."""
     asked = result["arguments"]
     count = num_draws(asked)
-    drawn = f"{count} {'draw' if count == 1 else 'draws'} of calibration text"
+    drawn = f"{counted(count, 'draw')} of calibration text"
     if asked["calibration_ids"] or asked["calibration"]:
         drawn += f" ({'files of token ids' if asked['calibration_ids'] else asked['calibration']})"
     note = tokens_note(result)

@@ -1,4 +1,6 @@
-"""The nouns (Axis, Scores, Mask, Budget), the operations on any model with them, and what every room uses. Knows no method, no family.
+"""The nouns (Axis, Scores, Mask, Budget), what can be done with them to any model, and tools that all other folders use.
+
+Nothing here knows a pruning method or a model family.
 
 The model
     axes.py         what can shrink and what stays; surgery.py: shutting units and removing them; budget.py: counting parameters

@@ -41,7 +41,7 @@ def compact(value: float) -> str:
 
 def counted(count: int, noun: str) -> str:
     """A count and its noun: 1 window, 2,000 windows."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    return f"{count:,d} {noun}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:

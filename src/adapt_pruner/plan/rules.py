@@ -36,6 +36,7 @@ _RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that go
 _LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _GIB = 2**30
+_LONGEST = 10**6  # minutes
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,9 @@ def how_long(minutes: float | None, hours: float | None, tokens: str | None) -> 
     if tokens is not None:
         return None, parse_count(tokens)
     asked = float(minutes if minutes is not None else 60 * (hours or 0.0))
-    if not 0 < asked <= 10**6:
-        most = "16,666" if named[0] == "--hours" else "1,000,000"
-        raise UsageError(f"{named[0]} {given[named[0]]:g} is out of range; give {named[0][2:]} above 0 and up to {most}")
+    if not 0 < asked <= _LONGEST:
+        most = _LONGEST // (60 if named[0] == "--hours" else 1)
+        raise UsageError(f"{named[0]} {given[named[0]]:g} is out of range; give {named[0][2:]} above 0 and up to {most:,}")
     return asked, None
 
 

@@ -1,4 +1,4 @@
-"""`Reduction`: a way to bring a model to a stage's budget, and what it yields and tells."""
+"""The interface of a reduction: `Reduction` itself, the steps that it yields, and what it tells a dry run about its work."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

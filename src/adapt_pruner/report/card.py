@@ -366,8 +366,8 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
             lines.append(f"* The repair also read {calibration['repair_samples']:,} further sequences of this text.")
     if figures.get("trained_tokens"):
         lines.append(
-            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over {recipe['stages']:d} "
-            f"{'stage' if recipe['stages'] == 1 else 'stages'} with {_code(training['objective'])}, peak learning rate {training['lr']:g}."
+            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over "
+            f"{counted(recipe['stages'], 'stage')} with {_code(training['objective'])}, peak learning rate {training['lr']:g}."
         )
         if "teacher" in parts.needs_if_known("objective", training["objective"]):
             lines.append(f"* Teacher: {_plain(training['teacher'] or 'the base model')}.")
