@@ -27,7 +27,7 @@ from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.for_others import name_for_others
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import disk_full_reason, folder_beside, named, sync, why
+from adapt_pruner.core.files import folder_beside, named, sync, why, write_failure
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
@@ -92,7 +92,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
             named(partial, path)
             sync(path.parent)
     except Exception as error:
-        reason = why(error) if isinstance(error, OSError) else disk_full_reason(error)  # libraries wrap the system's error
+        reason = write_failure(error)
         if reason is None:
             raise
         raise _unwritten(path, reason) from error

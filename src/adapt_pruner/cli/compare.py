@@ -85,8 +85,7 @@ def compare(
     from adapt_pruner.compare.comparison import compare as run
     from adapt_pruner.compare.table import table
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.words import counted
-    from adapt_pruner.report.comparison import tokens_note
+    from adapt_pruner.report.comparison import texts_in_words, tokens_note
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
@@ -95,15 +94,16 @@ def compare(
     if as_json:
         print(to_json(result | {"path": str(out)}))
     else:
-        texts = "; ".join(
-            f"{text['text']}, {text['tokens']:,} tokens in {counted(text['windows'], 'window')}" for text in result["texts"]
-        )
         shown = [rows for rows in (result["rows"], result["sparse_rows"]) if len(rows) > 1] or [result["rows"]]
         for number, rows in enumerate(shown):
             print("\n" * (number > 0), end="")
             print_table(*table(rows))
         note = tokens_note(result)
-        print(f"\n{note}" if note else "", f"perplexity on {texts}, {result['precision']}; written to {out}", sep="\n")
+        print(
+            f"\n{note}" if note else "",
+            f"perplexity on {texts_in_words(result)}, {result['precision']}; written to {out}",
+            sep="\n",
+        )
     failed = sum("error" in cell for cell in result["cells"])
     if failed:
         raise RunError(f"{failed} of {len(result['cells'])} cells failed; the table and {out / 'compare.md'} say why")

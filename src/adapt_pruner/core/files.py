@@ -38,6 +38,7 @@ __all__ = [
     "weight_bytes",
     "whole_file",
     "why",
+    "write_failure",
     "write_whole",
 ]
 
@@ -233,6 +234,11 @@ def files_in(folder: Path) -> dict[str, Path]:
 def why(error: OSError) -> str:
     """What went wrong, in words for people."""
     return disk_full_reason(error) or error.strerror or str(error)
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why a library could not write, in words for people; None if the error is about something else than the disk."""
+    return why(error) if isinstance(error, OSError) else disk_full_reason(error)
 
 
 def disk_full_reason(error: BaseException) -> str | None:

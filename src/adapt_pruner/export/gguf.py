@@ -29,7 +29,7 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import disk_full_reason, file_beside, whole_file, why
+from adapt_pruner.core.files import file_beside, whole_file, write_failure
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
 from adapt_pruner.core.words import millions
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
@@ -122,7 +122,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
                 rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
                 raise RunError(f"another program wrote {path} meanwhile; the complete result is in {rescued}")
     except (OSError, RuntimeError) as error:
-        reason = why(error) if isinstance(error, OSError) else disk_full_reason(error)
+        reason = write_failure(error)
         if reason is None:
             raise
         raise RunError(f"{path} could not be written: {reason}; nothing was left there") from error
