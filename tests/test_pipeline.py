@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
 from adapt_pruner.core.budget import count_parameters
@@ -443,6 +444,17 @@ def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe:
         UsageError, match="'allocate.adaptive' prunes layer by layer, and the axis residual is in no layer; set chooser"
     ):
         without_training(recipe, axes=axes)
+
+
+def test_a_family_whose_unequal_layers_cannot_be_saved_is_refused_at_the_start(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(modeling_pruned, "PrunedLlamaForCausalLM")
+    refused = "LlamaForCausalLM has no class in checkpoint/modeling_pruned.py, .*; set equal_widths=true, or prune whole layers"
+    with pytest.raises(UsageError, match=refused):
+        prune(without_training(recipe), tmp_path / "out")
+    equal = prune(without_training(recipe, equal_widths=True), tmp_path / "out")
+    assert equal.figures["params_after"] < equal.figures["params_before"]
 
 
 def test_only_what_may_shrink_gets_gradients(recipe: Recipe) -> None:

@@ -1,14 +1,14 @@
 """Causal language models whose layers differ in size, as `per_layer_config` in config.json says.
 
 Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.14 and nothing else. Each class
-is the stock one with decoder layers built from that layer's own config, whose `skip` names the blocks (attention, mlp) that the layer
-lacks, with their norms; `output_bias` says that what writes to the stream has a bias, and `block_sums` that linear layers add a map of sums
-of so many inputs each. Load with
+is the stock one, but each decoder layer is built from its own config. A layer's `skip` names what it lacks: attention, mlp
+and the norms of these. With `output_bias` the linear layers that write to the stream have a bias. With `block_sums: k` each
+linear layer also adds B·s, where s are the sums of k consecutive inputs each. Load with
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-config.json calls the model type `pruned_llama` where the stock one is `llama`, and so on: stock classes would take the folder for
-theirs and compute something else, and so transformers refuses it and says what to pass.
+config.json has the model type `pruned_llama` instead of `llama`, and so on. A stock class would otherwise load the folder and compute
+something else; so transformers refuses it and says what to pass.
 
 Licence: Apache-2.0.
 """
@@ -127,10 +127,10 @@ class _WithoutLayers:
 
 
 class _Nothing(nn.Module):
-    """In the place of attention, where a layer number is given, or of an MLP that is gone: adds nothing to the stream.
+    """Replaces a removed attention (which has a layer number) or MLP: it adds nothing to the stream.
 
-    Attention that is gone still counts tokens in its layer of the cache, one number each, since transformers asks one layer for all
-    how many there are.
+    A removed attention still writes one number per token to its layer of the cache, because transformers asks a single layer for
+    the number of tokens seen.
     """
 
     def __init__(self, layer_idx):
@@ -141,7 +141,7 @@ class _Nothing(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if self.layer_idx is None:
             return nothing
-        cache = others.get("cache", others.get("past_key_values"))  # as transformers calls it, and called it
+        cache = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
         if cache is not None:
             cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
         return nothing, None
@@ -160,7 +160,7 @@ class _OwnConfig:
 
 
 class BlockSumLinear(nn.Linear):
-    """y = W x + b + B s with s_j the sum of block j of the inputs: what zeros in W took away, given back block by block (SLoRB of AST)."""
+    """y = W x + b + B s, where s_j is the sum of block j of the inputs. B makes up for the zeros in W (SLoRB of AST)."""
 
     def forward(self, x):
         sums = x.unflatten(-1, (self.block_sums.shape[1], -1)).sum(-1)

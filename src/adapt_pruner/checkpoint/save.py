@@ -34,7 +34,10 @@ from adapt_pruner.core.surgery import write_sizes
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["SHARD_BYTES", "check_empty", "check_fits", "check_target", "needs_own_code", "save", "whole_or_nothing"]
+__all__ = [
+    "SHARD_BYTES", "can_save_unequal_layers", "check_empty", "check_fits", "check_target", "needs_own_code", "save", "stock_class",
+    "whole_or_nothing",
+]  # fmt: skip
 
 SHARD_BYTES = 50_000_000_000  # the most bytes that transformers writes into one weight file
 
@@ -173,12 +176,22 @@ def needs_own_code(config: Any) -> bool:
     return bool(config.is_heterogeneous or added or families.is_sliced(config))
 
 
+def stock_class(model: Any) -> str:
+    """The name of the stock class that a model is or comes from."""
+    return type(model).__name__.removeprefix("Pruned").removeprefix("Sliced")
+
+
+def can_save_unequal_layers(model: Any) -> bool:
+    """Whether a class of modeling_pruned.py builds such a model with layers that differ in size."""
+    return hasattr(modeling_pruned, f"Pruned{stock_class(model)}")
+
+
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
     """The model's config with the class that builds it. Sizes are read from the weights, unless the weights are elsewhere."""
     config = copy.deepcopy(model.config)
     if not as_it_says:
         write_sizes(config, families.axes(model))
-    stock = type(model).__name__.removeprefix("Pruned").removeprefix("Sliced")
+    stock = stock_class(model)
     config.dtype = dtype
     config.architectures = [stock]
     config.__dict__.pop("auto_map", None)
@@ -187,7 +200,7 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
         file = modeling_sliced if families.is_sliced(config) else modeling_pruned
         built = getattr(file, f"{prefix}{stock}", None)
         if built is None:
-            raise UsageError(f"{stock} has no class in {files[0]}.py, so unequal layers cannot be saved; add one")
+            raise UsageError(f"{stock} has no class in {files[0]}.py, so layers that differ in size cannot be saved; add one")
         config.architectures = [built.__name__]
         config.auto_map = {
             "AutoConfig": f"{files[0]}.{built.config_class.__name__}",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["WHOLE", "check_fitting", "parse_latency"]
 
 WHOLE = ("layers", "attentions", "mlps")
-"""Axes whose units are whole layers or blocks of layers. A distance scores them; a `depth.…` chooser says how many go."""
+"""Axes whose units are whole layers, or one layer's attention or MLP. A distance scores them; a `depth.…` chooser says how many go."""
 
 
 def parse_latency(written: str) -> float:
@@ -116,7 +116,8 @@ def _check_chosen(recipe: "Recipe") -> None:
 
 def _check_ignored(recipe: "Recipe") -> None:
     """Refuse keys that a reduction without a choice of units would ignore."""
-    asked = {
+    default = type(recipe).model_fields
+    asked = {key: getattr(recipe, key) != default[key].default for key in ("metric", "chooser")} | {
         "equal_widths": recipe.equal_widths,
         "multiple_of": recipe.multiple_of not in (1, "auto"),
         "repair": recipe.repair is not None,

@@ -278,11 +278,11 @@ class Recipe(_Frozen):
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
     sequential_scoring: bool = Field(False, description="score each layer on the output of the already pruned layers below it")
-    distance: _optional_part("distance") = Field("blocks.cosine", description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
-    head_metric: _optional_part("head_metric") = Field("blocks.loss_drop", description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
+    distance: _optional_part("distance") = Field(None, description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
+    head_metric: _optional_part("head_metric") = Field(None, description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
     repair: _optional_part("repair") = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
-    reduce: _part("reduce") = Field("units", description="how the model is brought down to a stage's budget: units or slice; or how its weights become zero: sparse")  # type: ignore[valid-type]
+    reduce: _part("reduce") = Field("units", description="how the model reaches a stage's budget, or how its weights become zero; `adapt-pruner methods` names what each method uses")  # type: ignore[valid-type]
     solver: _optional_part("solver") = Field(None, description="for reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
     # fmt: on
     step: float = Field(

@@ -440,7 +440,7 @@ def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
     """Whether calibration text was read. If the run did not count its tokens, the recipe tells."""
     if "calibration_tokens" in figures:
         return bool(figures["calibration_tokens"])
-    if any("text" in parts.needs_if_known(key, recipe[key]) for key in ("reduce", "metric")):
+    if any("text" in parts.needs_if_known(key, recipe[key]) for key in ("reduce", "metric", "solver") if recipe[key]):
         return True
     return any(recipe[key] is not None for key in ("distance", "head_metric", "repair"))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events, world
@@ -145,9 +146,22 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
             "cut further; prune the dense model it came from"
         )
     if total > budget.keep:
+        _check_saved(work)
         floor, when = work.reduction.floor(work)
         budget.check_reachable(floor, when=when)
     return _stages(work, start=start, end=min(start, budget.keep)), budget
+
+
+def _check_saved(work: Work) -> None:
+    """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
+    recipe = work.recipe
+    unequal = [axis for axis in recipe.axes if axis not in ("residual", "layers")]
+    chosen = "chosen" in parts.needs("reduce", recipe.reduce)
+    if chosen and unequal and not recipe.equal_widths and not can_save_unequal_layers(work.model):
+        raise UsageError(
+            f"{stock_class(work.model)} has no class in checkpoint/modeling_pruned.py, so layers that differ in size could not be "
+            "saved; set equal_widths=true, or prune whole layers, for example with method=shortgpt"
+        )
 
 
 def _check_zeros(work: Work, *, cuts: bool) -> None:
