@@ -94,8 +94,8 @@ def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_
         2,
     )
     assert config["architectures"] == ["LlamaForCausalLM"]
-    searched = log_of(tmp_path / "run", "searched")
-    rounds = [one["sizes"] for one in searched]
+    learnt = log_of(tmp_path / "run", "masks_learnt")
+    rounds = [one["sizes"] for one in learnt]
     assert rounds[0]["residual"] > 47, "masks begin open"
     for name, size in (("residual", 36), ("layers.0.neurons", 30), ("layers", 2)):  # around which multipliers of few steps swing
         assert min(abs(one[name] - size) for one in rounds[2:]) < abs(rounds[0][name] - size) / 2, f"{name} moves to its target"

@@ -67,7 +67,7 @@ def test_it_ends_with_exact_masks_and_a_killed_run_ends_the_same(
     assert loaded.weight_mask.broken(loaded.model) == []
     assert loaded.weight_mask.unmasked(loaded.model) == []
     assert loaded.weight_mask == load(str(tmp_path / "broken" / "model")).weight_mask
-    told = log_of(tmp_path / "whole", "masked")
+    told = log_of(tmp_path / "whole", "masks_learnt")
     assert [line["done"] for line in told] == [3, 6, 8]
     assert all(0 < line["flipped"] < 0.5 for line in told)
 
@@ -84,7 +84,7 @@ def test_masks_are_not_learnt_again_once_they_are_final(tiny_folder: Path, text_
 
 def test_masks_rest_for_the_rest_of_the_rows(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     run(recipe_of(tiny_folder, text_file, reduce="sparse_training(every=2, share=0.5)"), tmp_path / "run")
-    assert [line["done"] for line in log_of(tmp_path / "run", "masked")] == [2, 4]
+    assert [line["done"] for line in log_of(tmp_path / "run", "masks_learnt")] == [2, 4]
     assert [line["step"] for line in log_of(tmp_path / "run", "step")] == list(range(1, 9))
     loaded = load(str(tmp_path / "run" / "model"))
     assert loaded.weight_mask is not None
@@ -104,8 +104,8 @@ def test_decay_acts_on_masked_weights_alone_and_rises(tiny_folder: Path, text_fi
     assert torch.equal(weight.grad[keep], torch.ones(int(keep.sum())))
     assert torch.allclose(weight.grad[~keep], 1 + 0.5 * weight.detach()[~keep])
     learner = SparseTraining(decay=1.0, ramp=0.5)
-    assert [learner._strength(read, 8) for read in (0, 2, 4, 8)] == [0.0, 0.5, 1.0, 1.0]
-    assert SparseTraining(decay=1.0, ramp=0.0)._strength(0, 8) == 1.0
+    assert [learner._strength(read) for read in (0, 0.25, 0.5, 1)] == [0.0, 0.5, 1.0, 1.0]
+    assert SparseTraining(decay=1.0, ramp=0.0)._strength(0) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from typing import Any
 
 from adapt_pruner.core.comparison_events import CellBegun, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Find, Load, Progress, Saved, Start, Step, Tasks
-from adapt_pruner.core.run_events import Item, Masked, Planned, Within
+from adapt_pruner.core.run_events import Item, Masked, MasksLearnt, Planned, Within
 from adapt_pruner.core.words import span
 
 __all__ = ["ProgressTracker", "RunProgress"]
@@ -243,6 +243,8 @@ class ProgressTracker:
                 self._shown = event
                 if self._current is not None and event.of and event.phase != "task":  # every task counts from 0 again
                     self._current.share = event.done / event.of
+            case MasksLearnt():
+                pass  # `Step` events follow the training in which masks are learnt
             case Within():
                 self._follow_within(event)
             case Cut():
@@ -301,8 +303,6 @@ class ProgressTracker:
     def _follow_within(self, event: Within) -> None:
         """A round or a layer is done. If nobody planned it, the seconds before it count as its own."""
         phase, stage = "layers" if isinstance(event, Masked) else "search", event.stage or 0
-        if isinstance(event, Masked) and event.unit != "layer":
-            return  # masks learnt in training: `Step` events follow that training
         item = self._find(phase, stage)
         if item is None:
             if not self._items:

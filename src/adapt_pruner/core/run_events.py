@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from adapt_pruner.core.events import Count, Event
 
-__all__ = ["Answered", "Item", "Masked", "Mixed", "Planned", "PromptAnswer", "Searched", "Within"]
+__all__ = ["Answered", "Item", "Masked", "MasksLearnt", "Mixed", "Planned", "PromptAnswer", "Searched", "Within"]
 
 
 class Item(TypedDict):
@@ -85,29 +85,46 @@ class Searched(Within):
 
 
 class Masked(Within):
-    """More weights have become zero: those of further decoder layers, or those that learnt masks remove now.
+    """The weights of a further decoder layer have become zero; `done` counts layers.
 
     Attributes:
-        unit: what `done` counts, `layer` or `step`.
-        zeros: weights that are masked now.
+        zeros: weights that are zero now.
         error: ‖W' Z - W X‖² / ‖W X‖², the mean over the linear layers of the decoder layer; None if it was not computed.
-        flipped: share of the masks' bits that changed since the masks before.
     """
 
     event: Literal["masked"] = "masked"
-    unit: str = "layer"
     zeros: Count
     error: float | None = None
-    flipped: float | None = None
 
     def line(self, begun: str = "dense") -> str:
-        text = f"stage {self.stage}: {self.unit} {self.done} of {self.of}, {self.zeros:,} weights are zero"
-        if self.error is not None:
-            text += f", relative output error {self.error:.1%}"
+        text = f"stage {self.stage}: layer {self.done} of {self.of}, {self.zeros:,} weights are zero"
+        return text if self.error is None else f"{text}, relative output error {self.error:.1%}"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("error")
+
+
+class MasksLearnt(Within):
+    """Masks were learnt in some more steps of training; `done` counts these steps. One of `zeros` and `sizes` is given.
+
+    Attributes:
+        zeros: weights that the masks remove now.
+        flipped: share of the masks' bits that changed since the masks before.
+        sizes: axis name -> units that the masks are expected to keep.
+    """
+
+    event: Literal["masks_learnt"] = "masks_learnt"
+    zeros: Count | None = None
+    flipped: float | None = None
+    sizes: dict[str, float] | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        text = f"stage {self.stage}: masks learnt in {self.done} of {self.of} steps"
+        text += "" if self.zeros is None else f", {self.zeros:,} weights are masked"
         return text if self.flipped is None else f"{text}, {self.flipped:.2%} of the masks changed"
 
     def figures(self) -> dict[str, float]:
-        return self._those("error", "flipped")
+        return self._those("flipped")
 
 
 class Mixed(Event):

@@ -132,19 +132,18 @@ class BetweenSteps(Units):
                 "steps": state.progress.steps,
             }
             self._sums = {}
-        first = self._began["rows"]
-        stop = work.row_at(self.share, first=first)
+        span = work.span(self.share, first=self._began["rows"])
         choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=1.0, amplitude=recipe.amplitude))
-        for step in work.training(until=stop):
+        for step in work.training(until=span.stop):
             into = (step.step - self._began["steps"] - 1) % self.every  # place of this step between two removals, from 0
-            last = state.progress.rows + recipe.training.batch_tokens // recipe.training.length >= stop
+            last = span.steps_left(state.progress.rows) <= 1
             if into >= self.every - self.batches or last:
                 self._add(work)
             step.take()
             if into < self.every - 1 and not last:
                 continue
-            done = (state.progress.rows - first) / (stop - first)
-            due = target if last else round(self._began["params"] - (self._began["params"] - target) * done)
+            read = span.share_read(state.progress.rows)
+            due = target if last else round(self._began["params"] - (self._began["params"] - target) * read)
             scores, self._sums = self._sums, {}
             if work.num_params <= due:
                 continue

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.parts import part
-from adapt_pruner.core.run_events import Searched
+from adapt_pruner.core.run_events import MasksLearnt
 from adapt_pruner.core.surgery import gated, num_left
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.errors import UsageError
@@ -128,7 +128,7 @@ class HardConcrete(Reduction):
         """No calibration text."""
         return TextUse()
 
-    def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
+    def steps(self, work: Work, target: int) -> Iterator[Change | MasksLearnt]:
         """Train weights and masks and report every ten steps; then yield the cut."""
         if work.num_params <= target:
             return
@@ -138,30 +138,25 @@ class HardConcrete(Reduction):
         progress = work.state.progress
         if not self._began:
             self._began = {"rows": progress.rows}
-        first = self._began["rows"]
-        stop = work.row_at(self.share, first=first)
-        last = progress.steps - (-(stop - progress.rows) // (work.recipe.training.batch_tokens // work.recipe.training.length))
+        span = work.span(self.share, first=self._began["rows"])
+        last = progress.steps + span.steps_left(progress.rows)
         rows = {kind: _rows_of(work.axes, kind) for kind in shape}
         goal = {kind: 1 - size / rows[kind].shape[1] for kind, size in shape.items()}
         self._hold(work, rows)
         try:
-            lagrangian = _Lagrangian(
-                self._held, goal, lambda: (progress.rows - first) / max(1, round((stop - first) * self.ramp))
-            )
-            losses: list[float] = []
-            for step in work.training(until=stop, around=lambda objective: _masked(work, objective, self._held, lagrangian)):
+            ramp = max(1, round((span.stop - span.first) * self.ramp))
+            lagrangian = _Lagrangian(self._held, goal, lambda: (progress.rows - span.first) / ramp)
+            untold = 0
+            for step in work.training(until=span.stop, around=lambda objective: _masked(work, objective, self._held, lagrangian)):
                 step.take()
                 progress.begin_stage()  # the loss rises while masks close, which is no divergence
                 with torch.no_grad():
                     for kind in shape:
                         self._held[kind].clamp_(-_BOUND, _BOUND)
-                losses.append(step.loss)
-                if len(losses) == _TELL or progress.rows >= stop:
-                    yield Searched(
-                        stage=work.state.stage, done=progress.steps, of=last, evaluations=progress.steps,
-                        best=min(losses), mean=sum(losses) / len(losses), sizes=self._expected(work),
-                    )  # fmt: skip
-                    losses = []
+                untold += 1
+                if untold == _TELL or progress.rows >= span.stop:
+                    yield MasksLearnt(stage=work.state.stage, done=progress.steps, of=last, sizes=self._expected(work))
+                    untold = 0
             z = {kind: settled(self._held[kind].detach(), size) for kind, size in shape.items()}
         finally:
             self._let_go(work)

@@ -23,7 +23,7 @@ from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.precision import casting_once
-from adapt_pruner.core.run_events import Masked, Within
+from adapt_pruner.core.run_events import MasksLearnt, Within
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
@@ -105,7 +105,7 @@ class SparseTraining(Reduction):
         if self._over:
             return
         assert work.training is not None
-        progress, asked = work.state.progress, work.recipe.training
+        progress = work.state.progress
         if not self._began:
             self._began = {"rows": progress.rows, "steps": progress.steps}
         if work.weight_mask is None:
@@ -113,8 +113,7 @@ class SparseTraining(Reduction):
                 work.weight_mask = self._chosen(work, _squares_of_text(work) if self.scores == "wanda" else {})
             if self.slorb:
                 _add_block_sums(work, self.slorb)
-        first, stop = self._began["rows"], work.row_at(self.share, first=self._began["rows"])
-        last = -(-(stop - first) // (asked.batch_tokens // asked.length))
+        span = work.span(self.share, first=self._began["rows"])
         squares: dict[str, Tensor] = {}
         here = work.weight_mask.to(work.model.device)
 
@@ -126,15 +125,15 @@ class SparseTraining(Reduction):
 
             return loss
 
-        for step in work.training(until=stop, around=around):
-            _draw_to_zero(work.model, here, self._strength(progress.rows - first, stop - first))
+        for step in work.training(until=span.stop, around=around):
+            _draw_to_zero(work.model, here, self._strength(span.share_read(progress.rows)))
             step.take()
             done = progress.steps - self._began["steps"]
-            if done % self.every == 0 or progress.rows >= stop:
+            if done % self.every == 0 or progress.rows >= span.stop:
                 before, work.weight_mask = work.weight_mask, self._chosen(work, squares)
                 here = work.weight_mask.to(work.model.device)
-                yield Masked(
-                    stage=work.state.stage, unit="step", done=done, of=last, zeros=work.weight_mask.num_zeros,
+                yield MasksLearnt(
+                    stage=work.state.stage, done=done, of=span.steps_left(span.first), zeros=work.weight_mask.num_zeros,
                     flipped=_flipped(before, work.weight_mask),
                 )  # fmt: skip
             squares.clear()
@@ -142,9 +141,9 @@ class SparseTraining(Reduction):
         self._began, self._over = {}, True
         yield Change(None, told={"zeros": work.weight_mask.num_zeros})
 
-    def _strength(self, read: int, of: int) -> float:
-        """λ after `read` of `of` rows."""
-        return self.decay * min(1.0, read / (self.ramp * of)) if self.ramp else self.decay
+    def _strength(self, read: float) -> float:
+        """λ after this share of the rows."""
+        return self.decay * min(1.0, read / self.ramp) if self.ramp else self.decay
 
     def _chosen(self, work: Work, squares: Mapping[str, Tensor]) -> WeightMask:
         """The masks that fit the weights as they are now; `squares` are ‖x_j‖² of this process's inputs, by layer."""

@@ -32,7 +32,7 @@ from adapt_pruner.reduce.reduction import Change, Reduction
 from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.train.loop import Step, TrainState
 
-__all__ = ["RunData", "RunState", "Stage", "Work"]
+__all__ = ["RunData", "RunState", "Stage", "TrainingSpan", "Work"]
 
 _WIDTHS = ((1024, 64), (256, 32))
 """(neurons, multiple): `multiple_of: auto` is the first multiple for which the narrowest layer has at least these neurons."""
@@ -61,6 +61,29 @@ class Stage:
     calibration_tokens: int
     tokens: int
     steps: int
+
+
+@dataclass(frozen=True)
+class TrainingSpan:
+    """The part of a stage's training in which a reduction works, in rows of the feed.
+
+    Attributes:
+        first: the row at which it began.
+        stop: the row before which it ends.
+        batch_rows: rows of one optimiser step.
+    """
+
+    first: int
+    stop: int
+    batch_rows: int
+
+    def share_read(self, rows: int) -> float:
+        """The share of it that is over when `rows` of the feed have been read."""
+        return (rows - self.first) / (self.stop - self.first)
+
+    def steps_left(self, rows: int) -> int:
+        """Optimiser steps to its end when `rows` of the feed have been read."""
+        return -(-(self.stop - rows) // self.batch_rows)
 
 
 @dataclass(frozen=True)
@@ -293,10 +316,11 @@ class Work:
             its = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
             self.optimizer.param_groups[-1]["params"] += [one for one in self.model.parameters() if id(one) not in its]
 
-    def row_at(self, share: float, *, first: int) -> int:
-        """The row of the feed at which this share of the stage's rows from `first` on has been read; at least one row."""
+    def span(self, share: float, *, first: int) -> TrainingSpan:
+        """This share, at least one row, of the rows that the stage trains on from row `first` of the feed on."""
         end = self.data.ends[self.state.stage - 1]
-        return min(end, first + max(1, round((end - first) * share)))
+        asked = self.recipe.training
+        return TrainingSpan(first, min(end, first + max(1, round((end - first) * share))), asked.batch_tokens // asked.length)
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
         """The calibration batches of the next step, or of `ahead` steps later, int64 [batch, length]; counts their tokens."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
+from adapt_pruner.core.run_events import MasksLearnt, Searched
 from adapt_pruner.core.words import Form, counted, score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
@@ -385,18 +386,20 @@ def search(figures: Figures) -> Lines | None:
 
 
 def widths(figures: Figures) -> HeatMap | None:
-    """The neurons that a search would keep in each layer, over its rounds; with several stages, those of the last."""
-    last = max((one.stage or 1 for one in figures.searched), default=1)
-    rounds = [one for one in figures.searched if (one.stage or 1) == last and one.sizes]
+    """The neurons that a search or learnt masks would keep in each layer, over time; with several stages, those of the last."""
+    told: list[Searched] | list[MasksLearnt] = figures.searched or figures.masks_learnt
+    last = max((one.stage or 1 for one in told), default=1)
+    rounds = [one for one in told if (one.stage or 1) == last and one.sizes]
     rounds = rounds[:: max(1, -(-len(rounds) // _MOST_ROWS))]
     names = [name for name in (rounds[0].sizes or {}) if name.endswith(".neurons")] if rounds else []
     if len(rounds) < 2 or not names:
         return None
     values: list[list[float | None]] = [[(one.sizes or {}).get(name) for name in names] for one in rounds]
     known = [value for line in values for value in line if value is not None]
+    by, unit = ("search", "round") if figures.searched else ("masks", "step")
     return HeatMap(
-        "widths", "What it settled on", f"MLP neurons that the search would keep in each layer, round by round: from {min(known):,.0f} to {max(known):,.0f}.",
-        [name.split(".")[1] for name in names], [f"round {one.done}" for one in rounds], values, "count", "fewest", "most", by_rank=True,
+        "widths", "What it settled on", f"MLP neurons that the {by} would keep in each layer, {unit} by {unit}: from {min(known):,.0f} to {max(known):,.0f}.",
+        [name.split(".")[1] for name in names], [f"{unit} {one.done}" for one in rounds], values, "count", "fewest", "most", by_rank=True,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.run_events import Answered, Mixed, Searched
+from adapt_pruner.core.run_events import Answered, MasksLearnt, Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
 from adapt_pruner.core.words import Form, shots
 from adapt_pruner.report.record import Record
@@ -101,6 +101,7 @@ class Figures:
     tasks: list[Tasks]
     answers: list[Answered]
     searched: list[Searched]
+    masks_learnt: list[MasksLearnt]
     mixed: list[Mixed]
     seconds: dict[str, float]
     tokens: dict[str, int]
@@ -152,6 +153,7 @@ def figures_of(record: Record) -> Figures:
         tasks=tasks,
         answers=_by_stage(record.of(Answered)),
         searched=record.of(Searched),
+        masks_learnt=record.of(MasksLearnt),
         mixed=record.of(Mixed),
         seconds=_seconds(record, notes),
         tokens=_tokens(record, cuts, [*evaluations, *after_cuts]),
