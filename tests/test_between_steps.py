@@ -11,10 +11,11 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.reduce import between_steps
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.rank import per_parameter
 from adapt_pruner.report.documented import run
-from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 from conftest import LAYOUTS, VOCAB, assert_refused, assert_same_model, break_off, byte_tokenizer, log_of, tiny_model
 
@@ -70,11 +71,37 @@ def test_what_goes_is_what_the_gradients_of_the_step_say(tiny_folder: Path, text
     axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]
     scores, _ = score(model, families.axes(model), [rows[0]], metrics=[taylor], dtype="float32")
     start = count_parameters(model)
-    budget = Budget(keep=round(start - (start - int(start * 0.8)) / 8), total=start)
-    sizes, _ = per_parameter(scores, axes, budget, debt=Debt.none(axes), step=1.0)
+    budget, due = Budget(keep=int(start * 0.8), total=start), round((start - int(start * 0.8)) / 8)
+    step = due / sum(axis.size * axis.cost for axis in axes)
+    sizes, _ = per_parameter(scores, axes, budget, debt=Debt.none(axes), step=step)
     assert log_of(tmp_path / "run", "cut")[0]["sizes"] == sizes
     first = sorted((tmp_path / "run" / "checkpoints").glob("stage-1-cut-1"))
     assert load(str(first[0])).mask == Mask.of_sizes(axes, {axis.name: scores[axis.name] for axis in axes}, sizes)
+
+
+def test_heads_that_are_worth_least_go_first_even_if_one_costs_more_than_is_due(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of eight removals may take an eighth of what goes, which is less than a head."""
+
+    def heads_are_worth_nothing(work: Any, *, seed: int) -> list[Any]:
+        def metric(model: Any, axes: Any) -> Any:
+            yield Evidence.WEIGHTS
+            return {axis.name: torch.rand(axis.entries) * (1e-6 if axis.kind == "kv_heads" else 1.0) for axis in axes}
+
+        return [metric]
+
+    monkeypatch.setattr(between_steps, "metrics_of", heads_are_worth_nothing)
+    run(recipe_of(tiny_folder, text_file, budget="95%", reduce="between_steps", axes=["neurons", "kv_heads"]), tmp_path / "run")
+    start, cuts = load(str(tiny_folder)).model, log_of(tmp_path / "run", "cut")
+    head = next(axis.cost for axis in families.axes(start) if axis.kind == "kv_heads")
+    total = count_parameters(start)
+    goes = total - int(total * 0.95)
+    assert goes / 8 < head < goes, "a head costs more than is due at once"
+    whole = families.sizes(start)
+    first = cuts[0]["sizes"]
+    assert {name.rpartition(".")[2] for name in first if first[name] < whole[name]} == {"kv_heads"}
+    assert total - goes - head < cuts[-1]["params"] <= total - goes
 
 
 @pytest.fixture(scope="module", params=["", "(every=3, batches=2, share=0.75)"])

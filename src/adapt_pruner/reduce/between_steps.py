@@ -6,7 +6,7 @@ The number of parameters falls linearly with the rows read. It reaches the stage
 the rest of the stage trains as usual.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -133,7 +133,7 @@ class BetweenSteps(Units):
             }
             self._sums = {}
         span = work.span(self.share, first=self._began["rows"])
-        choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=1.0, amplitude=recipe.amplitude))
+        self._debt = self._carried(work)
         for step in work.training(until=span.stop):
             into = (step.step - self._began["steps"] - 1) % self.every  # place of this step between two removals, from 0
             last = span.steps_left(state.progress.rows) <= 1
@@ -147,13 +147,14 @@ class BetweenSteps(Units):
             scores, self._sums = self._sums, {}
             if work.num_params <= due:
                 continue
-            sizes, mask = _chosen(work, choose, scores, due=due)
+            sizes, mask, debt = _chosen(work, scores, due=due, target=target, debt=self._debt)
             if mask.num_removed() == 0:
                 continue  # less than a unit is due
             if recipe.repair is not None:  # without a repair no text is read
                 repaired(work, mask, work.batches(), stage=state.stage, iteration=work.iteration)
                 work.train_new_parameters()
             state.progress.begin_stage()  # a smaller model has a higher loss, which is no divergence
+            self._debt = debt.after(mask)
             yield Change(mask, step.loss, {"sizes": sizes})
         if work.num_params > target:
             raise RunError(
@@ -174,34 +175,44 @@ class BetweenSteps(Units):
                 self._sums[name] = values + self._sums[name] if name in self._sums else values
 
     def state(self) -> dict[str, Any]:
-        """Where the stage's removals began, and the running sums of scores."""
-        return {"began": dict(self._began), "sums": {name: values.tolist() for name, values in self._sums.items()}}
+        """Where the stage's removals began, the running sums of scores, and the chooser's debt."""
+        sums = {name: values.tolist() for name, values in self._sums.items()}
+        return super().state() | {"began": dict(self._began), "sums": sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
+        super().restore(state if "debt" in state else {})
         if "began" in state:
             self._began = dict(state["began"])
             self._sums = {name: torch.tensor(values) for name, values in state["sums"].items()}
 
     def fit(self, work: Work) -> None:
         """Restart the stage's removals, because the recipe or a text changed."""
+        super().fit(work)
         self._began, self._sums = {}, {}
 
 
-def _chosen(work: Work, choose: Callable[..., Any], scores: Scores, *, due: int) -> tuple[dict[str, int], Mask]:
-    """The sizes and the mask that leave at most `due` parameters, or as few as the chooser can reach.
+def _chosen(work: Work, scores: Scores, *, due: int, target: int, debt: Debt) -> tuple[dict[str, int], Mask, Debt]:
+    """The sizes, the mask and the debt that leave at most `due` parameters, or as few as the chooser can reach.
+
+    On the way to `target` the chooser takes a step as large as what is due. So a dear unit at the front of its line goes, even if
+    more goes with it than is due; the next removals wait for the rest. The last removal meets the target.
 
     A chooser adds up the costs of units, so it counts a weight shared by a channel and a neuron twice and removes too little.
     It is asked for more until the true number of parameters is low enough.
     """
-    axes, added = prunable(work), repair_parameters(work)
+    recipe, axes, added = work.recipe, prunable(work), repair_parameters(work)
+    total, last = work.num_params + added, due <= target
+    whole = total if last else sum(debt.start[axis.name] * axis.cost for axis in axes)
     least = min((axis.cost for axis in axes), default=1)
-    keep, more, before = due, least, 0
+    excess, more, before = total - due, least, 0
     while True:
-        sizes, _ = choose(scores, axes, Budget(keep=max(0, keep), total=work.num_params + added), debt=Debt.none(axes))
+        step, keep = (1.0, max(0, total - excess)) if last else (min(1.0, excess / whole), target)
+        choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=step, amplitude=recipe.amplitude))
+        sizes, after = choose(scores, axes, Budget(keep=keep, total=total), debt=debt)
         mask = Mask.of_sizes(axes, scores, sizes)
         left = num_left(work.model, work.axes, mask) + added
-        if left <= due or keep <= 0:
-            return sizes, mask
+        if left <= due or excess >= whole:
+            return sizes, mask, after
         more, before = 2 * more if mask.num_removed() == before else least, mask.num_removed()
-        keep -= max(left - due, more)
+        excess += max(left - due, more)

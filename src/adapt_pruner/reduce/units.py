@@ -162,9 +162,7 @@ class Units(Reduction):
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Score, choose, repair and yield the mask, until the model has at most `target` parameters."""
         recipe, model = work.recipe, work.model
-        if self._debt is None or (recipe.debt == "reset" and self._stage != work.state.stage):
-            self._debt = Debt.none(prunable(work))
-        self._stage = work.state.stage
+        self._debt = self._carried(work)
         while (now := work.num_params) > target:
             choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=work.step, amplitude=recipe.amplitude))
             where = {"stage": work.state.stage, "iteration": work.iteration}
@@ -196,6 +194,13 @@ class Units(Reduction):
                 "scores": cut_line(may_shrink, scores, mask),
             }
             yield Change(mask, loss, told)
+
+    def _carried(self, work: Work) -> Debt:
+        """The debt with which this stage begins or goes on."""
+        stage, self._stage = self._stage, work.state.stage
+        if self._debt is None or (work.recipe.debt == "reset" and stage != self._stage):
+            return Debt.none(prunable(work))
+        return self._debt
 
     def state(self) -> dict[str, Any]:
         """The stage, and the debt that the chooser carries from one iteration to the next."""
