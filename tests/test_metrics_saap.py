@@ -8,7 +8,7 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import score
-from adapt_pruner.score.saap import saap
+from adapt_pruner.score.saap import _fused, saap
 from adapt_pruner.score.weights import taylor
 from conftest import in_two_processes, tiny_model
 
@@ -35,12 +35,25 @@ def test_scores_are_the_formula(terms: str, stability: bool, batches: list[torch
     vector = (a.sum(0) - n / 2 * a.square().sum(0)).abs()
     element = mixed["layers.1.neurons"]
     sigma = [(x.var(0, correction=0) / x.mean(0).square()).mean().sqrt() for x in (a.abs(), e)]
-    expected = sum(x / x.mean() / (2 * s**2) + s.log() for x, s in zip((vector, element), sigma, strict=True))
-    expected = {"both": expected, "vector": vector, "element": element}[terms]
+    fused = sum(x / x.mean() / (2 * s**2) for x, s in zip((vector, element), sigma, strict=True))
+    expected = {"both": fused, "vector": vector, "element": element}[terms]
     if stability:
         expected = expected / (e.std(0, correction=0) / e.mean(0))
+    if terms == "both":
+        expected = expected + sum(s.log() for s in sigma)
     assert torch.allclose(found["layers.1.neurons"], expected, rtol=1e-3)
     assert set(found) == {axis.name for axis in axes}
+
+
+def test_of_units_worth_the_same_the_unsteady_one_goes_first() -> None:
+    """Also where both are worth so little beside a third that the logarithms outweigh their terms."""
+    signed = torch.tensor([[0.01, 0.01, 1.0], [0.02, 0.02, 2.0]])
+    absolute = torch.tensor([[0.09, 0.05, 1.0], [0.11, 0.15, 1.5]])
+    elements = torch.tensor([0.1, 0.1, 9.0])
+    alike, also, _ = _fused(elements, signed, absolute, terms="both", stability=False).tolist()
+    assert alike == also < 0
+    steady, unsteady, much = _fused(elements, signed, absolute, terms="both", stability=True).tolist()
+    assert unsteady < steady < much
 
 
 def test_two_processes_find_the_same(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

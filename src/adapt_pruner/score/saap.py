@@ -29,8 +29,8 @@ def saap(
         vector    V = | Σ_n a_n - (N / 2) Σ_n a_n² |                      H ≈ N Σ_n g_n g_nᵀ
         element   E = Σ_w | w g - w² F / 2 |                              `weights.taylor(form=mixed)`
         σ_V², σ_E²  the variance of |a_n| and of e_n over n, over their mean square, averaged over the units of an axis
-        I = V' / (2 σ_V²) + E' / (2 σ_E²) + log σ_V + log σ_E             V', E': brought to mean 1 in their axis
-        score = I, or with `stability` I / f                              f: deviation of e_n over its mean
+        I = V' / (2 σ_V²) + E' / (2 σ_E²)                                 V', E': brought to mean 1 in their axis
+        score = I + log σ_V + log σ_E, or with `stability` I / f + log σ_V + log σ_E        f: deviation of e_n over its mean
 
     Args:
         model: causal LM; takes the memory of `weights.taylor(form=mixed)`, and two numbers for each unit and sequence.
@@ -98,17 +98,18 @@ def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, terms: str, st
     spread = [torch.stack([values.sum(dim=0), values.square().sum(dim=0)]) for values in (signed.abs(), absolute)]
     world.sum_in_place(number, first, second, *spread)
     vector = (first - number / 2 * second).abs()
-    score = elements if terms == "element" else vector
+    score, logs = elements if terms == "element" else vector, 0.0
     if terms == "both":
         score = torch.zeros_like(elements)
         for values, (total, squares) in zip((vector, elements), spread, strict=True):
             mean = total / number
             variance = (squares / number - mean.square()).clamp_min(0)
             sigma = (variance / mean.square().clamp_min(1e-30)).mean().clamp_min(1e-6).sqrt()
-            score = score + values / values.mean().clamp_min(1e-30) / (2 * sigma**2) + sigma.log()
+            score = score + values / values.mean().clamp_min(1e-30) / (2 * sigma**2)
+            logs += float(sigma.log())
     if stability:
         total, squares = spread[1]
         mean = total / number
         fluctuation = (squares / number - mean.square()).clamp_min(0).sqrt() / mean.clamp_min(1e-30)
         score = score / fluctuation.clamp_min(1e-6)
-    return score.float()
+    return (score + logs).float()
