@@ -68,6 +68,22 @@ def test_shares_move_by_the_excess_over_the_reference(texts: tuple[str, str], tm
     assert feed.news()[0].shares == pytest.approx({a: 0.95, b: 0.05}), "a loss out of all bounds does not overflow"
 
 
+def test_a_text_that_gave_no_rows_keeps_its_last_excess(texts: tuple[str, str], tmp_path: Path) -> None:
+    """A pruned model is above all references; a text without rows must not count as one that has reached its own."""
+    a, b = texts
+    feed = feed_of(texts, tmp_path, every=1, eta=1.0, floor=0.0)
+    feed.tell({a: (40.0, 10.0), b: (0.0, 0.0)})
+    assert feed.news()[0].shares == pytest.approx({a: 0.5, b: 0.5}), "nothing is known of b, which counts as the mean"
+    feed.tell({a: (40.0, 10.0), b: (50.0, 10.0)})
+    feed.tell({a: (40.0, 10.0), b: (0.0, 0.0)})
+    assert feed.news()[-1].shares == pytest.approx({a: 0.5, b: 0.5}), "both are 2 nats above their reference"
+    again = feed_of(texts, tmp_path, every=1, eta=1.0, floor=0.0)
+    again.restore(json.loads(json.dumps(feed.state())))
+    again.tell({a: (50.0, 10.0), b: (0.0, 0.0)})
+    odds = math.exp(3.0 - 2.0)
+    assert again.news()[-1].shares == pytest.approx({a: odds / (1 + odds), b: 1 / (1 + odds)})
+
+
 def test_rows_are_drawn_by_the_shares_and_all_before_any_again(texts: tuple[str, str], tmp_path: Path) -> None:
     feed = feed_of(texts, tmp_path, every=1, floor=0.0, losses=dict(zip(texts, (1.0, 500.0), strict=True)))
     even = letters_of(feed.take(4))

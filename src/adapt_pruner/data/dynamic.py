@@ -53,7 +53,7 @@ class Dynamic(Fixed):
             seed: seed of the draws; each row's draw depends on it and on the number of the row.
 
         With l_i the mean loss on text i over the last m steps (of rows that the model had not been trained on before) and r_i its
-        reference:
+        reference; if no row of the text was read in these steps, l_i - r_i is as it was, or at first the mean over the other texts:
 
             w_i ← w_i · exp(η (l_i - r_i)), normalised to sum 1;  w_i ← (1 - c) w_i + c / n, normalised to sum 1
 
@@ -80,6 +80,7 @@ class Dynamic(Fixed):
         begun = Counter(rows.domains(0, len(rows)))
         self._weights = {name: begun[name] / len(rows) for name in self._numbers}
         self._sums = {name: [0.0, 0.0] for name in self._numbers}
+        self._excess: dict[str, float] = {}  # l_i - r_i of each text, when it was last read
         self._news: list[Event] = []
 
     def take(self, num_rows: int) -> Span:
@@ -113,9 +114,13 @@ class Dynamic(Fixed):
         if self._steps % self._every:
             return
         means = {name: nats / count for name, (nats, count) in self._sums.items() if count and math.isfinite(nats)}
-        excess = {name: means[name] - self._references[name] for name in means}
-        highest = max(excess.values(), default=0.0)  # so that exp does not overflow
-        moved = {name: weight * math.exp(self._eta * (excess.get(name, 0.0) - highest)) for name, weight in self._weights.items()}
+        self._excess |= {name: means[name] - self._references[name] for name in means}
+        highest = max(self._excess.values(), default=0.0)  # so that exp does not overflow
+        unread = sum(self._excess.values()) / max(1, len(self._excess))
+        moved = {
+            name: weight * math.exp(self._eta * (self._excess.get(name, unread) - highest))
+            for name, weight in self._weights.items()
+        }
         self._weights = _shares(
             {name: (1 - self._floor) * share + self._floor / len(moved) for name, share in _shares(moved).items()}
         )
@@ -130,10 +135,10 @@ class Dynamic(Fixed):
         return told
 
     def state(self) -> dict[str, Any]:
-        """Position, shares, and the losses since the last change of shares."""
+        """Position, shares, the last excess of each text, and the losses since the last change of shares."""
         return {
             **super().state(), "steps": self._steps, "taken": dict(self._taken), "weights": dict(self._weights),
-            "sums": {name: list(both) for name, both in self._sums.items()},
+            "sums": {name: list(both) for name, both in self._sums.items()}, "excess": dict(self._excess),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -142,6 +147,7 @@ class Dynamic(Fixed):
         if "weights" in state:
             self._steps, self._taken, self._weights = state["steps"], dict(state["taken"]), dict(state["weights"])
             self._sums = {name: list(both) for name, both in state["sums"].items()}
+            self._excess = dict(state.get("excess", {}))
 
 
 def _shares(weights: Mapping[str, float]) -> dict[str, float]:
