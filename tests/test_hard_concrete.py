@@ -125,6 +125,13 @@ def test_a_budget_a_little_below_the_model_takes_no_whole_layer_or_head() -> Non
     assert all(found[kind] < dense[kind] for kind in ("neurons", "residual"))
 
 
+def test_a_budget_that_only_one_unit_of_each_meets_has_a_shape() -> None:
+    model = tiny_model(num_hidden_layers=1, hidden_size=192, intermediate_size=2048)
+    work = Work.of(model, read({"model": "x", "budget": "97%", "method": "sheared", "training": {"source": "x", "tokens": 100}}))
+    least, _ = HardConcrete().floor(work)
+    assert set(HardConcrete()._found(work, least).values()) == {1}
+
+
 @pytest.mark.parametrize("nth", [3, 12, 20])
 def test_a_killed_run_goes_on_bit_equal(
     nth: int, whole: tuple[Path, Any], tiny_folder: Path, text_file: Path, tmp_path: Path

@@ -17,6 +17,8 @@ from adapt_pruner.core.surgery import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.closed_form import RIDGES, least_squares, mean_bias
+from adapt_pruner.reduce.units import repaired
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import prune
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
 from strangers import ask_a_stranger
@@ -113,6 +115,21 @@ def test_a_repair_brings_the_logits_nearer(sequential: bool, text: list[Tensor])
     before = damage(model)
     least_squares(model, axes, mask, text, ridge=0.05, sequential=sequential, dtype="float32")
     assert damage(model) < 0.9 * before
+
+
+def test_a_repair_between_training_steps_drops_nothing(text: list[Tensor]) -> None:
+    """As it must not, if a model with dropout is repaired while it trains."""
+    models = []
+    for training in (False, True):
+        model = tiny_model(attention_dropout=0.5).train(training)
+        axes = families.axes(model)
+        recipe = read(
+            {"model": "x", "budget": "80%", "method": "uniform", "repair": "closed_form.least_squares", "dtype": "float32"}
+        )
+        repaired(Work.of(model, recipe), half(axes, ("neurons", "kv_heads")), text)
+        assert model.training is training
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 def test_a_strong_ridge_leaves_the_weights_that_stay(text: list[Tensor]) -> None:

@@ -197,6 +197,7 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),
     ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"repair": "closed_form.mean_bias"}, "measures candidates with repaired weights, and the recipe has no repair"),
+    ({"head_metric": "blocks.loss_drop"}, "reduce search ranks KV heads by the scores of the metric, so head_metric 'blocks.loss_drop' would be"),
     ({"equal_widths": True}, "so equal_widths would be ignored; leave it out"),
     ({"equal_widths": True, "sequential_scoring": True}, "so equal_widths and sequential_scoring would be ignored; leave them out"),
     ({"budget": "1000"}, "budget 1,000 is too small: "),
@@ -205,6 +206,21 @@ def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
+
+
+@pytest.mark.parametrize("source", ["self", None])
+def test_candidates_measured_on_the_text_of_the_scores_are_told_of(
+    source: str | None, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = {"source": source or str(text_file), "samples": 4, "length": 16}
+    short = f"search({', '.join(f'{key}={value}' for key, value in SMALL.items())})"
+    recipe = recipe_of(tiny_folder, text_file, stages=1, repair="closed_form.mean_bias", reduce=short, calibration=calibration)
+    told: list[dict[str, Any]] = []
+    outcome = run(recipe, tmp_path / "run", listen=told.append)
+    warnings = [event["message"] for event in told if event["event"] == "warning"]
+    assert any("measures candidates on the text that the scores have read" in one for one in warnings) is (source == "self")
+    assert outcome is not None
+    assert outcome.figures["params_after"] <= outcome.figures["budget"], "biases that the repair adds are counted"
 
 
 def test_scores_that_read_no_text_leave_text_for_the_candidates(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class BetweenSteps(Units):
     """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""
 
     fills_zeros = True
+    measures_heads = False
 
     def __init__(
         self,

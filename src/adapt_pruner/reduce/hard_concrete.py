@@ -177,9 +177,8 @@ class HardConcrete(Reduction):
     def _found(self, work: Work, target: int) -> dict[str, int]:
         """The largest sizes that keep the same share of every kind, rounded up to whole units, and meet the budget."""
         most = {kind: min(axis.size for axis in work.axes if axis.kind == kind) for kind in self._kinds(work)}
-        shares = range(1000, 0, -1)
-        sizes = ({kind: -(-most[kind] * share // 1000) for kind in most} for share in shares)
-        return next(shape for shape in sizes if _params(work, shape) <= target)
+        sizes = ({kind: -(-most[kind] * share // 1000) for kind in most} for share in range(1000, 0, -1))
+        return next((shape for shape in sizes if _params(work, shape) <= target), dict.fromkeys(most, 1))
 
     def _hold(self, work: Work, rows: Mapping[str, Tensor]) -> None:
         """Add log α and the multipliers to the optimiser, in place, with their saved or else their first values."""

@@ -48,6 +48,8 @@ _EPS = 1e-7
 class PolicyGradient(Units):
     """Learn which units stay by policy gradient over random masks, without back-propagation (Bypass)."""
 
+    measures_heads = False
+
     def __init__(
         self,
         *,

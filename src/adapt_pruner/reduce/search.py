@@ -50,6 +50,8 @@ __all__ = ["Search"]
 class Search(Units):
     """Search how many units each layer keeps, by the loss of candidates that are shut but not cut (Self-Pruner, EvoPress)."""
 
+    measures_heads = False
+
     def __init__(
         self,
         *,
@@ -161,6 +163,11 @@ class Search(Units):
             batches = work.batches()
             scores, _ = scores_of(work, batches, **where)
             text = work.batches(ahead=1)
+            if all(torch.equal(one, other) for one, other in zip(batches, text, strict=True)):
+                work.warn_of_stage(
+                    "the search measures candidates on the text that the scores have read, since there is no other; name a text as "
+                    "calibration.source"
+                )
             base = sizes_alike(work, keep=target - repair_parameters(work))
             space = Space.around(axes, base, level=self.level, multiple=work.multiple_of)
             weights = _repaired_weights(work, axes, scores, space, batches) if self.on_repaired else {}
@@ -190,7 +197,7 @@ class Search(Units):
             tell = work.progress("search", stage=work.state.stage)
             measured = []
             for number, sizes in enumerate(candidates, start=1):
-                if params_of(work, axes, sizes) <= target:
+                if params_of(work, axes, sizes) <= target - repair_parameters(work):
                     measured.append(Candidate(sizes, judge.little(sizes)))
                 tell(number, len(candidates))
             best = sorted((one for one in measured if math.isfinite(one.loss)), key=lambda one: one.loss)[: self.finalists]

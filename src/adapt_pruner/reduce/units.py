@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from adapt_pruner.reduce.closed_form import without_bias
 from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.score.calibrate import Evidence, Metric, evidence_needed, score, score_behind
+from adapt_pruner.score.calibrate import Evidence, Metric, eval_mode, evidence_needed, score, score_behind
 
 __all__ = [
     "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
@@ -40,12 +40,15 @@ __all__ = [
 ]  # fmt: skip
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
-_NEARLY = 0.05  # share of a step: a last step smaller than this is merged into the step before it
+_NEARLY = 0.05  # share of a step: a last step smaller than this is left out of the estimate, since rounding may save it
 
 
 @part("reduce", needs={"chosen"})
 class Units(Reduction):
     """Remove the least valuable units in small steps, and repair the remaining weights in each step (Adapt-Pruner's loop)."""
+
+    measures_heads: ClassVar[bool] = True
+    """Whether `head_metric` ranks KV heads; else the reduction ranks them itself."""
 
     def __init__(self) -> None:
         self._debt: Debt | None = None
@@ -54,6 +57,12 @@ class Units(Reduction):
     def check(self, work: Work) -> None:
         """Refuse axes that the model lacks, a `multiple_of` that is too large, and `sequential_scoring` that cannot work."""
         recipe = work.recipe
+        if recipe.head_metric is not None and not self.measures_heads:
+            way = recipe.reduce.partition("(")[0]
+            raise UsageError(
+                f"reduce {way} ranks KV heads by the scores of the metric, so head_metric {recipe.head_metric!r} would be ignored; set "
+                "head_metric=null"
+            )
         there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
         if missing := [kind for kind in recipe.axes if kind not in there]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
@@ -265,7 +274,8 @@ def repaired(work: Work, mask: Mask, batches: Sequence[Tensor], **where: int) ->
     with work.state.clock("repair"):
         tell = work.progress("repair", **where)
         repair = parts.bind("repair", recipe.repair, task=work.task, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell)
-        repair(work.model, work.axes, mask, [*batches, *work.data.own])
+        with eval_mode(work.model):
+            repair(work.model, work.axes, mask, [*batches, *work.data.own])
 
 
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:

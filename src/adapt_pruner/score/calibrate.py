@@ -44,7 +44,7 @@ from adapt_pruner.core.precision import casting_once, linears_cast, nonfinite_er
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
-__all__ = ["Evidence", "Metric", "as_found", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
+__all__ = ["Evidence", "Metric", "as_found", "eval_mode", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
 
 
 class Evidence(Enum):
@@ -66,23 +66,32 @@ Metric = Callable[[nn.Module, Sequence[Axis]], Generator[Evidence, Any, Scores]]
 
 
 @contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within this context no module drops anything; afterwards each is in the mode in which it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
 def as_found(model: nn.Module, trained: set[str]) -> Iterator[None]:
     """Eval mode, with gradients for the named parameters only; afterwards everything is as it was."""
-    training = {module: module.training for module in model.modules()}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     cpu_rng = torch.get_rng_state()
     try:
-        model.eval()
-        for name, parameter in model.named_parameters():
-            parameter.grad = None
-            parameter.requires_grad_(name in trained)
-        yield
+        with eval_mode(model):
+            for name, parameter in model.named_parameters():
+                parameter.grad = None
+                parameter.requires_grad_(name in trained)
+            yield
     finally:
         for parameter, (requires_grad, gradient) in before.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        for module, mode in training.items():
-            module.training = mode
         torch.set_rng_state(cpu_rng)
 
 
