@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.documented import run
 from adapt_pruner.run import loop
@@ -202,10 +202,20 @@ def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[dict[str, Any]] = []
+    asked: list[tuple[float, float]] = []
+    bind = parts.bind
+
+    def watched(key: str, name: str, **values: Any) -> Any:
+        if key == "chooser" and values.get("amplitude"):
+            asked.append((values["step"], values["amplitude"]))
+        return bind(key, name, **values)
+
+    monkeypatch.setattr(parts, "bind", watched)
     slowly(monkeypatch, each=10.0)
     outcome = run(recipe.model_copy(update={"minutes": 0.4}), tmp_path / "run", listen=heard.append)
     assert outcome is not None
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
+    assert asked[-1] == (1.0, pytest.approx(recipe.amplitude / recipe.step)), "layers keep their shares in the last cut"
     said = [event["message"] for event in heard if event["event"] == "warning"]
     assert "half of the 0.4 minutes are over" in said[0]
     assert "were over before training began" in said[1]

@@ -43,6 +43,9 @@ def test_more_time_buys_thoroughness_and_then_tokens() -> None:
     tokens = [plan.settings["training.expected"] for plan in plans]
     assert [plan.settings["method"] for plan in plans] == ["adaptive-ls-v1"] * 5
     assert [plan.settings["step"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1]
+    assert [plan.settings["amplitude"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1], (
+        "the shares of layers do not depend on the step"
+    )
     assert looked_at == [16, 16, 32, 64, 64]
     assert tokens == sorted(tokens)
     assert 3 < tokens[4] / tokens[3] < 6

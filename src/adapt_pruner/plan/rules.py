@@ -144,6 +144,7 @@ class _Pruning:
         return {
             "method": "adaptive-ls-v1",
             "step": self.step,
+            "amplitude": self.step,  # as in the method: layers give from nothing to twice the mean
             "calibration.samples": self.samples,
             "calibration.self_generated": 0,
             **bare,

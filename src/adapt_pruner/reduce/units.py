@@ -173,7 +173,9 @@ class Units(Reduction):
         recipe, model = work.recipe, work.model
         self._debt = self._carried(work)
         while (now := work.num_params) > target:
-            choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=work.step, amplitude=recipe.amplitude))
+            step = work.step
+            amplitude = recipe.amplitude * step / recipe.step  # a larger step divides itself among the layers as a small one does
+            choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude))
             where = {"stage": work.state.stage, "iteration": work.iteration}
             may_shrink = prunable(work)
             with work.state.clock("score"):

@@ -76,7 +76,7 @@ def recipe_in_time(
         listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").told())
     settings = dict(plan.settings)
     if any(word.partition("=")[0].strip() == "method" for word in overrides):  # another method has its own step and repair
-        settings = {key: value for key, value in settings.items() if key not in ("method", "step", "repair")}
+        settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
     return recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides)
 
 
