@@ -263,12 +263,6 @@ def compare(
         UsageError: the request cannot be met; nothing has been pruned.
         RunError: the dense model cannot be measured, or something cannot be written. A cell that fails is a row with an `error`.
     """
-    if calibration_ids and draws is not None:
-        raise UsageError(f"each file of --calibration-ids is a draw, so --draws {draws} would be ignored; leave one out")
-    if params is None and sparsity is None:
-        raise UsageError(
-            'compare needs sizes to compare at; give params=["80%", "60%"], or sparsity=["50%"] for methods that make zeros'
-        )
     sizes = () if params is None else as_words("params", params, as_size)
     patterns = () if sparsity is None else as_words("sparsity", sparsity, _word)
     texts = [as_spec("text", one) for one in (text if isinstance(text, list | tuple) else [text])]
@@ -280,7 +274,7 @@ def compare(
             calibration=None if calibration is None else as_spec("calibration", calibration),
             calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in calibration_ids or ()), calibration_samples=calibration_samples,
             calibration_length=calibration_length,
-            draws=3 if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=_whole("max_windows", max_windows, 1),
+            draws=None if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=_whole("max_windows", max_windows, 1),
             overrides=tuple(as_overrides(settings)), device=device, dtype=_precision(dtype), trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return Comparison(place, comparison.compare(asked, place, listen=tell, keep=keep), keeper)

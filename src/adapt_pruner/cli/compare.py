@@ -64,21 +64,14 @@ def compare(
 
         adapt-pruner compare ./llama --methods adapt-pruner,uniform --params 80%,60% --text wiki.test.txt --text books/ --draws 5 -o compared
     """
-    from adapt_pruner.errors import RunError, UsageError
-
-    if calibration_ids and draws is not None:
-        raise UsageError(f"each file of --calibration-ids is a draw, so --draws {draws} would be ignored; leave one out")
-    if params is None and sparsity is None:
-        raise UsageError(
-            "compare needs sizes to compare at; add --params 80%,60%, or --sparsity 50%,2:4 for methods that make zeros"
-        )
     from adapt_pruner.compare.request import Request
+    from adapt_pruner.errors import RunError
 
     asked = Request(
         model=model, methods=tuple(methods.split(",")), params=tuple(params.split(",")) if params is not None else (),
         sparsity=tuple(sparsity.split(",")) if sparsity is not None else (), texts=tuple(text), calibration=calibration,
         calibration_ids=tuple(map(str, calibration_ids or [])), calibration_samples=calibration_samples,
-        calibration_length=calibration_length, draws=3 if draws is None else draws, window=window,
+        calibration_length=calibration_length, draws=draws, window=window,
         max_windows=max_windows, overrides=tuple(overrides or []), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     ).checked()  # fmt: skip
     from adapt_pruner.cli.tables import print_table

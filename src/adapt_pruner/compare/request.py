@@ -21,6 +21,7 @@ _OWN_KEYS = {
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
 _UNASKED = "evaluation.prompts=[]"  # answers take time, and a comparison does not show them
+_DRAWS = 3
 _ANY_SIZE = 10**18  # larger than any number of parameters
 _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "evaluation"}
 
@@ -39,7 +40,7 @@ class Request:
         calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
         calibration_samples: sequences per iteration; None for what each recipe says.
         calibration_length: tokens of each; None for what each recipe says.
-        draws: number of draws if there are no such files; draw n has the seed n.
+        draws: number of draws if there are no such files, 3 if None; draw n has the seed n.
         window: tokens in an evaluation window.
         max_windows: the most windows that are read of each text; None for all.
         overrides: `KEY=VALUE` of a recipe, for every method.
@@ -57,7 +58,7 @@ class Request:
     calibration_ids: tuple[str, ...] = ()
     calibration_samples: int | None = None
     calibration_length: int | None = None
-    draws: int = 3
+    draws: int | None = None
     window: int = 512
     max_windows: int | None = 40
     overrides: tuple[str, ...] = ()
@@ -74,7 +75,7 @@ class Request:
     @property
     def num_draws(self) -> int:
         """Number of cells per method and size."""
-        return len(self.calibration_ids) or self.draws
+        return len(self.calibration_ids) or self.draws or _DRAWS
 
     def checked(self) -> "Request":
         """This request without repetitions, after a check of its words; no model or text is read for it.
@@ -82,6 +83,12 @@ class Request:
         Raises:
             UsageError: a method, size or key is unknown or missing, or one option has no effect because of another.
         """
+        if self.calibration_ids and self.draws is not None:
+            raise UsageError(f"each file of --calibration-ids is a draw, so --draws {self.draws} would be ignored; leave one out")
+        if not self.params and not self.sparsity:
+            raise UsageError(
+                "compare needs sizes to compare at; add --params 80%,60%, or --sparsity 50%,2:4 for methods that make zeros"
+            )
         for words, option in ((self.methods, "--methods"), (self.params or self.sparsity, "--params"), (self.texts, "--text")):
             if not any(map(str.strip, words)):
                 raise UsageError(f"{option} is empty; give at least one")
@@ -104,7 +111,7 @@ class Request:
             )
         asked = replace(
             self, methods=_once(tuple(ALIASES.get(name, name) for name in self.methods)), params=_once(self.params), texts=_once(self.texts),
-            sparsity=_once(patterns), calibration_ids=_once(self.calibration_ids),
+            sparsity=_once(patterns), calibration_ids=_once(self.calibration_ids), draws=None if self.calibration_ids else self.num_draws,
         )  # fmt: skip
         asked._check_sizes()
         for method, recipe in asked.recipes.items():
