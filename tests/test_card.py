@@ -256,6 +256,24 @@ def test_an_export_of_what_is_not_ours_has_no_card(tiny_folder: Path, tmp_path: 
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+def test_a_checkpoint_within_a_run_is_exported_without_a_card(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, ask: Any
+) -> None:
+    """The export is complete, and its card would need figures that only the end of the run has."""
+    training = {"source": str(text_file), "tokens": 128, "batch_tokens": 128, "length": 32}
+    asked = {"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "training": training}
+    documented.run(recipe.read(asked), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "stage-1-pruned"
+    said = f"{checkpoint} is a checkpoint of a run that has not ended and so has no card; let the run end and name its result"
+    status, _, err = ask("export", checkpoint, "--to", "padded", "-o", tmp_path / "out")
+    assert status == 0, err
+    assert f"the export has no model card: {said}" in err
+    assert load(str(tmp_path / "out")).tokenizer is not None
+    assert not (tmp_path / "out" / "README.md").exists()
+    status, _, err = ask("card", checkpoint)
+    assert (status, err.startswith(f"error: {said}")) == (2, True), err
+
+
 def test_a_snippet_that_forgets_the_trust_would_be_seen(
     tiny_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

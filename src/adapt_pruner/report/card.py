@@ -41,7 +41,7 @@ def write_card(folder: Path) -> None:
     """Write the README.md of a checkpoint; an existing one is overwritten.
 
     Raises:
-        UsageError: `folder` is not a checkpoint of ours.
+        UsageError: `folder` is not a checkpoint of ours, or its run has not ended.
         RunError: it could not be written.
     """
     text = card_of(folder)
@@ -51,7 +51,7 @@ def write_card(folder: Path) -> None:
         raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
 
 
-def write_card_of_export(source: Path, out: Path, form: str) -> None:
+def write_card_of_export(source: Path, out: Path, form: str) -> str | None:
     """Write the README.md of an exported folder: the card of its checkpoint, and how to load the form.
 
     Args:
@@ -59,18 +59,21 @@ def write_card_of_export(source: Path, out: Path, form: str) -> None:
         out: the folder.
         form: a form that `export` writes as a folder.
 
+    Returns:
+        A sentence that says why the export of a checkpoint of ours has no card; None if it has one.
+
     Raises:
         RunError: the card could not be written.
     """
+    if not (source / "pruning.json").is_file():
+        return None
     try:
-        config, pruning = _told(source)
-    except UsageError:
-        return
-    try:
-        exported = read_json(out / "config.json")
-        write_whole(out / "README.md", card(config, pruning, exported=(form, exported)))
+        write_whole(out / "README.md", card_of(source, exported=(form, read_json(out / "config.json"))))
+    except UsageError as error:
+        return f"the export has no model card: {error}"
     except OSError as error:
         raise RunError(f"{out / 'README.md'} could not be written: {why(error)}") from error
+    return None
 
 
 def try_card(folder: Path, *, path: Path, listen: Listener) -> None:
@@ -85,15 +88,19 @@ def try_card(folder: Path, *, path: Path, listen: Listener) -> None:
         listen(Warned(message=message).told())
 
 
-def card_of(folder: Path) -> str:
+def card_of(folder: Path, *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:
     """The card of a checkpoint, read from its config.json and pruning.json.
 
+    Args:
+        folder: the checkpoint.
+        exported: see `card`.
+
     Raises:
-        UsageError: `folder` is not a checkpoint of ours.
+        UsageError: `folder` is not a checkpoint of ours, or its run has not ended.
     """
     told = _told(folder)
     try:
-        return card(*told)
+        return card(*told, exported=exported)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # only the two files can cause these
         raise UsageError(
             f"config.json or pruning.json of {folder} is damaged ({type(error).__name__}: {first_line(error)}); get the folder again"
@@ -119,6 +126,10 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         contents.append(data if isinstance(data, dict) else {})
     if not {"recipe", "figures"} <= contents[1].keys():
         raise UsageError(f"{folder / 'pruning.json'} does not say how the model was made; get the folder again")
+    if isinstance(contents[1]["figures"], dict) and "params_after" not in contents[1]["figures"]:
+        raise UsageError(
+            f"{folder} is a checkpoint of a run that has not ended and so has no card; let the run end and name its result, its folder model"
+        )
     return contents[0], contents[1] | {"recipe": in_todays_keys(contents[1]["recipe"])}
 
 

@@ -110,8 +110,8 @@ def export(
     listen(Load(model=model).told())
     loaded = load(model, trust_remote_code=trust_remote_code)
     notes = write(loaded, out, to=to, quant=quant, pad=pad)
-    if out.is_dir():
-        write_card_of_export(expanded(loaded.source), out, to)
+    if out.is_dir() and (lacking := write_card_of_export(expanded(loaded.source), out, to)) is not None:
+        notes = [*notes, lacking]
     for note in notes:
         listen(Warned(message=note).told())
     return notes
