@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import read
+from adapt_pruner.report.documented import run
 from adapt_pruner.train.adapters import adapted, base_name
 from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
-from conftest import LAYOUTS, tiny_model, train
+from conftest import LAYOUTS, break_off, log_of, tiny_model, train
 
 pytest.importorskip("peft", reason="peft, which makes the additions, is not installed: pip install 'adapt-pruner[lora]'")
 
@@ -184,3 +187,17 @@ def test_without_peft_one_sentence_says_what_to_install(monkeypatch: pytest.Monk
         adapted(tiny_model(), **LORA),
     ):
         raise AssertionError("not reached")
+
+
+def test_a_checkpoint_whose_additions_are_not_merged_is_no_model(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Its weights are those from before the training, which alone would be measured; its own run continues from it."""
+    training = {"source": str(text_file), "tokens": 256, "batch_tokens": 128, "length": 32, "lora": {"rank": 2}}
+    asked = {"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "training": training}
+    recipe, checkpoints = read({**asked, "moments": "reset", "checkpoint_minutes": 0}), tmp_path / "run" / "checkpoints"
+    break_off(recipe, tmp_path / "run", kind="step", nth=2)
+    within = checkpoints / "stage-1-step-1"
+    with pytest.raises(UsageError, match=f"{within} holds low-rank additions that are not merged into its weights yet; continue"):
+        load(str(within))
+    assert load(str(checkpoints / "stage-1-pruned")).mask is not None
+    run(recipe, tmp_path / "run")
+    assert [event["step"] for event in log_of(tmp_path / "run", "resumed")] == [1]

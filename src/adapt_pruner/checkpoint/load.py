@@ -30,6 +30,7 @@ from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
+from adapt_pruner.core.marks import UNMERGED_FILE
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
@@ -127,6 +128,7 @@ def load(
     trust_remote_code: bool = False,
     any_family: bool = False,
     fresh: int | None = None,
+    unmerged: bool = False,
 ) -> Loaded:
     """Load a model by folder, file, packaged name or hub id.
 
@@ -138,12 +140,18 @@ def load(
         any_family: also accept a causal LM of no known family, which can be measured but not pruned.
         fresh: a seed. If given, weights are drawn at random as the model's class initialises them, and those on disk are not
             read. The folder needs no weights then, and its mask.json is not read either.
+        unmerged: accept a checkpoint in the middle of LoRA training. Its additions are not loaded.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
         RunError: its files are damaged.
     """
     folder, gguf = locate(name)
+    if not unmerged and fresh is None and all((Path(folder) / file).is_file() for file in ("state.json", UNMERGED_FILE)):
+        raise UsageError(
+            f"{name} holds low-rank additions that are not merged into its weights yet; continue its run, or name a checkpoint from "
+            "before or after its training"
+        )
     if gguf is None or fresh is not None:
         return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh)
     kept = _kept(Path(folder) / gguf)

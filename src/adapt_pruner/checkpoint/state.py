@@ -1,7 +1,7 @@
 """A checkpoint in the middle of a run: a float32 model folder from `checkpoint.save`, and everything that decides the next step.
 
 optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only if there are any
-lora.safetensors        the low-rank additions being trained; only if there are any
+lora.safetensors        the low-rank additions being trained; only if there are any, and then `load` refuses the folder
 state.json              the run's state, the size and SHA-256 of every other file, and the SHA-256 of all this
 """
 
@@ -19,6 +19,7 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import check_fits, save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import expanded, files_in
+from adapt_pruner.core.marks import UNMERGED_FILE
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import RunError
@@ -26,6 +27,7 @@ from adapt_pruner.train.adapters import base_name
 
 __all__ = ["identity", "load_state", "read_state", "save_state", "start_of"]
 
+_OPTIMIZER_FILE = "optimizer.safetensors"
 _PIECES, _PIECE = 64, 2**16  # pieces of a large file that are hashed, and bytes of each
 
 
@@ -60,9 +62,9 @@ def save_state(
     check_fits(path, base, moments, additions, dtype=torch.float32)
 
     def beside(folder: Path) -> None:
-        for name, tensors in (("optimizer", moments), ("lora", additions)):
+        for name, tensors in ((_OPTIMIZER_FILE, moments), (UNMERGED_FILE, additions)):
             if tensors:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
         files = {name: [file.stat().st_size, _digest(file)] for name, file in files_in(folder).items()}
         whole = {**state, "files": files}
         (folder / "state.json").write_text(to_json({**whole, "sha256": _fingerprint(whole)}) + "\n", encoding="utf-8")
@@ -110,10 +112,10 @@ def load_state(path: Path, state: Mapping[str, Any], *, device: torch.device) ->
         state: what `read_state` returned; its `start` describes the model at the start of the run (see `start_of`).
         device: for the model; moments and additions lie on the CPU.
     """
-    loaded = load(str(path), device=device)
+    loaded = load(str(path), device=device, unmerged=True)
     extras: dict[str, Tensor] = {}
-    for name in ("optimizer", "lora"):
-        file = path / f"{name}.safetensors"
+    for name in (_OPTIMIZER_FILE, UNMERGED_FILE):
+        file = path / name
         if file.is_file():  # copied to aligned memory, because products with unaligned tensors may round differently
             extras |= {key: tensor.clone() for key, tensor in load_file(file).items()}
     start = state["start"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapt_pruner.core.files import write_whole
 
-__all__ = ["MARK", "PAGE_FOOT", "PROGRESS", "WEIGHT_MASK_FILE", "is_marked", "is_page", "mark"]
+__all__ = ["MARK", "PAGE_FOOT", "PROGRESS", "UNMERGED_FILE", "WEIGHT_MASK_FILE", "is_marked", "is_page", "mark"]
 
 MARK = ".adapt-pruner"
 """The file in a folder that says what the folder is."""
@@ -15,6 +15,9 @@ PAGE_FOOT = "Written by adapt-pruner"
 
 WEIGHT_MASK_FILE = "sparsity/weight_mask.safetensors"
 """The file of a mask over weights, within a model folder (see `checkpoint.weight_mask_file`)."""
+
+UNMERGED_FILE = "lora.safetensors"
+"""The file of low-rank additions in training, within a checkpoint of a run (see `checkpoint.state`)."""
 
 PROGRESS = "progress.json"
 """The file in a run's folder that says where the run stands (see `core.progress`)."""
