@@ -510,3 +510,14 @@ def test_a_number_that_no_launcher_gave_silences_nothing(ask: Any, monkeypatch: 
     status, _, err = ask("prune", tmp_path / "none", "-o", tmp_path / "out", "--params", "80%")
     assert status == 2
     assert "\nerror: model " in err
+
+
+@pytest.mark.parametrize("words", [["prune"], ["shrink", "--tokens", "10k"]])
+def test_what_cannot_be_shared_is_refused_to_several_processes(
+    words: list[str], ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before a model is looked for. Each process would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = ask(words[0], tmp_path / "none", "-o", tmp_path / "out", "--params", "80%", *words[1:])
+    said = f"error: {words[0]} works in one process, and 2 were started; start it without torchrun or accelerate, since only"
+    assert (status, err.startswith(said)) == (2, True), err

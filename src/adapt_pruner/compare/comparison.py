@@ -12,7 +12,6 @@ models/           checkpoints while they are measured, or all of them if they ar
 import functools
 import hashlib
 import itertools
-import os
 import shutil
 import statistics
 import time
@@ -29,7 +28,7 @@ from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
-from adapt_pruner.core import events
+from adapt_pruner.core import events, world
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.comparison_events import CellBegun, CellDone, Reused
 from adapt_pruner.core.events import Interrupted, Listener, Load, Warned
@@ -78,8 +77,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
         RunError: the dense model cannot be measured, or something cannot be written.
     """
     asked, out = request.checked(), Path(out)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("compare starts its processes itself, one after another; start it without torchrun or accelerate")
+    world.check_alone("compare")
     _check_kind(out)
     for text in asked.texts:
         if text != SELF:

@@ -18,7 +18,7 @@ from adapt_pruner.core import heartbeat
 from adapt_pruner.core.words import span
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["agreed", "any_of", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
+__all__ = ["agreed", "any_of", "check_alone", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `heartbeat` tells whether it is alive
@@ -46,6 +46,20 @@ def is_main() -> bool:
 def _num_started() -> int:
     """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_alone(command: str) -> None:
+    """Refuse to share the work of a command that cannot be shared.
+
+    Raises:
+        UsageError: a launcher started several processes.
+    """
+    number = max(size(), _num_started())
+    if number > 1:
+        raise UsageError(
+            f"{command} works in one process, and {number} were started; start it without torchrun or accelerate, since only "
+            "`adapt-pruner run` shares its work"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner import recipe as recipes
+from adapt_pruner.core import world
 from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine
 from adapt_pruner.core.words import compact, typed
@@ -52,8 +53,9 @@ def recipe_in_time(
 
     Raises:
         UsageError: the folder holds something else, or a run of another model, size, text, tokens, seed or number format; the
-            model or the text cannot be loaded; or the time is too short.
+            model or the text cannot be loaded; the time is too short; or several processes were started.
     """
+    world.check_alone("shrink")
     minutes, tokens = long
     train, held_out, characters = apart(text or DEFAULT_TEXT)
     asked = _about(common["budget"], minutes, tokens)

@@ -154,10 +154,11 @@ def prune(
     `beside` writes more files into the folder before the folder gets its final name.
 
     Raises:
-        UsageError: the budget or a text does not fit the model, or `out` is not empty.
+        UsageError: the budget or a text does not fit the model, `out` is not empty, or several processes were started.
         RunError: a loss is not finite, or the result cannot be written.
     """
     started, out = time.perf_counter(), Path(out)
+    world.check_alone("prune")
     check_target(out)
     work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code)
     work.started = started
