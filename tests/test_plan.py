@@ -13,7 +13,7 @@ from adapt_pruner.recipe import read
 MACHINE = Machine(read=1_500, scored=360, trained=570, load=10, words="2 threads, bfloat16", memory=16 * 2**30)
 """Two idle cores of a Xeon with AMX and SmolLM2-135M."""
 SMOLLM2 = Model("smollm2-135m-instruct", 134_515_008, 106_203_456, 113_300_000, 8192, (3 * 2**30, 2 * 2**30))
-TEXT = Asked("corpus#train", "corpus#heldout", 40_000_000, True)
+TEXT = Asked("corpus#train", "corpus#heldout", 40_000_000, True, 10_000)
 
 
 def plan_of(minutes: float | None = None, **changes: Any) -> Plan:
@@ -114,6 +114,19 @@ def test_the_text_lasts_until_the_deadline_where_the_probe_was_too_slow(minutes:
     assert more <= training.tokens / training.expected <= 8
     disturbed = read({}, values=plan_of(15, read=550, scored=130, trained=210).settings).training
     assert disturbed.tokens > read({}, values=plan_of(15).settings).training.expected
+
+
+def test_no_more_is_prepared_than_a_small_text_has_if_it_is_read_as_often_as_allowed() -> None:
+    """Training refuses a text that it would read more than 10,000 times; a fast machine got there with twice the tokens."""
+    fast = {"read": 90_000, "scored": 30_000, "trained": 40_000}
+    expected = plan_of(60, text_tokens=20_000, **fast).settings["training.expected"]
+    for repeats, prepared in ((2_000, 2 * expected), (4_000, 1.25 * expected), (9_000, expected)):
+        settings = plan_of(60, text_tokens=round(expected / repeats), **fast).settings
+        assert settings["training.expected"] == expected
+        assert settings["training.tokens"] == pytest.approx(prepared, rel=1e-3)
+    for asked, less in (({"minutes": 60}, "less time with --minutes"), ({"tokens": expected}, "fewer --tokens")):
+        with pytest.raises(UsageError, match=f"would read it 11,0.. times; at most 10,000 are allowed, so .* --text, or {less}"):
+            plan_of(**asked, text_tokens=round(expected / 11_000), **fast)
 
 
 @pytest.mark.parametrize("target", [113_300_000, 70_800_000])

@@ -20,10 +20,10 @@ from adapt_pruner.data.sources import SELF, Source, domains
 from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Fixed", "Rows", "rows_of", "stage_spans", "training_rows"]
+__all__ = ["MOST_REPEATS", "Fixed", "Rows", "rows_of", "stage_spans", "training_rows"]
 
-
-_MOST_REPEATS = 10_000  # times that a text may be read
+MOST_REPEATS = 10_000
+"""Times that a training text may be read."""
 
 
 class Rows:
@@ -217,9 +217,9 @@ def training_rows(
             short = f"the training text {spec!r} has {there:,} tokens in rows of {length}, but {asked:,} are asked for"
             if not repeat:
                 raise UsageError(f"{short}; give more text, lower training.tokens or allow training.repeat")
-            if asked / there > _MOST_REPEATS:
+            if asked / there > MOST_REPEATS:
                 raise UsageError(
-                    f"{short}, which would repeat it {asked / there:,.0f} times; at most {_MOST_REPEATS:,} are allowed, so give "
+                    f"{short}, which would repeat it {asked / there:,.0f} times; at most {MOST_REPEATS:,} are allowed, so give "
                     "more text or lower training.tokens"
                 )
             if (times := asked / there * (1 if expected is None else min(1.0, expected / tokens))) > 1:

@@ -23,6 +23,7 @@ _SPARE = 0.02  # of the time, for what no probe predicts
 _MORE, _MOST_MORE, _EASILY = 2, 8, 4_000_000
 """Tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow: 2, or up to 8 as long as
 that makes so many tokens, which takes seconds."""
+_SURELY = 0.5  # of the tokens that a text seems to have: they are counted at its beginning, and rows leave some out
 _ONCE = 1.05  # times that a text may be read; above, the model would learn it by heart, so the dense model's predictions teach
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _FASTER = 0.6  # a pruned model trains faster by this much of (dense / pruned parameters - 1)
@@ -101,6 +102,7 @@ class Asked:
         held_out: SPEC of the part that is held out.
         text_tokens: about how many tokens `train` has.
         own: whether the user named the text.
+        most_repeats: times that the text may be read.
         minutes: minutes that the run may take from now on; None if `tokens` says how long.
         tokens: tokens to train on; None if `minutes` says how long.
         gone: minutes of the user's time that the probe has used up.
@@ -110,6 +112,7 @@ class Asked:
     held_out: str
     text_tokens: int
     own: bool
+    most_repeats: int
     minutes: float | None = None
     tokens: int | None = None
     gone: float = 0.0
@@ -185,12 +188,14 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
     """The plan for a machine, a model and a time or a number of tokens.
 
     Raises:
-        UsageError: the time is too short for the smallest plan, or the model does not fit into memory.
+        UsageError: the time is too short for the smallest plan, the text too short for the time, or the model does not fit into
+            memory.
     """
     taught = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
     plan, tokens = _planned(machine, model, asked, taught=taught)
     if tokens > _ONCE * asked.text_tokens and not (taught or model.sparse):
-        plan, _ = _planned(machine, model, asked, taught=True)
+        plan, tokens = _planned(machine, model, asked, taught=True)
+    _check_repeats(tokens, asked)
     return plan
 
 
@@ -210,7 +215,7 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
     settings = {
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
         "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
-        "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch),
+        "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch, asked),
         **({} if asked.minutes is None else {"training.expected": tokens}),
         "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
         "training.lr": _rate(model),
@@ -305,9 +310,25 @@ def _rate(model: Model) -> float:
     return rate * (_LARGE_RATE if model.params > _LARGE else 1)
 
 
-def _prepared(expected: int, batch: int) -> int:
-    """Tokens to prepare for a run that a deadline ends."""
-    return max(_MORE * expected, min(_MOST_MORE * expected, _whole(_EASILY, batch)))
+def _check_repeats(tokens: int, asked: Asked) -> None:
+    """Refuse to train on so many tokens of a text that it would be read too often.
+
+    Raises:
+        UsageError: it would be.
+    """
+    if tokens > asked.most_repeats * asked.text_tokens:
+        less = "less time with --minutes" if asked.tokens is None else "fewer --tokens"
+        raise UsageError(
+            f"the training text {asked.train!r} has about {asked.text_tokens:,} tokens, and training on {tokens:,} would read it "
+            f"{tokens / max(1, asked.text_tokens):,.0f} times; at most {asked.most_repeats:,} are allowed, so give a longer --text, "
+            f"or {less}"
+        )
+
+
+def _prepared(expected: int, batch: int, asked: Asked) -> int:
+    """Tokens to prepare for a run that a deadline ends. They are no more than the text has if it is read as often as allowed."""
+    more = max(_MORE * expected, min(_MOST_MORE * expected, _whole(_EASILY, batch)))
+    return max(expected, min(more, _whole(_SURELY * asked.most_repeats * asked.text_tokens, batch)))
 
 
 def _whole(tokens: float, batch: int) -> int:

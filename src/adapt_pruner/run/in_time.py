@@ -12,6 +12,7 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine
 from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.apart import apart
+from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import Asked, planned
@@ -71,7 +72,9 @@ def recipe_in_time(
     del work
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
     left = None if minutes is None else max(1e-3, minutes - spent)
-    plan = planned(machine, its, Asked(train, held_out, round(text_tokens), text is not None, left, tokens, gone=spent))
+    plan = planned(
+        machine, its, Asked(train, held_out, round(text_tokens), text is not None, MOST_REPEATS, left, tokens, gone=spent)
+    )
     for line in plan.lines:
         listen(PlanLine(text=line).told())
     if overrides:
