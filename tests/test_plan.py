@@ -64,7 +64,7 @@ def test_five_minutes_do_on_a_machine_a_sixth_or_a_tenth_as_fast() -> None:
     assert (settings["training.batch_tokens"], settings["evaluation.max_windows"]) == (1024, 4)
     assert plan_of(4).settings["training.batch_tokens"] == 2048
     assert plan_of(4).settings["evaluation.max_windows"] >= 8
-    stalled = plan_of(4.2, own=False, target=105_000_000, read=75, scored=20, trained=29, load=25, gone=0.7).settings
+    stalled = plan_of(4.9, own=False, target=105_000_000, read=75, scored=20, trained=29, load=25, gone=0.7).settings
     assert (stalled["training.batch_tokens"], stalled["evaluation.max_windows"]) == (512, 2)
 
 
@@ -139,8 +139,11 @@ def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -
     with pytest.raises(UsageError, match="are too few"):
         plan_of(0.8 * float(least[1]), target=target)
     with pytest.raises(UsageError, match=r"^2\.5 minutes are too few") as late:
-        plan_of(0.5, target=target, gone=2.0)
+        plan_of(2.5, target=target, gone=2.0)
     assert f"about {float(least[1]) + 2:.1f} minutes" in str(late.value), "what the probe took is a part of it"
+    with pytest.raises(UsageError, match=r"^1\.25 minutes are too few") as spent:
+        plan_of(1.25, target=target, gone=2.0)
+    assert f"about {float(least[1]) + 2:.1f} minutes" in str(spent.value), "the probe took longer than the user gave"
 
 
 def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:

@@ -103,9 +103,9 @@ class Asked:
         text_tokens: about how many tokens `train` has.
         own: whether the user named the text.
         most_repeats: times that the text may be read.
-        minutes: minutes that the run may take from now on; None if `tokens` says how long.
+        minutes: minutes that it may take in all; None if `tokens` says how long.
         tokens: tokens to train on; None if `minutes` says how long.
-        gone: minutes of the user's time that the probe has used up.
+        gone: minutes that the probe has used up.
     """
 
     train: str
@@ -116,6 +116,11 @@ class Asked:
     minutes: float | None = None
     tokens: int | None = None
     gone: float = 0.0
+
+    @property
+    def left(self) -> float | None:
+        """Minutes that the run may take from now on; None if `tokens` says how long."""
+        return None if self.minutes is None else max(1e-3, self.minutes - self.gone)
 
 
 @dataclass(frozen=True)
@@ -205,11 +210,11 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
     checkpointing = _fitting(machine, model, distilled)
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
-    total = math.inf if asked.minutes is None else 60 * asked.minutes
+    total = math.inf if asked.left is None else 60 * asked.left
     silent = _answering(model, machine) > _FOR_ANSWERS * total
     model = replace(model, chats=model.chats and not silent)
     speed = _training_speed(machine, model, distilled)
-    batch, windows, way, left = _thoroughness(total, model, machine, speed=speed, gone=asked.gone)
+    batch, windows, way, left = _thoroughness(total, model, machine, asked, speed=speed)
     pruning = way.seconds(model, machine)
     tokens = _whole(asked.tokens if asked.tokens is not None else left * speed, batch)
     settings = {
@@ -224,7 +229,7 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
         "evaluation.source": asked.held_out, "evaluation.window": min(_WINDOW, model.longest or _WINDOW),
         "evaluation.max_windows": windows, **({"evaluation.prompts": []} if silent else {}),
         "checkpoint_minutes": _checkpoints(total),
-        **({} if asked.minutes is None else {"minutes": asked.minutes}),
+        **({} if asked.left is None else {"minutes": asked.left}),
     }  # fmt: skip
     seconds = {
         "load": machine.load,
@@ -240,8 +245,10 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
     ), tokens
 
 
-def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float, gone: float) -> tuple[int, int, _Pruning, float]:
-    """Tokens of a step, windows to measure, how to prune, and seconds left for training: the first choice that fits the time.
+def _thoroughness(
+    total: float, model: Model, machine: Machine, asked: Asked, *, speed: float
+) -> tuple[int, int, _Pruning, float]:
+    """Tokens of a step, windows to measure, how to prune, and seconds left for training: the first choice that fits `total` seconds.
 
     Raises:
         UsageError: even the smallest choice takes longer.
@@ -256,8 +263,8 @@ def _thoroughness(total: float, model: Model, machine: Machine, *, speed: float,
             return batch, windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)
     raise UsageError(
-        f"{total / 60 + gone:.3g} minutes are too few: to measure this machine, load {model.name}, prune it in one cut, train "
-        f"{fewest} steps and measure it takes about {_minutes_up(needed + 60 * gone):g} minutes here; give at least that many"
+        f"{asked.minutes:g} minutes are too few: to measure this machine, load {model.name}, prune it in one cut, train "
+        f"{fewest} steps and measure it takes about {_minutes_up(needed + 60 * asked.gone):g} minutes here; give at least that many"
     )
 
 
@@ -359,9 +366,7 @@ def _lines(
     )
     cuts = way.iterations(model)
     own = "" if asked.own else " (Python's language reference, which teaches little beyond Python; name your own with --text)"
-    when = (
-        f"ends within {span(60 * asked.minutes)}" if asked.minutes is not None else f"takes about {span(sum(seconds.values()))}"
-    )
+    when = f"ends within {span(60 * asked.left)}" if asked.left is not None else f"takes about {span(sum(seconds.values()))}"
     return (
         f"machine: {machine.words}; with this model it reads {machine.read:,.0f} tokens a second and trains on "
         f"{machine.trained:,.0f}",

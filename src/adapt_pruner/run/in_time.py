@@ -71,10 +71,8 @@ def recipe_in_time(
     text_tokens = characters * _tokens_a_character(work.tokenizer, train)
     del work
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
-    left = None if minutes is None else max(1e-3, minutes - spent)
-    plan = planned(
-        machine, its, Asked(train, held_out, round(text_tokens), text is not None, MOST_REPEATS, left, tokens, gone=spent)
-    )
+    wanted = Asked(train, held_out, round(text_tokens), text is not None, MOST_REPEATS, minutes, tokens, gone=spent)
+    plan = planned(machine, its, wanted)
     for line in plan.lines:
         listen(PlanLine(text=line).told())
     if overrides:
