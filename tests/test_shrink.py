@@ -180,6 +180,16 @@ def test_another_method_keeps_its_own_step_and_repair(ask: Any, tiny_folder: Pat
     assert (recipe["method"], recipe["step"], recipe["repair"]) == ("magnitude-all", 1.0, None)
 
 
+def test_a_step_may_be_as_short_as_a_row_of_shrink(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    """Its rows have 256 tokens, not the 512 of a recipe that names no length."""
+    words = shrink(
+        tiny_folder, text, tmp_path / "small", "--tokens", "1k", "--set", "training.batch_tokens=256", "--dry-run", "--json"
+    )
+    status, said, lines = ask(*words)
+    assert status == 0, lines
+    assert json.loads(said)["training"]["batch_tokens"] == 256
+
+
 def test_a_share_is_of_the_model_with_all_its_tokens(ask: Any, text: Path, tmp_path: Path) -> None:
     tokenizer = byte_level()
     model = tiny_model(vocab_size=len(tokenizer), bos_token_id=700, pad_token_id=2)
@@ -237,6 +247,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
         (["--tokens", "10k", "--params", "1k"], "budget 1,000 is too small"),
         (["--tokens", "10k", "--params", "200M"], "is above the 50,784 parameters the model has"),
         (["--tokens", "10k", "--set", "stages=0"], "stages"),
+        (["--tokens", "10k", "--set", "about=my own words"], "'about=my own words' would replace the words by which shrink"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(

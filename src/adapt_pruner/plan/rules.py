@@ -14,7 +14,7 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.words import compact, counted, millions, span, typed
 from adapt_pruner.errors import UsageError
 
-__all__ = ["BATCH_TOKENS", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
+__all__ = ["BATCH_TOKENS", "LENGTH", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_ANSWERS = 0.1  # of the time, at most; else no prompts are answered
@@ -28,7 +28,7 @@ _ONCE = 1.05  # times that a text may be read; above, the model would learn it b
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _FASTER = 0.6  # a pruned model trains faster by this much of (dense / pruned parameters - 1)
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
-_ROW, _LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
+_ROW, LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
 _WINDOWS = (40, 20, 8, 4, 2)
 _ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
 BATCH_TOKENS = 2048  # tokens of a step, if ten fit
@@ -222,7 +222,7 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
         "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
         "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch, asked),
         **({} if asked.minutes is None else {"training.expected": tokens}),
-        "training.batch_tokens": batch, "training.length": min(_LENGTH, model.longest or _LENGTH),
+        "training.batch_tokens": batch, "training.length": min(LENGTH, model.longest or LENGTH),
         "training.lr": _rate(model),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": checkpointing,

@@ -15,7 +15,7 @@ from adapt_pruner.data.apart import apart
 from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.sources import texts
 from adapt_pruner.errors import UsageError
-from adapt_pruner.plan.rules import Asked, planned
+from adapt_pruner.plan.rules import LENGTH, Asked, planned
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
@@ -57,12 +57,16 @@ def recipe_in_time(
             model or the text cannot be loaded; the time is too short; or several processes were started.
     """
     world.check_alone("shrink")
+    if described := [word for word in overrides if word.partition("=")[0].strip() == "about"]:
+        raise UsageError(
+            f"{described[0]!r} would replace the words by which shrink recognises a run that it continues; leave about out"
+        )
     minutes, tokens = long
     train, held_out, characters = apart(text or DEFAULT_TEXT)
     asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,
-        "training.tokens": tokens or 1_000_000, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
+        "training.tokens": tokens or 1_000_000, "training.length": LENGTH, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
     })  # fmt: skip
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
