@@ -521,3 +521,22 @@ def test_what_cannot_be_shared_is_refused_to_several_processes(
     status, _, err = ask(words[0], tmp_path / "none", "-o", tmp_path / "out", "--params", "80%", *words[1:])
     said = f"error: {words[0]} works in one process, and 2 were started; start it without torchrun or accelerate, since only"
     assert (status, err.startswith(said)) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["card", "none"], 2, "error in process 1: none is not a folder; "),
+        (["prune", "none", "-o", "out", "--params", "80%"], 2, ""),
+    ],
+)
+def test_an_error_that_one_process_has_is_said_by_it_and_one_of_all_is_not(
+    words: list[str], status: int, said: str, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None but the second process, on another machine perhaps, may lack the folder; the main process refuses `prune` itself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    left, out, err = ask(*words)
+    assert (left, out) == (status, "")
+    assert err.startswith(said)
+    assert bool(err) == bool(said), err

@@ -6,6 +6,7 @@ file is the process of a launch; it is long, since all launches stand on one gro
 
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapt_pruner.core import surgery, world
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import RunError, UsageError, is_of_all
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.documented import run
 from adapt_pruner.train.loop import Step, TrainState, make_optimizer
@@ -471,6 +472,24 @@ def test_a_text_that_is_not_there_is_said_once(ground: Ground) -> None:
     assert "none.txt' does not exist" in first.err
     assert (first.err + second.err).count("error") == 1
     assert (second.out, second.err) == ("", "")
+
+
+@pytest.mark.parametrize("kind", [UsageError, RunError])
+def test_an_error_of_the_first_process_is_marked_as_one_of_all(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the error that the caller makes of it. An error that a process raises by itself is not marked."""
+    monkeypatch.setattr(world, "size", lambda: 2)
+    monkeypatch.setattr(world, "agreed", lambda told: pickle.loads(pickle.dumps(told)))
+
+    def refuse() -> None:
+        raise kind("no")
+
+    with pytest.raises(kind, match="^no$") as refused:
+        world.on_main(refuse)
+    made = RunError("no; the last complete checkpoint is none")
+    made.__cause__ = refused.value
+    assert is_of_all(refused.value)
+    assert is_of_all(made)
+    assert not is_of_all(kind("no"))
 
 
 def test_a_refused_run_leaves_its_folder_free(ground: Ground) -> None:

@@ -10,16 +10,36 @@ The message is one sentence with the value, the limit and the remedy; the comman
 import difflib
 import re
 from collections.abc import Iterable
+from typing import TypeVar
 
-__all__ = ["RunError", "UsageError", "first_line", "is_out_of_memory", "nearest"]
+__all__ = ["RunError", "UsageError", "first_line", "is_of_all", "is_out_of_memory", "nearest", "of_all"]
 
 
 class UsageError(ValueError):
     """The request cannot be met as it is; the message says what to change."""
 
+    raised_by_all = False  # see `of_all`
+
 
 class RunError(RuntimeError):
     """The request was fine but the work failed. Nothing half-written has its final name."""
+
+    raised_by_all = False
+
+
+E = TypeVar("E", bound=UsageError | RunError)
+
+
+def of_all(error: E) -> E:
+    """Mark an error that all processes of a run raise, so that only the main one prints it; returns the error."""
+    error.raised_by_all = True
+    return error
+
+
+def is_of_all(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, is marked by `of_all`."""
+    cause = error.__cause__
+    return getattr(error, "raised_by_all", False) or (cause is not None and is_of_all(cause))
 
 
 def first_line(error: BaseException) -> str:

@@ -37,7 +37,7 @@ from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
 from adapt_pruner.core.files import disk_full_reason
 from adapt_pruner.core.streams import filtered
-from adapt_pruner.errors import RunError, UsageError, is_out_of_memory
+from adapt_pruner.errors import RunError, UsageError, is_of_all, is_out_of_memory
 
 __all__ = ["app", "main", "program"]
 
@@ -147,10 +147,8 @@ def main() -> None:
     before, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
-    except UsageError as error:
-        _stop(str(error), 2)
-    except RunError as error:
-        _stop(str(error), 1)
+    except (UsageError, RunError) as error:
+        _stop(str(error), 2 if isinstance(error, UsageError) else 1, own=not is_of_all(error))
     except KeyboardInterrupt:
         _stop(_INTERRUPTED, 1)
     except MemoryError as error:
@@ -246,8 +244,15 @@ def _shortened(sentence: str) -> str:
     return sentence if len(sentence) <= _LONGEST else f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
 
 
-def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoReturn:
-    """Print one sentence and exit. The main process prints every error, another process only an error of its own."""
+def _stop(sentence: str, status: int, error: BaseException | None = None, *, own: bool = False) -> NoReturn:
+    """Print one sentence and exit. The main process prints every error, another process only an error of its own.
+
+    Args:
+        sentence: what happened.
+        status: exit status.
+        error: an error that may show where it was raised; it is the process's own.
+        own: whether the process may be the only one that has the error.
+    """
     sentence = _shortened(sentence)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     process = os.environ.get("RANK", "0") if several else "0"
@@ -256,7 +261,7 @@ def _stop(sentence: str, status: int, error: BaseException | None = None) -> NoR
             traceback.print_exception(error)
         if process == "0":
             print(f"error: {sentence}", file=sys.stderr)
-        elif error is not None:
+        elif own or error is not None:
             print(f"error in process {process}: {sentence}", file=sys.stderr)
         sys.stdout.flush()
     sys.exit(status)

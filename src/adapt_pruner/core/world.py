@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapt_pruner.core import heartbeat
 from adapt_pruner.core.words import span
-from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line, of_all
 
 __all__ = ["agreed", "any_of", "check_alone", "is_main", "joined", "on_main", "rank", "share", "size", "sum_in_place"]
 
@@ -56,9 +56,11 @@ def check_alone(command: str) -> None:
     """
     number = max(size(), _num_started())
     if number > 1:
-        raise UsageError(
-            f"{command} works in one process, and {number} were started; start it without torchrun or accelerate, since only "
-            "`adapt-pruner run` shares its work"
+        raise of_all(
+            UsageError(
+                f"{command} works in one process, and {number} were started; start it without torchrun or accelerate, since only "
+                "`adapt-pruner run` shares its work"
+            )
         )
 
 
@@ -85,12 +87,14 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
             "is left of it and run the same command, which continues from the last checkpoint"
         )
 
+    met = False
     try:
         store, its_rank, number = next(dist.rendezvous("env://", timeout=_GATHERING))  # type: ignore[attr-defined]
         own = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         with heartbeat.listening(own, rank=its_rank, size=number, lost=tell, busy=_alone.is_set):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=its_rank, world_size=number, timeout=_PATIENCE)
+            met = True
             try:
                 yield
             finally:
@@ -98,10 +102,11 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_the_others(error):
             raise
-        raise RunError(
+        trouble = RunError(
             f"another process has ended or cannot be reached ({first_line(error)}); see its message, then run the same command, "
             "which continues from the last checkpoint"
-        ) from error
+        )
+        raise of_all(trouble) if met else trouble from error  # a process that meets no other may be the only one
 
 
 def _is_of_the_others(error: RuntimeError) -> bool:
@@ -147,7 +152,7 @@ def on_main(do: Callable[[], T]) -> T:
             _alone.clear()
     result, trouble = agreed(told)
     if trouble is not None:
-        raise trouble
+        raise of_all(trouble)
     return cast(T, result)
 
 

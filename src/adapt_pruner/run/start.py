@@ -33,7 +33,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError, UsageError, of_all
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
@@ -335,9 +335,11 @@ def _check_machine(work: Work) -> None:
         return
     rows = asked.batch_tokens // asked.length
     if rows % world.size():
-        raise UsageError(
-            f"a batch of {asked.batch_tokens:,} tokens is {rows} rows of {asked.length}, which {world.size()} processes cannot "
-            f"share evenly; set training.batch_tokens to a multiple of {asked.length * world.size():,}"
+        raise of_all(
+            UsageError(
+                f"a batch of {asked.batch_tokens:,} tokens is {rows} rows of {asked.length}, which {world.size()} processes cannot "
+                f"share evenly; set training.batch_tokens to a multiple of {asked.length * world.size():,}"
+            )
         )
     if asked.liger and families.is_sliced(model.config):
         raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")

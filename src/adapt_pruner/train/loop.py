@@ -20,7 +20,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.feed import Feed, Taken
 from adapt_pruner.core.precision import precision
 from adapt_pruner.core.task import CAUSAL_LM, Task
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, of_all
 from adapt_pruner.train.pace import Pace
 
 __all__ = [
@@ -331,11 +331,13 @@ def _guard(loss: float, norm: float, progress: TrainState, *, max_rise: float, l
         "remove the checkpoints written since the loss went wrong and continue with --force-recipe"
     )
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RunError(f"the training loss became {loss} (gradient norm {norm}) {at}")
+        raise of_all(RunError(f"the training loss became {loss} (gradient norm {norm}) {at}"))
     smoothed = loss if progress.smoothed is None else _SMOOTHING * progress.smoothed + (1 - _SMOOTHING) * loss
     if smoothed > progress.lowest + max_rise:
-        raise RunError(
-            f"the training loss has exploded: {smoothed:.2f} (smoothed) is more than training.max_rise {max_rise:g} "
-            f"above {progress.lowest:.2f}, the lowest of this stage, {at}"
+        raise of_all(
+            RunError(
+                f"the training loss has exploded: {smoothed:.2f} (smoothed) is more than training.max_rise {max_rise:g} "
+                f"above {progress.lowest:.2f}, the lowest of this stage, {at}"
+            )
         )
     progress.smoothed, progress.lowest = smoothed, min(progress.lowest, smoothed)
