@@ -63,6 +63,22 @@ def test_a_comparison_has_a_page_of_methods_by_budgets(tmp_path: Path) -> None:
     assert {s.name: [label for label in s.labels if label] for s in speed.series}["bad"] == []
 
 
+def test_methods_that_make_zeros_count_at_the_head_and_no_section_is_empty() -> None:
+    result = comparison_result()
+    dense, good = result["rows"][:2]
+    sparse = [
+        dense | {"nonzero": 100},
+        *(good | {"method": "wanda", "size": None, "sparsity": zeros, "nonzero": 60} for zeros in ("50%", "2:4")),
+    ]
+    both = comparison_page(result | {"sparse_rows": sparse}, *table(result["rows"]), name="cmp", sparse=table(sparse))
+    assert "3 methods at 2 sizes and 2 patterns of zeros</h1>" in both
+    alone = result | {"rows": [dense], "sparse_rows": sparse[:2], "cells": []}
+    text = comparison_page(alone, *table(alone["rows"]), name="cmp", sparse=table(alone["sparse_rows"]))
+    assert "1 method at 1 pattern of zeros</h1>" in text
+    assert 'id="pictures"' not in text
+    assert 'id="pictures"' in both
+
+
 def test_bits_per_byte_stand_beside_perplexity_and_a_winner_on_its_own_kind_of_text_is_called_so() -> None:
     result = comparison_result()
     for row in result["rows"][:3]:

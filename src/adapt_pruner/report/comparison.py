@@ -127,7 +127,7 @@ def comparison_page(
     failed = failures(result)
     sections = [
         ("table", "Methods by budgets", tables),
-        ("pictures", "Quality against size, speed and time", f'<div class="wide">{pictures}</div>'),
+        ("pictures", "Quality against size, speed and time", f'<div class="wide">{pictures}</div>' if pictures else ""),
         ("all", "All figures", _grouped(header, lines) + ("" if sparse is None else _grouped(*sparse))),
         ("failed", "What failed", f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in failed)}</ul>" if failed else ""),
         ("how", "How it was measured", _facts(result, texts_in_words(result))),
@@ -137,15 +137,25 @@ def comparison_page(
         f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{title}</h2>{inner}</section>'
         for key, title, inner in sections
     )
-    many = f"{counted(len(methods), 'method')} at {counted(len(sizes), 'size')}"
     head = (
-        f'<p class="over">{escaped(name)}</p><h1>{escaped(model)}: {many}</h1>'
+        f'<p class="over">{escaped(name)}</p><h1>{escaped(model)}: {_counted(result)}</h1>'
         f'<p class="lead">Pruned and not trained, from {shown(rows[0]["params"], "params")} parameters. {_winners(result, sizes)}</p>'
     )
     return framed(
         title=f"{name}: {model} compared", head=head, links=[(key, title) for key, title, _ in sections], body=body,
         foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')}. This page asks nothing of a network.",
     )  # fmt: skip
+
+
+def _counted(result: Mapping[str, Any]) -> str:
+    """How many methods were compared, at how many sizes and patterns of zeros."""
+    zeros = result.get("sparse_rows") or []
+    methods = {row["method"] for row in [*result["rows"], *zeros]} - {"dense"}
+    sizes = {row["size"] for row in result["rows"] if row["size"] is not None}
+    patterns = {row["sparsity"] for row in zeros if row["method"] != "dense"}
+    at = [counted(len(sizes), "size")] if sizes or not patterns else []
+    at += [f"{counted(len(patterns), 'pattern')} of zeros"] if patterns else []
+    return f"{counted(len(methods), 'method')} at {' and '.join(at)}"
 
 
 def _texts(result: Mapping[str, Any]) -> list[str]:
