@@ -89,6 +89,18 @@ def test_a_folder_that_datasets_saved(corpus: Path) -> None:
         documents(str(corpus / "other"))
 
 
+def test_a_row_whose_text_is_null_is_left_out_of_a_data_set(tmp_path: Path) -> None:
+    """As of a parquet file. A row without the field is refused still."""
+    rows = datasets.Dataset.from_dict({"text": ["one", None, "three"], "source": ["x", None, "x"]})
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "hub").mkdir()
+    rows.to_parquet(tmp_path / "hub" / "train.parquet")
+    for spec in (str(tmp_path / "saved"), f"hub:{tmp_path / 'hub'}", str(tmp_path / "hub" / "train.parquet")):
+        assert [(document.name[-5:], document.text) for document in read(spec)] == [("row 1", "one"), ("row 3", "three")], spec
+    with pytest.raises(UsageError, match="has no text in a field 'body'; its fields: text, source"):
+        documents(f"hub:{tmp_path / 'hub'}:::body")
+
+
 def test_documents_go_by_file_and_row(corpus: Path) -> None:
     assert [document.name for document in read(str(corpus))] == [
         *(f"{corpus}/{file} line {number}" for file in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst") for number in (1, 2, 3)),

@@ -49,6 +49,8 @@ def hub(spec: str) -> Iterator[Row]:
     try:
         for number, row in enumerate(_hub_builder(spec).as_streaming_dataset(split=split), start=1):
             content = _content(row, field)
+            if content is None and _is_null(row, field):
+                continue
             if content is None:
                 raise UsageError(
                     f"{spec!r} has no text in a field {field!r}; its fields: {', '.join(row)}; name one of them: hub:NAME:CONFIG:SPLIT:FIELD"
@@ -106,6 +108,12 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
     ] or None
 
 
+def _is_null(row: Mapping[str, Any], field: str = _TEXT) -> bool:
+    """Whether a row has the field, or by default `messages` in its place, and null in it: a row without a text, to be left out."""
+    fields = {field, _CHAT} if field == _TEXT else {field}
+    return bool(fields & row.keys()) and all(row.get(name) is None for name in fields)
+
+
 def _utf8(text: str) -> str:
     """The text with U+FFFD for what UTF-8 cannot encode: half a surrogate pair, which JSON from the web sometimes has."""
     try:
@@ -128,6 +136,8 @@ def _saved(folder: Path) -> Iterator[Row]:
         dataset = dataset["train"]
     for number, row in enumerate(dataset, start=1):
         content = _content(row)
+        if content is None and _is_null(row):
+            continue
         if content is None:
             raise UsageError(f"{folder}, row {number}, has no text; a row is like {_FORMS}; its fields: {', '.join(row)}")
         yield f"{folder} row {number}", content
