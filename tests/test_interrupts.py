@@ -83,6 +83,41 @@ def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_ag
     assert [len(log_of(tmp_path / name, "step")) for name in ("run", "whole")] == [8, 8]
 
 
+@pytest.mark.parametrize(("place", "full"), [("measure_text", False), ("write", False), ("measure_text", True)])
+def test_an_error_after_training_loses_no_training_and_is_the_one_that_is_raised(
+    place: str, full: bool, recipe: Recipe, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the checkpoint cannot be written: then the run goes on from an older one."""
+    recipe = read(recipe.model_dump() | {"evaluation": {"source": str(text_file), "window": 64, "max_windows": 2}})
+    at, heard = loop if place == "measure_text" else loop.results, list[dict[str, Any]]()
+    done = getattr(at, place)
+
+    def failing(*given: Any, stage: int = 1, after_cuts: bool = False, **how: Any) -> None:
+        if stage and not after_cuts:
+            raise RuntimeError("CUDA out of memory")
+        done(*given, stage=stage, after_cuts=after_cuts, **how)
+
+    def save_state(*given: Any, **how: Any) -> None:
+        if given[1].name == "stage-1":
+            raise OSError("the disk is full")
+        save(*given, **how)
+
+    save = loop.save_state
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="^CUDA out of memory$"):
+        patch.setattr(at, place, failing)
+        if full:
+            patch.setattr(loop, "save_state", save_state)
+        run(recipe, tmp_path / "run", listen=heard.append)
+    newest = tmp_path / "run" / "checkpoints" / ("stage-1-pruned" if full else "stage-1")
+    assert heard[-1]["message"].startswith(f"the last complete checkpoint is {newest}; the same command")
+    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "whole")
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
+    both = [read_json(tmp_path / name / "model" / "pruning.json")["figures"]["perplexities"] for name in ("run", "whole")]
+    assert both[0] == both[1]
+    assert [len(log_of(tmp_path / name, "step")) for name in ("run", "whole")] == [8, 8]
+
+
 def test_a_second_ctrl_c_waits_for_nothing() -> None:
     seen: list[object] = []
     with pytest.raises(KeyboardInterrupt), held() as signals:

@@ -8,10 +8,8 @@ training, and within both whenever `checkpoint_minutes` have passed. A listener 
 key `event`. The library itself prints nothing.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +72,15 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
             trainer.begin_stage()
         trainer.train(until=work.data.ends[stage.stage - 1] if work.data.ends else 0)
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
-        trained = not (went_on and state.progress.steps == steps)  # since the newest checkpoint
-        if scores_tasks and trained:
-            trainer.save(f"stage-{stage.stage}")  # what follows may take hours
-        with _kept(work, trainer, f"stage-{stage.stage}" if trained else None):
-            measure_text(work, stage=stage.stage)
+        if not (went_on and state.progress.steps == steps):  # since the newest checkpoint
+            trainer.is_trained(f"stage-{stage.stage}")
             if scores_tasks:
-                measure_tasks(work, stage=stage.stage)
-            if stage.stage == recipe.stages:
-                measure_answers(work, stage=stage.stage)
+                trainer.save(f"stage-{stage.stage}")  # what follows may take hours
+        measure_text(work, stage=stage.stage)
+        if scores_tasks:
+            measure_tasks(work, stage=stage.stage)
+        if stage.stage == recipe.stages:
+            measure_answers(work, stage=stage.stage)
         state.stage, state.pruned = stage.stage + 1, False
         if stage.stage < recipe.stages:
             trainer.save(f"stage-{stage.stage}")
@@ -106,20 +104,6 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
         pattern = work.weight_mask.pattern
         state.figures |= {"nonzero_after": count_nonzero(work.model), "sparsity_after": None if pattern is None else str(pattern)}
     return Outcome(work.loaded, state.mask, state.figures, state.history)
-
-
-@contextmanager
-def _kept(work: Work, trainer: Trainer, name: str | None) -> Iterator[None]:
-    """Within this context, which measures the result of training, an interrupt first writes a checkpoint `name` from before it."""
-    before = copy.deepcopy(work.state.figures)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if name is not None and world.size() == 1:  # a checkpoint takes all processes, and others may not be interrupted
-            work.state.figures.clear()
-            work.state.figures.update(before)
-            trainer.save(name)
-        raise
 
 
 def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
@@ -199,9 +183,10 @@ def run(
             if recipe.minutes is not None:
                 fit_threads(work)
             _tell_start(work)
-            with work.state.clock("other"):
-                outcome = run_stages(work, trainer)
-            world.on_main(lambda: results.write(work, folder.result, beside=beside))
+            with trainer.rescued():
+                with work.state.clock("other"):
+                    outcome = run_stages(work, trainer)
+                world.on_main(lambda: results.write(work, folder.result, beside=beside))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
         except UsageError:
             raise
@@ -275,6 +260,8 @@ def _resumed(
         work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        if folder.is_finished:  # what came after the model was written needs no checkpoint
+            return
         folder.reopen(name, step=work.state.progress.steps)
         target = folder.checkpoints / name
         if target.exists():  # of the same place in the run: it was interrupted between there and here, and has gone on

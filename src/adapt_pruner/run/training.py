@@ -1,9 +1,10 @@
 """Train a run's model between its cuts, with optimiser, adapters, shards, kernels and checkpoints."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ class Trainer:
         """
         self._work, self._save, self._tensors = work, save, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0
+        self._unsaved: tuple[str, int, dict[str, Any]] | None = None  # see `is_trained`
         if work.data.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # they would take as much memory again
@@ -169,8 +171,33 @@ class Trainer:
             weights, moments = full_state(*self._working)
             write = self._save
             world.on_main(lambda: write(name, weights, moments))
+        self._unsaved = None
         self._saved = time.monotonic()
         self._last_save = self._saved - began
+
+    def is_trained(self, name: str) -> None:
+        """Note that a stage is trained and that no checkpoint has this yet: if what follows fails, `rescued` writes `name`."""
+        state = self._work.state
+        self._unsaved = name, state.stage, copy.deepcopy(state.figures)
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Within this context, an error or interrupt after training first writes a checkpoint from right after the training.
+
+        One of several processes cannot: a checkpoint takes all of them, and the others may not have failed.
+        """
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            if self._unsaved is not None and self._save is not None and world.size() == 1:
+                name, stage, figures = self._unsaved
+                state = self._work.state
+                state.stage, state.pruned = stage, True
+                state.figures.clear()
+                state.figures.update(figures)
+                with suppress(Exception):  # the first error says more
+                    self.save(name)
+            raise
 
     def save_if_due(self, name: str) -> None:
         """Write a checkpoint called `name` if `checkpoint_minutes` have passed since the last one."""
