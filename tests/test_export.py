@@ -23,11 +23,12 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import decilm, export, proof
+from adapt_pruner.export import export, proof
 from adapt_pruner.export import onnx as onnx_form
 from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, opened, tolerance_for, verify
+from adapt_pruner.families.llama import decilm_width
 from adapt_pruner.report import documented
 from conftest import LAYOUTS, read_json, tiny_model
 from test_cli import call
@@ -213,7 +214,7 @@ def test_a_decilm_folder_loads_from_block_configs_alone(tmp_path: Path) -> None:
     config = read_json(tmp_path / "out" / "config.json")
     assert (config["model_type"], config["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert "per_layer_config" not in config
-    assert [decilm.width_of(block["ffn"]["ffn_mult"], 48) for block in config["block_configs"]] == [512, 256, 768]
+    assert [decilm_width(block["ffn"]["ffn_mult"], 48) for block in config["block_configs"]] == [512, 256, 768]
     with pytest.raises(UsageError, match="brings Python code"):
         compared(loaded, tmp_path / "out")
     found = compared(loaded, tmp_path / "out", trust_remote_code=True)

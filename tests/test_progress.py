@@ -187,7 +187,7 @@ def test_a_run_that_goes_on_plans_what_is_left() -> None:
     assert sum(whole.tokens) == sum(stage.tokens for stage in work.stages)
     first = work.stages[0]
     work.state.stage, work.state.pruned, work.state.progress.tokens = 2, True, first.tokens + 512
-    work.state.figures["params_before"] = work.dense
+    work.state.figures["params_before"] = work.dense_params
     rest = ahead(work)
     assert ("score", 2) not in {(item["phase"], item["stage"]) for item in rest.items}, "its cuts are done"
     assert {item["stage"] for item in rest.items} == {0, 2, 3}

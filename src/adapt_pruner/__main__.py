@@ -1,4 +1,7 @@
-"""`python -m adapt_pruner` is `adapt-pruner`: neither imports a Python file of the current folder instead of a library."""
+"""Entry point of `python -m adapt_pruner`.
+
+It takes the current folder off sys.path, so that a file such as ./torch.py there cannot take the place of a library.
+"""
 
 import sys
 

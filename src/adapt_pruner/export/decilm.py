@@ -24,17 +24,11 @@ from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, padded_weights, still_fitting, widest
 from adapt_pruner.export.plain import holds, loading, opened
+from adapt_pruner.families.llama import DECILM_MULTIPLE, decilm_width
 
-__all__ = ["ABOUT", "holds", "loading", "opened", "width_of", "write"]
+__all__ = ["ABOUT", "holds", "loading", "opened", "write"]
 
 ABOUT = "NVIDIA's DeciLM, every MLP zero-padded to a multiple of 256"
-
-_MULTIPLE = 256
-
-
-def width_of(ffn_mult: float, hidden_size: int) -> int:
-    """The MLP width that readers compute from an `ffn_mult`."""
-    return -(-int(2 * ffn_mult * hidden_size / 3) // _MULTIPLE) * _MULTIPLE
 
 
 def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
@@ -49,7 +43,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_layers(model.config, "DeciLM")
     sizes = layer_sizes(model)
     _refuse_unheld(model, sizes)
-    wide = [replace(size, neurons=-(-size.neurons // _MULTIPLE) * _MULTIPLE) for size in sizes]
+    wide = [replace(size, neurons=-(-size.neurons // DECILM_MULTIPLE) * DECILM_MULTIPLE) for size in sizes]
     blocks = [_block(size, model.config.hidden_size) for size in wide]
 
     def as_decilm(folder: Path) -> None:
@@ -80,15 +74,15 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         return notes
     return [
         *notes,
-        f"MLPs are zero-padded by {grown:,} neurons to multiples of {_MULTIPLE}, which the form rounds to; prune with --set "
-        f"multiple_of={_MULTIPLE} to avoid that",
+        f"MLPs are zero-padded by {grown:,} neurons to multiples of {DECILM_MULTIPLE}, which the form rounds to; prune with --set "
+        f"multiple_of={DECILM_MULTIPLE} to avoid that",
     ]
 
 
 def _block(size: LayerSizes, hidden_size: int) -> dict[str, Any]:
     """The entry of one layer in `block_configs`."""
     ffn_mult = 1.5 * size.neurons / hidden_size
-    assert width_of(ffn_mult, hidden_size) == size.neurons
+    assert decilm_width(ffn_mult, hidden_size) == size.neurons
     absent = {"no_op": False, "replace_with_linear": False, "sparsify": None}
     attention = {
         "n_heads_in_group": size.group, "num_sink_tokens": None, "unshifted_sink": False,

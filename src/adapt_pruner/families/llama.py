@@ -26,8 +26,10 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.families import is_sliced
 
 __all__ = [
+    "DECILM_MULTIPLE",
     "MODEL_TYPES",
     "axes",
+    "decilm_width",
     "is_there",
     "residual",
     "stock_config",
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+DECILM_MULTIPLE = 256
+"""The neurons of each MLP of a DeciLM whose config has an `ffn_mult` are a multiple of this."""
 
 _BLOCKS = {"attentions": ("input_layernorm", "self_attn"), "mlps": ("post_attention_layernorm", "mlp")}
 _UNHELD = ("replace_with_linear", "sparsify", "window_length", "num_sink_tokens", "moe", "mamba", "llama4")  # of `block_configs`
@@ -291,8 +295,13 @@ def _of_block(index: int, block: Mapping[str, Any], raw: Mapping[str, Any]) -> d
     if (width := mlp.get("intermediate_size")) is not None:
         own["intermediate_size"] = width
     elif (times := mlp.get("ffn_mult")) is not None:
-        own["intermediate_size"] = -(-int(2 * times * raw["hidden_size"] / 3) // 256) * 256
+        own["intermediate_size"] = decilm_width(times, raw["hidden_size"])
     return own
+
+
+def decilm_width(ffn_mult: float, hidden_size: int) -> int:
+    """The MLP width that readers of DeciLM compute from an `ffn_mult`; a multiple of `DECILM_MULTIPLE`."""
+    return -(-int(2 * ffn_mult * hidden_size / 3) // DECILM_MULTIPLE) * DECILM_MULTIPLE
 
 
 def tiny() -> dict[str, Any]:

@@ -3,7 +3,7 @@
     onward       the input of a decoder layer comes from the already sparse layers before it (Wanda, SparseGPT)
     from_dense   the input of a decoder layer comes from the dense model, so the order does not matter (FISTAPruner)
 
-`walked` is the one of them that a solver asks for.
+`walked` picks one of the two by what a solver reads.
 
 Both are generators: they solve a decoder layer, change its weights in place, and yield. When a run is resumed they need only the
 number of decoder layers that are solved. `onward` goes from the first layer to the last. `from_dense` goes from the last to the

@@ -215,7 +215,7 @@ class Work:
         stages: the rounds of pruning and training.
         budget: parameters at the start, and parameters to keep.
         optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
-        dense: parameters of the model at the start, before its vocabulary was cut.
+        dense_params: parameters of the model at the start, before its vocabulary was cut.
         started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
         weight_mask: which single weights stay and which are zero; None for a model without such zeros.
         training: training up to row `until`, step by step (see `run.training.Trainer.train_steps`), for a reduction that cuts between
@@ -232,7 +232,7 @@ class Work:
     stages: list[Stage] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(keep=0, total=0))
     optimizer: Optimizer | None = None
-    dense: int = 0
+    dense_params: int = 0
     started: float = field(default_factory=time.perf_counter)
     training: Callable[..., Iterator[Step]] | None = None
     weight_mask: WeightMask | None = None
@@ -248,7 +248,7 @@ class Work:
     @classmethod
     def of(cls, model: Any, recipe: Recipe) -> "Work":
         """A `Work` with only a model, for arithmetic and plans: it has no tokenizer and may have no weights."""
-        return cls(Loaded(model, None, torch.float32, None, None, recipe.model, 0), recipe, dense=count_parameters(model))
+        return cls(Loaded(model, None, torch.float32, None, None, recipe.model, 0), recipe, dense_params=count_parameters(model))
 
     @property
     def model(self) -> Any:

@@ -80,7 +80,7 @@ def _setup(work: Work) -> Setup:
 
 def _reducing(work: Work, stage: Stage, now: Shapes, setup: Setup) -> list[tuple[str, float | None, int]]:
     """Each phase of an iteration: its name, its operations, and how often it runs in the stage."""
-    start = work.state.figures.get("params_after_vocabulary", work.dense)
+    start = work.state.figures.get("params_after_vocabulary", work.dense_params)
     before = [one.params for one in work.stages if one.stage < stage.stage]
     planned = min(before, default=start)
     begin = min(now.params, planned)

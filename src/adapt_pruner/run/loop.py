@@ -233,7 +233,7 @@ def _resumed(
         loaded, tensors = load_state(path, saved, device=pick_device(recipe.device))
         state = RunState.from_json(saved)
         _check_changes(path, state, recipe, changed, tensors)
-        work = Work(loaded, recipe, tell, trust_remote_code, state, dense=state.figures["params_before"])
+        work = Work(loaded, recipe, tell, trust_remote_code, state, dense_params=state.figures["params_before"])
         if saved.get("reduce", recipe.reduce) == recipe.reduce:
             work.reduction.restore(state.reduction)
     prepare(work, begun=path is not None, folder=folder.path)

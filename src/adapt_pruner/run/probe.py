@@ -60,7 +60,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
     needs = _memory(dense, device, recipe.dtype)
     start, decoder = sizes_begun(work)  # a vocabulary that shrinks has done so
-    budget = Budget.parse(recipe.budget, dense=work.dense, decoder=decoder, outside=start - decoder)
+    budget = Budget.parse(recipe.budget, dense=work.dense_params, decoder=decoder, outside=start - decoder)
     floor, when = work.reduction.floor(work)
     budget.check_reachable(floor, when=when)
     measured = Model(

@@ -73,7 +73,7 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
             "vocabulary_after": int(mask["vocabulary"].sum()),
             "params_after_vocabulary": count_parameters(loaded.model),
         }
-    work = Work(loaded, recipe, listen, trust_remote_code, state, dense=dense)
+    work = Work(loaded, recipe, listen, trust_remote_code, state, dense_params=dense)
     state.figures |= world.on_main(lambda: latency.find(work))
     return work
 
@@ -133,7 +133,9 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
         return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
     keep = latency.kept(recipe, figures)
     start, decoder = sizes_begun(work)
-    budget = Budget.parse(recipe.budget if keep is None else keep, dense=work.dense, decoder=decoder, outside=start - decoder)
+    budget = Budget.parse(
+        recipe.budget if keep is None else keep, dense=work.dense_params, decoder=decoder, outside=start - decoder
+    )
     total = work.num_params
     _check_zeros(work, cuts=total > budget.keep)
     if total > budget.keep and getattr(work.model.config, "block_sums", False):
@@ -197,7 +199,7 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
 def sizes_begun(work: Work) -> tuple[int, int]:
     """Parameters of the model and of its decoder layers when pruning began, without removed tokens; the same in a resumed run."""
     figures = work.state.figures
-    return figures.get("params_after_vocabulary", work.dense), figures.get("decoder_params_before") or decoder_parameters(
+    return figures.get("params_after_vocabulary", work.dense_params), figures.get("decoder_params_before") or decoder_parameters(
         work.model
     )
 
