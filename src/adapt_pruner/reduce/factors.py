@@ -21,7 +21,7 @@ from adapt_pruner.core.surgery import first, gated, multiply, with_first
 from adapt_pruner.core.task import CAUSAL_LM, Task
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 
-__all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks"]
+__all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks", "scale_block"]
 
 DAMPING = 0.1
 """Share of the curvature's diagonal that is added to it; more if there are fewer pieces of text than factors."""
@@ -124,8 +124,7 @@ def rescale_blocks(
                 break
             tell((step + 1) / steps)
     for axis, factor in zip(blocks, factors.tolist(), strict=True):
-        for name, offset in _ending(model, axes, axis):
-            multiply(model, name, factor, offset)
+        scale_block(model, axes, axis, factor)
     return losses
 
 
@@ -199,12 +198,10 @@ def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> It
         yield
 
 
-def _ending(model: nn.Module, axes: Sequence[Axis], block: Axis) -> list[tuple[str, float]]:
-    """The parameters that scale a block's output, each with the offset that is added to it before it multiplies."""
+def scale_block(model: nn.Module, axes: Sequence[Axis], block: Axis, factor: float) -> None:
+    """Multiply the output of an attention or MLP, in place: in the norm after it, or else in the linear layer that ends it."""
     last = block.modules[-1]
     linear = [axis.gate.module for axis in axes if block.name in axis.enclosing and axis.gate.is_linear]
-    if linear and linear[0].startswith(f"{last}."):
-        bias = getattr(model.get_submodule(linear[0]), "bias", None)
-        return [(f"{linear[0]}.weight", 0.0)] + ([] if bias is None else [(f"{linear[0]}.bias", 0.0)])
-    name = f"{last}.weight"
-    return [(name, 1.0 if any(name in axis.one_more for axis in axes) else 0.0)]
+    ends = linear[0] if linear and linear[0].startswith(f"{last}.") else last
+    for name, _ in list(model.get_submodule(ends).named_parameters(prefix=ends)):
+        multiply(model, name, factor, 1.0 if any(name in axis.one_more for axis in axes) else 0.0)

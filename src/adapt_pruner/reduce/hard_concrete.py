@@ -20,6 +20,7 @@ from adapt_pruner.core.run_events import MasksLearnt
 from adapt_pruner.core.surgery import gated, num_left
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.factors import scale_block
 from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
 from adapt_pruner.reduce.work import Work
 
@@ -340,15 +341,10 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Non
 
 
 def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None:
-    """Scale the output of each layer's blocks: in the norm after a block, or else in the linear layer at its units' gate."""
-    shifted = {name for axis in axes for name in axis.one_more}
+    """Scale the output of each layer's attention and MLP."""
     for axis in axes:
         if axis.kind in ("attentions", "mlps") and axis.layer is not None:
-            inside = next(one.gate.module for one in axes if axis.name in one.enclosing and one.kind in ("kv_heads", "neurons"))
-            last = _behind(model, axis) or inside
-            for name, parameter in model.get_submodule(last).named_parameters(prefix=last):
-                offset = 1.0 if name in shifted else 0.0
-                parameter.copy_((parameter + offset) * values[axis.layer].to(parameter) - offset)
+            scale_block(model, axes, axis, float(values[axis.layer]))
 
 
 def _behind(model: nn.Module, block: Axis) -> str | None:
