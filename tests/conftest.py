@@ -212,7 +212,7 @@ class _Killed(BaseException):
 
 def break_off(recipe: Any, run_dir: Path, *, kind: str, nth: int) -> None:
     """Run a recipe until the nth event of a kind is told, and no further."""
-    from adapt_pruner.report.documented import run
+    from adapt_pruner.report.with_card import run
 
     seen = 0
 
@@ -239,7 +239,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 def assert_refused(made: Callable[[], Any], run_dir: Path, said: str) -> None:
     """A recipe is refused in this sentence, as it is read or before its run begins, and nothing is left."""
     from adapt_pruner.errors import UsageError
-    from adapt_pruner.report.documented import run
+    from adapt_pruner.report.with_card import run
 
     with pytest.raises(UsageError) as refused:
         run(made(), run_dir)

@@ -448,7 +448,7 @@ def _warm(base: Path) -> None:
     for sent, handler in handlers.items():
         signal.signal(sent, handler)
     import adapt_pruner.compare.comparison
-    import adapt_pruner.report.documented
+    import adapt_pruner.report.with_card
     import adapt_pruner.run.forecast
     import adapt_pruner.run.loop  # noqa: F401
 

@@ -15,7 +15,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from adapt_pruner.train.adapters import adapted, base_name
 from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm

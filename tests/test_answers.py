@@ -13,7 +13,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate import answer as answers
 from adapt_pruner.evaluate.answer import PROMPTS, answer
-from adapt_pruner.report import documented, page
+from adapt_pruner.report import page, with_card
 from adapt_pruner.report.record import read_record
 from adapt_pruner.run import results
 from conftest import read_json
@@ -47,7 +47,7 @@ def test_the_page_has_the_answers_of_both_beside_each_other(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["Line 7:", "the quick"]
-    outcome = documented.run(answering(tiny_folder, text_file, prompts=asked), tmp_path / "run")
+    outcome = with_card.run(answering(tiny_folder, text_file, prompts=asked), tmp_path / "run")
     assert outcome is not None
     first, last = outcome.figures["answers"]
     assert (first["stage"], last["stage"]) == (0, 1)
@@ -64,13 +64,13 @@ def test_the_page_has_the_answers_of_both_beside_each_other(
 
 
 def test_only_a_model_that_chats_is_asked_unasked(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    silent = documented.prune(recipe.read({"method": "random", "model": str(tiny_folder), "budget": "80%"}), tmp_path / "silent")
+    silent = with_card.prune(recipe.read({"method": "random", "model": str(tiny_folder), "budget": "80%"}), tmp_path / "silent")
     assert "answers" not in silent.figures
     chats = chatting(tiny_folder, tmp_path / "chats")
-    asked = documented.prune(recipe.read({"method": "random", "model": str(chats), "budget": "80%"}), tmp_path / "asked")
+    asked = with_card.prune(recipe.read({"method": "random", "model": str(chats), "budget": "80%"}), tmp_path / "asked")
     assert [one["prompt"] for one in asked.figures["answers"][1]["answers"]] == list(PROMPTS)
     none = recipe.read({"method": "random", "model": str(chats), "budget": "80%", "evaluation": {"prompts": []}})
-    assert "answers" not in documented.prune(none, tmp_path / "none").figures
+    assert "answers" not in with_card.prune(none, tmp_path / "none").figures
 
 
 def test_a_model_that_cannot_answer_is_no_error(
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_answer_is_no_error(
     monkeypatch.setattr(results, "answer", ruined)
     told: list[dict[str, Any]] = []
     asked = recipe.read({"method": "random", "model": str(tiny_folder), "budget": "80%", "evaluation": {"prompts": ["Line"]}})
-    outcome = documented.prune(asked, tmp_path / "out", listen=told.append)
+    outcome = with_card.prune(asked, tmp_path / "out", listen=told.append)
     assert "answers" not in outcome.figures
     warned = [event["message"] for event in told if event["event"] == "warning"]
     assert warned == ["the prompts were not answered: no answer can be read from logits of nan"] * 2

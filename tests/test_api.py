@@ -28,7 +28,7 @@ from adapt_pruner.api.arguments import _respelled, as_overrides, heard, named
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Warned
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe.asked import to_prune
+from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.report import notebook
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
@@ -345,7 +345,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
         seen.append(trust_remote_code)
         raise UsageError("pass --trust-remote-code if you trust it")
 
-    for home in ("run.start", "compare.models", "export.proof", "report.documented", "api.measuring"):
+    for home in ("run.start", "compare.models", "export.proof", "report.with_card", "api.measuring"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
     calls: list[Callable[..., Any]] = [
         lambda **how: ap.prune(tiny_folder, params="80%", **how),

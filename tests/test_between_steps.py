@@ -14,7 +14,7 @@ from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import between_steps
 from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.rank import per_parameter
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 from conftest import LAYOUTS, VOCAB, assert_refused, assert_same_model, break_off, byte_tokenizer, log_of, tiny_model

@@ -18,7 +18,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
-from adapt_pruner.report.documented import prune, run
+from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.score import blocks
 from adapt_pruner.score.calibrate import mean_loss, score

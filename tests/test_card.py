@@ -20,7 +20,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.export import form_of
 from adapt_pruner.export import gguf as gguf_form
 from adapt_pruner.export.loading import loading, no_gguf
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.report.card import _command, _entries, card, card_of, write_card
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
@@ -36,7 +36,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def pruned(folder: Path, base: Path, *overrides: str, **values: Any) -> Path:
     """A checkpoint as `prune` writes it."""
     given = {"model": str(base), "budget": "80%", "method": "magnitude-all", "calibration.length": 16, "calibration.samples": 2}
-    documented.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
+    with_card.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
     return folder
 
 
@@ -108,10 +108,10 @@ def test_a_text_asked_for_on_the_way_says_nothing_of_the_start(tiny_folder: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        documented.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=stop)
+        with_card.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=stop)
     values |= {"evaluation.source": str(text_file), "evaluation.window": 32, "evaluation.max_windows": 4}
     asked = recipe.read({"model": str(tiny_folder)}, values=values)
-    outcome = documented.run(asked, tmp_path / "run", force_recipe=True)
+    outcome = with_card.run(asked, tmp_path / "run", force_recipe=True)
     assert outcome is not None
     assert outcome.figures["perplexities"][:-1] == [None, None]
     text, _ = body_and_data(tmp_path / "run" / "model")
@@ -262,7 +262,7 @@ def test_a_checkpoint_within_a_run_is_exported_without_a_card(
     """The export is complete, and its card would need figures that only the end of the run has."""
     training = {"source": str(text_file), "tokens": 128, "batch_tokens": 128, "length": 32}
     asked = {"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "training": training}
-    documented.run(recipe.read(asked), tmp_path / "run")
+    with_card.run(recipe.read(asked), tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "stage-1-pruned"
     said = f"{checkpoint} is a checkpoint of a run that has not ended and so has no card; let the run end and name its result"
     status, _, err = ask("export", checkpoint, "--to", "padded", "-o", tmp_path / "out")
@@ -307,7 +307,7 @@ def test_the_command_makes_the_same_recipe(overrides: list[str], monkeypatch: py
         seen.append(found)
         raise UsageError("enough")
 
-    monkeypatch.setattr(documented, "prune", heard)
+    monkeypatch.setattr(with_card, "prune", heard)
     ask(*shlex.split(command)[1:])
     assert seen == [asked]
 
@@ -552,10 +552,10 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(trained: Path, tiny_fold
 
 
 def test_a_card_that_fails_costs_no_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapt_pruner.report.card.card", lambda *others: 1 / 0)
+    monkeypatch.setattr("adapt_pruner.report.card.card", lambda *others, **more: 1 / 0)
     heard: list[dict[str, Any]] = []
     asked = recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all"})
-    documented.prune(asked, tmp_path / "small", listen=heard.append)
+    with_card.prune(asked, tmp_path / "small", listen=heard.append)
     assert load(str(tmp_path / "small")).mask is not None
     (said,) = [event["message"] for event in heard if event["event"] == "warning"]
     assert said.endswith(f"division by zero; `adapt-pruner card {tmp_path / 'small'}` tries again")

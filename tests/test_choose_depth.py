@@ -19,7 +19,7 @@ from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.depth import drop_layers
 from adapt_pruner.reduce.units import metrics_of
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import prune, run
+from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model

@@ -18,7 +18,7 @@ from adapt_pruner.reduce.allocate import Debt, uniform
 from adapt_pruner.reduce.rank import per_parameter, standardised
 from adapt_pruner.reduce.units import prunable
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import prune
+from adapt_pruner.report.with_card import prune
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from conftest import tiny_model

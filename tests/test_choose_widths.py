@@ -17,8 +17,8 @@ from adapt_pruner.recipe import read
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.widths import fitting, levelled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report import documented
-from adapt_pruner.report.documented import prune
+from adapt_pruner.report import with_card
+from adapt_pruner.report.with_card import prune
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 METHODS = ("adapt-pruner", "uniform", "magnitude-all", "flap", "shortgpt")
@@ -41,7 +41,7 @@ def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "
         "model": str(folder), "budget": budget, "method": method, "calibration.source": str(text), "calibration.samples": 4,
         "calibration.length": 24, "repair": None, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    documented.prune(recipe.read({}, values=values, overrides=overrides), out)
+    with_card.prune(recipe.read({}, values=values, overrides=overrides), out)
     return load(str(out)).model
 
 

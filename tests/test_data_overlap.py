@@ -9,7 +9,7 @@ import pytest
 from adapt_pruner.data import overlap
 from adapt_pruner.data.overlap import overlaps, same_kind
 from adapt_pruner.recipe import read
-from adapt_pruner.report.documented import prune
+from adapt_pruner.report.with_card import prune
 from conftest import byte_tokenizer
 
 

@@ -10,7 +10,7 @@ import torch
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.loop import TrainState, make_optimizer

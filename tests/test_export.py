@@ -29,7 +29,7 @@ from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, opened, tolerance_for, verify
 from adapt_pruner.families.llama import decilm_width
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from conftest import LAYOUTS, read_json, tiny_model
 from test_cli import call
 
@@ -108,7 +108,7 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         "model": str(place / "dense"), "budget": "75%", "method": "flap", "calibration.source": str(place / "text.txt"),
         "calibration.samples": 4, "calibration.length": 16, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    documented.prune(recipe.read({}, values=values), place / "pruned")
+    with_card.prune(recipe.read({}, values=values), place / "pruned")
     loaded = load(str(place / "pruned"))
     assert loaded.model.config.output_bias
     return loaded

@@ -13,7 +13,7 @@ from adapt_pruner.data.dynamic import Dynamic, fitted
 from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from conftest import assert_refused, assert_same_model, break_off, byte_tokenizer, log_of
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from adapt_pruner.checkpoint.foreign import code_in, without_code
 from adapt_pruner.checkpoint.load import load, load_shapes
 from adapt_pruner.checkpoint.save import save
+from adapt_pruner.checkpoint.untrusted import code_in, without_code
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export.verify import opened
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model

@@ -12,7 +12,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from conftest import VOCAB, assert_same_model, break_off, byte_tokenizer, half, tiny_model
 
 

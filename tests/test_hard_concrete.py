@@ -15,7 +15,7 @@ from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import hard_concrete
 from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold, sampled, settled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 

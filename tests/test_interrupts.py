@@ -12,7 +12,7 @@ import pytest
 
 from adapt_pruner.core.interrupts import held
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop
 from conftest import assert_same_model, log_of, read_json
 

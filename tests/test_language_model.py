@@ -15,7 +15,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.language_model import language_model, read_rates
 from adapt_pruner.reduce.proposals import Candidate, Space
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 NAMES = tuple(f"layers.{i}.neurons" for i in range(3))

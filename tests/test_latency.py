@@ -15,7 +15,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parse_latency, read
 from adapt_pruner.reduce.units import prunable
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.run import forecast, latency
 from conftest import read_json, tiny_model
 from test_cli import call
@@ -55,7 +55,7 @@ def test_the_model_takes_what_was_asked(
     of: str, method: str, machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(tiny_folder, text_file, latency_of=of, method=method)
-    outcome = documented.prune(recipe, tmp_path / "out")
+    outcome = with_card.prune(recipe, tmp_path / "out")
     found = outcome.figures["latency"]
     dense = load(str(tiny_folder)).model
     assert 0.6 < seconds(outcome.loaded.model) / seconds(dense) <= 0.72
@@ -111,10 +111,10 @@ def seconds_at(model: Any, kind: str, share: float) -> float:
 
 def test_out_of_reach_names_what_can_be_reached(machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"latency 0\.05x is out of reach: prefill takes 0\.\d\dx") as refused:
-        documented.prune(recipe_for(tiny_folder, text_file, latency="0.05x"), tmp_path / "out")
+        with_card.prune(recipe_for(tiny_folder, text_file, latency="0.05x"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     reachable = str(refused.value).partition("ask for ")[2].partition(" ")[0]
-    outcome = documented.prune(recipe_for(tiny_folder, text_file, latency=reachable), tmp_path / "out")
+    outcome = with_card.prune(recipe_for(tiny_folder, text_file, latency=reachable), tmp_path / "out")
     assert outcome.figures["latency"]["predicted"] <= parse_latency(reachable)
 
 
@@ -194,14 +194,14 @@ def test_a_run_that_goes_on_does_not_measure_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        documented.run(recipe, tmp_path / "run", listen=stopping)
+        with_card.run(recipe, tmp_path / "run", listen=stopping)
     broken: Callable[..., Any] = lambda *_, **__: pytest.fail("the dense model is gone")  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(latency, "table_of", broken)
         other = recipe_for(tiny_folder, text_file, stages=2, training=training, latency="0.6x")
         with pytest.raises(UsageError, match="leave latency as it was"):
-            documented.run(other, tmp_path / "run", force_recipe=True)
-        outcome = documented.run(recipe, tmp_path / "run")
+            with_card.run(other, tmp_path / "run", force_recipe=True)
+        outcome = with_card.run(recipe, tmp_path / "run")
     assert outcome is not None
     found = outcome.figures["latency"]
     assert outcome.figures["params_after"] <= found["params"]
@@ -251,9 +251,9 @@ def test_a_result_is_not_lost_with_its_last_figure(
     recipe = recipe_for(tiny_folder, text_file)
     if isinstance(failure, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            documented.prune(recipe, tmp_path / "out", listen=heard.append)
+            with_card.prune(recipe, tmp_path / "out", listen=heard.append)
     else:
-        documented.prune(recipe, tmp_path / "out", listen=heard.append)
+        with_card.prune(recipe, tmp_path / "out", listen=heard.append)
         (said,) = [event["message"] for event in heard if event["event"] == "warning"]
         assert said == "the latency of the pruned model could not be measured: no memory for a second model"
     assert load(str(tmp_path / "out")).mask is not None
@@ -269,8 +269,8 @@ def test_a_run_interrupted_at_its_last_figure_says_that_its_result_is_there(
     monkeypatch.setattr(latency, "reach", stop)
     heard: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
-        documented.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)
+        with_card.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)
     result = tmp_path / "run" / "model"
     assert heard[-1] == {"event": "interrupted", "message": f"the result is complete in {result}", "path": str(result)}
     assert (tmp_path / "run" / "report.html").is_file()
-    assert documented.run(recipe_for(tiny_folder, text_file), tmp_path / "run") is None, "it is finished"
+    assert with_card.run(recipe_for(tiny_folder, text_file), tmp_path / "run") is None, "it is finished"

@@ -12,7 +12,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import methods, parts, read
-from adapt_pruner.report.documented import prune
+from adapt_pruner.report.with_card import prune
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 SHORTER = {

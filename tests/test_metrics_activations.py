@@ -18,7 +18,7 @@ from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import prune
+from adapt_pruner.report.with_card import prune
 from adapt_pruner.score import activations, blocks, weights
 from adapt_pruner.score.calibrate import score, score_behind
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, in_two_processes, tiny_model

@@ -7,7 +7,7 @@ import pytest
 
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts, read
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from conftest import byte_tokenizer, tiny_model
 from test_report import small_recipe
 
@@ -74,7 +74,7 @@ def test_what_a_part_refuses_is_refused_before_anything_is_measured(
     heard: list[dict[str, Any]] = []
     recipe = small_recipe(tiny_folder, text_file, **changes)
     with pytest.raises(UsageError, match=said):
-        documented.run(recipe, tmp_path / "run", listen=heard.append)
+        with_card.run(recipe, tmp_path / "run", listen=heard.append)
     assert not {"start", "evaluation"} & {event["event"] for event in heard}
     assert not [path for path in (tmp_path / "run").glob("*") if path.name != ".lock"]
 
@@ -86,4 +86,4 @@ def test_damaged_weights_are_said_to_be_by_a_method_that_reads_no_text(text_file
     byte_tokenizer().save_pretrained(tmp_path / "damaged")
     asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude-all"})
     with pytest.raises(RunError, match=r"scores of layers\.1\.neurons are not finite"):
-        documented.prune(asked, tmp_path / "out")
+        with_card.prune(asked, tmp_path / "out")

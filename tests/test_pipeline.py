@@ -29,7 +29,7 @@ from adapt_pruner.reduce import closed_form
 from adapt_pruner.reduce.units import scored
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import screen
-from adapt_pruner.report.documented import prune, run
+from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import loop, start
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import stage_targets

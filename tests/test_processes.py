@@ -26,7 +26,7 @@ from torch import Tensor
 from adapt_pruner.core import surgery, world
 from adapt_pruner.errors import RunError, UsageError, is_of_all
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from adapt_pruner.train.loop import Step, TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread

@@ -19,7 +19,7 @@ from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.report.hub import plan_upload
 from conftest import byte_tokenizer
 from test_cli import call
@@ -100,7 +100,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     out = tmp_path_factory.mktemp("push") / "small"
-    documented.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all"}), out)
+    with_card.prune(recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all"}), out)
     (out / ".hidden").write_text("not for others")
     (out / "__pycache__").mkdir()
     (out / "__pycache__" / "x.pyc").write_text("not for others")
@@ -326,7 +326,7 @@ def test_a_tokenizer_of_several_chat_templates_is_kept_and_sent_whole(tiny_folde
     asked = recipe.read(
         {"model": str(tmp_path / "base"), "budget": "80%", "method": "magnitude-all", "stages": 2, "training": training}
     )
-    documented.run(asked, tmp_path / "run")
+    with_card.run(asked, tmp_path / "run")
     checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
     (other,) = [name for name in read_state(checkpoint)["files"] if "/" in name]
     assert (checkpoint / other).is_file()

@@ -15,7 +15,7 @@ from adapt_pruner.compare.request import Request
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import builtin, differing, methods, read
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.run.forecast import dry_run
 from conftest import byte_tokenizer
 from test_checkpoint import pruned
@@ -188,16 +188,16 @@ def test_a_run_folder_of_before_goes_on(tiny_folder: Path, text_file: Path, tmp_
         if event["event"] == "saved" and event["path"].endswith("stage-1"):
             raise KeyboardInterrupt
 
-    whole = documented.run(recipe, tmp_path / "whole")
+    whole = with_card.run(recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        documented.run(recipe, tmp_path / "run", listen=stop)
+        with_card.run(recipe, tmp_path / "run", listen=stop)
     written = tmp_path / "run" / "recipe.yaml"
     text = written.read_text()
     assert "\nsequential_scoring: true\n" in text
     assert "\n  self_generated: 3\n" in text
     written.write_text(text.replace("\nsequential_scoring:", "\nbehind:").replace("\n  self_generated:", "\n  own:"))
     heard: list[str] = []
-    outcome = documented.run(read(str(written)), tmp_path / "run", listen=lambda event: heard.append(event["event"]))
+    outcome = with_card.run(read(str(written)), tmp_path / "run", listen=lambda event: heard.append(event["event"]))
     assert "resumed" in heard
     assert outcome is not None
     assert whole is not None

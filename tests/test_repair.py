@@ -19,7 +19,7 @@ from adapt_pruner.recipe import read
 from adapt_pruner.reduce.closed_form import RIDGES, least_squares, mean_bias
 from adapt_pruner.reduce.units import repaired
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import prune
+from adapt_pruner.report.with_card import prune
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
 from strangers import ask_a_stranger
 

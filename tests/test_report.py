@@ -25,7 +25,7 @@ from adapt_pruner.core.events import Cut, Warned
 from adapt_pruner.core.words import compact, duration, shown, tick, ticks
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.report import charts, documented, page, paper
+from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Trained, figures_of, fit_slope
@@ -48,7 +48,7 @@ def small_recipe(model: Path, text: Path, **changes: Any) -> recipe.Recipe:
 def finished(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two stages that has come to its end."""
     folder = tmp_path_factory.mktemp("runs") / "tiny & <small>"  # a name that HTML must not take as its own
-    documented.run(small_recipe(tiny_folder, text_file), folder)
+    with_card.run(small_recipe(tiny_folder, text_file), folder)
     return folder
 
 
@@ -156,7 +156,7 @@ def test_layers_that_went_keep_their_numbers(tiny_folder: Path, text_file: Path,
     asked = small_recipe(
         tiny_folder, text_file, method="shortgpt", budget="50%", stages=2, training={}, axes=["layers"], step=1.0
     )  # fmt: skip
-    documented.run(asked, tmp_path / "run")
+    with_card.run(asked, tmp_path / "run")
     mask = Mask.from_json(read_json(tmp_path / "run" / "model" / "mask.json"))
     left = mask["layers"].nonzero().flatten().tolist()
     assert len(left) == 1
@@ -180,7 +180,7 @@ def test_what_goes_with_a_whole_block_is_gone(
         tiny_folder, text_file, chooser="depth.drop_layers", axes=axes, metric="weights.magnitude", budget=budget, training={},
         distance="blocks.block_influence", head_metric=None,
     )  # fmt: skip
-    documented.run(asked, tmp_path / "run")
+    with_card.run(asked, tmp_path / "run")
     loaded = load(str(tmp_path / "run" / "model"))
     left = {layer["layer"]: layer for layer in anatomy(loaded.model)["layers"]}
     record = read_record(tmp_path / "run")
@@ -202,7 +202,7 @@ def test_what_goes_with_a_whole_block_is_gone(
 
     # a second run begins with a model whose first layer may lack a block
     asked = small_recipe(tmp_path / "run" / "model", text_file, budget="90%", training={}, axes=["neurons"], stages=1)
-    documented.run(asked, tmp_path / "again")
+    with_card.run(asked, tmp_path / "again")
     again = figures_of(read_record(tmp_path / "again"))
     assert "neurons" in again.kinds
     assert again.begun == "at the start"
@@ -214,7 +214,7 @@ def test_importance_is_drawn_at_the_layers_there_were(text_file: Path, tmp_path:
     tiny_model(vocab_size=VOCAB, num_hidden_layers=8).save_pretrained(tmp_path / "deep")
     byte_tokenizer().save_pretrained(tmp_path / "deep")
     asked = small_recipe(tmp_path / "deep", text_file, method="shortgpt", budget="40%", stages=2, training={}, step=0.05)
-    documented.run(asked, tmp_path / "run")
+    with_card.run(asked, tmp_path / "run")
     record = read_record(tmp_path / "run")
     picture = charts.importance(figures_of(record))
     assert picture is not None
@@ -228,7 +228,7 @@ def test_importance_is_drawn_at_the_layers_there_were(text_file: Path, tmp_path:
 def test_the_bill_counts_the_calibration_text_that_was_read(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps({"input_ids": [[5] * 20] * 3}))
     asked = small_recipe(tiny_folder, text_file, calibration={"ids": str(tmp_path / "ids.json")}, training={}, stages=1)
-    documented.run(asked, tmp_path / "run")
+    with_card.run(asked, tmp_path / "run")
     record = read_record(tmp_path / "run")
     assert figures_of(record).tokens["score"] == record.figures["calibration_tokens"] == 60 * len(record.of(Cut))
     shutil.rmtree(tmp_path / "run" / "model")
@@ -469,7 +469,7 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
         raise RuntimeError("no page today")
 
     monkeypatch.setattr(page, "write_report", broken)
-    documented.run(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=listen)
+    with_card.run(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=listen)
     assert (tmp_path / "run" / "model").is_dir()
     assert "no page today" in heard[-1]["message"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.report.comparison import comparison_page
 from adapt_pruner.report.page import write_page, write_report
 from test_report import small_recipe
@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    documented.run(small_recipe(tiny_folder, text_file), folder / "run")
+    with_card.run(small_recipe(tiny_folder, text_file), folder / "run")
     _add_tasks(folder / "run")
     result = comparison_result()
     compared = comparison_page(result, ["method", "parameters"], [["dense", "100"], ["good", "80"]], name="cmp")

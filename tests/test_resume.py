@@ -34,7 +34,7 @@ from adapt_pruner.core import surgery
 from adapt_pruner.core.marks import is_marked, mark
 from adapt_pruner.core.task import CausalLM
 from adapt_pruner.recipe import read
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.run import folder as runs
 from adapt_pruner.run import results, start
 from adapt_pruner.run.training import Trainer
@@ -634,7 +634,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(keep: int, place: Path, tmp_
         elif saved:
             assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 
-    documented.run(asked, tmp_path / "run", listen=watch)
+    with_card.run(asked, tmp_path / "run", listen=watch)
     assert len(saved) > 8
     assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 

@@ -24,7 +24,7 @@ from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.reduce import slice as slicing
 from adapt_pruner.reduce.slice import SliceGPT, directions, principal_directions, rotate, slice_to, sliced_parameters, width_for
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.documented import prune, run
+from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import training as run_training
 from adapt_pruner.run.forecast import dry_run
 from conftest import LAYOUTS as ALL

@@ -21,7 +21,7 @@ from adapt_pruner.reduce.proposals import random as at_random
 from adapt_pruner.reduce.search import Search
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.work import RunData, Stage, Work
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 SMALL = {"population": 4, "offspring": 4, "rounds": 2, "tokens": 24, "finalists": 2}

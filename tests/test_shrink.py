@@ -15,8 +15,8 @@ import pytest
 
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.words import span
-from adapt_pruner.data.apart import apart
 from adapt_pruner.data.sources import documents
+from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan import rules
 from adapt_pruner.recipe import read
@@ -365,24 +365,24 @@ def test_threads_are_fitted_where_the_clock_ends_the_run(
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:
-    train, held_out, characters = apart(str(text))
+    train, held_out, characters = split_off_heldout(str(text))
     assert (train, held_out) == (f"{text}#train", f"{text}#heldout")
-    assert apart(train) == (train, held_out, characters)
+    assert split_off_heldout(train) == (train, held_out, characters)
     assert characters == sum(map(len, documents(train)))
-    assert apart("python-docs:train")[:2] == ("python-docs:train", "python-docs:heldout")
+    assert split_off_heldout("python-docs:train")[:2] == ("python-docs:train", "python-docs:heldout")
 
 
 def test_one_long_document_is_parted_in_pieces(tmp_path: Path) -> None:
     whole = "".join(f"Paragraph {i}. " + "words " * 100 + "\n\n" for i in range(300))
     (tmp_path / "book.txt").write_text(whole)
-    train, held_out, characters = apart(str(tmp_path / "book.txt"))
+    train, held_out, characters = split_off_heldout(str(tmp_path / "book.txt"))
     learnt, kept = documents(train), documents(held_out)
     assert characters == sum(map(len, learnt))
     assert sorted("".join([*learnt, *kept])) == sorted(whole), "nothing is lost"
     assert not set(learnt) & set(kept)
     assert 0.05 < sum(map(len, kept)) / len(whole) < 0.15
     assert all(piece.startswith(("Paragraph", "\n\nParagraph")) for piece in [*learnt, *kept]), "cut between paragraphs"
-    assert apart(str(tmp_path / "book.txt"))[:2] == (train, held_out)
+    assert split_off_heldout(str(tmp_path / "book.txt"))[:2] == (train, held_out)
 
 
 def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
@@ -390,11 +390,11 @@ def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"has 1,400 characters, too few to train on one part and hold out another; give at least"
     ):
-        apart(str(tmp_path / "note.txt"))
+        split_off_heldout(str(tmp_path / "note.txt"))
     chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
     with pytest.raises(
         UsageError,
         match="none of the 1 documents of .* falls in that part, since one in 20 is held out; give a text with more documents",
     ):
-        apart(str(tmp_path / "chat.jsonl"))
+        split_off_heldout(str(tmp_path / "chat.jsonl"))

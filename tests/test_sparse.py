@@ -27,7 +27,7 @@ from adapt_pruner.recipe import read
 from adapt_pruner.reduce import layer_inputs
 from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
 from adapt_pruner.reduce.solvers import Inputs, magnitude
-from adapt_pruner.report.documented import prune, run
+from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import forecast
 from conftest import (
     VOCAB,

@@ -17,7 +17,7 @@ from adapt_pruner.export import export
 from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.sparse_training import masked
-from adapt_pruner.report.documented import prune, run
+from adapt_pruner.report.with_card import prune, run
 from conftest import assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
 from strangers import ask_a_stranger
 

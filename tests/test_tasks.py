@@ -20,7 +20,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate import likelihood, task_sources, tasks
 from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.run import results
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
@@ -338,10 +338,10 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
 
     monkeypatch.setattr(results, "evaluate_tasks", broken_the_second_time)
     with pytest.raises(KeyboardInterrupt):
-        documented.run(recipe.read(asked), at)
+        with_card.run(recipe.read(asked), at)
     assert read_json(at / "checkpoints" / "stage-2" / "state.json")["progress"]["tokens"] == 512, "the training was kept"
     told: list[dict[str, Any]] = []
-    outcome = documented.run(recipe.read(asked), at, listen=told.append)
+    outcome = with_card.run(recipe.read(asked), at, listen=told.append)
     assert outcome is not None
     assert not [event for event in told if event["event"] in ("step", "cut")], "nothing was done again"
     assert len(calls) == 3
@@ -388,7 +388,7 @@ def test_a_run_whose_tasks_cannot_be_had_is_refused_before_any_work(
     changes = {key: str(folder) if value == "FOLDER" else value for key, value in changes.items()}
     asked = {"model": str(tiny_folder), "budget": "80%", "calibration": {"source": str(text_file)}, "evaluation": changes}
     with pytest.raises(UsageError) as caught:
-        documented.run(recipe.read(asked), tmp_path / "run")
+        with_card.run(recipe.read(asked), tmp_path / "run")
     assert all(word in str(caught.value) for word in sentences)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 

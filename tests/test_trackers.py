@@ -14,7 +14,7 @@ from adapt_pruner import cli
 from adapt_pruner.core.events import parse
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.report.documented import run
+from adapt_pruner.report.with_card import run
 from adapt_pruner.run import trackers
 from test_resume import log_of
 

@@ -17,10 +17,10 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report import charts
-from adapt_pruner.report.documented import prune, run
 from adapt_pruner.report.figures import figures_of
 from adapt_pruner.report.page import page
 from adapt_pruner.report.record import read_record
+from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import begin, prepare

@@ -19,7 +19,7 @@ from adapt_pruner.core.events import Cut, Start, parse, parse_line
 from adapt_pruner.core.progress import RunProgress
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.record import read_progress
 from adapt_pruner.report.screen import Screen
@@ -36,7 +36,7 @@ def heard(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     """A finished run and what it told its listener."""
     events: list[dict[str, Any]] = []
     folder = tmp_path_factory.mktemp("runs") / "run"
-    documented.run(small_recipe(tiny_folder, text_file), folder, listen=events.append)
+    with_card.run(small_recipe(tiny_folder, text_file), folder, listen=events.append)
     return folder, events
 
 
@@ -132,7 +132,7 @@ def test_a_run_says_where_it_stands_as_long_as_it_works(
             seen.append((stands[0].where, stands[0].doing))
             assert abs(stands[1] - time.time()) < 60
 
-    documented.run(small_recipe(tiny_folder, text_file).model_copy(update={"stages": 1}), tmp_path / "run", listen=listen)
+    with_card.run(small_recipe(tiny_folder, text_file).model_copy(update={"stages": 1}), tmp_path / "run", listen=listen)
     assert ("", "reading text") in seen, "before the log has a line"
     told = {(where, doing.split(" ")[0]) for where, doing in seen if "/" in doing}
     assert {("stage 1, iteration 1", "scoring"), ("stage 1", "training"), ("stage 1", "evaluating")} <= told

@@ -6,7 +6,7 @@ from typing import Any
 from adapt_pruner.api.arguments import Name, Saved, as_place, heard, in_python, named, of_kind
 from adapt_pruner.core.events import Listener
 from adapt_pruner.export import forms
-from adapt_pruner.report import documented
+from adapt_pruner.report import with_card
 
 __all__ = ["export"]
 
@@ -49,5 +49,5 @@ def export(
     of_kind("to", to, str, f"one of {', '.join(forms())}")
     place = as_place("output", output)
     with named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
-        documented.export(name, place, to=to, quant=quant, pad=pad, trust_remote_code=trust_remote_code, listen=tell)
+        with_card.export(name, place, to=to, quant=quant, pad=pad, trust_remote_code=trust_remote_code, listen=tell)
     return place

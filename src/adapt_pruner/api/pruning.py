@@ -29,8 +29,8 @@ from adapt_pruner.core.events import Listener
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import how_long
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.recipe.asked import to_prune
-from adapt_pruner.report import documented
+from adapt_pruner.recipe.prune_recipe import to_prune
+from adapt_pruner.report import with_card
 from adapt_pruner.run import trackers
 from adapt_pruner.run.folder import figures_of
 from adapt_pruner.run.in_time import recipe_in_time
@@ -133,7 +133,7 @@ def _pruned(
             events.append({"time": time.time(), **event})
             tell(event)
 
-        outcome = documented.prune(recipe, place, listen=noted, trust_remote_code=trust_remote_code)
+        outcome = with_card.prune(recipe, place, listen=noted, trust_remote_code=trust_remote_code)
     return Result(
         place, recipe, outcome.figures, history=outcome.history, mask=outcome.mask, events=events, trust_remote_code=trust_remote_code, keeper=keep
     )  # fmt: skip
@@ -245,7 +245,7 @@ def _ran(
     force_recipe: bool = False,
 ) -> Result:
     with heard(listen, progress=progress) as shown, trackers.reporting(recipe, place, shown) as tell:
-        outcome = documented.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
+        outcome = with_card.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
     known: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
     figures = figures_of(place) if outcome is None else outcome.figures
     return Result(place / "model", recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **known)

@@ -23,9 +23,9 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
-from adapt_pruner.checkpoint.for_others import stock_type
-from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in, found, without_code
+from adapt_pruner.checkpoint.compatible_names import stock_type
 from adapt_pruner.checkpoint.save import needs_own_code, save
+from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters

@@ -24,7 +24,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
-from adapt_pruner.checkpoint.for_others import name_for_others
+from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import folder_beside, named, sync, why, write_failure
@@ -158,7 +158,7 @@ def save(
         _save_weights(model, folder, dtype, weights)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        name_for_others(folder)
+        write_compatible_names(folder)
         for name in _built_by(config)[1]:
             shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapt_pruner.checkpoint.foreign import found
+from adapt_pruner.checkpoint.untrusted import found
 from adapt_pruner.core.marks import WEIGHT_MASK_FILE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import of_json, to_json

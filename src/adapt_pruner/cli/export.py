@@ -51,12 +51,12 @@ def export(
 
     check_form(to, quant=quant, pad=pad)
     from adapt_pruner.core.words import typed
-    from adapt_pruner.report import documented
+    from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:
-        notes = documented.export(model, out, to=to, quant=quant, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
+        notes = with_card.export(model, out, to=to, quant=quant, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
     size = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
     if as_json:
         print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))

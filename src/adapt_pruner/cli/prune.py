@@ -71,7 +71,7 @@ def prune(
 
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --method adapt-pruner
     """
-    from adapt_pruner.recipe.asked import to_prune
+    from adapt_pruner.recipe.prune_recipe import to_prune
 
     recipe = to_prune(
         {
@@ -85,12 +85,12 @@ def prune(
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.words import counted, millions, span, typed
-    from adapt_pruner.report import documented
+    from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     with screen() as listen:
-        figures = documented.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code).figures
+        figures = with_card.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code).figures
     if as_json:
         print(to_json(figures | {"path": str(out)}))
         return

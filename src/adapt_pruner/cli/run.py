@@ -62,7 +62,7 @@ def run(
     from adapt_pruner.core import world
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.core.words import millions, span
-    from adapt_pruner.report import documented
+    from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run import folder, forecast, trackers
 
@@ -79,7 +79,7 @@ def run(
         page = run_dir / "report.html"
         before = _stamp(page)
         with screen(quiet=not world.is_main()) as listen, trackers.reporting(resolved, run_dir, listen) as tell:
-            outcome = documented.run(
+            outcome = with_card.run(
                 resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe
             )
     if not world.is_main():

@@ -55,7 +55,7 @@ def shrink(
 
     long = how_long(minutes, hours, tokens)
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.report import documented
+    from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
     from adapt_pruner.run.in_time import recipe_in_time
@@ -73,7 +73,7 @@ def shrink(
             return
         try:
             with reporting(recipe, out, listen) as tell:
-                outcome = documented.run(recipe, out, listen=tell, trust_remote_code=trust_remote_code)
+                outcome = with_card.run(recipe, out, listen=tell, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
             _say_what_there_is(out, listen)
             raise

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adapt_pruner.checkpoint.for_others import stock_type
+from adapt_pruner.checkpoint.compatible_names import stock_type
 
 __all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
 

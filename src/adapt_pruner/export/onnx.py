@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.checkpoint.foreign import check_files
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_nothing
+from adapt_pruner.checkpoint.untrusted import check_files
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 

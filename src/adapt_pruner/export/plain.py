@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.checkpoint.foreign import check_files, check_weights, code_in
+from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in
 from adapt_pruner.core.children import talking
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line

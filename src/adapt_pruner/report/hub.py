@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.checkpoint.foreign import shards_in
+from adapt_pruner.checkpoint.untrusted import shards_in
 from adapt_pruner.core.files import check_regular, files_in
 from adapt_pruner.core.marks import WEIGHT_MASK_FILE
 from adapt_pruner.core.provenance import installed

@@ -11,9 +11,9 @@ from adapt_pruner.core import world
 from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine
 from adapt_pruner.core.words import compact, typed
-from adapt_pruner.data.apart import apart
 from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.sources import texts
+from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import LENGTH, Asked, planned
 from adapt_pruner.recipe import Recipe
@@ -62,7 +62,7 @@ def recipe_in_time(
             f"{described[0]!r} would replace the words by which shrink recognises a run that it continues; leave about out"
         )
     minutes, tokens = long
-    train, held_out, characters = apart(text or DEFAULT_TEXT)
+    train, held_out, characters = split_off_heldout(text or DEFAULT_TEXT)
     asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,

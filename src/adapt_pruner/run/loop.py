@@ -165,7 +165,7 @@ def run(
     force_recipe: bool = False,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome | None:
-    """Run the recipe in a run folder (see `run.folder`); for arguments, result and errors see `report.documented.run`.
+    """Run the recipe in a run folder (see `run.folder`); for arguments, result and errors see `report.with_card.run`.
 
     `beside` writes more files into the result before the result gets its final name.
     """

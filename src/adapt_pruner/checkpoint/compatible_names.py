@@ -19,13 +19,13 @@ from typing import Any
 
 from adapt_pruner.core.strict_json import read_json, to_json
 
-__all__ = ["name_for_others", "stock_type"]
+__all__ = ["stock_type", "write_compatible_names"]
 
 _PREFIX = "pruned_"  # the same as in modeling_pruned.py
 _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
-def name_for_others(folder: Path) -> None:
+def write_compatible_names(folder: Path) -> None:
     """Add these names, in place, to a folder that transformers 5 has written; see the top of this file."""
     for name, change in (("config.json", _config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name

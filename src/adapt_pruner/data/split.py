@@ -3,10 +3,10 @@
 from adapt_pruner.data.sources import SELF, read
 from adapt_pruner.errors import UsageError
 
-__all__ = ["apart"]
+__all__ = ["split_off_heldout"]
 
 
-def apart(spec: str) -> tuple[str, str, int]:
+def split_off_heldout(spec: str) -> tuple[str, str, int]:
     """The SPECs of the training part and of the held-out part, and the number of characters of the training part.
 
     Args:
