@@ -180,7 +180,7 @@ def test_equal_layers_become_a_plain_folder(layout: tuple[str, str], tmp_path: P
     model = tiny_model(layout, vocab_size=VOCAB)
     axes = families.axes(model)
     keep = {
-        axis.name: (torch.arange(axis.size) < max(1, 2 * axis.size // 3)).repeat(axis.blocks)
+        axis.name: (torch.arange(axis.size) < max(1, 2 * axis.size // 3)).repeat(axis.groups)
         for axis in axes
         if axis.layer is not None
     }

@@ -279,7 +279,7 @@ def test_asked_for_everything_they_give_all_they_may(chooser: Any, options: dict
 
 def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -> None:
     """Which one goes is ranked within its block, so the lowest of all blocks go first, together."""
-    queries = Axis("layers.0.query_heads", 3, 20, Gate(""), blocks=2)
+    queries = Axis("layers.0.query_heads", 3, 20, Gate(""), groups=2)
     neurons = Axis("layers.0.neurons", 4, NEURON, Gate(""))
     scores = {
         "layers.0.query_heads": torch.tensor([9.0, 1.0, 5.0, 2.0, 3.0, 30.0]),  # lowest first: (1, 2), (5, 3), (9, 30)

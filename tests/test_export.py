@@ -73,7 +73,7 @@ def unequal(layout: tuple[str, str] = ("llama", "llama"), **changes: Any) -> Any
     for axis in families.axes(model):
         if axis.layer is not None and axis.size > 1:
             stay = max(1, axis.size - axis.layer - (5 if axis.kind == "neurons" else 0))
-            keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
+            keep = torch.zeros(axis.groups, axis.size, dtype=torch.bool)
             for block in keep:
                 block[torch.randperm(axis.size, generator=generator)[:stay]] = True
             kept[axis.name] = keep.flatten()

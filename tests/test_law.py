@@ -42,7 +42,7 @@ def random_mask(axes: Any, kinds: tuple[str, ...], seed: int) -> Mask:
     kept = {}
     for axis in axes:
         if axis.kind in kinds and axis.size > 1:
-            keep = torch.ones(axis.blocks, axis.size, dtype=torch.bool)
+            keep = torch.ones(axis.groups, axis.size, dtype=torch.bool)
             for block in keep:
                 block[torch.randperm(axis.size, generator=generator)[: max(1, axis.size // 2)]] = False
             kept[axis.name] = keep.flatten()
@@ -395,7 +395,7 @@ def test_an_axis_says_itself_what_it_lies_inside_and_whether_it_may_be_empty() -
     """Names carry no meaning of their own: kinds that nobody has heard of nest as they say."""
     rooms = Axis("layers.0.rooms", 1, 1, Gate("x"), may_be_empty=True)
     desks = Axis("layers.0.desks", 2, 1, Gate("x"), enclosing=(rooms.name,))
-    pens = Axis("layers.0.pens", 2, 1, Gate("x"), blocks=2, enclosing=(desks.name, rooms.name))
+    pens = Axis("layers.0.pens", 2, 1, Gate("x"), groups=2, enclosing=(desks.name, rooms.name))
     one_desk = Mask({desks.name: torch.tensor([True, False]), pens.name: torch.tensor([True, False, True, True])})
     assert one_desk.of(pens).tolist() == [True, False, False, False]
     assert Mask({rooms.name: torch.tensor([False])}).of(pens).tolist() == [False] * 4
@@ -407,7 +407,7 @@ def test_an_axis_says_itself_what_it_lies_inside_and_whether_it_may_be_empty() -
     with pytest.raises(ValueError, match="mask of 'layers.0.desks' keeps nothing; at least one of its 2 units must stay"):
         Mask({desks.name: torch.tensor([False, False])}).check([rooms, desks])
     with pytest.raises(ValueError, match="'layers.0.pens' has 3 units, not as many in each of 2 layers.0.desks"):
-        Mask({desks.name: torch.tensor([True, False])}).of(replace(pens, size=3, blocks=1))
+        Mask({desks.name: torch.tensor([True, False])}).of(replace(pens, size=3, groups=1))
 
 
 def test_every_group_must_lose_as_many_query_heads() -> None:
@@ -415,7 +415,7 @@ def test_every_group_must_lose_as_many_query_heads() -> None:
     before = copy.deepcopy(model.state_dict())
     keep = torch.tensor([True, False, True, True, True, True])
     with pytest.raises(
-        ValueError, match=r"layers.0.query_heads' keeps \[1, 2\] units of its blocks; every block must keep the same"
+        ValueError, match=r"layers.0.query_heads' keeps \[1, 2\] units of its groups; every group must keep the same"
     ):
         cut(model, families.axes(model), Mask({"layers.0.query_heads": keep, "layers.0.neurons": torch.arange(40) < 9}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "nothing is changed"
@@ -426,7 +426,7 @@ def test_every_group_must_lose_as_many_query_heads() -> None:
 
 def test_query_heads_are_ranked_within_their_group() -> None:
     axis = next(axis for axis in families.axes(tiny_model()) if axis.name == "layers.1.query_heads")
-    assert (axis.size, axis.blocks, axis.entries) == (2, 3, 6)
+    assert (axis.size, axis.groups, axis.entries) == (2, 3, 6)
     scores = {axis.name: torch.tensor([9.0, 8.0, 1.0, 2.0, 7.0, 7.0])}
     mask = Mask.of_sizes([axis], scores, {axis.name: 1})
     assert mask[axis.name].tolist() == [True, False, False, True, True, False], "the best of each, and of equals the first"

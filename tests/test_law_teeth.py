@@ -37,7 +37,7 @@ FAULTS = {
     "query heads cut from one group": (
         "mobilellm",
         "query_heads",
-        lambda axis: dataclasses.replace(axis, size=axis.entries, blocks=1),
+        lambda axis: dataclasses.replace(axis, size=axis.entries, groups=1),
     ),
     "unscaled norms": ("llama", "residual", lambda axis: _unscaled(axis, "norm.weight")),
     "an unscaled last norm": ("llama", "residual", lambda axis: _unscaled(axis, "model.norm.weight")),

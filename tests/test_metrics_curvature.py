@@ -88,7 +88,7 @@ def test_costs_are_those_of_removal_with_the_best_repair(layout: tuple[str, str]
         if axis.layer == 1 and axis.gate.is_linear:
             weight = model.get_parameter(f"{axis.gate.module}.weight").detach()
             a, g = statistics(model, axis.gate.module, batches)
-            expected = slow_costs(weight, a, g, width=axis.gate.width, blocks=axis.blocks)
+            expected = slow_costs(weight, a, g, width=axis.gate.width, blocks=axis.groups)
             assert torch.allclose(found[axis.name].double(), expected, rtol=2e-3), axis.name
 
 

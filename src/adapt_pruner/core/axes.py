@@ -10,8 +10,8 @@ format, which mask.json and log.jsonl use too:
 The axis declares everything else, such as the axes it lies inside and whether it may lose every unit. `layers.I.attentions` and
 `layers.I.mlps` have one unit, the whole block of that layer. Removing it removes the axis and all axes inside the block.
 
-Units may stand in blocks. `query_heads` lie inside KV heads, and every group must lose the same number, so a unit is one query
-head of each group. Scores and masks have an entry for every head, block by block; sizes and costs count units.
+Units may stand in groups. `query_heads` lie inside KV heads, and every group must lose the same number, so a unit is one query
+head of each group. Scores and masks have an entry for every head, group by group; sizes and costs count units.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ __all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice"]
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
 
 Scores = dict[str, Tensor]
-"""Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a block of an axis only."""
+"""Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a group of an axis only."""
 
 
 GateKind = Literal["inputs", "channels", "logits", "whole"]
@@ -107,7 +107,7 @@ class Axis:
         scaled: dotted names of parameters, module attributes and config fields, each with a power. Each is multiplied by
             (size before / size after) ** power, because something takes a mean over the axis.
         one_more: those of `scaled` that stand for 1 + w; 1 + w is then multiplied.
-        blocks: entries a unit has, one in every block. Each block keeps the same number and ranks its own entries.
+        groups: entries a unit has, one in every group. Each group keeps the same number and ranks its own entries.
         indices: config fields that hold unit numbers; they are renumbered after a cut.
         costs: the parameters of each unit where units differ (`layers`); else empty.
         enclosing: names of the axes whose units contain the entries, the same number in each unit, from the inside out. Query
@@ -129,7 +129,7 @@ class Axis:
     lists: tuple[str, ...] = ()
     scaled: tuple[tuple[str, float], ...] = ()
     one_more: tuple[str, ...] = ()
-    blocks: int = 1
+    groups: int = 1
     indices: tuple[str, ...] = ()
     costs: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
@@ -138,8 +138,8 @@ class Axis:
 
     @property
     def entries(self) -> int:
-        """The number of entries in scores and masks: units of all blocks together."""
-        return self.size * self.blocks
+        """The number of entries in scores and masks: units of all groups together."""
+        return self.size * self.groups
 
     @property
     def kind(self) -> str:
@@ -340,7 +340,7 @@ class Mask:
 
     @classmethod
     def of_sizes(cls, axes: Iterable[Axis], scores: Scores, sizes: Mapping[str, int]) -> "Mask":
-        """The mask that keeps the `sizes[name]` best-scored units in each block of each axis; of equal scores the first stays.
+        """The mask that keeps the `sizes[name]` best-scored units in each group of each axis; of equal scores the first stays.
 
         Raises:
             ValueError: scores of an axis are missing or have another length, or a size is 0 for an axis that may not be empty.
@@ -358,8 +358,8 @@ class Mask:
                     f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity: set "
                     "dtype=float32, or repair the weights"
                 )
-            keep = torch.zeros(axis.blocks, axis.size, dtype=torch.bool)
-            best = score.view(axis.blocks, axis.size).argsort(dim=1, descending=True, stable=True)
+            keep = torch.zeros(axis.groups, axis.size, dtype=torch.bool)
+            best = score.view(axis.groups, axis.size).argsort(dim=1, descending=True, stable=True)
             kept[axis.name] = keep.scatter_(1, best[:, : sizes[axis.name]], True).flatten()
             _check_something_stays(axis, kept[axis.name])
         return cls(kept)

@@ -354,13 +354,13 @@ def _size(axis: Axis, mask: Mask) -> int:
     """Units that stay of an axis. Every block of which anything stays keeps this number.
 
     Raises:
-        ValueError: the blocks keep different numbers.
+        ValueError: the groups keep different numbers.
     """
-    left = {int(block) for block in mask.of(axis).view(axis.blocks, -1).sum(dim=1)} - {0}
+    left = {int(group) for group in mask.of(axis).view(axis.groups, -1).sum(dim=1)} - {0}
     if not left:  # its block is removed
         return 0
     if len(left) != 1:
-        raise ValueError(f"mask of {axis.name!r} keeps {sorted(left)} units of its blocks; every block must keep the same number")
+        raise ValueError(f"mask of {axis.name!r} keeps {sorted(left)} units of its groups; every group must keep the same number")
     return left.pop()
 
 

@@ -107,7 +107,7 @@ def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
             fields=(("num_attention_heads", 1),),
             attributes=(f"{at}.num_key_value_groups",),
             pins=(("head_dim", head_dim),),
-            blocks=num_kv_heads,
+            groups=num_kv_heads,
             enclosing=(f"layers.{layer}.kv_heads", f"layers.{layer}.attentions"),
         ),
     ]
@@ -176,14 +176,14 @@ def _axis(
     *,
     gate: Gate,
     rows: tuple[tuple[str, int], ...],
-    blocks: int = 1,
+    groups: int = 1,
     **stated: Any,
 ) -> Axis:
     """An axis that owns rows of some linear layers (with their biases) and columns of the one at the gate."""
     slices = [Slice(name, 0, width) for module, width in rows for name in _parameters(model, module)]
     slices.append(Slice(f"{gate.module}.weight", 1, gate.width))
-    cost = blocks * unit_cost(model, slices)
-    return Axis(name=name, size=size, cost=cost, gate=gate, slices=tuple(slices), blocks=blocks, **stated)
+    cost = groups * unit_cost(model, slices)
+    return Axis(name=name, size=size, cost=cost, gate=gate, slices=tuple(slices), groups=groups, **stated)
 
 
 def _parameters(model: Any, linear: str) -> list[str]:

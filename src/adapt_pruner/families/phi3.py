@@ -90,7 +90,7 @@ def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
         attributes=(f"{at}.num_key_value_groups",),
         readers=(at,),
         pins=(("head_dim", head_dim),),
-        blocks=num_kv_heads,
+        groups=num_kv_heads,
         enclosing=(kv_heads.name, f"layers.{layer}.attentions"),
     )
     return [kv_heads, query_heads]

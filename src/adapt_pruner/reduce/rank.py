@@ -42,7 +42,7 @@ def per_parameter(
 
     worth[u] = score[u] / cost(axis of u) · (g(kind) / g(axis))^level
 
-    If a unit has an entry in every block, score[u] is the sum over its entries. g(axis) is the geometric mean of the scores of an
+    If a unit has an entry in every group, score[u] is the sum over its entries. g(axis) is the geometric mean of the scores of an
     axis, g(kind) that over all axes of its kind. With `level` 0, scores are compared as they are across layers and kinds. That
     needs a metric whose scores are comparable: Taylor scores and losses are all in nats, but magnitudes and activations of
     different layers do not compare. Scores that are measured on each layer alone do not show how much is lost when many layers
@@ -75,7 +75,7 @@ def per_parameter(
     least = {axis.name: min(axis.size, max(1, math.ceil(debt.start[axis.name] * floor - 1e-9))) for axis in axes}
     worth = {
         axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]]
-        * (axis.blocks / axis.cost * factors[axis.name])
+        * (axis.groups / axis.cost * factors[axis.name])
         for axis in axes
     }
     if apart:
@@ -88,7 +88,7 @@ def _means_of_kinds(scores: Scores, axes: Sequence[Axis]) -> dict[str, float]:
     """Kind -> the mean worth per parameter of all its units; 1 where that is 0."""
     means = {}
     for kind in {axis.kind for axis in axes}:
-        values = [scores[axis.name].double() * (axis.blocks / axis.cost) for axis in axes if axis.kind == kind]
+        values = [scores[axis.name].double() * (axis.groups / axis.cost) for axis in axes if axis.kind == kind]
         means[kind] = float(torch.cat(values).abs().mean()) or 1.0
     return means
 
@@ -196,8 +196,8 @@ def _heads_due(axes: Sequence[Axis], worth: Mapping[str, Tensor], debt: Debt, sh
 
 
 def _lowest_first(axis: Axis, score: Tensor) -> Tensor:
-    """The scores of an axis in the order in which units go, float64 [size]; with several blocks, the mean over the blocks."""
-    return score.double().view(axis.blocks, axis.size).sort(dim=1).values.mean(dim=0)
+    """The scores of an axis in the order in which units go, float64 [size]; with several groups, the mean over the groups."""
+    return score.double().view(axis.groups, axis.size).sort(dim=1).values.mean(dim=0)
 
 
 def _standardised(values: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def kfac(
         ½ tr( (P_uu)⁻¹ W_uᵀ G W_u )       nats per token.
 
     The cheapest units go, and W and P are updated (W ← W - W_u P_uu⁻¹ P_u·, P ← P - P_·u P_uu⁻¹ P_u·). Then the costs of the rest
-    are computed again, until one unit is left in every block. A unit's score is its cost when it goes, or the cost of a unit
+    are computed again, until one unit is left in every group. A unit's score is its cost when it goes, or the cost of a unit
     before it if that is greater. So the sum over the lowest k scores is the cost of removing these k units together. Scores of
     single units cannot say this: of two neurons that do the same, the first costs nothing and the second much.
 
@@ -94,37 +94,37 @@ def kfac(
             inputs[name] / num_tokens,
             outputs[name] * num_predicted,
             width=axis.gate.width,
-            blocks=axis.blocks,
+            groups=axis.groups,
             ridge=ridge,
         )
     return scores
 
 
-def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor, *, width: int, blocks: int, ridge: float) -> Tensor:
-    """The scores of an axis. A unit owns `width` columns of `weight`; each round removes equally many units from every block."""
+def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor, *, width: int, groups: int, ridge: float) -> Tensor:
+    """The scores of an axis. A unit owns `width` columns of `weight`; each round removes equally many units from every group."""
     features = inputs.shape[0]
-    each = features // width // blocks
+    each = features // width // groups
     eye = torch.eye(features, device=inputs.device, dtype=torch.float64)
     damping = max(ridge * float(inputs.diagonal().mean()), torch.finfo(torch.float32).tiny)
     precision = torch.linalg.inv(inputs.double() + damping * eye).float()
     felt = _root(outputs) @ weight.float()  # so that costs are squared norms
-    costs = torch.full((blocks, each), math.inf)
-    highest = torch.zeros(blocks, 1)
+    costs = torch.full((groups, each), math.inf)
+    highest = torch.zeros(groups, 1)
     for going in _rounds(each, narrow=width == 1):
-        marginal = _marginal(felt, precision, width=width).cpu().view(blocks, each)
+        marginal = _marginal(felt, precision, width=width).cpu().view(groups, each)
         marginal[costs < math.inf] = math.inf
         lowest = marginal.topk(going, dim=1, largest=False)
         paid = torch.maximum(highest, lowest.values.cummax(dim=1).values)
         costs.scatter_(1, lowest.indices, paid)
         highest = paid[:, -1:]
-        units = (lowest.indices + each * torch.arange(blocks)[:, None]).flatten().to(inputs.device)
+        units = (lowest.indices + each * torch.arange(groups)[:, None]).flatten().to(inputs.device)
         _eliminate(felt, precision, (units[:, None] * width + torch.arange(width, device=units.device)).flatten())
-    last = torch.maximum(highest, _marginal(felt, precision, width=width).cpu().view(blocks, each))
+    last = torch.maximum(highest, _marginal(felt, precision, width=width).cpu().view(groups, each))
     return torch.where(costs < math.inf, costs, last).flatten()
 
 
 def _rounds(units: int, *, narrow: bool) -> list[int]:
-    """How many units of a block go in each round; one unit stays in the end."""
+    """How many units of a group go in each round; one unit stays in the end."""
     at_once = max(1, units // _ROUNDS) if narrow else 1
     whole, rest = divmod(units - 1, at_once)
     return [at_once] * whole + [rest] * (rest > 0)
