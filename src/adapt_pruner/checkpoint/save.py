@@ -134,7 +134,7 @@ def save(
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
     weight_mask: WeightMask | None = None,
-    beside: Callable[[Path], None] = lambda folder: None,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write model, tokenizer, mask and history to `path`; the model is left as found.
 
@@ -147,7 +147,7 @@ def save(
         dtype: precision of the saved weights.
         weights: by name, if they are not in the model (because it is sharded or has adapters).
         weight_mask: which single weights stay, if others are zero.
-        beside: called at the end to write more files into the folder.
+        write_more: called at the end to write more files into the folder.
 
     Raises:
         RunError: the folder could not be written; nothing is left under `path`.
@@ -167,7 +167,7 @@ def save(
             write_weight_mask(weight_mask, folder)
         if pruning is not None:
             (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
-        beside(folder)
+        write_more(folder)
 
 
 def needs_own_code(config: Any) -> bool:

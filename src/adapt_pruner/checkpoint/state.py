@@ -61,7 +61,7 @@ def save_state(
 
     check_fits(path, base, moments, additions, dtype=torch.float32)
 
-    def beside(folder: Path) -> None:
+    def write_more(folder: Path) -> None:
         for name, tensors in ((_OPTIMIZER_FILE, moments), (UNMERGED_FILE, additions)):
             if tensors:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
@@ -71,7 +71,7 @@ def save_state(
 
     save(
         loaded.model, loaded.tokenizer, path,
-        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, weight_mask=weight_mask, beside=beside,
+        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, weight_mask=weight_mask, write_more=write_more,
     )  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def cut(
     mask: Mask,
     *,
     optimizer: Optimizer | None = None,
-    beside: dict[nn.Parameter, Tensor] | None = None,
+    tensors_too: dict[nn.Parameter, Tensor] | None = None,
 ) -> None:
     """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
 
@@ -268,7 +268,7 @@ def cut(
         axes: all axes of the model, because sizes of untouched axes are written to the config too.
         mask: for the model as it is now. Names inside layers count the layers before the cut.
         optimizer: any torch optimiser over the model's parameters.
-        beside: parameter -> a tensor of its shape, such as a mask over its weights. Changed in place: it gets the new parameters
+        tensors_too: parameter -> a tensor of its shape, such as a mask over its weights. Changed in place: it gets the new parameters
             as keys and tensors cut in the same way. Entries of parameters that are removed whole mean nothing afterwards.
 
     Raises:
@@ -296,8 +296,8 @@ def cut(
                 module.num_embeddings, module.embedding_dim = module.weight.shape
         if optimizer is not None:
             _follow(optimizer, old, new, index)
-        if beside is not None and old in beside:
-            beside[new] = _at(beside.pop(old), index)
+        if tensors_too is not None and old in tensors_too:
+            tensors_too[new] = _at(tensors_too.pop(old), index)
     for axis in axes:
         for name in axis.attributes:
             owner, _, leaf = name.rpartition(".")

@@ -158,14 +158,14 @@ class WeightMask:
         The new mask has no pattern if the rest does not hold it: removing single inputs changes the groups of M.
         """
         modules = {name: model.get_submodule(name) for name in self.kept}
-        beside = {
+        masks = {
             modules[name].weight: keep if isinstance(modules[name], nn.Linear) else keep.t() for name, keep in self.kept.items()
         }
-        surgery.cut(model, axes, mask, optimizer=optimizer, beside=beside)  # type: ignore[arg-type]
+        surgery.cut(model, axes, mask, optimizer=optimizer, tensors_too=masks)  # type: ignore[arg-type]
         kept = {}
         for name, module in linear_layers(model).items():
-            if module.weight in beside:
-                keep = beside[module.weight]
+            if module.weight in masks:
+                keep = masks[module.weight]
                 kept[name] = keep if isinstance(module, nn.Linear) else keep.t().contiguous()
         pattern = self.pattern
         return WeightMask(kept, pattern if pattern and all(holds(keep, pattern) for keep in kept.values()) else None)

@@ -68,7 +68,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
 
     weights = padded_weights(model, wide)
     mask, notes = still_fitting(loaded.weight_mask, weights)
-    save(model, loaded.tokenizer, path, dtype=loaded.dtype, weights=weights, weight_mask=mask, beside=as_decilm)
+    save(model, loaded.tokenizer, path, dtype=loaded.dtype, weights=weights, weight_mask=mask, write_more=as_decilm)
     grown = sum(new.neurons - old.neurons for new, old in zip(wide, sizes, strict=True))
     if not grown:
         return notes

@@ -56,14 +56,14 @@ class TextUse:
         evidence: the most that it needs from the model in one pass over the text.
         forward: whether it also makes passes without gradients.
         streams: whether it also takes gradients of hidden states, for every second sequence.
-        beside: names of the work whose time a dry run cannot predict.
+        unpredicted: names of the work whose time a dry run cannot predict.
     """
 
     text: bool = False
     evidence: Evidence = Evidence.WEIGHTS
     forward: bool = False
     streams: bool = False
-    beside: tuple[str, ...] = ()
+    unpredicted: tuple[str, ...] = ()
 
 
 class Reduction:

@@ -61,9 +61,9 @@ class Sparse(Reduction):
     def text_use(self, work: Work) -> TextUse:
         """The calibration text, once, where the solver reads any."""
         needs = parts.needs("solver", work.recipe.solver or "")
-        beside = ("solving the layers",) if "gram" in needs else ()
+        unpredicted = ("solving the layers",) if "gram" in needs else ()
         evidence = Evidence.FORWARD if "text" in needs else Evidence.WEIGHTS
-        return TextUse(text="text" in needs, evidence=evidence, beside=beside)
+        return TextUse(text="text" in needs, evidence=evidence, unpredicted=unpredicted)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """One decoder layer after the other; the time of a layer is known only after the first."""

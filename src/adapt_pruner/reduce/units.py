@@ -136,7 +136,7 @@ class Units(Reduction):
             evidence=evidence,
             forward=heads,
             streams=repairs and bool(parts.bind("repair", recipe.repair or "").keywords.get("factors")),
-            beside=tuple(what for what, is_taken in taken.items() if is_taken),
+            unpredicted=tuple(what for what, is_taken in taken.items() if is_taken),
         )
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
@@ -256,7 +256,7 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
 
 def with_forward(its: TextUse) -> TextUse:
     """What a metric reads, and forward passes over the same text besides."""
-    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, beside=its.beside)
+    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, unpredicted=its.unpredicted)
 
 
 def _check_scored(work: Work, without: Collection[str]) -> None:

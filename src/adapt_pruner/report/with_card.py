@@ -32,8 +32,8 @@ def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: N
         UsageError: the budget or a text does not fit the model, or `out` is not empty.
         RunError: a loss is not finite, or the result cannot be written.
     """
-    beside = partial(try_card, path=Path(out), listen=listen)
-    return loop.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code, beside=beside)
+    write_more = partial(try_card, path=Path(out), listen=listen)
+    return loop.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code, write_more=write_more)
 
 
 def run(
@@ -72,8 +72,10 @@ def run(
         if trouble:
             listen(Warned(message=trouble).told())
 
-    beside = partial(try_card, path=folder / "model", listen=listen)
-    return loop.run(recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, beside=beside)
+    write_more = partial(try_card, path=folder / "model", listen=listen)
+    return loop.run(
+        recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, write_more=write_more
+    )
 
 
 def export(

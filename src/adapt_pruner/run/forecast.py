@@ -150,7 +150,7 @@ def _left_out(work: Work, use: TextUse, *, read: int) -> list[str]:
     writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (use.text and writes_text(recipe))
     return [
         *(["text that the model writes itself"] if writes else []),
-        *use.beside,
+        *use.unpredicted,
         *(["tasks"] if recipe.evaluation.tasks is not None else []),
         *(["reading the whole held-out text"] if recipe.evaluation.source is not None and not read else []),
     ]

@@ -131,11 +131,11 @@ def prune(
     *,
     listen: Listener = lambda event: None,
     trust_remote_code: bool = False,
-    beside: Callable[[Path], None] = lambda folder: None,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome:
     """Run the recipe and write its result to the folder `out`; no checkpoints are saved before that.
 
-    `beside` writes more files into the folder before the folder gets its final name.
+    `write_more` writes more files into the folder before the folder gets its final name.
 
     Raises:
         UsageError: the budget or a text does not fit the model, `out` is not empty, or several processes were started.
@@ -151,7 +151,7 @@ def prune(
     _tell_start(work)
     with work.state.clock("other"):
         outcome = run_stages(work, Trainer(work))
-    results.write(work, out, beside=beside)
+    results.write(work, out, write_more=write_more)
     work.tell(Saved(path=str(out), **outcome.figures))
     return outcome
 
@@ -163,11 +163,11 @@ def run(
     listen: Listener = lambda event: None,
     trust_remote_code: bool = False,
     force_recipe: bool = False,
-    beside: Callable[[Path], None] = lambda folder: None,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome | None:
     """Run the recipe in a run folder (see `run.folder`); for arguments, result and errors see `report.with_card.run`.
 
-    `beside` writes more files into the result before the result gets its final name.
+    `write_more` writes more files into the result before the result gets its final name.
     """
     started = time.perf_counter()
     with kept_threads(), opened(Path(run_dir)) as folder:
@@ -186,7 +186,7 @@ def run(
             with trainer.rescued():
                 with work.state.clock("other"):
                     outcome = run_stages(work, trainer)
-                world.on_main(lambda: results.write(work, folder.result, beside=beside))
+                world.on_main(lambda: results.write(work, folder.result, write_more=write_more))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
         except UsageError:
             raise

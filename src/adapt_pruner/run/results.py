@@ -154,7 +154,7 @@ def facts(work: Work) -> dict[str, Any]:
     }
 
 
-def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
+def write(work: Work, path: Path, *, write_more: Callable[[Path], None]) -> None:
     """Write the checkpoint of a finished run; if the recipe has a latency, measure the model's first.
 
     The checkpoint is written even if that measurement fails or is interrupted.
@@ -162,7 +162,7 @@ def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
     Args:
         work: the run at its end.
         path: a folder that does not exist or is empty.
-        beside: writes more files into the folder before the folder gets its final name.
+        write_more: writes more files into the folder before the folder gets its final name.
 
     Raises:
         RunError: the checkpoint cannot be written.
@@ -183,7 +183,7 @@ def write(work: Work, path: Path, *, beside: Callable[[Path], None]) -> None:
         pruning=facts(work) | {"base": origin(work.recipe.model)},
         dtype=work.loaded.dtype,
         weight_mask=work.weight_mask,
-        beside=beside,
+        write_more=write_more,
     )
     if interrupted:
         raise KeyboardInterrupt
