@@ -32,7 +32,7 @@ from adapt_pruner import families
 from adapt_pruner.core import world
 from adapt_pruner.core.precision import native_bfloat16
 from adapt_pruner.data.fixed import Fixed
-from adapt_pruner.run.estimate import Setup, held, pruning_memory, shapes, training_memory
+from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, shapes, training_memory
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
@@ -250,7 +250,7 @@ def main() -> None:
     for name in asked.cases or CASES:
         case = CASES[name]
         parts = foreseen(case)
-        asked_for, kept = sum(parts.values()), held(parts, "cpu") - held({}, "cpu")
+        asked_for, kept = sum(parts.values()), process_bytes(parts, "cpu") - process_bytes({}, "cpu")
         found = [apart(case, tensors=True), apart(case, tensors=False, **gives_back), apart(case, tensors=False)]
         said = [
             f"{most / 1e6:.1f} ({told / most - 1:+.1%})" for most, told in zip(found, (asked_for, asked_for, kept), strict=True)

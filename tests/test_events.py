@@ -25,7 +25,7 @@ STEP = {
 
 def test_what_is_told_has_what_was_set_and_nothing_else() -> None:
     cut = Cut(stage=1, iteration=2, params=90, target=80, loss=None, sizes={"layers.0.neurons": 4})
-    told = cut.told()
+    told = cut.to_dict()
     assert told == {
         "event": "cut", "stage": 1, "iteration": 2, "params": 90, "target": 80, "loss": None, "sizes": {"layers.0.neurons": 4},
     }  # fmt: skip
@@ -38,7 +38,7 @@ def test_what_is_told_has_what_was_set_and_nothing_else() -> None:
 def test_a_line_of_a_log_is_the_event() -> None:
     step = parse_line(json.dumps(STEP))
     assert isinstance(step, Step)
-    assert step.told() == STEP
+    assert step.to_dict() == STEP
     assert step.line() == "stage 1: training, 96 tokens, loss 2.500, lr 1.00e-03, 10 tokens/s"
 
 
@@ -80,7 +80,7 @@ def test_a_kind_that_is_not_known_is_kept_as_it_is() -> None:
     told = {"event": "sun", "phase": 3, "time": 2.0}
     sun = parse(told)
     assert isinstance(sun, Other)
-    assert sun.told() == told
+    assert sun.to_dict() == told
     assert sun.line() == ""
     assert all(parse(none) is None for none in ({}, {"event": ["a"]}, {"event": None}))
 
@@ -138,7 +138,7 @@ def test_a_new_event_is_its_class(tmp_path: Path) -> None:
     shown = Screen(Console(file=io.StringIO(), width=100))
     folder = RunFolder(tmp_path)
     folder._begun = True
-    for told in (Moon(phase=0.5).told(), Cloud().told()):
+    for told in (Moon(phase=0.5).to_dict(), Cloud().to_dict()):
         shown(told)
         folder.log(told)
     assert shown._console.file.getvalue() == "the moon is at 0.5\n"  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from adapt_pruner.core import layerwise, loss
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
 from adapt_pruner.run import estimate, forecast
-from adapt_pruner.run.estimate import PAPER, Setup, held, operations, pruning_memory, seconds, shapes, training_memory
+from adapt_pruner.run.estimate import PAPER, Setup, operations, process_bytes, pruning_memory, seconds, shapes, training_memory
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
@@ -107,10 +107,14 @@ def test_a_term_that_a_formula_forgot_would_show() -> None:
 def test_a_process_holds_more_than_its_tensors() -> None:
     """How much more was measured; on a CPU there is Python, and what glibc keeps where activations lay."""
     weights, activations = {"weights": 10**9}, {"activations": 10**9}
-    assert held({}, "cuda") == 0 < 10**8 < held({}, "cpu")
+    assert process_bytes({}, "cuda") == 0 < 10**8 < process_bytes({}, "cpu")
     for device in ("cpu", "cuda"):
-        assert held(weights | activations, device) >= held(weights, device) + 10**9 > held({}, device) + 2 * 10**9
-    assert held(activations, "cpu") > held(weights, "cpu")
+        assert (
+            process_bytes(weights | activations, device)
+            >= process_bytes(weights, device) + 10**9
+            > process_bytes({}, device) + 2 * 10**9
+        )
+    assert process_bytes(activations, "cpu") > process_bytes(weights, "cpu")
 
 
 def test_an_iteration_of_best_takes_what_is_foreseen() -> None:
@@ -126,8 +130,8 @@ def test_an_iteration_of_best_takes_what_is_foreseen() -> None:
     asked: dict[str, Any] = {"samples": 64, "length": 128, "moments": False}
     scoring = pruning_memory(of, how, **asked, reads=True)
     factors = pruning_memory(of, how, **asked, evidence=Evidence.STREAM_GRADIENTS, halved=True)
-    assert held(factors, "cpu") == pytest.approx(1_503_965_184, rel=0.02)
-    assert held(scoring, "cpu") < held(factors, "cpu")
+    assert process_bytes(factors, "cpu") == pytest.approx(1_503_965_184, rel=0.02)
+    assert process_bytes(scoring, "cpu") < process_bytes(factors, "cpu")
 
 
 def test_the_sizes_that_other_files_set_are_the_same_here(monkeypatch: pytest.MonkeyPatch) -> None:

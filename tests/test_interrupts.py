@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.core.interrupts import held
+from adapt_pruner.core.interrupts import deferred
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop
@@ -120,7 +120,7 @@ def test_an_error_after_training_loses_no_training_and_is_the_one_that_is_raised
 
 def test_a_second_ctrl_c_waits_for_nothing() -> None:
     seen: list[object] = []
-    with pytest.raises(KeyboardInterrupt), held() as signals:
+    with pytest.raises(KeyboardInterrupt), deferred() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         seen.append(signals.pending)
         os.kill(os.getpid(), signal.SIGINT)
@@ -130,7 +130,7 @@ def test_a_second_ctrl_c_waits_for_nothing() -> None:
 
 def test_a_signal_that_nobody_asked_for_comes_when_the_context_ends() -> None:
     done = False
-    with pytest.raises(KeyboardInterrupt), held():
+    with pytest.raises(KeyboardInterrupt), deferred():
         os.kill(os.getpid(), signal.SIGINT)
         done = True
     assert done
@@ -139,12 +139,12 @@ def test_a_signal_that_nobody_asked_for_comes_when_the_context_ends() -> None:
 def test_what_the_system_handles_is_left_to_it() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with held():
+        with deferred():
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
     handler = signal.getsignal(signal.SIGINT)
-    with held(when=False):
+    with deferred(when=False):
         assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -152,7 +152,7 @@ def test_other_threads_hold_nothing() -> None:
     seen: list[Any] = []
 
     def work() -> None:
-        with suppress(ValueError), held():
+        with suppress(ValueError), deferred():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

@@ -201,8 +201,8 @@ def test_a_run_that_goes_on_plans_what_is_left() -> None:
 
 def test_progress_is_plain_data_and_back() -> None:
     stands = followed([(0, plan(*ITERATION)), (0, START), (0, phase("score")), (9, phase("score", 9, 10))])
-    assert RunProgress.from_json(json.loads(json.dumps(stands.told()))) == stands
+    assert RunProgress.from_json(json.loads(json.dumps(stands.to_dict()))) == stands
     assert stands.later(5.0).left == pytest.approx(float(stands.left or 0) - 5)
-    for broken in ({}, {**stands.told(), "seconds": "soon"}, {**stands.told(), "left": []}):
+    for broken in ({}, {**stands.to_dict(), "seconds": "soon"}, {**stands.to_dict(), "left": []}):
         with pytest.raises((KeyError, TypeError, ValueError)):
             RunProgress.from_json(broken)

@@ -915,10 +915,10 @@ def test_what_cannot_be_begun_leaves_nothing(case: str, refused: Refused, place:
 
 def test_a_page_of_a_run_that_never_began_goes_with_it(tmp_path: Path) -> None:
     """`report` may be asked of a run that prepares."""
-    with runs.opened(tmp_path / "run") as folder:
+    with runs.open_run_folder(tmp_path / "run") as folder:
         (folder.path / "report.html").write_text("<!doctype html><footer>Written by adapt-pruner on …")
     assert not (tmp_path / "run").exists()
-    with runs.opened(tmp_path / "run") as folder:
+    with runs.open_run_folder(tmp_path / "run") as folder:
         (folder.path / "report.html").write_text("<!doctype html><p>a page of somebody else")
         (folder.path / "notes.txt").write_text("mine")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes.txt", "report.html"]

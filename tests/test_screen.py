@@ -129,7 +129,7 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
     inner = [one["said"] for one in heard if one["event"] == "in_cell"]
     assert {"planned", "progress", "cut"} <= {one["event"] for one in inner}
     where: dict[str, Any] = {"cell": 2, "of": 4, "method": "best", "size": 113_300_000, "draw": 1, "draws": 1}
-    scoring = InCell(said=Progress(phase="score", done=3, of=8, stage=1, iteration=2).told())
+    scoring = InCell(said=Progress(phase="score", done=3, of=8, stage=1, iteration=2).to_dict())
     _, lines = seen([CellBegun(**where, seconds_left=900.0, seconds_here=300.0), scoring], width=100)
     assert "cell 2 of 4: best to 113.3 M" in visible_words(lines)
     assert "scoring 3/8" in visible_words(lines)
@@ -142,10 +142,10 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
     item: Any = {"stage": 1, "times": 1, "repeats": True, "flops": 1e9}
     plan = Planned(targets=[50], tokens=[0], items=[{"phase": "score", **item}])
     half = [
-        InCell(said={**event.told(), "time": 1001.0 + 20 * n})
+        InCell(said={**event.to_dict(), "time": 1001.0 + 20 * n})
         for n, event in enumerate([plan, Progress(phase="score", done=0, of=0, stage=1)])
     ]
-    half.append(InCell(said={**Progress(phase="score", done=5, of=10, stage=1).told(), "time": 1063.9}))
+    half.append(InCell(said={**Progress(phase="score", done=5, of=10, stage=1).to_dict(), "time": 1063.9}))
     _, lines = seen([CellBegun(**where, seconds_left=60.0, seconds_here=30.0), *half], width=100)
     assert "1 min 13 s left" in visible_words(lines), (
         "what the cell itself says, where it takes longer: 43 s, and 30 s for the others"

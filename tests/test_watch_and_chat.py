@@ -50,11 +50,11 @@ def test_all_that_a_run_tells_is_an_event_with_no_key_beside(heard: tuple[Path, 
     for told in heard[1]:
         event = parse(told)
         assert event is not None, told
-        assert event.told() == told
+        assert event.to_dict() == told
     for line in (heard[0] / "log.jsonl").read_text().splitlines():
         event = parse_line(line)
         assert event is not None
-        assert event.told() == json.loads(line)
+        assert event.to_dict() == json.loads(line)
 
 
 def test_every_phase_that_a_run_tells_was_planned(heard: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -147,7 +147,7 @@ def test_watching_names_the_phase(
         (heard[0] / "log.jsonl").read_bytes(),
         RunProgress("repairing 12/60", "stage 2", 75.0, 60.0, 60.0, 60.0, ends=True),
     )
-    for said, shown in ((json.dumps({"time": time.time(), **stands.told()}), True), ('{"time": 1.0, "doing": "rep', False)):
+    for said, shown in ((json.dumps({"time": time.time(), **stands.to_dict()}), True), ('{"time": 1.0, "doing": "rep', False)):
         (tmp_path / "progress.json").write_text(said)
         (tmp_path / "log.jsonl").write_bytes(whole[: len(whole) // 2])
         works_while_watched(tmp_path, [b"", whole], monkeypatch)

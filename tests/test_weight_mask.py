@@ -112,7 +112,7 @@ def test_training_leaves_held_zeros_at_zero_and_moves_the_rest() -> None:
     zeros.apply(model)
     before = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.1)
-    with zeros.held(model):
+    with zeros.keeping_zeros(model):
         for _ in range(3):
             model(torch.arange(3, 15)[None]).logits.square().mean().backward()
             optimizer.step()

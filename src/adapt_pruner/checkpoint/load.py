@@ -154,7 +154,7 @@ def load(
         )
     if gguf is None or fresh is not None:
         return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh)
-    kept = _kept(Path(folder) / gguf)
+    kept = _dequantised_folder(Path(folder) / gguf)
     if kept.is_dir():
         try:
             loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
@@ -217,7 +217,7 @@ def _load(
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask)
 
 
-def _kept(gguf: Path) -> Path:
+def _dequantised_folder(gguf: Path) -> Path:
     """The folder in the cache for the dequantised model of a GGUF file; its name depends on the file's bytes."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]

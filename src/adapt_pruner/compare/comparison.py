@@ -82,12 +82,12 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     for text in asked.texts:
         if text != SELF:
             next(texts(text), None)  # reports a missing text before a model is loaded
-    listen(Load(model=asked.model).told())
+    listen(Load(model=asked.model).to_dict())
     device = pick_device(asked.device)
     again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
     work = _prepared(again(), asked, listen)
     release()
-    listen(events.Loaded(model=asked.model, params=work.params).told())
+    listen(events.Loaded(model=asked.model, params=work.params).to_dict())
     comparison = _Comparison(asked, out, work, again, listen, keep)
     comparison.check_disk_space()
     try:
@@ -100,7 +100,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
             try:
                 return comparison.run()
             except KeyboardInterrupt:
-                listen(Interrupted(message=f"{comparison.progress}; the same command continues from there").told())
+                listen(Interrupted(message=f"{comparison.progress}; the same command continues from there").to_dict())
                 raise
     except OSError as error:
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
@@ -170,7 +170,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
         *too_long(loaded.model.config, {"--window": asked.window}),
     ):
         if sentence:
-            listen(Warned(message=sentence).told())
+            listen(Warned(message=sentence).to_dict())
 
     def calibration(cell: Cell) -> Any:
         if not counted[cell.method] and cell.method not in readers:
@@ -264,7 +264,7 @@ class _Comparison:
                 self._done[name] = stored
         reused = len(self._done)
         if reused:
-            self._listen(Reused(done=reused, of=of).told())
+            self._listen(Reused(done=reused, of=of).to_dict())
             self._warn_of_other_versions()
         self._own = self._measured_dense()
         self._write(self._result())
@@ -273,11 +273,11 @@ class _Comparison:
                 continue
             where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
             where |= {"draws": self._asked.num_draws, "sparsity": cell.sparsity or None}
-            self._listen(CellBegun(**where, **self._foreseen(cell)).told())
+            self._listen(CellBegun(**where, **self._foreseen(cell)).to_dict())
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
             nll = self._done[name].get("nll", {}).get(first)
-            self._listen(CellDone(**where, nll=nll, error=self._done[name].get("error")).told())
+            self._listen(CellDone(**where, nll=nll, error=self._done[name].get("error")).to_dict())
             self._write(self._result())
         result = self._result()
         picture = draw(result, self._out, warn=self._warn)
@@ -385,7 +385,7 @@ class _Comparison:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            self._listen(Warned(message=message).told())
+            self._listen(Warned(message=message).to_dict())
 
     def _warn_of_other_versions(self) -> None:
         others = {figures["made_by"] for figures in self._done.values()} - {made_by()}

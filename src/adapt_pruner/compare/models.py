@@ -85,7 +85,7 @@ def measured(
     wanted = _wanted(how, listen)
     rows, scores, held = [], [], []
     for name in models:
-        listen(Load(model=name).told())
+        listen(Load(model=name).to_dict())
         loaded = load(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
         row = _described(name, loaded)
         if how.text is not None:
@@ -109,10 +109,10 @@ def measured(
 def _wanted(how: Measures, listen: Listener) -> list[Wanted] | None:
     if how.tasks is None:
         return None
-    listen(Find(tasks=how.tasks).told())
+    listen(Find(tasks=how.tasks).to_dict())
     wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
     if kept := set_shots(wanted, how.num_fewshot):
-        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as lm-eval defines it").told())
+        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as lm-eval defines it").to_dict())
     return wanted
 
 
@@ -130,19 +130,19 @@ def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tupl
     """The figures of a model on a text, and the ids of the first window."""
     windows = held_out_windows(loaded.tokenizer, source=text, window=how.window, max_windows=how.max_windows)
     for sentence in too_long(loaded.model.config, {"--window": how.window}):
-        listen(Warned(message=f"{loaded.source}: {sentence}").told())
+        listen(Warned(message=f"{loaded.source}: {sentence}").to_dict())
 
     num_bytes = text_bytes(loaded.tokenizer, windows)
     return perplexity(
         loaded.model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=counting(listen, "evaluate")
-    ).told(), windows[0]
+    ).to_dict(), windows[0]
 
 
 def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Listener) -> Sequence[TaskScore]:
     def told(task: str, done: int, of: int) -> None:
-        listen(Progress(phase="task", task=task, done=done, of=of).told())
+        listen(Progress(phase="task", task=task, done=done, of=of).to_dict())
 
     return evaluate_tasks(
         loaded.model, loaded.tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, on_task=told,
-        warn=lambda message: listen(Warned(message=message).told()),
+        warn=lambda message: listen(Warned(message=message).to_dict()),
     )  # fmt: skip

@@ -98,7 +98,7 @@ class Event(BaseModel):
         """Whether the event comes so often that people see only one now and then."""
         return False
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What a listener is told: `event` first, then the fields that were set."""
         given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         return {"event": self.event} | given | (self.model_extra or {})
@@ -351,7 +351,7 @@ class Progress(Event):
 
 def counting(listen: Listener, phase: str, **where: Any) -> Callable[[int, int], None]:
     """A function of (done, of) that tells how far a phase is."""
-    return lambda done, of: listen(Progress(phase=phase, done=done, of=of, **where).told())
+    return lambda done, of: listen(Progress(phase=phase, done=done, of=of, **where).to_dict())
 
 
 class Cut(Event):

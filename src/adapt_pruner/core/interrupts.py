@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Held", "held"]
+__all__ = ["Deferred", "deferred"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Held:
+class Deferred:
     """Signals that arrived while they were held back.
 
     Attributes:
@@ -56,13 +56,13 @@ class Held:
 
 
 @contextmanager
-def held(*, when: bool = True) -> Iterator[Held]:
+def deferred(*, when: bool = True) -> Iterator[Deferred]:
     """Within this context SIGINT, SIGTERM and SIGHUP wait for `deliver`; a second SIGINT takes effect at once.
 
     Only signals that Python code handles are held: SIGTERM still ends a program without a handler for it. Nothing is held if
     `when` is false, or outside the main thread, which alone may set handlers.
     """
-    signals = Held()
+    signals = Deferred()
     if not when or threading.current_thread() is not threading.main_thread():
         yield signals
         return

@@ -15,7 +15,7 @@ from adapt_pruner.core.precision import casting_once, precision
 from adapt_pruner.core.surgery import first
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
-__all__ = ["LOGITS_OF", "Stream", "Sweep", "decoder_layers", "kept", "layers_at_once", "loss_above", "streams"]
+__all__ = ["LOGITS_OF", "Stream", "Sweep", "activation_bytes", "decoder_layers", "layers_at_once", "loss_above", "streams"]
 
 LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, where the loss may set the peak of memory
 
@@ -143,12 +143,12 @@ def layers_at_once(depth: int, *, hidden: float, layer: float) -> int:
     Args:
         depth: number of layers.
         hidden: bytes of the hidden states of the whole text between two layers.
-        layer: bytes for one layer of the group: the gradients of its weights, and what autograd keeps for a batch (`kept`).
+        layer: bytes for one layer of the group: the gradients of its weights, and what autograd keeps for a batch (`activation_bytes`).
     """
     return max(1, min(depth, round(math.sqrt(depth * hidden / layer)))) if layer else depth
 
 
-def kept(tokens: int, in_and_out: float) -> float:
+def activation_bytes(tokens: int, in_and_out: float) -> float:
     """Bytes that autograd keeps for a layer, roughly: the float32 inputs and outputs of each of its weight matrices.
 
     Args:
@@ -199,7 +199,7 @@ class Sweep:
         weights = [weight for layer in self._layers for weight in layer.parameters()]
         gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)
         in_and_out = sum(sum(weight.shape) for weight in weights if weight.ndim == 2)
-        activations = kept(max((batch.numel() for batch in batches), default=0), in_and_out)
+        activations = activation_bytes(max((batch.numel() for batch in batches), default=0), in_and_out)
         hidden = sum(flow.hidden.nbytes for flow in self._flows)
         depth = len(self._layers)
         # Processes may have different amounts of text, but must use the same groups: gradients are summed group by group.

@@ -76,13 +76,13 @@ class RunProgress:
             return f"{span(self.low)} to {span(self.high)} left"
         return f"{span(self.left)} left" if self.left >= 0.5 else ""
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """This progress as plain data, as in progress.json."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunProgress":
-        """The progress from data that `told` gave.
+        """The progress from data that `to_dict` gave.
 
         Raises:
             KeyError, TypeError, ValueError: the data is no progress.

@@ -171,7 +171,7 @@ class WeightMask:
         return WeightMask(kept, pattern if pattern and all(holds(keep, pattern) for keep in kept.values()) else None)
 
     @contextmanager
-    def held(self, model: nn.Module) -> Iterator[None]:
+    def keeping_zeros(self, model: nn.Module) -> Iterator[None]:
         """Within this context masked weights get no gradient, so weights that are zero stay zero in training.
 
         AdamW moves a weight by its moments and by decay; both are zero where gradient and weight are zero.

@@ -39,7 +39,7 @@ class Perplexity:
     judged: Mapping[str, float] = field(default_factory=dict)
     by_text: Mapping[str, float] = field(default_factory=dict)
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The figures as plain data; `judged` and `by_text` only if they are not empty."""
         return {name: value for name, value in asdict(self).items() if name not in ("judged", "by_text") or value}
 

@@ -59,7 +59,7 @@ def prove(
         raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
     written = (line for document in texts(text) for line in document.splitlines() if line.strip())
     lines = list(itertools.islice(written, PIECES))
-    listen(Load(model=model).told())
+    listen(Load(model=model).to_dict())
     loaded = load(model, trust_remote_code=trust_remote_code)
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
 

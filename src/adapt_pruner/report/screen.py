@@ -179,7 +179,7 @@ class _Teller(Screen):
             return
         if middle:
             self._last_line = time.monotonic()
-        print(to_json(event.told()), file=sys.stderr, flush=True)
+        print(to_json(event.to_dict()), file=sys.stderr, flush=True)
 
     def say(self, text: str, *, often: bool = False) -> None:
         print(visible(text), file=sys.stderr, flush=True)

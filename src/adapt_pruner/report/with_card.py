@@ -70,7 +70,7 @@ def run(
         trouble = try_report(folder) if finished else None
         listen(data)
         if trouble:
-            listen(Warned(message=trouble).told())
+            listen(Warned(message=trouble).to_dict())
 
     write_more = partial(try_card, path=folder / "model", listen=listen)
     return loop.run(
@@ -109,11 +109,11 @@ def export(
     out = Path(out)
     check_form(to, quant=quant, pad=pad)
     check_place(out)
-    listen(Load(model=model).told())
+    listen(Load(model=model).to_dict())
     loaded = load(model, trust_remote_code=trust_remote_code)
     notes = write(loaded, out, to=to, quant=quant, pad=pad)
     if out.is_dir() and (lacking := write_card_of_export(expanded(loaded.source), out, to)) is not None:
         notes = [*notes, lacking]
     for note in notes:
-        listen(Warned(message=note).told())
+        listen(Warned(message=note).to_dict())
     return notes

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from adapt_pruner import families
 from adapt_pruner.core import loss
 from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.layerwise import LOGITS_OF, decoder_layers, kept, layers_at_once
+from adapt_pruner.core.layerwise import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.score.calibrate import Evidence
@@ -23,9 +23,9 @@ __all__ = [
     "Shapes",
     "Speed",
     "bytes_moved",
-    "held",
     "multiply_adds",
     "operations",
+    "process_bytes",
     "pruning_memory",
     "seconds",
     "setup_of",
@@ -162,7 +162,7 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     are also 2 N_dec of all copies, since the casts of the step's first pass come last in the backward pass.
 
     Returns:
-        part -> bytes; see `held` for what a process then occupies.
+        part -> bytes; see `process_bytes` for what a process then occupies.
     """
     element = 2 if how.narrow else 4
     sharded = how.parallel == "fsdp" and how.processes > 1
@@ -226,7 +226,7 @@ def pruning_memory(
         own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
-    layer = (4 * of.decoder + kept(rows.tokens, of.in_and_out)) / of.layers
+    layer = (4 * of.decoder + activation_bytes(rows.tokens, of.in_and_out)) / of.layers
     k = of.layers if whole else layers_at_once(of.layers, hidden=stream, layer=layer)
     group = of.decoder * k // of.layers
     copies = 2 * group if how.narrow else 0
@@ -252,7 +252,7 @@ def pruning_memory(
     return {**own, **scoring}
 
 
-def held(parts: Mapping[str, int], device: str) -> int:
+def process_bytes(parts: Mapping[str, int], device: str) -> int:
     """Bytes that a process occupies in all: `parts`, what allocators keep on top, and on a CPU Python itself."""
     asked = _SLACK[device] * sum(parts.values())
     return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)

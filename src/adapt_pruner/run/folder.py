@@ -39,7 +39,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first
 
-__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "opened"]
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "open_run_folder"]
 
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
@@ -148,7 +148,7 @@ class RunFolder:
             return
         self._written = time.monotonic()
         with suppress(OSError):
-            text = to_json({"time": time.time(), **self._tracker.at().told()})
+            text = to_json({"time": time.time(), **self._tracker.at().to_dict()})
             (self.path / PROGRESS).write_text(text, encoding="utf-8")
 
     @property
@@ -217,7 +217,7 @@ class RunFolder:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[RunFolder]:
+def open_run_folder(path: Path) -> Iterator[RunFolder]:
     """A run's folder, locked while the context lasts; it is created if missing, and removed at the end if no run began in it.
 
     Raises:

@@ -20,8 +20,8 @@ from adapt_pruner.run.estimate import (
     Setup,
     Shapes,
     Speed,
-    held,
     operations,
+    process_bytes,
     pruning_memory,
     seconds,
     setup_of,
@@ -123,7 +123,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if trains:
         memory["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
-    peaks = {phase: held(parts, how.device) for phase, parts in memory.items()}
+    peaks = {phase: process_bytes(parts, how.device) for phase, parts in memory.items()}
     return {
         "model": recipe.model,
         "method": recipe.method,

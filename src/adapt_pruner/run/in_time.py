@@ -78,9 +78,9 @@ def recipe_in_time(
     wanted = Asked(train, held_out, round(text_tokens), text is not None, MOST_REPEATS, minutes, tokens, gone=spent)
     plan = planned(machine, its, wanted)
     for line in plan.lines:
-        listen(PlanLine(text=line).told())
+        listen(PlanLine(text=line).to_dict())
     if overrides:
-        listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").told())
+        listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").to_dict())
     settings = dict(plan.settings)
     if any(word.partition("=")[0].strip() == "method" for word in overrides):  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
@@ -137,6 +137,6 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
     listen(PlanLine(text=(
         f"the run may now take {now[2]} minutes instead of {before[2]}; training ends earlier if it has read all "
         f"{compact(recipe.training.tokens)} tokens that were prepared"
-    )).told())  # fmt: skip
+    )).to_dict())  # fmt: skip
     more = float(now[2]) - float(before[2])  # the recipe's minutes are fewer than were asked for, by those of the probe
     return recipe.model_copy(update={"minutes": max(1e-3, recipe.minutes + more), "about": asked})

@@ -31,7 +31,7 @@ from adapt_pruner.recipe import Recipe, parse_latency
 from adapt_pruner.reduce.units import mask_to, params_of, prunable, sizes_alike
 from adapt_pruner.reduce.work import Work
 
-__all__ = ["Table", "find", "kept", "predicted", "reach", "table_of"]
+__all__ = ["Table", "find", "params_to_keep", "predicted", "reach", "table_of"]
 
 PROMPT = 512
 """Tokens of the prompt. `prefill` times reading it, `decode` times writing `WRITTEN` tokens after it."""
@@ -81,7 +81,7 @@ def find(work: Work) -> dict[str, Any]:
     return {"latency": found, "measuring_seconds": round_of_two * (2 * ROUNDS + 1)}
 
 
-def kept(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
+def params_to_keep(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
     """The number of parameters that `find` found when the run began; None if the recipe has a budget instead.
 
     Raises:
@@ -183,7 +183,7 @@ def _in_turn(
     ids: Tensor = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     shares, seconds = [], []
     for round_idx in range(rounds + 1):
-        listen(Progress(phase="time", what="the result", done=round_idx, of=rounds).told())
+        listen(Progress(phase="time", what="the result", done=round_idx, of=rounds).to_dict())
         theirs, ours = (reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned))
         if round_idx:  # the first round is slow
             shares.append(ours / theirs)

@@ -34,7 +34,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.run import results
 from adapt_pruner.run.disk_space import check_result, check_run
-from adapt_pruner.run.folder import RunFolder, opened
+from adapt_pruner.run.folder import RunFolder, open_run_folder
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
 from adapt_pruner.run.start import begin, prepare, sizes_begun
 from adapt_pruner.run.threads import fit_threads, kept_threads
@@ -170,11 +170,11 @@ def run(
     `write_more` writes more files into the result before the result gets its final name.
     """
     started = time.perf_counter()
-    with kept_threads(), opened(Path(run_dir)) as folder:
+    with kept_threads(), open_run_folder(Path(run_dir)) as folder:
         recipe = folder.as_begun(recipe)
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
-            listen(Finished(path=str(folder.result)).told())
+            listen(Finished(path=str(folder.result)).to_dict())
             return None
         tell = _logged(listen, folder)
         try:
@@ -204,14 +204,14 @@ def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> B
         folder.tidy()
     if folder.is_finished:  # the interrupt came after the model was written
         message = f"the result is complete in {folder.result}"
-        listen(Interrupted(message=message, path=str(folder.result)).told())
+        listen(Interrupted(message=message, path=str(folder.result)).to_dict())
         return error
     newest, _, _ = folder.newest(thorough=False)  # a quick check: people who interrupt do not wait long
     where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
     if isinstance(error, RunError):
         return RunError(f"{error}; {where}")
     then = "continues from there" if newest else "starts again"
-    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}").told())
+    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}").to_dict())
     return error
 
 

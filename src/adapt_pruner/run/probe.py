@@ -15,7 +15,7 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model, check_memory
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.run.estimate import Setup, Shapes, held, shapes, training_memory
+from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, shapes, training_memory
 from adapt_pruner.run.start import begin, sizes_begun
 from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, seconds
 from adapt_pruner.score.calibrate import score
@@ -85,7 +85,7 @@ def _memory(dense: Shapes, device: torch.device, dtype: str) -> list[int]:
     kind = "cpu" if device.type == "cpu" else "cuda"
     how = Setup(kind, uses_bfloat16(device, dtype), _ROW, batch_tokens=BATCH_TOKENS)
     ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
-    return [held(training_memory(dense, each), kind) for each in ways]
+    return [process_bytes(training_memory(dense, each), kind) for each in ways]
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:

@@ -77,7 +77,7 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
         known.append(figure)
     if measured.judged and not after_cuts:
         figures["judged"] = [*figures.get("judged", []), {"stage": stage, **measured.judged}]
-    work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, **measured.told()))
+    work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, **measured.to_dict()))
 
 
 def measure_tasks(work: Work, *, stage: int) -> float:

@@ -53,11 +53,11 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
-    listen(Load(model=recipe.model).told())
+    listen(Load(model=recipe.model).to_dict())
     fresh = recipe.seed if recipe.init == "random" else None
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
-    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised).told())
+    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised).to_dict())
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
     if (zeros := loaded.weight_mask) is not None:
@@ -111,7 +111,7 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
     cut(loaded.model, axes, mask)
     left = VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model))
-    listen(left.told())
+    listen(left.to_dict())
     return replace(loaded, tokenizer=smaller), mask
 
 
@@ -131,7 +131,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     if recipe.makes_zeros:
         _check_zeros(work, cuts=False)
         return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
-    keep = latency.kept(recipe, figures)
+    keep = latency.params_to_keep(recipe, figures)
     start, decoder = sizes_begun(work)
     budget = Budget.parse(
         recipe.budget if keep is None else keep, dense=work.dense_params, decoder=decoder, outside=start - decoder

@@ -54,7 +54,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             do(running[name])
         except Exception as error:  # a run is worth more than its curves
             del running[name]
-            listen(Warned(message=f"{name} failed and receives no more figures of this run: {first_line(error)}").told())
+            listen(Warned(message=f"{name} failed and receives no more figures of this run: {first_line(error)}").to_dict())
 
     def tell(data: dict[str, Any]) -> None:
         nonlocal step

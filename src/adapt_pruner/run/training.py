@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from adapt_pruner.core import events, world
-from adapt_pruner.core.interrupts import held
+from adapt_pruner.core.interrupts import deferred
 from adapt_pruner.core.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.words import compact
 from adapt_pruner.recipe import parts
@@ -118,7 +118,7 @@ class Trainer:
         work, progress = self._work, self._work.state.progress
         assert work.data.feed is not None
         work.begins("train", stage=work.state.stage)
-        with work.state.clock("train"), held(when=self._save is not None) as interrupts:
+        with work.state.clock("train"), deferred(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
             for step in self.steps(until=until, around=around, seconds_left=seconds_left):
                 step.afterwards(partial(self._tell, step, began, tokens))
@@ -239,7 +239,7 @@ class Trainer:
             if work.recipe.parallel == "fsdp":
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
             if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):
-                stack.enter_context(work.weight_mask.held(model))
+                stack.enter_context(work.weight_mask.keeping_zeros(model))
             how = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile, "liger": asked.liger}
             stack.enter_context(kernels(model, **how))
             self._working = (model, optimizer)
