@@ -5,7 +5,7 @@
 Foreseen: the sum of `training_memory` or `pruning_memory`. Tensors: the bytes of all tensors that live at one time, at the most. The code
 decides them, so they are the same on every machine; tests/test_forecast.py holds the formulas against them, on smaller models. Grown: the
 peak of a fresh process on one core, less what it held before it had a model, with an allocator that gives back what is freed, and as it comes,
-for which `held` is what is foreseen. A process has more than its tensors: oneDNN packs matrices into buffers of its own, most of them for AMX
+for which `process_bytes` is what is foreseen. A process has more than its tensors: oneDNN packs matrices into buffers of its own, most of them for AMX
 tiles, and glibc keeps some of what is freed. Processor, allocator and load decide that, so nothing is asserted here.
 """
 

@@ -104,12 +104,17 @@ def test_heads_that_are_worth_least_go_first_even_if_one_costs_more_than_is_due(
     assert total - goes - head < cuts[-1]["params"] <= total - goes
 
 
-@pytest.fixture(scope="module", params=["", "(every=3, batches=2, share=0.75)"])
+@pytest.fixture(
+    scope="module",
+    params=[("", {}), ("(every=3, batches=2, share=0.75)", {}), ("(every=2)", {"stages": 2, "debt": "reset"})],
+    ids=["each", "every third", "stages"],
+)
 def whole(
     request: pytest.FixtureRequest, tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, Path]:
     """A recipe, and its run that nothing stopped."""
-    recipe = recipe_of(tiny_folder, text_file, reduce=f"between_steps{request.param}")
+    options, changes = request.param
+    recipe = recipe_of(tiny_folder, text_file, reduce=f"between_steps{options}", **changes)
     folder = tmp_path_factory.mktemp("between-steps") / "whole"
     run(recipe, folder)
     return recipe, folder

@@ -277,8 +277,8 @@ def test_asked_for_everything_they_give_all_they_may(chooser: Any, options: dict
     assert size_of(after(axes, shot(chooser, drawn(axes), axes, 0, **options))) == left
 
 
-def test_a_unit_of_several_blocks_is_worth_the_sum_of_those_that_go_together() -> None:
-    """Which one goes is ranked within its block, so the lowest of all blocks go first, together."""
+def test_a_unit_of_several_groups_is_worth_the_sum_of_those_that_go_together() -> None:
+    """Which one goes is ranked within its group, so the lowest of all groups go first, together."""
     queries = Axis("layers.0.query_heads", 3, 20, Gate(""), groups=2)
     neurons = Axis("layers.0.neurons", 4, NEURON, Gate(""))
     scores = {

@@ -453,6 +453,9 @@ def test_a_family_whose_unequal_layers_cannot_be_saved_is_refused_at_the_start(
     refused = "LlamaForCausalLM has no class in checkpoint/modeling_pruned.py, .*; set equal_widths=true, or prune whole layers"
     with pytest.raises(UsageError, match=refused):
         prune(without_training(recipe), tmp_path / "out")
+    blocks = {"axes": ["mlps"], "chooser": "depth.drop_layers", "equal_widths": True}
+    with pytest.raises(UsageError, match="could not be saved; prune whole layers"):
+        prune(without_training(recipe, **blocks), tmp_path / "out")
     equal = prune(without_training(recipe, equal_widths=True), tmp_path / "out")
     assert equal.figures["params_after"] < equal.figures["params_before"]
 

@@ -208,17 +208,22 @@ def test_what_it_cannot_do_is_refused(
     assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
 
 
-@pytest.mark.parametrize("source", ["self", None])
+@pytest.mark.parametrize(
+    ("source", "metric", "warned"),
+    [("self", "activations.wanda", True), ("self", "weights.magnitude", False), (None, "activations.wanda", False)],
+)
 def test_candidates_measured_on_the_text_of_the_scores_are_told_of(
-    source: str | None, tiny_folder: Path, text_file: Path, tmp_path: Path
+    source: str | None, metric: str, warned: bool, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     calibration = {"source": source or str(text_file), "samples": 4, "length": 16}
     short = f"search({', '.join(f'{key}={value}' for key, value in SMALL.items())})"
-    recipe = recipe_of(tiny_folder, text_file, stages=1, repair="closed_form.mean_bias", reduce=short, calibration=calibration)
+    recipe = recipe_of(
+        tiny_folder, text_file, stages=1, repair="closed_form.mean_bias", reduce=short, calibration=calibration, metric=metric
+    )
     told: list[dict[str, Any]] = []
     outcome = run(recipe, tmp_path / "run", listen=told.append)
     warnings = [event["message"] for event in told if event["event"] == "warning"]
-    assert any("measures candidates on the text that the scores have read" in one for one in warnings) is (source == "self")
+    assert any("measures candidates on the text that the scores have read" in one for one in warnings) is warned
     assert outcome is not None
     assert outcome.figures["params_after"] <= outcome.figures["budget"], "biases that the repair adds are counted"
 

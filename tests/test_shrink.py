@@ -190,6 +190,14 @@ def test_a_step_may_be_as_short_as_a_row_of_shrink(ask: Any, tiny_folder: Path, 
     assert json.loads(said)["training"]["batch_tokens"] == 256
 
 
+def test_a_step_of_the_user_keeps_the_shares_of_the_layers(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    for more, amplitude in ((), 0.5), (("--set", "amplitude=0.2"), 0.2):
+        words = shrink(tiny_folder, text, tmp_path / "small", "--set", "step=0.5", *more, "--dry-run", "--json")
+        status, said, lines = ask(*words)
+        assert status == 0, lines
+        assert (json.loads(said)["step"], json.loads(said)["amplitude"]) == (0.5, amplitude)
+
+
 def test_a_share_is_of_the_model_with_all_its_tokens(ask: Any, text: Path, tmp_path: Path) -> None:
     tokenizer = byte_level()
     model = tiny_model(vocab_size=len(tokenizer), bos_token_id=700, pad_token_id=2)

@@ -70,7 +70,7 @@ def measured(
 
     Returns:
         For each model `model`, `params`, `nonzero`, `decoder_params` (None of unknown families), `weight_bytes`, `dequantised`,
-        `windows_start_with`; with a text what `Perplexity.told` gives, and `tokens_per_second`; with tasks `tasks` and `average`.
+        `windows_start_with`; with a text what `Perplexity.to_dict` gives, and `tokens_per_second`; with tasks `tasks` and `average`.
         And the scores of each model, none without tasks.
 
     Raises:

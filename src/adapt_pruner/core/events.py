@@ -1,6 +1,6 @@
 """The events of a run, one class each: what an event holds, the line that people read, the figures that trackers are told.
 
-A listener gets plain dicts (`Event.told`). `parse` turns a dict back into the event, and `parse_line` does so for a line of
+A listener gets plain dicts (`Event.to_dict`). `parse` turns a dict back into the event, and `parse_line` does so for a line of
 log.jsonl. Fields that logs of older versions lack have a default. To add an event, write a class, here or in the file that tells
 it, and nothing else: everything that shows or keeps events asks the class.
 """
@@ -24,7 +24,7 @@ __all__ = [
 
 
 Listener = Callable[[dict[str, Any]], None]
-"""Whoever is told of events, each as plain data (`Event.told`)."""
+"""Whoever is told of events, each as plain data (`Event.to_dict`)."""
 DEFAULT_TEXT = "python-docs:train"
 """The text used if none is named."""
 TOLD_AS = "ADAPT_PRUNER_EVENTS"

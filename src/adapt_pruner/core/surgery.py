@@ -351,7 +351,7 @@ def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Paramete
 
 
 def _size(axis: Axis, mask: Mask) -> int:
-    """Units that stay of an axis. Every block of which anything stays keeps this number.
+    """Units that stay of an axis. Every group of which anything stays keeps this number.
 
     Raises:
         ValueError: the groups keep different numbers.

@@ -23,7 +23,7 @@ _SPARE = 0.02  # of the time, for what no probe predicts
 _MORE, _MOST_MORE, _EASILY = 2, 8, 4_000_000
 """Tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow: 2, or up to 8 as long as
 that makes so many tokens, which takes seconds."""
-_SURELY = 0.5  # of the tokens that a text seems to have: they are counted at its beginning, and rows leave some out
+_SURELY = 0.5  # share of the estimated tokens of a text to rely on: the estimate reads only its beginning
 _ONCE = 1.05  # times that a text may be read; above, the model would learn it by heart, so the dense model's predictions teach
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _FASTER = 0.6  # a pruned model trains faster by this much of (dense / pruned parameters - 1)

@@ -117,7 +117,8 @@ def _check_chosen(recipe: "Recipe") -> None:
 def _check_ignored(recipe: "Recipe") -> None:
     """Refuse keys that a reduction without a choice of units would ignore."""
     default = type(recipe).model_fields
-    asked = {key: getattr(recipe, key) != default[key].default for key in ("metric", "chooser")} | {
+    asked = {key: getattr(recipe, key) != default[key].default for key in ("metric", "chooser", "distance", "head_metric")} | {
+        "sequential_scoring": recipe.sequential_scoring,
         "equal_widths": recipe.equal_widths,
         "multiple_of": recipe.multiple_of not in (1, "auto"),
         "repair": recipe.repair is not None,

@@ -228,9 +228,9 @@ def _settle(
 
     First, the cheap units that `wanted` removes count as gone. The rest of the excess pays for expensive units (KV heads) that
     `wanted` removes. Axes that owe most lose theirs first; equal axes are spread over the depth of the model. Expensive units
-    that stay are still owed. So if the budget is missed by little, a few more neurons go, and not a
-    whole head in place of many neurons. Cheap units make up the difference: they are taken from all
-    their axes evenly, or given back evenly. Expensive units that are not owed go only if the cheap units do not suffice.
+    that stay are still owed. So if the budget is missed by little, a few more neurons go, and not a whole head in place of many
+    neurons. Cheap units make up the difference: they are taken from all their axes evenly, or given back evenly. Expensive
+    units that are not owed go only if the cheap units do not suffice.
     """
     cheapest = min(axis.cost for axis in axes)
     cheap = [axis for axis in axes if axis.cost == cheapest]

@@ -107,7 +107,8 @@ class Reduction:
     def steps(self, work: "Work", target: int) -> Iterator[Change | Within]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
 
-        A reduction that takes long yields a `Within` now and then: `Searched` if only its state has changed, `Masked` if weights have changed, too, `MasksLearnt` if it trains. The run then reports how far it is, and may write a checkpoint.
+        A reduction that takes long yields a `Within` now and then: `Searched` if only its state has changed, `Masked` if weights
+        have changed, too, `MasksLearnt` if it trains. The run then reports how far it is, and may write a checkpoint.
 
         Yields nothing if the model is small enough already. A run that was killed continues from a checkpoint: with the model
         after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the

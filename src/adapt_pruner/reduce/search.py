@@ -32,6 +32,7 @@ from adapt_pruner.reduce.proposals import Candidate, Sizes, Space
 from adapt_pruner.reduce.reduction import Change, Passes, TextUse
 from adapt_pruner.reduce.units import (
     Units,
+    evidence_of,
     params_of,
     prunable,
     repair_parameters,
@@ -41,6 +42,7 @@ from adapt_pruner.reduce.units import (
     with_forward,
 )
 from adapt_pruner.reduce.work import Work
+from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train.objectives import kl_of_logits
 
 __all__ = ["Search"]
@@ -163,10 +165,11 @@ class Search(Units):
             batches = work.batches()
             scores, _ = scores_of(work, batches, **where)
             text = work.batches(ahead=1)
-            if all(torch.equal(one, other) for one, other in zip(batches, text, strict=True)):
+            same = all(torch.equal(one, other) for one, other in zip(batches, text, strict=True))
+            if same and evidence_of(work) is not Evidence.WEIGHTS:
                 work.warn_of_stage(
                     "the search measures candidates on the text that the scores have read, since there is no other; name a text as "
-                    "calibration.source"
+                    "calibration.source, and leave calibration.ids out"
                 )
             base = sizes_alike(work, keep=target - repair_parameters(work))
             space = Space.around(axes, base, level=self.level, multiple=work.multiple_of)

@@ -174,7 +174,7 @@ class Units(Reduction):
         self._debt = self._carried(work)
         while (now := work.num_params) > target:
             step = work.step
-            amplitude = recipe.amplitude * step / recipe.step  # a larger step divides itself among the layers as a small one does
+            amplitude = recipe.amplitude * step / recipe.step  # so that layers differ as much as in small steps
             choose = within_widths(work, parts.bind("chooser", recipe.chooser, step=step, amplitude=amplitude))
             where = {"stage": work.state.stage, "iteration": work.iteration}
             may_shrink = prunable(work)

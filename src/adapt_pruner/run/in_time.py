@@ -81,8 +81,10 @@ def recipe_in_time(
         listen(PlanLine(text=line).to_dict())
     if overrides:
         listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").to_dict())
-    settings = dict(plan.settings)
-    if any(word.partition("=")[0].strip() == "method" for word in overrides):  # another method has its own step and repair
+    settings, named = dict(plan.settings), {word.partition("=")[0].strip() for word in overrides}
+    if "step" in named:  # layers differ by amplitude / step
+        settings["amplitude"] = min(1.0, plain.step)
+    if "method" in named:  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
     return recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides)
 

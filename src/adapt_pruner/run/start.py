@@ -158,11 +158,13 @@ def _check_saved(work: Work) -> None:
     """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
     recipe = work.recipe
     unequal = [axis for axis in recipe.axes if axis not in ("residual", "layers")]
+    blocks = [axis for axis in unequal if axis in ("attentions", "mlps")]
     chosen = "chosen" in parts.needs("reduce", recipe.reduce)
-    if chosen and unequal and not recipe.equal_widths and not can_save_unequal_layers(work.model):
+    if chosen and (blocks or (unequal and not recipe.equal_widths)) and not can_save_unequal_layers(work.model):
+        remedy = "" if blocks else "set equal_widths=true, or "
         raise UsageError(
             f"{stock_class(work.model)} has no class in checkpoint/modeling_pruned.py, so layers that differ in size could not be "
-            "saved; set equal_widths=true, or prune whole layers, for example with method=shortgpt"
+            f"saved; {remedy}prune whole layers, for example with method=shortgpt"
         )
 
 
