@@ -210,7 +210,7 @@ def test_a_template_that_writes_nothing(folder: Path) -> None:
 def test_a_config_that_is_none(content: str, command: list[str], ask: Any, folder: Path) -> None:
     (folder / "config.json").write_text(content)
     if command == ["card"]:
-        (folder / "pruning.json").write_text('{"recipe": {}, "figures": {}}')
+        (folder / "pruning.json").write_text('{"recipe": {}, "figures": {"params_after": 1}}')
     status, _, err = ask(command[0], folder, *command[1:])
     assert (status in (1, 2), "unexpected" in one_sentence(err)) == (True, False), err
     if command == ["card"] or content in ("[]", "5"):

@@ -310,7 +310,14 @@ def test_a_sliced_model_is_not_cut_further(recipe: Recipe, tmp_path: Path) -> No
     prune(recipe, tmp_path / "sliced")
     for method in ("adapt-pruner", "slicegpt"):
         again = read(
-            recipe.model_dump() | {"model": str(tmp_path / "sliced"), "method": method, "reduce": "units", "budget": "90%"}
+            recipe.model_dump()
+            | {
+                "model": str(tmp_path / "sliced"),
+                "method": method,
+                "reduce": "units",
+                "budget": "90%",
+                "distance": "blocks.cosine",
+            }
         )
         with pytest.raises(UsageError, match="a sliced model cannot be cut further; prune the dense model it came from"):
             prune(again, tmp_path / "again")
@@ -361,6 +368,7 @@ def test_it_trains_afterwards_and_goes_on_after_an_interruption(
     more = training.model_dump() | {
         "model": str(tmp_path / "whole" / "model"),
         "method": "uniform",
+        "chooser": "allocate.uniform",
         "reduce": "units",
         "budget": "100%",
     }
@@ -374,8 +382,9 @@ def test_the_log_of_a_sliced_run_is_strict_json(recipe: Recipe, tmp_path: Path) 
 
 
 def test_text_is_read_whatever_parts_the_recipe_names(recipe: Recipe) -> None:
-    blind = {"metric": "weights.magnitude", "distance": None, "head_metric": None, "chooser": "allocate.uniform"}
-    assert Work.of(tiny_model(), read(recipe.model_dump() | blind)).reads_text
+    blind = read({"method": "magnitude-all", "reduce": "slice", "model": recipe.model, "budget": "90%"})
+    assert blind.metric == "weights.magnitude"
+    assert Work.of(tiny_model(), blind).reads_text
 
 
 def test_liger_has_no_kernel_for_it(recipe: Recipe, text_file: Path, tmp_path: Path) -> None:

@@ -157,10 +157,6 @@ def test_parts_say_what_they_need() -> None:
         {"method": "sheared", "chooser": "allocate.uniform", "metric": "weights.magnitude"},
         "reduce 'hard_concrete' chooses no units, so metric and chooser would be ignored; leave them out",
     ),
-    (
-        {"method": "wanda", "sparsity": "50%", "head_metric": "blocks.loss_drop", "sequential_scoring": True},
-        "reduce 'sparse' chooses no units, so head_metric and sequential_scoring would be ignored; leave them out",
-    ),
     ({"method": "slicegpt", "stages": 2}, "reduce 'slice' can run only once, and stages is 2; set stages to 1"),
     ({"training": {"feed": "fixd"}}, "feed 'fixd' is not known; did you mean 'fixed'"),
 ])  # fmt: skip

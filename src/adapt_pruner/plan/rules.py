@@ -163,7 +163,8 @@ class _Pruning:
 _WAYS = (
     _Pruning(0.1, 64),
     _Pruning(0.1, 32),
-    _Pruning(0.1, 16),
+    _Pruning(1.0, 64),
+    _Pruning(1.0, 32),
     _Pruning(1.0, 16),
     _Pruning(1.0, 16, repairs=False),
 )

@@ -5,6 +5,7 @@ what to change.
 """
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adapt_pruner.data.sources import SELF, domains
@@ -14,7 +15,7 @@ from adapt_pruner.recipe import parts
 if TYPE_CHECKING:
     from adapt_pruner.recipe.schema import Recipe
 
-__all__ = ["WHOLE", "check_fitting", "parse_latency"]
+__all__ = ["WHOLE", "check_fitting", "parse_latency", "refuse_ignored"]
 
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers, or one layer's attention or MLP. A distance scores them; a `depth.…` chooser says how many go."""
@@ -116,16 +117,19 @@ def _check_chosen(recipe: "Recipe") -> None:
 
 def _check_ignored(recipe: "Recipe") -> None:
     """Refuse keys that a reduction without a choice of units would ignore."""
-    default = type(recipe).model_fields
-    asked = {key: getattr(recipe, key) != default[key].default for key in ("metric", "chooser", "distance", "head_metric")} | {
-        "sequential_scoring": recipe.sequential_scoring,
+    asked = {
         "equal_widths": recipe.equal_widths,
         "multiple_of": recipe.multiple_of not in (1, "auto"),
         "repair": recipe.repair is not None,
     }
-    if ignored := [key for key, given in asked.items() if given]:
+    refuse_ignored([key for key, given in asked.items() if given], reduce=recipe.reduce)
+
+
+def refuse_ignored(keys: Sequence[str], *, reduce: str) -> None:
+    """Refuse keys that a reduction without a choice of units would ignore; nothing happens if there are none."""
+    if keys:
         raise ValueError(
-            f"reduce {recipe.reduce!r} chooses no units, so {' and '.join(ignored)} would be ignored; leave {'it' if len(ignored) == 1 else 'them'} out"
+            f"reduce {reduce!r} chooses no units, so {' and '.join(keys)} would be ignored; leave {'it' if len(keys) == 1 else 'them'} out"
         )
 
 

@@ -19,7 +19,7 @@ from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
-from adapt_pruner.recipe.fitting import check_fitting
+from adapt_pruner.recipe.fitting import check_fitting, refuse_ignored
 from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
@@ -345,6 +345,11 @@ class Recipe(_Frozen):
         if name not in list(methods()):
             raise ValueError(f"method {name!r} is not known; {nearest(str(name), [*methods(), *ALIASES])}")
         below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
+        reduce = data.get("reduce", below.get("reduce", cls.model_fields["reduce"].default))
+        needs = parts.needs_if_known("reduce", reduce)
+        if needs and "chosen" not in needs:  # a metric and chooser of the row may stay, since nobody asked for them
+            known = {key: (below.get(key), cls.model_fields[key].default) for key in ("metric", "chooser")}
+            refuse_ignored([key for key in known if key in data and data[key] not in known[key]], reduce=reduce)
         for key, value in data.items():
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
