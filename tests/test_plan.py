@@ -42,18 +42,18 @@ def test_more_time_buys_thoroughness_and_then_tokens() -> None:
     looked_at = [plan.settings["calibration.samples"] for plan in plans]
     tokens = [plan.settings["training.expected"] for plan in plans]
     assert [plan.settings["method"] for plan in plans] == ["adaptive-ls-v1"] * 5
-    assert [plan.settings["step"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1]
-    assert [plan.settings["amplitude"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1], (
+    assert [plan.settings["step"] for plan in plans] == [1.0, 1.0, 0.1, 0.1, 0.1]
+    assert [plan.settings["amplitude"] for plan in plans] == [1.0, 1.0, 0.1, 0.1, 0.1], (
         "the shares of layers do not depend on the step"
     )
-    assert looked_at == [16, 16, 32, 64, 64]
+    assert looked_at == [32, 64, 32, 64, 64]
     assert tokens == sorted(tokens)
     assert 3 < tokens[4] / tokens[3] < 6
 
 
 def test_a_slower_machine_gets_a_smaller_plan() -> None:
     fast, slow = plan_of(15), plan_of(15, read=300, scored=72, trained=114)
-    assert slow.settings["calibration.samples"] < fast.settings["calibration.samples"]
+    assert (slow.settings["step"], fast.settings["step"]) == (1.0, 0.1)
     assert slow.settings["training.expected"] < fast.settings["training.expected"] / 4
     assert slow.settings["evaluation.max_windows"] < fast.settings["evaluation.max_windows"]
 
