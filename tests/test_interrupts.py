@@ -59,6 +59,16 @@ def test_an_interrupted_run_keeps_the_step_it_was_in(sent: signal.Signals, recip
     assert_same_model(tmp_path / "run", tmp_path / "whole")
 
 
+def assert_ends_like_a_whole_run(recipe: Recipe, folder: Path) -> None:
+    """Go on with the run in `folder`/run, and compare it with one that nothing stopped."""
+    run(recipe, folder / "run")
+    run(recipe, folder / "whole")
+    assert_same_model(folder / "run", folder / "whole")
+    both = [read_json(folder / name / "model" / "pruning.json")["figures"]["perplexities"] for name in ("run", "whole")]
+    assert both[0] == both[1]
+    assert [len(log_of(folder / name, "step")) for name in ("run", "whole")] == [8, 8]
+
+
 def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_again(
     recipe: Recipe, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,12 +85,7 @@ def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_ag
             patch.setattr(loop, "measure_text", interrupted)
             run(recipe, tmp_path / "run")
         assert (tmp_path / "run" / "checkpoints" / f"stage-{stage}").is_dir()
-    run(recipe, tmp_path / "run")
-    run(recipe, tmp_path / "whole")
-    assert_same_model(tmp_path / "run", tmp_path / "whole")
-    both = [read_json(tmp_path / name / "model" / "pruning.json")["figures"]["perplexities"] for name in ("run", "whole")]
-    assert both[0] == both[1]
-    assert [len(log_of(tmp_path / name, "step")) for name in ("run", "whole")] == [8, 8]
+    assert_ends_like_a_whole_run(recipe, tmp_path)
 
 
 @pytest.mark.parametrize(("place", "full"), [("measure_text", False), ("write", False), ("measure_text", True)])
@@ -110,12 +115,7 @@ def test_an_error_after_training_loses_no_training_and_is_the_one_that_is_raised
         run(recipe, tmp_path / "run", listen=heard.append)
     newest = tmp_path / "run" / "checkpoints" / ("stage-1-pruned" if full else "stage-1")
     assert heard[-1]["message"].startswith(f"the last complete checkpoint is {newest}; the same command")
-    run(recipe, tmp_path / "run")
-    run(recipe, tmp_path / "whole")
-    assert_same_model(tmp_path / "run", tmp_path / "whole")
-    both = [read_json(tmp_path / name / "model" / "pruning.json")["figures"]["perplexities"] for name in ("run", "whole")]
-    assert both[0] == both[1]
-    assert [len(log_of(tmp_path / name, "step")) for name in ("run", "whole")] == [8, 8]
+    assert_ends_like_a_whole_run(recipe, tmp_path)
 
 
 def test_a_second_ctrl_c_waits_for_nothing() -> None:

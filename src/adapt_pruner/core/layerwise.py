@@ -143,7 +143,7 @@ def layers_at_once(depth: int, *, hidden: float, layer: float) -> int:
     Args:
         depth: number of layers.
         hidden: bytes of the hidden states of the whole text between two layers.
-        layer: bytes for one layer of the group: the gradients of its weights, and what autograd keeps for a batch (`activation_bytes`).
+        layer: bytes for one layer of the group: the gradients of its weights, and its `activation_bytes`.
     """
     return max(1, min(depth, round(math.sqrt(depth * hidden / layer)))) if layer else depth
 

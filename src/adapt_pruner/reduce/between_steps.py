@@ -182,7 +182,7 @@ class BetweenSteps(Units):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
-        super().restore(state if "debt" in state else {})
+        super().restore(state)
         if "began" in state:
             self._began = dict(state["began"])
             self._sums = {name: torch.tensor(values) for name, values in state["sums"].items()}

@@ -171,13 +171,14 @@ class Search(Units):
                     "the search measures candidates on the text that the scores have read, since there is no other; name a text as "
                     "calibration.source, and leave calibration.ids out"
                 )
-            base = sizes_alike(work, keep=target - repair_parameters(work))
+            keep = target - repair_parameters(work)
+            base = sizes_alike(work, keep=keep)
             space = Space.around(axes, base, level=self.level, multiple=work.multiple_of)
             weights = _repaired_weights(work, axes, scores, space, batches) if self.on_repaired else {}
             judge = _Judge(work, axes, scores, text, self, weights)
             if self._found.stage != work.state.stage:
                 self._found = _Found(work.state.stage)
-            yield from self._search(work, axes, space, judge, target)
+            yield from self._search(work, axes, space, judge, keep)
         best = self._found.population[0].sizes
         mask = Mask.of_sizes(axes, scores, best)
         loss = work.loss(mask, text)
@@ -185,7 +186,7 @@ class Search(Units):
         self._found = _Found()
         yield Change(mask, loss, {"sizes": dict(best)})
 
-    def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", target: int) -> Iterator[Searched]:
+    def _search(self, work: Work, axes: Sequence[Axis], space: Space, judge: "_Judge", keep: int) -> Iterator[Searched]:
         so_far = self._found
         chat = functools.cache(lambda: load(self.model, device=work.model.device, any_family=True))
         propose = parts.bind("proposal", self.proposals, model=chat if self._is_here else self.model, warn=work.warn)
@@ -200,7 +201,7 @@ class Search(Units):
             tell = work.progress("search", stage=work.state.stage)
             measured = []
             for number, sizes in enumerate(candidates, start=1):
-                if params_of(work, axes, sizes) <= target - repair_parameters(work):
+                if params_of(work, axes, sizes) <= keep:
                     measured.append(Candidate(sizes, judge.little(sizes)))
                 tell(number, len(candidates))
             best = sorted((one for one in measured if math.isfinite(one.loss)), key=lambda one: one.loss)[: self.finalists]

@@ -221,7 +221,7 @@ class Units(Reduction):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over the stage and the debt."""
-        if state:
+        if "debt" in state:
             self._stage, self._debt = state["stage"], Debt(**state["debt"])
 
     def fit(self, work: Work) -> None:

@@ -57,9 +57,10 @@ def recipe_in_time(
             model or the text cannot be loaded; the time is too short; or several processes were started.
     """
     world.check_alone("shrink")
-    if described := [word for word in overrides if word.partition("=")[0].strip() == "about"]:
+    named = {word.partition("=")[0].strip(): word for word in overrides}
+    if "about" in named:
         raise UsageError(
-            f"{described[0]!r} would replace the words by which shrink recognises a run that it continues; leave about out"
+            f"{named['about']!r} would replace the words by which shrink recognises a run that it continues; leave about out"
         )
     minutes, tokens = long
     train, held_out, characters = split_off_heldout(text or DEFAULT_TEXT)
@@ -81,9 +82,9 @@ def recipe_in_time(
         listen(PlanLine(text=line).to_dict())
     if overrides:
         listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").to_dict())
-    settings, named = dict(plan.settings), {word.partition("=")[0].strip() for word in overrides}
+    settings = dict(plan.settings)
     if "step" in named:  # layers differ by amplitude / step
-        settings["amplitude"] = min(1.0, plain.step)
+        settings["amplitude"] = plain.step
     if "method" in named:  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
     return recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides)
