@@ -254,9 +254,10 @@ def test_passes_without_gradients_may_hold_the_most() -> None:
 def test_time_is_operations_and_what_is_sent() -> None:
     of, speed = of_config(WIDE), PAPER["cuda"]
     alone = Setup("cuda", True, 1024, 4096, 65_536)
-    tokens = {"scored": 0, "trained": 655_360, "read": 0}
+    flops = 655_360 * operations(of, alone, kind="train")
+    tokens = {"flops": flops, "trained": 655_360}
     one = seconds(of, alone, speed, **tokens)
-    assert one == pytest.approx(655_360 * operations(of, alone, kind="train") / speed.flops)
+    assert one == seconds(of, alone, speed, flops=flops) == pytest.approx(flops / speed.flops)
     eight = replace(alone, processes=8)
     assert seconds(of, eight, speed, **tokens) == pytest.approx(one / 8 + 10 * 8 * of.params * 7 / 8 / speed.near)
     sharded = replace(eight, parallel="fsdp")  # 10 steps of 2 passes
@@ -264,8 +265,8 @@ def test_time_is_operations_and_what_is_sent() -> None:
     far = replace(alone, processes=16)
     assert seconds(of, far, speed, **tokens) == pytest.approx(one / 16 + 10 * 8 * of.params * 15 / 16 / speed.far)
     taught, frozen = (replace(alone, **change) for change in ({"teacher": of}, {"lora": 8}))
-    assert seconds(of, taught, speed, **tokens) == pytest.approx(one * 4 / 3)
-    assert seconds(of, frozen, speed, **tokens) == pytest.approx(one * 2 / 3)
+    assert 655_360 * operations(of, taught, kind="train") == pytest.approx(flops * 4 / 3)
+    assert 655_360 * operations(of, frozen, kind="train") == pytest.approx(flops * 2 / 3)
 
 
 def test_a_teacher_is_planned_from_its_config_too() -> None:
@@ -291,20 +292,18 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
     ("asked", "left_out"),
     [
         ({"head_metric": None}, []),
-        ({}, ["KV heads switched off one by one"]),
-        ({"axes": ["neurons"]}, []),
-        ({"method": "adaptive-ls-v1"}, ["text that the model writes itself", "KV heads switched off one by one", "repair"]),
-        ({"method": "wanda-sp"}, ["measuring behind pruned layers"]),
-        (
-            {"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"},
-            ["layers or blocks switched off one by one"],
-        ),
-        ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["tasks"]),
+        ({}, []),
+        ({"method": "adaptive-ls-v1"}, []),
+        ({"method": "adaptive-ls-v1", "device": "cuda"}, ["writing calibration text"]),
+        ({"method": "wanda-sp"}, []),
+        ({"method": "evopress"}, ["searching"]),
+        ({"axes": ["layers"], "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"}, []),
+        ({"head_metric": None, "evaluation": {"tasks": "piqa"}}, ["scoring tasks"]),
         ({"head_metric": None, "evaluation": {"source": "x", "max_windows": 8}}, []),
         ({"head_metric": None, "evaluation": {"source": "x", "max_windows": None}}, ["reading the whole held-out text"]),
-        ({"head_metric": None, "calibration": {"source": "self"}}, ["text that the model writes itself"]),
-        ({"head_metric": None, "calibration": {"self_generated": 4}}, []),
-        ({"method": "magnitude", "calibration": {"source": "self"}}, []),
+        ({"head_metric": None, "calibration": {"source": "self"}, "device": "cuda"}, ["writing calibration text"]),
+        ({"head_metric": None, "calibration": {"self_generated": 4}, "device": "cuda"}, []),
+        ({"method": "magnitude", "calibration": {"source": "self"}, "device": "cuda"}, []),
         ({"method": "slicegpt"}, []),
     ],
 )
@@ -313,6 +312,29 @@ def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: 
     asked = asked | {"calibration": {"source": "python-docs:train"} | asked.get("calibration", {})}
     planned = dry_run(read(common | asked))
     assert planned["time_without"] == left_out
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({}, {"repair": None}),
+        ({"method": "adapt-pruner"}, {"method": "adapt-pruner", "head_metric": None}),
+        ({}, {"calibration": {"self_generated": 0}}),
+        ({"method": "wanda-sp"}, {"method": "wanda-sp", "sequential_scoring": False}),
+        ({"axes": ["layers"], "method": "adapt-pruner", "chooser": "depth.drop_layers", "distance": "blocks.loss_drop"}, {"method": "shortgpt"}),
+        ({"method": "wanda", "sparsity": "50%"}, {"method": "magnitude-sparse", "sparsity": "50%"}),
+    ],
+)  # fmt: skip
+def test_the_time_has_all_that_a_run_does(more: dict[str, Any], less: dict[str, Any]) -> None:
+    """A repair, heads and blocks that are switched off, text that the model writes, and layers that run twice."""
+    common = {"method": "adaptive-ls-v1", "model": str(CONFIGS / "mobilellm-350m"), "device": "cpu"}
+
+    def time_of(asked: dict[str, Any]) -> float:
+        budget = {} if "sparsity" in asked else {"budget": "80%"}
+        asked = asked | {"calibration": {"source": "python-docs:train"} | asked.get("calibration", {})}
+        return float(dry_run(read(common | budget | asked))["seconds"])
+
+    assert time_of(more) > 1.2 * time_of(less)
 
 
 def test_a_reduction_that_trains_needs_memory_for_the_model_as_it_begins() -> None:

@@ -12,7 +12,7 @@ from adapt_pruner.core.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.run_events import Masked, Planned, Searched
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.run.ahead import ahead
+from adapt_pruner.run.ahead import ahead, setup_here
 from adapt_pruner.run.start import plan as run_plan
 from conftest import tiny_model
 
@@ -182,13 +182,13 @@ def test_a_run_that_goes_on_plans_what_is_left() -> None:
     })  # fmt: skip
     work = Work.of(tiny_model(), recipe)
     work.stages, work.budget = run_plan(work)
-    whole = ahead(work, writes=(8,))
+    whole = ahead(work, setup_here(work), writes=(8,))
     assert [item["phase"] for item in whole.items][:3] == ["write", "evaluate", "score"]
     assert sum(whole.tokens) == sum(stage.tokens for stage in work.stages)
     first = work.stages[0]
     work.state.stage, work.state.pruned, work.state.progress.tokens = 2, True, first.tokens + 512
     work.state.figures["params_before"] = work.dense_params
-    rest = ahead(work)
+    rest = ahead(work, setup_here(work))
     assert ("score", 2) not in {(item["phase"], item["stage"]) for item in rest.items}, "its cuts are done"
     assert {item["stage"] for item in rest.items} == {0, 2, 3}
     assert rest.tokens == [0, work.stages[1].tokens - 512, work.stages[2].tokens]

@@ -521,7 +521,7 @@ def test_a_padded_form_has_the_mask_where_no_shape_changes(
     assert any("this folder has no mask over weights" in note for note in said["notes"]) == (not fits)
 
 
-@pytest.mark.parametrize(("method", "words"), [("magnitude-sparse", []), ("sparsegpt", ["solving the layers"])])
+@pytest.mark.parametrize(("method", "words"), [("magnitude-sparse", []), ("wanda", []), ("sparsegpt", ["making zeros"])])
 def test_a_dry_run_foretells_it(method: str, words: list[str], tiny_folder: Path, text_file: Path) -> None:
     planned = forecast.dry_run(recipe_of(tiny_folder, text_file, method))
     assert planned["params_before"] == planned["params_after"]

@@ -30,6 +30,7 @@ from adapt_pruner.core.words import score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.export.proof import prove
+from adapt_pruner.recipe import check_precision
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
 
@@ -197,7 +198,7 @@ def evaluate(
         max_windows=None if max_windows is None else _whole("max_windows", max_windows, 1),
         tasks=None if tasks is None else ",".join(as_words("tasks", tasks, _word)), num_fewshot=num_fewshot, limit=None if limit is None else _whole("limit", limit, 1),
         task_dir=None if task_dir is None else as_place("task_dir", task_dir),
-        cache_dir=None if cache_dir is None else as_place("cache_dir", cache_dir), device=_word("device", device), dtype=_precision(dtype),
+        cache_dir=None if cache_dir is None else as_place("cache_dir", cache_dir), device=_word("device", device), dtype=check_precision(dtype),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if how.text is None and how.tasks is None:
@@ -275,7 +276,7 @@ def compare(
             calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in calibration_ids or ()), calibration_samples=calibration_samples,
             calibration_length=calibration_length,
             draws=None if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=_whole("max_windows", max_windows, 1),
-            overrides=tuple(as_overrides(settings)), device=device, dtype=_precision(dtype), trust_remote_code=trust_remote_code,
+            overrides=tuple(as_overrides(settings)), device=device, dtype=check_precision(dtype), trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return Comparison(place, comparison.compare(asked, place, listen=tell, keep=keep), keeper)
 
@@ -354,7 +355,7 @@ def chat(
         UsageError: there is no such model, or the prompt is empty or too long for it.
         RunError: the model's files are damaged, or a logit is not a number.
     """
-    _precision(dtype)
+    check_precision(dtype)
     if not _word("prompt", prompt).strip():
         raise UsageError("the prompt is empty; write a question or an instruction")
     if seed is not None and not temperature:
@@ -378,11 +379,3 @@ def _whole(name: str, value: Any, least: int) -> int:
     if of_kind(name, value, int, f"a whole number of at least {least}") < least:
         raise UsageError(f"{name} {value} is too small; give a whole number of at least {least}")
     return int(value)
-
-
-def _precision(name: Any) -> str:
-    """The number format, if it is a known one."""
-    known = ("auto", "float32", "bfloat16")
-    if name not in known:
-        raise UsageError(f"dtype {name!r} is not known; give one of {', '.join(known)}")
-    return str(name)

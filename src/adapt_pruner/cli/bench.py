@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, TrustRemoteCode, check_precision
+from adapt_pruner.cli.options import Device, Json, TrustRemoteCode
 from adapt_pruner.errors import UsageError
 
 __all__ = ["bench"]
@@ -43,6 +43,8 @@ def bench(
 
         adapt-pruner bench small --against smollm2-135m-instruct --engine llama.cpp --quant q8_0 --batch 1
     """
+    from adapt_pruner.recipe import check_precision
+
     check_precision(dtype)
     batches = [int(number) if number.strip().isdecimal() and len(number) < 20 else 0 for number in batch.split(",")]
     if not all(1 <= count <= _MOST_ROWS for count in batches):

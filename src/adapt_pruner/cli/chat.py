@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Model, Precision, TrustRemoteCode, check_precision
+from adapt_pruner.cli.options import Device, Json, Model, Precision, TrustRemoteCode
 
 __all__ = ["chat"]
 
@@ -51,6 +51,7 @@ def chat(
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
+    from adapt_pruner.recipe import check_precision
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()

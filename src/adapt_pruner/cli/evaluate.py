@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode, check_precision
+from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode
 
 if TYPE_CHECKING:
     from adapt_pruner.evaluate.tasks import TaskScore
@@ -68,6 +68,7 @@ def evaluate(
         adapt-pruner eval small --tasks commonsense --against smollm2-135m-instruct
     """
     from adapt_pruner.errors import UsageError
+    from adapt_pruner.recipe import check_precision
 
     check_precision(dtype)
     if text is None and tasks is None:

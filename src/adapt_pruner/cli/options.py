@@ -4,9 +4,7 @@ from typing import Annotated
 
 import typer
 
-from adapt_pruner.errors import UsageError, nearest
-
-__all__ = ["Device", "Json", "Model", "Precision", "Seed", "Set", "TrustRemoteCode", "check_precision"]
+__all__ = ["Device", "Json", "Model", "Precision", "Seed", "Set", "TrustRemoteCode"]
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
@@ -22,14 +20,3 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model or a task folder.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-
-
-def check_precision(name: str) -> None:
-    """Refuse an unknown number format before torch is loaded.
-
-    Raises:
-        UsageError: the name is not known.
-    """
-    known = ("auto", "float32", "bfloat16")
-    if name not in known:
-        raise UsageError(f"dtype {name!r} is not known; {nearest(name, known)}")

@@ -1,11 +1,13 @@
 """Hooks that are always removed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["attached"]
+__all__ = ["attached", "watching_inputs"]
 
 
 @contextmanager
@@ -24,3 +26,22 @@ def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watching_inputs(modules: Mapping[str, nn.Module], look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within this context, call `look` with the name and the input of each module whenever it is called.
+
+    Args:
+        modules: name -> module.
+        look: takes the name and the first argument of the call, as it was given.
+    """
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            look(name, args[0])
+
+        return hook
+
+    with attached(module.register_forward_pre_hook(watch(name)) for name, module in modules.items()):
+        yield

@@ -12,7 +12,7 @@ The estimate counts the seconds until the result is written, with its card and p
 A phase is judged by the seconds that it took, not by its tokens. So from the first iteration on, a repeated iteration costs what
 the one before it did, in proportion to the model that is left. A phase that the last iteration left out is not expected in the
 next. A phase that has not run yet is estimated from the measured ones, by their operations and by their relative speed on a CPU
-(`_EASE`). Until a phase is measured, there is no estimate. While most of an estimate is such a guess, it is a range, from half to
+(`EASE`). Until a phase is measured, there is no estimate. While most of an estimate is such a guess, it is a range, from half to
 twice the guessed part.
 
 The promise: on a machine whose speed stays the same, the total time (seconds so far and left) is within 30 % of the truth after a
@@ -32,9 +32,9 @@ from adapt_pruner.core.events import Cut, Evaluation, Event, Find, Load, Progres
 from adapt_pruner.core.run_events import Item, Masked, MasksLearnt, Planned, Within
 from adapt_pruner.core.words import span
 
-__all__ = ["ProgressTracker", "RunProgress"]
+__all__ = ["EASE", "ProgressTracker", "RunProgress"]
 
-_EASE = {"write": 0.27, "repair": 0.9}
+EASE = {"write": 0.27, "repair": 0.9}
 """Operations per second of a phase on a CPU, relative to reading text."""
 _DOUBT = 0.1  # weight of the first guess for a phase, as a share of the phase, beside what is measured of it
 _LATEST = 0.5  # weight of earlier measurements beside the latest one
@@ -413,16 +413,16 @@ class ProgressTracker:
         if item.flops == 0:
             return True, 0.0
         pace = self._pace(measured)
-        return False, None if item.flops is None or pace is None else pace * item.flops / _EASE.get(item.phase, 1.0)
+        return False, None if item.flops is None or pace is None else pace * item.flops / EASE.get(item.phase, 1.0)
 
     def _pace(self, measured: Mapping[str, _Measured]) -> float | None:
         """Seconds per operation of reading text, from everything measured in this run."""
         seconds = flops = 0.0
         for phase, its in measured.items():
-            seconds, flops = seconds + its.of_flops, flops + its.flops / _EASE.get(phase, 1.0)
+            seconds, flops = seconds + its.of_flops, flops + its.flops / EASE.get(phase, 1.0)
         running = self._current
         if running is not None and running.flops and running.share and running.phase != "train":
-            seconds, flops = seconds + running.spent, flops + running.share * running.flops / _EASE.get(running.phase, 1.0)
+            seconds, flops = seconds + running.spent, flops + running.share * running.flops / EASE.get(running.phase, 1.0)
         return seconds / flops if seconds and flops else None
 
     def _begun(self, item: _Ahead, one: float | None, since: float, *, first: bool) -> float | None:

@@ -7,7 +7,7 @@ parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +33,7 @@ __all__ = [
     "Training",
     "Vocabulary",
     "builtin",
+    "check_precision",
     "differing",
     "in_todays_keys",
     "methods",
@@ -48,6 +49,18 @@ PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # old spelling -> today's
 _WIDEST = 2**20  # neurons
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
+
+
+def check_precision(name: Any) -> str:
+    """The number format of matrix products, if it is a known one; a recipe checks its own.
+
+    Raises:
+        UsageError: the name is not known.
+    """
+    known = get_args(Precision)
+    if name not in known:
+        raise UsageError(f"dtype {name!r} is not known; {nearest(str(name), known)}")
+    return str(name)
 
 
 def _checked_source(source: Any) -> Any:
@@ -70,6 +83,7 @@ Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
 
 Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
 
+Precision = Literal["auto", "float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Sparsity = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)) if value not in (None, "") else "")]
 """A pattern of zeros as people write it; empty stands for none."""
@@ -157,7 +171,7 @@ class Training(_Frozen):
     expected: Count | None = Field(None, description="tokens that should fit into minutes; the run warns if far fewer will")
     batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step")
     length: Count = Field(512, ge=2, description="tokens per sequence")
-    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
     schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
     objective: _part("objective") = Field("objectives.lm", description="loss to minimise")  # type: ignore[valid-type]
     feed: _part("feed") = Field("fixed", description="what decides which rows of the text come next")  # type: ignore[valid-type]
@@ -329,7 +343,7 @@ class Recipe(_Frozen):
         (), description="trackers that also receive the figures, besides log.jsonl"
     )
     device: str = Field("auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, …")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Precision = Field(
         "auto", description="number format of matrix products; auto is bfloat16 if the processor supports it"
     )
 

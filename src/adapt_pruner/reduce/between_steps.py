@@ -113,7 +113,7 @@ class BetweenSteps(Units):
     def text_use(self, work: Work) -> TextUse:
         """Calibration text, if there is a repair to read it."""
         repairs = work.recipe.repair is not None
-        return TextUse(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs, unpredicted=("repair",) if repairs else ())
+        return TextUse(text=repairs, evidence=Evidence.WEIGHTS, forward=repairs)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Only the repair."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
-from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.hooks import watching_inputs
 from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once
@@ -317,11 +317,8 @@ def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tens
     """Keep the input of each named linear layer while the context lasts: float32 [tokens, features]."""
     seen: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0].detach().float().flatten(0, -2)
+    def keep(name: str, given: Tensor) -> None:
+        seen[name] = given.detach().float().flatten(0, -2)
 
-        return hook
-
-    with attached(model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names):
+    with watching_inputs({name: model.get_submodule(name) for name in names}, keep):
         yield seen

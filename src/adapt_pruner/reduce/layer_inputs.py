@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis
-from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.hooks import watching_inputs
 from adapt_pruner.core.layerwise import Stream, decoder_layers, streams
 from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.task import Task
@@ -276,14 +276,11 @@ def _watching(linear: Mapping[str, Any], add: Callable[[str, Tensor], None]) -> 
     owner: dict[str, str] = {}
     last: list[Any] = [None, ""]
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0] is not last[0]:
-                last[:] = [args[0], name]
-                add(name, args[0].detach().float().flatten(0, -2))
-            owner[name] = last[1]
+    def look(name: str, given: Tensor) -> None:
+        if given is not last[0]:
+            last[:] = [given, name]
+            add(name, given.detach().float().flatten(0, -2))
+        owner[name] = last[1]
 
-        return hook
-
-    with attached(module.register_forward_pre_hook(watch(name)) for name, module in linear.items()):
+    with watching_inputs(linear, look):
         yield owner

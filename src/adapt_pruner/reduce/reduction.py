@@ -49,21 +49,19 @@ class Passes:
 
 @dataclass(frozen=True)
 class TextUse:
-    """What a reduction reads; a dry run computes memory and time from it.
+    """What a reduction reads; a dry run computes its memory from it.
 
     Attributes:
         text: whether the reduction reads the calibration text.
         evidence: the most that it needs from the model in one pass over the text.
         forward: whether it also makes passes without gradients.
         streams: whether it also takes gradients of hidden states, for every second sequence.
-        unpredicted: names of the work whose time a dry run cannot predict.
     """
 
     text: bool = False
     evidence: Evidence = Evidence.WEIGHTS
     forward: bool = False
     streams: bool = False
-    unpredicted: tuple[str, ...] = ()
 
 
 class Reduction:

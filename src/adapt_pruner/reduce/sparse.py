@@ -60,14 +60,18 @@ class Sparse(Reduction):
 
     def text_use(self, work: Work) -> TextUse:
         """The calibration text, once, where the solver reads any."""
-        needs = parts.needs("solver", work.recipe.solver or "")
-        unpredicted = ("solving the layers",) if "gram" in needs else ()
-        evidence = Evidence.FORWARD if "text" in needs else Evidence.WEIGHTS
-        return TextUse(text="text" in needs, evidence=evidence, unpredicted=unpredicted)
+        text = "text" in parts.needs("solver", work.recipe.solver or "")
+        return TextUse(text=text, evidence=Evidence.FORWARD if text else Evidence.WEIGHTS)
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """One decoder layer after the other; the time of a layer is known only after the first."""
-        return {"layers": Passes(flops=None)}
+        """One decoder layer after the other, each run twice if text is read: as it was, then with its zeros.
+
+        Nobody knows before the first layer how long a solver takes that works with the products of the inputs.
+        """
+        needs, asked = parts.needs("solver", work.recipe.solver or ""), work.recipe.calibration
+        if "gram" in needs:
+            return {"layers": Passes(flops=None)}
+        return {"layers": Passes(forward=2 * asked.samples * asked.length if "text" in needs else 0)}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
         """Solve the decoder layers one after the other and report each; then yield that all are done."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.core import world
-from adapt_pruner.core.hooks import attached
+from adapt_pruner.core.hooks import watching_inputs
 from adapt_pruner.core.layerwise import decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.pattern import Pattern
@@ -241,14 +241,11 @@ def _watched(model: nn.Module, squares: dict[str, Tensor] | None) -> Iterator[No
         yield
         return
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            added = args[0].detach().float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
-            squares[name] = squares[name] + added if name in squares else added
+    def look(name: str, given: Tensor) -> None:
+        added = given.detach().float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+        squares[name] = squares[name] + added if name in squares else added
 
-        return hook
-
-    with attached(module.register_forward_pre_hook(watch(name)) for name, module in linear_layers(model).items()):
+    with watching_inputs(linear_layers(model), look):
         yield
 
 

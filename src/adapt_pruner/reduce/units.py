@@ -125,25 +125,19 @@ class Units(Reduction):
         layers = _layer_measure(work) is not None
         heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
-        taken = {
-            "layers or blocks switched off one by one": layers,
-            "KV heads switched off one by one": heads,
-            "measuring behind pruned layers": recipe.sequential_scoring,
-            "repair": repairs,
-        }
         return TextUse(
             text=repairs or layers or heads or evidence is not Evidence.WEIGHTS,
             evidence=evidence,
             forward=heads,
             streams=repairs and bool(parts.bind("repair", recipe.repair or "").keywords.get("factors")),
-            unpredicted=tuple(what for what, is_taken in taken.items() if is_taken),
         )
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring, shutting units one by one, choosing and the repair.
 
         To shut a KV head or a block, the layers from its own on run again, half of all layers on average. Heads are measured in
-        those layers that would lose some if all scores were equal. A repair sums the products of each gate's inputs: 2 ·
+        those layers that would lose some if all scores were equal. Measuring behind pruned layers runs each layer twice. A
+        repair sums the products of each gate's inputs: 2 ·
         features² operations per token. It then solves for the weights: features³ / 3 operations in float64, here counted twice.
         """
         recipe, evidence = work.recipe, evidence_of(work)
@@ -158,7 +152,7 @@ class Units(Reduction):
             sizes = sizes_alike(work, keep=target)
             measured = sum(axis.size for axis in heads if sizes[axis.name] < axis.size)
             phases["heads"] = Passes(forward=min(tokens, _HEAD_TOKENS) * measured / 2)
-        phases["choose"] = Passes()
+        phases["choose"] = Passes(forward=2 * tokens) if recipe.sequential_scoring else Passes()
         if recipe.repair is not None:
             further = recipe.calibration.self_generated + recipe.calibration.repair_samples
             text = tokens + further * recipe.calibration.length
@@ -256,7 +250,7 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
 
 def with_forward(its: TextUse) -> TextUse:
     """What a metric reads, and forward passes over the same text besides."""
-    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True, unpredicted=its.unpredicted)
+    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True)
 
 
 def _check_scored(work: Work, without: Collection[str]) -> None:

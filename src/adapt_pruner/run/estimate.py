@@ -359,20 +359,15 @@ PAPER = {
 """Device -> the speed that is assumed if none can be measured."""
 
 
-def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, read: int) -> float:
-    """Seconds of one stage that scores `scored` tokens, trains on `trained` and evaluates `read`.
+def seconds(of: Shapes, how: Setup, speed: Speed, *, flops: float, trained: int = 0) -> float:
+    """Seconds that the processes take for `flops` operations, in which they train a model on `trained` tokens.
 
-    The processes share the operations evenly. Each sends (n - 1) / n of the following bytes to others. With DDP these are 8 N per
+    The processes share the operations evenly. When they train, each sends (n - 1) / n of the following bytes to others. With DDP these are 8 N per
     training step, the gradients there and back. With FSDP these are, for each pass, the weights twice, in the precision of
     products, and the gradients once, 4 N. Sending is assumed not to overlap with computing. The bytes that scoring sends are left
     out.
     """
     n = how.processes
-    total = (
-        scored * operations(of, how, kind="score")
-        + trained * operations(of, how, kind="train")
-        + read * operations(of, how, kind="read")
-    )
     wire = speed.near if n <= 8 else speed.far
     share = (n - 1) / n
     steps = trained / how.batch_tokens if how.batch_tokens else 0
@@ -381,4 +376,4 @@ def seconds(of: Shapes, how: Setup, speed: Speed, *, scored: int, trained: int, 
         sent = passes * (2 * (2 if how.narrow else 4) + 4) * of.params
     else:
         sent = steps * 8 * how.trained(of)
-    return total / speed.flops / n + sent * share / wire
+    return flops / speed.flops / n + sent * share / wire

@@ -1,4 +1,7 @@
-"""Predict a run's time and memory before it starts, by formulas and a quick probe; without weights, by formulas alone."""
+"""Predict a run's time and memory before it starts, by formulas and a quick probe; without weights, by formulas alone.
+
+The time is that of the phases that `run.ahead` lists, by their operations. So it covers what a run shows as it works.
+"""
 
 import time
 from dataclasses import asdict
@@ -9,12 +12,14 @@ import torch
 
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.events import Listener
+from adapt_pruner.core.events import Listener, Progress
 from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.progress import EASE
+from adapt_pruner.core.run_events import Planned
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.reduction import TextUse
 from adapt_pruner.reduce.work import Work
+from adapt_pruner.run.ahead import ahead, shapes_in_training
 from adapt_pruner.run.estimate import (
     PAPER,
     Setup,
@@ -28,7 +33,7 @@ from adapt_pruner.run.estimate import (
     shapes,
     training_memory,
 )
-from adapt_pruner.run.start import begin, plan, prepare, writes_text
+from adapt_pruner.run.start import begin, plan, prepare, to_write
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 
@@ -44,8 +49,8 @@ def dry_run(
 
     If the weights are on this machine, the model is loaded and the texts are found. A batch of random tokens, forward and
     backward, then probes the speed. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those
-    of `estimate`. The time covers passes over the texts; `time_without` names the work that it leaves out. `minutes` are those of
-    the recipe, which may end its training sooner.
+    of `estimate`. `time_without` names the work whose time nobody can compute. `minutes` are those of the recipe, which may end
+    its training sooner.
 
     Args:
         recipe: the run.
@@ -94,17 +99,12 @@ def _cut_on_paper(work: Work) -> None:
 
 def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, Any]:
     recipe, budget, dense, use = work.recipe, work.budget, shapes(work.model), work.reduction.text_use(work)
-    spans, evaluation = [], recipe.evaluation
+    evaluation = recipe.evaluation
     windows = sum(window.numel() for window in work.data.held_out)  # not read where there are no weights
     read = windows or (0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0))
-    first = seconds(dense, how, speed, scored=0, trained=0, read=read)
+    planned = ahead(work, how, writes=to_write(work), reads=read)
+    first, *spans = _spans(work, how, speed, planned)
     while_cutting = "training" in parts.needs("reduce", recipe.reduce)
-    begins = [dense.params, *(stage.params for stage in work.stages)]
-    for stage, before in zip(work.stages, begins, strict=False):
-        scored = stage.calibration_tokens if use.text else 0
-        looked = read * (2 if stage.tokens else 1)  # after the cuts as well as after training
-        size = dense.cut_to((before + stage.params) // 2 if while_cutting else stage.params)
-        spans.append(seconds(size, how, speed, scored=scored, trained=stage.tokens, read=looked))
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     asked = recipe.calibration
@@ -135,7 +135,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         "minutes": recipe.minutes,
         "time_by": "assumption" if on_paper else "probe",
         "speed": speed.words,
-        "time_without": _left_out(work, use, read=read),
+        "time_without": _left_out(planned, unread=evaluation.source is not None and not read),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
@@ -144,16 +144,25 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     }
 
 
-def _left_out(work: Work, use: TextUse, *, read: int) -> list[str]:
-    """Names of the work whose time is not predicted; `read` tokens of held-out text are."""
-    recipe = work.recipe
-    writes = (recipe.calibration.self_generated > 0 and recipe.repair is not None) or (use.text and writes_text(recipe))
-    return [
-        *(["text that the model writes itself"] if writes else []),
-        *use.unpredicted,
-        *(["tasks"] if recipe.evaluation.tasks is not None else []),
-        *(["reading the whole held-out text"] if recipe.evaluation.source is not None and not read else []),
-    ]
+def _spans(work: Work, how: Setup, speed: Speed, planned: Planned) -> list[float]:
+    """Seconds before the first stage, and of each stage."""
+    spans, now = [0.0] * (1 + len(work.stages)), shapes(work.model)
+    for item in planned.items:
+        number, ease = item["stage"], EASE.get(item["phase"], 1.0) if how.device == "cpu" else 1.0
+        flops = item["times"] * (item["flops"] or 0.0) / ease
+        if item["phase"] == "train":
+            stage = work.stages[number - 1]
+            spans[number] += seconds(shapes_in_training(work, stage, now), how, speed, flops=flops, trained=stage.tokens)
+        else:
+            spans[number] += seconds(now, how, speed, flops=flops)
+    return spans
+
+
+def _left_out(planned: Planned, *, unread: bool) -> list[str]:
+    """Names of the work whose operations nobody knows; `unread` says whether held-out text of an unknown length is among it."""
+    unknown = dict.fromkeys(item["phase"] for item in planned.items if item["flops"] is None)
+    names = [Progress(phase=phase, done=0, of=0, task="tasks").doing for phase in unknown]
+    return [*names, *(["reading the whole held-out text"] if unread else [])]
 
 
 def _probe(work: Work, *, narrow: bool) -> Speed:

@@ -40,11 +40,11 @@ from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.work import RunData, RunState, Stage, Work
 from adapt_pruner.run import latency
-from adapt_pruner.run.ahead import ahead
+from adapt_pruner.run.ahead import ahead, setup_here
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "writes_text"]
+__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "to_write"]
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
@@ -236,7 +236,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     recipe = work.recipe
     work.stages, work.budget = plan(work)
     _check_machine(work)
-    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated):
+    if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
             "calibration.self_generated to 0"
@@ -244,10 +244,10 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
     if write:
-        work.tell(ahead(work, writes=() if begun else _to_write(recipe, scores=work.reads_text)))
+        work.tell(ahead(work, setup_here(work), writes=() if begun else to_write(work)))
         work.begins("read")
     looks_at_text = work.reads_text
-    with work.state.clock("score") if writes_text(recipe) else nullcontext():
+    with work.state.clock("score") if _writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
         own = [*_own_text(work, folder, begun=begun), *_further_text(work)] if write else []
@@ -279,16 +279,16 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     )
 
 
-def writes_text(recipe: Recipe) -> bool:
+def _writes_text(recipe: Recipe) -> bool:
     """Whether the model writes its calibration text itself."""
     return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
 
 
-def _to_write(recipe: Recipe, *, scores: bool) -> tuple[int, ...]:
+def to_write(work: Work) -> tuple[int, ...]:
     """Number of sequences in each text that the model writes before a run begins."""
-    asked = recipe.calibration
+    recipe, asked = work.recipe, work.recipe.calibration
     return (
-        *((asked.samples,) if scores and writes_text(recipe) else ()),
+        *((asked.samples,) if work.reads_text and _writes_text(recipe) else ()),
         *((asked.self_generated,) if asked.self_generated and recipe.repair is not None else ()),
     )
 
@@ -360,10 +360,10 @@ def _check_machine(work: Work) -> None:
 def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
     """A function from the number of an iteration to its batches. It gives none if the model has yet to write the text."""
     recipe = work.recipe
-    if writes_text(recipe) and not write:
+    if _writes_text(recipe) and not write:
         return lambda iteration: []
     asked = recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"})
-    if writes_text(recipe) and folder is not None:
+    if _writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, samples=asked["samples"], seed=recipe.seed, begun=begun))
