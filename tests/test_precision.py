@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
+from adapt_pruner.recipe import read
 from adapt_pruner.reduce import factors
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
 from adapt_pruner.reduce.factors import rescale_blocks
 from adapt_pruner.reduce.slice import directions
+from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.score import activations, calibrate
 from adapt_pruner.score.blocks import loss_drop
 from adapt_pruner.score.calibrate import mean_loss, score, score_behind
@@ -210,3 +213,16 @@ def test_nothing_is_left_of_it(around: AbstractContextManager[Any]) -> None:
         loss.backward()
     assert loss == alone
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_teacher_in_bfloat16_keeps_its_rotary_frequencies(named: bool, tiny_folder: Path, text_file: Path) -> None:
+    training = {"source": str(text_file), "tokens": 512, "batch_tokens": 256, "length": 64, "objective": "objectives.distil"}
+    asked = {"model": str(tiny_folder), "method": "magnitude-all", "budget": "90%", "dtype": "bfloat16"}
+    teacher = {"teacher": str(tiny_folder)} if named else {}
+    work = begin(read(asked | {"training": training | teacher}), lambda event: None)
+    prepare(work)
+    assert {parameter.dtype for parameter in work.data.teacher.parameters()} == {torch.bfloat16}
+    ours, theirs = (model.model.rotary_emb.inv_freq for model in (work.model, work.data.teacher))
+    assert theirs.dtype == torch.float32
+    assert torch.equal(ours, theirs)

@@ -32,6 +32,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
 from adapt_pruner.core.marks import UNMERGED_FILE
 from adapt_pruner.core.memory import take_into_memory
+from adapt_pruner.core.precision import cast_weights
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.core.words import counted
@@ -459,7 +460,8 @@ def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config) if own else model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
-    return model.to(dtype)
+    cast_weights(model, dtype)
+    return model
 
 
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:

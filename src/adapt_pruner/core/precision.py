@@ -8,7 +8,16 @@ from torch import nn
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["casting_once", "linears_cast", "native_bfloat16", "nonfinite_error", "precision", "refuse_nonfinite", "uses_bfloat16"]
+__all__ = [
+    "cast_weights",
+    "casting_once",
+    "linears_cast",
+    "native_bfloat16",
+    "nonfinite_error",
+    "precision",
+    "refuse_nonfinite",
+    "uses_bfloat16",
+]
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -29,6 +38,17 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
 def precision(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast all floating-point weights, in place; ties stay.
+
+    Unlike `model.to(dtype)` this leaves buffers as they are. The frequencies of rotary embeddings are buffers, and rounding them to
+    bfloat16 turns queries and keys at position 1,000 by more than a radian.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def nonfinite_error(what: str, device: torch.device, dtype: str) -> RunError:

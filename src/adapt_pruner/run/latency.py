@@ -23,7 +23,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.core.events import Listener, Progress
-from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.precision import cast_weights, uses_bfloat16
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.speed import reading_and_writing
@@ -171,7 +171,8 @@ def _width(axis: Axis, share: float, multiple: int) -> int:
 def _as_it_runs(model: Any, recipe: Recipe) -> Any:
     """Bring the model, in place, to eval mode and its weights to the precision of matrix products; returns it."""
     narrow = uses_bfloat16(next(model.parameters()).device, recipe.dtype)
-    return model.to(torch.bfloat16 if narrow else torch.float32).eval().requires_grad_(False)
+    cast_weights(model, torch.bfloat16 if narrow else torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 def _in_turn(

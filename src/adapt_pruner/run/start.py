@@ -23,7 +23,7 @@ from adapt_pruner.core.events import Find, Listener, Load, VocabularyCut
 from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.layerwise import decoder_layers
-from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.precision import cast_weights, uses_bfloat16
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.fixed import Rows
@@ -488,8 +488,8 @@ def _teacher(work: Work, *, begun: bool) -> Any:
         )
     if parts.bind("objective", recipe.training.objective).keywords.get("hidden"):
         _check_hidden(work, teacher)
-    narrow = torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32
-    return teacher.to(narrow).eval().requires_grad_(False)
+    cast_weights(teacher, torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32)
+    return teacher.eval().requires_grad_(False)
 
 
 def _check_hidden(work: Work, teacher: Any) -> None:
