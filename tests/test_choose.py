@@ -304,10 +304,26 @@ def test_the_count_a_chooser_promises_is_the_count_after_the_cut(heads: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("110M", 110_000_000), ("110_000_000", 110_000_000), ("1.5B", 1_500_000_000), ("12k", 12_000), (7, 7)]
+    ("text", "count"),
+    [
+        ("110M", 110_000_000),
+        ("110_000_000", 110_000_000),
+        ("1.5B", 1_500_000_000),
+        ("12k", 12_000),
+        ("110,000,000", 110_000_000),
+        ("1,500.5k", 1_500_500),
+        (7, 7),
+    ],
 )
 def test_counts_are_read_as_people_write_them(text: str | int, count: int) -> None:
     assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["1,5M", "12,34", "1,2345", ",5", "0", "-3", "many"])
+def test_what_is_no_count_is_refused(text: str) -> None:
+    """A comma that parts no thousands would be read as ten times as many."""
+    with pytest.raises(UsageError, match="is not a count; write it like 110M"):
+        parse_count(text)
 
 
 def test_budgets() -> None:

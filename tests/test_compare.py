@@ -297,8 +297,9 @@ def test_fewer_tokens_are_measured_on_the_same_text(ask: Ask, pruned_here: list[
     tokenizer.save_pretrained(folder)
     counted = tmp_path / "counted.txt"
     counted.write_text("Some words to count tokens by. " * 20)
+    (tmp_path / "read.txt").write_text("Other words, by which units are scored. " * 400)
     asked = words(
-        folder, text_file, out, "--set", f"vocabulary.source={counted}", "--set", "vocabulary.keep=300", "--draws", 1, "--keep",
+        folder, text_file, out, "--calibration", tmp_path / "read.txt", "--set", f"vocabulary.source={counted}", "--set", "vocabulary.keep=300", "--draws", 1, "--keep",
         params="70%", methods="magnitude-all",
     )  # fmt: skip
     status, said, err = ask(*asked)
@@ -318,6 +319,10 @@ def test_fewer_tokens_are_measured_on_the_same_text(ask: Ask, pruned_here: list[
     assert math.log(its["perplexity"]) == pytest.approx(
         found.bits_per_byte * math.log(2) * text["bytes"] / text["tokens"], rel=1e-6
     )
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "cells").glob("magnitude-all*")}
+    status, _, err = ask(*(word if word != "magnitude-all" else "magnitude-all,wanda-sp" for word in asked))
+    assert status == 0, err
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "cells").glob("magnitude-all*")} == before, "it reads no text"
     pruned_here.clear()
     assert ask(*asked)[0] == 0
     assert pruned_here == []

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adapt_pruner.core import world
 from adapt_pruner.data.dynamic import Dynamic, fitted
 from adapt_pruner.data.fixed import Rows, training_rows
+from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
@@ -210,3 +212,49 @@ def test_one_text_alone_and_no_references_are_refused(tiny_folder: Path, texts: 
         ({"feed": "dynamic(references=nowhere.json)"}, "the file of reference losses 'nowhere.json' does not exist"),
     ):
         assert_refused(partial(recipe_of, tiny_folder, texts, tmp_path, **changes), tmp_path / "run", said)
+
+
+def unequal(tmp_path: Path, **how: Any) -> Dynamic:
+    """Texts `long` of rows of 64 tokens and `short` of rows of 8, as conversations may have; one row in eight is long at first."""
+
+    def store(length: int) -> Store:
+        return Store(np.arange(40 * length) % 200, np.arange(41) * length, None, str(length), 0)
+
+    rows = Rows([store(64), store(8)], np.arange(80) % 8 // 7 * -40 + np.arange(80) % 40 + 40, names=("long", "short"))
+    assert sorted(set(rows.domains(0, 80))) == ["long", "short"]
+    return Dynamic(rows, references=references(tmp_path, {"long": 1.0, "short": 9.0}), every=1, floor=0.0, **how)
+
+
+def test_the_curve_of_the_rate_spans_the_tokens_that_will_be_read(tmp_path: Path) -> None:
+    feed = unequal(tmp_path)
+    assert feed.num_tokens == 10 * 64 + 70 * 8
+    taken = feed.take(8)
+    feed.tell({"long": (300.0, 100.0), "short": (300.0, 100.0)})
+    assert feed.num_tokens == pytest.approx(taken.num_tokens + 72 * 64, rel=0.01), "long rows alone from now on"
+    assert feed.news()[0].tokens == taken.num_tokens
+    other = unequal(tmp_path)
+    other.restore(json.loads(json.dumps(feed.state())))
+    assert other.num_tokens == feed.num_tokens
+    assert all(feed.take(8).num_tokens == 8 * 64 for _ in range(9))
+    assert feed.num_tokens == taken.num_tokens + 72 * 64
+
+
+def test_losses_on_rows_that_were_read_before_are_not_heard(texts: tuple[str, str], tmp_path: Path) -> None:
+    feed = feed_of(texts, tmp_path, every=1, floor=0.0, losses=dict(zip(texts, (1.0, 500.0), strict=True)))
+    feed.tell({texts[0]: (300.0, 100.0), texts[1]: (300.0, 100.0)})
+    assert set(feed.take(8).domains(0, 8)) == {texts[0]}, "each of its rows once"
+    again = feed.take(4)
+    assert again.domains(0, 4) == [""] * 4
+    before = feed.state()["excess"]
+    feed.tell({"": (0.1, 100.0)})
+    assert feed.state()["excess"] == before
+
+
+def test_a_run_that_goes_on_with_another_rate_keeps_its_shares(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:
+    """As it is told to when the loss has exploded; only another text begins the mixture anew."""
+    recipe = recipe_of(tiny_folder, texts, tmp_path)
+    break_off(recipe, tmp_path / "broken", kind="step", nth=6)
+    run(recipe_of(tiny_folder, texts, tmp_path, lr=5e-4), tmp_path / "broken", force_recipe=True)
+    shares = [line["shares"][texts[0]] for line in log_of(tmp_path / "broken", "mixed")]
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.9, "the text above its reference goes on to take over"

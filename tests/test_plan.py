@@ -13,7 +13,7 @@ from adapt_pruner.recipe import read
 MACHINE = Machine(read=1_500, scored=360, trained=570, load=10, words="2 threads, bfloat16", memory=16 * 2**30)
 """Two idle cores of a Xeon with AMX and SmolLM2-135M."""
 SMOLLM2 = Model("smollm2-135m-instruct", 134_515_008, 106_203_456, 113_300_000, 8192, (3 * 2**30, 2 * 2**30))
-TEXT = Asked("corpus#train", "corpus#heldout", 40_000_000, True, 10_000)
+TEXT = Asked("corpus#train", "corpus#heldout", 40_000_000, 100_000, True, 10_000)
 
 
 def plan_of(minutes: float | None = None, **changes: Any) -> Plan:
@@ -144,6 +144,14 @@ def test_too_few_minutes_are_refused_with_the_least_that_would_do(target: int) -
     with pytest.raises(UsageError, match=r"^1\.25 minutes are too few") as spent:
         plan_of(1.25, target=target, gone=2.0)
     assert f"about {float(least[1]) + 2:.1f} minutes" in str(spent.value), "the probe took longer than the user gave"
+
+
+def test_no_more_windows_are_measured_than_the_held_out_part_has() -> None:
+    plan = plan_of(60, held_out_tokens=5 * 512 + 100)
+    assert plan.settings["evaluation.max_windows"] == 5
+    assert "held out and measured: 5 windows" in plan.lines[3]
+    assert plan_of(60, held_out_tokens=10).settings["evaluation.max_windows"] == 1
+    assert plan.seconds["measure"] < plan_of(60).seconds["measure"] / 4
 
 
 def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:

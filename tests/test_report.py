@@ -28,7 +28,7 @@ from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars
-from adapt_pruner.report.figures import Trained, figures_of, fit_slope
+from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
@@ -642,3 +642,29 @@ def test_write_page_says_what_is_wrong_with_the_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="could not be written"):
         page.write_page(tmp_path / "file" / "page.html", "x")
+
+
+def test_the_loss_before_the_first_cut_stands_at_the_size_that_was_scored(copied: Path) -> None:
+    """A run may have removed tokens before; the peak of memory may come after the last step."""
+    events = [json.loads(line) for line in (copied / "log.jsonl").read_text().splitlines()]
+    start = next(event for event in events if event["event"] == "start")
+    start["now"] = start["params"] - 1000
+    for event in events:
+        if event["event"] == "step":
+            event["peak_bytes"] = 2**30
+    (copied / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    pruning = read_json(copied / "model" / "pruning.json")
+    pruning["figures"]["peak_bytes"] = 2**31
+    (copied / "model" / "pruning.json").write_text(json.dumps(pruning))
+    figures = figures_of(read_record(copied))
+    assert figures.began is not None
+    assert figures.began.params == start["params"] - 1000
+    assert figures.peak_bytes == 2**31
+
+
+def test_a_score_that_is_no_accuracy_is_neither_good_nor_bad() -> None:
+    fall = {form: page._tile(Row("a task", 0.4, 0.2, form)) for form in ("plain", "right", "perplexity")}
+    assert "good" not in fall["plain"]
+    assert "bad" not in fall["plain"]
+    assert 'class="bad"' in fall["right"]
+    assert 'class="good"' in fall["perplexity"]

@@ -12,17 +12,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from adapt_pruner.checkpoint.load import load_shapes
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.words import span
+from adapt_pruner.data.fixed import training_rows
 from adapt_pruner.data.sources import documents
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan import rules
 from adapt_pruner.recipe import read
 from adapt_pruner.run import in_time, loop, probe, threads, trackers
+from adapt_pruner.run.estimate import shapes
 from adapt_pruner.run.training import Trainer
-from conftest import assert_same_model, read_json, tiny_model
+from conftest import assert_same_model, byte_tokenizer, read_json, tiny_model
 from test_cli import ask
 from test_vocabulary import byte_level
 
@@ -320,6 +324,21 @@ def test_a_model_too_large_to_train_is_refused_before_its_weights_are_read(
     assert "GiB of memory to train, but only 0.0 GiB are free; use a smaller model or a larger machine, or prune without" in lines
 
 
+def test_memory_is_that_of_training_the_pruned_model(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All training comes after the cuts; a model may fit that does not before them."""
+    dense, cpu = shapes(load_shapes(str(tiny_folder))), torch.device("cpu")
+    needed = [probe._memory(dense, probe._cut_to(dense, round(share * dense.params)), cpu, "auto")[1] for share in (0.7, 1.0)]
+    assert needed[0] < needed[1]
+    monkeypatch.setattr(probe, "_free_bytes", lambda device: needed[0])
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
+    assert status == 0, lines
+    monkeypatch.setattr(probe, "_free_bytes", lambda device: needed[0] - 10**5)
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
+    assert (status, "GiB of memory to train" in lines) == (2, True)
+
+
 def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,24 +392,47 @@ def test_threads_are_fitted_where_the_clock_ends_the_run(
 
 
 def test_a_text_of_many_documents_is_parted_by_documents(text: Path, tmp_path: Path) -> None:
-    train, held_out, characters = split_off_heldout(str(text))
-    assert (train, held_out) == (f"{text}#train", f"{text}#heldout")
-    assert split_off_heldout(train) == (train, held_out, characters)
-    assert characters == sum(map(len, documents(train)))
-    assert split_off_heldout("python-docs:train")[:2] == ("python-docs:train", "python-docs:heldout")
+    parts = split_off_heldout(str(text))
+    assert (parts.train, parts.held_out) == (f"{text}#train", f"{text}#heldout")
+    assert split_off_heldout(parts.train) == parts
+    learnt = documents(parts.train)
+    assert (parts.characters, parts.documents) == (sum(map(len, learnt)), len(learnt))
+    assert parts.held_out_characters == sum(map(len, documents(parts.held_out)))
+    python = split_off_heldout("python-docs:train")
+    assert (python.train, python.held_out) == ("python-docs:train", "python-docs:heldout")
 
 
 def test_one_long_document_is_parted_in_pieces(tmp_path: Path) -> None:
     whole = "".join(f"Paragraph {i}. " + "words " * 100 + "\n\n" for i in range(300))
     (tmp_path / "book.txt").write_text(whole)
-    train, held_out, characters = split_off_heldout(str(tmp_path / "book.txt"))
-    learnt, kept = documents(train), documents(held_out)
-    assert characters == sum(map(len, learnt))
+    parts = split_off_heldout(str(tmp_path / "book.txt"))
+    learnt, kept = documents(parts.train), documents(parts.held_out)
+    assert parts.characters == sum(map(len, learnt))
     assert sorted("".join([*learnt, *kept])) == sorted(whole), "nothing is lost"
     assert not set(learnt) & set(kept)
     assert 0.05 < sum(map(len, kept)) / len(whole) < 0.15
     assert all(piece.startswith(("Paragraph", "\n\nParagraph")) for piece in [*learnt, *kept]), "cut between paragraphs"
-    assert split_off_heldout(str(tmp_path / "book.txt"))[:2] == (train, held_out)
+    assert split_off_heldout(str(tmp_path / "book.txt")) == parts
+
+
+def test_conversations_count_as_the_rows_that_training_reads(tmp_path: Path) -> None:
+    """A long conversation is cut at the length of a row, and left out if the assistant has not answered by then."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chats = [
+        [{"role": "user", "content": f"{i}?" * (1 if i % 3 else 100)}, {"role": "assistant", "content": "word " * 200}]
+        for i in range(100, 400)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    parts = split_off_heldout(str(tmp_path / "chat.jsonl"))
+    tokens, held_out = parts.tokens(tokenizer, length=256)
+    rows = training_rows(tokenizer, parts.train, length=256, tokens=10**6, seed=0, warn=print, cache=tmp_path / "cache")
+    (numbers,) = rows.by_text().values()
+    assert tokens == pytest.approx(len(numbers) * rows.mean_tokens(numbers), rel=0.1)
+    assert parts.characters > 5 * tokens
+    assert held_out == pytest.approx(parts.held_out_characters, rel=0.1)
 
 
 def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:

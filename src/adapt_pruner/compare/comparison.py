@@ -177,7 +177,8 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
             return None
         if cell.recipe.calibration.ids is not None:
             return hashlib.sha256(expanded(cell.recipe.calibration.ids).read_bytes()).hexdigest()
-        return [digests.get(spec) for spec in (*counted[cell.method], *domains(cell.recipe.calibration.source))]
+        read = domains(cell.recipe.calibration.source) if cell.method in readers else ()
+        return [digests.get(spec) for spec in (*counted[cell.method], *read)]
 
     in_domain = {
         name: [text for text in asked.texts if of_kind([*domains(asked.recipes[name].calibration.source), *counted[name]], text)]

@@ -30,7 +30,8 @@ def parse_count(text: str | int) -> int:
     Raises:
         UsageError: it is not a positive count.
     """
-    match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBgGtT]?)\s*", str(text))
+    whole = r"(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)"  # a comma parts thousands; 1,5M is no count
+    match = re.fullmatch(rf"\s*({whole}(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBgGtT]?)\s*", str(text))
     number = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].upper()] if match else 0.0
     value = round(number) if 1 <= number < 1e18 else 0
     if value < 1:

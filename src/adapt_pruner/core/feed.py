@@ -27,7 +27,7 @@ class Taken(Protocol):
         """
 
     def domains(self, start: int, stop: int) -> Sequence[str]:
-        """The SPEC of the text that each of these rows comes from."""
+        """The SPEC of the text that each of these rows comes from; a feed may leave a row without one."""
 
 
 class Feed(Protocol):
@@ -36,12 +36,14 @@ class Feed(Protocol):
     A recipe names it by its file. Its `__init__` gets `rows`, all rows of the run, and options by keyword.
 
     Attributes:
-        num_tokens: tokens of the whole run.
         wants_losses: whether `tell` is to be called. A step then computes the rows of each text separately.
     """
 
-    num_tokens: int
     wants_losses: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run; an estimate if the feed decides on the way which rows come."""
 
     def ends(self, stage_tokens: Sequence[int]) -> list[int]:
         """The number of rows that are read when each stage ends, stage by stage."""

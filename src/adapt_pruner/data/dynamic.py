@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +20,17 @@ from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError
 
 __all__ = ["Dynamic", "fitted"]
+
+
+@dataclass(frozen=True)
+class _Drawn(Span):
+    """Rows that were drawn. Those that the model was trained on before have no text, so `Dynamic.tell` hears no loss on them."""
+
+    again: tuple[bool, ...] = ()
+
+    def domains(self, start: int, stop: int) -> list[str]:
+        names = super().domains(start, stop)
+        return ["" if again else name for name, again in zip(names, self.again[start:stop], strict=True)]
 
 
 @part("feed")
@@ -75,7 +87,8 @@ class Dynamic(Fixed):
                 "feed dynamic moves shares between texts, and training.source has only one; name a mixture like {a.jsonl: 1, b.jsonl: 1}"
             )
         self._references = _references(references, sorted(self._numbers), size)
-        self._steps = 0
+        self._steps = self._given = 0
+        self._mean_tokens = {name: rows.mean_tokens(numbers) for name, numbers in self._numbers.items()}
         self._taken = dict.fromkeys(self._numbers, 0)
         begun = Counter(rows.domains(0, len(rows)))
         self._weights = {name: begun[name] / len(rows) for name in self._numbers}
@@ -83,17 +96,26 @@ class Dynamic(Fixed):
         self._excess: dict[str, float] = {}  # l_i - r_i of each text, when it was last read
         self._news: list[Event] = []
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows so far, and of those still to come by the present shares, if texts have rows of other lengths."""
+        row = sum(share * self._mean_tokens[name] for name, share in self._weights.items())
+        return self._given + round((len(self._rows) - self._next) * row)
+
     def take(self, num_rows: int) -> Span:
         """The next rows; the text of each is drawn by the present shares."""
         stop = min(len(self._rows), self._next + num_rows)
         names = list(self._weights)
-        chosen = []
+        chosen, again = [], []
         for number in range(self._next, stop):
             name = random.Random(f"{self._seed} {number}").choices(names, weights=[self._weights[one] for one in names])[0]
+            again.append(self._taken[name] >= len(self._numbers[name]))
             chosen.append(self._number(name))
             self._taken[name] += 1
         self._next = stop
-        return Span(self._rows.picked(chosen), 0, len(chosen))
+        drawn = _Drawn(self._rows.picked(chosen), 0, len(chosen), tuple(again))
+        self._given += drawn.num_tokens
+        return drawn
 
     def _number(self, name: str) -> int:
         """The number of a text's next row; once all rows have been read, their order is shuffled again."""
@@ -108,8 +130,9 @@ class Dynamic(Fixed):
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
         """Add up the losses of a step, and change the shares every m steps."""
         for name, (nats, count) in losses.items():
-            self._sums[name][0] += nats
-            self._sums[name][1] += count
+            if name in self._sums:
+                self._sums[name][0] += nats
+                self._sums[name][1] += count
         self._steps += 1
         if self._steps % self._every:
             return
@@ -124,9 +147,7 @@ class Dynamic(Fixed):
         self._weights = _shares(
             {name: (1 - self._floor) * share + self._floor / len(moved) for name, share in _shares(moved).items()}
         )
-        self._news.append(
-            Mixed(step=self._steps, tokens=self._rows.num_tokens(0, self._next), shares=dict(self._weights), losses=means)
-        )
+        self._news.append(Mixed(step=self._steps, tokens=self._given, shares=dict(self._weights), losses=means))
         self._sums = {name: [0.0, 0.0] for name in self._numbers}
 
     def news(self) -> list[Event]:
@@ -137,13 +158,20 @@ class Dynamic(Fixed):
     def state(self) -> dict[str, Any]:
         """Position, shares, the last excess of each text, and the losses since the last change of shares."""
         return {
-            **super().state(), "steps": self._steps, "taken": dict(self._taken), "weights": dict(self._weights),
+            **super().state(), "steps": self._steps, "given": self._given, "taken": dict(self._taken), "weights": dict(self._weights),
             "sums": {name: list(both) for name, both in self._sums.items()}, "excess": dict(self._excess),
         }  # fmt: skip
+
+    def skip_to(self, num_tokens: int) -> int:
+        """Continue after the row that reaches `num_tokens` tokens by the initial shares."""
+        super().skip_to(num_tokens)
+        self._given = num_tokens
+        return self._next
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave. If the run began with another feed, continue at its row with the initial shares."""
         super().restore(state)
+        self._given = int(state.get("given", self._rows.num_tokens(0, self._next)))
         if "weights" in state:
             self._steps, self._taken, self._weights = state["steps"], dict(state["taken"]), dict(state["weights"])
             self._sums = {name: list(both) for name, both in state["sums"].items()}

@@ -66,6 +66,11 @@ class Rows:
         """Tokens of rows `start` to `stop`, without padding."""
         return int(self._ends[stop] - self._ends[start])
 
+    def mean_tokens(self, numbers: NDArray[np.int64]) -> float:
+        """Tokens of a row, on average over the rows with these numbers."""
+        lengths = np.concatenate([np.diff(store.offsets) for store in self._stores])
+        return float(lengths[numbers].mean())
+
     def domains(self, start: int, stop: int) -> list[str]:
         """The SPEC of the text that each of rows `start` to `stop` comes from."""
         return [self._names[self._store_of(number)] for number in self._order[start:stop]]
@@ -137,7 +142,11 @@ class Fixed:
 
     def __init__(self, rows: Rows) -> None:
         self._rows, self._next = rows, 0
-        self.num_tokens = rows.num_tokens(0, len(rows))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self._rows.num_tokens(0, len(self._rows))
 
     def ends(self, stage_tokens: Sequence[int]) -> list[int]:
         """See `stage_spans`."""

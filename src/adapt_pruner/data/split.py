@@ -1,13 +1,58 @@
 """Split a user's text in two: one part to train on, and one held out."""
 
-from adapt_pruner.data.sources import SELF, read
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from adapt_pruner.data.chat import encode_chats
+from adapt_pruner.data.sources import SELF, Document, read
 from adapt_pruner.errors import UsageError
 
-__all__ = ["split_off_heldout"]
+__all__ = ["Split", "split_off_heldout"]
+
+_ENDLESS = 10**12  # characters of a data set that is streamed
+_PLENTY = 500_000  # characters of a held-out part; more are not counted
+_SAMPLE, _CHATS = 100_000, 200  # characters of a text, or conversations, that are tokenised for an estimate
 
 
-def split_off_heldout(spec: str) -> tuple[str, str, int]:
-    """The SPECs of the training part and of the held-out part, and the number of characters of the training part.
+@dataclass(frozen=True)
+class Split:
+    """The two parts of a text.
+
+    Attributes:
+        train: SPEC of the part to train on.
+        held_out: SPEC of the part that is held out.
+        characters: those of `train`.
+        documents: those of `train`.
+        held_out_characters: those of `held_out`, or 500,000 if there are more.
+    """
+
+    train: str
+    held_out: str
+    characters: int
+    documents: int
+    held_out_characters: int
+
+    def tokens(self, tokenizer: Any, *, length: int) -> tuple[int, int]:
+        """About how many tokens training reads of `train` in one pass, and how many `held_out` has.
+
+        Plain text is estimated by the beginning of its first document. A conversation is one row, cut at `length` tokens, and is
+        left out if the assistant says nothing by then. So conversations are estimated by the rows of the first 200.
+        """
+        chats = list(itertools.islice(read(self.train), _CHATS))
+        sample = chats[0].text[:_SAMPLE]
+        each = len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
+        held_out = round(self.held_out_characters * each)
+        if not chats[0].messages:
+            return round(self.characters * each), held_out
+        rows = [len(ids[:length]) for ids, marks in encode_chats(tokenizer, chats) if any(marks[1:length])]
+        return round(self.documents * sum(rows) / len(chats)), held_out
+
+
+def split_off_heldout(spec: str) -> Split:
+    """Split a text in two, and count what is in the parts.
 
     Args:
         spec: a text, or its training part.
@@ -21,8 +66,18 @@ def split_off_heldout(spec: str) -> tuple[str, str, int]:
     if base == "python-docs" or base.startswith("python-docs:"):
         parts = "python-docs:train", "python-docs:heldout"
     elif base.startswith("hub:"):
-        return f"{base}#train", f"{base}#heldout", 10**12  # it is streamed, so it counts as endless
+        return Split(f"{base}#train", f"{base}#heldout", _ENDLESS, _ENDLESS, _PLENTY)
     else:
         parts = f"{base}#train", f"{base}#heldout"
-        next(read(parts[1]))
-    return *parts, sum(len(document.text) for document in read(parts[0]))
+    held_out, _ = _counted(read(parts[1]), most=_PLENTY)
+    return Split(*parts, *_counted(read(parts[0])), held_out)
+
+
+def _counted(documents: Iterator[Document], *, most: float = math.inf) -> tuple[int, int]:
+    """The characters and the number of documents, up to `most` characters."""
+    characters = number = 0
+    for document in documents:
+        characters, number = characters + len(document.text), number + 1
+        if characters >= most:
+            break
+    return int(min(characters, most)), number

@@ -102,6 +102,7 @@ class Asked:
         held_out: SPEC of the part that is held out.
         text_tokens: about how many tokens `train` has.
         own: whether the user named the text.
+        held_out_tokens: about how many tokens `held_out` has; more than any plan reads if it is longer.
         most_repeats: times that the text may be read.
         minutes: minutes that it may take in all; None if `tokens` says how long.
         tokens: tokens to train on; None if `minutes` says how long.
@@ -111,6 +112,7 @@ class Asked:
     train: str
     held_out: str
     text_tokens: int
+    held_out_tokens: int
     own: bool
     most_repeats: int
     minutes: float | None = None
@@ -255,11 +257,13 @@ def _thoroughness(
         UsageError: even the smallest choice takes longer.
     """
     ways = [replace(way, repairs=False) for way in _WAYS[:-1]] if model.sparse else _WAYS
-    for (batch, fewest), windows, way in product(_BATCHES.items(), _WINDOWS, ways):
+    there = max(1, asked.held_out_tokens // min(_WINDOW, model.longest or _WINDOW))
+    for (batch, fewest), most, way in product(_BATCHES.items(), _WINDOWS, ways):
+        windows = min(most, there)
         measuring, pruning = _measuring(windows, model, machine), way.seconds(model, machine)
         left = (1 - _SPARE) * total - machine.load - _AFTERWARDS - measuring - _answering(model, machine) - pruning
         least = fewest * batch / speed
-        barest = windows in _WINDOWS[-2:] and way is ways[-1]
+        barest = most in _WINDOWS[-2:] and way is ways[-1]
         if left >= least and (barest or (measuring <= _FOR_MEASURING * total and pruning <= _FOR_PRUNING * total)):
             return batch, windows, way, left
     needed = (total * (1 - _SPARE) - left + least) / (1 - _SPARE)

@@ -158,7 +158,7 @@ def figures_of(record: Record) -> Figures:
         seconds=_seconds(record, notes),
         tokens=_tokens(record, cuts, [*evaluations, *after_cuts]),
         wall=_wall(record.events),
-        peak_bytes=max((step.peak_bytes for step in record.of(Step) if step.peak_bytes), default=figures.get("peak_bytes")),
+        peak_bytes=max(filter(None, [*(step.peak_bytes for step in record.of(Step)), figures.get("peak_bytes")]), default=None),
         asked={name.rpartition(".")[2] for cut in record.of(events.Cut) for name in cut.sizes or ()},
         warnings=list(dict.fromkeys(event.message for event in record.of(Warned))),
         notes=notes,
@@ -260,7 +260,7 @@ def _cuts(record: Record) -> list[Cut]:
 def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | None, list[State]]:
     """The model at the start, and after each stage; for a single stage, after each of up to eight groups of its iterations."""
     starts, cuts = record.of(Start), [cut for cut in record.of(events.Cut) if cut.sizes]
-    params = starts[0].params or 0 if starts else 0
+    params = starts[0].now or starts[0].params or 0 if starts else 0
     began = None
     if starts and starts[0].began:
         began = State(called, params, *sizes_of(starts[0].began, None))

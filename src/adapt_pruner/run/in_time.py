@@ -12,7 +12,6 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine
 from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.fixed import MOST_REPEATS
-from adapt_pruner.data.sources import texts
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import LENGTH, Asked, planned
@@ -63,7 +62,8 @@ def recipe_in_time(
             f"{named['about']!r} would replace the words by which shrink recognises a run that it continues; leave about out"
         )
     minutes, tokens = long
-    train, held_out, characters = split_off_heldout(text or DEFAULT_TEXT)
+    parts = split_off_heldout(text or DEFAULT_TEXT)
+    train, held_out = parts.train, parts.held_out
     asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,
@@ -73,10 +73,10 @@ def recipe_in_time(
         return begun
     check_trackers(plain)
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
-    text_tokens = characters * _tokens_a_character(work.tokenizer, train)
+    tokens_of = parts.tokens(work.tokenizer, length=LENGTH)
     del work
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
-    wanted = Asked(train, held_out, round(text_tokens), text is not None, MOST_REPEATS, minutes, tokens, gone=spent)
+    wanted = Asked(train, held_out, *tokens_of, text is not None, MOST_REPEATS, minutes, tokens, gone=spent)
     plan = planned(machine, its, wanted)
     for line in plan.lines:
         listen(PlanLine(text=line).to_dict())
@@ -94,12 +94,6 @@ def _about(size: str, minutes: float | None, tokens: int | None) -> str:
     """What was asked for, in the recipe for people, and for the same request to be recognised by."""
     asked = size if "%" in size else f"{parse_count(size):,}"
     return f"shrink to {asked}" + (f" in {minutes:g} minutes" if tokens is None else f" by training on {tokens:,} tokens")
-
-
-def _tokens_a_character(tokenizer: Any, spec: str) -> float:
-    """Tokens per character of a text, measured on the beginning of its first document."""
-    sample = next(iter(texts(spec)))[:100_000]
-    return len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
 
 
 def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, listen: Listener) -> Recipe | None:

@@ -253,7 +253,9 @@ def _resumed(
     world.on_main(write_down)
     for sentence in _sentences(path, damaged=damaged, changed=changed, replaced=replaced):
         work.warn(sentence)
-    _restore_position(work, anew=bool(changed or replaced))
+    if changed or replaced:
+        work.reduction.fit(work)
+    _restore_feed(work, anew="training text" in replaced)
     if path is not None:
         state = work.state
         cuts = sum(note["stage"] == state.stage for note in state.history)
@@ -286,11 +288,9 @@ def _resumed(
     return work, Trainer(work, save=keep, tensors=tensors)
 
 
-def _restore_position(work: Work, *, anew: bool) -> None:
-    """Bring feed and reduction, in place, to where the run stands; `anew` if recipe or text have changed."""
+def _restore_feed(work: Work, *, anew: bool) -> None:
+    """Bring the feed, in place, to where the run stands; `anew` if the text is another one."""
     feed, state = work.data.feed, work.state
-    if anew:
-        work.reduction.fit(work)
     if feed is None:
         return
     if anew:

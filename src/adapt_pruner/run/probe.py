@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model, check_memory
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, shapes, training_memory
+from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, pruning_memory, shapes, training_memory
 from adapt_pruner.run.start import begin, sizes_begun
 from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, seconds
 from adapt_pruner.score.calibrate import score
@@ -28,6 +29,7 @@ __all__ = ["probed"]
 
 _TOKENS, _LENGTH = 512, 128  # tokens of a pass that reads or scores, and of one of its rows
 _ROW = 256  # tokens of a training row
+_SAMPLES = 64  # rows that an iteration scores, at most
 _MOST = 30.0  # seconds of a pass over the whole batch; if it would take longer, the row has to do
 
 
@@ -51,18 +53,20 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     began = time.perf_counter()
     if locate(recipe.model)[1] is None and recipe.vocabulary is None:  # otherwise the sizes are known once it is read
         foreseen = pick_device(recipe.device)
-        needed = _memory(shapes(load_shapes(recipe.model, trust_remote_code=trust_remote_code)), foreseen, recipe.dtype)[1]
+        whole = shapes(load_shapes(recipe.model, trust_remote_code=trust_remote_code))
+        target = Budget.parse(recipe.budget, dense=whole.params, decoder=whole.decoder, outside=whole.params - whole.decoder).keep
+        needed = _memory(whole, _cut_to(whole, target), foreseen, recipe.dtype)[1]
         check_memory(recipe.model, recipe.budget, needed=needed, free=_free_bytes(foreseen))
     work = begin(recipe, listen, trust_remote_code=trust_remote_code)
     load = time.perf_counter() - began
     model, config = work.model, work.model.config
     device, dense = next(model.parameters()).device, shapes(work.model)
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
-    needs = _memory(dense, device, recipe.dtype)
     start, decoder = sizes_begun(work)  # a vocabulary that shrinks has done so
     budget = Budget.parse(recipe.budget, dense=work.dense_params, decoder=decoder, outside=start - decoder)
     floor, when = work.reduction.floor(work)
     budget.check_reachable(floor, when=when)
+    needs = _memory(dense, _cut_to(dense, budget.keep), device, recipe.dtype)
     measured = Model(
         recipe.model, dense.params, dense.decoder, min(budget.keep, dense.params), longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
         sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
@@ -73,19 +77,29 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     words = torch.cuda.get_device_name(device) if device.type != "cpu" else fit_threads(work) if recipe.minutes else in_words()
     read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch, device)
     scored = _tokens_a_second(lambda rows: score(model, axes, [rows], metrics=[taylor], dtype=recipe.dtype), batch, device)
-    fits = free is None or needs[1] <= free
-    again = free is not None and needs[0] > free  # as the plan will do
+    whole_needs = _memory(dense, dense, device, recipe.dtype)  # the probe trains the dense model
+    fits = free is None or whole_needs[1] <= free
+    again = free is not None and whole_needs[0] > free
     trained = _trained(work, device, narrow=narrow, checkpointing=again) * (4 / 3 if again else 1) if fits else scored
     machine = Machine(read, scored, trained, load, f"{words}, {'bfloat16' if narrow else 'float32'}", free)
     return machine, measured, work
 
 
-def _memory(dense: Shapes, device: torch.device, dtype: str) -> list[int]:
-    """Bytes that training takes: plain, with gradient checkpointing, and plain with the dense model as teacher."""
+def _cut_to(dense: Shapes, params: int) -> Shapes:
+    """The shapes with at most so many parameters; a target that removes the whole decoder is refused elsewhere."""
+    return dense.cut_to(max(dense.params - dense.decoder, min(dense.params, params)))
+
+
+def _memory(dense: Shapes, pruned: Shapes, device: torch.device, dtype: str) -> list[int]:
+    """Bytes that the run takes at its peak: plain, with gradient checkpointing, and plain with the dense model as teacher.
+
+    All training comes after the cuts. If little stays of the model, pruning takes more than training.
+    """
     kind = "cpu" if device.type == "cpu" else "cuda"
     how = Setup(kind, uses_bfloat16(device, dtype), _ROW, batch_tokens=BATCH_TOKENS)
     ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
-    return [process_bytes(training_memory(dense, each), kind) for each in ways]
+    pruning = partial(pruning_memory, dense, samples=_SAMPLES, length=_LENGTH, moments=False, reads=True)
+    return [max(process_bytes(parts, kind) for parts in (training_memory(pruned, each), pruning(each))) for each in ways]
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
