@@ -61,10 +61,10 @@ def test_a_slower_machine_gets_a_smaller_plan() -> None:
 def test_five_minutes_do_on_a_machine_a_sixth_or_a_tenth_as_fast() -> None:
     """`make demo` took 7 minutes at least on a busy machine and was refused; smaller steps and fewer windows fit."""
     settings = plan_of(4, own=False, target=105_000_000, read=250, scored=60, trained=95, load=20).settings
-    assert (settings["training.batch_tokens"], settings["evaluation.max_windows"]) == (1024, 4)
+    assert (settings["training.batch_tokens"], settings["evaluation.max_windows"]) == (1024, 2)
     assert plan_of(4).settings["training.batch_tokens"] == 2048
     assert plan_of(4).settings["evaluation.max_windows"] >= 8
-    stalled = plan_of(4.9, own=False, target=105_000_000, read=75, scored=20, trained=29, load=25, gone=0.7).settings
+    stalled = plan_of(5, own=False, target=105_000_000, read=75, scored=20, trained=29, load=25, gone=0.7).settings
     assert (stalled["training.batch_tokens"], stalled["evaluation.max_windows"]) == (512, 2)
 
 
@@ -72,8 +72,8 @@ def test_prompts_are_answered_where_there_is_time() -> None:
     assert "evaluation.prompts" not in plan_of(15, chats=True).settings
     assert plan_of(15, chats=True).seconds["measure"] > plan_of(15).seconds["measure"]
     slow = {"read": 75, "scored": 20, "trained": 29, "load": 25, "target": 105_000_000, "own": False}
-    assert plan_of(4.2, chats=True, **slow).settings["evaluation.prompts"] == []
-    assert plan_of(4.2, chats=True, **slow).seconds == plan_of(4.2, **slow).seconds
+    assert plan_of(4.4, chats=True, **slow).settings["evaluation.prompts"] == []
+    assert plan_of(4.4, chats=True, **slow).seconds == plan_of(4.4, **slow).seconds
 
 
 def test_who_loses_much_or_has_no_text_learns_from_the_dense_model() -> None:
@@ -183,13 +183,13 @@ def test_where_the_dense_model_does_not_fit_beside_it_the_text_alone_teaches() -
 
 
 def test_a_smaller_model_trains_a_little_faster_and_a_teacher_costs_a_pass() -> None:
-    """docs/shrink.md: 0.6 of the share by which the dense model is larger; a forward pass of the dense model."""
+    """docs/shrink.md: 0.6 of the share by which the dense model is larger; a forward pass of the dense model; 0.85 of all."""
     plain = plan_of(60, target=105_000_000, read=685, trained=373)
     taught = plan_of(60, target=105_000_000, read=685, trained=373, text_tokens=100_000)
     assert taught.settings["training.objective"] == "objectives.distil(temperature=1)", "the text is read more than once"
     speeds = [one.settings["training.expected"] / one.seconds["train"] for one in (plain, taught)]
     student = 373 * (1 + 0.6 * (134_515_008 / 105_000_000 - 1))
-    assert speeds == pytest.approx([student, 1 / (1 / student + 1 / 685)], rel=0.01)
+    assert speeds == pytest.approx([0.85 * student, 0.85 / (1 / student + 1 / 685)], rel=0.01)
 
 
 def test_the_shares_of_the_rules_are_where_the_page_says() -> None:

@@ -27,6 +27,7 @@ _SURELY = 0.5  # share of the estimated tokens of a text to rely on: the estimat
 _ONCE = 1.05  # times that a text may be read; above, the model would learn it by heart, so the dense model's predictions teach
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _FASTER = 0.6  # a pruned model trains faster by this much of (dense / pruned parameters - 1)
+_SUSTAINED = 0.85  # of the speed that the probe and the rule above say; a long run is slower
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
 _ROW, LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
 _WINDOWS = (40, 20, 8, 4, 2)
@@ -313,7 +314,7 @@ def _answering(model: Model, machine: Machine) -> float:
 def _training_speed(machine: Machine, model: Model, distilled: bool) -> float:
     """Tokens per second of training the pruned model; a teacher adds a forward pass of the dense model."""
     student = machine.trained * (1 + _FASTER * (model.params / model.target - 1))
-    return 1 / (1 / student + (1 / machine.read if distilled else 0))
+    return _SUSTAINED / (1 / student + (1 / machine.read if distilled else 0))
 
 
 def _rate(model: Model) -> float:
