@@ -16,7 +16,7 @@ from adapt_pruner.reduce import hard_concrete
 from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold, sampled, settled
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import run
-from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
+from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
 
 
 def test_a_draw_is_open_as_often_as_is_expected() -> None:
@@ -159,3 +159,8 @@ def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
+
+
+def test_a_shape_is_met_where_the_budget_asks_for_nothing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run(recipe_of(tiny_folder, text_file, reduce="hard_concrete(layers=2)", budget="100%"), tmp_path / "run")
+    assert read_json(tmp_path / "run" / "model" / "config.json")["num_hidden_layers"] == 2

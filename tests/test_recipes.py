@@ -1,20 +1,24 @@
 """The five published runs: their recipes say what the authors' scripts do, and plan on the real models' shapes alone."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from adapt_pruner.api.arguments import as_overrides
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.compare.request import Request
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import builtin, differing, methods, read
+from adapt_pruner.recipe import builtin, differing, methods, parts, read
+from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.report import with_card
 from adapt_pruner.run.forecast import dry_run
 from conftest import byte_tokenizer
@@ -202,3 +206,41 @@ def test_a_run_folder_of_before_goes_on(tiny_folder: Path, text_file: Path, tmp_
     assert outcome is not None
     assert whole is not None
     assert outcome.mask == whole.mask
+
+
+@pytest.mark.parametrize(("asked", "override", "said"), [
+    ({"calibration.source": "a.txt"}, "calibration={samples: 8}", "would replace the whole table, and drop calibration.source"),
+    ({"calibration.samples": 4}, "calibration.samples=8", "set by its own option and by --set"),
+    ({}, "model=other", "model is set by its own option and by --set"),
+    ({"seed": 5}, "seed=3", "seed is set by its own option and by --set"),
+    ({"calibration.ids": "ids.json"}, "calibration.samples=8", "--calibration-ids fixes every token, so --set calibration.samples would"),
+])  # fmt: skip
+def test_what_an_option_has_set_is_not_set_again(asked: dict[str, Any], override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        to_prune({"model": "x", "budget": "80%", "seed": 0} | asked, overrides=[override])
+    assert to_prune({"model": "x", "budget": "80%", "seed": 0}, overrides=["seed=3"]).seed == 3, "nobody gave another"
+
+
+def test_characters_beyond_two_bytes_are_read_as_json_writes_them() -> None:
+    asked = read({}, overrides=as_overrides({"evaluation.prompts": ["Say hi 😀"]}))
+    assert list(asked.evaluation.prompts) == ["Say hi 😀"]
+    spelled = parts.check("feed", "dynamic(references=/d/😀.json)")
+    assert parts.bind("feed", spelled).keywords["references"] == "/d/😀.json"
+
+
+def test_settings_take_paths_and_numbers_of_numpy() -> None:
+    assert as_overrides({"a": Path("x"), "b": np.float32(0.5), "c": {Path("y"): np.int64(2)}, "d": [None, True]}) == [
+        'a="x"', "b=0.5", 'c={"y": 2}', "d=[null, true]",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"settings\['a'\] <object object at .*> is an object; give text, a number"):
+        as_overrides({"a": object()})
+
+
+def test_calibration_is_set_once() -> None:
+    asked = {"model": "m", "methods": ("random",), "params": ("80%",), "texts": ("t",), "calibration_samples": 4}
+    for override, said in (
+        ("calibration.samples=8", "by its own option and by --set"),
+        ("calibration={length: 64}", "the whole table"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Request(**asked, overrides=(override,)).checked()

@@ -1,5 +1,6 @@
 """`shrink` on a tiny model: plan, run, page; interrupted and gone on with; text in two parts; and what is refused."""
 
+import io
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from adapt_pruner.checkpoint.load import load_shapes
 from adapt_pruner.core.budget import count_parameters
@@ -448,3 +450,19 @@ def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
         match="none of the 1 documents of .* falls in that part, since one in 20 is held out; give a text with more documents",
     ):
         split_off_heldout(str(tmp_path / "chat.jsonl"))
+
+
+def test_a_table_of_the_plan_is_not_replaced(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    """It would train nothing, since the text and its tokens lie in that table."""
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--set", "training={lr: 3e-4}"))
+    assert (status, "--set training=… would replace the whole table, and drop training.source" in lines) == (2, True)
+
+
+def test_a_recipe_goes_to_stdout_where_lines_move_on_a_terminal(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr("adapt_pruner.report.screen.console_on", lambda **_: console)
+    status, said, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run", "--json"))
+    assert status == 0, lines
+    assert json.loads(said)["model"] == str(tiny_folder)

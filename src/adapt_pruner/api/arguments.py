@@ -177,7 +177,25 @@ def as_source(name: str, value: Any) -> str | dict[str, float]:
 def as_overrides(settings: Any) -> list[str]:
     """Further keys of a recipe, in the form of `--set`."""
     given = of_kind("settings", {} if settings is None else settings, Mapping, 'a dict such as {"training.lr": 1e-4}')
-    return [f"{of_kind('the key', key, str, 'a key of a recipe as text')}={to_json(value)}" for key, value in given.items()]
+    return [
+        f"{of_kind('the key', key, str, 'a key of a recipe as text')}={to_json(_as_data(key, value))}"
+        for key, value in given.items()
+    ]
+
+
+def _as_data(key: str, value: Any) -> Any:
+    """A value of a recipe as plain data; paths become text, and numbers of numpy Python's."""
+    if isinstance(value, Mapping):
+        return {str(name) if isinstance(name, Path) else name: _as_data(key, inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_data(key, inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, str | int | float | None) and callable(item := getattr(value, "item", None)):
+        value = item()
+    return of_kind(
+        f"settings[{key!r}]", value, (str, int, float, bool, type(None)), "text, a number, true or false, a list or a table"
+    )
 
 
 def _as_argument(found: re.Match[str]) -> str:

@@ -267,13 +267,14 @@ def compare(
     sizes = () if params is None else as_words("params", params, as_size)
     patterns = () if sparsity is None else as_words("sparsity", sparsity, _word)
     texts = [as_spec("text", one) for one in (text if isinstance(text, list | tuple) else [text])]
+    files = [calibration_ids] if isinstance(calibration_ids, str | Path) else calibration_ids or ()
     keeper = Keeper() if output is None else None
     place = Path(keeper.name) / "compared" if keeper is not None else as_place("output", output)
     with named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
         asked = Request(
             model=name, methods=as_words("methods", methods, _word), params=sizes, sparsity=patterns, texts=tuple(texts),
             calibration=None if calibration is None else as_spec("calibration", calibration),
-            calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in calibration_ids or ()), calibration_samples=calibration_samples,
+            calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in files), calibration_samples=calibration_samples,
             calibration_length=calibration_length,
             draws=None if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=_whole("max_windows", max_windows, 1),
             overrides=tuple(as_overrides(settings)), device=device, dtype=check_precision(dtype), trust_remote_code=trust_remote_code,
@@ -356,6 +357,9 @@ def chat(
         RunError: the model's files are damaged, or a logit is not a number.
     """
     check_precision(dtype)
+    _whole("max_new_tokens", max_new_tokens, 1)
+    if of_kind("temperature", temperature, (int, float), "0 or a positive number") < 0:
+        raise UsageError(f"temperature {temperature} is below 0; give 0, or a positive number such as 0.7")
     if not _word("prompt", prompt).strip():
         raise UsageError("the prompt is empty; write a question or an instruction")
     if seed is not None and not temperature:

@@ -220,6 +220,8 @@ def shrink(
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     started = time.perf_counter()
+    for name, value in (("minutes", minutes), ("hours", hours)):
+        of_kind(name, value, (int, float, type(None)), "a number such as 60")
     long = how_long(minutes, hours, None if tokens is None else as_count("tokens", tokens))
     keep, place = _place(output)
     overrides = as_overrides(settings)

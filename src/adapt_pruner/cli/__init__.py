@@ -6,6 +6,7 @@ Results go to stdout, everything else goes to stderr.
 import _thread
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ from adapt_pruner.cli.run import run
 from adapt_pruner.cli.shrink import shrink
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
-from adapt_pruner.core.files import disk_full_reason
+from adapt_pruner.core.files import disk_full_reason, expanded
 from adapt_pruner.core.streams import filtered
 from adapt_pruner.errors import RunError, UsageError, is_of_all, is_out_of_memory
 
@@ -67,13 +68,17 @@ class _Group(_PlainHelp, TyperGroup):
 
 
 class _Command(_PlainHelp, TyperCommand):
-    """Refuse an option of one value that is given twice, since the parser would take the last one; filter what is printed."""
+    """Refuse an option of one value that is given twice, since the parser would take the last one; filter what is printed.
+
+    `--option=~/place` names the home folder, as `--option ~/place` does, which the shell itself replaces.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         with filtered():
             return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = [re.sub(r"^(--[\w-]+=)(~[\w.-]*)(?=/|$)", lambda found: found[1] + str(expanded(found[2])), word) for word in args]
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         given: Counter[Any] = Counter(
             parameter for parameter in order if parameter.param_type_name == "option" and not parameter.multiple

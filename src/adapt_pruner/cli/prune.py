@@ -142,7 +142,16 @@ def prune(
             ["ask it", typed("chat", out, "What is the capital of France?", "--against", model)],
             [
                 "train it",
-                typed("run", "smollm2-105m", "--set", f"model={out}", "--set", "budget=100%", "--set", "training.source=FILE"),
+                typed(
+                    "run",
+                    "smollm2-105m",
+                    "--set",
+                    f"model={out if '/' in str(out) else f'./{out}'}",
+                    "--set",
+                    "budget=100%",
+                    "--set",
+                    "training.source=FILE",
+                ),
             ],
             ["for llama.cpp", typed("export", out, "--to", "gguf", "-o", f"{out}.gguf")],
         ],

@@ -68,15 +68,16 @@ def shrink(
             common, out, text=text, long=long, overrides=overrides or [], started=started, listen=listen,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        if dry_run:
-            print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
-            return
         try:
-            with reporting(recipe, out, listen) as tell:
-                outcome = with_card.run(recipe, out, listen=tell, trust_remote_code=trust_remote_code)
+            if not dry_run:
+                with reporting(recipe, out, listen) as tell:
+                    outcome = with_card.run(recipe, out, listen=tell, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
             _say_what_there_is(out, listen)
             raise
+    if dry_run:
+        print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
+        return
     figures = outcome.figures if outcome is not None else figures_of(out)
     if as_json:
         print(to_json(figures | {"path": str(out / "model")}))

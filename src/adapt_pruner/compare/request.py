@@ -13,6 +13,7 @@ from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import ALIASES, Recipe, read
+from adapt_pruner.recipe.prune_recipe import refuse_set_twice
 
 __all__ = ["Cell", "Request"]
 
@@ -73,6 +74,12 @@ class Request:
         return {key: value for key, value in given.items() if value is not None}
 
     @property
+    def _given(self) -> dict[str, Any]:
+        """Dotted keys of all recipes that options have set."""
+        text = {} if self.calibration is None else {"calibration.source": self.calibration}
+        return text | {f"calibration.{key}": value for key, value in self._drawn.items()}
+
+    @property
     def num_draws(self) -> int:
         """Number of cells per method and size."""
         return len(self.calibration_ids) or self.draws or _DRAWS
@@ -99,8 +106,8 @@ class Request:
             key = text.partition("=")[0].strip()
             if key in _OWN_KEYS:
                 raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
-            if key == "calibration.source" and self.calibration is not None:
-                raise UsageError(f"{key} is set by --calibration and by --set; leave one of them out")
+
+        refuse_set_twice(self._given, self.overrides)
         if self.calibration_ids and self._drawn:
             raise UsageError(
                 "--calibration-ids fix every token, so --calibration-samples and --calibration-length would be ignored; leave them out"
@@ -155,10 +162,7 @@ class Request:
         Raises:
             UsageError: there is no such method or key, or a value is out of range.
         """
-        common: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype}
-        if self.calibration is not None:
-            common["calibration.source"] = self.calibration
-        common |= {f"calibration.{key}": value for key, value in self._drawn.items()}
+        common: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype, **self._given}
         return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:

@@ -66,12 +66,20 @@ class _Strict(yaml.SafeLoader):
                 node.start_mark,
             )
         try:
-            return super().construct_object(node, deep)
+            made = super().construct_object(node, deep)
+            return _whole(made) if isinstance(made, str) else made
         except yaml.YAMLError:
             raise
         except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
             raise _Refused(None, None, f"{scalar[:40]!r} is not a valid {kind}; quote it", node.start_mark) from error
+
+
+def _whole(text: str) -> str:
+    """The text with pairs of half characters joined: JSON writes characters beyond U+FFFF as two escapes, YAML reads each by itself."""
+    return (
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") if re.search("[\ud800-\udbff]", text) else text
+    )
 
 
 _Strict.yaml_implicit_resolvers = {  # a date is a word, and so is 2:4, to YAML the number 124: no key of a recipe takes such

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from adapt_pruner.core.budget import check_written, parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT
+from adapt_pruner.core.files import expanded
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -477,7 +478,7 @@ def differing(one: Recipe, other: Recipe) -> list[str]:
 
 def _read_yaml(name: str) -> dict[str, Any]:
     try:
-        return read_keys(builtin().get(name) or methods().get(ALIASES.get(name, name)) or Path(name), name)
+        return read_keys(builtin().get(name) or methods().get(ALIASES.get(name, name)) or expanded(name), name)
     except FileNotFoundError as error:
         raise UsageError(
             f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"

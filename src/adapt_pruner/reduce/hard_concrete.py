@@ -131,7 +131,9 @@ class HardConcrete(Reduction):
 
     def steps(self, work: Work, target: int) -> Iterator[Change | MasksLearnt]:
         """Train weights and masks and report every ten steps; then yield the cut."""
-        if work.num_params <= target:
+        if work.num_params <= target and not (
+            any(self.shape.values()) and self._given(work)
+        ):  # a shape is met whatever the budget
             return
         assert work.training is not None
         assert work.optimizer is not None

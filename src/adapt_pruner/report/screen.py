@@ -67,7 +67,11 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
         yield Screen(console)
         return
     shown = Screen(console, moves=True)
-    with Live(console=console, transient=True, refresh_per_second=8, get_renderable=shown.render), filtered():
+    of_users = sys.stdout.isatty()  # what is printed beside the moving lines; a file gets it as it is
+    with (
+        Live(console=console, transient=True, refresh_per_second=8, get_renderable=shown.render, redirect_stdout=of_users),
+        filtered(),
+    ):
         yield shown
 
 

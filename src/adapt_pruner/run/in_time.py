@@ -16,12 +16,15 @@ from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.plan.rules import LENGTH, Asked, planned
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.recipe.prune_recipe import refuse_tables
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.trackers import check_trackers
 
 __all__ = ["recipe_in_time"]
 
+_PLANNED = ("calibration.source", "training.source", "training.tokens", "evaluation.source")
+"""Keys that every plan sets, one at least in each table that it fills."""
 _ASKED = re.compile(r"shrink to (.+?)(?: in ([\d.e+]+) minutes)?")
 """An `about` as `_about` writes it."""
 
@@ -61,6 +64,7 @@ def recipe_in_time(
         raise UsageError(
             f"{named['about']!r} would replace the words by which shrink recognises a run that it continues; leave about out"
         )
+    refuse_tables(_PLANNED, overrides)
     minutes, tokens = long
     parts = split_off_heldout(text or DEFAULT_TEXT)
     train, held_out = parts.train, parts.held_out
