@@ -258,6 +258,25 @@ def test_weights_are_saved_in_the_precision_asked_for(tmp_path: Path) -> None:
     assert load(str(tmp_path / "model"), dtype=None).model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("cuts", [True, False])
+def test_settings_for_sampling_that_do_not_sample_are_saved_as_they_are(cuts: bool, tmp_path: Path) -> None:
+    """Transformers warns of such a file, which many published models have, and refuses to save one that was changed."""
+    sampling = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+    save(tiny_model(vocab_size=VOCAB), byte_tokenizer(), tmp_path / "dense", dtype=torch.float32)
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(sampling))
+    loaded = load(str(tmp_path / "dense"))
+    if cuts:
+        cut(loaded.model, families.axes(loaded.model), Mask({"vocabulary": torch.arange(VOCAB) > 0}))
+    else:
+        loaded.model.generation_config.eos_token_id = 1
+    settings = loaded.model.generation_config
+    save(loaded.model, loaded.tokenizer, tmp_path / "model", dtype=torch.float32)
+    assert loaded.model.generation_config is settings
+    saved = read_json(tmp_path / "model" / "generation_config.json")
+    assert {key: saved.get(key) for key in sampling} == sampling | {"eos_token_id": 1}
+    assert load(str(tmp_path / "model")).model.generation_config.eos_token_id == 1
+
+
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(KeyError), whole_or_nothing(tmp_path / "out") as folder:
         (folder / "half").write_text("…")
