@@ -639,6 +639,23 @@ def test_peft_knows_what_to_adapt(tmp_path: Path) -> None:
     assert any("lora" in name for name, _ in adapted.named_parameters())
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_model_that_the_code_in_its_folder_has_built_is_saved_again(equal: bool, tmp_path: Path) -> None:
+    """The config class of that code adds the prefix to the model type by itself."""
+    model, _ = pruned(("llama", "llama"), kinds=())
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    config = modeling_pruned.PrunedLlamaConfig.from_pretrained(tmp_path / "model")
+    built = modeling_pruned.PrunedLlamaForCausalLM.from_pretrained(tmp_path / "model", config=config)
+    if equal:  # from now on stock classes can build it
+        axes = families.axes(built)
+        cut(built, axes, Mask({axis.name: torch.arange(axis.size) < 9 for axis in axes if axis.kind == "neurons"}))
+    save(built, byte_tokenizer(), tmp_path / "again", dtype=torch.float32)
+    assert read_json(tmp_path / "again" / "config.json")["model_type"] == ("llama" if equal else "pruned_llama")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(str(tmp_path / "again")).model(ids).logits, built(ids).logits)
+
+
 def test_a_process_may_load_one_folder_after_another(tmp_path: Path) -> None:
     """Transformers remembers one model class a config class, so folders whose code differs have config classes of their own."""
     code = """
