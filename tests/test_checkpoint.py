@@ -258,6 +258,25 @@ def test_weights_are_saved_in_the_precision_asked_for(tmp_path: Path) -> None:
     assert load(str(tmp_path / "model"), dtype=None).model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("said", ["float16", None])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_the_precision_is_that_of_the_weights(stored: torch.dtype, sharded: bool, said: str | None, tmp_path: Path) -> None:
+    """Whatever config.json says, and though a few numbers of the file have another."""
+    model = tiny_model(vocab_size=VOCAB).to(stored)
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "model", max_shard_size="60KB" if sharded else "5GB")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) == sharded
+    config = read_json(tmp_path / "model" / "config.json")
+    config["dtype"] = said
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    assert load(str(tmp_path / "model")).dtype == stored
+    assert load(str(tmp_path / "model"), dtype=None).model.model.embed_tokens.weight.dtype == stored
+
+
 @pytest.mark.parametrize("cuts", [True, False])
 def test_settings_for_sampling_that_do_not_sample_are_saved_as_they_are(cuts: bool, tmp_path: Path) -> None:
     """Transformers warns of such a file, which many published models have, and refuses to save one that was changed."""

@@ -23,6 +23,7 @@ from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import stock_type
 from adapt_pruner.checkpoint.kept import alone, dequantised_folder, keep, models_folder
 from adapt_pruner.checkpoint.save import needs_own_code, save
+from adapt_pruner.checkpoint.stored import stored_dtype
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.axes import Mask
@@ -181,6 +182,10 @@ def _load(
         options["gguf_file"] = gguf
     config = _config(folder, options, name, any_family=any_family)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if fresh is None and gguf is None:
+        named = getattr(config, "transformers_weights", None)
+        check_weights(folder, named, name)
+        stored = stored_dtype(folder, named) or stored
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
@@ -438,8 +443,6 @@ def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: i
 
 
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
-    if "gguf_file" not in options:
-        check_weights(folder, getattr(config, "transformers_weights", None), name)
     model_class, options = _model_class(config, options)
     try:
         model, info = model_class.from_pretrained(
