@@ -179,9 +179,10 @@ def test_vllm_builds_a_qwen2_of_fewer_heads_by_transformers() -> None:
         "num_hidden_layers": 1,
         "hidden_act": "silu",
     }
-    assert any("vllm serve . --model-impl transformers\n" in said for said in loading(config))
-    for plain in (config | {"num_attention_heads": 6}, config | {"model_type": "llama"}):
-        assert any("vllm serve .\n" in said for said in loading(plain))
+    for commands in (loading, form_of("uniform").loading, form_of("padded").loading):
+        assert any("vllm serve . --model-impl transformers\n" in said for said in commands(config))
+        for plain in (config | {"num_attention_heads": 6}, config | {"model_type": "llama"}):
+            assert any("vllm serve .\n" in said for said in commands(plain))
 
 
 @pytest.mark.parametrize("form", ["uniform", "padded", "decilm", "onnx"])

@@ -258,6 +258,44 @@ def test_weights_are_saved_in_the_precision_asked_for(tmp_path: Path) -> None:
     assert load(str(tmp_path / "model"), dtype=None).model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("said", ["float16", None])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_the_precision_is_that_of_the_weights(stored: torch.dtype, sharded: bool, said: str | None, tmp_path: Path) -> None:
+    """Whatever config.json says, and though a few numbers of the file have another."""
+    model = tiny_model(vocab_size=VOCAB).to(stored)
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "model", max_shard_size="60KB" if sharded else "5GB")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) == sharded
+    config = read_json(tmp_path / "model" / "config.json")
+    config["dtype"] = said
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    assert load(str(tmp_path / "model")).dtype == stored
+    assert load(str(tmp_path / "model"), dtype=None).model.model.embed_tokens.weight.dtype == stored
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+def test_settings_for_sampling_that_do_not_sample_are_saved_as_they_are(cuts: bool, tmp_path: Path) -> None:
+    """Transformers warns of such a file, which many published models have, and refuses to save one that was changed."""
+    sampling = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+    save(tiny_model(vocab_size=VOCAB), byte_tokenizer(), tmp_path / "dense", dtype=torch.float32)
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(sampling))
+    loaded = load(str(tmp_path / "dense"))
+    if cuts:
+        cut(loaded.model, families.axes(loaded.model), Mask({"vocabulary": torch.arange(VOCAB) > 0}))
+    else:
+        loaded.model.generation_config.eos_token_id = 1
+    settings = loaded.model.generation_config
+    save(loaded.model, loaded.tokenizer, tmp_path / "model", dtype=torch.float32)
+    assert loaded.model.generation_config is settings
+    saved = read_json(tmp_path / "model" / "generation_config.json")
+    assert {key: saved.get(key) for key in sampling} == sampling | {"eos_token_id": 1}
+    assert load(str(tmp_path / "model")).model.generation_config.eos_token_id == 1
+
+
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(KeyError), whole_or_nothing(tmp_path / "out") as folder:
         (folder / "half").write_text("…")
@@ -618,6 +656,23 @@ def test_peft_knows_what_to_adapt(tmp_path: Path) -> None:
     theirs = modeling_pruned.PrunedLlamaForCausalLM.from_pretrained(tmp_path / "model", config=config)
     adapted = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM"))
     assert any("lora" in name for name, _ in adapted.named_parameters())
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_model_that_the_code_in_its_folder_has_built_is_saved_again(equal: bool, tmp_path: Path) -> None:
+    """The config class of that code adds the prefix to the model type by itself."""
+    model, _ = pruned(("llama", "llama"), kinds=())
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
+    config = modeling_pruned.PrunedLlamaConfig.from_pretrained(tmp_path / "model")
+    built = modeling_pruned.PrunedLlamaForCausalLM.from_pretrained(tmp_path / "model", config=config)
+    if equal:  # from now on stock classes can build it
+        axes = families.axes(built)
+        cut(built, axes, Mask({axis.name: torch.arange(axis.size) < 9 for axis in axes if axis.kind == "neurons"}))
+    save(built, byte_tokenizer(), tmp_path / "again", dtype=torch.float32)
+    assert read_json(tmp_path / "again" / "config.json")["model_type"] == ("llama" if equal else "pruned_llama")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(str(tmp_path / "again")).model(ids).logits, built(ids).logits)
 
 
 def test_a_process_may_load_one_folder_after_another(tmp_path: Path) -> None:

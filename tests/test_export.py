@@ -222,6 +222,20 @@ def test_a_decilm_folder_loads_from_block_configs_alone(tmp_path: Path) -> None:
     assert found["engine"].endswith("DeciLMForCausalLM")
 
 
+def test_a_decilm_folder_has_the_number_of_query_heads_that_its_layers_have(tmp_path: Path) -> None:
+    """Two in each: two of one KV head, or one each of two KV heads. The most of both would be four."""
+    model = tiny_model(vocab_size=VOCAB, intermediate_size=256)
+    kept = {f"layers.{i}.kv_heads": torch.arange(3) < (2 if i == 1 else 1) for i in range(3)}
+    kept["layers.1.query_heads"] = torch.tensor([True, False] * 3)
+    cut(model, families.axes(model), Mask(kept))
+    export(as_loaded(model), tmp_path / "out", to="decilm")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 2)
+    assert [block["attention"]["n_heads_in_group"] for block in config["block_configs"]] == [2, 1, 2]
+    found = compared(as_loaded(model), tmp_path / "out", trust_remote_code=True)
+    assert found["passed"], found["failures"]
+
+
 @pytest.mark.parametrize("form", ["padded", "decilm"])
 def test_the_command_that_export_prints_works(
     form: str,
@@ -265,6 +279,7 @@ def test_an_onnx_graph_takes_any_batch_and_length(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     loaded = as_loaded(unequal())
     attention = loaded.model.config._attn_implementation
+    loaded.model.generation_config.temperature = 0.6  # without do_sample, which transformers refuses to save
     export(loaded, tmp_path / "out", to="onnx")
     assert loaded.model.config._attn_implementation == attention
     session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])

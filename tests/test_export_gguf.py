@@ -80,6 +80,8 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
         ([("ByteLevel", True)], "gpt-2"),
         ([("Split", r"\w+"), ("ByteLevel", False)], None),
         ([("Digits", False), ("ByteLevel", True)], None),
+        ([("Split", r"\d+"), ("Split", LLAMA3), ("ByteLevel", False)], None),
+        ([("Digits", False), ("Digits", True), ("ByteLevel", True)], None),
     ],
 )
 def test_the_way_text_is_split_has_llama_cpps_name(steps: list[tuple[str, Any]], name: str | None) -> None:

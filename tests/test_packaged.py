@@ -11,10 +11,12 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+from adapt_pruner.checkpoint import kept
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import Packaged, has_weights, load
+from adapt_pruner.checkpoint.save import save
 from adapt_pruner.errors import RunError, UsageError
-from conftest import HANGS, VOCAB, tiny_model
+from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -161,7 +163,7 @@ def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.Mon
     file = tmp_path / "tiny.gguf"
     write_gguf(file, tiny_model(vocab_size=VOCAB + 1))
     first = load(str(file))
-    (kept,) = (tmp_path / "cache" / "models").iterdir()
+    (kept,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
     written = (kept / "model.safetensors").read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(loading, "_check_reader", lambda name: pytest.fail("the GGUF file was read again"))
@@ -178,6 +180,21 @@ def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     write_gguf(file, other := tiny_model(vocab_size=VOCAB + 1, seed=5))  # the name stays, the bytes do not
     assert torch.equal(load(str(file)).model.lm_head.weight, other.lm_head.weight)
+
+
+def test_who_has_dequantised_it_too_leaves_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
+    folder = kept.dequantised_folder(Path(__file__))
+    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
+    others = Thread(target=kept.keep, args=(model, tokenizer, folder))
+    with kept.alone(folder):
+        others.start()
+        others.join(timeout=0.5)
+        assert others.is_alive(), "it waits for the one who is making it"
+        save(model, tokenizer, folder, dtype=torch.float32)
+    others.join(timeout=HANGS)
+    kept.keep(model, tokenizer, folder)
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 
 def test_a_gguf_file_loads_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

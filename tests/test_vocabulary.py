@@ -327,12 +327,20 @@ def test_a_step_of_adam_follows(layout: tuple[str, str]) -> None:
 def test_configs_name_tokens_by_their_new_numbers() -> None:
     model = tiny_model(pad_token_id=6)
     model.config.eos_token_id, model.generation_config.eos_token_id = [2, 5, 9], [9, 2]
+    model.generation_config.suppress_tokens, model.generation_config.begin_suppress_tokens = [0, 7, 96], [4]
+    model.generation_config.bad_words_ids = [[7], [3, 0], [9, 96, 7]]
+    model.generation_config.forced_bos_token_id, model.generation_config.forced_eos_token_id = 3, [9, 5]
     keep = torch.ones(97, dtype=torch.bool)
     keep[[0, 1, 4, 5]] = False
     axes = families.axes(model)
     cut(model, axes, Mask({"vocabulary": keep}))
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (None, [0, 5], 2)
-    assert model.generation_config.eos_token_id == [5, 0]
+    settings = model.generation_config
+    assert settings.eos_token_id == [5, 0]
+    assert (settings.suppress_tokens, settings.begin_suppress_tokens) == ([3, 92], None)
+    assert settings.bad_words_ids == [[3], [5, 92, 3]], "a word that has lost a token cannot be written any more"
+    assert (settings.forced_bos_token_id, settings.forced_eos_token_id) == (1, [5])
+    settings.forced_bos_token_id = None
     assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == 93
     assert model.generate(torch.tensor([[90, 92]]), max_new_tokens=5, do_sample=False).max() < 93
     keep = torch.ones(93, dtype=torch.bool)

@@ -40,8 +40,8 @@ def stock_type(config: Mapping[str, Any]) -> Any:
 
 
 def _config(config: dict[str, Any]) -> dict[str, Any]:
-    own = {"model_type": _PREFIX + config["model_type"]} if "auto_map" in config else {}
-    return _older_rope(config) | own
+    prefix = _PREFIX if "auto_map" in config else ""
+    return _older_rope(config) | {"model_type": prefix + stock_type(config)}  # the class of the config may have added the prefix
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:

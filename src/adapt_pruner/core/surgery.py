@@ -23,6 +23,8 @@ from adapt_pruner.core.hooks import attached
 
 __all__ = ["cut", "first", "gated", "multiply", "num_left", "with_first", "write_sizes"]
 
+_MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
+"""Fields of a generation config that name tokens which a cut may remove all the same."""
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers
 
 
@@ -394,13 +396,22 @@ def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
     """Renumber, in place, the unit numbers in the configs and paddings of `model`; the number of a removed unit becomes None."""
     new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
     for config in (model.config, getattr(model, "generation_config", None)):
-        for field in fields:
+        for field in (*fields, *_MAY_GO):
             old = getattr(config, field, None)
             if old is not None:
-                setattr(config, field, [new[i] for i in old if i in new] if isinstance(old, list) else new.get(old))
+                setattr(config, field, _renumbered(old, new))
     for module in model.modules():
         if getattr(module, "padding_idx", None) is not None:
             module.padding_idx = new.get(module.padding_idx)  # type: ignore[assignment]
+
+
+def _renumbered(old: Any, new: Mapping[int, int]) -> Any:
+    """A number or a list of numbers, renumbered. Of a list of lists those stay that lose no number. None if nothing stays."""
+    if not isinstance(old, list):
+        return new.get(old)
+    if any(isinstance(one, list) for one in old):
+        return [[new[i] for i in word] for word in old if all(i in new for i in word)] or None
+    return [new[i] for i in old if i in new] or None
 
 
 def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: Mapping[int, Tensor]) -> None:

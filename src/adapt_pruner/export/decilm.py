@@ -44,14 +44,13 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     sizes = layer_sizes(model)
     _refuse_unheld(model, sizes)
     wide = [replace(size, neurons=-(-size.neurons // DECILM_MULTIPLE) * DECILM_MULTIPLE) for size in sizes]
-    blocks = [_block(size, model.config.hidden_size) for size in wide]
+    blocks, most = [_block(size, model.config.hidden_size) for size in wide], widest(wide)
 
     def as_decilm(folder: Path) -> None:
         """Turn, in place, the written config into one of DeciLM."""
         config: dict[str, Any] = read_json(folder / "config.json")
         for key in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "layer_types", "sliding_window"):
             config.pop(key, None)
-        most = widest(wide)
         config |= {
             "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": blocks,
             "auto_map": {
@@ -59,7 +58,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
                 "AutoModel": "modeling_decilm.DeciLMModel",
                 "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
             },
-            "num_attention_heads": most.heads, "num_key_value_heads": most.kv_heads, "intermediate_size": most.neurons,
+            "num_attention_heads": sizes[0].heads, "num_key_value_heads": most.kv_heads, "intermediate_size": most.neurons,
         }  # fmt: skip
         (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
         for name in ("configuration_decilm.py", "modeling_decilm.py"):
@@ -100,14 +99,14 @@ def _refuse_unheld(model: Any, sizes: list[LayerSizes]) -> None:
         )
     if any(getattr(config, key, False) for key in ("attention_bias", "mlp_bias", "output_bias")):
         raise UsageError("DeciLM has no biases, and this model has some; use --to gguf")
-    if not accepted(model, widest(sizes)):
-        raise UsageError(
-            f"DeciLM's config wants the number of query heads, {widest(sizes).heads}, to divide the width, {model.config.hidden_size}; use "
-            "--to padded or gguf"
-        )
     heads = sorted({size.heads for size in sizes})
     if len(heads) > 1:
         raise UsageError(
             f"DeciLM has one number of query heads for all layers, and those of this model have between {heads[0]} and "
             f"{heads[-1]}; prune with --set axes=[neurons] or --set equal_widths=true, or use --to padded or gguf"
+        )
+    if not accepted(model, sizes[0]):
+        raise UsageError(
+            f"DeciLM's config wants the number of query heads, {heads[0]}, to divide the width, {model.config.hidden_size}; use "
+            "--to padded or gguf"
         )

@@ -85,15 +85,21 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
     """The steps of a pre-tokenizer, by type."""
+    return {step["type"]: step for step in _in_order(pre_tokenizer)}
+
+
+def _in_order(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a pre-tokenizer, of which several may be of one type."""
     if pre_tokenizer is None:
-        return {}
-    inner = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    return {step["type"]: step for step in inner}
+        return []
+    return list(pre_tokenizer["pretokenizers"]) if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
 
 
 def _pre(pre_tokenizer: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for a byte-level tokenizer's pre-tokenizer; None if it has none."""
     steps = _steps(pre_tokenizer)
+    if len(steps) != len(_in_order(pre_tokenizer)):  # llama.cpp's names stand for one step of a type
+        return None
     level = steps.pop("ByteLevel")
     if level.get("add_prefix_space"):
         return None

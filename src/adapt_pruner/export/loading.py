@@ -5,7 +5,7 @@ from typing import Any
 
 from adapt_pruner.checkpoint.compatible_names import stock_type
 
-__all__ = ["GGUF_TYPES", "in_transformers", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
+__all__ = ["GGUF_TYPES", "in_transformers", "in_vllm", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
 
 GGUF_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """The model types that `export --to gguf` can write -> llama.cpp's architecture."""
@@ -29,15 +29,8 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
         yield "**vLLM** has no place for SLoRB matrices."
     elif own_code:
         yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
-    elif (
-        stock_type(config) == "qwen2"
-        and config.get("head_dim")
-        and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]
-    ):
-        why = "Its own Qwen2 (of 0.32) takes the size of a head from the width of the model, which is another here; transformers' does not"
-        yield f"**vLLM**. {why}:\n\n```sh\nvllm serve . --model-impl transformers\n```"
     else:
-        yield "**vLLM**:\n\n```sh\nvllm serve .\n```"
+        yield in_vllm(config)
     if (trouble := no_gguf(config)) is not None:
         yield (
             f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
@@ -65,6 +58,15 @@ def in_transformers(own_code: bool) -> str:
         'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
     )
+
+
+def in_vllm(config: Mapping[str, Any]) -> str:
+    """Commands for a folder of the stock class in vLLM."""
+    head_dim = config.get("head_dim")
+    if stock_type(config) == "qwen2" and head_dim and head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        why = "Its own Qwen2 (of 0.32) takes the size of a head from the width of the model, which is another here; transformers' does not"
+        return f"**vLLM**. {why}:\n\n```sh\nvllm serve . --model-impl transformers\n```"
+    return "**vLLM**:\n\n```sh\nvllm serve .\n```"
 
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_nothing
+from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
@@ -73,7 +73,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         config = copy.deepcopy(model.config)
         config.__dict__.pop("auto_map", None)
         config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        write_generation_config(model, folder)
         loaded.tokenizer.save_pretrained(folder)
     return [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
 

@@ -14,7 +14,7 @@ from adapt_pruner.core.children import talking
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
-from adapt_pruner.export.loading import in_transformers
+from adapt_pruner.export.loading import in_transformers, in_vllm
 
 __all__ = ["holds", "loading", "opened"]
 
@@ -26,8 +26,9 @@ def holds(artefact: Path) -> bool:
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
     """Commands for its card that use transformers and vLLM."""
-    yield in_transformers(bool(config.get("auto_map")))
-    yield f"**vLLM**:\n\n```sh\nvllm serve .{' --trust-remote-code' if config.get('auto_map') else ''}\n```"
+    own_code = bool(config.get("auto_map"))
+    yield in_transformers(own_code)
+    yield "**vLLM**:\n\n```sh\nvllm serve . --trust-remote-code\n```" if own_code else in_vllm(config)
 
 
 @contextmanager
