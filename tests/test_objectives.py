@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapt_pruner.core import loss as core_loss
-from adapt_pruner.core.loss import nll_of_logits, through_head
+from adapt_pruner.core.loss import log_softmax_, nll_of_logits, through_head
 from adapt_pruner.core.precision import precision
 from adapt_pruner.errors import UsageError
 from adapt_pruner.train.objectives import distil, lm
@@ -319,3 +319,12 @@ def test_the_gradient_in_bfloat16_is_as_close_as_autocast_is(alpha: float | None
     error, usual = (float((found - exact).norm() / exact.norm()) for found in (gradient(ours, "bfloat16"), plain))
     assert 0 < error < 1.5 * usual
     assert usual < 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (5, 1000), (128, 4099), (2, 49_152)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_log_softmax_in_place_is_that_of_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits = 9 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = torch.log_softmax(logits, -1)
+    assert log_softmax_(logits) is logits
+    assert torch.equal(logits, expected)

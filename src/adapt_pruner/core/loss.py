@@ -12,6 +12,7 @@ __all__ = [
     "MAX_LOGITS",
     "LogitLoss",
     "capped",
+    "log_softmax_",
     "logit_cap",
     "nll_of_logits",
     "through_head",
@@ -113,13 +114,24 @@ def nll_of_logits(targets: Tensor) -> LogitLoss:
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         target = targets[rows, None]
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        nll = (normaliser - logits.gather(1, target)).sum()
+        log_p = log_softmax_(logits)
+        nll = -log_p.gather(1, target).sum()
         if gradient:
-            logits.sub_(normaliser).exp_().scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+            log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=log_p.dtype))
         return nll
 
     return loss
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
+    """The log-softmax over the last dimension, in place; returns the same tensor.
+
+    On a CPU, losses of many logits wait for memory. torch's log-softmax reads a row once while it lies in the cache, and its
+    logsumexp goes over all logits several times.
+    """
+    if logits.device.type == "cpu":
+        return torch.log_softmax(logits, -1, out=logits)
+    return logits.copy_(torch.log_softmax(logits, -1))
 
 
 def logit_cap(model: Any) -> float | None:

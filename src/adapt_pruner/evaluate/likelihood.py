@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.loss import capped, logit_cap, through_head
+from adapt_pruner.core.loss import capped, log_softmax_, logit_cap, through_head
 from adapt_pruner.core.precision import precision, uses_bfloat16
 from adapt_pruner.errors import RunError, UsageError
 
@@ -263,8 +263,8 @@ def _predictions(model: Any, hidden: Tensor, wanted: Tensor) -> tuple[list[float
     def read(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         start, end = torch.searchsorted(which, torch.tensor([rows.start, rows.stop], device=which.device)).tolist()
         here, asked = which[start:end] - rows.start, tokens[start:end]
-        values[order[start:end]] = logits[here, asked] - logits.logsumexp(-1)[here]
         likeliest[order[start:end]] = logits.argmax(-1)[here] == asked
+        values[order[start:end]] = log_softmax_(logits)[here, asked]
         return logits.new_zeros(())
 
     through_head(hidden, model.get_output_embeddings(), capped(read, logit_cap(model)))

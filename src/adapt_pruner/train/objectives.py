@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.loss import LogitLoss, logit_cap, nll_of_logits
+from adapt_pruner.core.loss import LogitLoss, log_softmax_, logit_cap, nll_of_logits
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.errors import UsageError
@@ -94,18 +94,18 @@ def kl_of_logits(
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)
-        wanted = wanted if cap is None else cap * torch.tanh(wanted / cap)
-        log_p, log_q = torch.log_softmax(wanted / t, -1), torch.log_softmax(logits / t, -1)
+        wanted = wanted if cap is None else wanted.div_(cap).tanh_().mul_(cap)
+        ours = logits if t == 1 and alpha == 1 else logits / t  # the logits themselves may be overwritten
+        log_p, log_q = log_softmax_(wanted if t == 1 else wanted.div_(t)), log_softmax_(ours)
         p = log_p.exp()
-        kl = (p * (log_p - log_q)).sum()
-        total = alpha * t**2 * kl
+        total = alpha * t**2 * torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
         if alpha < 1:
             total = total + (1 - alpha) * nll(logits, rows, gradient)
         if gradient:
             slope = log_q.exp_().sub_(p).mul_(alpha * t)
             if alpha < 1:
                 logits.mul_(1 - alpha).add_(slope)
-            else:
+            elif slope is not logits:
                 logits.copy_(slope)
         return total
 
