@@ -43,8 +43,8 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast all floating-point weights, in place; ties stay.
 
-    Unlike `model.to(dtype)` this leaves buffers as they are. The frequencies of rotary embeddings are buffers, and rounding them to
-    bfloat16 turns queries and keys at position 1,000 by more than a radian.
+    Unlike `model.to(dtype)` this leaves buffers as they are, among them the frequencies of rotary embeddings, which a pass in mixed
+    precision does not round either.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
