@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import logging
 
 import adapt_pruner as ap
@@ -457,3 +458,14 @@ def test_a_notebook_shows_one_output_that_changes_and_keeps_its_lines(
     assert not any("scoring" in line for line in last), "lines that come often are the bar's"
     said = capsys.readouterr()
     assert said.out + said.err == ""
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_in_memory_may_have_any_generation_config(known: bool, text_file: Path) -> None:
+    """transformers refuses to save sampling settings without do_sample once anything was changed."""
+    config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = tiny_model(vocab_size=VOCAB) if known else AutoModelForCausalLM.from_config(config)
+    model.generation_config.temperature = 0.6
+    model.generation_config.pad_token_id = 0
+    found = ap.evaluate(model, tokenizer=byte_tokenizer(), text=text_file, window=16, max_windows=2)
+    assert found.perplexity > 1

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.save import save
+from adapt_pruner.checkpoint.save import save, save_unchecked
 from adapt_pruner.core import world
 from adapt_pruner.core.events import Listener, Warned, parse
 from adapt_pruner.core.files import expanded
@@ -270,7 +270,7 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
         if families.is_known(model.config):
             save(twin, tokenizer, folder, dtype=dtype)
         else:
-            twin.save_pretrained(folder)
+            save_unchecked(twin, folder)
             tokenizer.save_pretrained(folder)
         yield str(folder)
 

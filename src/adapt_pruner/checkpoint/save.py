@@ -36,8 +36,17 @@ from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = [
-    "SHARD_BYTES", "can_save_unequal_layers", "check_empty", "check_fits", "check_target", "needs_own_code", "save", "stock_class",
-    "whole_or_nothing", "write_generation_config",
+    "SHARD_BYTES",
+    "can_save_unequal_layers",
+    "check_empty",
+    "check_fits",
+    "check_target",
+    "needs_own_code",
+    "save",
+    "save_unchecked",
+    "stock_class",
+    "whole_or_nothing",
+    "write_generation_config",
 ]  # fmt: skip
 
 SHARD_BYTES = 50_000_000_000  # the most bytes that transformers writes into one weight file
@@ -229,11 +238,20 @@ def _save_weights(model: Any, folder: Path, dtype: torch.dtype, weights: Mapping
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
+    save_unchecked(model, folder, state_dict=state)
+
+
+def save_unchecked(model: Any, folder: Path, **options: Any) -> None:
+    """Save a model as its `save_pretrained(folder, **options)` does, with whatever its generation_config says.
+
+    transformers refuses to save one that was changed and has settings for sampling, such as `temperature`, without `do_sample`.
+    Many published models have those, and a cut changes the numbers of the tokens in it.
+    """
     own = getattr(model, "generation_config", None)
     try:
-        if own is not None:  # transformers would check it; see `write_generation_config`
+        if own is not None:
             model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, **options)
     finally:
         if own is not None:
             model.generation_config = own
@@ -241,10 +259,6 @@ def _save_weights(model: Any, folder: Path, dtype: torch.dtype, weights: Mapping
 
 
 def write_generation_config(model: Any, folder: Path) -> None:
-    """Write a model's generation_config.json to `folder`, with whatever it says.
-
-    Its own `save_pretrained` would refuse one that was changed and has settings for sampling, such as `temperature`, without
-    `do_sample`. Many published models have those, and a cut changes the numbers of the tokens in it.
-    """
+    """Write a model's generation_config.json to `folder`, with whatever it says; see `save_unchecked`."""
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
