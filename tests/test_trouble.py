@@ -151,7 +151,7 @@ def test_a_comparison_is_told_its_text_once() -> None:
     asked = Request(
         model="m", methods=("flap",), params=("80%",), texts=("t",), calibration="a", overrides=("calibration.source=b",)
     )
-    with pytest.raises(UsageError, match="calibration.source is set by --calibration and by --set; leave one of them out"):
+    with pytest.raises(UsageError, match="calibration.source is set by its own option and by --set; leave one of them out"):
         asked.checked()
 
 
