@@ -47,7 +47,7 @@ __all__ = [
     "stock_class",
     "whole_or_nothing",
     "write_generation_config",
-]  # fmt: skip
+]
 
 SHARD_BYTES = 50_000_000_000  # the most bytes that transformers writes into one weight file
 

@@ -135,6 +135,7 @@ def prune(
     peak = figures["peak_rss_bytes"] / 2**30
     print(f"\n{counted(figures['iterations'], 'iteration')} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
     print(f"saved {out} ({millions(figures['params_after'])} parameters)\n")
+    named = out if "/" in str(out) else f"./{out}"  # so that YAML reads no number
     print_table(
         ["next", ""],
         [
@@ -142,16 +143,7 @@ def prune(
             ["ask it", typed("chat", out, "What is the capital of France?", "--against", model)],
             [
                 "train it",
-                typed(
-                    "run",
-                    "smollm2-105m",
-                    "--set",
-                    f"model={out if '/' in str(out) else f'./{out}'}",
-                    "--set",
-                    "budget=100%",
-                    "--set",
-                    "training.source=FILE",
-                ),
+                typed("run", "smollm2-105m", "--set", f"model={named}", "--set", "budget=100%", "--set", "training.source=FILE"),
             ],
             ["for llama.cpp", typed("export", out, "--to", "gguf", "-o", f"{out}.gguf")],
         ],

@@ -106,7 +106,6 @@ class Request:
             key = text.partition("=")[0].strip()
             if key in _OWN_KEYS:
                 raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
-
         refuse_set_twice(self._given, self.overrides)
         if self.calibration_ids and self._drawn:
             raise UsageError(

@@ -41,12 +41,14 @@ class Split:
         Plain text is estimated by the beginning of its first document. A conversation is one row, cut at `length` tokens, and is
         left out if the assistant says nothing by then. So conversations are estimated by the rows of the first 200.
         """
-        chats = list(itertools.islice(read(self.train), _CHATS))
-        sample = chats[0].text[:_SAMPLE]
+        documents = read(self.train)
+        first = next(documents)
+        sample = first.text[:_SAMPLE]
         each = len(tokenizer(sample, add_special_tokens=False)["input_ids"]) / len(sample)
         held_out = round(self.held_out_characters * each)
-        if not chats[0].messages:
+        if not first.messages:
             return round(self.characters * each), held_out
+        chats = [first, *itertools.islice(documents, _CHATS - 1)]
         rows = [len(ids[:length]) for ids, marks in encode_chats(tokenizer, chats) if any(marks[1:length])]
         return round(self.documents * sum(rows) / len(chats)), held_out
 

@@ -102,8 +102,8 @@ class Asked:
         train: SPEC of the text to train and calibrate on.
         held_out: SPEC of the part that is held out.
         text_tokens: about how many tokens `train` has.
-        own: whether the user named the text.
         held_out_tokens: about how many tokens `held_out` has; more than any plan reads if it is longer.
+        own: whether the user named the text.
         most_repeats: times that the text may be read.
         minutes: minutes that it may take in all; None if `tokens` says how long.
         tokens: tokens to train on; None if `minutes` says how long.

@@ -131,13 +131,13 @@ class HardConcrete(Reduction):
 
     def steps(self, work: Work, target: int) -> Iterator[Change | MasksLearnt]:
         """Train weights and masks and report every ten steps; then yield the cut."""
-        if work.num_params <= target and not (
-            any(self.shape.values()) and self._given(work)
-        ):  # a shape is met whatever the budget
+        named = any(self.shape.values())
+        given = self._given(work) if named else {}
+        if work.num_params <= target and not given:  # a shape is met whatever the budget
             return
         assert work.training is not None
         assert work.optimizer is not None
-        shape = self._given(work) if any(self.shape.values()) else self._found(work, target)
+        shape = given if named else self._found(work, target)
         progress = work.state.progress
         if not self._began:
             self._began = {"rows": progress.rows}

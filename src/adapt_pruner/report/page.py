@@ -224,9 +224,8 @@ def _tile(row: Row) -> str:
     if row.before and row.now:
         percent = row.now / row.before - 1
         better = percent > 0 if row.form == "right" else percent < 0
-        tone = "good" if better else "bad" if abs(percent) > 0.0005 else ""
-        if row.form == "plain":  # a score of which nobody knows whether more is better
-            tone = ""
+        known = row.form != "plain"  # nobody knows of a plain score whether more is better
+        tone = "" if not known else "good" if better else "bad" if abs(percent) > 0.0005 else ""
         change = f' <b class="{tone}">{percent:+.1%}</b>'.replace("-", "−")
     said = [row.note, f"{shown(row.after_cuts, row.form)} after the cuts" if row.after_cuts is not None else ""]
     note = f'<dd class="note">{escaped("; ".join(filter(None, said)))}</dd>' if any(said) else ""

@@ -67,9 +67,9 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
         yield Screen(console)
         return
     shown = Screen(console, moves=True)
-    of_users = sys.stdout.isatty()  # what is printed beside the moving lines; a file gets it as it is
+    beside = sys.stdout.isatty()  # what is printed there has to keep clear of the moving lines; a file gets it as it is
     with (
-        Live(console=console, transient=True, refresh_per_second=8, get_renderable=shown.render, redirect_stdout=of_users),
+        Live(console=console, transient=True, refresh_per_second=8, get_renderable=shown.render, redirect_stdout=beside),
         filtered(),
     ):
         yield shown

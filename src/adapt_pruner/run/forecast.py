@@ -103,7 +103,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     windows = sum(window.numel() for window in work.data.held_out)  # not read where there are no weights
     read = windows or (0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0))
     planned = ahead(work, how, writes=to_write(work), reads=read)
-    first, *spans = _spans(work, how, speed, planned)
+    first, *spans = _spans(work, dense, how, speed, planned)
     while_cutting = "training" in parts.needs("reduce", recipe.reduce)
     trains = bool(recipe.training.tokens)
     carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
@@ -144,17 +144,17 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
     }
 
 
-def _spans(work: Work, how: Setup, speed: Speed, planned: Planned) -> list[float]:
+def _spans(work: Work, dense: Shapes, how: Setup, speed: Speed, planned: Planned) -> list[float]:
     """Seconds before the first stage, and of each stage."""
-    spans, now = [0.0] * (1 + len(work.stages)), shapes(work.model)
+    spans = [0.0] * (1 + len(work.stages))
     for item in planned.items:
         number, ease = item["stage"], EASE.get(item["phase"], 1.0) if how.device == "cpu" else 1.0
         flops = item["times"] * (item["flops"] or 0.0) / ease
         if item["phase"] == "train":
             stage = work.stages[number - 1]
-            spans[number] += seconds(shapes_in_training(work, stage, now), how, speed, flops=flops, trained=stage.tokens)
+            spans[number] += seconds(shapes_in_training(work, stage, dense), how, speed, flops=flops, trained=stage.tokens)
         else:
-            spans[number] += seconds(now, how, speed, flops=flops)
+            spans[number] += seconds(dense, how, speed, flops=flops)
     return spans
 
 
