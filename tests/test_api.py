@@ -312,7 +312,10 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
             lambda: ap.compare(small, methods="random", params="80%", text=text_file, calibration_ids="gone.json"),
             "'gone.json' do not exist",
         ),
-        (lambda: ap.chat(small, "x", seed=1), "seed 1 has no effect at temperature 0"),
+        (
+            lambda: ap.chat(small, "x", seed=1),
+            "seed=1 has no effect at temperature 0, which draws nothing; add temperature=0.7, or leave seed out",
+        ),
         (lambda: ap.shrink(small, params="80%"), 'give one of minutes=60, hours=1 and tokens="2M"'),
         (lambda: ap.run("nothing.yaml"), "recipe 'nothing.yaml' does not exist"),
         (lambda: ap.run(7), "recipe 7 is an int; give a Recipe, a YAML file or a name"),

@@ -452,6 +452,44 @@ def test_json_that_is_not_ours_is_refused_in_a_sentence(change: dict[str, Any], 
         card_of(tmp_path / "foreign")
 
 
+def test_scores_stand_under_the_model_that_they_are_of(trained: Path, tmp_path: Path) -> None:
+    """A run may go on with other tasks, without tasks or without held-out text."""
+
+    def scored(**values: float) -> dict[str, Any]:
+        common = {"metric": "acc", "items": 100, "stderr": 0.01, "accuracy": True, "shots": 0, "data": "x"}
+        return {"scores": [{"task": task, "value": value, **common} for task, value in values.items()], "average": None}
+
+    def rows(**figures: Any) -> list[str]:
+        shutil.copytree(trained, folder := tmp_path / str(len(list(tmp_path.iterdir()))))
+        pruning = read_json(trained / "pruning.json")
+        pruning["figures"] |= figures
+        (folder / "pruning.json").write_text(json.dumps(pruning))
+        return card_of(folder).splitlines()
+
+    assert "| piqa | acc | 100 | 74.0 ± 1.0 | – |" in rows(tasks=[scored(piqa=0.74)]), "the result was not scored"
+    other = rows(tasks=[scored(piqa=0.74), scored(arc_easy=0.5, piqa=0.7)])
+    assert "| arc_easy | acc | 100 | – | 50.0 ± 1.0 |" in other
+    assert "| piqa | acc | 100 | 74.0 ± 1.0 | 70.0 ± 1.0 |" in other
+    figures = read_json(trained / "pruning.json")["figures"]
+    alone = rows(perplexities=figures["perplexities"][:1])
+    assert any(line.startswith(f"| dense | {figures['params_before']:,} | {figures['perplexities'][0]:.2f} |") for line in alone)
+    assert "model-index:" not in alone, "the perplexity is not that of the result"
+
+
+def test_a_model_from_random_weights_is_no_finetune(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    training = {"source": str(text_file), "tokens": 256, "batch_tokens": 128, "length": 32}
+    evaluation = {"source": str(text_file), "window": 32, "max_windows": 2}
+    pruned(tmp_path / "new", tiny_folder, init="random", budget="100%", training=training, evaluation=evaluation)
+    text, data = body_and_data(tmp_path / "new")
+    assert text.lstrip().startswith("# tiny-llama from random weights\n")
+    assert "The shape of `tiny-llama` with random weights, trained on 256 tokens." in text
+    assert "| shape of | `tiny-llama`" in text
+    assert "| random weights |" in text
+    assert "dense" not in text.partition("## How to load it")[0]
+    assert "pruned" not in data["tags"]
+    assert "base_model_relation" not in data
+
+
 def checkpoint(folder: Path, model: Any, **more: Any) -> Path:
     """As much of a checkpoint within a run as says where it comes from."""
     folder.mkdir(parents=True)

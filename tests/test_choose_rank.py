@@ -296,11 +296,9 @@ def test_a_unit_of_several_groups_is_worth_the_sum_of_those_that_go_together() -
     [
         ("rank.per_parameter(floor=1.5)", "floor=1.5 of rank.per_parameter is not a share"),
         ("rank.per_parameter(level=2)", "level=2 of rank.per_parameter is not a share"),
-        ("rank.standardised(structure=XY)", "structure 'XY' .* known: UL-UM, UL-MM, AL-MM, AL-AM"),
         ("rank.standardised(structure=AL-MM)", "needs the share of heads that goes; write it like heads=0.2"),
         ("rank.standardised(heads=0.2)", "heads=0.2 is for the structures UL-MM and AL-MM, not for AL-AM"),
         ("rank.standardised(structure=UL-MM, heads=1)", "heads=1 .* write it from 0 to below 1"),
-        ("rank.standardised(by=head)", "by=head of rank.standardised is not known; known: unit, feature"),
         (
             "rank.per_parameter(floor=0.9)",
             r"when rank.per_parameter\(floor=0.9\) has removed all it can \(kv_heads, neurons\); the smallest possible",

@@ -12,8 +12,9 @@ import pytest
 import torch
 import zstandard
 
+from adapt_pruner.core import marks
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import documents, read
+from adapt_pruner.data.sources import documents, read, texts
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, opening
 from adapt_pruner.data.windows import calibration_feed, held_out_windows
 from adapt_pruner.errors import UsageError
@@ -45,6 +46,25 @@ def test_text_files_folders_and_globs(corpus: Path) -> None:
     assert documents(str(corpus)) == [*ROWS * 4, "plain text"]
     assert documents(str(corpus / "*.jsonl*")) == ROWS * 3
     assert documents(str(corpus / "**" / "*.txt")) == ["plain text"]
+
+
+def test_a_folder_is_read_without_hidden_files_and_without_what_we_wrote(tmp_path: Path) -> None:
+    """A run may write its folder, with a log of rows without text, into the folder of the text that it reads."""
+    for name in (
+        "a.txt",
+        "deep/b.md",
+        ".hidden.txt",
+        ".venv/c.txt",
+        "small/log.jsonl",
+        "small/model/README.md",
+        "pruned/README.md",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    marks.mark(tmp_path / "small", "run")
+    (tmp_path / "pruned" / "pruning.json").write_text("{}")
+    assert list(texts(str(tmp_path))) == ["a.txt", "deep/b.md"]
+    assert list(texts(str(tmp_path / "pruned"))) == ["pruned/README.md"], "a folder that is named itself is read"
 
 
 def test_a_data_set_through_the_datasets_library(corpus: Path) -> None:
@@ -165,6 +185,7 @@ def test_half_a_character_becomes_a_mark_for_it(tmp_path: Path) -> None:
 BAD_TEXTS = {
     "empty.txt": (b"  \n", "is empty"),
     "latin1.txt": ("caf\xe9".encode("latin1"), r"not UTF-8 text \(byte 3 is 0xe9\).*iconv"),
+    "latin1.jsonl": (b'{"text": "a"}\n' * 9000 + b'{"text": "caf\xe9"}', r"not UTF-8 text \(it has the byte 0xe9\).*iconv"),
     "packed.txt.gz": (gzip.compress(b"text"), "is packed by gzip; unpack it"),
     "model.bin": (b"\x80\x02\x00\x00", "is no text"),
     "broken.jsonl": (b'{"text": "fine"}\n{"text": \n', "line 2, is not JSON"),

@@ -133,6 +133,24 @@ def test_a_text_that_runs_out_is_repeated_in_another_order_and_that_is_said(lett
     assert len(rows_of(letters, tmp_path, tokens=416, repeat=False)) == 26
 
 
+def test_a_feed_that_moves_shares_repeats_no_text_that_may_not_be(letters: str, tmp_path: Path) -> None:
+    """By its share half of the text would do; the feed may come to read more of it."""
+    other = tmp_path / "other.txt"
+    other.write_text("of another kind " * 200)
+    both = {letters: 1.0, str(other): 1.0}
+    asked: dict[str, Any] = {
+        "length": 16,
+        "tokens": 600,
+        "seed": 0,
+        "repeat": False,
+        "warn": lambda _: None,
+        "cache": tmp_path / "c",
+    }
+    assert len(training_rows(byte_tokenizer(), both, **asked)) > 30
+    with pytest.raises(UsageError, match="has 416 tokens in rows of 16, but 600 may be asked for; give more text"):
+        training_rows(byte_tokenizer(), both, moving=True, **asked)
+
+
 def test_order_is_of_the_seed_and_the_same_for_any_number_of_processes(letters: str, tmp_path: Path) -> None:
     warnings: list[str] = []
     rows = rows_of(letters, tmp_path, tokens=1000, warnings=warnings)

@@ -234,6 +234,12 @@ def test_a_deadline_is_not_for_reductions_that_train(method: str, recipe: Recipe
     assert str(refused.value).endswith("leave minutes out and set training.tokens (with shrink: --tokens)")
 
 
+@pytest.mark.parametrize("method", ["self-pruner", "evopress", "bypass"])
+def test_a_deadline_is_not_for_searches(method: str, recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="minutes 5 cannot end reduce .*, which takes the time that it needs; leave minutes out"):
+        read({"method": method, "model": recipe.model, "minutes": 5, "budget": "70%"})
+
+
 def test_a_deadline_is_of_one_stage(recipe: Recipe) -> None:
     with pytest.raises(UsageError, match="minutes 5 needs a run of one stage, and stages is 3; set stages to 1"):
         read(recipe.model_dump() | {"stages": 3, "minutes": 5})

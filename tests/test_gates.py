@@ -16,7 +16,7 @@ from adapt_pruner.core.surgery import cut
 from adapt_pruner.reduce.closed_form import least_squares, mean_bias
 from adapt_pruner.score import activations, curvature, weights
 from adapt_pruner.score.blocks import block_influence
-from adapt_pruner.score.calibrate import score_behind
+from adapt_pruner.score.calibrate import score_sequentially
 from conftest import half, tiny_model
 from test_law import gap, ids, random_mask, wide_norms
 
@@ -97,7 +97,7 @@ def test_the_axis_layers_says_where_the_decoder_layers_are(batches: list[torch.T
         axes, mask = families.axes(model), half(families.axes(model))
         found, _ = score(model, axes, batches, metrics=[weights.taylor], dtype="float32")
         sizes = {name: int(keep.sum()) for name, keep in mask.kept.items()}
-        behind = score_behind(model, axes, sizes, batches, metric=activations.wanda, known={}, dtype="float32")
+        behind = score_sequentially(model, axes, sizes, batches, metric=activations.wanda, known={}, dtype="float32")
         scores.append([*found.values(), *behind.values()])
         least_squares(model, axes, mask, batches, dtype="float32")
         mean_bias(model, axes, mask, batches, dtype="float32")

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from adapt_pruner.core.interrupts import deferred
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
-from adapt_pruner.run import loop
+from adapt_pruner.run import loop, training
 from conftest import assert_same_model, log_of, read_json
 
 
@@ -86,6 +86,24 @@ def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_ag
             run(recipe, tmp_path / "run")
         assert (tmp_path / "run" / "checkpoints" / f"stage-{stage}").is_dir()
     assert_ends_like_a_whole_run(recipe, tmp_path)
+
+
+def test_an_interrupt_right_after_the_last_step_loses_no_training(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def ended_by_ctrl_c() -> Iterator[None]:
+        yield
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "keeping_freed", ended_by_ctrl_c)
+        run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "stage-1").is_dir()
+    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "whole")
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
+    assert len(log_of(tmp_path / "run", "step")) == 8
 
 
 @pytest.mark.parametrize(("place", "full"), [("measure_text", False), ("write", False), ("measure_text", True)])

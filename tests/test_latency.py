@@ -246,7 +246,7 @@ def test_a_result_is_not_lost_with_its_last_figure(
     def fail(*others: Any, **settings: Any) -> Any:
         raise failure
 
-    monkeypatch.setattr(latency, "reach", fail)
+    monkeypatch.setattr(latency, "measured", fail)
     heard: list[dict[str, Any]] = []
     recipe = recipe_for(tiny_folder, text_file)
     if isinstance(failure, KeyboardInterrupt):
@@ -266,7 +266,7 @@ def test_a_run_interrupted_at_its_last_figure_says_that_its_result_is_there(
     def stop(*others: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(latency, "reach", stop)
+    monkeypatch.setattr(latency, "measured", stop)
     heard: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
         with_card.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.saap import _fused, saap
 from adapt_pruner.score.weights import taylor
@@ -64,9 +63,3 @@ def test_two_processes_find_the_same(batches: list[torch.Tensor], monkeypatch: p
         alone, _ = score(model, axes, text, metrics=[saap], dtype="float32")
         both, _ = in_two_processes(monkeypatch, partial(score, model, axes, text, metrics=[saap], dtype="float32"))
         assert all(torch.allclose(both[name], values, rtol=1e-4) for name, values in alone.items())
-
-
-def test_other_terms_are_refused(batches: list[torch.Tensor]) -> None:
-    model = tiny_model()
-    with pytest.raises(UsageError, match="saap has no terms 'fused'; known: both, vector, element"):
-        score(model, families.axes(model), batches, metrics=[lambda m, a: saap(m, a, terms="fused")], dtype="float32")

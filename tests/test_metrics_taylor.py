@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from adapt_pruner import families
-from adapt_pruner.errors import UsageError
 from adapt_pruner.score import weights
 from adapt_pruner.score.calibrate import Evidence, evidence_needed, score
 from conftest import LAYOUTS, in_two_processes, projections, tiny_model
@@ -197,11 +196,6 @@ def test_a_frozen_model_can_be_asked_what_it_needs() -> None:
     }
     assert needs == {"element": Evidence.GRADIENTS, "second": Evidence.SAMPLE_GRADIENTS}
     assert all(not parameter._backward_hooks and not parameter.requires_grad for parameter in model.parameters())
-
-
-def test_an_unknown_form_is_refused(batches: list[Tensor]) -> None:
-    with pytest.raises(UsageError, match="form 'third' is not known; known: element, vector, second, mixed"):
-        scores_of(tiny_model(), batches, form="third")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from adapt_pruner.errors import UsageError
-from adapt_pruner.plan.rules import Asked, Machine, Model, Plan, planned
 from adapt_pruner.recipe import read
+from adapt_pruner.run.rules import Asked, Machine, Model, Plan, planned
 
 MACHINE = Machine(read=1_500, scored=360, trained=570, load=10, words="2 threads, bfloat16", memory=16 * 2**30)
 """Two idle cores of a Xeon with AMX and SmolLM2-135M."""

@@ -169,6 +169,7 @@ def test_a_killed_search_goes_on_bit_equal(nth: int, whole: tuple[Recipe, Path],
     ({"reduce": "policy_gradient(masks=1)"}, "option 'masks' of reduce 'policy_gradient' is 1; give a whole number (2 or more)"),
     ({"reduce": "policy_gradient(updates=0)"}, "option 'updates' of reduce 'policy_gradient' is 0; give a whole number (1 or "
     "more)"),
+    ({"chooser": "allocate.uniform(last=2)"}, "so last=2 of chooser 'allocate.uniform(last=2)' would not hold; leave that out"),
     ({"budget": "1000"}, "budget 1,000 is too small: "),
 ])  # fmt: skip
 def test_what_it_cannot_do_is_refused(

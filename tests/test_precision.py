@@ -28,7 +28,7 @@ from adapt_pruner.reduce.slice import directions
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.score import activations, calibrate
 from adapt_pruner.score.blocks import loss_drop
-from adapt_pruner.score.calibrate import mean_loss, score, score_behind
+from adapt_pruner.score.calibrate import mean_loss, score, score_sequentially
 from adapt_pruner.score.curvature import kfac
 from conftest import byte_tokenizer, tiny_model
 
@@ -59,7 +59,7 @@ def repaired(model: Any, repair: Callable[..., None], **options: Any) -> None:
 def behind(model: Any) -> None:
     axes = families.axes(model)
     sizes = {axis.name: axis.size - 1 for axis in axes if axis.kind == "neurons"}
-    score_behind(model, axes, sizes, BATCHES, metric=activations.wanda, known={}, dtype="bfloat16")
+    score_sequentially(model, axes, sizes, BATCHES, metric=activations.wanda, known={}, dtype="bfloat16")
 
 
 def rotated(model: Any) -> None:

@@ -32,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.status = 200
         self.private = False
+        self.errors: list[dict[str, str]] = []
         self.asked: list[str] = []
         self.files: dict[str, bytes] = {}
         self.branches: list[str] = []
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             hub.branches.append(self.path.rpartition("/")[2])
             self._answer({})
         elif self.path == "/api/validate-yaml":
-            self._answer({"errors": [], "warnings": []})
+            self._answer({"errors": hub.errors, "warnings": []}, 400 if hub.errors else 200)
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             self._answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
@@ -206,6 +207,14 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(folder: Path, hub: Hub, answ
     assert found == status
     assert words in err
     assert str(answer) in err
+
+
+def test_what_the_hub_says_of_the_card_is_passed_on(folder: Path, hub: Hub) -> None:
+    hub.errors = [{"message": '"license" must be one of [apache-2.0, …]'}]
+    status, _, err = push(folder, "me/small", endpoint=hub.address)
+    assert status == 2
+    assert '"license" must be one of' in err
+    assert "correct that and push again" in err
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "me/ha ha", "me/a--b", "", "-x", "me/x.git", "me/" + "x" * 97])

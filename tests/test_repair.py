@@ -279,13 +279,6 @@ def test_no_text_is_refused(repair: Any) -> None:
         repair(model, axes, half(axes), [])
 
 
-def test_ridges_that_make_no_sense_are_refused(text: list[Tensor]) -> None:
-    model = tiny_model()
-    axes = families.axes(model)
-    with pytest.raises(UsageError, match="ridge -1 is negative"):
-        least_squares(model, axes, half(axes), text, ridge=-1)
-
-
 def test_one_batch_to_choose_a_ridge_on_takes_a_stronger_one_and_says_so(text: list[Tensor]) -> None:
     model, same = tiny_model(), tiny_model()
     axes = families.axes(model)

@@ -20,11 +20,11 @@ import torch
 from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Axis, Gate, Mask
-from adapt_pruner.core.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.core.events import Cut, Warned
 from adapt_pruner.core.words import compact, duration, shown, tick, ticks
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
+from adapt_pruner.reduce.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars

@@ -824,12 +824,13 @@ def test_the_model_changed_underneath(
     assert "name another folder, or restore that model" in sentence
 
 
-@pytest.mark.parametrize("text", ["training", "calibration"])
+@pytest.mark.parametrize("text", ["training", "calibration", "held-out"])
 def test_a_text_changed_underneath(text: str, live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text((place / "foxes.txt").read_text())
     own_text: dict[str, Any] = {"training": {"tokens": 1_500}}
-    own_text[text] = own_text.get(text, {}) | {"source": str(own)}
+    key = "evaluation" if text == "held-out" else text
+    own_text[key] = own_text.get(key, {}) | {"source": str(own)}
     path = recipe(place, f"own-{text}", stages=1, **own_text)
     assert live("run", path, "-o", tmp_path / "run", point="within a step", nth=2)[0] == -9
     said = own.read_text()

@@ -192,7 +192,6 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"axes": ["neurons", "residual"]}, "reduce search moves units from one layer to another, and the model has only one axis of residual"),
-    ({"reduce": "search(fitness=accuracy)"}, "fitness 'accuracy' of reduce search is not known; known: loss, kl"),
     ({"reduce": "search(proposals=evolutoin)"}, "proposal 'evolutoin' is not known; did you mean 'proposals.evolution'"),
     ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),
     ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
@@ -200,6 +199,7 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     ({"head_metric": "blocks.loss_drop"}, "reduce search ranks KV heads by the scores of the metric, so head_metric 'blocks.loss_drop' would be"),
     ({"equal_widths": True}, "so equal_widths would be ignored; leave it out"),
     ({"equal_widths": True, "sequential_scoring": True}, "so equal_widths and sequential_scoring would be ignored; leave them out"),
+    ({"chooser": "allocate.uniform(first=1)"}, "so first=1 of chooser 'allocate.uniform(first=1)' would not hold; leave that out"),
     ({"budget": "1000"}, "budget 1,000 is too small: "),
 ])  # fmt: skip
 def test_what_it_cannot_do_is_refused(

@@ -23,9 +23,8 @@ from adapt_pruner.data.fixed import training_rows
 from adapt_pruner.data.sources import documents
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
-from adapt_pruner.plan import rules
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, loop, probe, threads, trackers
+from adapt_pruner.run import in_time, loop, probe, rules, threads, trackers
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model, byte_tokenizer, read_json, tiny_model
@@ -435,6 +434,12 @@ def test_conversations_count_as_the_rows_that_training_reads(tmp_path: Path) -> 
     assert tokens == pytest.approx(len(numbers) * rows.mean_tokens(numbers), rel=0.1)
     assert parts.characters > 5 * tokens
     assert held_out == pytest.approx(parts.held_out_characters, rel=0.1)
+
+
+@pytest.mark.parametrize("spec", ["notes.txt#heldout", "python-docs:heldout"])
+def test_a_held_out_part_is_not_trained_on(spec: str) -> None:
+    with pytest.raises(UsageError, match=f"--text {spec} is a held-out part, which nothing may train on; name the whole text"):
+        split_off_heldout(spec)
 
 
 def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:

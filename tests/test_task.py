@@ -20,7 +20,7 @@ from adapt_pruner.reduce.closed_form import least_squares, mean_bias
 from adapt_pruner.reduce.factors import rescale_blocks
 from adapt_pruner.score import activations, curvature, weights
 from adapt_pruner.score.blocks import block_influence, loss_drop
-from adapt_pruner.score.calibrate import mean_loss, score_behind
+from adapt_pruner.score.calibrate import mean_loss, score_sequentially
 from adapt_pruner.train import objectives
 from conftest import half, tiny_model
 
@@ -114,7 +114,7 @@ def test_a_repair_reads_and_weighs_as_the_task_does(batches: list[Tensor]) -> No
         assert reads == [2, 2, 2]
     reads.clear()
     sizes = {name: int(keep.sum()) for name, keep in mask.kept.items()}
-    score_behind(model, axes, sizes, batches, metric=activations.wanda, known={}, task=task, dtype="float32")
+    score_sequentially(model, axes, sizes, batches, metric=activations.wanda, known={}, task=task, dtype="float32")
     score(model, axes, batches, metrics=[block_influence], task=task, dtype="float32")
     assert reads == [2] * 6
     text = [torch.cat(batches * 4)]

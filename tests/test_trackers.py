@@ -37,8 +37,7 @@ def reporting_to(recipe: Recipe, *names: str) -> Recipe:
 
 
 def tracked(recipe: Recipe, folder: Path, listen: Callable[[dict[str, Any]], None] = lambda event: None) -> None:
-    with trackers.reporting(recipe, folder, listen) as tell:
-        run(recipe, folder, listen=tell)
+    run(recipe, folder, listen=listen)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

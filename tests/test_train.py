@@ -352,7 +352,7 @@ def test_a_new_stage_may_begin_with_a_higher_loss(blocks: Tensor) -> None:
         run(tiny_model(), blocks, until=8, objective=at_levels([2.0, 2.0]), max_rise=2.0, progress=progress)
         assert (progress.smoothed, progress.lowest) == pytest.approx((2.0, 2.0))
         if begins:
-            progress.begin_stage()
+            progress.forget_losses()
             assert (progress.smoothed, progress.lowest) == (None, math.inf)
             assert (progress.steps, progress.rows, progress.tokens) == (2, 8, 128), "the position stays"
         try:

@@ -87,7 +87,7 @@ def test_a_warning_is_said_once_a_stage_whatever_its_figures() -> None:
     work.warn_of_stage("2,000 tokens are few")
     work.warn_of_stage("another thing")
     work.state.stage = 2
-    work.begin_stage()
+    work.forget_warnings()
     work.warn_of_stage("5 tokens are few")
     said = ["stage 1: 3 tokens are few", "stage 1: another thing", "stage 2: 5 tokens are few"]
     assert [event["message"] for event in heard] == said

@@ -22,13 +22,14 @@ from adapt_pruner.api.arguments import (
 )
 from adapt_pruner.checkpoint.load import load, pick_device
 from adapt_pruner.compare import comparison
-from adapt_pruner.compare.models import Measures, measured
+from adapt_pruner.compare.measures import Measures
+from adapt_pruner.compare.models import measured
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import table
 from adapt_pruner.core.events import Listener
 from adapt_pruner.core.words import score
 from adapt_pruner.errors import UsageError
-from adapt_pruner.evaluate.answer import answer
+from adapt_pruner.evaluate.answer import answer, check_asked
 from adapt_pruner.export.proof import prove
 from adapt_pruner.recipe import check_precision
 
@@ -194,15 +195,14 @@ def evaluate(
         RunError: the model's files are damaged, or its loss is not a number.
     """
     how = Measures(
-        text=None if text is None else as_spec("text", text), window=512 if window is None else _whole("window", window, 2),
+        text=None if text is None else as_spec("text", text), window=None if window is None else _whole("window", window, 2),
         max_windows=None if max_windows is None else _whole("max_windows", max_windows, 1),
         tasks=None if tasks is None else ",".join(as_words("tasks", tasks, _word)), num_fewshot=num_fewshot, limit=None if limit is None else _whole("limit", limit, 1),
         task_dir=None if task_dir is None else as_place("task_dir", task_dir),
         cache_dir=None if cache_dir is None else as_place("cache_dir", cache_dir), device=_word("device", device), dtype=check_precision(dtype),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    if how.text is None and how.tasks is None:
-        raise UsageError("nothing to measure; give text for perplexity, tasks for scores, or both")
+    how.check()
     with named(model, tokenizer, any_family=True) as name, heard(listen, progress=progress) as tell:
         rows, _ = measured([name], how, listen=tell)
     return Evaluation(**rows[0])
@@ -360,12 +360,7 @@ def chat(
     _whole("max_new_tokens", max_new_tokens, 1)
     if of_kind("temperature", temperature, (int, float), "0 or a positive number") < 0:
         raise UsageError(f"temperature {temperature} is below 0; give 0, or a positive number such as 0.7")
-    if not _word("prompt", prompt).strip():
-        raise UsageError("the prompt is empty; write a question or an instruction")
-    if seed is not None and not temperature:
-        raise UsageError(
-            f"seed {seed} has no effect at temperature 0, which draws nothing; give temperature=0.7, or leave seed out"
-        )
+    check_asked(_word("prompt", prompt), temperature=temperature, seed=seed)
     with named(model, tokenizer, any_family=True) as name, heard(None, progress=False):
         loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
         said = answer(

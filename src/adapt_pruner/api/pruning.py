@@ -27,13 +27,12 @@ from adapt_pruner.api.result import Result
 from adapt_pruner.core import world
 from adapt_pruner.core.events import Listener
 from adapt_pruner.errors import UsageError
-from adapt_pruner.plan.rules import how_long
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.report import with_card
-from adapt_pruner.run import trackers
 from adapt_pruner.run.folder import figures_of
 from adapt_pruner.run.in_time import recipe_in_time
+from adapt_pruner.run.rules import how_long
 from adapt_pruner.run.threads import kept_threads
 
 __all__ = ["prune", "run", "shrink"]
@@ -246,7 +245,7 @@ def _ran(
     *,
     force_recipe: bool = False,
 ) -> Result:
-    with heard(listen, progress=progress) as shown, trackers.reporting(recipe, place, shown) as tell:
+    with heard(listen, progress=progress) as tell:
         outcome = with_card.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
     known: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
     figures = figures_of(place) if outcome is None else outcome.figures

@@ -47,12 +47,19 @@ def kept_tokens(
     Returns:
         bool [rows], for `smaller_tokenizer`.
 
+    Added tokens without a row of the embedding do not count: no text that the model can read has them.
+
     Raises:
         UsageError: the tokenizer cannot be rewritten, or `keep` is below the tokens that always stay or not below the number of
             rows.
     """
     data, rows = _description(tokenizer), uses.numel()
     vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    needed = _always(data, vocabulary)
+    for token in [token for token, index in added.items() if index >= rows and index not in needed]:  # Gemma 3's image token
+        vocabulary.pop(token)
+        added.pop(token)
     last = max(vocabulary, key=lambda token: vocabulary[token])
     if vocabulary[last] >= rows:
         raise UsageError(
@@ -61,9 +68,8 @@ def kept_tokens(
         )
     if keep is not None and keep >= rows:
         raise UsageError(f"vocabulary.keep {keep:,} is not below the {rows:,} tokens the model has; lower it")
-    added = {token["content"]: token["id"] for token in data["added_tokens"]}
     parts = _Parts(data["model"], vocabulary)
-    kept = {*added.values(), *_always(data, vocabulary), *_around_messages(tokenizer), *named} & set(vocabulary.values())
+    kept = {*added.values(), *needed, *_around_messages(tokenizer), *named} & set(vocabulary.values())
     for token, index in vocabulary.items():
         if index in kept and token not in added:
             kept |= parts.of(token)
@@ -105,6 +111,8 @@ def smaller_tokenizer(tokenizer: Any, keep: Tensor) -> Any:
     else:
         model["vocab"] = [piece for old, piece in enumerate(model["vocab"]) if old in new]
         model["unk_id"] = new.get(model["unk_id"])
+    beyond = {token["content"] for token in data["added_tokens"] if token["id"] >= keep.numel()}  # its class may add them again
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] in new]
     for token in data["added_tokens"]:
         token["id"] = new[token["id"]]
     for numbers in _numbers(data):
@@ -115,7 +123,8 @@ def smaller_tokenizer(tokenizer: Any, keep: Tensor) -> Any:
         tokenizer.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(to_json(data), encoding="utf-8")
         smaller = type(tokenizer).from_pretrained(folder)
-    if smaller.get_vocab() != {token: new[old] for token, old in tokenizer.get_vocab().items() if old in new}:
+    inside = {token: index for token, index in smaller.get_vocab().items() if token not in beyond}
+    if inside != {token: new[old] for token, old in tokenizer.get_vocab().items() if old in new}:
         raise _not_rewritten(f"its class {type(tokenizer).__name__} changes what tokenizer.json says")
     return smaller
 

@@ -50,7 +50,7 @@ def chat(
     from adapt_pruner.core.events import Load
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.errors import UsageError
-    from adapt_pruner.evaluate.answer import answer
+    from adapt_pruner.evaluate.answer import answer, check_asked
     from adapt_pruner.recipe import check_precision
     from adapt_pruner.report.screen import quiet_libraries, screen
 
@@ -58,12 +58,7 @@ def chat(
     check_precision(dtype)
     if prompt is None and as_json:
         raise UsageError("--json prints the answer to a prompt, and there is none; write a question or an instruction, in quotes")
-    if prompt is not None and not prompt.strip():
-        raise UsageError("the prompt is empty; write a question or an instruction, in quotes")
-    if seed is not None and not temperature:
-        raise UsageError(
-            f"--seed {seed} has no effect at temperature 0, which draws nothing; add --temperature 0.7, or leave --seed out"
-        )
+    check_asked(prompt, temperature=temperature, seed=seed)
     names = [model] if against is None else [model, against]
     for name in names:
         locate(name)  # so that a missing model is reported before the other one answers

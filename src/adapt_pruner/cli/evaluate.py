@@ -67,35 +67,25 @@ def evaluate(
 
         adapt-pruner eval small --tasks commonsense --against smollm2-135m-instruct
     """
+    from adapt_pruner.compare.measures import Measures
     from adapt_pruner.errors import UsageError
     from adapt_pruner.recipe import check_precision
 
     check_precision(dtype)
-    if text is None and tasks is None:
-        raise UsageError("nothing to measure; give --text for perplexity, --tasks for scores, or both")
-    only_tasks = {
-        "--num-fewshot": num_fewshot,
-        "--limit": limit,
-        "--task-dir": task_dir,
-        "--cache-dir": cache_dir,
-        "--against": against,
-    }
-    if tasks is None and (given := [name for name, value in only_tasks.items() if value is not None]):
-        raise UsageError(f"{given[0]} applies only to tasks; name them with --tasks")
-    only_text = {"--window": window, "--max-windows": max_windows}
-    if text is None and (given := [name for name, value in only_text.items() if value is not None]):
-        raise UsageError(f"{given[0]} applies only to a text; name it with --text")
-    from adapt_pruner.compare.models import Measures, measured
+    how = Measures(
+        text=text, window=window, max_windows=max_windows, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_dir=task_dir,
+        cache_dir=cache_dir, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    how.check()
+    if tasks is None and against is not None:
+        raise UsageError("--against applies only to tasks; name them with --tasks")
+    from adapt_pruner.compare.models import measured
     from adapt_pruner.core.strict_json import to_json
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
     if against is not None:
         models = [against, *(name for name in models if name != against)]
-    how = Measures(
-        text=text, window=512 if window is None else window, max_windows=max_windows, tasks=tasks, num_fewshot=num_fewshot,
-        limit=limit, task_dir=task_dir, cache_dir=cache_dir, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
     with screen() as listen:
         rows, scores = measured(models, how, listen=listen)
     if against is not None:

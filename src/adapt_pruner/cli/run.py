@@ -64,7 +64,7 @@ def run(
     from adapt_pruner.core.words import millions, span
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
-    from adapt_pruner.run import folder, forecast, trackers
+    from adapt_pruner.run import folder, forecast
 
     quiet_libraries()
     if dry_run:
@@ -78,9 +78,9 @@ def run(
         run_dir = out or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         page = run_dir / "report.html"
         before = _stamp(page)
-        with screen(quiet=not world.is_main()) as listen, trackers.reporting(resolved, run_dir, listen) as tell:
+        with screen(quiet=not world.is_main()) as listen:
             outcome = with_card.run(
-                resolved, run_dir, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe
+                resolved, run_dir, listen=listen, trust_remote_code=trust_remote_code, force_recipe=force_recipe
             )
     if not world.is_main():
         return

@@ -51,7 +51,7 @@ def shrink(
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
     started = time.perf_counter()
-    from adapt_pruner.plan.rules import how_long
+    from adapt_pruner.run.rules import how_long
 
     long = how_long(minutes, hours, tokens)
     from adapt_pruner.core.strict_json import to_json
@@ -59,7 +59,6 @@ def shrink(
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
     from adapt_pruner.run.in_time import recipe_in_time
-    from adapt_pruner.run.trackers import reporting
 
     quiet_libraries()
     common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}
@@ -70,8 +69,7 @@ def shrink(
         )  # fmt: skip
         try:
             if not dry_run:
-                with reporting(recipe, out, listen) as tell:
-                    outcome = with_card.run(recipe, out, listen=tell, trust_remote_code=trust_remote_code)
+                outcome = with_card.run(recipe, out, listen=listen, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
             _say_what_there_is(out, listen)
             raise

@@ -4,10 +4,8 @@ import contextlib
 import gc
 import math
 import os
-import signal
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.children import module
 from adapt_pruner.core.comparison_events import CellLine, InCell
 from adapt_pruner.core.events import TOLD_AS, Listener, Warned, counting, parse_line
+from adapt_pruner.core.interrupts import deferred
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.data.tokens import in_other_tokens, text_bytes
@@ -45,7 +44,7 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
     """
     command = module("adapt_pruner", *words, "-o", str(path), "--json")
     with contextlib.ExitStack() as after:
-        with _held_back():
+        with deferred():  # Ctrl-C, until something can stop the process
             # In a session of its own, so that Ctrl-C reaches only this process, which then stops the other one once.
             process = after.enter_context(subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
@@ -58,24 +57,6 @@ def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
         reason = f"the process was killed by signal {-status}, which a machine that runs out of memory does"
     if status:
         raise RunError(reason or f"prune ended with status {status}")
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Hold back Ctrl-C and similar signals within this context, so that no process starts before anything can stop it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach only the main thread
-        return
-    came: list[int] = []
-    held = [sent for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(sent) is not signal.SIG_IGN]
-    before = {sent: signal.signal(sent, lambda number, _: came.append(number)) for sent in held}
-    try:
-        yield
-    finally:
-        for sent, handler in before.items():
-            signal.signal(sent, signal.SIG_DFL if handler is None else handler)
-        for number in came:
-            signal.raise_signal(number)
 
 
 def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:

@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
+from adapt_pruner.compare.measures import WINDOW, Measures
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import Find, Listener, Load, Progress, Warned, counting
 from adapt_pruner.core.weight_mask import count_nonzero
@@ -22,38 +22,7 @@ from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, set_shots
 
-__all__ = ["Measures", "measured"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measures:
-    """What models are measured on, and how.
-
-    Attributes:
-        text: SPEC of the text for perplexity and speed; None measures neither.
-        window: tokens in an evaluation window.
-        max_windows: the most windows that are read; None for all.
-        tasks: names of tasks, with commas; None scores none.
-        num_fewshot: examples before each item; None for what the task says.
-        limit: the most items of each task; None for all.
-        task_dir: folder of lm-eval YAML files.
-        cache_dir: folder that keeps scores; None for the usual one.
-        device: as in a recipe.
-        dtype: precision of the matrix products.
-        trust_remote_code: whether Python code that comes with a model or a task may run.
-    """
-
-    text: str | None = None
-    window: int = 512
-    max_windows: int | None = None
-    tasks: str | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
-    task_dir: Path | None = None
-    cache_dir: Path | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
+__all__ = ["measured"]
 
 
 def measured(
@@ -128,8 +97,9 @@ def _described(name: str, loaded: Loaded) -> dict[str, Any]:
 
 def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tuple[dict[str, Any], Tensor]:
     """The figures of a model on a text, and the ids of the first window."""
-    windows = held_out_windows(loaded.tokenizer, source=text, window=how.window, max_windows=how.max_windows)
-    for sentence in too_long(loaded.model.config, {"--window": how.window}):
+    window = how.window or WINDOW
+    windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=how.max_windows)
+    for sentence in too_long(loaded.model.config, {"--window": window}):
         listen(Warned(message=f"{loaded.source}: {sentence}").to_dict())
 
     num_bytes = text_bytes(loaded.tokenizer, windows)

@@ -5,7 +5,7 @@ Nothing here knows a pruning method or a model family.
 The model
     axes.py         what can shrink and what stays; surgery.py: shutting units and removing them; budget.py: counting parameters
     weight_mask.py  single weights that are zero; pattern.py: how many, and where
-    layerwise.py    one decoder layer after the other; hooks.py: hooks that are always removed; cutline.py: scores about the cut line
+    layerwise.py    one decoder layer after the other; hooks.py: hooks that are always removed
 Computing
     task.py         what a model learns; feed.py: which rows come next; loss.py: losses without the full logits; precision.py: number formats
     memory.py       how much is held; world.py: the processes that share a run; heartbeat.py: how these watch each other

@@ -50,7 +50,7 @@ Seconds = Annotated[float, Field(ge=0, lt=MOST)]
 
 
 class Split(TypedDict, total=False):
-    """Counts of entries of one kind of axis, by score relative to the cut line (see `core.cutline`)."""
+    """Counts of entries of one kind of axis, by score relative to the cut line (see `reduce.cutline`)."""
 
     kept: list[Count] | None
     removed: list[Count] | None
@@ -203,6 +203,7 @@ class Start(Event):
         sparsity: share of the weights that become zero, or their pattern; None if units are removed instead.
         now: parameters at this moment.
         dense: whether the model had all its parameters before the run.
+        random: whether the run began with random weights in the shape of the model.
         calibration_tokens: tokens still to be read for scoring.
         training_tokens: training tokens of the whole run.
         trained_tokens: those of them that are done.
@@ -228,6 +229,7 @@ class Start(Event):
     sparsity: str | None = None
     now: Count | None = None
     dense: bool | None = None
+    random: bool = False
     calibration_tokens: Count = 0
     training_tokens: Count = 0
     trained_tokens: Count = 0
@@ -243,7 +245,7 @@ class Start(Event):
     @property
     def given(self) -> str:
         """The name for the model given to the run, which may have been pruned before."""
-        return "at the start" if self.dense is False else "dense"
+        return "random weights" if self.random else "at the start" if self.dense is False else "dense"
 
     @property
     def begun(self) -> str:

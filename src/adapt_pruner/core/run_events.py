@@ -64,8 +64,8 @@ class Searched(Within):
 
     Attributes:
         evaluations: how often a candidate's loss was measured so far.
-        best: the lowest loss of a candidate of this round, in nats per prediction.
-        mean: the mean loss of the candidates of this round.
+        best: the lowest loss, or KL divergence, of a candidate of all rounds so far, on the whole text, in nats per prediction.
+        mean: the mean over the candidates of this round, on the text that all are measured on first.
         sizes: axis name -> units that the search would keep now; where it is undecided, the expected number.
     """
 
@@ -78,7 +78,7 @@ class Searched(Within):
     def line(self, begun: str = "dense") -> str:
         if self.best is None or self.mean is None:
             return f"stage {self.stage}: search, round {self.done} of {self.of}"
-        return f"stage {self.stage}: search, round {self.done} of {self.of}: loss {self.best:.3f} at best, {self.mean:.3f} on average"
+        return f"stage {self.stage}: search, round {self.done} of {self.of}: best so far {self.best:.3f}, on average {self.mean:.3f} nats"
 
     def figures(self) -> dict[str, float]:
         return self._those("best", "mean")

@@ -222,8 +222,10 @@ def training_rows(
         asked = max(1, round(tokens * share))
         store = tokenised(tokenizer, spec, length=length, asked=tokens if moving else asked, cache=cache, warn=warn)
         there = len(store.ids)
-        if there < asked:
-            short = f"the training text {spec!r} has {there:,} tokens in rows of {length}, but {asked:,} are asked for"
+        least = tokens if moving and not repeat else asked
+        if there < least:
+            may = "may be" if moving else "are"
+            short = f"the training text {spec!r} has {there:,} tokens in rows of {length}, but {least:,} {may} asked for"
             if not repeat:
                 raise UsageError(f"{short}; give more text, lower training.tokens or allow training.repeat")
             if asked / there > MOST_REPEATS:

@@ -4,12 +4,14 @@ import glob
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from adapt_pruner.core.files import expanded, read_plain
+from adapt_pruner.core.marks import MARK
 from adapt_pruner.core.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
@@ -17,6 +19,7 @@ __all__ = ["hub", "hub_revision", "local"]
 
 Row = tuple[str, str | list[Mapping[str, Any]]]
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_WHOLE = (".txt", ".md")  # of which a file is one document
 _ASKED_FOR = (".json.gz", ".json.zst")  # by their names or a glob; in a folder they are often metadata, as .json is
 _PACKED = {
     b"\x1f\x8b": "gzip",
@@ -147,7 +150,7 @@ def _paths(spec: str) -> list[Path]:
     path = expanded(spec)
     if path.is_file():
         return [path]
-    matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    matches = _below(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     suffixes = _SUFFIXES if path.is_dir() else (*_SUFFIXES, *_ASKED_FOR)
     paths = sorted(match for match in matches if match.is_file() and match.name.endswith(suffixes))
     if not paths:
@@ -156,6 +159,18 @@ def _paths(spec: str) -> list[Path]:
             f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
         )
     return paths
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below it, but for hidden ones and for those in folders that adapt-pruner wrote."""
+    for where, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith(".") and not _is_ours(Path(where, name))]
+        yield from (Path(where, name) for name in names if not name.startswith("."))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a run, a comparison or a model of ours, whose logs and cards are no text of the user."""
+    return any((folder / name).exists() for name in (MARK, "pruning.json"))
 
 
 def _file(path: Path) -> Iterator[Row]:
@@ -177,8 +192,9 @@ def _file(path: Path) -> Iterator[Row]:
         wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # a byte order mark of UTF-16
         if not wide and b"\0" in error.object:
             raise UsageError(f"{path} is no text (it contains NUL bytes); name another file") from error
+        where = f"byte {error.start} is " if name.endswith(_WHOLE) else "it has the byte "  # lines are decoded a piece at a time
         raise UsageError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
+            f"{path} is not UTF-8 text ({where}0x{error.object[error.start]:02x}); "
             f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {name}"
         ) from error
     except (OSError, EOFError, zlib.error) as error:

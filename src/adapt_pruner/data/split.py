@@ -64,6 +64,10 @@ def split_off_heldout(spec: str) -> Split:
     """
     if spec == SELF:
         raise UsageError("--text self would train the model on its own text; name a file, a folder or a data set")
+    if spec.endswith(("#heldout", ":heldout")):
+        raise UsageError(
+            f"--text {spec} is a held-out part, which nothing may train on; name the whole text, of which shrink holds out a part itself"
+        )
     base = spec.removesuffix("#train")
     if base == "python-docs" or base.startswith("python-docs:"):
         parts = "python-docs:train", "python-docs:heldout"

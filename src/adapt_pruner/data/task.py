@@ -49,8 +49,14 @@ class TextTask(Task, Protocol):
         repeat: bool,
         warn: Callable[[str], None],
         moving: bool = False,
+        expected: int | None = None,
     ) -> Rows:
-        """All rows of a run's training; see `data.fixed.training_rows`. Only a feed that wants losses asks for `moving`."""
+        """All rows of a run's training; see `data.fixed.training_rows`.
+
+        Args:
+            moving: the feed changes the shares of a mixture, so take also rows that it may read then.
+            expected: tokens that will be read if `minutes` end the run before; a warning of repeats counts these. None: all.
+        """
 
     def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
         """The batches that the model is measured on, by the SPEC of their text; see `data.windows.held_out_by_text`."""

@@ -24,7 +24,7 @@ def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
     Args:
         tokenizer: a transformers tokenizer.
         source: SPEC of text, or several with their weights.
-        size: number of tokens, at least that of the tokenizer.
+        size: rows of the model's embedding; tokens numbered beyond them are left out.
 
     Returns:
         float64 [size].
@@ -43,7 +43,7 @@ def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
             short, long = [text for text in some if len(text) <= _SHORT], [text for text in some if len(text) > _SHORT]
             together = tokenizer(short, verbose=False)["input_ids"] if short else []
             for ids in itertools.chain(together, *(ids_in_pieces(tokenizer, [text]) for text in long)):
-                counts += torch.bincount(torch.as_tensor(ids, dtype=torch.int64), minlength=size)
+                counts += torch.bincount(torch.as_tensor(ids, dtype=torch.int64), minlength=size)[:size]
         frequencies += share * counts / counts.sum().clamp(min=1)
         total += int(counts.sum())
     return (frequencies * total).round(decimals=6)

@@ -47,6 +47,25 @@ class _Told(TextStreamer):  # type: ignore[misc]
 
 
 @torch.no_grad()
+def check_asked(prompt: str | None, *, temperature: float = 0.0, seed: int | None = None) -> None:
+    """Refuse an empty prompt, and a seed where nothing is drawn.
+
+    Args:
+        prompt: what the user says; None if that is not known yet.
+        temperature: as for `answer`.
+        seed: of the draws; None if the user gave none.
+
+    Raises:
+        UsageError: either.
+    """
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty; write a question or an instruction, in quotes")
+    if seed is not None and not temperature:
+        raise UsageError(
+            f"--seed {seed} has no effect at temperature 0, which draws nothing; add --temperature 0.7, or leave --seed out"
+        )
+
+
 def answer(
     model: Any,
     tokenizer: Any,
@@ -78,8 +97,7 @@ def answer(
         UsageError: the prompt is empty, longer than the model can read, or does not fit the template.
         RunError: a logit is infinite or not a number.
     """
-    if not prompt.strip():
-        raise UsageError("the prompt is empty; write a question or an instruction, in quotes")
+    check_asked(prompt)
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
         said = [{"role": "system", "content": system}] if system else []

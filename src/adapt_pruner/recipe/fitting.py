@@ -71,6 +71,11 @@ def _check_minutes(recipe: "Recipe") -> None:
             f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} trains while it removes, since that goes "
             "by tokens; leave minutes out and set training.tokens (with shrink: --tokens)"
         )
+    if "all its time" in parts.needs("reduce", recipe.reduce):
+        raise ValueError(
+            f"minutes {recipe.minutes:g} cannot end reduce {recipe.reduce!r}, which takes the time that it needs; leave minutes out and set "
+            "training.tokens (with shrink: --tokens)"
+        )
 
 
 def _check_zeros(recipe: "Recipe") -> None:

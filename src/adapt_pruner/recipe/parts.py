@@ -35,7 +35,7 @@ FOLDERS = {
     "proposal": "reduce",
     "solver": "reduce",
 }
-"""Recipe key -> the folder whose files hold such parts."""
+"""Kind of part, which is a key of a recipe, or `proposal` -> the folder whose files hold such parts."""
 
 
 _SUPPLIED = (
@@ -164,9 +164,16 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
-    """A value checked against its annotation: bool, int, float, str or None; `Annotated` limits numbers."""
+    """A value checked against its annotation: bool, int, float, str or None; `Annotated` limits numbers, `Literal` words."""
     if annotation is None:
         return value
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
+        words = ast.literal_eval(annotation.slice)
+        if value in words:
+            return value
+        raise UsageError(
+            f"{what} is {value!r}; " + (nearest(value, words) if isinstance(value, str) else f"known: {', '.join(words)}")
+        )
     within = ""
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
         assert isinstance(annotation.slice, ast.Tuple)

@@ -170,7 +170,7 @@ class Training(_Frozen):
         0, ge=0, le=10**13, description="tokens to train on, all stages together; 0 trains nothing"
     )
     expected: Count | None = Field(None, description="tokens that should fit into minutes; the run warns if far fewer will")
-    batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step")
+    batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step, in whole rows of length")
     length: Count = Field(512, ge=2, description="tokens per sequence")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
@@ -201,6 +201,16 @@ class Training(_Frozen):
     def needs_teacher(self) -> bool:
         """Whether the objective learns from a teacher."""
         return "teacher" in parts.needs("objective", self.objective)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of an optimiser step."""
+        return self.batch_tokens // self.length
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimiser step: those of its whole rows."""
+        return self.batch_rows * self.length
 
     @model_validator(mode="after")
     def _together(self) -> "Training":
@@ -350,8 +360,8 @@ class Recipe(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _on_its_row(cls, data: Any) -> Any:
-        """Fill in the keys that were not given from the method's row."""
+    def _with_keys_of_its_method(cls, data: Any) -> Any:
+        """Take the keys that were not given from the file of the method."""
         if not isinstance(data, dict):
             return data
         data = in_todays_keys(data)

@@ -140,14 +140,8 @@ def uniform(
     Returns:
         Units each axis keeps, and the debt after it.
 
-    Raises:
-        UsageError: `first` or `last` is not a number of layers.
-
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
-    for name, count in (("first", first), ("last", last)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise UsageError(f"option {name}={count} of allocate.uniform is not a number of layers; write 0 or more")
     end = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0) - last
     paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < end]
     sizes = {axis.name: axis.size for axis in axes}

@@ -154,7 +154,7 @@ class BetweenSteps(Units):
             if recipe.repair is not None:  # without a repair no text is read
                 repaired(work, mask, work.batches(), stage=state.stage, iteration=work.iteration)
                 work.train_new_parameters()
-            state.progress.begin_stage()  # a smaller model has a higher loss, which is no divergence
+            state.progress.forget_losses()  # a smaller model has a higher loss, which is no divergence
             self._debt = debt.after(mask)
             yield Change(mask, step.loss, {"sizes": sizes})
         if work.num_params > target:

@@ -78,15 +78,11 @@ def least_squares(
         on_layer: told (done, of) after each layer; a Gauss-Newton step counts as much as all layers.
 
     Raises:
-        UsageError: a negative ridge or number of steps; no batches.
+        UsageError: no batches.
 
     Source: ours, from ordinary ridge regression. SparseGPT (arXiv:2301.00774) and ZipLM (arXiv:2302.04089) also reconstruct
     each layer's output; FISTAPruner (arXiv:2408.03728) also takes inputs of the pruned model on one side only.
     """
-    if ridge is not None and ridge < 0:
-        raise UsageError(f"repair ridge {ridge} is negative; give 0 or more, or null to choose one for each layer")
-    if factors < 0:
-        raise UsageError(f"repair factors {factors} is negative; give the number of Gauss-Newton steps, 0 for none")
     _need_text(batches)
     if ridge is None and len(batches) < 2:
         ridge = FALLBACK

@@ -6,7 +6,7 @@ FISTA solves it for one λ. The share of the error that comes from rounding deci
 """
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def fista(
     inputs: Inputs,
     *,
     warm_start: str = "wanda",
-    reads: str = "corrected",
+    reads: Literal["corrected", "dense", "sparse"] = "corrected",
     rounds: Annotated[int, "1 or more"] = 5,
     steps: Annotated[int, "1 or more"] = 12,
     tolerance: Annotated[float, "0 or more"] = 1e-4,

@@ -99,7 +99,7 @@ class HardConcrete(Reduction):
         self._held: dict[str, nn.Parameter] = {}
 
     def check(self, work: Work) -> None:
-        """Refuse a shape that the model cannot have, and training that does not work with masks."""
+        """Refuse a shape that the model cannot have, layers of unequal size, and training that does not work with masks."""
         check_masks_learn(work, "hard_concrete")
         for kind, size in self.shape.items():
             if size is None:
@@ -118,6 +118,10 @@ class HardConcrete(Reduction):
             raise UsageError(
                 f"reduce hard_concrete masks {', '.join(KINDS)}, and axes names {', '.join(others)}; leave that out of axes"
             )
+
+        if work.num_params > work.budget.keep or any(self.shape.values()):
+            for kind in self._kinds(work):
+                _rows_of(work.axes, kind)
 
     def floor(self, work: Work) -> tuple[int, str]:
         """The parameters of the given shape; without one, those that are left when each axis keeps one unit."""
@@ -152,7 +156,7 @@ class HardConcrete(Reduction):
             untold = 0
             for step in work.training(until=span.stop, around=lambda objective: _masked(work, objective, self._held, lagrangian)):
                 step.take()
-                progress.begin_stage()  # the loss rises while masks close, which is no divergence
+                progress.forget_losses()  # the loss rises while masks close, which is no divergence
                 with torch.no_grad():
                     for kind in shape:
                         self._held[kind].clamp_(-_BOUND, _BOUND)

@@ -15,7 +15,7 @@ __all__ = ["language_model", "read_rates"]
 
 _SHOWN = 8  # candidates in a prompt
 _SECONDS = 120.0  # to wait for an answer
-_TOKENS = 1024
+_TOKENS_A_RATE = 6  # that an answer may take, at most: digits, a comma, a space and some words
 _LONGEST = 2**20  # characters of an answer that are read
 
 
@@ -44,7 +44,8 @@ def language_model(
     used = mended = unusable = 0
     proposed: list[Sizes] = []
     try:
-        text = _asked(model, _prompt(population, space, number), seed=draw.randrange(2**31))
+        most = max(1024, _TOKENS_A_RATE * number * len(space.base))
+        text = _asked(model, _prompt(population, space, number), seed=draw.randrange(2**31), max_tokens=most)
         for rates in read_rates(text)[:number]:
             sizes = _sizes(rates, space)
             if sizes is None:
@@ -123,12 +124,12 @@ def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
     return sizes
 
 
-def _asked(model: Any, prompt: str, *, seed: int) -> str:
-    """The model's answer."""
+def _asked(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
+    """The model's answer, of at most so many tokens."""
     if isinstance(model, str):
         address, _, name = model.partition("#")
         body = {
-            "model": name or "default", "messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": _TOKENS,
+            "model": name or "default", "messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": max_tokens,
             "seed": seed,
         }  # fmt: skip
         request = urllib.request.Request(
@@ -142,4 +143,4 @@ def _asked(model: Any, prompt: str, *, seed: int) -> str:
     from adapt_pruner.evaluate.answer import answer
 
     here = model()
-    return answer(here.model, here.tokenizer, prompt, max_new_tokens=_TOKENS, temperature=1.0, seed=seed, dtype="auto").text
+    return answer(here.model, here.tokenizer, prompt, max_new_tokens=max_tokens, temperature=1.0, seed=seed, dtype="auto").text

@@ -29,10 +29,7 @@ from adapt_pruner.core.task import Task
 from adapt_pruner.core.weight_mask import linear_layers, oriented
 from adapt_pruner.reduce.solvers import Inputs
 
-__all__ = ["READS", "Solved", "Walk", "from_dense", "onward", "walked"]
-
-READS = ("corrected", "dense", "sparse")
-"""What the linear layers of a decoder layer read; `reduce.fista` says how they differ."""
+__all__ = ["Solved", "Walk", "from_dense", "onward", "walked"]
 
 Solve = Callable[[Tensor, Inputs | None], tuple[Tensor, Tensor]]
 """(weight float32 [outputs, inputs], its inputs; None without text) -> the new weight, and which entries stay."""
@@ -103,7 +100,7 @@ class Walk:
 
 
 def walked(walk: Walk, *, reads: str) -> Iterator[Solved]:
-    """Solve the decoder layers in the order that one of `READS` asks for."""
+    """Solve the decoder layers, whose linear layers read `sparse`, `dense` or `corrected` inputs (see `fista.fista`)."""
     return onward(walk) if reads == "sparse" else from_dense(walk, correction=reads == "corrected")
 
 
@@ -171,7 +168,7 @@ def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
             kept = _exchanged(walk, chunk, kept)
             total = torch.tensor([sum(errors), float(len(errors))], dtype=torch.float64)
             world.sum_in_place(total)
-            yield Solved(kept, [float(total[0] / total[1])], layers=len(chunk))
+            yield Solved(kept, [float(total[0] / total[1])] if total[1] else [], layers=len(chunk))
 
 
 def _put(flows: Sequence[Stream], hidden: Sequence[Tensor]) -> None:

@@ -29,6 +29,7 @@ from adapt_pruner.reduce.units import (
     Units,
     metrics_of,
     prunable,
+    refuse_limits,
     repair_parameters,
     repaired,
     scores_of,
@@ -36,7 +37,7 @@ from adapt_pruner.reduce.units import (
     within_widths,
 )
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.score.calibrate import score_behind
+from adapt_pruner.score.calibrate import score_sequentially
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
 
@@ -44,7 +45,7 @@ _KINDS = ("neurons", "kv_heads")
 _EPS = 1e-7
 
 
-@part("reduce", needs={"chosen", "text"})
+@part("reduce", needs={"chosen", "text", "all its time"})
 class PolicyGradient(Units):
     """Learn which units stay by policy gradient over random masks, without back-propagation (Bypass)."""
 
@@ -95,6 +96,7 @@ class PolicyGradient(Units):
                 f"reduce policy_gradient draws neurons and kv_heads, and axes names {', '.join(others)}; leave that out of axes"
             )
         super().check(work)
+        refuse_limits(work, "reduce policy_gradient learns how many units each layer keeps")
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Draws of calibration text: one for the start, and those that the updates read."""
@@ -130,7 +132,7 @@ class PolicyGradient(Units):
         budget = Budget(keep=target, total=now + repair_parameters(work))
         sizes, _ = within_widths(work, _chooser(axes, 1 - keep))(self._stay, axes, budget, debt=Debt.none(axes))
         mask = Mask.of_sizes(axes, self._stay, sizes)
-        loss = work.loss(mask, batches)
+        loss = work.loss({}, batches)
         repaired(work, mask, work.batches(), **where)
         self._stage = 0
         yield Change(mask, loss, {"sizes": sizes})
@@ -240,7 +242,7 @@ def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scor
     if recipe.sequential_scoring:
         sizes = {axis.name: axis.size for axis in prunable(work)} | {axis.name: max(1, round(axis.size * keep)) for axis in axes}
         metric = metrics_of(work, seed=recipe.seed + where["iteration"])[0]
-        scores |= score_behind(
+        scores |= score_sequentially(
             work.model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype
         )
     return scores

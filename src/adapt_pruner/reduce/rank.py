@@ -10,6 +10,7 @@ in parameters, so a KV head weighs what it really costs. Of `Debt` these chooser
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from adapt_pruner.reduce.allocate import GOLDEN, HEADS, Debt
 __all__ = ["per_parameter", "standardised"]
 
 _FRONT = 1e6  # beyond any standardised score
-_STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 
 
 @part("chooser")
@@ -117,9 +117,9 @@ def standardised(
     *,
     debt: Debt,
     step: float,
-    structure: str = "AL-AM",
+    structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] = "AL-AM",
     heads: float | None = None,
-    by: str = "unit",
+    by: Literal["unit", "feature"] = "unit",
 ) -> tuple[dict[str, int], Debt]:
     """Bring the scores of each axis to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
 
@@ -147,14 +147,14 @@ def standardised(
         cheapest kind as long as there are such units.
 
     Raises:
-        UsageError: `structure` or `by` is unknown, or `heads` is missing, out of range or without use.
+        UsageError: `heads` is missing, out of range or without use.
 
     Source: FLAP, arXiv:2312.11983. Differs: a head counts with its parameters in this model (FLAP counts every head as 512/3
     neurons, right for a head size of 128 without grouped queries). By `unit`, the scores of heads spread as far as those of
     neurons. By `feature`, as in FLAP, the mean over a head's features draws the scores of heads towards 0. The budget is met
     within one neuron.
     """
-    _check_options(structure, heads, by)
+    _check_heads(structure, heads)
     worth = {axis.name: _lowest_first(axis, scores[axis.name]) for axis in axes}
     worth = {name: (_standardised(values) if by == "unit" else values)[:-1] for name, values in worth.items()}
     if structure.startswith("UL"):
@@ -171,11 +171,7 @@ def standardised(
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
 
 
-def _check_options(structure: str, heads: float | None, by: str) -> None:
-    if by not in ("unit", "feature"):
-        raise UsageError(f"option by={by} of rank.standardised is not known; known: unit, feature")
-    if structure not in _STRUCTURES:
-        raise UsageError(f"structure {structure!r} of rank.standardised is not known; known: {', '.join(_STRUCTURES)}")
+def _check_heads(structure: str, heads: float | None) -> None:
     if structure.endswith("MM") and heads is None:
         raise UsageError(
             f"structure {structure} of rank.standardised needs the share of heads that goes; write it like heads=0.2"

@@ -147,6 +147,7 @@ def check_masks_learn(work: "Work", way: str, *, where: str = "") -> None:
         "training.compile": asked.compile,
         "training.gradient_checkpointing": asked.gradient_checkpointing,
         "parallel=fsdp": recipe.parallel == "fsdp",
+        "moments=reset": recipe.moments == "reset",  # a run that goes on would forget moments in the middle of its training
     }
     if wrong := [key for key, given in unfit.items() if given]:
         raise UsageError(f"reduce {way} cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out")

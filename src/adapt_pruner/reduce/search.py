@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from adapt_pruner.reduce.units import (
     evidence_of,
     params_of,
     prunable,
+    refuse_limits,
     repair_parameters,
     repaired,
     scores_of,
@@ -48,7 +49,7 @@ from adapt_pruner.train.objectives import kl_of_logits
 __all__ = ["Search"]
 
 
-@part("reduce", needs={"chosen", "text"})
+@part("reduce", needs={"chosen", "text", "all its time"})
 class Search(Units):
     """Search how many units each layer keeps, by the loss of candidates that are shut but not cut (Self-Pruner, EvoPress)."""
 
@@ -63,7 +64,7 @@ class Search(Units):
         offspring: Annotated[int, "1 or more"] = 20,
         rounds: Annotated[int, "1 or more"] = 20,
         level: Annotated[float, "0 to 1"] = 0.1,
-        fitness: str = "loss",
+        fitness: Literal["loss", "kl"] = "loss",
         tokens: Annotated[int, "2 or more"] = 2048,
         finalists: Annotated[int, "1 or more"] = 5,
         repaired: bool = False,
@@ -77,7 +78,7 @@ class Search(Units):
             offspring: number of new candidates in a round.
             rounds: number of rounds.
             level: neurons that a swap moves, as a share of the widest layer's; of heads and whole blocks a swap moves one.
-            fitness: `loss` on text, or `kl`, KL(dense ‖ candidate) of its predictions in nats.
+            fitness: `loss` on text, or `kl`, KL(model before the search ‖ candidate) of its predictions in nats.
             tokens: number of tokens on which all candidates are measured first.
             finalists: how many of a round are then measured on the whole draw of calibration text; only these may join the
                 population.
@@ -97,15 +98,13 @@ class Search(Units):
         self._found = _Found()
 
     def check(self, work: Work) -> None:
-        """Refuse an unknown fitness, unknown proposals, `repaired` without a repair, and axes that the search cannot change."""
+        """Refuse unknown proposals, `repaired` without a repair, and axes that the search cannot change."""
         if single := [kind for kind in work.recipe.axes if sum(axis.kind == kind for axis in work.axes) == 1]:
             raise UsageError(
                 f"reduce search moves units from one layer to another, and the model has only one axis of {', '.join(single)}; "
                 "leave that out of axes"
             )
         super().check(work)
-        if self.fitness not in ("loss", "kl"):
-            raise UsageError(f"fitness {self.fitness!r} of reduce search is not known; known: loss, kl")
         parts.check("proposal", self.proposals)
         if parts.takes("proposal", self.proposals, "model") is not bool(self.model):
             raise UsageError(
@@ -126,6 +125,7 @@ class Search(Units):
                 "reduce search(repaired=true) measures candidates with repaired weights, and the recipe has no repair that leaves the "
                 "number of parameters as it is; set repair=closed_form.least_squares, or leave repaired out"
             )
+        refuse_limits(work, "reduce search moves units from any layer to another")
         if "query_heads" in work.recipe.axes and self.on_repaired:
             raise UsageError(
                 "reduce search(repaired=true) works only on neurons and kv_heads, and axes names query_heads; leave that out of "
@@ -163,7 +163,7 @@ class Search(Units):
         axes, where = prunable(work), {"stage": work.state.stage, "iteration": work.iteration}
         with work.state.clock("score"):
             batches = work.batches()
-            scores, _ = scores_of(work, batches, **where)
+            scores, loss = scores_of(work, batches, **where)
             text = work.batches(ahead=1)
             same = all(torch.equal(one, other) for one, other in zip(batches, text, strict=True))
             if same and evidence_of(work) is not Evidence.WEIGHTS:
@@ -181,7 +181,6 @@ class Search(Units):
             yield from self._search(work, axes, space, judge, keep)
         best = self._found.population[0].sizes
         mask = Mask.of_sizes(axes, scores, best)
-        loss = work.loss(mask, text)
         repaired(work, mask, batches, **where)
         self._found = _Found()
         yield Change(mask, loss, {"sizes": dict(best)})

@@ -20,7 +20,7 @@ from adapt_pruner.core.run_events import Masked, Within
 from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.layer_inputs import READS, Walk, walked
+from adapt_pruner.reduce.layer_inputs import Walk, walked
 from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.solvers import Inputs
 from adapt_pruner.reduce.work import Work
@@ -45,8 +45,6 @@ class Sparse(Reduction):
         warm = parts.bind("solver", solver).keywords.get("warm_start")
         if warm is not None and "dense" in parts.needs("solver", warm):
             raise UsageError(f"solver {solver} cannot start from {warm}; give warm_start=wanda, sparsegpt or magnitude")
-        if (reads := _reads(solver)) not in READS:
-            raise UsageError(f"reads {reads!r} of the solver is not known; known: {', '.join(READS)}")
         check_dense(work)
         check_pattern(work)
 
@@ -142,7 +140,7 @@ def check_same_zeros(work: Work) -> None:
 
 
 def _reads(solver: str) -> str:
-    """Which of `READS` a solver asks for: by its option `reads`, if it has one."""
+    """What the linear layers read under a solver: its option `reads`, if it has one; `sparse` if it does not need the dense model."""
     if "dense" not in parts.needs("solver", solver):
         return "sparse"
     asked = signature(parts.bind("solver", solver)).parameters.get("reads")

@@ -11,7 +11,7 @@ where s are the sums of k consecutive inputs each. B stays in the checkpoint.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,6 @@ from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["SparseTraining", "masked"]
 
-_SCORES = ("magnitude", "wanda")
-
 
 @part("reduce", needs={"sparsity", "one stage", "training"})
 class SparseTraining(Reduction):
@@ -43,7 +41,7 @@ class SparseTraining(Reduction):
     def __init__(
         self,
         *,
-        scores: str = "magnitude",
+        scores: Literal["magnitude", "wanda"] = "magnitude",
         every: Annotated[int, "1 or more"] = 10,
         decay: Annotated[float, "0 or more"] = 6e-5,
         ramp: Annotated[float, "0 to 1"] = 0.2,
@@ -75,8 +73,6 @@ class SparseTraining(Reduction):
 
     def check(self, work: Work) -> None:
         """Refuse a recipe without training, training that does not work with masks, and a model that has zeros."""
-        if self.scores not in _SCORES:
-            raise UsageError(f"scores {self.scores!r} of reduce sparse_training are not known; known: {', '.join(_SCORES)}")
         check_masks_learn(work, "sparse_training", where=" in a recipe, and use: adapt-pruner run RECIPE.yaml")
         check_dense(work)
         check_pattern(work)

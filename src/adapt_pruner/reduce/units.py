@@ -19,7 +19,6 @@ from torch import Tensor
 
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.cutline import cut_line
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.parts import part
@@ -29,10 +28,11 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import HEADS, Debt
 from adapt_pruner.reduce.closed_form import without_bias
+from adapt_pruner.reduce.cutline import cut_line
 from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.score.calibrate import Evidence, Metric, eval_mode, evidence_needed, score, score_behind
+from adapt_pruner.score.calibrate import Evidence, Metric, eval_mode, evidence_needed, score, score_sequentially
 
 __all__ = [
     "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
@@ -180,7 +180,7 @@ class Units(Reduction):
                 sizes, debt = choose(scores, may_shrink, budget, debt=self._debt)
                 if recipe.sequential_scoring:
                     metric = metrics_of(work, seed=recipe.seed + work.iteration)[0]
-                    scores |= score_behind(
+                    scores |= score_sequentially(
                         model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype
                     )
                 scores |= _head_scores(work, sizes, batches, **where)
@@ -246,6 +246,17 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
         scores |= measure_layers(work.model, _measured_whole(work), batches)
     _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
     return scores, loss
+
+
+def refuse_limits(work: Work, why: str) -> None:
+    """Refuse limits of the chooser that a search would not keep.
+
+    Raises:
+        UsageError: the recipe's chooser has an option `first`, `last` or `floor`.
+    """
+    options = parts.bind("chooser", work.recipe.chooser).keywords
+    if kept := [f"{name}={options[name]}" for name in ("first", "last", "floor") if options.get(name)]:
+        raise UsageError(f"{why}, so {' and '.join(kept)} of chooser {work.recipe.chooser!r} would not hold; leave that out")
 
 
 def with_forward(its: TextUse) -> TextUse:

@@ -218,8 +218,8 @@ class Work:
         dense_params: parameters of the model at the start, before its vocabulary was cut.
         started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
         weight_mask: which single weights stay and which are zero; None for a model without such zeros.
-        training: training up to row `until`, step by step (see `run.training.Trainer.train_steps`), for a reduction that cuts between
-            steps; None outside a run.
+        training: trains up to row `until`, step by step (see `run.training.Trainer.train_steps`), for a reduction that needs
+            `training`; None as long as no `Trainer` is at work.
         task: what the model learns, as the recipe names it.
     """
 
@@ -391,6 +391,6 @@ class Work:
         """Whether the reduction reads the calibration text."""
         return self.reduction.text_use(self).text
 
-    def begin_stage(self) -> None:
+    def forget_warnings(self) -> None:
         """Forget, in place, the warnings of the stage before, so that they can be given again."""
         self._said.clear()

@@ -65,7 +65,7 @@ def _no_training(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     before, now = _perplexities(figures)
     rise = (
         f" Perplexity went from {shown(before, 'perplexity')} to {shown(now, 'perplexity')}, most of which training can give back."
-        if before and now
+        if before and now and now > before
         else ""
     )
     yield Advice(f"Nothing was trained.{rise}", "--set training.source=TEXT --set training.tokens=10M")
@@ -155,10 +155,12 @@ def _better_than_dense(figures: Figures, recipe: dict[str, Any]) -> Iterator[Adv
 def _where_time_went(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     total = sum(figures.seconds.values())
     scoring = figures.seconds.get("score", 0.0) + figures.seconds.get("repair", 0.0)
-    if figures.status == "finished" and total > 600 and scoring > 0.5 * total and figures.steps:
+    step = float(recipe.get("step") or 0.02)
+    larger = recipe.get("reduce", "units") == "units" and step < 1  # others do not read the step
+    if figures.status == "finished" and total > 600 and scoring > 0.5 * total and figures.steps and larger:
         yield Advice(
             f"{scoring / total:.0%} of the time went into scoring and repair. A larger step makes fewer iterations, for a little quality.",
-            f"--set step={2 * float(recipe.get('step') or 0.02):g}",
+            f"--set step={min(1.0, 2 * step):g}",
         )
 
 

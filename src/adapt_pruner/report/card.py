@@ -154,12 +154,13 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
     size = f" pruned to {millions(figures['params_after'])}" if smaller or not zeros else ""
+    size = " from random weights" + (size if smaller else "") if recipe.get("init") == "random" else size
     title = base["name"].rpartition("/")[2] + size + (f" with {zeros} zeros" if zeros else "")
     sections = [
         f"# {_plain(title)}",
         _summary(config, pruning, base, form=exported and exported[0]),
         "## Results",
-        *_results(pruning, base),
+        *_results(pruning),
         "## How to load it",
         *(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
         "## How it was made",
@@ -167,7 +168,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         "## Citation",
         "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
     ]
-    front = _front_matter(recipe, figures, base, title).to_yaml()
+    front = _front_matter(pruning, base, title).to_yaml()
     return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n").content)
 
 
@@ -196,12 +197,14 @@ def _block(language: str, text: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
+def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
+    recipe, figures, measured = pruning["recipe"], pruning["figures"], _measured_result(pruning)
+    anew = recipe.get("init") == "random"
     perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
     results = None
-    if perplexities and _is_number(perplexities[-1]):
+    if perplexities and _is_number(perplexities[-1]) and text is not None and measured:
         result = EvalResult(
             task_type="text-generation",
             task_name="Next-token prediction",
@@ -212,12 +215,14 @@ def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: M
             metric_name=_measured_on(recipe),
         )
         results = [result]
-    tags = ["adapt-pruner", "pruned", recipe["method"]]
+    tags = ["adapt-pruner", *(["trained-from-scratch"] if anew else ["pruned"]), recipe["method"]]
     read_texts = [recipe["training"]["source"]] + ([recipe["calibration"]["source"]] if _calibrated(recipe, figures) else [])
     hub_ids = sorted({hub_id for source in read_texts for hub_id in _hub_ids(source)})
     facts: dict[str, Any] = {
-        "base_model": base["hub"],
-        "base_model_relation": base["hub"] and "finetune",  # of the hub's four relations, the one for a model with other weights
+        "base_model": None if anew else base["hub"],
+        "base_model_relation": None
+        if anew
+        else base["hub"] and "finetune",  # of the hub's four relations, the one for a model with other weights
         "license": base.get("license"),
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
@@ -233,15 +238,17 @@ def _front_matter(recipe: Mapping[str, Any], figures: Mapping[str, Any], base: M
 def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any], *, form: str | None) -> str:
     recipe, figures = pruning["recipe"], pruning["figures"]
     dense = pruning.get("dense_params") or figures["params_before"]
-    row = _row(recipe["method"])
+    row, pruned = _row(recipe["method"]), figures["params_after"] < dense
     named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"])
     trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
     lines = [
-        f"{named}, pruned by adapt-pruner and {trained}.",
+        f"The shape of {named} with random weights, {'pruned by adapt-pruner and ' if pruned else ''}{trained}."
+        if recipe.get("init") == "random"
+        else f"{named}, pruned by adapt-pruner and {trained}.",
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {named}, {dense:,} parameters |",
+        f"| {'shape of' if recipe.get('init') == 'random' else 'base model'} | {named}, {dense:,} parameters |",
         f"| method | {_code(recipe['method'])}: {row.get('about', 'a row of parts that this version does not have')} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
         f"| budget | {_plain(_asked(recipe))} |"
@@ -294,7 +301,7 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{config['vocab_size']:,} tokens"
 
 
-def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
+def _results(pruning: Mapping[str, Any]) -> Iterator[str]:
     recipe, figures = pruning["recipe"], pruning["figures"]
     perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
     tasks = figures.get("tasks") or []
@@ -309,6 +316,7 @@ def _results(pruning: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[st
         if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
         else "dense"
     )
+    begun = "random weights" if recipe.get("init") == "random" else begun
     begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
     after = "pruned and trained" if figures.get("trained_tokens") else "pruned"
     if perplexities:
@@ -327,7 +335,8 @@ def _perplexities(
     params = [figures.get("params_after_vocabulary", figures["params_before"])]
     for stage in range(1, len(perplexities)):
         params.append(stages.get(stage, params[-1]))
-    params[-1] = figures["params_after"]
+    if _measured_result(pruning):
+        params[-1] = figures["params_after"]
     names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
     lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
     after_cuts = [figures.get(f"{key}_after_cuts") or [] for key in ("perplexities", "bits_per_byte")]
@@ -343,19 +352,31 @@ def _perplexities(
 
 
 def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:
-    last = tasks[-1]["scores"]
-    first: Sequence[Any] = tasks[0]["scores"] if tasks[0] is not None else [None] * len(last)  # None: tasks were asked for later
+    first, last = tasks[0], tasks[1] if len(tasks) > 1 else None  # either is None if the recipe asked for no tasks at that time
+    known = last or first
+    if known is None:
+        return
+    before, now = ({(one["task"], one["metric"]): one for one in scored["scores"]} if scored else {} for scored in (first, last))
     lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
-    for before, now in zip(first, last, strict=True):
-        both = ["–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"]) for one in (before, now)]
-        lines.append(f"| {_plain(now['task'])} | {_plain(now['metric'])} | {now['items']:,} | {both[0]} | {both[1]} |")
-    if tasks[-1]["average"] is not None:
-        both = ["–" if one is None else score(one["average"], one["stderr"], share=True) for one in (tasks[0], tasks[-1])]
+    for one in known["scores"]:
+        both = [_score(scored.get((one["task"], one["metric"]))) for scored in (before, now)]
+        lines.append(f"| {_plain(one['task'])} | {_plain(one['metric'])} | {one['items']:,} | {both[0]} | {both[1]} |")
+    if known["average"] is not None and (not before or not now or before.keys() == now.keys()):
+        both = [score(each["average"], each["stderr"], share=True) if each else "–" for each in (first, last)]
         lines.append(f"| average | | | {both[0]} | {both[1]} |")
     yield "\n".join(lines)
     part = f"; the first {limit:,} items of each task" if limit is not None else ""
-    data = ", ".join(dict.fromkeys(_plain(Path(one["data"]).name) for one in last))
-    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots(one['shots'] for one in last)}{part}; data: {data}."
+    data = ", ".join(dict.fromkeys(_plain(Path(one["data"]).name) for one in known["scores"]))
+    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots(one['shots'] for one in known['scores'])}{part}; data: {data}."
+
+
+def _score(one: Mapping[str, Any] | None) -> str:
+    return "–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"])
+
+
+def _measured_result(pruning: Mapping[str, Any]) -> bool:
+    """Whether the last perplexity is that of the result; a run that went on without held-out text has not measured it."""
+    return len(pruning["figures"].get("perplexities") or []) == int(pruning["recipe"].get("stages", 1)) + 1
 
 
 def _making(pruning: Mapping[str, Any]) -> Iterator[str]:

@@ -427,7 +427,7 @@ def by_text(figures: Figures) -> Lines | None:
         for name, called in _texts(name for one in measured for name in one.by_text).items()
     ]
     return Lines(
-        "by-text", "Loss on each held-out text", f"After each stage; stage 0 is the {figures.begun} model. Lower is better.",
+        "by-text", "Loss on each held-out text", "After each stage; stage 0 is the model at the start. Lower is better.",
         lines, "stage", "loss (nats)", "count", "loss", short=True,
     )  # fmt: skip
 

@@ -373,7 +373,9 @@ def _task_rows(tasks: Sequence[Tasks]) -> list[Row]:
         return []
     first = tasks[0] if tasks[0].stage == 0 else None
     last = tasks[-1] if tasks[-1].stage else None
-    scores = tasks[0].scores
+    scores = tasks[-1].scores
+    if first is not None and [score["task"] for score in first.scores] != [score["task"] for score in scores]:
+        first = None  # the recipe has changed since
     given = shots(score["shots"] for score in scores)
     if len(scores) == 1:
         before, now = (one.scores[0]["value"] if one else None for one in (first, last))

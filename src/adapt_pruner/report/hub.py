@@ -186,6 +186,10 @@ def push(upload: Upload, *, private: bool = False, branch: str | None = None) ->
             ) from error
         then = "try again later" if status == 429 or status >= 500 else "correct what it names and push again"
         raise RunError(f"the hub refused {upload.repo} (status {status}): {first_line(error)}; {then}") from error
+    except ValueError as error:  # what the library itself refuses, such as the front matter of a README.md
+        raise UsageError(
+            f"the hub refuses {upload.folder}: {' '.join(str(error).split())}; correct that and push again"
+        ) from error
     except (HTTPError, ConnectionError) as error:
         raise RunError(
             f"the hub cannot be reached from here ({first_line(error)}); try again where there is a network, "

@@ -53,9 +53,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str 
     )
 
 
-def _svg(label: str, inner: str, *, extra: str = "") -> str:
+def _svg(label: str, inner: str) -> str:
     box = f"0 0 {_FULL:.0f} {_FULL:.0f}"
-    return f'<svg role="img" aria-label="{escaped(label)}" viewBox="{box}" preserveAspectRatio="none"{extra}>{inner}</svg>'
+    return f'<svg role="img" aria-label="{escaped(label)}" viewBox="{box}" preserveAspectRatio="none">{inner}</svg>'
 
 
 def _rect(

@@ -13,7 +13,7 @@ from adapt_pruner.export import export as write
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.card import try_card, write_card_of_export
 from adapt_pruner.report.page import try_report
-from adapt_pruner.run import loop
+from adapt_pruner.run import loop, trackers
 from adapt_pruner.run.results import Outcome
 
 __all__ = ["export", "prune", "run"]
@@ -46,7 +46,7 @@ def run(
 ) -> Outcome | None:
     """Run the recipe in a run folder (see `run.folder`), and write the card of its result and its page, report.html.
 
-    An unfinished run in that folder continues where it stopped.
+    An unfinished run in that folder continues where it stopped. The trackers of `report_to` get the figures, too.
 
     Args:
         recipe: the run.
@@ -72,10 +72,11 @@ def run(
         if trouble:
             listen(Warned(message=trouble).to_dict())
 
-    write_more = partial(try_card, path=folder / "model", listen=listen)
-    return loop.run(
-        recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, write_more=write_more
-    )
+    with trackers.reporting(recipe, folder, listen) as listen:
+        write_more = partial(try_card, path=folder / "model", listen=listen)
+        return loop.run(
+            recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, write_more=write_more
+        )
 
 
 def export(

@@ -21,7 +21,8 @@ def ahead(work: Work, how: Setup, *, writes: tuple[int, ...] = (), reads: int | 
         work: the run, with its stages.
         how: how the run trains, and where.
         writes: number of sequences in each text that the model writes first.
-        reads: tokens of held-out text; None as long as they are not known, then those of the recipe's windows, or of 64.
+        reads: tokens of held-out text. None, before that text is read, counts `evaluation.max_windows` windows, or 64 if that
+            is null.
     """
     recipe, state, now = work.recipe, work.state, shapes(work.model)
     items: list[Item] = []
@@ -72,7 +73,7 @@ def ahead(work: Work, how: Setup, *, writes: tuple[int, ...] = (), reads: int | 
 
 
 def shapes_in_training(work: Work, stage: Stage, now: Shapes) -> Shapes:
-    """The shapes that a stage trains; where it cuts while it trains, those halfway, from what the stage before leaves.
+    """The shapes of the model while a stage trains. If the stage cuts while it trains, those halfway between its start and end.
 
     Args:
         work: the run, with its stages.

@@ -3,7 +3,6 @@
 The time is that of the phases that `run.ahead` lists, by their operations. So it covers what a run shows as it works.
 """
 
-import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -34,8 +33,8 @@ from adapt_pruner.run.estimate import (
     training_memory,
 )
 from adapt_pruner.run.start import begin, plan, prepare, to_write
-from adapt_pruner.score.calibrate import Evidence, score
-from adapt_pruner.score.weights import taylor
+from adapt_pruner.run.threads import random_rows, score_rows, seconds_of
+from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["dry_run"]
 
@@ -170,12 +169,9 @@ def _probe(work: Work, *, narrow: bool) -> Speed:
     recipe, model = work.recipe, work.model
     length = recipe.calibration.length
     shape = (max(1, _PROBED_TOKENS // length), length)
-    batch = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in recipe.axes]
+    batch = random_rows(model, *shape)
     for _ in range(2):  # the first pass of a process is slow
-        began = time.perf_counter()
-        score(model, axes, [batch], metrics=[taylor], dtype=recipe.dtype)
-    span = time.perf_counter() - began
+        span = seconds_of(partial(score_rows, work, batch))
     device = next(model.parameters()).device
     flops = batch.numel() * operations(shapes(model), Setup(device.type, narrow, length), kind="score") / span
     return Speed(flops, f"this machine reaches {flops / 1e12:.3g} TFLOP/s with this model")

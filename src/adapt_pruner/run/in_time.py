@@ -14,11 +14,11 @@ from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
-from adapt_pruner.plan.rules import LENGTH, Asked, planned
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.prune_recipe import refuse_tables
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
+from adapt_pruner.run.rules import TRAINING_ROW, Asked, planned
 from adapt_pruner.run.trackers import check_trackers
 
 __all__ = ["recipe_in_time"]
@@ -48,7 +48,7 @@ def recipe_in_time(
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
         out: the run's folder.
         text: SPEC of the text to train and calibrate on; a part is held out. None for Python's language reference.
-        long: minutes that the run may take, or tokens to train on, as `plan.rules.how_long` gives them.
+        long: minutes that the run may take, or tokens to train on, as `run.rules.how_long` gives them.
         overrides: further keys, `KEY=VALUE`.
         started: `time.perf_counter()` when the minutes began.
         listen: told of every event.
@@ -71,13 +71,13 @@ def recipe_in_time(
     asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,
-        "training.tokens": tokens or 1_000_000, "training.length": LENGTH, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
+        "training.tokens": tokens or 1_000_000, "training.length": TRAINING_ROW, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
     })  # fmt: skip
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
     check_trackers(plain)
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
-    tokens_of = parts.tokens(work.tokenizer, length=LENGTH)
+    tokens_of = parts.tokens(work.tokenizer, length=TRAINING_ROW)
     del work
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
     wanted = Asked(train, held_out, *tokens_of, text is not None, MOST_REPEATS, minutes, tokens, gone=spent)

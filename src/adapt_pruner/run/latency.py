@@ -31,7 +31,7 @@ from adapt_pruner.recipe import Recipe, parse_latency
 from adapt_pruner.reduce.units import mask_to, params_of, prunable, sizes_alike
 from adapt_pruner.reduce.work import Work
 
-__all__ = ["Table", "find", "params_to_keep", "predicted", "reach", "table_of"]
+__all__ = ["Table", "budget_for", "measured", "params_to_keep", "predicted", "table_of"]
 
 PROMPT = 512
 """Tokens of the prompt. `prefill` times reading it, `decode` times writing `WRITTEN` tokens after it."""
@@ -44,7 +44,7 @@ Table = dict[str, list[tuple[float, float]]]
 """kind of axis -> (share of the units kept, seconds as a share of the dense model's), shares rising to 1."""
 
 
-def find(work: Work) -> dict[str, Any]:
+def budget_for(work: Work) -> dict[str, Any]:
     """The number of parameters to keep for the recipe's latency, by a table that is measured here and now.
 
     Args:
@@ -52,7 +52,7 @@ def find(work: Work) -> dict[str, Any]:
 
     Returns:
         `latency`: `asked`, `of`, `params` to keep, `predicted` share of the dense model's seconds, `table`; and
-        `measuring_seconds`, which `reach` will about take. Empty if the recipe has no latency.
+        `measuring_seconds`, about how long `measured` will take. Empty if the recipe has no latency.
 
     Raises:
         UsageError: the latency is out of reach; the message names the least that can be reached.
@@ -82,7 +82,7 @@ def find(work: Work) -> dict[str, Any]:
 
 
 def params_to_keep(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
-    """The number of parameters that `find` found when the run began; None if the recipe has a budget instead.
+    """The number of parameters that `budget_for` found when the run began; None if the recipe has a budget instead.
 
     Raises:
         UsageError: the run began with another latency, or with none.
@@ -99,11 +99,11 @@ def params_to_keep(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
     return params
 
 
-def reach(work: Work) -> dict[str, Any]:
+def measured(work: Work) -> dict[str, Any]:
     """The latency of the pruned model, timed in turn with the dense model; empty if the recipe has no latency.
 
     Returns:
-        `latency`: what `find` found, and `reached`, the median share of the dense model's seconds, with its quartiles
+        `latency`: what `budget_for` found, and `reached`, the median share of the dense model's seconds, with its quartiles
         `reached_low` and `reached_high`, and `dense_seconds`.
     """
     recipe = work.recipe

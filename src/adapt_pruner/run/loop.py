@@ -59,7 +59,7 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
         measure_text(work, stage=0)
         cached = measure_tasks(work, stage=0)
         measure_answers(work, stage=0)
-        latency = state.figures.get("measuring_seconds", 0.0)  # see `run.latency.find`
+        latency = state.figures.get("measuring_seconds", 0.0)  # see `run.latency.budget_for`
         state.figures["measuring_seconds"] = latency + cached + state.spent["evaluate"]
     for stage in work.stages[state.stage - 1 :]:
         state.stage = stage.stage
@@ -72,8 +72,9 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
             trainer.begin_stage()
         trainer.train(until=work.data.ends[stage.stage - 1] if work.data.ends else 0)
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
-        if not (went_on and state.progress.steps == steps):  # since the newest checkpoint
-            trainer.is_trained(f"stage-{stage.stage}")
+        already_saved = went_on and state.progress.steps == steps  # the run resumed from a checkpoint that has this training
+        if not already_saved:
+            trainer.note_trained(f"stage-{stage.stage}")
             if scores_tasks:
                 trainer.save(f"stage-{stage.stage}")  # what follows may take hours
         measure_text(work, stage=stage.stage)
@@ -110,7 +111,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
     """Bring the model, in place, to the stage's budget: the reduction yields each step, and this function carries it out."""
     state = work.state
     trainer.before_cuts()
-    work.begin_stage()
+    work.forget_warnings()
     for change in work.reduction.steps(work, stage.params):
         if isinstance(change, Within):
             work.tell(change)
@@ -237,7 +238,8 @@ def _resumed(
         if saved.get("reduce", recipe.reduce) == recipe.reduce:
             work.reduction.restore(state.reduction)
     prepare(work, begun=path is not None, folder=folder.path)
-    replaced = [] if path is None else [what for what, digest in work.data.digests.items() if digest != saved["digests"][what]]
+    before = {} if path is None else saved["digests"]
+    replaced = [what for what, digest in work.data.digests.items() if digest != before.get(what, digest)]
     if replaced and not force:
         raise UsageError(
             f"the {' and the '.join(replaced)} changed after {path} was written; restore the old version, start again in another "
@@ -365,7 +367,7 @@ def _tell_start(work: Work) -> None:
         method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if work.reads_text else None, decoder=decoder,
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
-        dense=work.loaded.mask is None, calibration_tokens=sum(stage.calibration_tokens for stage in coming),
+        dense=work.loaded.mask is None, random=recipe.init == "random", calibration_tokens=sum(stage.calibration_tokens for stage in coming),
         training_tokens=0 if feed is None else min(feed.num_tokens, work.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",

@@ -13,22 +13,19 @@ from adapt_pruner.core.events import Listener
 from adapt_pruner.core.memory import keeping_freed, usable_bytes
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.evaluate.perplexity import perplexity
-from adapt_pruner.plan.rules import BATCH_TOKENS, Machine, Model, check_memory
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, pruning_memory, shapes, training_memory
+from adapt_pruner.run.rules import BATCH_TOKENS, CALIBRATION_ROW, TRAINING_ROW, Machine, Model, check_memory
 from adapt_pruner.run.start import begin, sizes_begun
-from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, seconds
-from adapt_pruner.score.calibrate import score
-from adapt_pruner.score.weights import taylor
+from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, random_rows, score_rows, seconds_of
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import make_optimizer
 from adapt_pruner.train.objectives import lm
 
 __all__ = ["probed"]
 
-_TOKENS, _LENGTH = 512, 128  # tokens of a pass that reads or scores, and of one of its rows
-_ROW = 256  # tokens of a training row
+_TOKENS = 512  # of a pass that reads or scores
 _SAMPLES = 64  # rows that an iteration scores, at most
 _MOST = 30.0  # seconds of a pass over the whole batch; if it would take longer, the row has to do
 
@@ -72,11 +69,10 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
         sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
     )  # fmt: skip
     free = _free_bytes(device)
-    batch = torch.randint(config.vocab_size, (_TOKENS // _LENGTH, _LENGTH), generator=torch.Generator().manual_seed(0))
-    axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in recipe.axes]
+    batch = random_rows(model, _TOKENS // CALIBRATION_ROW, CALIBRATION_ROW)
     words = torch.cuda.get_device_name(device) if device.type != "cpu" else fit_threads(work) if recipe.minutes else in_words()
     read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch, device)
-    scored = _tokens_a_second(lambda rows: score(model, axes, [rows], metrics=[taylor], dtype=recipe.dtype), batch, device)
+    scored = _tokens_a_second(partial(score_rows, work), batch, device)
     whole_needs = _memory(dense, dense, device, recipe.dtype)  # the probe trains the dense model
     fits = free is None or whole_needs[1] <= free
     again = free is not None and whole_needs[0] > free
@@ -96,18 +92,16 @@ def _memory(dense: Shapes, pruned: Shapes, device: torch.device, dtype: str) -> 
     All training comes after the cuts. If little stays of the model, pruning takes more than training.
     """
     kind = "cpu" if device.type == "cpu" else "cuda"
-    how = Setup(kind, uses_bfloat16(device, dtype), _ROW, batch_tokens=BATCH_TOKENS)
+    how = Setup(kind, uses_bfloat16(device, dtype), TRAINING_ROW, batch_tokens=BATCH_TOKENS)
     ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
-    pruning = partial(pruning_memory, dense, samples=_SAMPLES, length=_LENGTH, moments=False, reads=True)
+    pruning = partial(pruning_memory, dense, samples=_SAMPLES, length=CALIBRATION_ROW, moments=False, reads=True)
     return [max(process_bytes(parts, kind) for parts in (training_memory(pruned, each), pruning(each))) for each in ways]
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
     """Tokens per second of a training step, or of one row if that is slow; the learning rate is 0, so no weight changes."""
     model = work.model
-    ids = torch.randint(model.config.vocab_size, (BATCH_TOKENS // _ROW, _ROW), generator=torch.Generator().manual_seed(1)).to(
-        device
-    )
+    ids = random_rows(model, BATCH_TOKENS // TRAINING_ROW, TRAINING_ROW).to(device)
     optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
 
     def step(rows: torch.Tensor) -> None:
@@ -144,7 +138,7 @@ def _seconds(do: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return seconds(whole)
+    return seconds_of(whole)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -170,7 +170,7 @@ def write(work: Work, path: Path, *, write_more: Callable[[Path], None]) -> None
     interrupted = False
     work.begins("finish")
     try:
-        work.state.figures |= latency.reach(work)
+        work.state.figures |= latency.measured(work)
     except Exception as error:  # out of memory, too
         work.warn(f"the latency of the pruned model could not be measured: {first_line(error)}")
     except KeyboardInterrupt:

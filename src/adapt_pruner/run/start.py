@@ -74,7 +74,7 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) 
             "params_after_vocabulary": count_parameters(loaded.model),
         }
     work = Work(loaded, recipe, listen, trust_remote_code, state, dense_params=dense)
-    state.figures |= world.on_main(lambda: latency.find(work))
+    state.figures |= world.on_main(lambda: latency.budget_for(work))
     return work
 
 
@@ -214,7 +214,7 @@ def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
         iterations = work.reduction.num_steps(work, start=start, reached=reached, target=target)
         looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
         trained = tokens[k - 1]
-        planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.batch_tokens)))
+        planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.step_tokens)))
         reached = target
     return planned
 
@@ -258,7 +258,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     feed: Feed | None = None if rows is None else make_feed(rows)
     begins_with, by_text = calibration(0), _held_out(work)
     held_out = [window for windows in by_text.values() for window in windows]
-    batch_rows = recipe.training.batch_tokens // recipe.training.length
+    batch_rows = recipe.training.batch_rows
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if looks_at_text else None, held_out)
     work.data = RunData(
@@ -269,6 +269,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         digests={
             "calibration text": digest_of([*begins_with, *own]),
             "training text": "" if rows is None else rows.digest(),
+            "held-out text": digest_of(held_out) if held_out else "",
             "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
         },
         held_out=held_out,
@@ -337,7 +338,12 @@ def _check_machine(work: Work) -> None:
     asked, model = work.recipe.training, work.model
     if asked.source is None:
         return
-    rows = asked.batch_tokens // asked.length
+    rows = asked.batch_rows
+    if asked.step_tokens != asked.batch_tokens:
+        work.warn(
+            f"a step reads {asked.step_tokens:,} tokens, since training.batch_tokens {asked.batch_tokens:,} is no multiple of "
+            f"training.length {asked.length:,}"
+        )
     if rows % world.size():
         raise of_all(
             UsageError(
@@ -437,12 +443,10 @@ def _rows(work: Work, *, moving: bool) -> Rows | None:
     if source is None:
         return None
 
-    expected = {"expected": work.expected} if work.expected else {}
-
     def read_rows() -> Rows:
         return work.task.rows(
             work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
-            warn=work.warn, moving=moving, **expected,
+            warn=work.warn, moving=moving, expected=work.expected,
         )  # fmt: skip
 
     rows: list[Rows] = []

@@ -7,8 +7,11 @@ are threads, each time lasts until the system has run them all in turn.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapt_pruner.core import world
 from adapt_pruner.core.words import counted
@@ -16,7 +19,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 
-__all__ = ["ENOUGH", "fit_threads", "in_words", "kept_threads", "seconds"]
+__all__ = ["ENOUGH", "fit_threads", "in_words", "kept_threads", "random_rows", "score_rows", "seconds_of"]
 
 _TOKENS = 128  # of the pass that is timed
 _BUSY = 0.75  # cores that this process gets per thread; below, fewer threads may be faster
@@ -34,16 +37,25 @@ def fit_threads(work: Work) -> str:
     threads = torch.get_num_threads()
     if threads == 1 or next(work.model.parameters()).device.type != "cpu" or world.size() > 1:
         return in_words()
-    batch = torch.randint(work.model.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
-    axes = [axis for axis in work.axes if axis.layer is not None]
-    return _fitted(lambda: score(work.model, axes, [batch], metrics=[taylor], dtype=work.recipe.dtype))
+    return _fitted(partial(score_rows, work, random_rows(work.model, 1, _TOKENS)))
+
+
+def random_rows(model: Any, count: int, length: int) -> Tensor:
+    """Random tokens to time a pass with, int64 [count, length] on the CPU; the same each time."""
+    return torch.randint(model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def score_rows(work: Work, rows: Tensor) -> None:
+    """The pass that is timed: score a run's model on these rows by first-order Taylor."""
+    axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in work.recipe.axes]
+    score(work.model, axes, [rows], metrics=[taylor], dtype=work.recipe.dtype)
 
 
 def _fitted(do: Callable[[], object]) -> str:
     threads = torch.get_num_threads()
     for _ in range(2):  # the first of a process takes longest
         began = time.process_time()
-        took = seconds(do)
+        took = seconds_of(do)
         cores = (time.process_time() - began) / took
         if took > ENOUGH:
             break
@@ -51,9 +63,9 @@ def _fitted(do: Callable[[], object]) -> str:
         return in_words()
     fewer = min(threads - 1, max(1, round(cores)))
     torch.set_num_threads(fewer)
-    faster = seconds(do)
+    faster = seconds_of(do)
     torch.set_num_threads(threads)
-    if min(took, seconds(do)) < _GAIN * faster:  # asked again, since other work may have ended meanwhile
+    if min(took, seconds_of(do)) < _GAIN * faster:  # asked again, since other work may have ended meanwhile
         return in_words()
     torch.set_num_threads(fewer)
     return f"{fewer} of {threads} threads, which is faster at present"
@@ -75,7 +87,7 @@ def in_words() -> str:
     return counted(threads, "thread")
 
 
-def seconds(do: Callable[[], object]) -> float:
+def seconds_of(do: Callable[[], object]) -> float:
     """How long a call takes."""
     began = time.perf_counter()
     do()

@@ -50,7 +50,7 @@ class Trainer:
         """
         self._work, self._save, self._tensors = work, save, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0
-        self._unsaved: tuple[str, int, dict[str, Any]] | None = None  # see `is_trained`
+        self._unsaved: tuple[str, int, dict[str, Any]] | None = None  # see `note_trained`
         if work.data.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # they would take as much memory again
@@ -65,7 +65,7 @@ class Trainer:
     def begin_stage(self) -> None:
         """Prepare a stage's training after its cuts, and save a checkpoint."""
         work = self._work
-        work.state.progress.begin_stage()
+        work.state.progress.forget_losses()
         if work.optimizer is not None:
             self._join(work)
         if work.data.feed is not None:
@@ -120,7 +120,7 @@ class Trainer:
         work.begins("train", stage=work.state.stage)
         with work.state.clock("train"), deferred(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
-            for step in self.steps(until=until, around=around, seconds_left=seconds_left):
+            for step in self._steps(until=until, around=around, seconds_left=seconds_left):
                 step.afterwards(partial(self._tell, step, began, tokens))
                 yield step
                 step.take()
@@ -130,6 +130,8 @@ class Trainer:
                     self.save(name)
                     interrupts.deliver()
                 self.save_if_due(name)
+            if work.state.pruned:  # while interrupts still wait: one that comes now finds something to rescue
+                self.note_trained(f"stage-{work.state.stage}")
 
     def _tell(self, step: Step, began: float, tokens: int) -> None:
         """Tell of a step that was taken; `began` is when this training began, and `tokens` how many had been read by then."""
@@ -142,16 +144,14 @@ class Trainer:
         for event in work.data.feed.news() if work.data.feed is not None else ():
             work.tell(event)
 
-    def steps(
-        self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
-    ) -> Iterator[Step]:
+    def _steps(self, *, until: int, around: Around, seconds_left: Callable[[], float] | None) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
         how = TrainConfig(
             objective=around(parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
-            lr=asked.lr, batch_rows=asked.batch_tokens // asked.length, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
+            lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
             expected=math.inf if seconds_left is None else world.agreed(self._expected(seconds_left())),
         )  # fmt: skip
@@ -175,7 +175,7 @@ class Trainer:
         self._saved = time.monotonic()
         self._last_save = self._saved - began
 
-    def is_trained(self, name: str) -> None:
+    def note_trained(self, name: str) -> None:
         """Note that a stage is trained and that no checkpoint has this yet: if what follows fails, `rescued` writes `name`."""
         state = self._work.state
         self._unsaved = name, state.stage, copy.deepcopy(state.figures)

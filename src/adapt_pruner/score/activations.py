@@ -7,7 +7,7 @@ Only `magnitude` scores `residual`, by the outputs of the norms in the layers.
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def fluctuation(
     model: nn.Module,
     axes: Sequence[Axis],
     *,
-    form: str = "WIFV",
+    form: Literal["WIFV", "IFV", "WIFN"] = "WIFV",
     authors_mean: bool = False,
     standardised: bool = False,
 ) -> Generator[Evidence, None, Scores]:
@@ -72,14 +72,12 @@ def fluctuation(
         axis name -> float32 [axis.entries] on the CPU; non-negative unless standardised.
 
     Raises:
-        UsageError: an unknown form; fewer than two sequences; `authors_mean` with WIFN, which has no mean, or in several
+        UsageError: fewer than two sequences; `authors_mean` with WIFN, which has no mean, or in several
             processes, which do not see the sequences in their order.
 
     Source: FLAP, arXiv:2312.11983, the authors' metrics of these names. Their code assumes heads of 128 features with one KV head
     each. Here a unit's features are those of its gate, so that a KV head counts the features of all its query heads.
     """
-    if form not in ("WIFV", "IFV", "WIFN"):
-        raise UsageError(f"fluctuation form {form!r} is not known; known: WIFV, IFV, WIFN")
     if authors_mean and form == "WIFN":
         raise UsageError("fluctuation form 'WIFN' has no mean for authors_mean to act on; leave authors_mean out")
     if authors_mean and world.size() > 1:

@@ -44,7 +44,7 @@ from adapt_pruner.core.precision import casting_once, linears_cast, nonfinite_er
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
 
-__all__ = ["Evidence", "Metric", "as_found", "eval_mode", "evidence_needed", "finish", "mean_loss", "score", "score_behind"]
+__all__ = ["Evidence", "Metric", "as_found", "eval_mode", "evidence_needed", "finish", "mean_loss", "score", "score_sequentially"]
 
 
 class Evidence(Enum):
@@ -280,7 +280,7 @@ def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSA
 
 
 @torch.no_grad()
-def score_behind(
+def score_sequentially(
     model: nn.Module,
     axes: Sequence[Axis],
     sizes: Mapping[str, int],
@@ -311,10 +311,10 @@ def score_behind(
     """
     others = [axis for axis in axes if axis.name in sizes and axis.gate.kind in ("channels", "whole")]
     with gated(model, axes, Mask.of_sizes(others, known, sizes)):
-        return _score_behind(model, axes, sizes, batches, metric=metric, task=task, dtype=dtype)
+        return _score_sequentially(model, axes, sizes, batches, metric=metric, task=task, dtype=dtype)
 
 
-def _score_behind(
+def _score_sequentially(
     model: nn.Module,
     axes: Sequence[Axis],
     sizes: Mapping[str, int],

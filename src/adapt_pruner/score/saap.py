@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
-from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.score.weights import taylor
 
@@ -19,7 +19,7 @@ __all__ = ["saap"]
 
 @part("metric", needs={"text"})
 def saap(
-    model: nn.Module, axes: Sequence[Axis], *, terms: str = "both", stability: bool = True
+    model: nn.Module, axes: Sequence[Axis], *, terms: Literal["both", "vector", "element"] = "both", stability: bool = True
 ) -> Generator[Evidence, str | None, Scores]:
     """Vector-wise and element-wise Taylor scores of second order, fused by their uncertainty over the text (SAAP).
 
@@ -42,14 +42,9 @@ def saap(
     Returns:
         axis name -> float32 [axis.entries] on the CPU. Comparable within an axis; `rank.standardised` compares across.
 
-    Raises:
-        UsageError: unknown terms.
-
     Source: arXiv:2412.15127. Its code is not public, and we know its formulas from reviews only. The Taylor terms and the fusion
     I / (2σ²) + log σ are theirs; the estimate of σ, the scaling to mean 1, and the fluctuation are ours.
     """
-    if terms not in ("both", "vector", "element"):
-        raise UsageError(f"saap has no terms {terms!r}; known: both, vector, element")
     scored = [axis for axis in axes if axis.slices]
     lines: dict[str, list[list[Tensor]]] = {axis.name: [[], []] for axis in scored}  # a_n and e_n of each sequence
     pieces: dict[str, list[tuple[Axis, int]]] = {}

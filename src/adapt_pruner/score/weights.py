@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Scores
 from adapt_pruner.core.hooks import attached
 from adapt_pruner.core.parts import part
-from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["magnitude", "random", "taylor"]
@@ -27,7 +27,11 @@ _CACHED = 1 << 17  # weights that are handled at a time; together with their gra
 
 @part("metric", needs={"text"})
 def taylor(
-    model: nn.Module, axes: Sequence[Axis], *, form: str = "element", authors_fold: bool = False
+    model: nn.Module,
+    axes: Sequence[Axis],
+    *,
+    form: Literal["element", "vector", "second", "mixed"] = "element",
+    authors_fold: bool = False,
 ) -> Generator[Evidence, str | None, Scores]:
     """Taylor importance: how much the loss moves if a unit's weights go to zero, from its first or second derivative.
 
@@ -55,14 +59,11 @@ def taylor(
         axis name -> float32 [axis.entries] on the CPU, non-negative. Comparable within an axis only.
 
     Raises:
-        UsageError: an unknown form.
         RuntimeError: a scored parameter got no gradient (named in the message).
 
     Source: LLM-Pruner, arXiv:2305.11627, the authors' `param_first`, `vectorize`, `param_second` and `param_mix`;
     Adapt-Pruner uses the first. Biases do not count. Differs: the fold, unless `authors_fold`.
     """
-    if form not in ("element", "vector", "second", "mixed"):
-        raise UsageError(f"taylor form {form!r} is not known; known: element, vector, second, mixed")
     squares: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
 
@@ -112,7 +113,7 @@ def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor]
 
 
 @part("metric")
-def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Generator[Evidence, None, Scores]:
+def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: Literal["l1", "l2"] = "l1") -> Generator[Evidence, None, Scores]:
     """Size of a unit's weights: the sum of |w| (norm=l1) or of w² (norm=l2) over its coupled matrices; no text needed.
 
     Args:
@@ -121,13 +122,8 @@ def magnitude(model: nn.Module, axes: Sequence[Axis], *, norm: str = "l1") -> Ge
     Returns:
         axis name -> float32 [axis.entries] on the CPU, non-negative.
 
-    Raises:
-        UsageError: an unknown norm.
-
     Source: the magnitude baselines of LLM-Pruner (arXiv:2305.11627), its options `l1` and `l2`.
     """
-    if norm not in ("l1", "l2"):
-        raise UsageError(f"magnitude norm {norm!r} is not known; known: l1, l2")
     yield Evidence.WEIGHTS
 
     def worth(parameter: nn.Parameter, name: str, some: slice) -> Tensor:

@@ -55,7 +55,7 @@ class TrainState:
     smoothed: float | None = None  # the loss of this stage, and the lowest it has been; for the divergence guard
     lowest: float = math.inf
 
-    def begin_stage(self) -> None:
+    def forget_losses(self) -> None:
         """Forget, in place, the losses so far: of the stage before, or of a model that had more units."""
         self.smoothed, self.lowest = None, math.inf
 

@@ -14,7 +14,18 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.words import compact, counted, millions, span, typed
 from adapt_pruner.errors import UsageError
 
-__all__ = ["BATCH_TOKENS", "LENGTH", "Asked", "Machine", "Model", "Plan", "check_memory", "how_long", "planned"]
+__all__ = [
+    "BATCH_TOKENS",
+    "CALIBRATION_ROW",
+    "TRAINING_ROW",
+    "Asked",
+    "Machine",
+    "Model",
+    "Plan",
+    "check_memory",
+    "how_long",
+    "planned",
+]
 
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_ANSWERS = 0.1  # of the time, at most; else no prompts are answered
@@ -29,7 +40,8 @@ _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense mo
 _FASTER = 0.6  # a pruned model trains faster by this much of (dense / pruned parameters - 1)
 _SUSTAINED = 0.85  # of the speed that the probe and the rule above say; a long run is slower
 _REPAIR = 1.4  # seconds of a repair per second of scoring the same text
-_ROW, LENGTH, _WINDOW = 128, 256, 512  # tokens: of a calibration sequence, a training row, a window
+CALIBRATION_ROW, TRAINING_ROW, _WINDOW = 128, 256, 512
+"""Tokens of a calibration sequence, of a training row, and of a window of held-out text."""
 _WINDOWS = (40, 20, 8, 4, 2)
 _ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
 BATCH_TOKENS = 2048  # tokens of a step, if ten fit
@@ -148,7 +160,7 @@ class _Pruning:
 
     def seconds(self, model: Model, machine: Machine) -> float:
         passes = 1 + _REPAIR * self.repairs
-        return self.iterations(model) * passes * self.samples * _ROW / machine.scored
+        return self.iterations(model) * passes * self.samples * CALIBRATION_ROW / machine.scored
 
     def settings(self) -> dict[str, Any]:
         bare = {} if self.repairs else {"repair": None}
@@ -223,10 +235,10 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
     tokens = _whole(asked.tokens if asked.tokens is not None else left * speed, batch)
     settings = {
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
-        "calibration.source": asked.train, "calibration.length": min(_ROW, model.longest or _ROW),
+        "calibration.source": asked.train, "calibration.length": min(CALIBRATION_ROW, model.longest or CALIBRATION_ROW),
         "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch, asked),
         **({} if asked.minutes is None else {"training.expected": tokens}),
-        "training.batch_tokens": batch, "training.length": min(LENGTH, model.longest or LENGTH),
+        "training.batch_tokens": batch, "training.length": min(TRAINING_ROW, model.longest or TRAINING_ROW),
         "training.lr": _rate(model),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": checkpointing,
@@ -377,7 +389,7 @@ def _lines(
         f"machine: {machine.words}; with this model it reads {machine.read:,.0f} tokens a second and trains on "
         f"{machine.trained:,.0f}",
         f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {counted(cuts, 'cut')}, each "
-        f"looking at {way.samples} × {_ROW} tokens: about {span(seconds['prune'])}",
+        f"looking at {way.samples} × {CALIBRATION_ROW} tokens: about {span(seconds['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a learning rate of "
         f"{settings['training.lr']:g}, {what}{repeats}: about {span(seconds['train'])}{lacking}",
         f"text: {asked.train}{own}; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",

@@ -1,0 +1,57 @@
+"""What models are measured on, and how; knows no torch, so that a wrong option is refused at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapt_pruner.errors import UsageError
+
+__all__ = ["WINDOW", "Measures"]
+
+WINDOW = 512
+"""Tokens in an evaluation window, unless the user gives another number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What models are measured on, and how.
+
+    Attributes:
+        text: SPEC of the text for perplexity and speed; None measures neither.
+        window: tokens in an evaluation window; None for `WINDOW`.
+        max_windows: the most windows that are read; None for all.
+        tasks: names of tasks, with commas; None scores none.
+        num_fewshot: examples before each item; None for what the task says.
+        limit: the most items of each task; None for all.
+        task_dir: folder of lm-eval YAML files.
+        cache_dir: folder that keeps scores; None for the usual one.
+        device: as in a recipe.
+        dtype: precision of the matrix products.
+        trust_remote_code: whether Python code that comes with a model or a task may run.
+    """
+
+    text: str | None = None
+    window: int | None = None
+    max_windows: int | None = None
+    tasks: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    task_dir: Path | None = None
+    cache_dir: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Refuse options without what they apply to.
+
+        Raises:
+            UsageError: neither text nor tasks are given, or an option applies to the one that is not.
+        """
+        if self.text is None and self.tasks is None:
+            raise UsageError("nothing to measure; give --text for perplexity, --tasks for scores, or both")
+        for there, options, what in (
+            (self.tasks, ("num_fewshot", "limit", "task_dir", "cache_dir"), "tasks; name them with --tasks"),
+            (self.text, ("window", "max_windows"), "a text; name it with --text"),
+        ):
+            if there is None and (given := [name for name in options if getattr(self, name) is not None]):
+                raise UsageError(f"--{given[0].replace('_', '-')} applies only to {what}")
