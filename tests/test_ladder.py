@@ -74,6 +74,10 @@ def test_arms_take_the_learning_rate_that_won(modules: Any, ladder: Any) -> None
     for one, loss in zip(ladder.sweep("X", "b"), (4.2, 4.3, 4.1), strict=True):
         write_whole(ladder.results / f"{one.name}.json", json.dumps({"lr": one.lr, "loss": loss}))
     assert jobs.lr_of(ladder, job) == 2e-3
+    ladder._keep(job, {"loss": 4.0, "lr": 1e-3})
+    assert ladder.result(job) is None, "another rate has won since"
+    ladder._keep(job, {"loss": 4.0, "lr": 2e-3})
+    assert ladder.result(job)["loss"] == 4.0
     write_whole(ladder.results / f"{one.name}.json", json.dumps({"lr": one.lr, "error": "no space left"}))
     assert jobs.lr_of(ladder, job) == 5e-4, "one that failed tells nothing"
     assert jobs.lr_of(ladder, jobs.Job("X", 0, "a", 1, 2)) == 4e-3

@@ -96,13 +96,16 @@ class Ladder:
                         yield Job(rung, base, arm, at, seed)
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """What came of a job; None if it has not been done, or with other settings of its arm."""
-        return self._found(self._place(job))
+        """What came of a job; None if it has not been done, or with other settings of its arm or at another learning rate."""
+        found = self._found(self._place(job))
+        if found is not None and job.at and found.get("lr") not in (None, lr_of(self, job)):
+            return None  # a rate that has been tried since is better
+        return found
 
     def results_of(self, rungs: Collection[str]) -> list[dict[str, Any]]:
         """The results of these rungs, of whatever plan, in the order of their names."""
-        found = map(self._found, sorted(self.results.glob("*.json")))
-        return [one for one in found if one is not None and one["rung"] in rungs]
+        found = (one for one in map(self._found, sorted(self.results.glob("*.json"))) if one is not None and one["rung"] in rungs)
+        return [one for one in found if "error" in one or self.result(Job.of(one)) is not None]
 
     def _found(self, path: Path) -> dict[str, Any] | None:
         """The result in a file; None if there is no such file, or its arm has other settings now."""

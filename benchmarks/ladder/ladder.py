@@ -34,7 +34,7 @@ _GLANCE = 2.0  # seconds until a process that has nothing to do looks again
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=["run", "work", "report"])
-    parser.add_argument("plan", help="quick, long, night or second-night")
+    parser.add_argument("plan", help="quick, long, evening, night or second-night")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "ladder")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--train", help="SPEC of the training text; read once, when the folder is new")

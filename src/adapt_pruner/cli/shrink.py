@@ -86,6 +86,7 @@ def shrink(
 def _say_what_there_is(out: Path, listen: Any) -> None:
     """Say what an interrupted run has reached."""
     from adapt_pruner.core.words import compact, millions
+    from adapt_pruner.run.checkpoints import is_within_training
     from adapt_pruner.run.folder import RunFolder
 
     newest, state, _ = RunFolder(out).newest(thorough=False)
@@ -97,7 +98,7 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
     )
     if trained:
         whole = f"trained on {compact(trained)} tokens"
-        if "-step-" in newest.name:  # see `run.checkpoints`
+        if is_within_training(newest.name):
             whole += "; its learning rate has not come down yet"
     else:
         whole = "not trained" if newest.name.endswith("-pruned") else "not trained, and not yet as small as you asked"

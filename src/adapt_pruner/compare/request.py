@@ -13,7 +13,7 @@ from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import ALIASES, Recipe, read
-from adapt_pruner.recipe.prune_recipe import refuse_set_twice
+from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice
 
 __all__ = ["Cell", "Request"]
 
@@ -102,10 +102,8 @@ class Request:
         for size in filter(None, self.params):
             Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0)
         patterns = tuple(str(Pattern.parse(written)) for written in self.sparsity)
-        for text in self.overrides:
-            key = text.partition("=")[0].strip()
-            if key in _OWN_KEYS:
-                raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
+        for key in sorted(keys_of(self.overrides) & _OWN_KEYS.keys()):
+            raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
         refuse_set_twice(self._given, self.overrides)
         if self.calibration_ids and self._drawn:
             raise UsageError(

@@ -1,4 +1,5 @@
 """Recipes: `schema.py` describes a run, `fitting.py` refuses keys that do not fit together, `parts.py` finds the parts that a recipe names.
+`overrides.py` reads keys that a user sets as KEY=VALUE, `prune_recipe.py` makes the recipe of `prune`.
 
 The methods of papers lie in `methods/`, whole runs in `recipes/`.
 """

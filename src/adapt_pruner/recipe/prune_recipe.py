@@ -1,12 +1,13 @@
 """The recipe that `adapt-pruner prune` and `adapt_pruner.prune` carry out: one model, one size and no training."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice
 from adapt_pruner.recipe.schema import Recipe, read
 
-__all__ = ["refuse_set_twice", "refuse_tables", "to_prune"]
+__all__ = ["to_prune"]
 
 _DEFAULTS = {"seed": 0, "device": "auto", "dtype": "auto"}  # options that always have a value
 _DRAWN = {"source": "--calibration", "samples": "--calibration-samples", "length": "--calibration-length"}
@@ -23,7 +24,7 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
         UsageError: no size to reach is named, or two are; a key is set twice or has no effect; or the recipe trains.
     """
     given = {key: value for key, value in asked.items() if value is not None}
-    further = _keys(overrides)
+    further = keys_of(overrides)
     text = [option for key, option in _DRAWN.items() if f"calibration.{key}" in given]
     text += [f"--set calibration.{key}" for key in _DRAWN if f"calibration.{key}" in further]
     if text and "calibration.ids" in given:
@@ -49,41 +50,3 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")
     return recipe
-
-
-def refuse_set_twice(given: Iterable[str], overrides: Sequence[str]) -> None:
-    """Refuse overrides of keys that options have set already.
-
-    Args:
-        given: dotted keys that options have set.
-        overrides: further keys as `KEY=VALUE`.
-
-    Raises:
-        UsageError: such a key, or the whole table that it lies in, is set again.
-    """
-    given = list(given)
-    refuse_tables(given, overrides)
-    if twice := sorted(_keys(overrides) & set(given)):
-        raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
-
-
-def refuse_tables(given: Iterable[str], overrides: Sequence[str]) -> None:
-    """Refuse an override of a whole table, such as `training={lr: 1e-4}`, if keys of that table are set already.
-
-    Args:
-        given: dotted keys that are set already.
-        overrides: further keys as `KEY=VALUE`.
-
-    Raises:
-        UsageError: the override would drop these keys.
-    """
-    for table in sorted(_keys(overrides)):
-        if inside := sorted({key for key in given if key.startswith(f"{table}.")}):
-            raise UsageError(
-                f"--set {table}=… would replace the whole table, and drop {', '.join(inside)}, which {'is' if len(inside) == 1 else 'are'} set "
-                f"already; set single keys, such as --set {inside[0]}=VALUE"
-            )
-
-
-def _keys(overrides: Sequence[str]) -> set[str]:
-    return {written.partition("=")[0].strip() for written in overrides}

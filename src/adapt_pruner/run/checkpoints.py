@@ -10,9 +10,28 @@ stage-K          after stage K
 import re
 from pathlib import Path
 
-__all__ = ["newest_first"]
+__all__ = ["called", "is_within_training", "newest_first", "of_stage"]
 
 _NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-(?:search|step)-(\d+))?|-(pruned)|-step-(\d+))?")
+
+
+def called(
+    stage: int, *, cut: int | None = None, search: int | None = None, step: int | None = None, pruned: bool = False
+) -> str:
+    """The name of a checkpoint at a place in a run; see the top of this file."""
+    parts = {"cut": cut, "search": search, "step": step}
+    within = [f"{what}-{number}" for what, number in parts.items() if number is not None]
+    return "-".join([f"stage-{stage}", *within, *(["pruned"] if pruned else [])])
+
+
+def of_stage(name: str) -> str:
+    """The name of the checkpoint after the stage that another lies in."""
+    return re.sub(r"(stage-\d+).*", r"\1", name)
+
+
+def is_within_training(name: str) -> bool:
+    """Whether training goes on after the checkpoint of this name, in the same stage."""
+    return "-step-" in name
 
 
 def newest_first(folder: Path) -> list[Path]:

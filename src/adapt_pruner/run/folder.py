@@ -17,7 +17,6 @@ progress.json            where the run stands (see `core.progress`), rewritten a
 
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,7 +36,7 @@ from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.words import typed
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, differing, read
-from adapt_pruner.run.checkpoints import newest_first
+from adapt_pruner.run.checkpoints import newest_first, of_stage
 
 __all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "open_run_folder"]
 
@@ -196,7 +195,7 @@ class RunFolder:
             name: the checkpoint that is to be written.
             step: number of the run's last step.
         """
-        after = self.checkpoints / re.sub(r"(stage-\d+).*", r"\1", name)
+        after = self.checkpoints / of_stage(name)
         with suppress(RunError):  # it is not there, or damaged
             before = read_state(after, thorough=False)["progress"]["steps"]
             if before < step:

@@ -15,7 +15,7 @@ from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.recipe.prune_recipe import refuse_tables
+from adapt_pruner.recipe.overrides import keys_of, refuse_tables
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.rules import TRAINING_ROW, Asked, planned
@@ -59,10 +59,10 @@ def recipe_in_time(
             model or the text cannot be loaded; the time is too short; or several processes were started.
     """
     world.check_alone("shrink")
-    named = {word.partition("=")[0].strip(): word for word in overrides}
+    named = keys_of(overrides)
     if "about" in named:
         raise UsageError(
-            f"{named['about']!r} would replace the words by which shrink recognises a run that it continues; leave about out"
+            "--set about would replace the words by which shrink recognises a run that it continues; leave about out"
         )
     refuse_tables(_PLANNED, overrides)
     minutes, tokens = long

@@ -33,6 +33,7 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.run import results
+from adapt_pruner.run.checkpoints import called
 from adapt_pruner.run.disk_space import check_result, check_run
 from adapt_pruner.run.folder import RunFolder, open_run_folder
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
@@ -74,9 +75,9 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
         scores_tasks = stage.stage == recipe.stages and recipe.evaluation.tasks is not None
         already_saved = went_on and state.progress.steps == steps  # the run resumed from a checkpoint that has this training
         if not already_saved:
-            trainer.note_trained(f"stage-{stage.stage}")
+            trainer.note_trained(called(stage.stage))
             if scores_tasks:
-                trainer.save(f"stage-{stage.stage}")  # what follows may take hours
+                trainer.save(called(stage.stage))  # what follows may take hours
         measure_text(work, stage=stage.stage)
         if scores_tasks:
             measure_tasks(work, stage=stage.stage)
@@ -84,7 +85,7 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
             measure_answers(work, stage=stage.stage)
         state.stage, state.pruned = stage.stage + 1, False
         if stage.stage < recipe.stages:
-            trainer.save(f"stage-{stage.stage}")
+            trainer.save(called(stage.stage))
 
     if "calibration_losses" in state.figures:
         measure_calibration(work)
@@ -115,7 +116,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
     for change in work.reduction.steps(work, stage.params):
         if isinstance(change, Within):
             work.tell(change)
-            trainer.save_if_due(f"stage-{stage.stage}-cut-{work.iteration - 1}-search-{change.done}")
+            trainer.save_if_due(called(stage.stage, cut=work.iteration - 1, search=change.done))
             continue
         work.begins("cut", stage=stage.stage, iteration=work.iteration)
         with state.clock("cut"):
@@ -123,7 +124,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         layers = {} if change.mask is None else {"layers_left": state.layers_left}
         told = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
         work.tell(Cut(**told))
-        trainer.save_if_due(f"stage-{stage.stage}-cut-{work.iteration - 1}")
+        trainer.save_if_due(called(stage.stage, cut=work.iteration - 1))
 
 
 def prune(

@@ -18,6 +18,7 @@ from adapt_pruner.core.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.words import compact
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.work import Work
+from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
@@ -69,7 +70,7 @@ class Trainer:
         if work.optimizer is not None:
             self._join(work)
         if work.data.feed is not None:
-            self.save(f"stage-{work.state.stage}-pruned")
+            self.save(called(work.state.stage, pruned=True))
 
     def train(self, *, until: int) -> None:
         """Train the model, in place, up to row `until` of the text, or until only the time for the rest of the run is left."""
@@ -124,14 +125,13 @@ class Trainer:
                 step.afterwards(partial(self._tell, step, began, tokens))
                 yield step
                 step.take()
-                cuts = "" if work.state.pruned else f"-cut-{work.iteration - 1}"
-                name = f"stage-{work.state.stage}{cuts}-step-{step.step}"
+                name = called(work.state.stage, cut=None if work.state.pruned else work.iteration - 1, step=step.step)
                 if self._save is not None and world.any_of(interrupts.pending):
                     self.save(name)
                     interrupts.deliver()
                 self.save_if_due(name)
             if work.state.pruned:  # while interrupts still wait: one that comes now finds something to rescue
-                self.note_trained(f"stage-{work.state.stage}")
+                self.note_trained(called(work.state.stage))
 
     def _tell(self, step: Step, began: float, tokens: int) -> None:
         """Tell of a step that was taken; `began` is when this training began, and `tokens` how many had been read by then."""

@@ -1,0 +1,46 @@
+"""Keys of a recipe that a user sets one by one as `KEY=VALUE`, beside the options of a command."""
+
+from collections.abc import Iterable, Sequence
+
+from adapt_pruner.errors import UsageError
+
+__all__ = ["keys_of", "refuse_set_twice", "refuse_tables"]
+
+
+def keys_of(overrides: Sequence[str]) -> set[str]:
+    """The dotted keys that overrides set."""
+    return {written.partition("=")[0].strip() for written in overrides}
+
+
+def refuse_set_twice(given: Iterable[str], overrides: Sequence[str]) -> None:
+    """Refuse overrides of keys that options have set already.
+
+    Args:
+        given: dotted keys that options have set.
+        overrides: further keys as `KEY=VALUE`.
+
+    Raises:
+        UsageError: such a key, or the whole table that it lies in, is set again.
+    """
+    given = list(given)
+    refuse_tables(given, overrides)
+    if twice := sorted(keys_of(overrides) & set(given)):
+        raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
+
+
+def refuse_tables(given: Iterable[str], overrides: Sequence[str]) -> None:
+    """Refuse an override of a whole table, such as `training={lr: 1e-4}`, if keys of that table are set already.
+
+    Args:
+        given: dotted keys that are set already.
+        overrides: further keys as `KEY=VALUE`.
+
+    Raises:
+        UsageError: the override would drop these keys.
+    """
+    for table in sorted(keys_of(overrides)):
+        if inside := sorted({key for key in given if key.startswith(f"{table}.")}):
+            raise UsageError(
+                f"--set {table}=… would replace the whole table, and drop {', '.join(inside)}, which {'is' if len(inside) == 1 else 'are'} set "
+                f"already; set single keys, such as --set {inside[0]}=VALUE"
+            )
