@@ -58,11 +58,14 @@ def test_a_folder_is_read_without_hidden_files_and_without_what_we_wrote(tmp_pat
         "small/log.jsonl",
         "small/model/README.md",
         "pruned/README.md",
+        "hf/README.md",
+        "hf/merges.txt",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     marks.mark(tmp_path / "small", "run")
     (tmp_path / "pruned" / "pruning.json").write_text("{}")
+    (tmp_path / "hf" / "README.md").write_text("---\ntags:\n- adapt-pruner\n- pruned\n---\n# An export\n")
     assert list(texts(str(tmp_path))) == ["a.txt", "deep/b.md"]
     assert list(texts(str(tmp_path / "pruned"))) == ["pruned/README.md"], "a folder that is named itself is read"
 

@@ -11,11 +11,12 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import hard_concrete
 from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold, sampled, settled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.report.with_card import run
+from adapt_pruner.report.with_card import prune, run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
 
 
@@ -159,6 +160,22 @@ def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
+
+
+def test_layers_of_unequal_size_are_refused_before_any_work_but_may_be_trained(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    prune(
+        read({"model": str(tiny_folder), "method": "random", "chooser": "rank.per_parameter", "budget": "90%"}),
+        tmp_path / "uneven",
+    )
+    heard: list[dict[str, Any]] = []
+    measured = {"evaluation": {"source": str(text_file), "window": 32, "max_windows": 2}}
+    with pytest.raises(UsageError, match="needs layers of equal size, and the .* of this model differ"):
+        run(recipe_of(tmp_path / "uneven", text_file, **measured), tmp_path / "run", listen=heard.append)
+    assert {event["event"] for event in heard} <= {"load", "loaded"}
+    run(recipe_of(tmp_path / "uneven", text_file, budget="100%"), tmp_path / "trained")
+    run(recipe_of(tmp_path / "uneven", text_file, reduce="hard_concrete(layers=2)", budget="100%"), tmp_path / "fewer")
 
 
 def test_a_shape_is_met_where_the_budget_asks_for_nothing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_arms_take_the_learning_rate_that_won(modules: Any, ladder: Any) -> None
     assert jobs.lr_of(ladder, job) == 1e-3, "where none was tried"
     ladder.results.mkdir(parents=True)
     for one, loss in zip(ladder.sweep("X", "b"), (4.2, 4.3, 4.1), strict=True):
+        assert jobs.lr_of(ladder, job) == 1e-3, "as long as some are to be tried"
         write_whole(ladder.results / f"{one.name}.json", json.dumps({"lr": one.lr, "loss": loss}))
     assert jobs.lr_of(ladder, job) == 2e-3
     ladder._keep(job, {"loss": 4.0, "lr": 1e-3})

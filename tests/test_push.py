@@ -155,7 +155,7 @@ def test_a_branch_and_a_private_repository(folder: Path, hub: Hub) -> None:
 def test_private_is_not_sent_to_what_is_public(folder: Path, hub: Hub) -> None:
     status, _, err = push(folder, "me/small", "--private", endpoint=hub.address)
     assert status == 2
-    assert "there already and public" in err
+    assert "error: me/small is there already and public; make it private in its settings, or name another\n" in err
     assert not hub.files
 
 

@@ -21,7 +21,7 @@ from adapt_pruner.reduce.proposals import random as at_random
 from adapt_pruner.reduce.search import Search
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.work import RunData, Stage, Work
-from adapt_pruner.report.with_card import run
+from adapt_pruner.report.with_card import prune, run
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 SMALL = {"population": 4, "offspring": 4, "rounds": 2, "tokens": 24, "finalists": 2}
@@ -206,6 +206,11 @@ def test_what_it_cannot_do_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert_refused(lambda: recipe_of(tiny_folder, text_file, **changes), tmp_path / "run", said)
+
+
+def test_a_metric_that_reads_no_text_leaves_the_loss_of_the_cut(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    outcome = prune(recipe_of(tiny_folder, text_file, metric="weights.magnitude", stages=1), tmp_path / "out")
+    assert math.isfinite(outcome.history[0]["loss"])
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,9 @@ class Ladder:
         began = time.process_time(), time.perf_counter()
         folder = self.folder / "runs" / job.name
         recipe = self.recipe(job, self.folder / job.rung / f"base-{job.base}" / "model")
+        begun = folder / "recipe.yaml"
+        if begun.exists() and read_recipe(begun).training.lr != recipe.training.lr:  # another rate has won since
+            shutil.rmtree(folder)
         loop.run(recipe, folder)
         done = self._keep(job, self.measured(job.rung, folder / "model") | {
             "lr": recipe.training.lr, "swept": job.lr is not None,
@@ -273,17 +276,16 @@ class Ladder:
 def lr_of(ladder: Ladder, job: Job) -> float:
     """The learning rate of a job: its own, its arm's, or the best that was tried for the arm that its arm names.
 
-    Where no job has tried any, the middle one of those that would be tried.
+    As long as some have not been tried, the middle one.
     """
     if job.lr is not None:
         return job.lr
     named = ladder.table["arms"][job.arm]["lr"]
     if not isinstance(named, str):
         return float(named)
-    tried = [
-        result for one in ladder.sweep(job.rung, named) if (result := ladder.result(one)) is not None and "error" not in result
-    ]
-    if not tried:
+    swept = [ladder.result(one) for one in ladder.sweep(job.rung, named)]
+    tried = [result for result in swept if result is not None and "error" not in result]
+    if None in swept or not tried:
         rates = ladder.table["learning_rates"]["tried"]
         return float(rates[len(rates) // 2])
     return float(min(tried, key=lambda result: result["loss"])["lr"])

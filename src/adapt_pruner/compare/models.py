@@ -97,7 +97,7 @@ def _described(name: str, loaded: Loaded) -> dict[str, Any]:
 
 def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tuple[dict[str, Any], Tensor]:
     """The figures of a model on a text, and the ids of the first window."""
-    window = how.window or WINDOW
+    window = WINDOW if how.window is None else how.window
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=how.max_windows)
     for sentence in too_long(loaded.model.config, {"--window": window}):
         listen(Warned(message=f"{loaded.source}: {sentence}").to_dict())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapt_pruner.core.files import write_whole
 
-__all__ = ["MARK", "PAGE_FOOT", "PROGRESS", "UNMERGED_FILE", "WEIGHT_MASK_FILE", "is_marked", "is_page", "mark"]
+__all__ = ["MARK", "PAGE_FOOT", "PROGRESS", "UNMERGED_FILE", "WEIGHT_MASK_FILE", "is_card", "is_marked", "is_page", "mark"]
 
 MARK = ".adapt-pruner"
 """The file in a folder that says what the folder is."""
@@ -42,6 +42,15 @@ def is_marked(folder: Path, kind: str) -> bool:
     place = folder / MARK
     with suppress(OSError, ValueError):
         return place.is_file() and not place.is_symlink() and place.read_text(encoding="utf-8") == f"adapt-pruner {kind}\n"
+    return False
+
+
+def is_card(path: Path) -> bool:
+    """Whether a README.md is a model card that we wrote: its front matter has our tag."""
+    with suppress(OSError):
+        if path.is_file():
+            front = path.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
+            return "\n- adapt-pruner\n" in f"{front}\n"
     return False
 
 

@@ -32,6 +32,6 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
             dense      the same sums of the dense model, beside those of the sparse one (solvers)
             training   training text, since the reduction trains the model while it removes (reductions)
             one stage  a run of one stage, because the reduction cannot continue from its own result (reductions)
-            all its time   no `minutes`, because the reduction cannot end early (reductions)
+            all its time   no `minutes`, because the reduction may take hours and cannot end early (reductions)
     """
     return lambda function: function

@@ -64,8 +64,9 @@ class Searched(Within):
 
     Attributes:
         evaluations: how often a candidate's loss was measured so far.
-        best: the lowest loss, or KL divergence, of a candidate of all rounds so far, on the whole text, in nats per prediction.
-        mean: the mean over the candidates of this round, on the text that all are measured on first.
+        best: the lowest loss, or KL divergence, in nats per prediction: `search`, of a candidate of all rounds so far on the whole
+            text; `policy_gradient`, of a mask since the last report.
+        mean: the mean over this round's candidates on the text that all are measured on first, or over those masks.
         sizes: axis name -> units that the search would keep now; where it is undecided, the expected number.
     """
 
@@ -78,7 +79,7 @@ class Searched(Within):
     def line(self, begun: str = "dense") -> str:
         if self.best is None or self.mean is None:
             return f"stage {self.stage}: search, round {self.done} of {self.of}"
-        return f"stage {self.stage}: search, round {self.done} of {self.of}: best so far {self.best:.3f}, on average {self.mean:.3f} nats"
+        return f"stage {self.stage}: search, round {self.done} of {self.of}: {self.best:.3f} nats at best, {self.mean:.3f} on average"
 
     def figures(self) -> dict[str, float]:
         return self._those("best", "mean")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapt_pruner.core.files import expanded, read_plain
-from adapt_pruner.core.marks import MARK
+from adapt_pruner.core.marks import MARK, is_card
 from adapt_pruner.core.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
@@ -169,8 +169,8 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is a run, a comparison or a model of ours, whose logs and cards are no text of the user."""
-    return any((folder / name).exists() for name in (MARK, "pruning.json"))
+    """Whether a folder is a run, a comparison, a model or an export of ours, whose logs and cards are no text of the user."""
+    return any((folder / name).exists() for name in (MARK, "pruning.json")) or is_card(folder / "README.md")
 
 
 def _file(path: Path) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, TextStreamer
 from adapt_pruner.core.precision import precision, refuse_nonfinite
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
-__all__ = ["LONGEST", "PROMPTS", "Answer", "answer"]
+__all__ = ["LONGEST", "PROMPTS", "Answer", "answer", "check_asked"]
 
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?", "Write a sentence about a rainy day.")
 """The prompts of a run for a chat model, unless its recipe has others."""
@@ -46,7 +46,6 @@ class _Told(TextStreamer):  # type: ignore[misc]
         self._tell(text)
 
 
-@torch.no_grad()
 def check_asked(prompt: str | None, *, temperature: float = 0.0, seed: int | None = None) -> None:
     """Refuse an empty prompt, and a seed where nothing is drawn.
 
@@ -66,6 +65,7 @@ def check_asked(prompt: str | None, *, temperature: float = 0.0, seed: int | Non
         )
 
 
+@torch.no_grad()
 def answer(
     model: Any,
     tokenizer: Any,

@@ -119,14 +119,15 @@ class HardConcrete(Reduction):
                 f"reduce hard_concrete masks {', '.join(KINDS)}, and axes names {', '.join(others)}; leave that out of axes"
             )
 
-        if work.num_params > work.budget.keep or any(self.shape.values()):
-            for kind in self._kinds(work):
-                _rows_of(work.axes, kind)
+        for kind in self._given(work):
+            _rows_of(work.axes, kind)
 
     def floor(self, work: Work) -> tuple[int, str]:
         """The parameters of the given shape; without one, those that are left when each axis keeps one unit."""
         if any(self.shape.values()):
             return _params(work, self._given(work)), "the model has the shape that reduce=hard_concrete(…) names"
+        for kind in self._kinds(work):
+            _rows_of(work.axes, kind)  # refuses layers of unequal size
         return _params(work, dict.fromkeys(self._kinds(work), 1)), "every axis has one unit"
 
     def text_use(self, work: Work) -> TextUse:

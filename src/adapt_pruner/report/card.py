@@ -254,7 +254,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         f"| budget | {_plain(_asked(recipe))} |"
         if recipe.get("sparsity")
         else f"| budget | {_plain(_asked(recipe))}, that is at most {figures['budget']:,} parameters |",
-        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of the base model's |",
+        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of {'that shape' if recipe.get('init') == 'random' else 'the base model'}'s |",
         *(
             [
                 f"| not zero | {figures['nonzero_after']:,} parameters, {figures['nonzero_after'] / figures['params_after']:.1%} of those stored |"
@@ -306,9 +306,10 @@ def _results(pruning: Mapping[str, Any]) -> Iterator[str]:
     perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
     tasks = figures.get("tasks") or []
     if not perplexities and not tasks:
+        anew = recipe.get("init") == "random"  # then the base may have no weights
         yield (
-            "The run measured no perplexity: its recipe names no text to evaluate on. To measure it, and the base model beside it:\n\n"
-            + _block("sh", typed("eval", recipe["model"], ".", "--text", "python-docs:heldout"))
+            f"The run measured no perplexity: its recipe names no text to evaluate on. To measure it{'' if anew else ', and the base model beside it'}:\n\n"
+            + _block("sh", typed("eval", *([] if anew else [recipe["model"]]), ".", "--text", "python-docs:heldout"))
         )
         return
     begun = (
@@ -348,6 +349,9 @@ def _perplexities(
         per_byte = bits[index] if index < len(bits) else None
         lines.append(f"| {name} | {size:,} | {_figure(measured, 2)} | {_figure(per_byte, 4)} |")
     yield "\n".join(lines)
+    if recipe["evaluation"]["source"] is None:
+        yield "Measured by the run itself, on a text that its recipe no longer names."
+        return
     yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
 
 

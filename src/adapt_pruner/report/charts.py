@@ -380,7 +380,7 @@ def search(figures: Figures) -> Lines | None:
     if not lines:
         return None
     return Lines(
-        "search", "The search", "Losses of the candidates of each round, units shut and nothing cut: the best, and the mean of all.",
+        "search", "The search", "With units shut and nothing cut: the loss of the best candidate, and the mean of a round.",
         lines, "losses measured", "loss (nats)", "count", "loss",
     )  # fmt: skip
 

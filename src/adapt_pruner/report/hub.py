@@ -7,7 +7,7 @@ from typing import Any
 
 from adapt_pruner.checkpoint.untrusted import shards_in
 from adapt_pruner.core.files import check_regular, files_in
-from adapt_pruner.core.marks import WEIGHT_MASK_FILE
+from adapt_pruner.core.marks import WEIGHT_MASK_FILE, is_card
 from adapt_pruner.core.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
@@ -97,9 +97,7 @@ def plan_upload(folder: Path, repo: str) -> Upload:
 def _is_export(card: Path) -> bool:
     """Whether a README.md is the card that `export` writes into a folder."""
     check_regular(card)
-    return (
-        card.is_file() and "\n- adapt-pruner\n" in card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0] + "\n"
-    )
+    return is_card(card)
 
 
 def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
@@ -186,6 +184,8 @@ def push(upload: Upload, *, private: bool = False, branch: str | None = None) ->
             ) from error
         then = "try again later" if status == 429 or status >= 500 else "correct what it names and push again"
         raise RunError(f"the hub refused {upload.repo} (status {status}): {first_line(error)}; {then}") from error
+    except UsageError:
+        raise
     except ValueError as error:  # what the library itself refuses, such as the front matter of a README.md
         raise UsageError(
             f"the hub refuses {upload.folder}: {' '.join(str(error).split())}; correct that and push again"

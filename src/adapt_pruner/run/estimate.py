@@ -144,7 +144,7 @@ def setup_of(recipe: Recipe, *, device: str, narrow: bool, teacher: Shapes | Non
     """How a recipe trains, for the formulas."""
     asked = recipe.training
     return Setup(
-        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.batch_tokens,
+        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.step_tokens,
         checkpointing=asked.gradient_checkpointing, lora=0 if asked.lora is None else asked.lora.rank, teacher=teacher,
         processes=processes, parallel=recipe.parallel,
     )  # fmt: skip
