@@ -37,7 +37,7 @@ def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_the_budget_is_met_halfway_and_training_goes_on(any_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(any_folder, text_file)
+    recipe = recipe_of(any_folder, text_file, checkpoint_minutes=60)
     outcome = run(recipe, tmp_path / "run")
     assert outcome is not None
     cuts, steps = log_of(tmp_path / "run", "cut"), log_of(tmp_path / "run", "step")

@@ -68,6 +68,12 @@ def test_every_recipe_is_one(page: Path) -> None:
             recipe.read(data | ({"method": "uniform"} if "paper" in data else {}))  # one with a paper is a new row
 
 
+def test_pages_have_recipes() -> None:
+    """So that the test above looks at some."""
+    blocks = [block for page in PAGES for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
+    assert sum(isinstance(data := yaml.safe_load(block), dict) and "method" in data for block in blocks) >= 5
+
+
 def test_every_key_is_in_the_table() -> None:
     text = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
     keys = set(

@@ -76,7 +76,9 @@ def whole(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_loss_that_rises_while_masks_close_is_no_divergence(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_folder, text_file, reduce="hard_concrete(share=1.0)", training={"max_rise": 1e-6})
+    recipe = recipe_of(
+        tiny_folder, text_file, reduce="hard_concrete(share=1.0)", training={"max_rise": 1e-6}, checkpoint_minutes=60
+    )
     outcome = run(recipe, tmp_path / "run")
     assert outcome is not None
     losses = [step["loss"] for step in log_of(tmp_path / "run", "step")]
@@ -85,7 +87,9 @@ def test_a_loss_that_rises_while_masks_close_is_no_divergence(tiny_folder: Path,
 
 def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     shape = "hard_concrete(residual=36, kv_heads=2, neurons=30, layers=2, lr=0.2, share=0.8)"
-    outcome = run(recipe_of(tiny_folder, text_file, reduce=shape, training={"tokens": 8192}), tmp_path / "run")
+    outcome = run(
+        recipe_of(tiny_folder, text_file, reduce=shape, training={"tokens": 8192}, checkpoint_minutes=60), tmp_path / "run"
+    )
     assert outcome is not None
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert (config["hidden_size"], config["num_key_value_heads"], config["intermediate_size"], config["num_hidden_layers"]) == (
@@ -174,8 +178,14 @@ def test_layers_of_unequal_size_are_refused_before_any_work_but_may_be_trained(
     with pytest.raises(UsageError, match="needs layers of equal size, and the .* of this model differ"):
         run(recipe_of(tmp_path / "uneven", text_file, **measured), tmp_path / "run", listen=heard.append)
     assert {event["event"] for event in heard} <= {"load", "loaded"}
-    run(recipe_of(tmp_path / "uneven", text_file, budget="100%"), tmp_path / "trained")
-    run(recipe_of(tmp_path / "uneven", text_file, reduce="hard_concrete(layers=2)", budget="100%"), tmp_path / "fewer")
+    run(recipe_of(tmp_path / "uneven", text_file, budget="100%", checkpoint_minutes=60), tmp_path / "trained")
+    assert log_of(tmp_path / "trained", "step")
+    assert not log_of(tmp_path / "trained", "cut")
+    run(
+        recipe_of(tmp_path / "uneven", text_file, reduce="hard_concrete(layers=2)", budget="100%", checkpoint_minutes=60),
+        tmp_path / "fewer",
+    )
+    assert read_json(tmp_path / "fewer" / "model" / "config.json")["num_hidden_layers"] == 2
 
 
 def test_a_shape_is_met_where_the_budget_asks_for_nothing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +113,7 @@ def test_from_the_command_line_nothing_but_the_config_is_read(
     assert "the time assumes: an H100 at 40 % of its 989 TFLOP/s" in out
     assert "nothing was written" in out
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    done = subprocess.run([sys.executable, "-m", "adapt_pruner", *words, "--json"], capture_output=True, text=True, check=True)
-    planned: dict[str, Any] = json.loads(done.stdout)
+    planned: dict[str, Any] = json.loads(call(monkeypatch, capsys, *words, "--json")[1])
     assert set(planned["memory"]) == {"pruning", "training"}
 
 

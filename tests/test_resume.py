@@ -240,19 +240,16 @@ def recipe(place: Path, name: str = "main", **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def whole(context: Any, place: Path) -> tuple[Path, float]:
     """The run that nothing happened to, and its seconds."""
-    took = []
-    for _ in range(2):  # tokens are kept from the first
-        shutil.rmtree(place / "whole", ignore_errors=True)
-        began = time.perf_counter()
-        status, said = Lives(context, place)("run", place / "main.yaml", "-o", place / "whole")
-        assert status == 0, said
-        took.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    status, said = Lives(context, place)("run", place / "main.yaml", "-o", place / "whole")
+    took = time.perf_counter() - began
+    assert status == 0, said
     debts = [read_json(path / "state.json")["reduction"]["debt"] for path in (place / "whole" / "checkpoints").iterdir()]
     assert any(debt["start"][name] * share % 1 > 0.01 for debt in debts for name, share in debt["sparsity"].items())
     kept = read_json(place / "whole" / "model" / "mask.json")["axes"]
     for kind in ("kv_heads", "neurons"):
         assert any(len(axis["kept"]) < axis["size"] for name, axis in kept.items() if name.endswith(kind))
-    return place / "whole", min(took)
+    return place / "whole", took
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +406,7 @@ def test_killed_while_the_model_writes_its_calibration_text(live: Lives, place: 
 def test_killed_with_low_rank_additions_and_a_teacher(point: str, live: Lives, place: Path, tmp_path: Path) -> None:
     """At every step of a run that trains additions with dropout towards the dense model, the last of each stage included."""
     path = recipe(
-        place, "lora", stages=2, evaluation={"source": None}, moments="reset",
+        place, "lora", stages=2, evaluation={"source": None}, moments="reset", step=0.5,
         training={"tokens": 1_500, "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}, "objective": "objectives.distil(hidden=0.1)"},
     )  # fmt: skip
     if not (place / "lora").exists():
@@ -762,11 +759,13 @@ def test_forced_to_prune_more_kinds_and_less(live: Lives, place: Path, tmp_path:
     path = recipe(place, "neurons", axes=["neurons"], budget="80%", training={"tokens": 3_000})
     run = tmp_path / "run"
     assert live("run", path, "-o", run, point="before an evaluation", nth=3)[0] == -9, "at the end of the stage"
-    changes = ["--set", "axes=[neurons, kv_heads]", "--set", "budget=70%", "--force-recipe"]
+    changes = ["--set", "axes=[neurons, kv_heads]", "--set", "budget=50%", "--force-recipe"]
     status, said = live("run", path, "-o", run, *changes)
     assert status == 0, said
     figures = read_json(run / "model" / "pruning.json")["figures"]
-    assert figures["params_after"] <= 0.7 * figures["params_before"]
+    assert figures["params_after"] <= 0.5 * figures["params_before"]
+    kept = read_json(run / "model" / "mask.json")["axes"]
+    assert any(len(axis["kept"]) < axis["size"] for name, axis in kept.items() if name.endswith("kv_heads"))
 
 
 def test_an_unreadable_recipe_in_the_folder(
@@ -800,43 +799,42 @@ def own_model(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "model", tmp_path / "model"))
 
 
-@pytest.mark.parametrize("change", ["config", "size", "values", "gone"])
-def test_the_model_changed_underneath(
-    change: str, own_model: Path, live: Lives, refused: Refused, place: Path, tmp_path: Path
-) -> None:
-    path = recipe(place, f"own-{change}", model=str(own_model), stages=1, training={"tokens": 1_500})
+def test_the_model_changed_underneath(own_model: Path, live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
+    path = recipe(place, "own-model", model=str(own_model), stages=1, training={"tokens": 1_500})
     run = tmp_path / "run"
     assert live("run", path, "-o", run, point="within a step", nth=2)[0] == -9
-    if change == "config":
-        config = own_model / "config.json"
-        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    else:
-        shutil.rmtree(own_model)
-    if change in ("size", "values"):
-        changes = {"hidden_size": 96} if change == "size" else {}
-        tiny_model(vocab_size=VOCAB, attention_dropout=0.1, seed=1, **changes).save_pretrained(own_model)
-        byte_tokenizer().save_pretrained(own_model)
-    sentence = refused(run, path)
-    assert (
-        f"{run / 'checkpoints' / 'stage-1-step-1'} is a checkpoint of the model {own_model} as it was when the run began"
-        in sentence
+    for change in ("config", "size", "values", "gone"):
+        if change == "config":
+            config = own_model / "config.json"
+            config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+        else:
+            shutil.rmtree(own_model)
+        if change in ("size", "values"):
+            changes = {"hidden_size": 96} if change == "size" else {}
+            tiny_model(vocab_size=VOCAB, attention_dropout=0.1, seed=1, **changes).save_pretrained(own_model)
+            byte_tokenizer().save_pretrained(own_model)
+        sentence = refused(run, path)
+        newest = run / "checkpoints" / "stage-1-step-1"
+        assert f"{newest} is a checkpoint of the model {own_model} as it was when the run began" in sentence, change
+        assert "name another folder, or restore that model" in sentence
+    shutil.copytree(place / "model", own_model)
+    assert live("run", path, "-o", run)[0] == 0
+
+
+def test_a_text_changed_underneath(live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
+    texts = {text: tmp_path / f"{text}.txt" for text in ("training", "calibration", "held-out")}
+    for own in texts.values():
+        own.write_text((place / "foxes.txt").read_text())
+    training, calibration, evaluation = ({"source": str(own)} for own in texts.values())
+    path = recipe(
+        place, "own-texts", stages=1, training=training | {"tokens": 1_500}, calibration=calibration, evaluation=evaluation
     )
-    assert "name another folder, or restore that model" in sentence
-
-
-@pytest.mark.parametrize("text", ["training", "calibration", "held-out"])
-def test_a_text_changed_underneath(text: str, live: Lives, refused: Refused, place: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own.txt"
-    own.write_text((place / "foxes.txt").read_text())
-    own_text: dict[str, Any] = {"training": {"tokens": 1_500}}
-    key = "evaluation" if text == "held-out" else text
-    own_text[key] = own_text.get(key, {}) | {"source": str(own)}
-    path = recipe(place, f"own-{text}", stages=1, **own_text)
     assert live("run", path, "-o", tmp_path / "run", point="within a step", nth=2)[0] == -9
-    said = own.read_text()
-    own.write_text(said.replace("lazy", "busy"))
-    assert f"the {text} text changed after" in refused(tmp_path / "run", path)
-    own.write_text(said)
+    for text, own in texts.items():
+        said = own.read_text()
+        own.write_text(said.replace("lazy", "busy"))
+        assert f"the {text} text changed after" in refused(tmp_path / "run", path)
+        own.write_text(said)
     assert live("run", path, "-o", tmp_path / "run")[0] == 0
 
 

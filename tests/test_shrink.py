@@ -74,6 +74,7 @@ def test_a_plan_in_five_lines_a_model_its_page_and_a_recipe_that_runs_again(
     assert "this run is finished" in lines
     status, _, lines = ask(*shrink(tiny_folder, text, out), "--set", "training.lr=1e-3")
     assert (status, lines.count("\n")) == (2, 1)
+    assert "was started with another training.lr" in lines
 
 
 def test_ctrl_c_keeps_the_newest_checkpoint_and_the_same_command_goes_on(

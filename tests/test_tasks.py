@@ -207,7 +207,9 @@ def test_what_a_listener_prints_is_seen(folder: Path, tmp_path: Path, capsys: py
     wanted = find_tasks("tiny_choices", task_dir=folder)
     set_shots(wanted, None)
     evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path, on_task=lambda *told: print(*told))
-    assert len(capsys.readouterr().out.splitlines()) > 2
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) > 2
+    assert all(line.startswith("tiny_choices ") for line in said)
 
 
 def test_a_hub_that_answers_again_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,13 @@ def test_a_teacher_of_other_tokens_is_refused(folder: Path, text_file: Path, tmp
 
 def test_the_model_writes_its_calibration_text_with_the_tokens_that_stay(folder: Path, text_file: Path, tmp_path: Path) -> None:
     asked = recipe_of(
-        folder, text_file, method="adapt-pruner", calibration={"samples": 4, "length": 16}, budget="50%", checkpoint_minutes=0
+        folder,
+        text_file,
+        method="adapt-pruner",
+        calibration={"samples": 4, "length": 16},
+        budget="50%",
+        checkpoint_minutes=0,
+        step=0.2,
     )
     assert asked.calibration.source == "self"
     run(asked, tmp_path / "whole")

@@ -237,16 +237,19 @@ def _settle(
         return round(start * shares[axis.name] - (start - sizes[axis.name]), 9), -((axis.layer or 0) * GOLDEN % 1)
 
     left_over = excess - sum((axis.size - wanted[axis.name]) * cheapest for axis in cheap)
-    while payable := [
-        axis for axis in dear if sizes[axis.name] > wanted[axis.name] and _removed(axes, sizes) + axis.cost <= left_over
-    ]:
-        sizes[max(payable, key=owed).name] -= 1
+    gone = 0  # parameters of expensive units
+    while payable := [axis for axis in dear if sizes[axis.name] > wanted[axis.name] and gone + axis.cost <= left_over]:
+        axis = max(payable, key=owed)
+        sizes[axis.name] -= 1
+        gone += axis.cost
     room = sum((axis.size - 1) * cheapest for axis in cheap)
-    while excess - _removed(axes, sizes) > room and (left := [axis for axis in dear if sizes[axis.name] > 1]):
-        sizes[max(left, key=owed).name] -= 1
+    while excess - gone > room and (left := [axis for axis in dear if sizes[axis.name] > 1]):
+        axis = max(left, key=owed)
+        sizes[axis.name] -= 1
+        gone += axis.cost
 
     taken = {axis.name: axis.size - wanted[axis.name] for axis in cheap}
-    due = min(room // cheapest, max(0, math.ceil((excess - _removed(axes, sizes)) / cheapest)))
+    due = min(room // cheapest, max(0, math.ceil((excess - gone) / cheapest)))
     while (difference := due - sum(taken.values())) != 0:
         if difference > 0:
             movable = [axis for axis in cheap if taken[axis.name] < axis.size - 1]
