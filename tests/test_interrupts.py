@@ -66,7 +66,10 @@ def assert_ends_like_a_whole_run(recipe: Recipe, folder: Path) -> None:
     assert_same_model(folder / "run", folder / "whole")
     both = [read_json(folder / name / "model" / "pruning.json")["figures"]["perplexities"] for name in ("run", "whole")]
     assert both[0] == both[1]
-    assert [len(log_of(folder / name, "step")) for name in ("run", "whole")] == [8, 8]
+    for kind in ("step", "evaluation"):
+        told = [[(line["stage"], line.get("step")) for line in log_of(folder / name, kind)] for name in ("run", "whole")]
+        assert told[0] == told[1], "each once"
+    assert len(log_of(folder / "run", "step")) == 8
 
 
 def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_again(

@@ -240,16 +240,19 @@ def recipe(place: Path, name: str = "main", **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def whole(context: Any, place: Path) -> tuple[Path, float]:
     """The run that nothing happened to, and its seconds."""
-    began = time.perf_counter()
-    status, said = Lives(context, place)("run", place / "main.yaml", "-o", place / "whole")
-    took = time.perf_counter() - began
-    assert status == 0, said
+    took = []
+    for _ in range(2):  # tokens are kept from the first
+        shutil.rmtree(place / "whole", ignore_errors=True)
+        began = time.perf_counter()
+        status, said = Lives(context, place)("run", place / "main.yaml", "-o", place / "whole")
+        assert status == 0, said
+        took.append(time.perf_counter() - began)
     debts = [read_json(path / "state.json")["reduction"]["debt"] for path in (place / "whole" / "checkpoints").iterdir()]
     assert any(debt["start"][name] * share % 1 > 0.01 for debt in debts for name, share in debt["sparsity"].items())
     kept = read_json(place / "whole" / "model" / "mask.json")["axes"]
     for kind in ("kv_heads", "neurons"):
         assert any(len(axis["kept"]) < axis["size"] for name, axis in kept.items() if name.endswith(kind))
-    return place / "whole", took
+    return place / "whole", min(took)
 
 
 @pytest.fixture(scope="module")

@@ -264,7 +264,7 @@ def _resumed(
         cuts = sum(note["stage"] == state.stage for note in state.history)
         work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
-    def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, log_size: int | None = None) -> None:
         if folder.is_finished:  # what came after the model was written needs no checkpoint
             return
         folder.reopen(name, step=work.state.progress.steps)
@@ -273,7 +273,7 @@ def _resumed(
             return
         facts = {
             **work.state.to_json(), "start": start_of(work.loaded), "model": recipe.model, "identity": origin, "reduce": recipe.reduce,
-            "digests": work.data.digests, "log_size": folder.log_size,
+            "digests": work.data.digests, "log_size": folder.log_size if log_size is None else log_size,
         }  # fmt: skip
         save_state(
             work.loaded,
@@ -288,7 +288,7 @@ def _resumed(
         work.tell(Saved(path=str(target), stage=work.state.stage))
         folder.tidy(keep=recipe.keep_checkpoints)
 
-    return work, Trainer(work, save=keep, tensors=tensors)
+    return work, Trainer(work, save=keep, log_size=lambda: folder.log_size, tensors=tensors)
 
 
 def _restore_feed(work: Work, *, anew: bool) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,21 @@ _AFTERWARDS = 3.0  # seconds for the model card and the page, which read no text
 
 Around = Callable[[Objective], Objective]
 
-Save = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
-"""(name of the checkpoint, weights, moments). Weights and moments are whole tensors by name. Called on the main process."""
+
+class Save(Protocol):
+    """What writes a checkpoint; called on the main process."""
+
+    def __call__(
+        self, name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, log_size: int | None = None
+    ) -> None:
+        """Write it.
+
+        Args:
+            name: of the checkpoint.
+            weights: whole tensors by name.
+            moments: the same.
+            log_size: bytes of the run's log that a run which continues from here keeps; None for all of it.
+        """
 
 
 class Trainer:
@@ -41,17 +54,25 @@ class Trainer:
     Masked weights (`Work.weight_mask`) stay zero, except while a reduction still learns which weights to mask.
     """
 
-    def __init__(self, work: Work, *, save: Save | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        *,
+        save: Save | None = None,
+        log_size: Callable[[], int] = lambda: 0,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Start where the run stands.
 
         Args:
             work: the run; changed in place.
             save: writes a checkpoint; None if none are saved during the run.
+            log_size: bytes of the run's log at this moment.
             tensors: moments and low-rank additions of the checkpoint that the run continues.
         """
-        self._work, self._save, self._tensors = work, save, dict(tensors or {})
+        self._work, self._save, self._log_size, self._tensors = work, save, log_size, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0
-        self._unsaved: tuple[str, int, dict[str, Any]] | None = None  # see `note_trained`
+        self._unsaved: tuple[str, int, dict[str, Any], int] | None = None  # see `note_trained`
         if work.data.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # they would take as much memory again
@@ -158,8 +179,8 @@ class Trainer:
         with keeping_freed(), self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint called `name`."""
+    def save(self, name: str, *, log_size: int | None = None) -> None:
+        """Write a checkpoint called `name`; a run that continues from it keeps `log_size` bytes of the log, or all."""
         if self._save is None:
             return
         work, began = self._work, time.monotonic()
@@ -170,7 +191,7 @@ class Trainer:
                 work.state.feed = work.data.feed.state()
             weights, moments = full_state(*self._working)
             write = self._save
-            world.on_main(lambda: write(name, weights, moments))
+            world.on_main(lambda: write(name, weights, moments, log_size=log_size))
         self._unsaved = None
         self._saved = time.monotonic()
         self._last_save = self._saved - began
@@ -178,7 +199,7 @@ class Trainer:
     def note_trained(self, name: str) -> None:
         """Note that a stage is trained and that no checkpoint has this yet: if what follows fails, `rescued` writes `name`."""
         state = self._work.state
-        self._unsaved = name, state.stage, copy.deepcopy(state.figures)
+        self._unsaved = name, state.stage, copy.deepcopy(state.figures), self._log_size()
 
     @contextmanager
     def rescued(self) -> Iterator[None]:
@@ -190,13 +211,13 @@ class Trainer:
             yield
         except (Exception, KeyboardInterrupt):
             if self._unsaved is not None and self._save is not None and world.size() == 1:
-                name, stage, figures = self._unsaved
+                name, stage, figures, log_size = self._unsaved
                 state = self._work.state
                 state.stage, state.pruned = stage, True
                 state.figures.clear()
                 state.figures.update(figures)
                 with suppress(Exception):  # the first error says more
-                    self.save(name)
+                    self.save(name, log_size=log_size)  # what was measured since is measured again
             raise
 
     def save_if_due(self, name: str) -> None:
