@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from torch import Tensor
 from adapt_pruner.core import world
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.errors import RunError
+from adapt_pruner.recipe import read
+from adapt_pruner.report import with_card
+from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.train.loop import Step, TrainConfig, TrainState, _Batch, make_optimizer, stage_tokens, steps, whole_batches
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
-from conftest import InOrder, tiny_model, train
+from conftest import InOrder, log_of, tiny_model, train
 
 
 @dataclass
@@ -532,3 +536,15 @@ def test_a_feed_hears_the_loss_of_each_text(blocks: Tensor, chats: Text) -> None
         for losses, loss in zip(feed.heard, found[0], strict=True):
             nats, tokens = map(sum, zip(*losses.values(), strict=True))
             assert nats / tokens == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_step_reads_whole_rows(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """100 tokens are one row of 64, so 640 tokens take ten steps, and that is said."""
+    training = {"source": str(text_file), "tokens": 640, "batch_tokens": 100, "length": 64}
+    asked = read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "training": training, "device": "cpu"})
+    assert [stage["steps"] for stage in dry_run(asked)["stages"]] == [10]
+    heard: list[dict[str, Any]] = []
+    with_card.run(asked, tmp_path / "run", listen=heard.append)
+    assert len(log_of(tmp_path / "run", "step")) == 10
+    said = "a step reads 64 tokens, since training.batch_tokens 100 is no multiple of training.length 64"
+    assert any(said in event["message"] for event in heard if event["event"] == "warning")
