@@ -320,7 +320,7 @@ class Work:
         """This share, at least one row, of the rows that the stage trains on from row `first` of the feed on."""
         end = self.data.ends[self.state.stage - 1]
         asked = self.recipe.training
-        return TrainingSpan(first, min(end, first + max(1, round((end - first) * share))), asked.batch_tokens // asked.length)
+        return TrainingSpan(first, min(end, first + max(1, round((end - first) * share))), asked.batch_rows)
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
         """The calibration batches of the next step, or of `ahead` steps later, int64 [batch, length]; counts their tokens."""

@@ -154,7 +154,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
     size = f" pruned to {millions(figures['params_after'])}" if smaller or not zeros else ""
-    size = " from random weights" + (size if smaller else "") if recipe.get("init") == "random" else size
+    size = " from random weights" + (size if smaller else "") if _is_from_random(recipe) else size
     title = base["name"].rpartition("/")[2] + size + (f" with {zeros} zeros" if zeros else "")
     sections = [
         f"# {_plain(title)}",
@@ -201,7 +201,7 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, figures, measured = pruning["recipe"], pruning["figures"], _measured_result(pruning)
-    anew = recipe.get("init") == "random"
+    anew = _is_from_random(recipe)
     perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
     results = None
     if perplexities and _is_number(perplexities[-1]) and text is not None and measured:
@@ -219,10 +219,8 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
     read_texts = [recipe["training"]["source"]] + ([recipe["calibration"]["source"]] if _calibrated(recipe, figures) else [])
     hub_ids = sorted({hub_id for source in read_texts for hub_id in _hub_ids(source)})
     facts: dict[str, Any] = {
-        "base_model": None if anew else base["hub"],
-        "base_model_relation": None
-        if anew
-        else base["hub"] and "finetune",  # of the hub's four relations, the one for a model with other weights
+        # of the hub's four relations, the one for a model with other weights
+        **({} if anew else {"base_model": base["hub"], "base_model_relation": base["hub"] and "finetune"}),
         "license": base.get("license"),
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
@@ -235,6 +233,11 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
     return ModelCardData(**known, model_name=title if results else None, eval_results=results)
 
 
+def _is_from_random(recipe: Mapping[str, Any]) -> bool:
+    """Whether the model began with random weights, so that of its base it has only the shape."""
+    return recipe.get("init") == "random"
+
+
 def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any], *, form: str | None) -> str:
     recipe, figures = pruning["recipe"], pruning["figures"]
     dense = pruning.get("dense_params") or figures["params_before"]
@@ -243,18 +246,18 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
     trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
     lines = [
         f"The shape of {named} with random weights, {'pruned by adapt-pruner and ' if pruned else ''}{trained}."
-        if recipe.get("init") == "random"
+        if _is_from_random(recipe)
         else f"{named}, pruned by adapt-pruner and {trained}.",
         "",
         "| | |",
         "|---|---|",
-        f"| {'shape of' if recipe.get('init') == 'random' else 'base model'} | {named}, {dense:,} parameters |",
+        f"| {'shape of' if _is_from_random(recipe) else 'base model'} | {named}, {dense:,} parameters |",
         f"| method | {_code(recipe['method'])}: {row.get('about', 'a row of parts that this version does not have')} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
         f"| budget | {_plain(_asked(recipe))} |"
         if recipe.get("sparsity")
         else f"| budget | {_plain(_asked(recipe))}, that is at most {figures['budget']:,} parameters |",
-        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of {'that shape' if recipe.get('init') == 'random' else 'the base model'}'s |",
+        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of {'that shape' if _is_from_random(recipe) else 'the base model'}'s |",
         *(
             [
                 f"| not zero | {figures['nonzero_after']:,} parameters, {figures['nonzero_after'] / figures['params_after']:.1%} of those stored |"
@@ -306,7 +309,7 @@ def _results(pruning: Mapping[str, Any]) -> Iterator[str]:
     perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
     tasks = figures.get("tasks") or []
     if not perplexities and not tasks:
-        anew = recipe.get("init") == "random"  # then the base may have no weights
+        anew = _is_from_random(recipe)  # then the base may have no weights
         yield (
             f"The run measured no perplexity: its recipe names no text to evaluate on. To measure it{'' if anew else ', and the base model beside it'}:\n\n"
             + _block("sh", typed("eval", *([] if anew else [recipe["model"]]), ".", "--text", "python-docs:heldout"))
@@ -317,7 +320,7 @@ def _results(pruning: Mapping[str, Any]) -> Iterator[str]:
         if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
         else "dense"
     )
-    begun = "random weights" if recipe.get("init") == "random" else begun
+    begun = "random weights" if _is_from_random(recipe) else begun
     begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
     after = "pruned and trained" if figures.get("trained_tokens") else "pruned"
     if perplexities:
