@@ -67,11 +67,11 @@ def measured(tree: Path, out: Path, place: Path) -> dict[str, int]:
     return {
         "rooms at the root": len(rooms - {"__init__", "__main__"}),
         "floors": len(set(floors.values())),
-        "arrows between rooms (imports)": len({(one, other) for one, other in arrows if one != other}),
+        "pairs of rooms of which one imports the other": len({(one, other) for one, other in arrows if one != other}),
         "files that a two-stage run executes": len(executed),
-        "rooms that they lie in": len({room_of(path, package) for path in executed}),
+        "rooms in which these files lie": len({room_of(path, package) for path in executed}),
         "rooms that the recipe enters": len({room for pair in handed for room in pair}),
-        "pairs of rooms between which it is handed": len({pair for pair in handed if pair[0] != pair[1]}),
+        "pairs of rooms between which the recipe or the `Work` is passed": len({pair for pair in handed if pair[0] != pair[1]}),
         "of these up, to a higher floor": len({(one, other) for one, other in handed if floors[other] > floors[one]}),
         "functions that it is handed to": len(set(walked["functions"])),
         f"functions of more than {MANY} arguments outside cli": sum(

@@ -196,7 +196,7 @@ def test_a_checkpoint_whose_additions_are_not_merged_is_no_model(tiny_folder: Pa
     recipe, checkpoints = read({**asked, "moments": "reset", "checkpoint_minutes": 0}), tmp_path / "run" / "checkpoints"
     break_off(recipe, tmp_path / "run", kind="step", nth=2)
     within = checkpoints / "stage-1-step-1"
-    with pytest.raises(UsageError, match=f"{within} holds low-rank additions that are not merged into its weights yet; continue"):
+    with pytest.raises(UsageError, match=f"{within} holds LoRA adapters that are not merged into its weights yet; continue"):
         load(str(within))
     assert load(str(checkpoints / "stage-1-pruned")).mask is not None
     run(recipe, tmp_path / "run")

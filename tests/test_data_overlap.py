@@ -61,15 +61,15 @@ def test_each_text_is_read_once_and_only_if_it_is_compared(spec: str, monkeypatc
 
 
 ALIKE = {
-    "one data set": ("hub:wikitext:wikitext-2-raw-v1:train", "hub:wikitext:wikitext-2-raw-v1:test", "from wikitext"),
-    "one built-in text": ("python-docs:train", "python-docs:heldout", "from python-docs"),
-    "parts of one file": ("FOLDER/x/a.jsonl#train", "FOLDER/x/a.jsonl#heldout", "from FOLDER/x/a.jsonl"),
-    "a file below a folder": ("FOLDER/x", "FOLDER/x/a.jsonl", "from FOLDER/x"),
-    "a file under a glob": ("FOLDER/x/a.jsonl", "FOLDER/*/*.jsonl", "from FOLDER"),
-    "files of one folder": ("FOLDER/x/a.jsonl", "FOLDER/x/b.jsonl", "in FOLDER/x"),
-    "one name": ("some/wikitext2/valid.txt", "other/wikitext103/test.txt", "called 'wikitext'"),
-    "the beginning of a name": ("corpus/wiki", "data/wikitext2/test_public.txt", "called 'wiki'"),
-    "a name in a data set's": ("corpus/c4/en.jsonl.gz", "hub:allenai/c4:en", "called 'c4'"),
+    "one data set": ("hub:wikitext:wikitext-2-raw-v1:train", "hub:wikitext:wikitext-2-raw-v1:test", "are from wikitext"),
+    "one built-in text": ("python-docs:train", "python-docs:heldout", "are from python-docs"),
+    "parts of one file": ("FOLDER/x/a.jsonl#train", "FOLDER/x/a.jsonl#heldout", "are from FOLDER/x/a.jsonl"),
+    "a file below a folder": ("FOLDER/x", "FOLDER/x/a.jsonl", "are from FOLDER/x"),
+    "a file under a glob": ("FOLDER/x/a.jsonl", "FOLDER/*/*.jsonl", "are from FOLDER"),
+    "files of one folder": ("FOLDER/x/a.jsonl", "FOLDER/x/b.jsonl", "are in FOLDER/x"),
+    "one name": ("some/wikitext2/valid.txt", "other/wikitext103/test.txt", "names contain 'wikitext'"),
+    "the beginning of a name": ("corpus/wiki", "data/wikitext2/test_public.txt", "names contain 'wiki'"),
+    "a name in a data set's": ("corpus/c4/en.jsonl.gz", "hub:allenai/c4:en", "names contain 'c4'"),
 }
 APART = [
     ("self", "python-docs:heldout"),
@@ -95,7 +95,7 @@ def test_texts_of_one_kind_are_told_by_their_names(case: str, tmp_path: Path) ->
     for pair in ((one, other), (other, one)):
         said = same_kind(["corpus/unlike", pair[0]], [pair[1]])
         assert said is not None
-        assert f"(both are {why})" in said
+        assert f"(both {why})" in said
         assert repr(pair[0]) in said
 
 

@@ -271,7 +271,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, repaired: Lo
     for model, said in (
         (tiny_model(("gemma3", "gemma3"), vocab_size=VOCAB), "scales attention by the head size 16"),
         (tiny_model(("gemma3", "gemma3-capped"), vocab_size=VOCAB, query_pre_attn_scalar=16), "no attention biases"),
-        (tiny_model(vocab_size=VOCAB, hidden_act="gelu"), "computes this model with silu, and it has gelu"),
+        (tiny_model(vocab_size=VOCAB, hidden_act="gelu"), "computes silu, and this model has gelu"),
         (
             tiny_model(("llama", "qwen3"), vocab_size=VOCAB, rope_parameters=LLAMA3_ROPE),
             "rope scaling 'llama3' of a model of type qwen3",

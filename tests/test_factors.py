@@ -159,7 +159,7 @@ def test_one_piece_says_nothing_of_the_spread_and_nothing_is_done(sizes: tuple[i
     assert len(said) == 1
     pieces = sum(sizes[0::2]) if len(sizes) > 1 else -(-sizes[0] // 2) * -(-length // PIECE)
     held_out = sum(sizes) // 2
-    assert f"the calibration text has {pieces} and {held_out}; all factors stay 1, set calibration.samples higher" in said[0]
+    assert f"the calibration text has {pieces} and {held_out}; all factors stay 1; set calibration.samples higher" in said[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -169,7 +169,7 @@ def test_fewer_pieces_than_factors_are_said(text: list[Tensor]) -> None:
     assert few.shape == (4, PIECE)
     rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), [few], dtype="float32", warn=said.append)
     assert said == [
-        "2 pieces of 16 tokens, of every second sequence, are few for 6 factors; their steps were damped 3.0 times as much, set calibration.samples higher"
+        "2 pieces of 16 tokens, of every second sequence, are few for 6 factors; their steps were damped 3.0 times as much; set calibration.samples higher"
     ]
 
 

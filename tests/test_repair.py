@@ -218,8 +218,8 @@ def test_the_ridge_is_chosen_by_what_was_held_out(text: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("ridge", "raised", "sentence"),
     [
-        (0.1, 0.4, "their ridge was raised by the same factor, set"),
-        (0.0, 4.0, "their ridge is 1 times that factor instead of 0, set"),
+        (0.1, 0.4, "their ridge was raised by the same factor; set"),
+        (0.0, 4.0, "their ridge is 1 times that factor instead of 0; set"),
     ],
 )
 def test_too_few_tokens_raise_the_ridge_and_say_so(ridge: float, raised: float, sentence: str) -> None:
@@ -286,7 +286,7 @@ def test_one_batch_to_choose_a_ridge_on_takes_a_stronger_one_and_says_so(text: l
     said: list[str] = []
     least_squares(model, axes, mask, text[:1], ridge=None, dtype="float32", warn=said.append)
     assert said == [
-        "64 calibration tokens make one batch, and choosing a ridge takes two; the ridge is 1, set calibration.samples higher"
+        "64 calibration tokens make one batch, and choosing a ridge takes two; the ridge is 1; set calibration.samples higher"
     ]
     x, keep = inputs(same, "model.layers.0.mlp.down_proj", text[:1]), mask["layers.0.neurons"]
     expected = fitted(same.model.layers[0].mlp.down_proj.weight.detach(), x, x, keep, 1.0)

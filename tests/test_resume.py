@@ -793,7 +793,7 @@ def test_low_rank_additions_are_not_forgotten(live: Lives, refused: Refused, pla
     assert live("run", path, "-o", run, point="within a step", nth=2)[0] == -9
     for change in ("training.lora=null", "training.lora={rank: 8}"):
         sentence = refused(run, path, "--set", change, "--force-recipe")
-        assert "low-rank additions" in sentence
+        assert "LoRA adapters" in sentence
         assert "training.lora" in sentence
 
 

@@ -1,4 +1,4 @@
-"""Turn the arguments of Python callers into the form that the rooms below take; wrong ones are refused in a sentence."""
+"""Turn the arguments of Python callers into the form that the rest of the package takes; wrong ones are refused in a sentence."""
 
 import copy
 import functools

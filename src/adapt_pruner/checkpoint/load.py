@@ -147,7 +147,7 @@ def load(
     folder, gguf = locate(name)
     if not unmerged and fresh is None and all((Path(folder) / file).is_file() for file in ("state.json", UNMERGED_FILE)):
         raise UsageError(
-            f"{name} holds low-rank additions that are not merged into its weights yet; continue its run, or name a checkpoint from "
+            f"{name} holds LoRA adapters that are not merged into its weights yet; continue its run, or name a checkpoint from "
             "before or after its training"
         )
     if gguf is None or fresh is not None:

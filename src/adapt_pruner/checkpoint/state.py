@@ -1,7 +1,7 @@
 """A checkpoint in the middle of a run: a float32 model folder from `checkpoint.save`, and everything that decides the next step.
 
 optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only if there are any
-lora.safetensors        the low-rank additions being trained; only if there are any, and then `load` refuses the folder
+lora.safetensors        the LoRA adapters in training; only if there are any, and then `load` refuses the folder
 state.json              the run's state, the size and SHA-256 of every other file, and the SHA-256 of all this
 """
 
@@ -46,7 +46,7 @@ def save_state(
 
     Args:
         loaded: the model being made; its config and tokenizer are written, with `weights` as its weights.
-        weights: by name, float32, whole; low-rank additions included.
+        weights: by name, float32, whole; LoRA adapters included.
         moments: by name, see the top of this file.
         mask: against the dense model.
         pruning: how the model was made so far; plain data.

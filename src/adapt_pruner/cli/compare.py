@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Prune MODEL by several methods to the same sizes, measure the results alike, and write a table and a picture.
 
-    Give the same command again to continue a comparison that was stopped. It may have more methods, sizes or draws.
+    Give the same command again to continue a comparison that was stopped. You may add methods, sizes or draws.
 
     `--set vocabulary.source=SPEC --set vocabulary.keep=16384` lets every method remove tokens too, within the same sizes.
 

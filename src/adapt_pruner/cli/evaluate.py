@@ -179,8 +179,8 @@ def _print_tasks(
     )
     if against:
         print(
-            f"kept: share of the accuracy of {names[0]} that is left; above chance: the same share without what guessing gets, "
-            "where that is known well enough"
+            f"kept: share of the accuracy of {names[0]} that is left; above chance: the same share of what lies above guessing, "
+            "where the dense model is clearly above it"
         )
     again = sum(score.again for scored in scores for score in scored)
     if again:

@@ -38,7 +38,7 @@ def prune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Pruning method; `adapt-pruner methods` lists them. [default: best, which stands for adaptive-ls-v1]"),
+        typer.Option(help="Pruning method; `adapt-pruner methods` lists them. [default: adaptive-ls-v1]"),
     ] = None,
     calibration: Annotated[
         str | None,

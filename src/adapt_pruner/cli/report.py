@@ -26,8 +26,8 @@ def report(
 ) -> None:
     """Write the results of RUN_DIR as one HTML page: before and after, anatomy, why, recovery, cost, what to try next.
 
-    The page needs no network. For a run that is in progress, was stopped or is broken, it shows the results so far. `run` and
-    `compare` write the page by themselves when they end.
+    The page needs no network. For a run that is in progress, was stopped or is broken, it shows the results so far. `run`,
+    `shrink` and `compare` write the page by themselves when they end.
 
     Examples:
 

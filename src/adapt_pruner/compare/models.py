@@ -81,7 +81,7 @@ def _wanted(how: Measures, listen: Listener) -> list[Wanted] | None:
     listen(Find(tasks=how.tasks).to_dict())
     wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
     if kept := set_shots(wanted, how.num_fewshot):
-        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as lm-eval defines it").to_dict())
+        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as defined in lm-eval").to_dict())
     return wanted
 
 

@@ -33,7 +33,7 @@ class Request:
 
     Attributes:
         model: as `checkpoint.load` takes it.
-        methods: rows of `adapt-pruner methods`.
+        methods: names in `adapt-pruner methods`.
         params: sizes, as `Budget.parse` takes them, for the methods that remove units.
         sparsity: shares of zeros and patterns, as `Pattern.parse` takes them, for the methods that make zeros.
         texts: SPECs of the texts that perplexity is measured on.

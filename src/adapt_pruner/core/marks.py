@@ -17,7 +17,7 @@ WEIGHT_MASK_FILE = "sparsity/weight_mask.safetensors"
 """The file of a mask over weights, within a model folder (see `checkpoint.weight_mask_file`)."""
 
 UNMERGED_FILE = "lora.safetensors"
-"""The file of low-rank additions in training, within a checkpoint of a run (see `checkpoint.state`)."""
+"""The file of LoRA adapters in training, within a checkpoint of a run (see `checkpoint.state`)."""
 
 PROGRESS = "progress.json"
 """The file in a run's folder that says where the run stands (see `core.progress`)."""

@@ -258,7 +258,7 @@ def cut(
     optimizer: Optimizer | None = None,
     tensors_too: dict[nn.Parameter, Tensor] | None = None,
 ) -> None:
-    """Remove, in place, the units that `mask` does not keep; the optimiser's state shrinks along.
+    """Remove, in place, the units that `mask` does not keep, and shrink the optimiser's state with them.
 
     Weights, biases, module sizes, layer numbers, norms whose mean runs over an axis and `model.config` follow. Every shortened
     parameter is a new `nn.Parameter`; tied uses stay tied. The optimiser's groups point to the new parameters, and each of its
@@ -274,7 +274,7 @@ def cut(
             as keys and tensors cut in the same way. Entries of parameters that are removed whole mean nothing afterwards.
 
     Raises:
-        ValueError: the mask does not fit the axes (`Mask.check`) or keeps more in one block of an axis than in another, or the
+        ValueError: the mask does not fit the axes (`Mask.check`) or keeps more in one group of an axis than in another, or the
             slices of the axes do not fit a parameter or leave out a part of it. Nothing is changed.
     """
     shrinking = _checked(axes, mask)

@@ -131,7 +131,7 @@ def _shared(one: str, other: str) -> str | None:
             return f"both are in {a.parent}"
     for word, its in itertools.product(sorted(_words(one)), sorted(_words(other))):
         if word == its or (min(len(word), len(its)) >= 4 and (word.startswith(its) or its.startswith(word))):
-            return f"both are called {min(word, its, key=len)!r}"
+            return f"both names contain {min(word, its, key=len)!r}"
     return None
 
 

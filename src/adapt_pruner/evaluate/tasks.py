@@ -50,7 +50,7 @@ class TaskScore:
         version: lm-eval's version of the task.
         data: where its items are from.
         metrics: all of lm-eval's figures, by "metric,filter".
-        seconds: time that scoring took; 0 of a score from the cache if it was made on another device, or by more or fewer threads.
+        seconds: time that scoring took; 0 for a cached score that was made on another device or with another number of threads.
         again: whether the score comes from the cache.
         parts: the tasks of a group.
     """

@@ -94,7 +94,7 @@ def not_computed(config: Mapping[str, Any], kind: str) -> str | None:
         if config.get("attention_bias") or config.get("use_bidirectional_attention"):
             return "its gemma3 has no attention biases and looks backwards only"
     elif config["hidden_act"] != "silu":
-        return f"it computes this model with silu, and it has {config['hidden_act']}"
+        return f"it computes silu, and this model has {config['hidden_act']}"
     for rope in ropes_of(config.get("rope_parameters") or {}):
         scaling = rope.get("rope_type", "default")
         if scaling not in ("default", "linear", *(["llama3"] if kind in _LLAMAS else [])):

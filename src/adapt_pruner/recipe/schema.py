@@ -154,7 +154,7 @@ class Calibration(_Frozen):
 
 
 class Lora(_Frozen):
-    """Train low-rank additions to the linear layers instead of the weights. The additions are merged before the next cut."""
+    """Train LoRA adapters of the linear layers instead of the weights. The adapters are merged before the next cut."""
 
     rank: int = Field(128, ge=1, le=2**16, description="rank of the addition")
     alpha: float = Field(16.0, gt=0, description="the addition is multiplied by alpha / rank")
@@ -189,7 +189,7 @@ class Training(_Frozen):
         2.0, gt=0, description="the run stops if the smoothed loss rises this many nats above its lowest in a stage"
     )
     teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
-    lora: Lora | None = Field(None, description="train low-rank additions instead of the weights: {rank, alpha, dropout}")
+    lora: Lora | None = Field(None, description="train LoRA adapters instead of the weights: {rank, alpha, dropout}")
     micro_batch_tokens: Count | None = Field(
         None, ge=1, description="tokens per forward and backward pass of a process; null: 2048 on a CPU, 16384 on a GPU"
     )
@@ -433,7 +433,7 @@ def in_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def methods() -> dict[str, Path]:
-    """The method rows that come with the package: name -> recipe file."""
+    """The methods that come with the package: name -> recipe file."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "methods").glob("*.yaml"))}
 
 

@@ -61,8 +61,8 @@ class BetweenSteps(Units):
         calibration text before each cut. The optimiser's moments are cut along with the weights.
 
         Source: arXiv:2502.06663 and the figures of its repository; the training code is not public. Differs: removals are counted
-        in parameters, not as one group per step. The chooser ranks units of all kinds together; in the row `efficientllm` it does
-        so by score per parameter. How the paper compares kinds is not known.
+        in parameters, not as one group per step. The chooser ranks units of all kinds together; in the method `efficientllm` it
+        does so by score per parameter. How the paper compares kinds is not known.
         """
         super().__init__()
         self.every, self.batches, self.share = every, batches, share

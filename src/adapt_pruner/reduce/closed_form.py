@@ -88,7 +88,7 @@ def least_squares(
         ridge = FALLBACK
         warn(
             f"{sum(batch.numel() for batch in batches):,} calibration tokens make one batch, and choosing a ridge takes two; "
-            f"the ridge is {ridge:g}, set calibration.samples higher"
+            f"the ridge is {ridge:g}; set calibration.samples higher"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
     layers = decoder_layers(model, axes)
@@ -140,7 +140,7 @@ def least_squares(
         )
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
-            f"{raised}, set calibration.samples higher"
+            f"{raised}; set calibration.samples higher"
         )
     if factors:
         entering, pruned = [], []  # frees the hidden states of the whole text

@@ -94,13 +94,13 @@ def rescale_blocks(
     if not held_out or pieces < 2:
         warn(
             f"factors of blocks take 2 pieces of {PIECE} tokens to fit and 1 sequence to test, and the calibration text has "
-            f"{pieces} and {sum(map(len, held_out))}; all factors stay 1, set calibration.samples higher"
+            f"{pieces} and {sum(map(len, held_out))}; all factors stay 1; set calibration.samples higher"
         )
         return []
     if pieces < len(blocks):
         warn(
             f"{pieces} pieces of {PIECE} tokens, of every second sequence, are few for {len(blocks)} factors; their steps were damped "
-            f"{len(blocks) / pieces:.1f} times as much, set calibration.samples higher"
+            f"{len(blocks) / pieces:.1f} times as much; set calibration.samples higher"
         )
     factors = torch.ones(len(blocks), dtype=torch.float64)
     give_back()  # return memory that the phase before has freed, before all weights are copied

@@ -136,9 +136,9 @@ class Units(Reduction):
         """Scoring, shutting units one by one, choosing and the repair.
 
         To shut a KV head or a block, the layers from its own on run again, half of all layers on average. Heads are measured in
-        those layers that would lose some if all scores were equal. Measuring behind pruned layers runs each layer twice. A
-        repair sums the products of each gate's inputs: 2 ·
-        features² operations per token. It then solves for the weights: features³ / 3 operations in float64, here counted twice.
+        those layers that would lose some if all scores were equal. Scoring each layer on the output of the pruned layers
+        below it runs each layer twice. A repair sums the products of each gate's inputs, 2 · features² operations per
+        token. It then solves for the weights: features³ / 3 operations in float64, here counted twice.
         """
         recipe, evidence = work.recipe, evidence_of(work)
         tokens = recipe.calibration.samples * recipe.calibration.length

@@ -214,7 +214,7 @@ class Work:
         data: the texts, the teacher and the tasks.
         stages: the rounds of pruning and training.
         budget: parameters at the start, and parameters to keep.
-        optimizer: over all weights; `cut` cuts its moments too. None without training, or with low-rank additions.
+        optimizer: over all weights; `cut` cuts its moments too. None without training, or with LoRA adapters.
         dense_params: parameters of the model at the start, before its vocabulary was cut.
         started: when this session of the run began, by `time.perf_counter`; the model was loaded after that.
         weight_mask: which single weights stay and which are zero; None for a model without such zeros.

@@ -49,12 +49,14 @@ def _budget(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         return
     if now > figures.target:
         yield Advice(
-            f"The budget of {figures.target:,} parameters was not reached: {now:,.0f} are left. Allow more to go, for instance query heads or layers.",
+            f"The budget of {figures.target:,} parameters was not reached: {now:,.0f} are left. "
+            "Let more kinds of units go, for example query heads or layers.",
             "--set 'axes=[neurons, kv_heads, query_heads]'",
         )
     elif now < figures.target * (1 - _SLACK):
         yield Advice(
-            f"{figures.target - now:,.0f} parameters of the budget are unused, since the last units that went were large. A smaller step comes closer.",
+            f"{figures.target - now:,.0f} parameters of the budget are unused, since the last units that went were large. "
+            "A smaller step comes closer to the budget.",
             f"--set step={float(recipe.get('step') or 0.02) / 2:g}",
         )
 
@@ -95,8 +97,9 @@ def _few_tokens(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     trained, now = figures.tokens.get("train"), figures.rows[0].now if figures.rows else None
     if trained and now and figures.status == "finished" and trained < now / 10:
         yield Advice(
-            f"It was trained on {compact(trained)} tokens, {trained / now:.2g} for each parameter that is left. The paper’s runs train on "
-            "5 B, which is 8 to 44 for each; with so few, little of what pruning took can come back."
+            f"It was trained on {compact(trained)} tokens, {trained / now:.2g} for each parameter that is left. "
+            "With so few, little of what pruning took can come back. "
+            "The runs of the Adapt-Pruner paper train on 5 B tokens, 8 to 44 for each parameter."
         )
 
 
@@ -130,7 +133,7 @@ def _vocabulary(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     if share > _HEAVY_VOCABULARY:
         yield Advice(
             f"{share:.0%} of what is left lies in embeddings and head, which were not asked to give anything. If you know what the model "
-            "will read, tokens that are never used can go almost for free.",
+            "will read, you can remove tokens that it never uses at almost no cost.",
             "--set vocabulary.source=TEXT --set vocabulary.keep=20000",
         )
 
@@ -159,7 +162,8 @@ def _where_time_went(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advic
     larger = recipe.get("reduce", "units") == "units" and step < 1  # others do not read the step
     if figures.status == "finished" and total > 600 and scoring > 0.5 * total and figures.steps and larger:
         yield Advice(
-            f"{scoring / total:.0%} of the time went into scoring and repair. A larger step makes fewer iterations, for a little quality.",
+            f"{scoring / total:.0%} of the time went into scoring and repair. "
+            "A larger step makes fewer iterations and costs a little quality.",
             f"--set step={min(1.0, 2 * step):g}",
         )
 

@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint, a model card for the hub, made of the folder's own JSON and the rows of methods.
+"""The README.md of a checkpoint, a model card for the hub, made of the folder's own JSON and the methods' files.
 
 `card` is a function of config.json and pruning.json. So with one version of this package the same folder gives the same text,
 wherever and whenever it is made. The card states what the run recorded, and leaves out what was not measured.
@@ -252,7 +252,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         "| | |",
         "|---|---|",
         f"| {'shape of' if _is_from_random(recipe) else 'base model'} | {named}, {dense:,} parameters |",
-        f"| method | {_code(recipe['method'])}: {row.get('about', 'a row of parts that this version does not have')} |",
+        f"| method | {_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
         f"| budget | {_plain(_asked(recipe))} |"
         if recipe.get("sparsity")
@@ -520,7 +520,7 @@ def _row(method: str) -> dict[str, Any]:
 
 
 def _entries(method: str) -> list[str]:
-    """BibTeX entries of our paper and of the papers that the method's row names."""
+    """BibTeX entries of our paper and of the papers that the method names."""
     text = PAPERS.read_text(encoding="utf-8").strip()
     by_number = {match[1]: entry for entry in text.split("\n\n") if (match := re.search(r"eprint = \{([\d.]+)\}", entry))}
     numbers = [_OWN_PAPER, *_ARXIV.findall(_row(method).get("paper", ""))]

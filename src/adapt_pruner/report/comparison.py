@@ -83,7 +83,8 @@ def _picture(result: Mapping[str, Any], number: int, of: str) -> Lines | None:
     key, title, x_label, x_form = axes[of]
     return Lines(
         f"{key}-{number}", title + (f" on {label(text, texts)}" if len(texts) > 1 else ""),
-        "Perplexity, lower is better; bars run from the lowest to the highest draw. Named are those that no other beats in both.",
+        "Perplexity, lower is better; bars run from the lowest to the highest draw. "
+        "Names mark the methods that no other beats in both.",
         [series for series in every if series.points], x_label, "perplexity", x_form, "perplexity", log=True, falls=of == "params",
         note=_left_out(result["rows"], text), below=True, x_ticks=_sizes(rows) if of == "params" else [],
     )  # fmt: skip
@@ -143,7 +144,7 @@ def comparison_page(
     )
     return framed(
         title=f"{name}: {model} compared", head=head, links=[(key, title) for key, title, _ in sections], body=body,
-        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')}. This page asks nothing of a network.",
+        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')}. This page needs no network.",
     )  # fmt: skip
 
 
@@ -314,7 +315,8 @@ def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes:
         lines.append(line)
     dense = _perplexity(result["rows"][0], text)
     caption = (
-        f"Perplexity on {text}; dense {shown(dense, 'perplexity')}; in brackets over the dense model’s; ★ is the lowest of a size"
+        f"Perplexity on {text}; dense {shown(dense, 'perplexity')}; in brackets its ratio to "
+        "the dense model’s; ★ marks the lowest of a size"
         + ("; bits are per byte of text" if any(" bits" in cell for line in lines for cell in line) else "")
     )
     return table(["method", *(f"at most {shown(size, 'params')}" for size in sizes)], lines, caption=caption)

@@ -405,7 +405,7 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
         )
         if by_phase:
             notes.append(
-                f"the seconds of the bill are those of {record.checkpoint.name}, the newest checkpoint, its tokens those of the log"
+                f"the bill has the seconds of {record.checkpoint.name}, the newest checkpoint, and the tokens of the log"
             )
     return {phase: seconds for phase, seconds in by_phase.items() if seconds > 0}
 

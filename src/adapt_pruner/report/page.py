@@ -130,7 +130,7 @@ def page(record: Record) -> str:
         head=_head(figures),
         links=[(f"s-{key}", title) for key, title in links],
         body=_tiles(figures.rows) + _remarks(figures) + body,
-        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve().name}. This page asks nothing of a network.",
+        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')} from {record.path.resolve().name}. This page needs no network.",
     )
 
 
@@ -316,7 +316,7 @@ def _bill(figures: Figures) -> str:
 def _dequantised(record: Record) -> str | None:
     """A sentence if the dense model's weights were dequantised, so that they differ from the published ones."""
     files = [event.dequantised for event in record.of(Start) if event.dequantised]
-    return f"dequantised from {files[0]}: every figure of the dense model is of these" if files else None
+    return f"dequantised from {files[0]}; every figure of the dense model is of these weights" if files else None
 
 
 def _facts(record: Record, figures: Figures) -> str:
@@ -377,12 +377,15 @@ def _next(record: Record, figures: Figures) -> str:
         remarks.insert(
             0,
             Advice(
-                "The run is still at work; see it live, or make this page anew later.",
+                "The run is still at work; watch it live, or write this page again later.",
                 typed("watch", folder),
             ),
         )
     if not remarks:
-        return "<p>No rule found anything amiss: the budget is met and the loss had settled. A smaller budget, or a second seed, would tell more.</p>"
+        return (
+            "<p>No rule found a problem: the budget is met and the loss had settled. A smaller budget, or a second seed, would "
+            "tell more.</p>"
+        )
     items = "".join(
         f"<li>{escaped(one.text)}{f' <code>{_unbroken(one.try_it)}</code>' if one.try_it else ''}</li>" for one in remarks
     )

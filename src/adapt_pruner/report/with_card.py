@@ -1,4 +1,4 @@
-"""`prune`, `run` and `export` for users: the rooms below do the work, and this file adds the model card and the page."""
+"""`prune`, `run` and `export` for users: `run/` and `export/` do the work, and this file adds the model card and the page."""
 
 from functools import partial
 from pathlib import Path

@@ -326,7 +326,7 @@ def _check_changes(path: Path, state: RunState, recipe: Recipe, changed: Sequenc
         )
     if "training.lora" in changed and any(base_name(name) is None for name in tensors):
         raise UsageError(
-            f"{path} contains low-rank additions that are not trained to the end, and another training.lora would lose them; "
+            f"{path} contains LoRA adapters that are not trained to the end, and another training.lora would lose them; "
             "leave training.lora as it was, or name another folder"
         )
 

@@ -389,7 +389,7 @@ def _lines(
         f"machine: {machine.words}; with this model it reads {machine.read:,.0f} tokens a second and trains on "
         f"{machine.trained:,.0f}",
         f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {counted(cuts, 'cut')}, each "
-        f"looking at {way.samples} × {CALIBRATION_ROW} tokens: about {span(seconds['prune'])}",
+        f"reading {way.samples} × {CALIBRATION_ROW} tokens: about {span(seconds['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a learning rate of "
         f"{settings['training.lr']:g}, {what}{repeats}: about {span(seconds['train'])}{lacking}",
         f"text: {asked.train}{own}; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",

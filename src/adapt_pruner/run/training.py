@@ -68,7 +68,7 @@ class Trainer:
             work: the run; changed in place.
             save: writes a checkpoint; None if none are saved during the run.
             log_size: bytes of the run's log at this moment.
-            tensors: moments and low-rank additions of the checkpoint that the run continues.
+            tensors: moments and LoRA adapters of the checkpoint that the run continues.
         """
         self._work, self._save, self._log_size, self._tensors = work, save, log_size, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0

@@ -100,8 +100,8 @@ def loss_drop(
 
     Args:
         model: causal LM; left as found.
-        axes: the axes whose units to shut, one after the other. In an axis with blocks one entry is shut at a time, since each
-            block ranks its own. An axis of one unit that must stay scores 0.
+        axes: the axes whose units to shut, one after the other. In an axis with groups one entry is shut at a time, since each
+            group ranks its own. An axis of one unit that must stay scores 0.
         batches: token ids, int64 [batch, length].
         task: what the model learns.
         dtype: precision of the matrix products.
