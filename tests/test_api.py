@@ -382,7 +382,7 @@ def test_the_examples_of_the_python_page_run(
 ) -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     blocks = re.findall(r"<!-- executed by tests/test_api.py -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     shutil.copytree(tiny_folder, tmp_path / "my-model")
     lines = text_file.read_text().splitlines(keepends=True)
     (tmp_path / "my.txt").write_text("".join(lines[:300]))

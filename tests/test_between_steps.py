@@ -164,9 +164,9 @@ def test_biases_that_a_repair_adds_are_trained_at_once(tiny_folder: Path, text_f
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"training": {"source": None, "tokens": 0}}, "between_steps removes units while the model trains, and the recipe trains nothing"),
-    ({"training": {"lora": {"rank": 2}}}, "between steps, which training.lora does not allow; leave it out"),
-    ({"training": {"compile": True}, "moments": "reset"}, "which training.compile and moments=reset does not allow; leave them out"),
+    ({"training": {"source": None, "tokens": 0}}, "reduce 'between_steps(every=4)' works while the model trains, and the recipe trains nothing"),
+    ({"training": {"lora": {"rank": 2}}}, "does not work with training.lora; leave it out"),
+    ({"training": {"compile": True}, "moments": "reset"}, "does not work with training.compile and moments=reset; leave them out"),
     ({"metric": "activations.wanda", "axes": ["neurons"]}, "between_steps uses only scores from gradients of weights; set metric=weights.taylor"),
     ({"chooser": "allocate.adaptive", "distance": "blocks.cosine", "axes": ["neurons"]}, "uses only scores from gradients of weights"),
     ({"head_metric": "blocks.loss_drop"}, "reduce between_steps ranks KV heads by the scores of the metric"),

@@ -221,6 +221,28 @@ def test_a_new_form_is_its_file(tiny_folder: Path, tmp_path: Path, monkeypatch: 
     assert "did you mean 'twice'?" in err
 
 
+def test_a_form_without_a_config_has_the_card_of_its_checkpoint(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any
+) -> None:
+    (tmp_path / "forms").mkdir()
+    bare = NEW_FORM.replace('(path / "twice").touch()', '(path / "config.json").rename(path / "twice")')
+    (tmp_path / "forms" / "bare.py").write_text(bare)
+    monkeypatch.setattr(export_package, "__path__", [*export_package.__path__, str(tmp_path / "forms")])
+    source = pruned(tmp_path / "small", tiny_folder, "axes=[neurons]", "equal_widths=true")
+    status, _, err = ask("export", source, "--to", "bare", "-o", tmp_path / "out")
+    assert status == 0, err
+    assert "| form | a plain folder, said twice |" in body_and_data(tmp_path / "out")[0]
+
+
+def test_a_method_with_other_parts_is_not_described_as_the_paper_does(tiny_folder: Path, tmp_path: Path) -> None:
+    plain, _ = body_and_data(pruned(tmp_path / "plain", tiny_folder, method="uniform", step=1))
+    assert "| method | `uniform`: " in plain
+    other, _ = body_and_data(
+        pruned(tmp_path / "other", tiny_folder, "axes=[neurons]", "repair=closed_form.least_squares", method="uniform")
+    )
+    assert '| method | `uniform`, but with `axes: ["neurons"]`, `repair: closed_form.least_squares` |' in other
+
+
 def test_a_form_that_is_not_whole_is_refused_before_it_writes(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any
 ) -> None:

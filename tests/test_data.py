@@ -48,6 +48,33 @@ def test_text_files_folders_and_globs(corpus: Path) -> None:
     assert documents(str(corpus / "**" / "*.txt")) == ["plain text"]
 
 
+def test_names_may_be_in_capitals_and_json_lines_have_two_endings(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text(LINES)
+    (tmp_path / "b.ndjson").write_text(LINES)
+    (tmp_path / "c.ndjson.GZ").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "d.TXT").write_text("plain text")
+    assert documents(str(tmp_path)) == [*ROWS * 3, "plain text"]
+    assert documents(str(tmp_path / "A.JSONL")) == ROWS
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + LINES.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(mark + LINES.encode()))
+    (tmp_path / "c.txt").write_bytes(mark + b"plain text")
+    assert documents(str(tmp_path)) == [*ROWS * 2, "plain text"]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    for name in ("text/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    (tmp_path / "text" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "linked again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "text")
+    assert documents(str(tmp_path / "text")) == ["text/a.txt", "elsewhere/b.txt"]
+
+
 def test_a_folder_is_read_without_hidden_files_and_without_what_we_wrote(tmp_path: Path) -> None:
     """A run may write its folder, with a log of rows without text, into the folder of the text that it reads."""
     for name in (
@@ -198,6 +225,12 @@ BAD_TEXTS = {
     "cut.jsonl.zst": (zstandard.compress(LINES.encode() * 50)[:-3], "cannot be read: compressed file ended"),
     "cut2.jsonl.zst": (flushed_twice()[0], "cannot be read: compressed file ended"),
     "not.parquet": (b"PAR1 no", "is not a parquet file"),
+    "rows.csv": (b"text\nhello\n", "is a table; convert it to a .jsonl or .parquet file with a column 'text'"),
+    "empty.jsonl": (b'{"messages": []}', "line 1, has no messages in its field 'messages'"),
+    "tools.jsonl": (
+        b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": null}]}',
+        "line 1, has no text in 'content' of message 2",
+    ),
 }
 
 

@@ -151,8 +151,8 @@ def test_a_killed_run_goes_on_bit_equal(
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"training": {"source": None, "tokens": 0}}, "hard_concrete learns masks while the model trains, and the recipe trains nothing"),
-    ({"training": {"gradient_checkpointing": True}}, "cannot mask with training.gradient_checkpointing; leave it out"),
+    ({"training": {"source": None, "tokens": 0}}, "reduce 'hard_concrete' works while the model trains, and the recipe trains nothing"),
+    ({"training": {"gradient_checkpointing": True}}, "does not work with training.gradient_checkpointing; leave it out"),
     ({"reduce": "hard_concrete(residual=64)"}, "the shape has 64 residual, and the model has 48; give that many or fewer"),
     ({"reduce": "hard_concrete(layers=0)"}, "option 'layers' of reduce 'hard_concrete' is 0; give a whole number (1 or more) or null"),
     ({"reduce": "hard_concrete(kv_heads=3)", "budget": "50%"}, "parameters remain when the model has the shape that"),

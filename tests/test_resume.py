@@ -751,6 +751,18 @@ def test_forced_to_more_tokens_of_another_text(halfway: Path, live: Lives, refus
     assert max(after["tokens"] - before["tokens"] for before, after in itertools.pairwise(steps)) <= 512
 
 
+def test_a_model_that_has_moved_is_the_same_model(
+    halfway: Path, live: Lives, refused: Refused, place: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(read(str(place / "main.yaml")).model, moved)
+    sentence = refused(halfway, place / "main.yaml", "--set", f"model={moved}")
+    assert "differs in model;" in sentence
+    status, said = live("run", place / "main.yaml", "-o", halfway, "--set", f"model={moved}", "--force-recipe")
+    assert status == 0, said
+    assert "continuing from " in said
+
+
 def test_forced_to_what_cannot_be(halfway: Path, refused: Refused, place: Path) -> None:
     sentence = refused(halfway, place / "main.yaml", "--set", "stages=2", "--force-recipe")
     assert re.search(r"is in stage 3 and the recipe has only 2 stages; set stages to 3 or more", sentence)

@@ -112,10 +112,10 @@ def test_decay_acts_on_masked_weights_alone_and_rises(tiny_folder: Path, text_fi
     ("changes", "said"),
     [
         ({"training": {"source": None, "tokens": 0}}, "the recipe trains nothing; set training.source"),
-        ({"training": {"lora": {"rank": 2}}}, "cannot mask with training.lora; leave it out"),
+        ({"training": {"lora": {"rank": 2}}}, "does not work with training.lora; leave it out"),
         ({"training": {"compile": True, "gradient_checkpointing": True}}, "training.compile and training.gradient_checkpointing"),
-        ({"parallel": "fsdp"}, "cannot mask with parallel=fsdp"),
-        ({"moments": "reset"}, "cannot mask with moments=reset"),
+        ({"parallel": "fsdp"}, "does not work with parallel=fsdp"),
+        ({"moments": "reset"}, "does not work with moments=reset"),
         ({"sparsity": "8:32"}, "which is not a multiple of 32"),
         ({"reduce": "sparse_training(slorb=16)"}, "mlp.down_proj has 40 inputs, which is not a multiple of slorb=16"),
         ({"budget": "80%"}, "makes weights zero and removes none"),

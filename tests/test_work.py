@@ -152,7 +152,7 @@ def test_parts_say_what_they_need() -> None:
 @pytest.mark.parametrize(("keys", "said"), [
     ({"reduce": "slices"}, "reduce 'slices' is not known; did you mean 'slice'"),
     ({"reduce": "units(fast=true)"}, "reduce 'units' has no option 'fast'; it takes no options"),
-    ({"method": "slicegpt", "multiple_of": 8}, "reduce 'slice' chooses no units, so multiple_of would be ignored; leave it out"),
+    ({"method": "slicegpt", "multiple_of": 8}, "reduce 'slice' chooses no units, so multiple_of would be ignored; set multiple_of=1"),
     (
         {"method": "sheared", "chooser": "allocate.uniform", "metric": "weights.magnitude"},
         "reduce 'hard_concrete' chooses no units, so metric and chooser would be ignored; leave them out",

@@ -46,7 +46,7 @@ def first_line(error: BaseException) -> str:
     """The first line of what another library's error says, in words for people; the kind of error if it says nothing."""
     if isinstance(error, OSError) and error.strerror:  # leaves out the number of the error
         return error.strerror[0].lower() + error.strerror[1:] + (f": {error.filename}" if error.filename else "")
-    lines = [line.strip() for line in str(error).strip().splitlines()]
+    lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()]  # without colours
     announced = len(lines) > 1 and lines[0].endswith(":")  # the first line only announces the next
     said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(lines[: 1 + announced]))
     return re.sub(r"\b[A-Z]\w*Error: (?=\S)", "", said) or type(error).__name__

@@ -402,7 +402,8 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
         return
     named = raw.get("architectures") or []
     headless = bool(named) and causal.get(model_type) not in named  # an encoder, or a decoder saved without its head
-    if raw.get("is_encoder_decoder") or model_type not in causal or headless:
+    brings_class = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
+    if raw.get("is_encoder_decoder") or (model_type not in causal and not brings_class) or headless:
         raise UsageError(
             f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
         )

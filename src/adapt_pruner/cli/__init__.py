@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -234,7 +235,9 @@ def _stop_on_other(error: Exception) -> NoReturn:
     if isinstance(error, OSError):
         _stop(_of_the_system(error), 1, error)
     first = str(error).strip().partition("\n")[0]
-    _stop(f"unexpected {type(error).__name__}: {first} (ADAPT_PRUNER_TRACEBACK=1 shows where)", 1, error)
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "adapt_pruner" in frame.filename]
+    where = f", in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
+    _stop(f"unexpected {type(error).__name__}: {first}{where} (ADAPT_PRUNER_TRACEBACK=1 shows more)", 1, error)
 
 
 def _of_the_system(error: OSError) -> str:

@@ -355,7 +355,7 @@ class Mask:
                 )
             if not torch.isfinite(score).all():
                 raise RunError(
-                    f"scores of {axis.name} are not finite; the model or its calibration text gives NaN or infinity: set "
+                    f"scores of {axis.name} are not finite; the metric, the model or its calibration text gives NaN or infinity: set "
                     "dtype=float32, or repair the weights"
                 )
             keep = torch.zeros(axis.groups, axis.size, dtype=torch.bool)

@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["part"]
+__all__ = ["NEEDS", "part"]
+
+NEEDS = frozenset({
+    "distance", "layers", "whole", "biases", "teacher", "text", "inputs", "chosen", "sparsity", "gram", "dense", "training",
+    "one stage", "all its time",
+})  # fmt: skip
+"""What a part may need; `part` says what each means."""
 
 T = TypeVar("T", bound=Callable[..., Any])
 

@@ -18,9 +18,11 @@ from adapt_pruner.errors import UsageError, first_line
 __all__ = ["hub", "hub_revision", "local"]
 
 Row = tuple[str, str | list[Mapping[str, Any]]]
-_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".parquet")
 _WHOLE = (".txt", ".md")  # of which a file is one document
 _ASKED_FOR = (".json.gz", ".json.zst")  # by their names or a glob; in a folder they are often metadata, as .json is
+_JSON = (".json", *_ASKED_FOR, *(suffix for suffix in _SUFFIXES if "json" in suffix))
+_TABLES = (".csv", ".tsv")
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -112,9 +114,21 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
 
 
 def _is_null(row: Mapping[str, Any], field: str = _TEXT) -> bool:
-    """Whether a row has the field, or by default `messages` in its place, and null in it: a row without a text, to be left out."""
+    """Whether a row has the field, or by default `messages` in its place, and null or [] in it; such a row is left out."""
     fields = {field, _CHAT} if field == _TEXT else {field}
-    return bool(fields & row.keys()) and all(row.get(name) is None for name in fields)
+    return bool(fields & row.keys()) and all(row.get(name) in (None, []) for name in fields)
+
+
+def _lack(row: Any) -> str:
+    """Words for what keeps a row from being a text or a conversation."""
+    messages = row.get(_CHAT) if isinstance(row, Mapping) and row.get(_TEXT) is None else None
+    if messages == []:
+        return f"no messages in its field {_CHAT!r}"
+    for number, message in enumerate(messages if isinstance(messages, list) else [], start=1):
+        for key in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                return f"no text in {key!r} of message {number}"
+    return f"no text in a field {_TEXT!r}"
 
 
 def _utf8(text: str) -> str:
@@ -152,7 +166,7 @@ def _paths(spec: str) -> list[Path]:
         return [path]
     matches = _below(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     suffixes = _SUFFIXES if path.is_dir() else (*_SUFFIXES, *_ASKED_FOR)
-    paths = sorted(match for match in matches if match.is_file() and match.name.endswith(suffixes))
+    paths = sorted(match for match in matches if match.is_file() and match.name.lower().endswith(suffixes))
     if not paths:
         what = "contains no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise UsageError(
@@ -162,9 +176,15 @@ def _paths(spec: str) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Files in a folder and below it, but for hidden ones and for those in folders that adapt-pruner wrote."""
-    for where, inner, names in os.walk(folder):
-        inner[:] = [name for name in inner if not name.startswith(".") and not _is_ours(Path(where, name))]
+    """Files in a folder and below it, but for hidden ones and for those in folders that adapt-pruner wrote.
+
+    Links to folders are followed; each folder is read once.
+    """
+    seen = {os.path.realpath(folder)}
+    for where, inner, names in os.walk(folder, followlinks=True):
+        inside = {os.path.realpath(Path(where, name)): name for name in sorted(inner, reverse=True) if not name.startswith(".")}
+        inner[:] = [name for real, name in inside.items() if real not in seen and not _is_ours(Path(where, name))]
+        seen |= inside.keys()
         yield from (Path(where, name) for name in names if not name.startswith("."))
 
 
@@ -174,18 +194,18 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _file(path: Path) -> Iterator[Row]:
-    name = path.name
+    name = path.name.lower()
+    if name.endswith(_TABLES):
+        raise UsageError(f"{path} is a table; convert it to a .jsonl or .parquet file with a column {_TEXT!r}")
     try:
         if name.endswith(".parquet"):
             yield from _parquet(path)
-        elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")):
+        elif name.endswith(_JSON):
             with _open(path) as lines:
                 yield from _lines(lines, path)
         else:
-            yield (
-                str(path),
-                read_plain(path, most=_MOST_OF_ONE_TEXT).decode("utf-8"),
-            )  # unchanged: read_text would change line ends
+            text = read_plain(path, most=_MOST_OF_ONE_TEXT).decode("utf-8")  # read_text would change line ends
+            yield str(path), text.removeprefix("\ufeff")  # the byte order mark that some editors write
     except UnicodeDecodeError as error:
         if packed := next((how for magic, how in _PACKED.items() if error.object.startswith(magic)), ""):
             raise UsageError(f"{path} is packed by {packed}; unpack it, or name another file") from error
@@ -195,22 +215,23 @@ def _file(path: Path) -> Iterator[Row]:
         where = f"byte {error.start} is " if name.endswith(_WHOLE) else "it has the byte "  # lines are decoded a piece at a time
         raise UsageError(
             f"{path} is not UTF-8 text ({where}0x{error.object[error.start]:02x}); "
-            f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {name}"
+            f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {path.name}"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {first_line(error)}; get the file again, or name another one") from error
 
 
 def _open(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.name.endswith(".zst"):
+    encoding = "utf-8-sig"  # UTF-8, with the byte order mark that some editors write or without
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding=encoding)
+    if path.name.lower().endswith(".zst"):
         try:
             import zstandard
         except ImportError as error:
             raise UsageError(f"{path} needs the zstandard package; pip install 'adapt-pruner[zstd]'") from error
-        return io.TextIOWrapper(io.BufferedReader(_Zstandard(path.open("rb"), zstandard), 2**20), encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_Zstandard(path.open("rb"), zstandard), 2**20), encoding=encoding)
+    return path.open(encoding=encoding)
 
 
 class _Zstandard(io.RawIOBase):
@@ -251,7 +272,7 @@ class _Zstandard(io.RawIOBase):
 
 def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
     """The lines of a file, with limits, because a damaged or hostile file may have lines without end."""
-    packed = path.stat().st_size if path.name.endswith((".gz", ".zst")) else None
+    packed = path.stat().st_size if path.name.lower().endswith((".gz", ".zst")) else None
     number = read = 0
     while line := lines.readline(_LONGEST_LINE + 1):
         number, read = number + 1, read + len(line)
@@ -278,12 +299,13 @@ def _lines(lines: IO[str], path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            content = _content(of_json(line))
+            row = of_json(line)
+            content = _content(row)
         except ValueError as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
             raise UsageError(f"{path}, line {number}, is not JSON ({why}); a .jsonl file has one JSON object per line") from error
         if content is None:
-            raise UsageError(f"{path}, line {number}, has no text in a field {_TEXT!r}; each line is an object like {_FORMS}")
+            raise UsageError(f"{path}, line {number}, has {_lack(row)}; each line is an object like {_FORMS}")
         yield f"{path} line {number}", content
 
 

@@ -207,7 +207,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     if config.model_type not in GGUF_TYPES:
         raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(GGUF_TYPES)}")
     if (trouble := not_computed(config.to_dict(), config.model_type)) is not None:
-        raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use --to padded or onnx")
+        raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use --to padded, or try --to onnx")
     notes = []
     sizes = layer_sizes(model)
     sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]

@@ -22,6 +22,7 @@ from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_noth
 from adapt_pruner.checkpoint.untrusted import check_files
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
+from adapt_pruner.export.loading import ropes_of
 
 __all__ = ["ABOUT", "holds", "loading", "opened", "write"]
 
@@ -53,6 +54,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_target(path)
     _library()
     model = loaded.model
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes_of(model.config.rope_parameters)):
+        raise UsageError("a graph is the same for texts of all lengths, and this model's rope 'dynamic' is not; use --to padded")
     most = int(model.config.max_position_embeddings)
     example = torch.zeros(2, 8, dtype=torch.long)
     axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}

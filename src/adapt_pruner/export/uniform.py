@@ -29,7 +29,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
             name = {"neurons": "MLP neurons", "kv_heads": "KV heads", "group": "query heads a KV head"}[what]
             raise UsageError(
                 f"layers have between {min(of_layers):,} and {max(of_layers):,} {name}, and a stock class has one number for all; "
-                "prune with --set equal_widths=true, or use --to padded"
+                "prune with --set equal_widths=true, or use --to padded or onnx"
             )
     stock = stock_model(loaded.model, sizes[0], instead="--to padded or gguf")
     save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=loaded.weight_mask)

@@ -110,7 +110,8 @@ def _check_chosen(recipe: "Recipe") -> None:
         )
     if whole and not drops:
         raise ValueError(
-            f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers"
+            f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers, or to another that "
+            "declares needs={'whole'}"
         )
     if "residual" in recipe.axes and "layers" in needs:
         raise ValueError(
@@ -123,19 +124,20 @@ def _check_chosen(recipe: "Recipe") -> None:
 def _check_ignored(recipe: "Recipe") -> None:
     """Refuse keys that a reduction without a choice of units would ignore."""
     asked = {
-        "equal_widths": recipe.equal_widths,
-        "multiple_of": recipe.multiple_of not in (1, "auto"),
-        "repair": recipe.repair is not None,
+        "equal_widths=false": recipe.equal_widths,
+        "multiple_of=1": recipe.multiple_of not in (1, "auto"),
+        "repair=null": recipe.repair is not None,  # it may stand in the method's file
     }
-    refuse_ignored([key for key, given in asked.items() if given], reduce=recipe.reduce)
+    settings = [setting for setting, given in asked.items() if given]
+    keys = [setting.partition("=")[0] for setting in settings]
+    refuse_ignored(keys, reduce=recipe.reduce, remedy=f"set {' and '.join(settings)}")
 
 
-def refuse_ignored(keys: Sequence[str], *, reduce: str) -> None:
+def refuse_ignored(keys: Sequence[str], *, reduce: str, remedy: str = "") -> None:
     """Refuse keys that a reduction without a choice of units would ignore; nothing happens if there are none."""
     if keys:
-        raise ValueError(
-            f"reduce {reduce!r} chooses no units, so {' and '.join(keys)} would be ignored; leave {'it' if len(keys) == 1 else 'them'} out"
-        )
+        remedy = remedy or f"leave {'it' if len(keys) == 1 else 'them'} out"
+        raise ValueError(f"reduce {reduce!r} chooses no units, so {' and '.join(keys)} would be ignored; {remedy}")
 
 
 def _check_random(recipe: "Recipe") -> None:
@@ -160,8 +162,8 @@ def _check_latency(recipe: "Recipe") -> None:
             f"budget {recipe.budget!r} and latency {recipe.latency!r} both say how far to prune; leave one of them out"
         )
     others = sorted(set(recipe.axes) - {"neurons", "kv_heads"})
-    whole = "chosen" not in parts.needs("reduce", recipe.reduce)
-    has = f"reduce {recipe.reduce}" if whole else "vocabulary" if recipe.vocabulary is not None else ""
+    chooses_nothing = "chosen" not in parts.needs("reduce", recipe.reduce)
+    has = f"reduce {recipe.reduce}" if chooses_nothing else "vocabulary" if recipe.vocabulary is not None else ""
     if has or others:
         raise ValueError(
             f"latency {recipe.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has "

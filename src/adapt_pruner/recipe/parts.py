@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.parts import NEEDS
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, nearest
 
@@ -71,7 +72,7 @@ def _found(key: str) -> dict[str, _Part]:
     folder, parts = FOLDERS[key], {}
     for path in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        for node in ast.parse(text).body if "@part(" in text else ():
+        for node in ast.parse(text, str(path)).body if "@part(" in text else ():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (needs := _declared(key, node)) is not None:
                 name = f"{path.stem}.{node.name}" if isinstance(node, ast.FunctionDef) else path.stem
                 about = (ast.get_docstring(node) or "").partition("\n")[0]
@@ -80,10 +81,28 @@ def _found(key: str) -> dict[str, _Part]:
 
 
 def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] | None:
-    """What the decorator says that a part needs; None if the function is no part of this key."""
+    """What the decorator says that a part needs; None if the function is no part of this key.
+
+    Raises:
+        UsageError: the decorator names a kind of part or a need that there is not, or is not written with literals.
+    """
     for call in node.decorator_list:
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "part" and key in map(ast.literal_eval, call.args):
-            return frozenset(*(ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "needs"))
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != "part":
+            continue
+        try:
+            keys = [ast.literal_eval(argument) for argument in call.args]
+            needs: frozenset[str] = frozenset(
+                *(ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "needs")
+            )
+        except ValueError as error:
+            raise UsageError(
+                f"@part of {node.name} is read without running it, so write its keys and needs as literals"
+            ) from error
+        for word, known in [(word, FOLDERS) for word in keys] + [(word, NEEDS) for word in sorted(needs)]:
+            if word not in known:
+                raise UsageError(f"@part of {node.name} names {word!r}, which is not known; {nearest(word, known)}")
+        if key in keys:
+            return needs
     return None
 
 
@@ -219,7 +238,9 @@ def _lies(number: float, within: str) -> bool:
             return number > float(low)
         case [low, "to", high]:
             return float(low) <= number <= float(high)
-    return True
+        case []:
+            return True
+    raise ValueError(f"the range {within!r} of an option is not written like '0 or more', 'above 0' or '0 to 1'")
 
 
 def check(key: str, written: str) -> str:

@@ -398,10 +398,11 @@ class Recipe(_Frozen):
         return "sparsity" in parts.needs("reduce", self.reduce)
 
     def ready(self) -> "Recipe":
-        """This recipe, after a check that it names a model and a size to reach.
+        """This recipe, after a check that it names a model, a size to reach, and a text if its reduction trains.
 
         Raises:
-            UsageError: it names no model, or neither budget nor latency; or it makes zeros and does not say how many.
+            UsageError: it names no model, or neither budget nor latency; or it makes zeros and does not say how many; or its
+                reduction trains and it names no text to train on.
         """
         if not self.model:
             raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
@@ -412,6 +413,11 @@ class Recipe(_Frozen):
                 )
         elif not (self.budget or self.latency):
             raise UsageError("the recipe names no budget; add it, for example --set budget=80%, or a latency like 0.7x")
+        if "training" in parts.needs("reduce", self.reduce) and self.training.source is None:
+            raise UsageError(
+                f"reduce {self.reduce!r} works while the model trains, and the recipe trains nothing; set training.source and "
+                "training.tokens in a recipe, and use: adapt-pruner run RECIPE.yaml"
+            )
         return self
 
 

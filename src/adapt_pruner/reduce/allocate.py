@@ -165,6 +165,8 @@ def advance(
     A step may remove next to nothing, because no axis owes a whole unit yet or most axes are at their limit. The step is then
     repeated until it removes something, since scoring again would see the same model.
     """
+    if not axes:
+        return {}, debt
 
     def sparsity_after(times: float) -> dict[str, float]:
         return {

@@ -16,10 +16,10 @@ from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import num_left
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.reduction import Change, Passes, TextUse
+from adapt_pruner.reduce.reduction import Change, Passes, TextUse, check_training
 from adapt_pruner.reduce.units import (
     Units,
     evidence_of,
@@ -70,30 +70,15 @@ class BetweenSteps(Units):
         self._sums: Scores = {}
 
     def check(self, work: Work) -> None:
-        """Refuse a recipe without training, or one whose metric or training does not work with cuts between steps."""
+        """Refuse a recipe whose metric or training does not work with cuts between steps."""
         super().check(work)
-        recipe, asked = work.recipe, work.recipe.training
-        if asked.source is None:
-            raise UsageError(
-                "reduce between_steps removes units while the model trains, and the recipe trains nothing; set training.source and "
-                "training.tokens"
-            )
+        recipe = work.recipe
         if self.batches > self.every:
             raise UsageError(
                 f"reduce between_steps adds up the scores of {self.batches} steps and cuts after every {self.every}; raise every, or "
                 "lower batches"
             )
-        unfit = {
-            "training.lora": asked.lora is not None,
-            "training.compile": asked.compile,
-            "parallel=fsdp": recipe.parallel == "fsdp",
-            "moments=reset": recipe.moments == "reset",
-        }
-        if wrong := [key for key, given in unfit.items() if given]:
-            raise UsageError(
-                f"reduce between_steps cuts whole weights and their moments between steps, which {' and '.join(wrong)} does not "
-                f"allow; leave {'it' if len(wrong) == 1 else 'them'} out"
-            )
+        check_training(work, "between_steps")
         if whole := [kind for kind in recipe.axes if kind in WHOLE]:
             raise UsageError(
                 f"reduce between_steps works with gradients of units, and axes names {', '.join(whole)}; leave that out of axes"
@@ -157,11 +142,6 @@ class BetweenSteps(Units):
             state.progress.forget_losses()  # a smaller model has a higher loss, which is no divergence
             self._debt = debt.after(mask)
             yield Change(mask, step.loss, {"sizes": sizes})
-        if work.num_params > target:
-            raise RunError(
-                f"{recipe.chooser} finds nothing more to remove at {work.num_params:,} parameters, above the target {target:,}; raise the "
-                "budget, or add to axes"
-            )
         self._began = {}
 
     def _add(self, work: Work) -> None:

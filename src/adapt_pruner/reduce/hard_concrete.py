@@ -21,7 +21,7 @@ from adapt_pruner.core.surgery import gated, num_left
 from adapt_pruner.core.task import CAUSAL_LM
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.factors import scale_block
-from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
+from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_training
 from adapt_pruner.reduce.work import Work
 
 __all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
@@ -100,7 +100,7 @@ class HardConcrete(Reduction):
 
     def check(self, work: Work) -> None:
         """Refuse a shape that the model cannot have, layers of unequal size, and training that does not work with masks."""
-        check_masks_learn(work, "hard_concrete")
+        check_training(work, "hard_concrete", masks=True)
         for kind, size in self.shape.items():
             if size is None:
                 continue

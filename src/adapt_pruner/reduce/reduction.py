@@ -12,7 +12,7 @@ from adapt_pruner.score.calibrate import Evidence
 if TYPE_CHECKING:
     from adapt_pruner.reduce.work import Work
 
-__all__ = ["Change", "Passes", "Reduction", "TextUse", "check_masks_learn"]
+__all__ = ["Change", "Passes", "Reduction", "TextUse", "check_training"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Reduction:
 
     def floor(self, work: "Work") -> tuple[int, str]:
         """The fewest parameters that it can leave in `work.model`, and WORDS that complete the sentence `… remain when WORDS`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method floor")
 
     def num_steps(self, work: "Work", *, start: int, reached: int, target: int) -> int:
         """Estimate of the steps from `reached` parameters to `target`, in a run that began with `start` parameters."""
@@ -112,7 +112,7 @@ class Reduction:
         after a change, and with `state` as it was when that change was yielded. So bring the state up to date before the
         `yield`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method steps")
 
     def state(self) -> dict[str, Any]:
         """Everything but the model that the next step depends on, as plain data."""
@@ -125,29 +125,26 @@ class Reduction:
         """Adapt the state, in place, to a recipe or a text that was changed during the run."""
 
 
-def check_masks_learn(work: "Work", way: str, *, where: str = "") -> None:
-    """For a reduction that learns masks, refuse a recipe without training, or with training that does not work with masks.
+def check_training(work: "Work", way: str, *, masks: bool = False) -> None:
+    """Refuse training that does not work with a reduction which changes the model between the steps of its training.
 
     Args:
         work: the run.
         way: name of the reduction.
-        where: words that the message adds to its remedy.
+        masks: whether it learns masks.
 
     Raises:
-        UsageError: there is no training, or it does not work with masks.
+        UsageError: the recipe asks for such training.
     """
     recipe, asked = work.recipe, work.recipe.training
-    if asked.source is None:
-        raise UsageError(
-            f"reduce {way} learns masks while the model trains, and the recipe trains nothing; set training.source and "
-            f"training.tokens{where}"
-        )
     unfit = {
         "training.lora": asked.lora is not None,
         "training.compile": asked.compile,
-        "training.gradient_checkpointing": asked.gradient_checkpointing,
+        "training.gradient_checkpointing": asked.gradient_checkpointing and masks,
         "parallel=fsdp": recipe.parallel == "fsdp",
         "moments=reset": recipe.moments == "reset",  # a run that goes on would forget moments in the middle of its training
     }
     if wrong := [key for key, given in unfit.items() if given]:
-        raise UsageError(f"reduce {way} cannot mask with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out")
+        raise UsageError(
+            f"reduce {way} does not work with {' and '.join(wrong)}; leave {'it' if len(wrong) == 1 else 'them'} out"
+        )

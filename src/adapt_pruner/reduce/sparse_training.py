@@ -26,7 +26,7 @@ from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.run_events import MasksLearnt, Within
 from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_masks_learn
+from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_training
 from adapt_pruner.reduce.sparse import check_dense, check_pattern, check_same_zeros
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence
@@ -73,7 +73,7 @@ class SparseTraining(Reduction):
 
     def check(self, work: Work) -> None:
         """Refuse a recipe without training, training that does not work with masks, and a model that has zeros."""
-        check_masks_learn(work, "sparse_training", where=" in a recipe, and use: adapt-pruner run RECIPE.yaml")
+        check_training(work, "sparse_training", masks=True)
         check_dense(work)
         check_pattern(work)
         for name, module in linear_layers(work.model, work.axes).items() if self.slorb else ():

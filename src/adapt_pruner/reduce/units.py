@@ -237,6 +237,7 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
 
     Raises:
         UsageError: the metric gives no scores for a kind of axis that may shrink.
+        RunError: it gives scores of another shape.
     """
     recipe = work.recipe
     metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
@@ -245,6 +246,12 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
     if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
         scores |= measure_layers(work.model, _measured_whole(work), batches)
     _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
+    for axis in prunable(work):
+        if scores[axis.name].shape != (axis.entries,):
+            raise RunError(
+                f"metric {recipe.metric!r} gives {axis.name} scores of shape {tuple(scores[axis.name].shape)}; it has "
+                f"{axis.entries} units, so the shape is ({axis.entries},)"
+            )
     return scores, loss
 
 
@@ -281,8 +288,37 @@ def repaired(work: Work, mask: Mask, batches: Sequence[Tensor], **where: int) ->
     with work.state.clock("repair"):
         tell = work.progress("repair", **where)
         repair = parts.bind("repair", recipe.repair, task=work.task, dtype=recipe.dtype, warn=work.warn_of_stage, on_layer=tell)
+        shapes = {name: weight.shape for name, weight in work.model.named_parameters()}
         with eval_mode(work.model):
             repair(work.model, work.axes, mask, [*batches, *work.data.own])
+        _check_repaired(work, shapes)
+
+
+def _check_repaired(work: Work, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse a repair that leaves other parameters than it found, but for the biases that it declares, or NaN or infinity.
+
+    Raises:
+        RunError: it did; the run could not go on with the model, or nobody could load it.
+    """
+    repair, weights = work.recipe.repair or "", dict(work.model.named_parameters())
+    declares = "biases" in parts.needs("repair", repair)
+    for name in {*shapes, *weights}:
+        before, now = shapes.get(name), weights[name].shape if name in weights else None
+        if before != now and not (before is None and declares and name.endswith(".bias")):
+            told = "" if before is not None else "; a repair that adds biases declares needs={'biases'}"
+            raise RunError(
+                f"repair {repair!r} changed the shape of {name} from {_shown(before)} to {_shown(now)}, and it may change only "
+                f"values{told}"
+            )
+    for axis in work.axes:
+        if axis.gate.is_linear and not bool(weights[f"{axis.gate.module}.weight"].isfinite().all()):
+            raise RunError(
+                f"repair {repair!r} leaves NaN or infinity in {axis.gate.module}.weight; set repair=null, or to another repair"
+            )
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
 
 
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:
@@ -358,6 +394,7 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
         # Rounding would give back neurons taken below `multiple_of` each time, and the chooser would never get to the heads.
         if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > multiple_of]:
             wanted, debt = choose(scores, free, budget, debt=debt)
+            _check_sizes(wanted, free, chooser=work.recipe.chooser)
             sizes |= wanted
         if multiple_of > 1 or equal:
             sizes = fitting(sizes, axes, scores=scores, multiple_of=multiple_of, equal_widths=equal)
@@ -366,6 +403,21 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
         return sizes, debt
 
     return fitted
+
+
+def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str) -> None:
+    """Refuse what no chooser may return: sizes of other axes, or sizes that are no whole numbers from 0 to the axis's size.
+
+    Raises:
+        RunError: it returned that.
+    """
+    named = {axis.name: axis for axis in axes}
+    for name, size in sizes.items():
+        if name not in named:
+            raise RunError(f"chooser {chooser!r} gives a size for {name}, which is not among the axes that it was given")
+        least, most = 0 if named[name].may_be_empty else 1, named[name].size
+        if not isinstance(size, int) or not least <= size <= most:
+            raise RunError(f"chooser {chooser!r} gives {name} the size {size!r}; sizes are whole numbers from {least} to {most}")
 
 
 def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:

@@ -29,6 +29,7 @@ __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 
 _OWN_PAPER = "2502.03460"
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+_MAKES_A_METHOD = ("axes", "metric", "distance", "head_metric", "chooser", "repair", "reduce", "solver")  # keys of a recipe
 _FLAGS = {
     "calibration.source": "--calibration",
     "calibration.samples": "--calibration-samples",
@@ -68,7 +69,9 @@ def write_card_of_export(source: Path, out: Path, form: str) -> str | None:
     if not (source / "pruning.json").is_file():
         return None
     try:
-        write_whole(out / "README.md", card_of(source, exported=(form, read_json(out / "config.json"))))
+        config = out / "config.json"
+        shape = read_json(config if config.is_file() else source / "config.json")  # some forms have no config of their own
+        write_whole(out / "README.md", card_of(source, exported=(form, shape)))
     except UsageError as error:
         return f"the export has no model card: {error}"
     except OSError as error:
@@ -252,7 +255,7 @@ def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mappin
         "| | |",
         "|---|---|",
         f"| {'shape of' if _is_from_random(recipe) else 'base model'} | {named}, {dense:,} parameters |",
-        f"| method | {_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')} |",
+        f"| method | {_method(recipe, row)} |",
         f"| its source | {_linked(row.get('paper', 'not known'))} |",
         f"| budget | {_plain(_asked(recipe))} |"
         if recipe.get("sparsity")
@@ -511,6 +514,20 @@ def _hub_ids(source: str | Mapping[str, float] | None) -> list[str]:
 def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
     hub_ids = _hub_ids(source)
     return hub_ids[0] if len(hub_ids) == 1 else None
+
+
+def _method(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The method and what it does; if the recipe has other parts or axes than the method's file, these instead."""
+    try:
+        asked = read(dict(recipe))
+        given = {key: value for key, value in asked.model_dump(mode="json").items() if key not in _MAKES_A_METHOD}
+        own = [key for key in differing(read(given), asked) if key in _MAKES_A_METHOD]
+    except UsageError:  # of another version
+        own = []
+    if own:
+        said = (f"{key}: {recipe[key] if isinstance(recipe[key], str) else json.dumps(recipe[key])}" for key in own)
+        return f"{_code(recipe['method'])}, but with {', '.join(map(_code, said))}"
+    return f"{_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')}"
 
 
 def _row(method: str) -> dict[str, Any]:

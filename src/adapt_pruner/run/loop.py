@@ -109,7 +109,11 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
 
 
 def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
-    """Bring the model, in place, to the stage's budget: the reduction yields each step, and this function carries it out."""
+    """Bring the model, in place, to the stage's budget: the reduction yields each step, and this function carries it out.
+
+    Raises:
+        RunError: the reduction stopped above the budget.
+    """
     state = work.state
     trainer.before_cuts()
     work.forget_warnings()
@@ -125,6 +129,11 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         told = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
         work.tell(Cut(**told))
         trainer.save_if_due(called(stage.stage, cut=work.iteration - 1))
+    if work.num_params > stage.params and not work.recipe.makes_zeros:
+        raise RunError(
+            f"reduce {work.recipe.reduce!r} finds nothing more to remove at {work.num_params:,} parameters, above the target "
+            f"{stage.params:,}; raise the budget, or add to axes"
+        )
 
 
 def prune(
@@ -303,7 +312,7 @@ def _restore_feed(work: Work, *, anew: bool) -> None:
 
 
 def _check_origin(path: Path, saved: Mapping[str, Any], recipe: Recipe, origin: str) -> None:
-    if saved["model"] != recipe.model or saved["identity"] != origin:
+    if saved["identity"] != origin:  # the same files may lie at another path now
         raise UsageError(
             f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it "
             "is now; "

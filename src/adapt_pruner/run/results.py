@@ -6,6 +6,7 @@ calibration text, list the start and the end. None means not measured, because t
 can also mean infinity.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
+from adapt_pruner.core.precision import nonfinite_error
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.run_events import Answered
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -55,6 +57,9 @@ def measure_calibration(work: Work) -> None:
     if batches:
         with work.state.clock("evaluate"):
             loss = mean_loss(work.model, batches, task=work.task, dtype=work.recipe.dtype)
+        if math.isnan(loss):
+            device = next(work.model.parameters()).device
+            raise nonfinite_error(f"the loss on the calibration text is {loss}", device, work.recipe.dtype)
         work.state.figures["calibration_losses"] = [*work.state.figures.get("calibration_losses", []), loss]
 
 

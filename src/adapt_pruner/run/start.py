@@ -157,6 +157,11 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
 def _check_saved(work: Work) -> None:
     """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
     recipe = work.recipe
+    if type(work.model).__module__.startswith("transformers_modules."):
+        raise UsageError(
+            f"the class of {recipe.model} comes with the model's own files, and a pruned checkpoint would not load with it; register "
+            "the class with transformers from Python, or name a model of a class that transformers has"
+        )
     unequal = [axis for axis in recipe.axes if axis not in ("residual", "layers")]
     blocks = [axis for axis in unequal if axis in ("attentions", "mlps")]
     chosen = "chosen" in parts.needs("reduce", recipe.reduce)
