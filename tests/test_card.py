@@ -231,6 +231,7 @@ def test_a_form_without_a_config_has_the_card_of_its_checkpoint(
     source = pruned(tmp_path / "small", tiny_folder, "axes=[neurons]", "equal_widths=true")
     status, _, err = ask("export", source, "--to", "bare", "-o", tmp_path / "out")
     assert status == 0, err
+    assert not (tmp_path / "out" / "config.json").exists()
     assert "| form | a plain folder, said twice |" in body_and_data(tmp_path / "out")[0]
 
 
@@ -240,7 +241,7 @@ def test_a_method_with_other_parts_is_not_described_as_the_paper_does(tiny_folde
     other, _ = body_and_data(
         pruned(tmp_path / "other", tiny_folder, "axes=[neurons]", "repair=closed_form.least_squares", method="uniform")
     )
-    assert '| method | `uniform`, but with `axes: ["neurons"]`, `repair: closed_form.least_squares` |' in other
+    assert '; changed here: `axes: ["neurons"]`, `repair: closed_form.least_squares` |' in other
 
 
 def test_a_form_that_is_not_whole_is_refused_before_it_writes(

@@ -416,6 +416,10 @@ def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
         ),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5', which is not a causal"),
         (
+            {"model_type": "lemma", "architectures": ["Lemma"], "auto_map": {"AutoModelForCausalLM": "modeling_lemma.Lemma"}},
+            "'lemma', which belongs to no known family; known: gemma3_text",
+        ),
+        (
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
             "'gpt2', which belongs to no known family; known: gemma3_text, llama, mistral",
         ),

@@ -65,16 +65,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert documents(str(tmp_path)) == [*ROWS * 2, "plain text"]
 
 
-def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
-    for name in ("text/a.txt", "elsewhere/b.txt"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(name)
-    (tmp_path / "text" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "text" / "linked again").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "text")
-    assert documents(str(tmp_path / "text")) == ["text/a.txt", "elsewhere/b.txt"]
-
-
 def test_a_folder_is_read_without_hidden_files_and_without_what_we_wrote(tmp_path: Path) -> None:
     """A run may write its folder, with a log of rows without text, into the folder of the text that it reads."""
     for name in (

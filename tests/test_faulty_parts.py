@@ -1,5 +1,6 @@
 """Parts that do what no part may do are named in one sentence, and nothing is saved."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,25 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts, read
 from adapt_pruner.reduce import allocate, closed_form, units
 from adapt_pruner.reduce.allocate import Debt
+from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import results
+from adapt_pruner.run.start import plan
+from conftest import tiny_model
 
 
 @pytest.fixture
 def pruned(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
-    """Prune the tiny model by a recipe with these keys; whatever happens, no result may be left."""
+    """Prune the tiny model by a recipe with these keys; a result may be left only where one is expected."""
 
-    def start(**keys: Any) -> None:
+    def start(*, saved: bool = False, **keys: Any) -> None:
         calibration = {"source": str(text_file), "samples": 4, "length": 16}
         plain = {"model": str(tiny_folder), "budget": "70% of decoder", "method": "uniform", "step": 1, "dtype": "float32"}
         try:
             prune(read({**plain, "calibration": calibration, **keys}), tmp_path / "out")
         finally:
-            assert not (tmp_path / "out").exists()
+            assert (tmp_path / "out").exists() == saved
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
     return start
 
@@ -35,6 +40,24 @@ def pruned(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., 
 def without_values(model: nn.Module, axes: Sequence[Any], mask: Any, batches: Any, **_: Any) -> None:
     gate = next(axis.gate.module for axis in axes if axis.gate.is_linear)
     model.get_parameter(f"{gate}.weight").data[0, 0] = torch.nan
+
+
+def without_what_goes(model: nn.Module, axes: Sequence[Any], mask: Any, batches: Any, **_: Any) -> None:
+    for axis in axes:
+        if axis.gate.is_linear and axis.name in mask:
+            columns = ~mask[axis.name].repeat_interleave(axis.gate.width)
+            model.get_parameter(f"{axis.gate.module}.weight").data[:, columns] = torch.nan
+
+
+def test_what_a_repair_leaves_in_columns_that_go_does_not_matter(
+    pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_form, "least_squares", without_what_goes)
+    pruned(saved=True, repair="closed_form.least_squares")
+
+
+def in_a_norm(model: Any, axes: Sequence[Any], mask: Any, batches: Any, **_: Any) -> None:
+    model.model.norm.weight.data[0] = torch.inf
 
 
 def with_biases(model: nn.Module, axes: Sequence[Any], mask: Any, batches: Any, **_: Any) -> None:
@@ -54,6 +77,7 @@ def narrower(model: nn.Module, axes: Sequence[Any], mask: Any, batches: Any, **_
             without_values,
             r"repair 'closed_form.least_squares' leaves NaN or infinity in model\.layers\.0\.\S+\.weight; set repair=null",
         ),
+        (in_a_norm, r"leaves NaN or infinity in model\.norm\.weight"),
         (with_biases, r"changed the shape of \S+\.bias from none to \(48,\), .* declares needs=\{'biases'\}"),
         (narrower, r"changed the shape of \S+\.weight from \(48, (\d+)\) to \(48, \d+\), and it may change only values$"),
     ],
@@ -67,9 +91,9 @@ def test_a_repair_changes_values_only(does: Any, said: str, pruned: Callable[...
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"layers.0.neurons": 41}, "gives layers.0.neurons the size 41; sizes are whole numbers from 1 to 40"),
-        ({"layers.0.neurons": 0}, "gives layers.0.neurons the size 0; sizes are whole numbers from 1 to 40"),
-        ({"layers.0.neurons": 20.0}, "gives layers.0.neurons the size 20.0; sizes are whole numbers"),
+        ({"layers.0.neurons": 41}, "gives layers.0.neurons the size 41; a size is a Python int from 1 to 40"),
+        ({"layers.0.neurons": 0}, "gives layers.0.neurons the size 0; a size is a Python int from 1 to 40"),
+        ({"layers.0.neurons": 20.0}, "gives layers.0.neurons the size 20.0; a size is a Python int"),
         ({"layers.9.neurons": 20}, "gives a size for layers.9.neurons, which is not among the axes"),
     ],
 )
@@ -106,18 +130,20 @@ def test_a_reduction_that_stops_above_its_budget_is_no_success(
 def test_a_result_without_a_loss_is_not_saved(pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.5, float("nan")])
     monkeypatch.setattr(results, "mean_loss", lambda *args, **keywords: next(losses))
-    with pytest.raises(RunError, match="the loss on the calibration text is nan"):
+    with pytest.raises(RunError, match="the loss of the pruned model on the calibration text is nan; set dtype"):
         pruned()
 
 
-def test_a_class_that_comes_with_the_model_is_refused_before_any_work(
-    pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_only_the_models_folder_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    work = Work.of(tiny_model(), read({"model": "lemma", "budget": "80%", "method": "uniform"}))
     monkeypatch.setattr(LlamaForCausalLM, "__module__", "transformers_modules.lemma.modeling_lemma")
-    with pytest.raises(UsageError, match="comes with the model's own files, and a pruned checkpoint would not load with it"):
-        pruned()
+    plan(work)  # transformers has a class for this type
+    monkeypatch.delitem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "llama")
+    with pytest.raises(UsageError, match="only code in the folder of lemma builds a model of type 'llama'"):
+        plan(work)
 
 
 def test_a_reduction_that_trains_needs_text_to_train_on(tiny_folder: Path, tmp_path: Path) -> None:

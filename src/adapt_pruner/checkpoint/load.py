@@ -401,9 +401,11 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
     if model_type in known:
         return
     named = raw.get("architectures") or []
-    headless = bool(named) and causal.get(model_type) not in named  # an encoder, or a decoder saved without its head
-    brings_class = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
-    if raw.get("is_encoder_decoder") or (model_type not in causal and not brings_class) or headless:
+    if model_type in causal:
+        is_causal = not named or causal[model_type] in named  # else an encoder, or a decoder saved without its head
+    else:
+        is_causal = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
+    if raw.get("is_encoder_decoder") or not is_causal:
         raise UsageError(
             f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
         )

@@ -235,7 +235,8 @@ def _stop_on_other(error: Exception) -> NoReturn:
     if isinstance(error, OSError):
         _stop(_of_the_system(error), 1, error)
     first = str(error).strip().partition("\n")[0]
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "adapt_pruner" in frame.filename]
+    package = str(Path(__file__).parent.parent)
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
     where = f", in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
     _stop(f"unexpected {type(error).__name__}: {first}{where} (ADAPT_PRUNER_TRACEBACK=1 shows more)", 1, error)
 

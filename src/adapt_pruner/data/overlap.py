@@ -19,7 +19,7 @@ _MAX_HUB_DOCUMENTS = 10_000
 _BUILT_IN = "python-docs"
 _OF_ANY_TEXT = {
     "calibration", "clean", "corpora", "corpus", "data", "dataset", "datasets", "docs", "documents", "eval", "evaluation", "files",
-    "heldout", "input", "json", "jsonl", "parquet", "part", "private", "public", "sample", "samples", "shard", "shards", "small",
+    "heldout", "input", "json", "jsonl", "ndjson", "parquet", "part", "private", "public", "sample", "samples", "shard", "shards", "small",
     "split", "test", "text", "texts", "tiny", "token", "tokens", "train", "training", "valid", "validation",
 }  # fmt: skip
 """Words in the names of texts that do not tell their kind."""

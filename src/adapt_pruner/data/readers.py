@@ -176,15 +176,9 @@ def _paths(spec: str) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Files in a folder and below it, but for hidden ones and for those in folders that adapt-pruner wrote.
-
-    Links to folders are followed; each folder is read once.
-    """
-    seen = {os.path.realpath(folder)}
-    for where, inner, names in os.walk(folder, followlinks=True):
-        inside = {os.path.realpath(Path(where, name)): name for name in sorted(inner, reverse=True) if not name.startswith(".")}
-        inner[:] = [name for real, name in inside.items() if real not in seen and not _is_ours(Path(where, name))]
-        seen |= inside.keys()
+    """Files in a folder and below it, but for hidden ones and for those in folders that adapt-pruner wrote or links lead to."""
+    for where, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith(".") and not _is_ours(Path(where, name))]
         yield from (Path(where, name) for name in names if not name.startswith("."))
 
 
@@ -343,7 +337,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for value in batch.column(0).to_pylist():
                 number += 1
                 content = _content({column: value})
-                if content is None and value is not None:
+                if content is None and value not in (None, []):
                     raise UsageError(f"{path}, row {number}, has no text in column {column!r}; a row is like {_FORMS}")
                 if content is not None:
                     yield f"{path} row {number}", content

@@ -1,8 +1,8 @@
 """Where text comes from: a SPEC, as typed on the command line, becomes documents; a mixture is several SPECs with weights.
 
 notes.txt                     one document
-books/  'corpus/*/*.jsonl.gz' every .txt, .md, .jsonl[.gz|.zst] and .parquet below a folder, but for hidden files and what we wrote, or under a
-                              glob; a glob also .json.gz|.zst
+books/  'corpus/*/*.jsonl.gz' every .txt, .md, .jsonl[.gz|.zst] (or .ndjson…) and .parquet below a folder, but for hidden files and what we
+                              wrote, or under a glob; a glob also .json.gz|.zst
 data.jsonl.gz  data.parquet   one document a row: its field `text`, or a conversation in its field `messages`
 saved/                        a folder written by `datasets.save_to_disk`; rows as above
 hub:NAME[:config][:split][:field]   a data set by its name, streamed by the datasets library (split `train`, field `text`)

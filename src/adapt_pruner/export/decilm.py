@@ -95,7 +95,7 @@ def _refuse_unheld(model: Any, sizes: list[LayerSizes]) -> None:
     sliding = kind == "mistral" and config.sliding_window is not None
     if kind not in ("llama", "mistral") or sliding:
         raise UsageError(
-            f"DeciLM is a Llama, and this model is of type {kind!r}{' with a sliding window' if sliding else ''}; use --to onnx, or the checkpoint itself"
+            f"DeciLM is a Llama, and this model is of type {kind!r}{' with a sliding window' if sliding else ''}; use --to padded, gguf or onnx"
         )
     if any(getattr(config, key, False) for key in ("attention_bias", "mlp_bias", "output_bias")):
         raise UsageError("DeciLM has no biases, and this model has some; use --to gguf")

@@ -54,7 +54,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_target(path)
     _library()
     model = loaded.model
-    if any(rope.get("rope_type") == "dynamic" for rope in ropes_of(model.config.rope_parameters)):
+    ropes = ropes_of(getattr(model.config, "rope_parameters", None) or {})
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes):
         raise UsageError("a graph is the same for texts of all lengths, and this model's rope 'dynamic' is not; use --to padded")
     most = int(model.config.max_position_embeddings)
     example = torch.zeros(2, 8, dtype=torch.long)
@@ -78,7 +79,12 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         config.save_pretrained(folder)
         write_generation_config(model, folder)
         loaded.tokenizer.save_pretrained(folder)
-    return [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
+    notes = [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
+    for rope in ropes:
+        if rope.get("rope_type") == "longrope":  # transformers changes its factors when a text passes that length
+            short = rope.get("original_max_position_embeddings") or model.config.original_max_position_embeddings
+            notes.append(f"the graph computes what the checkpoint does on texts of up to {short:,} tokens; longer ones differ")
+    return notes
 
 
 def holds(artefact: Path) -> bool:

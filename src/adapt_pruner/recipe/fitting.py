@@ -110,7 +110,7 @@ def _check_chosen(recipe: "Recipe") -> None:
         )
     if whole and not drops:
         raise ValueError(
-            f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers, or to another that "
+            f"axes names {' and '.join(whole)}, which chooser {chooser!r} cannot drop; set chooser=depth.drop_layers, or another that "
             "declares needs={'whole'}"
         )
     if "residual" in recipe.axes and "layers" in needs:

@@ -72,7 +72,7 @@ class SparseTraining(Reduction):
         self._over = False
 
     def check(self, work: Work) -> None:
-        """Refuse a recipe without training, training that does not work with masks, and a model that has zeros."""
+        """Refuse training that does not work with masks, and a model that has zeros."""
         check_training(work, "sparse_training", masks=True)
         check_dense(work)
         check_pattern(work)

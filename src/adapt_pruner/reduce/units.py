@@ -291,10 +291,10 @@ def repaired(work: Work, mask: Mask, batches: Sequence[Tensor], **where: int) ->
         shapes = {name: weight.shape for name, weight in work.model.named_parameters()}
         with eval_mode(work.model):
             repair(work.model, work.axes, mask, [*batches, *work.data.own])
-        _check_repaired(work, shapes)
+        _check_repaired(work, mask, shapes)
 
 
-def _check_repaired(work: Work, shapes: Mapping[str, torch.Size]) -> None:
+def _check_repaired(work: Work, mask: Mask, shapes: Mapping[str, torch.Size]) -> None:
     """Refuse a repair that leaves other parameters than it found, but for the biases that it declares, or NaN or infinity.
 
     Raises:
@@ -310,11 +310,15 @@ def _check_repaired(work: Work, shapes: Mapping[str, torch.Size]) -> None:
                 f"repair {repair!r} changed the shape of {name} from {_shown(before)} to {_shown(now)}, and it may change only "
                 f"values{told}"
             )
-    for axis in work.axes:
-        if axis.gate.is_linear and not bool(weights[f"{axis.gate.module}.weight"].isfinite().all()):
-            raise RunError(
-                f"repair {repair!r} leaves NaN or infinity in {axis.gate.module}.weight; set repair=null, or to another repair"
-            )
+    shrinking = [axis for axis in work.axes if axis.gate.is_linear and axis.name in mask]
+    for name, weight in weights.items():
+        finite = weight.isfinite()
+        for axis in shrinking:  # what a repair leaves in columns that go does not matter
+            if name == f"{axis.gate.module}.weight":
+                goes = ~mask[axis.name].repeat_interleave(axis.gate.width)
+                axis.gate.oriented(finite)[:, goes.to(finite.device)] = True
+        if not bool(finite.all()):
+            raise RunError(f"repair {repair!r} leaves NaN or infinity in {name}; set repair=null, or to another repair")
 
 
 def _shown(shape: torch.Size | None) -> str:
@@ -406,7 +410,7 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
 
 
 def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str) -> None:
-    """Refuse what no chooser may return: sizes of other axes, or sizes that are no whole numbers from 0 to the axis's size.
+    """Refuse what no chooser may return: sizes of other axes, or sizes that the axis cannot have.
 
     Raises:
         RunError: it returned that.
@@ -416,8 +420,8 @@ def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str
         if name not in named:
             raise RunError(f"chooser {chooser!r} gives a size for {name}, which is not among the axes that it was given")
         least, most = 0 if named[name].may_be_empty else 1, named[name].size
-        if not isinstance(size, int) or not least <= size <= most:
-            raise RunError(f"chooser {chooser!r} gives {name} the size {size!r}; sizes are whole numbers from {least} to {most}")
+        if type(size) is not int or not least <= size <= most:
+            raise RunError(f"chooser {chooser!r} gives {name} the size {size!r}; a size is a Python int from {least} to {most}")
 
 
 def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:

@@ -517,17 +517,16 @@ def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
 
 
 def _method(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The method and what it does; if the recipe has other parts or axes than the method's file, these instead."""
+    """The method and what it does, and what the recipe has instead of parts or axes of the method's file."""
     try:
         asked = read(dict(recipe))
         given = {key: value for key, value in asked.model_dump(mode="json").items() if key not in _MAKES_A_METHOD}
         own = [key for key in differing(read(given), asked) if key in _MAKES_A_METHOD]
     except UsageError:  # of another version
         own = []
-    if own:
-        said = (f"{key}: {recipe[key] if isinstance(recipe[key], str) else json.dumps(recipe[key])}" for key in own)
-        return f"{_code(recipe['method'])}, but with {', '.join(map(_code, said))}"
-    return f"{_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')}"
+    about = f"{_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')}"
+    said = (f"{key}: {recipe[key] if isinstance(recipe[key], str) else json.dumps(recipe[key])}" for key in own)
+    return f"{about}; changed here: {', '.join(map(_code, said))}" if own else about
 
 
 def _row(method: str) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
         UsageError: the budget cannot be met, or the reduction cannot do what the recipe asks for.
     """
     recipe, figures = work.recipe, work.state.figures
+    _check_class(work)
     work.reduction.check(work)
     if recipe.makes_zeros:
         _check_zeros(work, cuts=False)
@@ -154,14 +155,21 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     return _stages(work, start=start, end=min(start, budget.keep)), budget
 
 
+def _check_class(work: Work) -> None:
+    """Refuse a model that only its own code can build: the result would be saved without that code."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = work.model.config.model_type
+    if type(work.model).__module__.startswith("transformers_modules.") and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f"only code in the folder of {work.recipe.model} builds a model of type {kind!r}, and the result would be saved without "
+            "it; register the class with transformers from Python, or name another model"
+        )
+
+
 def _check_saved(work: Work) -> None:
     """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
     recipe = work.recipe
-    if type(work.model).__module__.startswith("transformers_modules."):
-        raise UsageError(
-            f"the class of {recipe.model} comes with the model's own files, and a pruned checkpoint would not load with it; register "
-            "the class with transformers from Python, or name a model of a class that transformers has"
-        )
     unequal = [axis for axis in recipe.axes if axis not in ("residual", "layers")]
     blocks = [axis for axis in unequal if axis in ("attentions", "mlps")]
     chosen = "chosen" in parts.needs("reduce", recipe.reduce)
