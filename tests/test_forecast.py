@@ -419,4 +419,4 @@ def test_the_page_about_a_24_gb_card_says_what_its_dry_run_says() -> None:
     assert f"Pruning holds about {pruning:.1f} GiB" in text
     assert f"({gib(micro_batch_tokens=2 * asked['training']['micro_batch_tokens'])[0]:.1f} GiB)" in text
     assert f"which needs {gib(gradient_checkpointing=True)[0]:.1f} GiB" in text
-    assert f"its {dry_run(read(asked))['seconds'] / 60:.0f} minutes for an H100" in text
+    assert f"its {dry_run(read(asked))['seconds'] / 60:.0f} minutes are for an H100" in text
