@@ -186,7 +186,7 @@ def test_what_a_template_cannot_do_is_said(template: str | None, chat: Any, mess
 @pytest.mark.parametrize("bad", [[], 7, [{"role": "user"}], [{"role": "user", "content": None}], [["user", "x"]]])
 def test_messages_that_are_none_are_refused(bad: Any, tmp_path: Path) -> None:
     spec = write(tmp_path / "c.jsonl", [bad])
-    with pytest.raises(UsageError, match=r"line 1, has no .*messages"):
+    with pytest.raises(UsageError, match=r"line 1, has no (text|messages) .*messages"):
         documents(spec)
 
 

@@ -274,6 +274,13 @@ def test_what_decilm_cannot_say_is_refused_with_the_reason(model: Callable[[], A
 # ONNX
 
 
+def test_a_rope_that_depends_on_the_length_of_a_text_is_no_graph(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UsageError, match="this model's rope 'dynamic' is not; use --to padded"):
+        export(as_loaded(tiny_model(vocab_size=VOCAB, rope_parameters=rope)), tmp_path / "out", to="onnx")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_onnx_graph_takes_any_batch_and_length(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

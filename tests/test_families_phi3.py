@@ -10,12 +10,13 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from typer.testing import CliRunner
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.modeling_pruned import PrunedPhi3ForCausalLM
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut
+from adapt_pruner.export import export
 from conftest import VOCAB, byte_tokenizer, tiny_model
 from test_law import gap, ids, random_mask, wide_norms
 
@@ -112,6 +113,20 @@ def scaled_rope() -> Any:
             bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )
     ).eval()  # fmt: skip
+
+
+def test_a_graph_says_up_to_which_length_a_scaled_rope_is_right(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model = scaled_rope()
+    notes = export(Loaded(model, byte_tokenizer(), torch.float32, None, None, "org/tiny", 0), tmp_path / "out", to="onnx")
+    assert any("texts of up to 64 tokens; longer ones differ" in note for note in notes)
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    for length, same in ((64, True), (65, False)):
+        ids = torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
+        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(found), model(ids).logits, atol=1e-4) == same, length
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["unequal", "equal"])

@@ -166,7 +166,7 @@ def _paths(spec: str) -> list[Path]:
         return [path]
     matches = _below(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     suffixes = _SUFFIXES if path.is_dir() else (*_SUFFIXES, *_ASKED_FOR)
-    paths = sorted(match for match in matches if match.is_file() and match.name.lower().endswith(suffixes))
+    paths = sorted(match for match in matches if match.is_file() and _ends(match, *suffixes))
     if not paths:
         what = "contains no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise UsageError(
@@ -188,13 +188,12 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _file(path: Path) -> Iterator[Row]:
-    name = path.name.lower()
-    if name.endswith(_TABLES):
+    if _ends(path, *_TABLES):
         raise UsageError(f"{path} is a table; convert it to a .jsonl or .parquet file with a column {_TEXT!r}")
     try:
-        if name.endswith(".parquet"):
+        if _ends(path, ".parquet"):
             yield from _parquet(path)
-        elif name.endswith(_JSON):
+        elif _ends(path, *_JSON):
             with _open(path) as lines:
                 yield from _lines(lines, path)
         else:
@@ -206,7 +205,7 @@ def _file(path: Path) -> Iterator[Row]:
         wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # a byte order mark of UTF-16
         if not wide and b"\0" in error.object:
             raise UsageError(f"{path} is no text (it contains NUL bytes); name another file") from error
-        where = f"byte {error.start} is " if name.endswith(_WHOLE) else "it has the byte "  # lines are decoded a piece at a time
+        where = f"byte {error.start} is " if _ends(path, *_WHOLE) else "it has the byte "  # lines are decoded a piece at a time
         raise UsageError(
             f"{path} is not UTF-8 text ({where}0x{error.object[error.start]:02x}); "
             f"convert it first, for example: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 {path.name}"
@@ -215,11 +214,16 @@ def _file(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path} cannot be read: {first_line(error)}; get the file again, or name another one") from error
 
 
+def _ends(path: Path, *suffixes: str) -> bool:
+    """Whether a file's name ends so, in small or in capital letters."""
+    return path.name.lower().endswith(suffixes)
+
+
 def _open(path: Path) -> IO[str]:
     encoding = "utf-8-sig"  # UTF-8, with the byte order mark that some editors write or without
-    if path.name.lower().endswith(".gz"):
+    if _ends(path, ".gz"):
         return gzip.open(path, "rt", encoding=encoding)
-    if path.name.lower().endswith(".zst"):
+    if _ends(path, ".zst"):
         try:
             import zstandard
         except ImportError as error:
@@ -266,7 +270,7 @@ class _Zstandard(io.RawIOBase):
 
 def _bounded(lines: IO[str], path: Path) -> Iterator[str]:
     """The lines of a file, with limits, because a damaged or hostile file may have lines without end."""
-    packed = path.stat().st_size if path.name.lower().endswith((".gz", ".zst")) else None
+    packed = path.stat().st_size if _ends(path, ".gz", ".zst") else None
     number = read = 0
     while line := lines.readline(_LONGEST_LINE + 1):
         number, read = number + 1, read + len(line)

@@ -123,14 +123,14 @@ def _check_chosen(recipe: "Recipe") -> None:
 
 def _check_ignored(recipe: "Recipe") -> None:
     """Refuse keys that a reduction without a choice of units would ignore."""
-    asked = {
-        "equal_widths=false": recipe.equal_widths,
-        "multiple_of=1": recipe.multiple_of not in (1, "auto"),
-        "repair=null": recipe.repair is not None,  # it may stand in the method's file
-    }
-    settings = [setting for setting, given in asked.items() if given]
-    keys = [setting.partition("=")[0] for setting in settings]
-    refuse_ignored(keys, reduce=recipe.reduce, remedy=f"set {' and '.join(settings)}")
+    off = {}  # key -> the value without effect; to leave the key out does not do, since it may stand in the method's file
+    if recipe.equal_widths:
+        off["equal_widths"] = "false"
+    if recipe.multiple_of not in (1, "auto"):
+        off["multiple_of"] = "1"
+    if recipe.repair is not None:
+        off["repair"] = "null"
+    refuse_ignored(list(off), reduce=recipe.reduce, remedy="set " + " and ".join(f"{key}={value}" for key, value in off.items()))
 
 
 def refuse_ignored(keys: Sequence[str], *, reduce: str, remedy: str = "") -> None:

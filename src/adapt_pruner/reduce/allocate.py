@@ -144,11 +144,8 @@ def uniform(
     """
     end = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0) - last
     paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < end]
-    sizes = {axis.name: axis.size for axis in axes}
-    if not paying:
-        return sizes, debt
     paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying})
-    return sizes | paid, debt
+    return {axis.name: axis.size for axis in axes} | paid, debt
 
 
 def _layer(axis: Axis) -> int:

@@ -23,7 +23,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
-from adapt_pruner.recipe import ALIASES, PAPERS, differing, in_todays_keys, methods, parts, read
+from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, in_todays_keys, methods, parts, read
 
 __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 
@@ -431,12 +431,21 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
     yield f"<details>\n<summary>{opening}</summary>\n\n{_block('yaml', dumped.rstrip())}\n\n</details>"
 
 
+def _changed(recipe: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """A run's recipe, and the dotted keys in which it differs from what its method alone does with this model and size.
+
+    Raises:
+        UsageError: the recipe is of another version.
+    """
+    asked = read(dict(recipe))
+    common = {key: getattr(asked, key) for key in ("method", "model", "budget", "sparsity", "latency", "latency_of", "seed")}
+    return asked, differing(read(common), asked)
+
+
 def _command(recipe: Mapping[str, Any]) -> str | None:
     """The `prune` command that makes the same model; None if the recipe trains or is of another version."""
     try:
-        asked = read(dict(recipe))
-        common = {key: getattr(asked, key) for key in ("method", "model", "budget", "sparsity", "latency", "latency_of", "seed")}
-        changed = differing(read(common), asked)
+        asked, changed = _changed(recipe)
     except UsageError:
         return None
     if asked.training.tokens or asked.stages > 1 or asked.evaluation.source is not None:
@@ -517,14 +526,12 @@ def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
 
 
 def _method(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The method and what it does, and what the recipe has instead of parts or axes of the method's file."""
-    try:
-        asked = read(dict(recipe))
-        given = {key: value for key, value in asked.model_dump(mode="json").items() if key not in _MAKES_A_METHOD}
-        own = [key for key in differing(read(given), asked) if key in _MAKES_A_METHOD]
-    except UsageError:  # of another version
-        own = []
+    """The method and what it does. If the recipe changes its parts or axes, the new ones follow."""
     about = f"{_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')}"
+    try:
+        own = [key for key in _changed(recipe)[1] if key in _MAKES_A_METHOD]
+    except UsageError:
+        own = []
     said = (f"{key}: {recipe[key] if isinstance(recipe[key], str) else json.dumps(recipe[key])}" for key in own)
     return f"{about}; changed here: {', '.join(map(_code, said))}" if own else about
 

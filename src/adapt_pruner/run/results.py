@@ -57,15 +57,16 @@ def measure_calibration(work: Work) -> None:
     if batches:
         with work.state.clock("evaluate"):
             loss = mean_loss(work.model, batches, task=work.task, dtype=work.recipe.dtype)
-        if math.isnan(loss) and "calibration_losses" in work.state.figures:
-            raise RunError(
-                f"the loss of the pruned model on the calibration text is {loss}; set dtype to float32, or method or repair to "
-                "another"
-            )
+        known = work.state.figures.get("calibration_losses", [])
         if math.isnan(loss):
+            if known:
+                raise RunError(
+                    f"the loss of the pruned model on the calibration text is {loss}; set dtype to float32, or method or repair to "
+                    "another"
+                )
             device = next(work.model.parameters()).device
             raise nonfinite_error(f"the loss on the calibration text is {loss}", device, work.recipe.dtype)
-        work.state.figures["calibration_losses"] = [*work.state.figures.get("calibration_losses", []), loss]
+        work.state.figures["calibration_losses"] = [*known, loss]
 
 
 def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
