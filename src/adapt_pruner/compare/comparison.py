@@ -107,15 +107,10 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
 
 
 def _check_kind(out: Path) -> None:
-    """Refuse a folder with other content than a comparison; one of an older version is recognised by its compare.json."""
+    """Refuse a folder with other content than a comparison."""
     check_place(out, inside=True)
     if not is_marked(out, _KIND):
-        try:
-            data = read_json(out / "compare.json")
-        except (OSError, ValueError, RecursionError):
-            data = None
-        if not (isinstance(data, dict) and {"made_by", "arguments", "dense", "rows", "cells"} <= data.keys()):
-            check_empty(out)
+        check_empty(out)
 
 
 @dataclass(frozen=True)
@@ -212,8 +207,8 @@ def _text_digest(spec: str) -> str:
 
 def _tidy(out: Path) -> None:
     """Remove, in place, what a killed process left half-written."""
-    for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
-        tidy(folder, older=names)
+    for folder in (out, out / "models", out / "cells"):
+        tidy(folder)
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:

@@ -1,7 +1,7 @@
 """The events of a run, one class each: what an event holds, the line that people read, the figures that trackers are told.
 
 A listener gets plain dicts (`Event.to_dict`). `parse` turns a dict back into the event, and `parse_line` does so for a line of
-log.jsonl. Fields that logs of older versions lack have a default. To add an event, write a class, here or in the file that tells
+log.jsonl. Fields that a damaged log may lack have a default. To add an event, write a class, here or in the file that tells
 it, and nothing else: everything that shows or keeps events asks the class.
 """
 

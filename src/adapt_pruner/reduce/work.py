@@ -188,16 +188,12 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunState":
-        """The state that `to_json` of this or an older version wrote; other keys are ignored.
-
-        An older version wrote only the `debt` of the reduction's state.
-        """
+        """The state that `to_json` wrote."""
         progress = dict(data["progress"])
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
         return cls(
             data["stage"], data["pruned"], TrainState(**progress), Mask.from_json(data["mask"]),
-            data["reduction"] if "reduction" in data else {"stage": 0, "debt": data["debt"]},
-            data.get("feed", {"rows": progress["rows"]}), data["figures"], data["history"], data.get("began", {}), data["spent"],
+            data["reduction"], data["feed"], data["figures"], data["history"], data["began"], data["spent"],
         )  # fmt: skip
 
 

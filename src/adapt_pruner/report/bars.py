@@ -20,7 +20,7 @@ class Bars:
         self._left: Sequence[int] | None = None
 
     def hear(self, event: Event) -> None:
-        """Take in a start or a cut. A log of an older version, which lacks the original sizes, gives no bars."""
+        """Take in a start or a cut. A log without the original sizes gives no bars."""
         if isinstance(event, Start) and event.began:
             self._began, self._left = sizes_of(event.began, None)[0], event.layers_left
             sizes = sizes_of(event.sizes, self._left)[0]

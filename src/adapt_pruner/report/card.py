@@ -23,7 +23,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
-from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, in_todays_keys, methods, parts, read
+from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, methods, parts, read
 
 __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 
@@ -133,7 +133,7 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UsageError(
             f"{folder} is a checkpoint of a run that has not ended and so has no card; let the run end and name its result, its folder model"
         )
-    return contents[0], contents[1] | {"recipe": in_todays_keys(contents[1]["recipe"])}
+    return contents[0], contents[1]
 
 
 def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:

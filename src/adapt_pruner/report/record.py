@@ -16,7 +16,6 @@ from adapt_pruner.core.progress import RunProgress
 from adapt_pruner.core.strict_json import is_count, is_number, read_json, to_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
-from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_progress", "read_record", "record_of_result"]
@@ -199,7 +198,7 @@ def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     wrong = [key for key in data if not _makes_sense(key, data[key])]
     if wrong:
         trouble.append(f"recipe.yaml has no usable {', '.join(wrong)}, which was left out")
-    return text, in_todays_keys({key: value for key, value in data.items() if key not in wrong})
+    return text, {key: value for key, value in data.items() if key not in wrong}
 
 
 def _makes_sense(key: str, value: Any) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
-from adapt_pruner.core.events import Other, is_logged, parse, parse_line
+from adapt_pruner.core.events import is_logged, parse
 from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
@@ -43,9 +43,7 @@ __all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of",
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
-_OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
 _EVERY = 1.0  # seconds between two writes of progress.json
-_FIRST_LINE = 2**20  # most bytes to read of the log's first line
 
 
 class RunFolder:
@@ -208,7 +206,7 @@ class RunFolder:
         for path in newest_first(self.checkpoints)[keep:] if keep is not None else ():
             remove(path)
         for folder in (self.path, self.checkpoints):
-            tidy(folder, older=_OURS)
+            tidy(folder)
 
     def _append(self, line: str) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -240,31 +238,8 @@ def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
 
 def _check_kind(path: Path) -> None:
     check_place(path, inside=True)
-    if not is_marked(path, _KIND) and not _was_run(path):
+    if not is_marked(path, _KIND):
         check_empty(path)
-
-
-def _was_run(path: Path) -> bool:
-    """Whether a run of an older version, which left no mark, lies here; it is recognised by files that nothing else writes."""
-    if any(
-        {"stage", "figures", "files", "sha256"} <= _keys(place / "state.json") for place in newest_first(path / "checkpoints")
-    ):
-        return True
-    try:
-        read(path / "recipe.yaml")
-        with (path / "log.jsonl").open("rb") as log:
-            first = parse_line(log.readline(_FIRST_LINE))
-    except (UsageError, OSError):
-        return False
-    return first is not None and not isinstance(first, Other) and first.time is not None
-
-
-def _keys(file: Path) -> set[str]:
-    """The keys of a JSON file; none if it cannot be read."""
-    try:
-        return set(read_json(file))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return set()
 
 
 def _take(folder: RunFolder, until: ExitStack) -> None:
