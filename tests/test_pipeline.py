@@ -30,7 +30,7 @@ from adapt_pruner.reduce.units import scored
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import screen
 from adapt_pruner.report.with_card import prune, run
-from adapt_pruner.run import loop, start
+from adapt_pruner.run import resume, start
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
@@ -490,7 +490,7 @@ def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, mo
             gc.collect()
             still_there.append(sum(tensor() is not None for tensor in read_again))
 
-    monkeypatch.setattr(loop, "load_state", loading)
+    monkeypatch.setattr(resume, "load_state", loading)
     run(recipe, tmp_path / "run", listen=look)
     assert len(read_again) == 6, "of three layers, which all lose neurons"
     assert still_there[-1] == 0, "by the last cut all layers have lost neurons, and with them these moments"

@@ -19,7 +19,7 @@ from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.events import Find, Listener, Load, VocabularyCut
+from adapt_pruner.core.events import Find, Listener, Load, Start, VocabularyCut
 from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.layerwise import decoder_layers
@@ -44,7 +44,7 @@ from adapt_pruner.run.ahead import ahead, setup_here
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "to_write"]
+__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "tell_start", "to_write"]
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
@@ -544,3 +544,23 @@ def _with_same_tokens(teacher: Loaded, work: Work) -> Loaded:
         return teacher
     cut(teacher.model, axes, Mask({"vocabulary": keep}))
     return replace(teacher, tokenizer=smaller)
+
+
+def tell_start(work: Work) -> None:
+    """Tell what the run is about to do: from what to what, by what, on how much text."""
+    state, recipe, feed = work.state, work.recipe, work.data.feed
+    coming = work.stages[state.stage - 1 + state.pruned :]
+    source = recipe.calibration.ids or recipe.calibration.source
+    start, decoder = sizes_begun(work)
+    decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
+    left: dict[str, Any] = {} if recipe.minutes is None else {"seconds_left": max(0.0, 60 * recipe.minutes - work.elapsed)}
+    work.tell(Start(
+        method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if work.reads_text else None, decoder=decoder,
+        decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
+        sparsity=recipe.sparsity or None,
+        dense=work.loaded.mask is None, random=recipe.init == "random", calibration_tokens=sum(stage.calibration_tokens for stage in coming),
+        training_tokens=0 if feed is None else min(feed.num_tokens, work.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
+        parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
+        device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
+        **left,
+    ))  # fmt: skip
