@@ -27,7 +27,7 @@ def surface() -> Iterator[str]:
         value = getattr(ap, name)
         if inspect.isclass(value):
             ours = [base for base in value.__mro__ if base.__module__.startswith("adapt_pruner")]
-            names = {attribute for base in ours for attribute in [*vars(base), *base.__dict__.get("__annotations__", {})]}
+            names = {attribute for base in ours for attribute in [*vars(base), *inspect.get_annotations(base)]}
             public = sorted(attribute for attribute in names if not attribute.startswith(("_", "model_")))
             yield f"ap.{name}: {', '.join(public)}"
         elif inspect.isfunction(value):
