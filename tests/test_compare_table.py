@@ -12,6 +12,7 @@ import pytest
 from adapt_pruner.compare import comparison
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import markdown, rows_of, table
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.report import paper
 from adapt_pruner.report.comparison import comparison_panels, label
 
@@ -167,5 +168,5 @@ def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path: Path, mo
     warnings: list[str] = []
     assert not comparison.draw(result_of(rows_of([cell("one", 900, 3.0)], DENSE)), tmp_path, warn=warnings.append)
     assert len(warnings) == 1
-    assert "pip install 'adapt-pruner[plot]'" in warnings[0]
+    assert to_install("plot") in warnings[0]
     assert list(tmp_path.iterdir()) == []

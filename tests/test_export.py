@@ -21,6 +21,7 @@ from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import export, proof
@@ -341,17 +342,17 @@ def test_every_error_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("missing", "words", "said"),
+    ("missing", "words", "extra"),
     [
-        ("gguf", ["export", "--to", "gguf", "-o", "OUT.gguf"], "pip install 'adapt-pruner[gguf]'"),
-        ("onnxscript", ["export", "--to", "onnx", "-o", "OUT"], "pip install 'adapt-pruner[onnx]'"),
-        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q8_0"], "pip install 'adapt-pruner[verify]'"),
-        ("llama_cpp", ["verify", "THERE.gguf"], "pip install 'adapt-pruner[verify]'"),
-        ("onnxruntime", ["verify", "THERE"], "pip install 'adapt-pruner[onnx]'"),
+        ("gguf", ["export", "--to", "gguf", "-o", "OUT.gguf"], "gguf"),
+        ("onnxscript", ["export", "--to", "onnx", "-o", "OUT"], "onnx"),
+        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q8_0"], "verify"),
+        ("llama_cpp", ["verify", "THERE.gguf"], "verify"),
+        ("onnxruntime", ["verify", "THERE"], "onnx"),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(
-    missing: str, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    missing: str, words: list[str], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], tiny_folder: Path,
 ) -> None:  # fmt: skip
     (tmp_path / "THERE").mkdir()
@@ -361,7 +362,7 @@ def test_a_missing_library_is_named_with_its_extra(
     places = [tmp_path / word if "OUT" in word or "THERE" in word else word for word in words[1:]]
     status, _, error = call(monkeypatch, capsys, words[0], tiny_folder, *places)
     assert status == 2
-    assert said in error.splitlines()[-1]
+    assert to_install(extra) in error.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"THERE", "THERE.gguf"}
 
 

@@ -32,6 +32,7 @@ from adapt_pruner.core.files import expanded, folder_beside, remove, weight_byte
 from adapt_pruner.core.marks import UNMERGED_FILE
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.precision import cast_weights
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.core.words import counted
@@ -324,7 +325,7 @@ def _assembled(name: str, packaged: Packaged) -> Path:
 
 def _check_reader(name: str) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; pip install 'adapt-pruner[gguf]'")
+        raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; {to_install('gguf')}")
 
 
 def _is_whole(path: Path) -> bool:

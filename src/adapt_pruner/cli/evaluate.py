@@ -56,7 +56,7 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of one or more MODELs on a text, their scores on tasks, or both.
 
-    With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install 'adapt-pruner[eval]'`. A task that
+    With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install '.[eval]'` in the clone. A task that
     was scored before is not scored again.
 
     Examples:

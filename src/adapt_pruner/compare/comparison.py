@@ -37,7 +37,7 @@ from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import is_marked, mark
 from adapt_pruner.core.places import check_disk_space, check_place
 from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.provenance import made_by
+from adapt_pruner.core.provenance import made_by, to_install
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, beginning, domains, texts
@@ -215,7 +215,7 @@ def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -
     """Write compare.svg and compare.png to `out`. Returns whether there was anything to draw, and matplotlib to draw it."""
     panels = comparison_panels(result)
     if panels is not None and not has_matplotlib():
-        warn("there is no picture, since matplotlib is not installed; pip install 'adapt-pruner[plot]' and run the same command")
+        warn(f"there is no picture, since matplotlib is not installed; {to_install('plot')} and run the same command")
     return panels is not None and has_matplotlib() and bool(write_pictures([panels], out, endings=("svg", "png")))
 
 

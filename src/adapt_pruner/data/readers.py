@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from adapt_pruner.core.files import expanded, read_plain
 from adapt_pruner.core.marks import MARK, is_card
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
@@ -227,7 +228,7 @@ def _open(path: Path) -> IO[str]:
         try:
             import zstandard
         except ImportError as error:
-            raise UsageError(f"{path} needs the zstandard package; pip install 'adapt-pruner[zstd]'") from error
+            raise UsageError(f"{path} needs the zstandard package; {to_install('zstd')}") from error
         return io.TextIOWrapper(io.BufferedReader(_Zstandard(path.open("rb"), zstandard), 2**20), encoding=encoding)
     return path.open(encoding=encoding)
 

@@ -1,4 +1,4 @@
-"""Text that the model writes itself, for calibration when there is no other text."""
+"""Text that the model writes: self-written text to calibrate on, and repair text."""
 
 from collections.abc import Callable
 from typing import Any

@@ -7,7 +7,7 @@ data.jsonl.gz  data.parquet   one document a row: its field `text`, or a convers
 saved/                        a folder written by `datasets.save_to_disk`; rows as above
 hub:NAME[:config][:split][:field]   a data set by its name, streamed by the datasets library (split `train`, field `text`)
 python-docs[:train|:heldout]  Python's own language reference, which comes with Python
-self                          text the model writes itself (see data.selfwritten; needs the model)
+self                          self-written text (see data.selfwritten; needs the model)
 
 SPEC#train  SPEC#heldout      for any of these but `self`: the part to train on, or the held-out part, one document in 20
 

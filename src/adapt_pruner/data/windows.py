@@ -32,8 +32,8 @@ def calibration_feed(
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
-    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does text that the model wrote
-    itself, once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype` is
+    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does self-written
+    text, which the model writes once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype` is
     the precision of its matrix products and `on_tokens` is called with (done, of), in tokens.
 
     Raises:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.files import expanded
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.evaluate import packaged_tasks
 from adapt_pruner.evaluate.foreign_tasks import check_no_code, sandbox
@@ -63,7 +64,7 @@ def lm_eval() -> Any:
         import lm_eval.api.registry
     except ImportError as error:
         raise UsageError(
-            f"tasks are scored with lm-eval, which is not installed ({first_line(error)}): pip install 'adapt-pruner[eval]'"
+            f"tasks are scored with lm-eval, which is not installed ({first_line(error)}): {to_install('eval')}"
         ) from error
     return lm_eval
 

@@ -31,6 +31,7 @@ from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import file_beside, whole_file, write_failure
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.words import millions
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
@@ -190,9 +191,7 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UsageError(
-            "GGUF files are written with the gguf library, which is not installed; pip install 'adapt-pruner[gguf]'"
-        ) from error
+        raise UsageError(f"GGUF files are written with the gguf library, which is not installed; {to_install('gguf')}") from error
     return gguf
 
 

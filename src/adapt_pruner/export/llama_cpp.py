@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
 __all__ = ["file_types", "library", "plain_kernels", "quantise"]
@@ -27,7 +28,7 @@ def library() -> tuple[Any, list[str]]:
         missing = isinstance(error, ImportError) and error.name == "llama_cpp"
         why = "is not installed" if missing else f"does not load ({first_line(error)})"
         raise UsageError(
-            f"llama.cpp's library {why}; pip install 'adapt-pruner[verify]' builds it (minutes, with a C++ compiler)"
+            f"llama.cpp's library {why}; {to_install('verify')}, which builds it (minutes, with a C++ compiler)"
         ) from error
     _said.clear()
     llama_cpp.llama_log_set(_callback(llama_cpp), ctypes.c_void_p(0))

@@ -34,13 +34,18 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
     if (trouble := no_gguf(config)) is not None:
         yield (
             f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
-            "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
+            f"```sh\n{_from_anywhere('onnx')}\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
         )
         return
     yield (
         "**llama.cpp**, and what is built on it:\n\n"
-        "```sh\npip install 'adapt-pruner[gguf]'\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
+        f"```sh\n{_from_anywhere('gguf')}\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
     )
+
+
+def _from_anywhere(extra: str) -> str:
+    """How a reader of the card, who has no clone of adapt-pruner, installs it with an extra."""
+    return f"pip install 'adapt-pruner[{extra}] @ git+https://github.com/adapt-pruner/adapt-pruner'"
 
 
 def in_transformers(own_code: bool) -> str:

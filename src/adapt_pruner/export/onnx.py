@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of
@@ -158,7 +159,7 @@ def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UsageError("ONNX graphs run in onnxruntime, which is not installed; pip install 'adapt-pruner[onnx]'") from error
+        raise UsageError(f"ONNX graphs run in onnxruntime, which is not installed; {to_install('onnx')}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -175,8 +176,7 @@ def _library() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; "
-            "pip install 'adapt-pruner[onnx]'"
+            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
         ) from error
 
 

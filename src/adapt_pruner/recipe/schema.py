@@ -127,7 +127,7 @@ class Calibration(_Frozen):
 
     source: Source = Field(
         "self",
-        description="text, drawn again in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model writes once",
+        description="text, drawn again in each iteration: SPEC, or {SPEC: weight, …}; `self` is self-written text: the model writes it once",
     )
     samples: int = Field(64, ge=1, le=10**6, description="sequences per iteration")
     length: int = Field(128, ge=2, le=10**6, description="tokens per sequence")
@@ -138,7 +138,7 @@ class Calibration(_Frozen):
         0,
         ge=0,
         le=10**6,
-        description="further sequences, which only the repair reads; the model writes them before the first cut",
+        description="sequences of repair text: the model writes them before the first cut, and only the repair reads them",
     )
     repair_samples: int = Field(0, ge=0, le=10**6, description="further sequences of source, which only the repair reads")
 

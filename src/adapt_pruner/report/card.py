@@ -402,7 +402,7 @@ def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
         lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
         if calibration.get("self_generated") and recipe.get("repair"):
             lines.append(
-                f"* The repair also read {calibration['self_generated']:,} sequences that the model as it was at the start wrote."
+                f"* The repair also read repair text: {calibration['self_generated']:,} sequences that the model wrote before the first cut."
             )
         if calibration.get("repair_samples") and recipe.get("repair"):
             lines.append(f"* The repair also read {calibration['repair_samples']:,} further sequences of this text.")
@@ -509,7 +509,7 @@ def _words(source: str | Mapping[str, float] | None) -> str:
     shares = domains(source)
     said = []
     for spec, share in shares.items():
-        name = "text that the model wrote itself" if spec == SELF else _code(spec)
+        name = "self-written text" if spec == SELF else _code(spec)
         said.append(name if len(shares) == 1 else f"{name} ({share:.0%})")
     return ", ".join(said)
 

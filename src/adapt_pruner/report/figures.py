@@ -57,7 +57,10 @@ class Cut:
 
 
 class Trained(NamedTuple):
-    """A training step with a loss; `follows` says whether only training was done since the step before."""
+    """A training step with a loss; `follows` says whether only training was done since the step before.
+
+    `loss_is` is as in `core.events.Step`.
+    """
 
     stage: int | None
     tokens: int
@@ -66,6 +69,7 @@ class Trained(NamedTuple):
     peak_bytes: int | None = None
     time: float | None = None
     follows: bool = False
+    loss_is: str | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _steps(told: Sequence[Event]) -> list[Trained]:
     """The steps with a loss."""
     return [
-        Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, follows=isinstance(before, Step))
+        Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, isinstance(before, Step), step.loss_is)
         for before, step in zip([None, *told], told, strict=False)
         if isinstance(step, Step) and step.loss is not None and step.tokens
     ]

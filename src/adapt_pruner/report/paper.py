@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.files import whole_file, why
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.words import shown, tick, ticks
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.charts import Anatomy, Beside, Chart, HeatMap, Histogram, Lines, Scores
@@ -39,9 +40,7 @@ def check_matplotlib() -> None:
         UsageError: it is not installed.
     """
     if not has_matplotlib():
-        raise UsageError(
-            "--png needs matplotlib; pip install 'adapt-pruner[plot]', or leave --png out, since the page does not need it"
-        )
+        raise UsageError(f"--png needs matplotlib; {to_install('plot')}, or leave --png out, since the page does not need it")
 
 
 def check_ours(pictures: Iterable[Chart | Beside], folder: Path) -> None:

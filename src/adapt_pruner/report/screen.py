@@ -167,7 +167,7 @@ class Screen:
                 }
             case Step():
                 tokens = f"{compact(event.tokens)} tokens"
-                self._figures |= {"tokens": tokens, "loss": f"loss {event.said_loss}", "speed": event.speed}
+                self._figures |= {"tokens": tokens, "loss": event.said_loss, "speed": event.speed}
             case Evaluation() if event.perplexity is not None:
                 self._figures["perplexity"] = f"perplexity {event.perplexity:.2f}"
             case InCell() if event.inner is not None:

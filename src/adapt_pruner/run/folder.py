@@ -5,8 +5,8 @@ log.jsonl                one JSON object per event
 checkpoints/             the newest few, with names as in `run.checkpoints`
 checkpoints/*.damaged/   checkpoints that could not be read
 log.damaged.jsonl        the log of work that was lost because no checkpoint could be read
-calibration_self.json    the calibration text, if the model wrote it
-repair_self.json         the text that the model wrote for the repair
+calibration_self.json    the calibration text, if it is self-written
+repair_self.json         the repair text
 model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)

@@ -1,6 +1,6 @@
 """Losses that training minimises: (model, ids, predicted tokens) → the sum of a loss over the predicted tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +12,7 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.errors import UsageError
 
-__all__ = ["distil", "kl_of_logits", "lm"]
+__all__ = ["distil", "kl_of_logits", "lm", "named_loss"]
 
 
 @part("objective")
@@ -76,6 +76,23 @@ def distil(
     if hidden > 0:
         total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, task, input_ids, predicted)
     return total
+
+
+def named_loss(objective: Callable[..., Tensor], options: Mapping[str, Any], *, teacher: str) -> str | None:
+    """What a loss is, in words that stand behind its value; None for the cross-entropy, which needs no word.
+
+    Args:
+        objective: the function; one that is not of this module is named as it is.
+        options: those that the recipe gives it.
+        teacher: whom `distil` learns from, in words.
+    """
+    if objective is lm:
+        return None
+    if objective is not distil:
+        return objective.__name__
+    alpha, hidden = float(options.get("alpha", 1.0)), float(options.get("hidden", 0.0))
+    terms = {f"KL to {teacher}": alpha, "cross-entropy": 1 - alpha, "distance of hidden states": hidden}
+    return " + ".join(name for name, weight in terms.items() if weight)
 
 
 def kl_of_logits(
