@@ -414,7 +414,7 @@ def test_the_licence_is_that_of_the_base_model(name: str, text: str, license_id:
     assert "| began from | a model already pruned" in text
 
 
-STRANGE = "a|b`c <script>alert(1)</script> **x** [y](http://evil) ```\n---\nlicense: evil\n# head\x1b[31m \u202e | </details>"
+STRANGE = "a|b`c <script>alert(1)</script> **x** [y](http://evil) ```\n---\nlicense: evil\n# head\x1b[31m \u202e | </details> {{ 7 * 7 }} {% endfor %}"
 
 
 def with_strings(value: Any, text: str, *, but: tuple[str, ...] = ()) -> Any:
@@ -444,6 +444,7 @@ def test_text_of_others_is_no_markup_of_the_card(trained: Path, tmp_path: Path) 
     text, data = body_and_data(tmp_path / "foreign")
     whole = (tmp_path / "foreign" / "README.md").read_text()
     assert not {"\x1b", "\u202e"} & set(whole)
+    assert "{{ 7 * 7 }} {% endfor %}" in whole, "what others wrote is no template either"
     assert set(data) <= set(body_and_data(trained)[1]) | {"license", "license_name"}
     assert data["license"] != "evil"
     assert "base_model" not in data

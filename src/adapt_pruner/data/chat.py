@@ -76,8 +76,8 @@ def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> l
                 f"the chat template writes the messages of {chat.name} differently once message {index + 1} follows, so the "
                 "assistant's words cannot be told apart; mark them in the template with {% generation %}, or leave such conversations out"
             )
-        said = after[len(before) :].rstrip()
-        stop = len(before) + len(said) if said.endswith(ends) else len(after)  # leaves out a line end after the end of turn
+        turn = after[len(before) :].rstrip()
+        stop = len(before) + len(turn) if turn.endswith(ends) else len(after)  # leaves out a line end after the end of turn
         spans.append((len(before), stop))
     return spans
 

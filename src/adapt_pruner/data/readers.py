@@ -169,7 +169,9 @@ def _paths(spec: str) -> list[Path]:
     suffixes = _SUFFIXES if path.is_dir() else (*_SUFFIXES, *_ASKED_FOR)
     paths = sorted(match for match in matches if match.is_file() and _ends(match, *suffixes))
     if not paths:
-        what = "contains no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
+        what = "does not exist"
+        if path.exists():
+            what = "contains no text file" if path.is_dir() else "is a pipe or a device"
         raise UsageError(
             f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
         )

@@ -64,7 +64,7 @@ def selfwritten_windows(
 
             def count(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
                 if (ids.shape[1] - 1) % _TOLD == 0:
-                    on_tokens(sum(len(one) for one in rows) * (length - shown) + len(ids) * (ids.shape[1] - 1), of)
+                    on_tokens(sum(map(len, rows)) * (length - shown) + len(ids) * (ids.shape[1] - 1), of)
                 return logits
 
             for first in range(0, samples, _BATCH):

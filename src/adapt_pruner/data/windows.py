@@ -32,9 +32,9 @@ def calibration_feed(
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
-    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does self-written
-    text, which the model writes once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype` is
-    the precision of its matrix products and `on_tokens` is called with (done, of), in tokens.
+    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does self-written text, which the
+    model writes once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype`
+    is the precision of its matrix products and `on_tokens` is called with (done, of), in tokens.
 
     Raises:
         UsageError: a text does not exist, is too short, or has a share below one sample.
@@ -48,14 +48,14 @@ def calibration_feed(
         )
         rows = written.split(1)
     else:
-        there = {spec: documents(spec) for spec in shares}
+        by_spec = {spec: documents(spec) for spec in shares}
         counts = _apportioned(samples, shares, what="calibration.samples")
         encoded: dict[str, dict[int, NDArray[np.int32]]] = {spec: {} for spec in shares}
 
         def draw(iteration: int) -> list[Tensor]:
             windows = torch.cat([
                 calibration_windows(
-                    tokenizer, there[spec], samples=counts[spec], length=length,
+                    tokenizer, by_spec[spec], samples=counts[spec], length=length,
                     seed=seed * 1_000_003 + iteration, encoded=encoded[spec],
                 )
                 for spec in shares

@@ -100,12 +100,12 @@ def answer(
     check_asked(prompt)
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
-        said = [{"role": "system", "content": system}] if system else []
-        for asked, told in before:
-            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-        said.append({"role": "user", "content": prompt})
+        messages = [{"role": "system", "content": system}] if system else []
+        for question, reply in before:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        messages.append({"role": "user", "content": prompt})
         try:
-            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program and may raise anything
             remedy = "leave --system out" if system else "correct the template in chat_template.jinja or tokenizer_config.json"
             raise UsageError(f"the prompt does not fit the model's chat template ({first_line(error)}); {remedy}") from error
@@ -123,9 +123,9 @@ def answer(
             "model reads; shorten it, or lower --max-new-tokens"
         )
     ids = ids.to(model.device)
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [end for end in (ends,) if end is not None]
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {
         "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
     }  # fmt: skip

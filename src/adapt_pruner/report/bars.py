@@ -36,10 +36,9 @@ class Bars:
             now = [self._now.get(layer, {}).get(kind, 0) for layer in self._began]
             if any(before) and (kind == "neurons" or now != before):
                 lines.append(f"{name} {''.join(map(_bar, now, before))} {sum(now) / sum(before):.0%}")
-        together = "  ".join(lines)
-        return (
-            [together] if len(together) <= width else [line[: width - 1] + "…" if len(line) > width else line for line in lines]
-        )
+        if len(together := "  ".join(lines)) <= width:
+            return [together]
+        return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
 def _bar(now: int, before: int) -> str:
