@@ -100,8 +100,8 @@ class Event(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """What a listener is told: `event` first, then the fields that were set."""
-        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        return {"event": self.event} | given | (self.model_extra or {})
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return {"event": self.event} | fields | (self.model_extra or {})
 
     def line(self, begun: str = "dense") -> str:
         """The line for people, empty if there is nothing to say; `begun` names the model at the start (`Start.begun`)."""
@@ -245,7 +245,9 @@ class Start(Event):
     @property
     def given(self) -> str:
         """The name for the model given to the run, which may have been pruned before."""
-        return "random weights" if self.random else "at the start" if self.dense is False else "dense"
+        if self.random:
+            return "random weights"
+        return "at the start" if self.dense is False else "dense"
 
     @property
     def begun(self) -> str:
@@ -488,9 +490,9 @@ class Tasks(Event):
     scores: list[Score]
 
     def line(self, begun: str = "dense") -> str:
-        told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in self.scores)
+        scores = ", ".join(f"{task['task']} {words.score(task['value'], None, share=task['accuracy'])}" for task in self.scores)
         mean = "" if self.average is None else f", average {words.score(self.average, self.stderr, share=True)}"
-        return f"{_whose(self.stage, begun)}: {told}{mean}"
+        return f"{_whose(self.stage, begun)}: {scores}{mean}"
 
     def figures(self) -> dict[str, float]:
         return self._those("average", "params")
@@ -593,4 +595,6 @@ def _is_finite(values: Iterable[Any]) -> bool:
 
 
 def _whose(stage: int, begun: str) -> str:
-    return f"stage {stage}" if stage else "dense model" if begun == "dense" else begun
+    if stage:
+        return f"stage {stage}"
+    return "dense model" if begun == "dense" else begun

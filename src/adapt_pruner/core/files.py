@@ -242,8 +242,8 @@ def disk_full_reason(error: BaseException) -> str | None:
     Libraries wrap the system's error: Rust libraries keep its number in their text, and numpy says how much it wrote.
     """
     code = error.errno if isinstance(error, OSError) else None
-    if code is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
-        code = int(told[1])
+    if code is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(match[1])
     if code is None and isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
         code = errno.ENOSPC
     return _LACKS.get(code) if code is not None else None

@@ -26,7 +26,7 @@ def installed(name: str) -> str:
 def made_by() -> str:
     """The versions of the software that makes a result, and the commit."""
     versions = [f"{name} {installed(name)}" for name in ("adapt-pruner", "torch", "transformers")]
-    of = [f"commit {known}"] if (known := commit()) else []
+    of = [f"commit {revision}"] if (revision := commit()) else []
     return ", ".join([*versions, f"Python {platform.python_version()}", *of])
 
 
