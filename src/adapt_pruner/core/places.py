@@ -33,9 +33,10 @@ def check_place(path: Path, *, inside: bool = False) -> None:
             raise UsageError(
                 f"{part} is a link to {part.readlink()}, which does not exist; remove the link or name another place"
             )
-    folder = path if inside and path.is_dir() else path.parent
     if missing:
         folder = missing[-1].parent
+    else:
+        folder = path if inside and path.is_dir() else path.parent
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, so {path} cannot be made in it; name another place")
     most, most_of_all = os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - _LONGEST_INSIDE
