@@ -33,10 +33,9 @@ def check_place(path: Path, *, inside: bool = False) -> None:
             raise UsageError(
                 f"{part} is a link to {part.readlink()}, which does not exist; remove the link or name another place"
             )
-    if missing:
-        folder = missing[-1].parent
-    else:
-        folder = path if inside and path.is_dir() else path.parent
+    folder = missing[-1].parent if missing else path
+    if not missing and not (inside and path.is_dir()):
+        folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, so {path} cannot be made in it; name another place")
     most, most_of_all = os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - _LONGEST_INSIDE
