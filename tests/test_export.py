@@ -180,6 +180,16 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
         assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model(ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["padded", "uniform", "decilm", "gguf", "onnx"])
+def test_weights_that_are_no_numbers_are_not_exported(form: str, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.model.norm.weight.data[3] = math.nan
+    path = tmp_path / ("model.gguf" if form == "gguf" else "model")
+    with pytest.raises(RunError, match=r"was not written: model.norm.weight holds nan"):
+        export(as_loaded(model), path, to=form)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_uniform_folder_holds_no_more_than_the_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"layers have between 33 and 35 MLP neurons.*--set equal_widths=true"):
         export(as_loaded(unequal()), tmp_path / "out", to="uniform")

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
+from adapt_pruner.checkpoint.save import check_finite
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import file_beside, whole_file, write_failure
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
@@ -106,6 +107,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
         llama_cpp.library()  # fails before any work is done
     plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
+    check_finite(path, loaded.model.state_dict(), dtype=dtype)
     if reason := lacks_disk_space(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
         raise RunError(f"{path} could not be written: {reason}; nothing was left there")
     try:
