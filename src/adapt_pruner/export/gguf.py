@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite
@@ -232,7 +233,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
                 "the file is as large and slow as if all were that wide"
             )
             sizes = [widest(sizes)] * len(sizes)
-    if arch == "gemma3" and any((kind == "full_attention") != (i % 6 == 5) for i, kind in enumerate(config.layer_types)):
+    if arch == "gemma3" and families.misread(config.model_type, config.layer_types) is not None:
         notes.append(
             "the full-attention layers of this model are not every sixth one; the file says which they are, but an "
             "older llama.cpp ignores that and computes something else: run `adapt-pruner verify` with the llama.cpp that you "

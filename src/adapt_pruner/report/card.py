@@ -30,6 +30,10 @@ __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 _OWN_PAPER = "2502.03460"
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 _MAKES_A_METHOD = ("axes", "metric", "distance", "head_metric", "chooser", "repair", "reduce", "solver")  # keys of a recipe
+_FILLED = (
+    "Training with other tools fills the zeros, because they do not read the mask of this model. `adapt-pruner run` keeps them: name the "
+    "folder as `model` of a recipe, with `budget: 100%`."
+)
 _FLAGS = {
     "calibration.source": "--calibration",
     "calibration.samples": "--calibration-samples",
@@ -166,6 +170,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         *_results(pruning),
         "## How to load it",
         *(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
+        *([_FILLED] if zeros else []),
         "## How it was made",
         *_making(pruning),
         "## Citation",

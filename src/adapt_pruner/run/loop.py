@@ -129,6 +129,9 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         told = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
         work.tell(Cut(**told))
         trainer.save_if_due(called(stage.stage, cut=work.iteration - 1))
+    types = getattr(work.model.config, "layer_types", None) or ()
+    if state.layers_left is not None and (trouble := families.misread(work.model.config.model_type, types)) is not None:
+        work.warn(f"{trouble}; serve it with another tool, or remove layers with chooser='depth.drop_layers(periodic=true)'")
     if work.num_params > stage.params and not work.recipe.makes_zeros:
         raise RunError(
             f"reduce {work.recipe.reduce!r} finds nothing more to remove at {work.num_params:,} parameters, above the target "
@@ -197,7 +200,7 @@ def run(
             with trainer.rescued():
                 with work.state.clock("other"):
                     outcome = run_stages(work, trainer)
-                world.on_main(lambda: results.write(work, folder.result, write_more=write_more))
+                world.on_main(lambda: _write_result(work, folder, write_more))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
         except UsageError:
             raise
@@ -209,9 +212,18 @@ def run(
         return outcome
 
 
+def _write_result(work: Work, folder: RunFolder, write_more: Callable[[Path], None]) -> None:
+    folder.check_here()
+    results.write(work, folder.result, write_more=write_more)
+
+
 def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> BaseException:
     """Tell where an interrupted run would continue; returns the error to raise."""
     if world.is_main():
+        try:
+            folder.check_here()
+        except RunError as moved:
+            return moved if isinstance(error, RunError) else error
         folder.tidy()
     if folder.is_finished:  # the interrupt came after the model was written
         message = f"the result is complete in {folder.result}"
@@ -274,6 +286,7 @@ def _resumed(
         work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, log_size: int | None = None) -> None:
+        folder.check_here()
         if folder.is_finished:  # what came after the model was written needs no checkpoint
             return
         folder.reopen(name, step=work.state.progress.steps)
