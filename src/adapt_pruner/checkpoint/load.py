@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import os
 import re
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -191,7 +191,7 @@ def _load(
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
-        with blaming_config(folder, config, name, build=partial(_random, options=options)):
+        with _blaming(folder, config, options, name):
             model = _at_random(config, options, dtype or stored, fresh)
     if gguf is not None:
         _forget_gguf(model)
@@ -251,7 +251,7 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     if gguf is not None:
         raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
     config = _config(folder, options, name)
-    with blaming_config(folder, config, name, build=partial(_random, options=options)), torch.device("meta"):
+    with _blaming(folder, config, options, name), torch.device("meta"):
         return _random(config, options)
 
 
@@ -456,13 +456,16 @@ def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: i
     return model
 
 
+def _blaming(folder: str, config: Any, options: dict[str, Any], name: str) -> AbstractContextManager[None]:
+    if "gguf_file" in options:
+        return nullcontext()
+    return blaming_config(folder, config, name, build=partial(_random, options=options))
+
+
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
     model_class, of_class = _model_class(config, options)
-    blaming = (
-        nullcontext() if "gguf_file" in options else blaming_config(folder, config, name, build=partial(_random, options=options))
-    )
     try:
-        with blaming:
+        with _blaming(folder, config, options, name):
             model, info = model_class.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **of_class,
