@@ -199,6 +199,7 @@ def test_an_exported_folder_has_a_card_whose_python_loads_it(
     assert f"| form | {form_of(form).ABOUT} |" in text
     assert ("trust_remote_code=True" in text) == (form == "decilm")
     assert ("vllm serve" in text) == (form != "onnx")
+    assert ("**DoRA** (peft's `use_dora`) gives NaN on this folder" in text) == (form in ("padded", "decilm"))
     assert data == body_and_data(source)[1], "licence, base model and figures are those of the checkpoint"
     run_snippet(tmp_path / "out", monkeypatch)
 

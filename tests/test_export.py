@@ -181,6 +181,28 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
         assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model(ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["padded", "uniform", "decilm", "gguf", "onnx"])
+def test_weights_that_are_no_numbers_are_not_exported(form: str, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.model.norm.weight.data[3] = math.nan
+    path = tmp_path / ("model.gguf" if form == "gguf" else "model")
+    with pytest.raises(RunError, match=r"was not written: model.norm.weight holds nan"):
+        export(as_loaded(model), path, to=form)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_the_card_of_a_padded_folder_says_of_dora(dora: bool, tmp_path: Path) -> None:
+    """If peft once divides by no zero, the sentence in `plain.loading_padded` and docs/export.md goes."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    export(as_loaded(unequal()), tmp_path / "padded", to="padded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", use_dora=dora, target_modules=["gate_proj"]))
+    with torch.no_grad():
+        logits = adapted(torch.arange(3, 20)[None]).logits
+    assert bool(logits.isnan().any()) == dora
+
+
 def test_a_uniform_folder_holds_no_more_than_the_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"layers have between 33 and 35 MLP neurons.*--set equal_widths=true"):
         export(as_loaded(unequal()), tmp_path / "out", to="uniform")

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,10 @@ from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import stock_type
 from adapt_pruner.checkpoint.kept import alone, dequantised_folder, keep, models_folder
 from adapt_pruner.checkpoint.save import needs_own_code, save
-from adapt_pruner.checkpoint.stored import stored_dtype
+from adapt_pruner.checkpoint.stored import check_plain, stored_dtype
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
+from adapt_pruner.checkpoint.wrong_config import blaming_config, no_count
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
@@ -190,7 +192,8 @@ def _load(
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
-        model = _at_random(config, options, dtype or stored, fresh)
+        with _blaming(folder, config, options, name):
+            model = _at_random(config, options, dtype or stored, fresh)
     if gguf is not None:
         _forget_gguf(model)
     from transformers import AutoTokenizer
@@ -249,9 +252,8 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     if gguf is not None:
         raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
     config = _config(folder, options, name)
-    model_class, options = _model_class(config, options)
-    with torch.device("meta"):
-        return model_class(config) if needs_own_code(config) else model_class.from_config(config, **options)
+    with _blaming(folder, config, options, name), torch.device("meta"):
+        return _random(config, options)
 
 
 def locate(name: str) -> tuple[str, str | None]:
@@ -342,6 +344,7 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    raw: dict[str, Any] = {}
     try:
         if "gguf_file" not in options:
             if (path := Path(folder, "config.json")).is_file() and not isinstance(read_json(path), dict):
@@ -380,6 +383,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
                 f"it is not on this machine and could not be fetched from the hub ({why}); check the name, the network, or give a "
                 "local folder"
             )
+        if (wrong := no_count(raw)) is not None:
+            why = f"{wrong} in its config.json; get the right file"
         if "gguf_file" in options and not _is_whole(Path(folder) / options["gguf_file"]):
             raise RunError(f"{name} is damaged or cut off ({why}); get the file again") from error
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
@@ -435,25 +440,38 @@ def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, A
     return getattr(modeling_pruned, f"Pruned{stock}"), {}
 
 
+def _random(config: Any, options: dict[str, Any]) -> Any:
+    """A model with weights as its class initialises them."""
+    model_class, options = _model_class(config, options)
+    if needs_own_code(config):
+        return model_class(config)
+    return model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
+
+
 def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
     """A model with random weights; the process's random generator is left as found."""
-    model_class, options = _model_class(config, options)
-    own = needs_own_code(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config) if own else model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
+        model = _random(config, options)
     cast_weights(model, dtype)
     return model
 
 
+def _blaming(folder: str, config: Any, options: dict[str, Any], name: str) -> AbstractContextManager[None]:
+    if "gguf_file" in options:
+        return nullcontext()
+    return blaming_config(folder, config, name, build=partial(_random, options=options))
+
+
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
-    model_class, options = _model_class(config, options)
+    model_class, of_class = _model_class(config, options)
     try:
-        model, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-    except KeyboardInterrupt:
+        with _blaming(folder, config, options, name):
+            model, info = model_class.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **of_class,
+            )  # fmt: skip
+    except (UsageError, KeyboardInterrupt):
         raise
     except OSError as error:
         _pass_on_memory(error)
@@ -479,6 +497,8 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
             raise RunError(
                 f"the weights of {name} {what} {counted(len(keys), 'tensor')}, for example {min(keys)!r}; get the right files"
             )
+    if "gguf_file" not in options:
+        check_plain(model, folder, getattr(config, "transformers_weights", None), name)
     return model
 
 

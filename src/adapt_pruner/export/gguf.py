@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
+from adapt_pruner.checkpoint.save import check_finite
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import file_beside, whole_file, write_failure
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
@@ -107,6 +109,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
         llama_cpp.library()  # fails before any work is done
     plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
+    check_finite(path, loaded.model.state_dict(), dtype=dtype)
     if reason := lacks_disk_space(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
         raise RunError(f"{path} could not be written: {reason}; nothing was left there")
     try:
@@ -229,7 +232,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
                 "the file is as large and slow as if all were that wide"
             )
             sizes = [widest(sizes)] * len(sizes)
-    if arch == "gemma3" and any((kind == "full_attention") != (i % 6 == 5) for i, kind in enumerate(config.layer_types)):
+    if arch == "gemma3" and families.misread(config.model_type, config.layer_types) is not None:
         notes.append(
             "the full-attention layers of this model are not every sixth one; the file says which they are, but an "
             "older llama.cpp ignores that and computes something else: run `adapt-pruner verify` with the llama.cpp that you "

@@ -5,7 +5,17 @@ from typing import Any
 
 from adapt_pruner.checkpoint.compatible_names import stock_type
 
-__all__ = ["GGUF_TYPES", "in_transformers", "in_vllm", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
+__all__ = [
+    "GGUF_TYPES",
+    "in_transformers",
+    "in_vllm",
+    "layers_of",
+    "loading",
+    "no_gguf",
+    "not_computed",
+    "not_in_mlx",
+    "ropes_of",
+]
 
 GGUF_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """The model types that `export --to gguf` can write -> llama.cpp's architecture."""
@@ -31,6 +41,7 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
         yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
     else:
         yield in_vllm(config)
+    yield from not_in_mlx(config)
     if (trouble := no_gguf(config)) is not None:
         yield (
             f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
@@ -72,6 +83,14 @@ def in_vllm(config: Mapping[str, Any]) -> str:
         why = "Its own Qwen2 (of 0.32) takes the size of a head from the width of the model, which is another here; transformers' does not"
         return f"**vLLM**. {why}:\n\n```sh\nvllm serve . --model-impl transformers\n```"
     return "**vLLM**:\n\n```sh\nvllm serve .\n```"
+
+
+def not_in_mlx(config: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence about what MLX gets wrong with a folder of this config, if it does."""
+    from adapt_pruner import families  # which loads torch
+
+    if (trouble := families.misread(stock_type(config), config.get("layer_types") or ())) is not None:
+        yield f"**MLX** cannot run it. {trouble}."
 
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:

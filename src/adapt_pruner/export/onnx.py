@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_nothing, write_generation_config
+from adapt_pruner.checkpoint.save import check_finite, check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
 from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -61,6 +61,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     most = int(model.config.max_position_embeddings)
     example = torch.zeros(2, 8, dtype=torch.long)
     axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}
+    check_finite(path, model.state_dict(), dtype=torch.float32)
     check_fits(path, model.state_dict(), dtype=torch.float32)
     with whole_or_nothing(path) as folder:
         with _plain_attention(model), _quiet():

@@ -167,7 +167,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     command = _command(recipe)
     text = _template().render(
         front=_front_matter(pruning, base, title).to_yaml(),
-        title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned,
+        title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned, zeros=zeros,
         named=f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"]),
         trained=f"trained on {trained:,} tokens" if trained else "not trained afterwards",
         method=_method(recipe, row), paper=_ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", row.get("paper", "not known")),

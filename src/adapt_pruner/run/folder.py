@@ -32,9 +32,9 @@ from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
 from adapt_pruner.core.progress import ProgressTracker
-from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.strict_json import is_number, read_json, to_json
 from adapt_pruner.core.words import typed
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first, of_stage
 
@@ -44,6 +44,9 @@ OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
 _EVERY = 1.0  # seconds between two writes of progress.json
+_NUMBERS = ("params_before", "params_after", "decoder_params_before", "decoder_params_after", "trained_tokens", "seconds")
+_OF_ZEROS = ("nonzero_before", "nonzero_after")
+_LISTS = ("perplexities", "perplexities_after_cuts", "calibration_losses")
 
 
 class RunFolder:
@@ -54,6 +57,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.result = path / "model"
         self._begun = False
+        self._place: os.stat_result | None = None  # of the folder as this process locked it
         self._early: list[str] = []  # lines of the log that wait for the run to begin
         self._tracker, self._written = ProgressTracker(), -math.inf
 
@@ -67,8 +71,32 @@ class RunFolder:
         """Whether the run here is finished."""
         return self.result.is_dir()
 
+    def take(self) -> None:
+        """Note that this process has locked the folder where it lies now."""
+        self._place = self.path.stat()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the folder still lies where this process locked it."""
+        with suppress(OSError):
+            return self._place is not None and os.path.samestat(self.path.stat(), self._place)
+        return False
+
+    def check_here(self) -> None:
+        """Refuse to write into a folder that was moved; another run may begin at its old place.
+
+        Raises:
+            RunError: it was moved or removed.
+        """
+        if not self.is_here:
+            raise RunError(
+                f"{self.path} was moved or removed while its run worked in it, so nothing more was written; give the same command "
+                "with -o and its new place, and the run continues from its newest checkpoint"
+            )
+
     def begin(self, recipe: Recipe, provenance: str) -> None:
         """Write recipe.yaml; from now on events go to the log."""
+        self.check_here()
         try:
             write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
         except OSError as error:
@@ -129,6 +157,7 @@ class RunFolder:
         if not self._begun:
             self._early.append(line)
             return
+        self.check_here()
         try:
             self._append("".join([*self._early, line]))
             self._early = []
@@ -141,7 +170,7 @@ class RunFolder:
         """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""
         if (heard := parse(event)) is not None:
             self._tracker.hear(heard)
-        if time.monotonic() - self._written < _EVERY:
+        if time.monotonic() - self._written < _EVERY or not self.is_here:
             return
         self._written = time.monotonic()
         with suppress(OSError):
@@ -253,8 +282,11 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
     except OSError as error:
         raise RunError(f"{path} could not be made: {why(error)}; make room or name another folder") from error
     until.enter_context(locked(path / ".lock"))
+    folder.take()
 
     def leave() -> None:
+        if not folder.is_here:
+            return
         (path / PROGRESS).unlink(missing_ok=True)
         if not folder.is_new:
             return
@@ -271,6 +303,21 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
 
 
 def figures_of(run_dir: str | Path) -> dict[str, Any]:
-    """The figures of a finished run."""
-    figures: dict[str, Any] = read_json(Path(run_dir) / "model" / "pruning.json")["figures"]
+    """The figures of a finished run.
+
+    Raises:
+        RunError: its pruning.json is missing or damaged.
+    """
+    path = Path(run_dir) / "model" / "pruning.json"
+    try:
+        figures: dict[str, Any] = read_json(path)["figures"]
+        numbers = [figures[key] for key in (*_NUMBERS, *(_OF_ZEROS if "nonzero_after" in figures else ()))]
+        numbers += [value for key in _LISTS for value in figures.get(key) or [] if value is not None]
+        if not all(map(is_number, numbers)):
+            raise ValueError("a figure is no number")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"the run in {run_dir} is finished, and its figures cannot be read: {path} is damaged ({type(error).__name__}: {first_line(error)}); get "
+            f"the file again, or remove {path.parent} and give the same command, which makes it again from the newest checkpoint"
+        ) from error
     return figures

@@ -92,6 +92,7 @@ def run(
             with trainer.rescued():
                 with work.state.clock("other"):
                     outcome = run_stages(work, trainer)
+                world.on_main(folder.check_here)
                 world.on_main(lambda: results.write(work, folder.result, write_more=write_more))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
         except UsageError:
@@ -160,6 +161,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         told = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
         work.tell(Cut(**told))
         trainer.save_if_due(called(stage.stage, cut=work.iteration - 1))
+    results.warn_of_pattern(work)
     if work.num_params > stage.params and not work.recipe.makes_zeros:
         raise RunError(
             f"reduce {work.recipe.reduce!r} finds nothing more to remove at {work.num_params:,} parameters, above the target "

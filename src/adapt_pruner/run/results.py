@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
@@ -40,6 +41,7 @@ __all__ = [
     "measure_start",
     "measure_tasks",
     "measure_text",
+    "warn_of_pattern",
     "whole_mask",
     "write",
 ]
@@ -195,6 +197,15 @@ def measure_answers(work: Work, *, stage: int) -> None:
     figures = work.state.figures
     figures["answers"] = [*figures.get("answers", []), {"stage": stage, "answers": answers}]
     work.tell(Answered(stage=stage, answers=answers))  # type: ignore[arg-type]
+
+
+def warn_of_pattern(work: Work) -> None:
+    """Warn if layers went and the kinds of those that are left mislead another tool (see `families.misread`)."""
+    config = work.model.config
+    if work.state.layers_left is None:
+        return
+    if (trouble := families.misread(config.model_type, getattr(config, "layer_types", None) or ())) is not None:
+        work.warn(f"{trouble}; serve it with another tool, or remove layers with chooser='depth.drop_layers(periodic=true)'")
 
 
 def whole_mask(work: Work) -> Mask:

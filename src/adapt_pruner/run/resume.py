@@ -73,6 +73,7 @@ def resumed(
         work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
     def keep(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, log_size: int | None = None) -> None:
+        folder.check_here()
         if folder.is_finished:  # what came after the model was written needs no checkpoint
             return
         folder.reopen(name, step=work.state.progress.steps)
@@ -156,6 +157,10 @@ def _sentences(
 def interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> BaseException:
     """Tell where an interrupted run would continue; returns the error to raise."""
     if world.is_main():
+        try:
+            folder.check_here()
+        except RunError as moved:
+            return moved if isinstance(error, RunError) else error
         folder.tidy()
     if folder.is_finished:  # the interrupt came after the model was written
         message = f"the result is complete in {folder.result}"
