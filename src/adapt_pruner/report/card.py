@@ -171,7 +171,8 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         "## Citation",
         "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
     ]
-    front = _front_matter(pruning, base, title).to_yaml()
+    library = "transformers" if exported is None else getattr(form_of(exported[0]), "LIBRARY", "transformers")
+    front = _front_matter(pruning, base, title, library=library).to_yaml()
     return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n").content)
 
 
@@ -200,7 +201,7 @@ def _block(language: str, text: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
+def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str, *, library: str) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, figures, measured = pruning["recipe"], pruning["figures"], _measured_result(pruning)
@@ -227,7 +228,7 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
         "license": base.get("license"),
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": tags,
         "datasets": hub_ids or None,
