@@ -231,8 +231,8 @@ class _Nothing(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if self.layer_idx is None:
             return nothing
-        cache = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
-        if cache is not None:
+        cache: Any = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
+        if hasattr(cache, "get_seq_length"):  # which the cache of continuous batching has not
             cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
         return nothing, None
 

@@ -9,7 +9,8 @@ A form is a file `NAME.py` of this folder, found because it is there, with the n
     opened(artefact, *, context, trust_remote_code)    opens it in the engine that proves it: a context with an `engines.Engine`
 
 It also has `QUANTS` if its `write` can store weights in several types. It has `PADS` if its `write` takes `pad`: MLPs are then
-zero-padded to multiples of that number of neurons. A form that is a folder for transformers takes the last three functions above
+zero-padded to multiples of that number of neurons. It has `LIBRARY`, the hub's name of the library that loads it, if that is not
+transformers. A form that is a folder for transformers takes the last three functions above
 from `plain.py`.
 """
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_finite, check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
@@ -25,9 +26,10 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of
 
-__all__ = ["ABOUT", "holds", "loading", "opened", "write"]
+__all__ = ["ABOUT", "LIBRARY", "holds", "loading", "opened", "write"]
 
 ABOUT = "an ONNX graph in float32, without a cache"
+LIBRARY = "onnx"
 
 _TOLERANCE = 1e-3  # largest difference of a logit, as a share of the standard deviation of the logits
 _LENGTHS = ((1, 3), (2, 17))  # sizes for the check; they differ from those of tracing
@@ -81,6 +83,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         config.save_pretrained(folder)
         write_generation_config(model, folder)
         loaded.tokenizer.save_pretrained(folder)
+        write_compatible_names(folder)  # tools for ONNX pin transformers 4
     notes = [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
     for rope in ropes:
         if rope.get("rope_type") == "longrope":  # transformers changes its factors when a text passes that length

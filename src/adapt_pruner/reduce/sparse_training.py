@@ -180,7 +180,7 @@ class SparseTraining(Reduction):
 
 @torch.no_grad()
 def _add_block_sums(work: Work, size: int) -> None:
-    """Add B (`block_sums`) to each linear layer and to the optimiser's matrices, in place."""
+    """Add B (`block_sums`) beside each linear layer and to the optimiser's matrices, in place."""
     assert work.weight_mask is not None
     assert work.optimizer is not None
     for layer in decoder_layers(work.model, work.axes):
@@ -188,9 +188,11 @@ def _add_block_sums(work: Work, size: int) -> None:
     work.model.config.block_sums = size
     for name, keep in work.weight_mask.kept.items():
         module: Any = work.model.get_submodule(name)
+        block, _, layer = name.rpartition(".")
+        sums = work.model.get_parameter(f"{block}.block_sums.{layer}")
         gone = module.weight.masked_fill(keep.to(module.weight.device), 0)
-        module.block_sums.copy_(gone.unflatten(-1, (-1, size)).mean(dim=-1))
-        work.optimizer.param_groups[0]["params"].append(module.block_sums)
+        sums.copy_(gone.unflatten(-1, (-1, size)).mean(dim=-1))
+        work.optimizer.param_groups[0]["params"].append(sums)
 
 
 @contextmanager

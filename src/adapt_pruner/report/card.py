@@ -165,8 +165,9 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     title = f"{base['name'].rpartition('/')[2]}{' from random weights' if anew else ''}{size}{f' with {zeros} zeros' if zeros else ''}"
     begun, after = _begun(recipe, figures, dense), "pruned and trained" if trained else "pruned"
     command = _command(recipe)
+    library = "transformers" if exported is None else getattr(form_of(exported[0]), "LIBRARY", "transformers")
     text = _template().render(
-        front=_front_matter(pruning, base, title).to_yaml(),
+        front=_front_matter(pruning, base, title, library=library).to_yaml(),
         title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned, zeros=zeros,
         named=f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"]),
         trained=f"trained on {trained:,} tokens" if trained else "not trained afterwards",
@@ -222,7 +223,7 @@ def _block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
+def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str, *, library: str) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, figures, measured = pruning["recipe"], pruning["figures"], _measured_result(pruning)
@@ -250,7 +251,7 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
         "license": base.get("license"),
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": tags,
         "datasets": hub_ids or None,
