@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite
@@ -38,7 +37,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
-from adapt_pruner.export.loading import GGUF_TYPES, not_computed, ropes_of
+from adapt_pruner.export.loading import GGUF_TYPES, misread, not_computed, ropes_of
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
 __all__ = ["ABOUT", "PADS", "QUANTS", "holds", "loading", "opened", "write"]
@@ -233,7 +232,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
                 "the file is as large and slow as if all were that wide"
             )
             sizes = [widest(sizes)] * len(sizes)
-    if arch == "gemma3" and families.misread(config.model_type, config.layer_types) is not None:
+    if arch == "gemma3" and misread(config.model_type, config.layer_types) is not None:
         notes.append(
             "the full-attention layers of this model are not every sixth one; the file says which they are, but an "
             "older llama.cpp ignores that and computes something else: run `adapt-pruner verify` with the llama.cpp that you "

@@ -30,6 +30,7 @@ from adapt_pruner.core.words import counted, typed
 from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.export.loading import misread
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.run import results
@@ -130,7 +131,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         work.tell(Cut(**told))
         trainer.save_if_due(called(stage.stage, cut=work.iteration - 1))
     types = getattr(work.model.config, "layer_types", None) or ()
-    if state.layers_left is not None and (trouble := families.misread(work.model.config.model_type, types)) is not None:
+    if state.layers_left is not None and (trouble := misread(work.model.config.model_type, types)) is not None:
         work.warn(f"{trouble}; serve it with another tool, or remove layers with chooser='depth.drop_layers(periodic=true)'")
     if work.num_params > stage.params and not work.recipe.makes_zeros:
         raise RunError(
