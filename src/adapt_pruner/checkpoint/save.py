@@ -126,7 +126,9 @@ def check_fits(path: Path, *files: Mapping[str, torch.Tensor], dtype: torch.dtyp
     sizes = []
     for tensors in files:
         distinct = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in tensors.values()}.values()
-        sizes.append(sum(one.numel() * (dtype if one.is_floating_point() else one.dtype).itemsize for one in distinct))
+        sizes.append(
+            sum(tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in distinct)
+        )
     if reason := lacks_disk_space(path, sum(sizes), largest=min(max(sizes), SHARD_BYTES)):
         raise _unwritten(path, reason)
 
@@ -276,14 +278,14 @@ def save_unchecked(model: Any, folder: Path, **options: Any) -> None:
     transformers refuses to save one that was changed and has settings for sampling, such as `temperature`, without `do_sample`.
     Many published models have those, and a cut changes the numbers of the tokens in it.
     """
-    own = getattr(model, "generation_config", None)
+    generation = getattr(model, "generation_config", None)
     try:
-        if own is not None:
+        if generation is not None:
             model.generation_config = GenerationConfig()
         model.save_pretrained(folder, **options)
     finally:
-        if own is not None:
-            model.generation_config = own
+        if generation is not None:
+            model.generation_config = generation
     write_generation_config(model, folder)
 
 

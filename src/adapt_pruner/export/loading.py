@@ -1,6 +1,6 @@
 """How other tools load a checkpoint, in words and commands for its model card."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.checkpoint.compatible_names import stock_type
@@ -11,6 +11,7 @@ __all__ = [
     "in_vllm",
     "layers_of",
     "loading",
+    "misread",
     "no_gguf",
     "not_computed",
     "not_in_mlx",
@@ -87,10 +88,20 @@ def in_vllm(config: Mapping[str, Any]) -> str:
 
 def not_in_mlx(config: Mapping[str, Any]) -> Iterator[str]:
     """A sentence about what MLX gets wrong with a folder of this config, if it does."""
-    from adapt_pruner import families  # which loads torch
-
-    if (trouble := families.misread(stock_type(config), config.get("layer_types") or ())) is not None:
+    if (trouble := misread(stock_type(config), config.get("layer_types") or ())) is not None:
         yield f"**MLX** cannot run it. {trouble}."
+
+
+def misread(model_type: str, layer_types: Sequence[str]) -> str | None:
+    """What MLX gets wrong with layers of these kinds in a model of this type; None if nothing, as in the dense models.
+
+    Source: `mlx_lm/models/gemma3_text.py`, which reads `sliding_window_pattern` (6) and no `layer_types`.
+    """
+    if model_type != "gemma3_text" or all(
+        (kind == "full_attention") == (index % 6 == 5) for index, kind in enumerate(layer_types)
+    ):
+        return None
+    return "MLX computes something else with this model: it makes every sixth layer of a Gemma 3 global, and `layer_types`, which it ignores, says others"
 
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:

@@ -123,8 +123,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     import onnxruntime
 
     def logits(ids: list[int]) -> Tensor:
-        asked = np.array([ids], dtype=np.int64)
-        (batch,) = graph.run(None, {"input_ids": asked, "attention_mask": np.ones_like(asked)})
+        input_ids = np.array([ids], dtype=np.int64)
+        (batch,) = graph.run(None, {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
         return torch.from_numpy(batch[0])
 
     def greedy(ids: list[int], count: int) -> list[int]:
@@ -220,8 +220,8 @@ def _check(model: Any, path: Path) -> None:
         mask[0, : length // 4] = 0  # as for a text that is shorter than the batch
         (logits,) = opened.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        there = mask.bool()
-        difference = float((torch.from_numpy(logits)[there] - expected[there]).abs().max() / expected[there].std())
+        read = mask.bool()
+        difference = float((torch.from_numpy(logits)[read] - expected[read]).abs().max() / expected[read].std())
         if not difference <= _TOLERANCE:
             raise RunError(
                 f"the graph's logits differ from the model's by {difference:.1e} of their deviation (at most {_TOLERANCE:.0e}) "

@@ -10,16 +10,11 @@ and, if checkpoints bring code of their own that stock code can replace,
 
     stock_config(raw)   the stock config equivalent to a config.json, given as plain data
 
-and, if a tool goes by the numbers of layers and not by their kinds,
-
-    misread(layer_types)   a sentence about what the tool gets wrong with layers of these kinds; None if nothing
-
 A family file is found because it is in this folder; there is no list to add it to.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +23,7 @@ from torch import nn
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "misread", "model_types", "sizes", "stock_config"]
+__all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "model_types", "sizes", "stock_config"]
 
 
 def all_families() -> list[ModuleType]:
@@ -86,13 +81,4 @@ def stock_config(raw: dict[str, Any]) -> Any:
     for family in all_families():
         if raw.get("model_type") in family.MODEL_TYPES and hasattr(family, "stock_config"):
             return family.stock_config(raw)
-    return None
-
-
-def misread(model_type: str, layer_types: Sequence[str]) -> str | None:
-    """What another tool gets wrong with layers of these kinds, which are another pattern than in the dense model; None if nothing."""
-    for family in all_families():
-        if model_type in family.MODEL_TYPES and hasattr(family, "misread"):
-            sentence: str | None = family.misread(layer_types)
-            return sentence
     return None

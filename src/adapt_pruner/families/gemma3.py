@@ -9,7 +9,6 @@ which cannot be removed.
 Source: arXiv:2503.19786; the stock code of transformers, which reads `attn_logit_softcapping` but does not apply it.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +17,11 @@ from transformers import Gemma3TextConfig
 from adapt_pruner.core.axes import Axis
 from adapt_pruner.families.llama import residual, vocabulary, whole_blocks, whole_layers, within_layers
 
-__all__ = ["MODEL_TYPES", "axes", "misread", "tiny"]
+__all__ = ["MODEL_TYPES", "axes", "tiny"]
 
 MODEL_TYPES = ("gemma3_text",)
 
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_PERIOD = 6
 _BLOCKS = {
     "attentions": ("input_layernorm", "self_attn", "post_attention_layernorm"),
     "mlps": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
@@ -34,16 +32,6 @@ def axes(model: Any) -> tuple[Axis, ...]:
     """Every axis of a Gemma 3 causal LM, in the order of its layers; `layers` last."""
     blocks = whole_blocks(model, blocks=_BLOCKS)
     return (*within_layers(model), *blocks, _residual(model), vocabulary(model), whole_layers(model))
-
-
-def misread(layer_types: Sequence[str]) -> str | None:
-    """What MLX gets wrong with layers of these kinds; None if every sixth layer is global, as in the dense models.
-
-    Source: `mlx_lm/models/gemma3_text.py`, which reads `sliding_window_pattern` (6) and no `layer_types`.
-    """
-    if all((kind == "full_attention") == (index % _PERIOD == _PERIOD - 1) for index, kind in enumerate(layer_types)):
-        return None
-    return "MLX computes something else with this model: it makes every sixth layer of a Gemma 3 global, and `layer_types`, which it ignores, says others"
 
 
 def _residual(model: Any) -> Axis:

@@ -111,7 +111,7 @@ def _lowest_first(scores: Scores, axes: Sequence[Axis]) -> dict[str, tuple[Axis,
             worth = scores[axis.name].tolist()
             units += [(worth[i], f"{axis.name}.{i}", axis, cost) for i, cost in enumerate(axis.costs)]
     units.reverse()
-    return {unit: (axis, cost) for _, unit, axis, cost in sorted(units, key=lambda one: one[0])}
+    return {unit: (axis, cost) for _, unit, axis, cost in sorted(units, key=lambda scored: scored[0])}
 
 
 def _owner(unit: str) -> str:

@@ -45,7 +45,7 @@ def language_model(
     proposed: list[Sizes] = []
     try:
         most = max(1024, _TOKENS_A_RATE * number * len(space.base))
-        text = _asked(model, _prompt(population, space, number), seed=draw.randrange(2**31), max_tokens=most)
+        text = _answer(model, _prompt(population, space, number), seed=draw.randrange(2**31), max_tokens=most)
         for rates in read_rates(text)[:number]:
             sizes = _sizes(rates, space)
             if sizes is None:
@@ -88,16 +88,19 @@ def _prompt(population: Sequence[Candidate], space: Space, number: int) -> str:
     """The prompt: the task, the best candidates with their losses, and the form of the answer."""
     names = _names(space)
     kinds = [
-        f"{len(its)} for the {kind.replace('_', ' ')} of each layer, first layer first"
-        for kind, its in space.kinds.items()
-        if len(its) > 1
+        f"{len(axes)} for the {kind.replace('_', ' ')} of each layer, first layer first"
+        for kind, axes in space.kinds.items()
+        if len(axes) > 1
     ]
     means = [
-        f"{100 - 100 * sum(space.base[name] for name in its) / sum(space.most[name] for name in its):.0f} for {kind.replace('_', ' ')}"
-        for kind, its in space.kinds.items()
-        if len(its) > 1
+        f"{100 - 100 * sum(space.base[name] for name in axes) / sum(space.most[name] for name in axes):.0f} for {kind.replace('_', ' ')}"
+        for kind, axes in space.kinds.items()
+        if len(axes) > 1
     ]
-    shown = "\n".join(f"loss {one.loss:.4f}: {_rates(one.sizes, space)}" for one in population[:_SHOWN])
+    shown = "\n".join(
+        f"loss {candidate.loss:.4f}: {[round(100 - 100 * candidate.sizes[name] / space.most[name]) for name in names]}"
+        for candidate in population[:_SHOWN]
+    )
     return (
         "A language model is being pruned. A candidate is a list of pruning rates in percent: "
         f"{', then '.join(kinds)}; {len(names)} numbers in all. The mean of the rates must be {' and '.join(means)}. "
@@ -106,10 +109,6 @@ def _prompt(population: Sequence[Candidate], space: Space, number: int) -> str:
         f"Select the good ones and make {number} new candidates of them, by changing a few rates of one (mutation) or by taking rates "
         "from two (crossover). Answer with one list in square brackets a line and nothing else."
     )
-
-
-def _rates(sizes: Sizes, space: Space) -> list[int]:
-    return [round(100 - 100 * sizes[name] / space.most[name]) for name in _names(space)]
 
 
 def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
@@ -124,7 +123,7 @@ def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
     return sizes
 
 
-def _asked(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
+def _answer(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
     """The model's answer, of at most so many tokens."""
     if isinstance(model, str):
         address, _, name = model.partition("#")

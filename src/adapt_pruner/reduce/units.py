@@ -63,8 +63,8 @@ class Units(Reduction):
                 f"reduce {way} ranks KV heads by the scores of the metric, so head_metric {recipe.head_metric!r} would be ignored; set "
                 "head_metric=null"
             )
-        there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
-        if missing := [kind for kind in recipe.axes if kind not in there]:
+        kinds = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
+        if missing := [kind for kind in recipe.axes if kind not in kinds]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
         if _is_periodic(work) and {"layers", "attentions", "mlps"} & set(recipe.axes) != {"layers"}:
             raise UsageError(
@@ -271,9 +271,9 @@ def refuse_limits(work: Work, why: str) -> None:
         raise UsageError(f"{why}, so {' and '.join(kept)} of chooser {work.recipe.chooser!r} would not hold; leave that out")
 
 
-def with_forward(its: TextUse) -> TextUse:
+def with_forward(of_metric: TextUse) -> TextUse:
     """What a metric reads, and forward passes over the same text besides."""
-    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True)
+    return TextUse(text=True, evidence=of_metric.evidence if of_metric.text else Evidence.FORWARD, forward=True)
 
 
 def _check_scored(work: Work, without: Collection[str]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
@@ -29,6 +28,7 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
+from adapt_pruner.export.loading import misread
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run import latency
 from adapt_pruner.score.calibrate import mean_loss
@@ -200,11 +200,11 @@ def measure_answers(work: Work, *, stage: int) -> None:
 
 
 def warn_of_pattern(work: Work) -> None:
-    """Warn if layers went and the kinds of those that are left mislead another tool (see `families.misread`)."""
+    """Warn if layers went and the kinds of those that are left mislead another tool (see `export.loading.misread`)."""
     config = work.model.config
     if work.state.layers_left is None:
         return
-    if (trouble := families.misread(config.model_type, getattr(config, "layer_types", None) or ())) is not None:
+    if (trouble := misread(config.model_type, getattr(config, "layer_types", None) or ())) is not None:
         work.warn(f"{trouble}; serve it with another tool, or remove layers with chooser='depth.drop_layers(periodic=true)'")
 
 

@@ -138,7 +138,7 @@ def _hidden_distance(
             f"the teacher {len(theirs) - 1} of {theirs[0].shape[-1]}; leave out the option hidden of objectives.distil"
         )
     total = torch.zeros((), device=input_ids.device)
-    for one, other in zip(ours[1:], theirs[1:], strict=True):
-        state, goal = (task.predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
+    for pair in zip(ours[1:], theirs[1:], strict=True):
+        state, goal = (task.predicting(hidden.float(), input_ids, predicted)[0] for hidden in pair)
         total = total + ((state - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
     return total / (len(ours) - 1)
