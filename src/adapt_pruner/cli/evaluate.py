@@ -34,7 +34,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most items to score in each task. [default: all]", min=1)] = None,
     task_dir: Annotated[
-        Path | None, typer.Option(help="Folder of lm-eval YAML files with your own tasks, or with other data for known tasks.")
+        Path | None,
+        typer.Option(
+            help="Folder of lm-eval YAML files with your own tasks, or with other data for known tasks. Needs --trust-remote-code."
+        ),
     ] = None,
     cache_dir: Annotated[
         Path | None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
+from adapt_pruner.core.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.precision import precision, refuse_nonfinite
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
@@ -105,10 +106,10 @@ def answer(
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         messages.append({"role": "user", "content": prompt})
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program and may raise anything
+            text = rendered(tokenizer, messages, add_generation_prompt=True).text
+        except ChatTemplateError as error:
             remedy = "leave --system out" if system else "correct the template in chat_template.jinja or tokenizer_config.json"
-            raise UsageError(f"the prompt does not fit the model's chat template ({first_line(error)}); {remedy}") from error
+            raise UsageError(f"the prompt does not fit the model's chat template ({error}); {remedy}") from error
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     else:
         above = [*([system] if system else []), *(line for turn in before for line in turn)]

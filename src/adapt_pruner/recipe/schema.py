@@ -243,7 +243,8 @@ class Evaluation(_Frozen):
     )
     limit: int | None = Field(None, ge=1, description="most items to score in each task; null scores all")
     task_dir: str | None = Field(
-        None, description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks"
+        None,
+        description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks; needs --trust-remote-code",
     )
 
     prompts: list[str] | None = Field(

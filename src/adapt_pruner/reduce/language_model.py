@@ -1,8 +1,10 @@
 """`proposals=language_model`: a chat model writes the next candidates of a search (Self-Pruner); they are checked and mended."""
 
 import json
+import queue
 import random
 import re
+import threading
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from adapt_pruner.reduce.proposals import Candidate, Sizes, Space, evolution
 __all__ = ["language_model", "read_rates"]
 
 _SHOWN = 8  # candidates in a prompt
-_SECONDS = 120.0  # to wait for an answer
+_SECONDS = 120.0  # to wait for a whole answer
 _TOKENS_A_RATE = 6  # that an answer may take, at most: digits, a comma, a space and some words
 _LONGEST = 2**20  # characters of an answer that are read
 
@@ -136,10 +138,29 @@ def _answer(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            content = json.loads(response.read(4 * _LONGEST))["choices"][0]["message"]["content"]
-        return str(content)
+        return str(json.loads(_answered(request))["choices"][0]["message"]["content"])
     from adapt_pruner.evaluate.answer import answer
 
     here = model()
     return answer(here.model, here.tokenizer, prompt, max_new_tokens=max_tokens, temperature=1.0, seed=seed, dtype="auto").text
+
+
+def _answered(request: urllib.request.Request) -> bytes:
+    """What a server answers, all of it within `_SECONDS`; its own timeout begins anew with every byte."""
+    results: queue.Queue[bytes | Exception] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+                results.put(response.read(4 * _LONGEST))
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        result = results.get(timeout=_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer within {_SECONDS:g} seconds") from None
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -157,7 +157,9 @@ def measure_tasks(work: Work, *, stage: int) -> float:
         work.tell(Progress(phase="task", task=task, done=done, of=of, stage=stage or None))
 
     with work.state.clock("evaluate"):
-        settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
+        settings: dict[str, Any] = {
+            "limit": asked.limit, "dtype": work.recipe.dtype, "trust_remote_code": work.trust_remote_code, "on_task": told, "warn": work.warn,
+        }  # fmt: skip
         scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.data.tasks, **settings))
     mean, stderr = average(scores) or (None, None)
     summary: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
