@@ -160,7 +160,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
     tokens_of = dict.fromkeys(itertools.chain.from_iterable(counted.values()), 1.0)
     digests = {spec: _text_digest(spec) for spec in specs | tokens_of}
     roles = {"calibration": specs, "vocabulary": tokens_of, "evaluation": dict.fromkeys(asked.texts, 1.0)}
-    warnings = overlaps({role: its or None for role, its in roles.items()})
+    warnings = [overlap.sentence for overlap in overlaps({role: its or None for role, its in roles.items()})]
     pairs = itertools.product(rows.items() if readers else (), windows.items())
     shared = [same_tokens(ids, its, text, seen) for (ids, its), (text, seen) in pairs]
     for sentence in (

@@ -359,6 +359,8 @@ def _perplexities(
         yield "Measured by the run itself, on a text that its recipe no longer names."
         return
     yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
+    if figures.get("not_held_out"):
+        yield f"This text is not all held out: {'; '.join(map(_plain, figures['not_held_out']))}."
 
 
 def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:

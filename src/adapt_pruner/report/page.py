@@ -12,7 +12,7 @@ from adapt_pruner.core.events import Start
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.marks import PAGE_FOOT, is_page
 from adapt_pruner.core.places import check_place
-from adapt_pruner.core.words import compact, counted, duration, shown, typed
+from adapt_pruner.core.words import compact, counted, duration, measured_text, shown, typed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
@@ -326,7 +326,7 @@ def _facts(record: Record, figures: Figures) -> str:
         ("model", recipe.get("model")), ("its weights", _dequantised(record)), ("made by", record.made_by), ("seed", recipe.get("seed")),
         ("device, precision", _machine(record)),
         ("calibration text", _source((recipe.get("calibration") or {}).get("source"))), ("training text", _source(training.get("source"))),
-        ("held-out text", _source(evaluation.get("source"))), ("began", _when(record)),
+        (measured_text(record.figures), _source(evaluation.get("source"))), ("of this text", _copies(record)), ("began", _when(record)),
     ]  # fmt: skip
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(_placeless(value))}</dd>" for name, value in facts if value not in (None, ""))
     folder, dense = _placeless(record.path), _placeless(figures.model)
@@ -362,6 +362,12 @@ def _source(source: object) -> str | None:
     if isinstance(source, dict):
         return ", ".join(f"{spec} ({weight:g})" for spec, weight in source.items())
     return None if source is None else str(source)
+
+
+def _copies(record: Record) -> str | None:
+    """What of the text that was measured on the run also read."""
+    found = record.figures.get("not_held_out")
+    return "; ".join(map(str, found)) if isinstance(found, list) else None
 
 
 def _when(record: Record) -> str | None:

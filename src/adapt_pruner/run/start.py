@@ -324,7 +324,10 @@ def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[
     }
     asked = {setting: length for setting, length in lengths.items() if length is not None}
     shared = same_tokens(ids, begins_with, str(recipe.evaluation.source), held_out) if ids and begins_with is not None else None
-    for sentence in (*overlaps(sources), shared, *too_long(work.model.config, asked)):
+    found = overlaps(sources)
+    if repeated := [overlap.found for overlap in found if "evaluation" in overlap.roles]:
+        work.state.figures["not_held_out"] = repeated
+    for sentence in (*(overlap.sentence for overlap in found), shared, *too_long(work.model.config, asked)):
         if sentence:
             work.warn(sentence)
 
