@@ -205,7 +205,7 @@ class Start(Event):
         dense: whether the model had all its parameters before the run.
         random: whether the run began with random weights in the shape of the model.
         calibration_tokens: tokens still to be read for scoring.
-        training_tokens: training tokens of the whole run.
+        training_tokens: training tokens of the whole run; with a deadline, about how many will be read by then.
         trained_tokens: those of them that are done.
         processes: number of processes of the run.
         parallel: how they share the work.
@@ -271,7 +271,9 @@ class Start(Event):
         if self.stages > 1:
             text += f" in {self.stages} stages"
         if self.training_tokens:
-            text += f", training on {self.training_tokens:,} tokens in all"
+            about = "about " if self.seconds_left is not None else ""
+            text += f", training on {about}{self.training_tokens:,} tokens in all"
+            text += f", of which {self.trained_tokens:,} are done" if self.trained_tokens else ""
         if self.processes > 1:
             text += f", on {self.processes} processes ({self.parallel})"
         little = self.decoder and self.decoder_target is not None and self.decoder_target < _BROKEN * self.decoder

@@ -262,7 +262,9 @@ def _why(record: Record) -> str:
     said = f"Units were scored by <code>{escaped(recipe.get('metric'))}</code>, and <code>{escaped(recipe.get('chooser'))}</code> said how many of each layer go"
     if recipe.get("distance"):
         said += f", from what <code>{escaped(recipe['distance'])}</code> says a layer is worth"
-    return said + f". Each iteration removes about {float(recipe.get('step') or 0):.1%}. Cuts are named stage.iteration."
+    step = float(recipe.get("step") or 0)
+    removes = "A stage removes all at once" if step >= 1 else f"Each iteration removes about {step:.1%}"
+    return said + f". {removes}. Cuts are named stage.iteration."
 
 
 def _recovery(figures: Figures) -> str:

@@ -33,7 +33,7 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.run import results
-from adapt_pruner.run.checkpoints import called
+from adapt_pruner.run.checkpoints import called, kept
 from adapt_pruner.run.disk_space import check_result, check_run
 from adapt_pruner.run.folder import RunFolder, open_run_folder
 from adapt_pruner.run.results import Outcome, measure_answers, measure_calibration, measure_tasks, measure_text
@@ -155,13 +155,14 @@ def prune(
     started, out = time.perf_counter(), Path(out)
     world.check_alone("prune")
     check_target(out)
-    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code)
+    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code, check=True)
     work.started = started
     prepare(work)
     check_result(work, out)
-    _tell_start(work)
+    trainer = Trainer(work)
+    _tell_start(work, trainer)
     with work.state.clock("other"):
-        outcome = run_stages(work, Trainer(work))
+        outcome = run_stages(work, trainer)
     results.write(work, out, write_more=write_more)
     work.tell(Saved(path=str(out), **outcome.figures))
     return outcome
@@ -185,6 +186,7 @@ def run(
         recipe = folder.as_begun(recipe)
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
+            world.on_main(lambda: _tidy_at_end(recipe, folder))
             listen(Finished(path=str(folder.result)).to_dict())
             return None
         tell = _logged(listen, folder)
@@ -193,12 +195,13 @@ def run(
             work.started = started
             if recipe.minutes is not None:
                 fit_threads(work)
-            _tell_start(work)
+            _tell_start(work, trainer)
             with trainer.rescued():
                 with work.state.clock("other"):
                     outcome = run_stages(work, trainer)
                 world.on_main(lambda: results.write(work, folder.result, write_more=write_more))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
+            world.on_main(lambda: _tidy_at_end(recipe, folder))
         except UsageError:
             raise
         except (Exception, KeyboardInterrupt) as error:  # out of memory, too
@@ -207,6 +210,12 @@ def run(
                 raise
             raise trouble from error
         return outcome
+
+
+def _tidy_at_end(recipe: Recipe, folder: RunFolder) -> None:
+    """Remove the checkpoints of a run that has ended, in place, if the recipe keeps none."""
+    if recipe.keep_checkpoints == 0:
+        folder.tidy(keep=0)
 
 
 def _interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> BaseException:
@@ -238,7 +247,7 @@ def _resumed(
     origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
-        work = begin(recipe, tell, trust_remote_code=trust_remote_code)
+        work = begin(recipe, tell, trust_remote_code=trust_remote_code, check=True)
     else:
         _check_origin(path, saved, recipe, origin)
         loaded, tensors = load_state(path, saved, device=pick_device(recipe.device))
@@ -260,7 +269,7 @@ def _resumed(
         check_run(work, folder.path, folder.checkpoints)
         folder.begin(recipe, made_by())
         folder.rewind(log_size=saved.get("log_size", 0), damaged=damaged)
-        folder.tidy(keep=recipe.keep_checkpoints)
+        folder.tidy(keep=kept(recipe))
 
     world.on_main(write_down)
     for sentence in _sentences(path, damaged=damaged, changed=changed, replaced=replaced):
@@ -295,7 +304,7 @@ def _resumed(
             weight_mask=work.weight_mask,
         )
         work.tell(Saved(path=str(target), stage=work.state.stage))
-        folder.tidy(keep=recipe.keep_checkpoints)
+        folder.tidy(keep=kept(recipe))
 
     return work, Trainer(work, save=keep, log_size=lambda: folder.log_size, tensors=tensors)
 
@@ -366,7 +375,7 @@ def _logged(listen: Listener, folder: RunFolder) -> Listener:
     return tell
 
 
-def _tell_start(work: Work) -> None:
+def _tell_start(work: Work, trainer: Trainer) -> None:
     state, recipe, feed = work.state, work.recipe, work.data.feed
     coming = work.stages[state.stage - 1 + state.pruned :]
     source = recipe.calibration.ids or recipe.calibration.source
@@ -378,7 +387,7 @@ def _tell_start(work: Work) -> None:
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, random=recipe.init == "random", calibration_tokens=sum(stage.calibration_tokens for stage in coming),
-        training_tokens=0 if feed is None else min(feed.num_tokens, work.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
+        training_tokens=0 if feed is None else trainer.expected_tokens(feed), trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
         **left,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick_device
 from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
@@ -41,19 +41,61 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.work import RunData, RunState, Stage, Work
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead, setup_here
+from adapt_pruner.run.estimate import Setup, setup_of, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
+from adapt_pruner.run.plan import check_memory, free_bytes, too_large
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "to_write"]
+__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "to_write"]
 
 
-def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
+def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> tuple[Work, Setup]:
+    """A run by its config.json alone, planned as far as that tells, and how it trains: on this machine, or else on a GPU or CPU.
+
+    Raises:
+        UsageError: the model cannot be loaded, or the recipe does not fit it.
+    """
+    work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
+    asked = recipe.vocabulary
+    if asked is not None and asked.keep is not None:
+        tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
+        work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
+        work.state.figures["params_after_vocabulary"] = work.num_params
+    if recipe.latency:  # its size is measured later
+        work.stages = _stages(work, start=work.num_params, end=work.num_params)
+    else:
+        work.stages, work.budget = plan(work)
+    training, teacher = recipe.training, None
+    if training.source is not None and training.needs_teacher:
+        named = training.teacher
+        teacher = shapes(work.model if named is None else load_shapes(named, trust_remote_code=trust_remote_code))
+    device = pick_device(recipe.device) if here else torch.device("cpu" if recipe.device == "cpu" else "cuda")
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
+    if here:
+        narrow = uses_bfloat16(device, recipe.dtype)
+    return work, setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=world.size())
+
+
+def room(recipe: Recipe, *, trust_remote_code: bool = False) -> str:
+    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes."""
+    if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
+        return ""
+    work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
+    return too_large(work, how, free=free_bytes(pick_device(recipe.device)))
+
+
+def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, check: bool = False) -> Work:
     """A run at its start: load the model, cut its vocabulary and turn a latency into a number of parameters.
+
+    With `check`, a run that takes more memory than is free here is refused before its weights are read.
 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
     listen(Load(model=recipe.model).to_dict())
+    if check and (trouble := room(recipe, trust_remote_code=trust_remote_code)):
+        raise UsageError(trouble)
     fresh = recipe.seed if recipe.init == "random" else None
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
@@ -249,6 +291,8 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     recipe = work.recipe
     work.stages, work.budget = plan(work)
     _check_machine(work)
+    if write and not begun:
+        check_memory(work, setup_here(work), free=free_bytes(work.model.device))
     if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "

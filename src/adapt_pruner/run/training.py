@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from adapt_pruner.core import events, world
+from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.interrupts import deferred
 from adapt_pruner.core.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.words import compact
@@ -119,6 +120,11 @@ class Trainer:
         measuring = float(work.state.figures.get("measuring_seconds", work.state.spent["evaluate"]))
         after = measuring + self._last_save + _AFTERWARDS
         return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after
+
+    def expected_tokens(self, feed: Feed) -> int:
+        """Training tokens of the whole run: all of the feed, or about as many as are read by the end of its time."""
+        in_time = math.inf if self._work.recipe.minutes is None else self._expected(self._seconds_left())
+        return round(min(feed.num_tokens, in_time))
 
     def _expected(self, seconds_left: float) -> float:
         """Tokens of the whole run by the end of the time: by the pace of its training so far, else as the recipe expects."""
