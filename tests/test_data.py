@@ -165,7 +165,7 @@ def test_one_document_in_twenty_is_held_out_whatever_surrounds_it(tmp_path: Path
 def test_a_part_that_is_none_is_refused(corpus: Path) -> None:
     with pytest.raises(
         UsageError,
-        match=r"e.txt#heldout' has 10 characters, too few to train on one part and hold out another; give at least 40,000",
+        match=r"e.txt' has 10 characters, too few to train on one part and hold out another; give at least 40,000",
     ):
         documents(f"{corpus}/deeper/e.txt#heldout")
     with pytest.raises(UsageError, match="has no part 'test'; known: train, heldout"):

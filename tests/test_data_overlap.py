@@ -1,5 +1,6 @@
-"""Text that calibration, training and evaluation share is named."""
+"""Text that calibration, training and evaluation share is named, and near copies of held-out text are not trained on."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 
 from adapt_pruner.data import overlap
 from adapt_pruner.data.overlap import overlaps, same_kind
+from adapt_pruner.data.sources import documents
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.report.with_card import prune
+from adapt_pruner.report.with_card import prune, run
 from conftest import byte_tokenizer
 
 
@@ -18,46 +21,152 @@ def spec(tmp_path: Path) -> str:
     return write(tmp_path / "a.jsonl", [f"document {number}" for number in range(200)])
 
 
+def prose(seed: int, count: int) -> str:
+    """Words that no other seed has."""
+    return " ".join(hashlib.sha256(f"{seed} {number}".encode()).hexdigest()[:7] for number in range(count))
+
+
 def write(path: Path, texts: list[str]) -> str:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
 
 
+def sentences(**sources: Any) -> list[str]:
+    return [found.sentence for found in overlaps(sources)]
+
+
+ELSEWHERE = "to measure on separate text, name another one, or remove the copies"
+
+
 def test_shared_documents_are_counted_and_named_by_pair(spec: str, tmp_path: Path) -> None:
     other = write(tmp_path / "b.jsonl", ["new", *(f" document\n{number} " for number in (7, 3, 5, 4))])
-    said = overlaps({"calibration": spec, "training": spec, "evaluation": other})
-    named = f"({spec} line 4, {spec} line 5, {spec} line 6, …)"
-    remedy = "; to measure on separate text, split it: SPEC#train and SPEC#heldout"
-    assert said == [f"{role} and evaluation text share 4 documents {named}{remedy}" for role in ("calibration", "training")]
+    named = f"({other} line 2, {other} line 3, {other} line 4, …)"
+    assert sentences(calibration=spec, training=spec, evaluation=other) == [
+        f"the {role} text contains 4 of the 5 passages of the evaluation text {named}; {ELSEWHERE}"
+        for role in ("calibration", "training")
+    ]
     single = write(tmp_path / "c.jsonl", ["document 9"])
-    assert overlaps({"training": spec, "evaluation": single}) == [
-        f"training and evaluation text share a document ({spec} line 10){remedy}"
+    assert sentences(training=spec, evaluation=single) == [
+        f"the training text contains 1 of the 1 passage of the evaluation text ({single} line 1); {ELSEWHERE}"
     ]
 
 
 def test_calibration_and_training_may_be_the_same_text_but_not_unawares(spec: str, tmp_path: Path) -> None:
     copy = write(tmp_path / "copy.jsonl", ["document 0", "document 1"])
-    assert overlaps({"calibration": spec, "training": {spec: 1, "python-docs:train": 2}}) == []
-    assert overlaps({"calibration": copy, "training": {spec: 1, copy: 2}}) == [
-        f"calibration and training text share 2 documents ({copy} line 1, {copy} line 2)"
+    assert sentences(calibration=spec, training={spec: 1, "python-docs:train": 2}) == []
+    assert sentences(calibration=copy, training={spec: 1, copy: 2}) == [
+        f"the training text contains 2 of the 2 passages of the calibration text ({copy} line 1, {copy} line 2)"
     ]
-    assert "200 documents" in overlaps({"training": spec, "evaluation": spec})[0]
+
+
+def test_the_remedy_is_a_split_only_where_it_separates_the_texts(spec: str, tmp_path: Path) -> None:
+    split = f"to measure on separate text, split it: {spec}#train and {spec}#heldout"
+    for training, evaluation in ((spec, spec), (spec, f"{spec}#heldout"), (f"{spec}#train", spec)):
+        assert [found.remedy for found in overlaps({"training": training, "evaluation": evaluation})] == [split]
+    (found,) = overlaps({"training": "python-docs", "evaluation": "python-docs:heldout"})
+    assert found.remedy.endswith("split it: python-docs:train and python-docs:heldout")
+
+
+def test_a_copy_is_found_behind_other_words_and_within_a_longer_text(tmp_path: Path) -> None:
+    text = " ".join(prose(number, 80) for number in range(30))
+    (tmp_path / "a.txt").write_text(f"{prose(100, 50)}\n\n{text}\n\n{prose(101, 900)}")
+    other = write(tmp_path / "b.jsonl", [f"[copy] {text}", prose(102, 100), f"{prose(103, 60)} {prose(1, 20)}"])
+    (found,) = overlaps({"training": str(tmp_path / "a.txt"), "evaluation": other})
+    pieces = len(text) // 4000 + 1
+    assert found.found.startswith(f"the training text contains {pieces} of the {pieces + 2} passages of the evaluation text")
 
 
 def test_texts_that_are_apart_give_no_warning(spec: str) -> None:
-    assert overlaps({"calibration": f"{spec}#train", "training": f"{spec}#train", "evaluation": f"{spec}#heldout"}) == []
-    assert overlaps({"calibration": "python-docs:train", "training": None, "evaluation": "python-docs:heldout"}) == []
-    assert overlaps({"calibration": "self", "training": None, "evaluation": spec}) == []
+    assert sentences(calibration=f"{spec}#train", training=f"{spec}#train", evaluation=f"{spec}#heldout") == []
+    assert sentences(calibration="python-docs:train", training=None, evaluation="python-docs:heldout") == []
+    assert sentences(calibration="self", training=None, evaluation=spec) == []
 
 
-def test_each_text_is_read_once_and_only_if_it_is_compared(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_texts_that_are_compared_are_read(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     original = overlap.beginning
     monkeypatch.setattr(overlap, "beginning", lambda spec, most: seen.append(spec) or original(spec, most))
     overlaps({"calibration": spec, "training": spec, "evaluation": None})
-    assert seen == []
+    assert set(seen) == {spec}, "its passages are counted"
     overlaps({"calibration": spec, "training": spec, "evaluation": "python-docs:heldout"})
-    assert sorted(seen) == sorted([spec, "python-docs:heldout"])
+    assert seen.count(spec) == 3
+
+
+def near_copies(folder: Path, kind: str) -> str:
+    """A text of which everything stands twice, almost."""
+    if kind == "files":
+        folder.mkdir()
+        text = "\n\n".join(prose(number, 30 + number % 40) for number in range(900))
+        for name, size in (("a", 40), ("b", 777)):
+            (folder / f"{name}.txt").write_text(f"{prose(5000 + size, size)}\n\n{text}\n")
+        return str(folder)
+    documents = [f"[copy {copy}] {prose(number, 60)}" for number in range(150) for copy in (1, 2)]
+    if kind == "rows":
+        return write(folder, documents)
+    chats = [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}] for text in documents]
+    folder.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["files", "rows", "chats"])
+def test_near_copies_are_on_one_side_of_the_split(kind: str, tmp_path: Path) -> None:
+    spec = near_copies(tmp_path / ("text" if kind == "files" else "text.jsonl"), kind)
+    training, held_out, whole = (documents(f"{spec}{part}") for part in ("#train", "#heldout", ""))
+    paragraphs = {line[9:] if kind == "rows" else line for text in held_out for line in text.splitlines() if len(line) > 200}
+    everything = "\n".join(training)
+    assert len(paragraphs) > 5
+    assert not [paragraph for paragraph in paragraphs if paragraph in everything]
+    assert sum(map(len, training)) > 0.75 * sum(map(len, whole)), "only copies are left out"
+    assert sentences(training=f"{spec}#train", evaluation=f"{spec}#heldout") == []
+
+
+def test_a_text_without_copies_is_split_by_its_digests_alone(tmp_path: Path) -> None:
+    """What all have in common is no copy: a licence above every document, a prompt before every answer."""
+    licence = prose(9000, 60)
+    spec = write(tmp_path / "a.jsonl", [f"{licence}\n{prose(number, 40)}" for number in range(200)])
+    train, held_out = documents(f"{spec}#train"), documents(f"{spec}#heldout")
+    assert sorted(train + held_out) == sorted(documents(spec))
+    prompt = {"role": "system", "content": licence}
+    chats = [
+        [prompt, {"role": "user", "content": "Go on."}, {"role": "assistant", "content": prose(number, 20)}]
+        for number in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    parts = [documents(f"{tmp_path / 'chat.jsonl'}#{part}") for part in ("train", "heldout")]
+    assert sum(map(len, parts)) == 60
+
+
+def test_a_text_that_only_repeats_itself_cannot_be_split(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join([prose(0, 500)] * 15))
+    with pytest.raises(UsageError, match=r"is empty: .* stand in the held-out part, too; give a text that repeats itself less"):
+        documents(f"{tmp_path / 'a.txt'}#train")
+
+
+def test_a_text_that_changes_is_searched_again(tmp_path: Path) -> None:
+    spec = near_copies(tmp_path / "text.jsonl", "rows")
+    before = documents(f"{spec}#train")
+    write(tmp_path / "text.jsonl", [prose(number, 60) for number in range(1000, 1200)])
+    assert len(documents(f"{spec}#train")) + len(documents(f"{spec}#heldout")) == 200
+    assert len(before) < 290
+
+
+def test_page_and_card_say_what_of_the_text_was_not_held_out(tiny_folder: Path, tmp_path: Path) -> None:
+    texts = [prose(number, 60) for number in range(120)]
+    train, measured = write(tmp_path / "a.jsonl", texts), write(tmp_path / "b.jsonl", [f"[again] {text}" for text in texts[:9]])
+    asked = {
+        "model": str(tiny_folder), "budget": "90%", "method": "magnitude-all", "training": {"source": train, "tokens": 2048, "length": 64},
+        "evaluation": {"source": measured, "window": 64, "max_windows": 4},
+    }  # fmt: skip
+    run(read(asked), tmp_path / "run")
+    found = "the training text contains 9 of the 9 passages of the evaluation text"
+    page, card = ((tmp_path / "run" / name).read_text() for name in ("report.html", "model/README.md"))
+    assert f"<dt>text that is not all held out</dt><dd>FOLDER/b.jsonl</dd><dt>of this text</dt><dd>{found}" in page
+    assert "on text that is not all held out" in page
+    assert "on held-out text" not in page.partition("recovery")[0]
+    assert f"This text is not all held out: {found}" in card
+    run(read(asked | {"evaluation": asked["evaluation"] | {"source": "python-docs:heldout"}}), tmp_path / "apart")
+    assert "not all held out" not in (tmp_path / "apart" / "model" / "README.md").read_text()
+    assert "not all held out" not in (tmp_path / "apart" / "report.html").read_text()
 
 
 ALIKE = {

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from adapt_pruner.core.events import Start
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts, read
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.reduce.work import RunData, Work
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop
 from adapt_pruner.run.training import Trainer
@@ -96,6 +98,22 @@ def test_what_is_expected_follows_the_pace_so_far(
     work = Work.of(tiny_model(), recipe.model_copy(update={"minutes": 1.0, "training": training}))
     work.state.progress.tokens, work.state.spent["train"] = read, took
     assert Trainer(work)._expected(left) == foreseen
+
+
+def test_a_run_that_goes_on_says_what_it_will_read_by_its_pace(recipe: Recipe) -> None:
+    """Not what was expected of a slower machine: the run had read more than that."""
+    training = recipe.training.model_copy(update={"expected": 1_000})
+    work = Work.of(tiny_model(), recipe.model_copy(update={"minutes": 60.0, "training": training}))
+    trainer = Trainer(work)
+    work.data = RunData(feed=SimpleNamespace(num_tokens=6_144))
+    assert trainer.expected_tokens == 1_000
+    work.state.progress.tokens, work.state.spent["train"] = 2_000, 1.0
+    assert trainer.expected_tokens == 6_144, "all there is"
+    work.state.spent["train"] = 10_000.0
+    assert 2_000 < trainer.expected_tokens < 6_144
+    told = {"params": 9, "target": 8, "training_tokens": 2_700, "trained_tokens": 2_000}
+    assert "training on about 2,700 tokens in all, of which 2,000 are done" in Start(**told, seconds_left=9.0).line()
+    assert "training on 2,700 tokens in all, of which 2,000 are done" in Start(**told).line()
 
 
 def test_time_is_kept_for_what_the_start_took_from_a_cache(

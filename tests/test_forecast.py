@@ -17,7 +17,7 @@ from adapt_pruner import families
 from adapt_pruner.core import layerwise, loss
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
-from adapt_pruner.run import estimate, forecast
+from adapt_pruner.run import estimate, forecast, start
 from adapt_pruner.run.estimate import PAPER, Setup, operations, process_bytes, pruning_memory, seconds, shapes, training_memory
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence, score
@@ -386,15 +386,15 @@ def test_the_table_in_the_docs_is_what_the_command_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rows of a model differ in processes and how they share, of which its stages do not depend, so they are planned once."""
-    plan, planned = forecast.plan, dict[str, Any]()
+    plan, planned = start.plan, dict[str, Any]()
 
     def once(work: Any) -> Any:
         if work.recipe.model not in planned:
             planned[work.recipe.model] = plan(work)
         return planned[work.recipe.model]
 
-    monkeypatch.setattr(forecast, "plan", once)
-    monkeypatch.setattr(forecast, "load_shapes", functools.cache(forecast.load_shapes))
+    monkeypatch.setattr(start, "plan", once)
+    monkeypatch.setattr(start, "load_shapes", functools.cache(start.load_shapes))
     monkeypatch.setattr(sys, "argv", ["scaling_table.py"])
     scaling_table.main()
     assert len(planned) == 3

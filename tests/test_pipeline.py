@@ -105,7 +105,7 @@ def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> No
     assert read(str(tmp_path / "run" / "recipe.yaml")) == recipe
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [event["event"] for event in log[:4]] == ["warning", "warning", "start", "evaluation"]
-    assert all("evaluation text share a document" in event["message"] for event in log[:2])  # the recipe reads one text for all
+    assert all("of the evaluation text (" in event["message"] for event in log[:2])  # the recipe reads one text for all
     assert log[-1]["params_after"] == figures["params_after"]
     assert load(str(tmp_path / "run" / "checkpoints" / "stage-2")).mask is not None
 

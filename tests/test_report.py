@@ -30,7 +30,7 @@ from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
-from adapt_pruner.report.record import read_record
+from adapt_pruner.report.record import Record, read_record
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -669,3 +669,10 @@ def test_a_score_that_is_no_accuracy_is_neither_good_nor_bad() -> None:
     assert "bad" not in fall["plain"]
     assert 'class="bad"' in fall["right"]
     assert 'class="good"' in fall["perplexity"]
+
+
+def test_a_step_of_all_is_not_called_an_iteration_of_100_percent(tmp_path: Path) -> None:
+    recipe = {"metric": "weights.taylor", "chooser": "allocate.adaptive"}
+    said = [page._why(Record(tmp_path, "finished", recipe=recipe | {"step": step})) for step in (1.0, 0.1)]
+    assert "A stage removes all at once." in said[0]
+    assert "Each iteration removes about 10.0%." in said[1]

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from adapt_pruner.data.sources import documents
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, loop, probe, rules, threads, trackers
+from adapt_pruner.run import in_time, loop, plan, probe, rules, start, threads, trackers
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.run.training import Trainer
 from conftest import assert_same_model, byte_tokenizer, read_json, tiny_model
@@ -67,7 +69,10 @@ def test_a_plan_in_five_lines_a_model_its_page_and_a_recipe_that_runs_again(
     assert recipe.training.source == f"{text}#train" == recipe.calibration.source
     assert recipe.evaluation.source == f"{text}#heldout"
     assert int(recipe.budget) <= 0.7 * 50_784
-    assert ask("run", out / "recipe.yaml", "-o", tmp_path / "again")[0] == 0
+    assert not list((out / "checkpoints").iterdir()), "the result is all that is left to need room"
+    assert "measuring this machine (up to a minute)" in lines
+    assert ask("run", out / "recipe.yaml", "-o", tmp_path / "again", "--set", "keep_checkpoints=2")[0] == 0
+    assert list((tmp_path / "again" / "checkpoints").iterdir())
     assert_same_model(out, tmp_path / "again")
     status, again, lines = ask(*shrink(tiny_folder, text, out))
     assert (status, again) == (0, said)
@@ -256,6 +261,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
         (["--hours", "20000"], "--hours 20000 is out of range; give hours above 0 and up to 16,666"),
         (["--tokens", "many"], "'many' is not a count"),
         (["--minutes", "0.00001"], "minutes are too few: to measure this machine, load"),
+        (["--tokens", "10k", "--text", ""], "the text's name is empty, perhaps because a shell variable is not set"),
         (["--tokens", "10k", "--text", "self"], "--text self would train the model on its own text"),
         (["--tokens", "10k", "--text", "nothing.txt"], "nothing.txt"),
         (["--tokens", "10k", "--params", "1k"], "budget 1,000 is too small"),
@@ -319,11 +325,55 @@ def test_somebody_else_s_folder_is_refused_before_the_probe(
 def test_a_model_too_large_to_train_is_refused_before_its_weights_are_read(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "_free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(plan, "usable_bytes", lambda: 10**6)
     monkeypatch.setattr(probe, "begin", lambda *_, **__: pytest.fail("it was loaded"))
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
-    assert (status, lines.count("\n")) == (2, 1)
-    assert "GiB of memory to train, but only 0.0 GiB are free; use a smaller model or a larger machine, or prune without" in lines
+    assert (status, lines.count("\n")) == (2, 2), "after: reading text"
+    assert (
+        "GiB of memory to train, but only 0.0 GiB are free; nothing that makes it smaller fits here: take a machine with 1 GiB"
+        in lines
+    )
+
+
+def test_the_command_that_fits_is_named_and_fits(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One memory check for shrink, prune and run: what is recommended is not refused."""
+    model, cpu = load_shapes(str(tiny_folder)), torch.device("cpu")
+    recipe = read({"model": str(tiny_folder), "budget": "70%"})
+    _, (words, least) = plan.ways_to_prune(model, recipe, probe._setup(cpu, "auto"))
+    monkeypatch.setattr(plan, "usable_bytes", lambda: least)
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
+    assert status == 2
+    assert f"this fits here, in {least / 2**30:.1f} GiB: {words}" in lines
+    (command,) = re.findall(r"`adapt-pruner (.+)`", lines)
+    assert ask(*shlex.split(command.replace("DIR", str(tmp_path / "pruned"))))[0] == 0
+    status, _, lines = ask("prune", tiny_folder, "--params", "70%", "-o", tmp_path / "other", "--calibration", text)
+    assert (status, "GiB of memory to prune, but only" in lines, words in lines) == (2, True, True)
+    trained = tmp_path / "recipe.yaml"
+    trained.write_text(f"{{model: {tiny_folder}, budget: 70%, training: {{source: '{text}', tokens: 20k, batch_tokens: 2048}}}}")
+    status, _, lines = ask("run", trained, "-o", tmp_path / "run")
+    assert (status, "GiB of memory to train, but only" in lines, words in lines) == (2, True, True)
+    status, said, lines = ask("run", trained, "--dry-run")
+    assert (status, f"it does not fit: {tiny_folder} needs" in said) == (0, True)
+    command = ("compare", tiny_folder, "-o", tmp_path / "compared", "--params", "70%", "--text", text)
+    status, _, lines = ask(*command, "--methods", "llm-pruner", "--calibration", text)
+    assert (status, "llm-pruner: " in lines, "GiB of memory to prune, but only" in lines) == (2, True, True), lines
+
+
+def test_settings_that_make_a_training_fit_are_named(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"source": str(text), "tokens": "20k", "batch_tokens": 65_536, "micro_batch_tokens": 65_536, "length": 256}
+    recipe = read({"model": str(tiny_folder), "budget": "70%", "method": "magnitude-all", "training": training})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    work, here = start.on_paper(recipe.model_copy(update={"dtype": "float32"}), here=True)
+    plain, again = plan.most_bytes(work, here), plan.most_bytes(work, replace(here, checkpointing=True))
+    assert again < plain
+    monkeypatch.setattr(plan, "usable_bytes", lambda: again)
+    status, _, lines = ask("run", tmp_path / "recipe.yaml", "-o", tmp_path / "run", "--set", "dtype=float32")
+    assert status == 2
+    assert "GiB: --set training.gradient_checkpointing=true" in lines
 
 
 def test_memory_is_that_of_training_the_pruned_model(
@@ -333,10 +383,10 @@ def test_memory_is_that_of_training_the_pruned_model(
     dense, cpu = shapes(load_shapes(str(tiny_folder))), torch.device("cpu")
     needed = [probe._memory(dense, probe._cut_to(dense, round(share * dense.params)), cpu, "auto")[1] for share in (0.7, 1.0)]
     assert needed[0] < needed[1]
-    monkeypatch.setattr(probe, "_free_bytes", lambda device: needed[0])
+    monkeypatch.setattr(plan, "usable_bytes", lambda: needed[0])
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
     assert status == 0, lines
-    monkeypatch.setattr(probe, "_free_bytes", lambda device: needed[0] - 10**5)
+    monkeypatch.setattr(plan, "usable_bytes", lambda: needed[0] - 10**5)
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
     assert (status, "GiB of memory to train" in lines) == (2, True)
 
@@ -345,7 +395,7 @@ def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "_memory", lambda *_: [3 * 10**9, 10**9, 4 * 10**9])
-    monkeypatch.setattr(probe, "_free_bytes", lambda device: 2 * 10**9)
+    monkeypatch.setattr(plan, "usable_bytes", lambda: 2 * 10**9)
     again, kernels = list[bool](), probe.kernels
     monkeypatch.setattr(
         probe, "kernels", lambda model, **how: again.append(how["gradient_checkpointing"]) or kernels(model, **how)

@@ -12,7 +12,7 @@ from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
 from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.words import millions, span
+from adapt_pruner.core.words import measured_text, millions, span
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.page import check_page, page, write_page
 from adapt_pruner.report.record import read_record, record_of_result
@@ -145,7 +145,7 @@ class Result:
         """The loss before and after, if known; of held-out text if there is some."""
         measured = [value for value in self.figures.get("perplexities") or [] if value is not None]
         if len(measured) > 1:
-            return f"perplexity {measured[0]:.2f} → {measured[-1]:.2f} on held-out text"
+            return f"perplexity {measured[0]:.2f} → {measured[-1]:.2f} on {measured_text(self.figures)}"
         losses = [value for value in self.figures.get("calibration_losses") or [] if value is not None]
         if len(losses) > 1:
             return f"{losses[0]:.3f} → {losses[-1]:.3f} nats a token on the calibration text"

@@ -61,7 +61,7 @@ def run(
     from adapt_pruner.cli.tables import said_perplexities
     from adapt_pruner.core import world
     from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.words import millions, span
+    from adapt_pruner.core.words import measured_text, millions, span
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run import folder, forecast
@@ -92,7 +92,7 @@ def run(
     if "nonzero_after" in figures:
         print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
-        print(f"perplexity on held-out text: {said_perplexities(figures)}")
+        print(f"perplexity on {measured_text(figures)}: {said_perplexities(figures)}")
     stale = (None,) if outcome is None else (None, before)  # if the report failed, an older one may still be there
     report = f", the report {page}" if _stamp(page) not in stale else ""
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")
@@ -151,6 +151,8 @@ def _print_plan(planned: dict[str, Any]) -> None:
         f"\nin total about {span(min(seconds, limit))}{ends} and {planned['peak_bytes'] / 2**30:.1f} GiB of memory a process{many}; "
         "nothing was written"
     )
+    if planned["too_large"]:
+        print(f"it does not fit: {planned['too_large']}")
     without = f"; not counted: {', '.join(planned['time_without'])}" if planned["time_without"] else ""
     by = {"assumption": "the time assumes", "probe": "the time is from a probe"}[planned["time_by"]]
     print(f"{by}: {planned['speed']}{without}")

@@ -107,7 +107,7 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     from adapt_pruner.cli.tables import said_perplexities
-    from adapt_pruner.core.words import compact, millions, span, typed
+    from adapt_pruner.core.words import compact, measured_text, millions, span, typed
 
     model = out / "model"
     print(
@@ -115,7 +115,7 @@ def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
         f"{compact(figures['trained_tokens'])} tokens, in {span(figures['seconds'])}"
     )
     if figures.get("perplexities"):
-        print(f"perplexity on held-out text: {said_perplexities(figures)}")
+        print(f"perplexity on {measured_text(figures)}: {said_perplexities(figures)}")
     print(f"saved {model}; its report is {out / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: {typed('chat', model)}")
     if isinstance(recipe.evaluation.source, str):

@@ -16,13 +16,14 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick_device
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
@@ -50,6 +51,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
 from adapt_pruner.report.paper import has_matplotlib, write_pictures
+from adapt_pruner.run.start import room
 
 __all__ = ["compare"]
 
@@ -82,6 +84,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
     for text in asked.texts:
         if text != SELF:
             next(texts(text), None)  # reports a missing text before a model is loaded
+    _check_room(asked)
     listen(Load(model=asked.model).to_dict())
     device = pick_device(asked.device)
     again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
@@ -104,6 +107,23 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
                 raise
     except OSError as error:
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
+
+
+def _check_room(asked: Request) -> None:
+    """Refuse methods that take more memory than is free here, before the model is read where config.json tells its sizes.
+
+    Raises:
+        UsageError: one of them does, or a size is above the model's own.
+    """
+    if locate(asked.model)[1] is not None:
+        return
+    model = load_shapes(asked.model, trust_remote_code=asked.trust_remote_code)
+    for cell in asked.cells(count_parameters(model), decoder_parameters(model)):
+        trouble = ""
+        with suppress(UsageError):  # a cell that cannot be made says so when its turn comes
+            trouble = room(cell.recipe, trust_remote_code=asked.trust_remote_code)
+        if trouble:
+            raise UsageError(f"{cell.method}: {trouble}")
 
 
 def _check_kind(out: Path) -> None:
@@ -155,7 +175,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
     tokens_of = dict.fromkeys(itertools.chain.from_iterable(counted.values()), 1.0)
     digests = {spec: _text_digest(spec) for spec in specs | tokens_of}
     roles = {"calibration": specs, "vocabulary": tokens_of, "evaluation": dict.fromkeys(asked.texts, 1.0)}
-    warnings = overlaps({role: its or None for role, its in roles.items()})
+    warnings = [overlap.sentence for overlap in overlaps({role: its or None for role, its in roles.items()})]
     pairs = itertools.product(rows.items() if readers else (), windows.items())
     shared = [same_tokens(ids, its, text, seen) for (ids, its), (text, seen) in pairs]
     for sentence in (

@@ -205,7 +205,7 @@ class Start(Event):
         dense: whether the model had all its parameters before the run.
         random: whether the run began with random weights in the shape of the model.
         calibration_tokens: tokens still to be read for scoring.
-        training_tokens: training tokens of the whole run.
+        training_tokens: training tokens of the whole run; with a deadline, about how many will be read by then.
         trained_tokens: those of them that are done.
         processes: number of processes of the run.
         parallel: how they share the work.
@@ -245,9 +245,8 @@ class Start(Event):
     @property
     def given(self) -> str:
         """The name for the model given to the run, which may have been pruned before."""
-        if self.random:
-            return "random weights"
-        return "at the start" if self.dense is False else "dense"
+        model = "at the start" if self.dense is False else "dense"
+        return "random weights" if self.random else model
 
     @property
     def begun(self) -> str:
@@ -273,7 +272,9 @@ class Start(Event):
         if self.stages > 1:
             text += f" in {self.stages} stages"
         if self.training_tokens:
-            text += f", training on {self.training_tokens:,} tokens in all"
+            about = "about " if self.seconds_left is not None else ""
+            text += f", training on {about}{self.training_tokens:,} tokens in all"
+            text += f", of which {self.trained_tokens:,} are done" if self.trained_tokens else ""
         if self.processes > 1:
             text += f", on {self.processes} processes ({self.parallel})"
         little = self.decoder and self.decoder_target is not None and self.decoder_target < _BROKEN * self.decoder
@@ -595,6 +596,5 @@ def _is_finite(values: Iterable[Any]) -> bool:
 
 
 def _whose(stage: int, begun: str) -> str:
-    if stage:
-        return f"stage {stage}"
-    return "dense model" if begun == "dense" else begun
+    model = "dense model" if begun == "dense" else begun
+    return f"stage {stage}" if stage else model

@@ -29,7 +29,7 @@ from typing import Any
 
 from adapt_pruner.core.comparison_events import CellBegun, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Find, Load, Progress, Saved, Start, Step, Tasks
-from adapt_pruner.core.run_events import Item, Masked, MasksLearnt, Planned, Within
+from adapt_pruner.core.run_events import Item, Masked, MasksLearnt, Planned, Probe, Within
 from adapt_pruner.core.words import span
 
 __all__ = ["EASE", "ProgressTracker", "RunProgress"]
@@ -231,7 +231,7 @@ class ProgressTracker:
                 self._cell, self._inner, self._cell_began = event, ProgressTracker(), self._now
             case CellDone():
                 self._cell = self._inner = None
-            case Load() | Find():
+            case Load() | Find() | Probe():
                 self._shown, self._doing = None, event.line()
             case Start():
                 self._params, self._tokens = event.params if event.now is None else event.now, event.trained_tokens

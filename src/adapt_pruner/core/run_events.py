@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from adapt_pruner.core.events import Count, Event
 
-__all__ = ["Answered", "Item", "Masked", "MasksLearnt", "Mixed", "Planned", "PromptAnswer", "Searched", "Within"]
+__all__ = ["Answered", "Item", "Masked", "MasksLearnt", "Mixed", "Planned", "Probe", "PromptAnswer", "Searched", "Within"]
 
 
 class Item(TypedDict):
@@ -23,6 +23,16 @@ class Item(TypedDict):
     times: Count
     flops: float | None
     repeats: bool
+
+
+class Probe(Event):
+    """The speed of this machine with the model is measured."""
+
+    event: Literal["probe"] = "probe"
+    logged = False
+
+    def line(self, begun: str = "dense") -> str:
+        return "measuring this machine (up to a minute)"
 
 
 class Planned(Event):

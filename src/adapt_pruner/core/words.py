@@ -3,8 +3,8 @@
 import math
 import re
 import shlex
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 __all__ = [
     "NARROW",
@@ -12,6 +12,7 @@ __all__ = [
     "compact",
     "counted",
     "duration",
+    "measured_text",
     "millions",
     "progress",
     "score",
@@ -29,6 +30,11 @@ Form = Literal[
 """Kinds of figures that `shown` knows."""
 NARROW = "\u00a0"
 """The character between a number and its unit; it keeps both on one line."""
+
+
+def measured_text(figures: Mapping[str, Any]) -> str:
+    """What the text is that a run was measured on: held out, or not all of it."""
+    return "text that is not all held out" if figures.get("not_held_out") else "held-out text"
 
 
 def compact(value: float) -> str:

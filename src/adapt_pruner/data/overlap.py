@@ -1,19 +1,23 @@
-"""Whether texts with different roles (calibration, training, evaluation, vocabulary) share documents or are of the same kind."""
+"""Whether texts with different roles (calibration, training, evaluation, vocabulary) share passages or are of the same kind."""
 
 import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from adapt_pruner.core.files import expanded
-from adapt_pruner.data.sources import SELF, Source, beginning, domains
+from adapt_pruner.core.words import counted
+from adapt_pruner.data.copies import Passages
+from adapt_pruner.data.sources import SELF, Source, beginning, domains, parts_of, pieces
 
-__all__ = ["of_kind", "overlaps", "same_kind", "same_tokens"]
+__all__ = ["Overlap", "of_kind", "overlaps", "same_kind", "same_tokens"]
 
 _NAMED = 3
+_COPIED = 0.5  # share of a passage that stands in the other text, from which on it is shared
 _RUN = 32  # consecutive tokens that two texts do not share by chance
 _MAX_HUB_DOCUMENTS = 10_000
 _BUILT_IN = "python-docs"
@@ -25,12 +29,32 @@ _OF_ANY_TEXT = {
 """Words in the names of texts that do not tell their kind."""
 
 
-def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
-    """One sentence for each pair of roles whose texts share documents, naming some of them.
+@dataclass(frozen=True)
+class Overlap:
+    """Text that two roles share.
 
-    Documents that differ only in white space count as shared. The same SPEC for calibration, training and vocabulary is intended,
-    and not reported. A hub data set is compared by its first 10,000 documents. Each text is read once, in full; a hash and a name
-    of every document are kept.
+    Attributes:
+        roles: the two, `evaluation` first if it is one of them.
+        found: a sentence for people, without the remedy.
+        remedy: what mends it; empty if nothing needs to.
+    """
+
+    roles: tuple[str, str]
+    found: str
+    remedy: str
+
+    @property
+    def sentence(self) -> str:
+        """What was found and what to do, for people."""
+        return f"{self.found}; {self.remedy}" if self.remedy else self.found
+
+
+def overlaps(sources: Mapping[str, Source | None]) -> list[Overlap]:
+    """Each pair of roles whose texts share passages.
+
+    A passage is a document, or a piece of about 4,000 characters of a longer one. It is shared if half of it or more stands in
+    the other text, whatever stands around it (see `data.copies`). The same SPEC for calibration, training and vocabulary is
+    intended, and not reported. Of a hub data set the first 10,000 documents are compared.
 
     Args:
         sources: role ("calibration", "training", "evaluation", "vocabulary") -> its text or mixture; None for none.
@@ -40,23 +64,44 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[str]:
     """
     specs = {role: [spec for spec in domains(source) if spec != SELF] for role, source in sources.items() if source is not None}
 
-    @functools.cache
-    def names(spec: str) -> dict[bytes, str]:
-        return {document.digest: document.name for document in beginning(spec, _MAX_HUB_DOCUMENTS)}
+    def passages(spec: str) -> Iterator[tuple[str, str]]:
+        return ((document.name, piece) for document in beginning(spec, _MAX_HUB_DOCUMENTS) for piece in pieces(document.text))
 
-    sentences = []
-    for (one, its), (other, others) in itertools.combinations(specs.items(), 2):
-        measures = "evaluation" in (one, other)
-        shared: dict[bytes, str] = {}
-        for mine, theirs in itertools.product(its, others):
-            if mine != theirs or measures:
-                shared |= {digest: name for digest, name in names(mine).items() if digest in names(theirs)}
+    @functools.cache
+    def known(spec: str) -> Passages:
+        return Passages(document.text for document in beginning(spec, _MAX_HUB_DOCUMENTS))
+
+    found = []
+    for pair in itertools.combinations(specs, 2):
+        role, other = sorted(pair, key=lambda role: role != "evaluation")
+        shared, total, remedy = list[str](), 0, ""
+        for mine in specs[role]:
+            names = [name for name, _ in passages(mine)]
+            copied = {
+                spec: [covered.mean() >= _COPIED for covered in known(spec).cover(text for _, text in passages(mine))]
+                for spec in specs[other]
+                if spec != mine or role == "evaluation"
+            }
+            shared += [name for name, *copies in zip(names, *copied.values(), strict=True) if any(copies)]
+            total += len(names)
+            if role == "evaluation" and not remedy:
+                remedy = next((_remedy(mine, spec) for spec, copies in copied.items() if any(copies)), "")
         if shared:
-            named = ", ".join(list(shared.values())[:_NAMED]) + (", …" if len(shared) > _NAMED else "")
-            count = f"{len(shared):,} documents" if len(shared) > 1 else "a document"
-            remedy = "; to measure on separate text, split it: SPEC#train and SPEC#heldout" if measures else ""
-            sentences.append(f"{one} and {other} text share {count} ({named}){remedy}")
-    return sentences
+            places = list(dict.fromkeys(shared))
+            examples = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
+            sentence = (
+                f"the {other} text contains {len(shared):,} of the {counted(total, 'passage')} of the {role} text ({examples})"
+            )
+            found.append(Overlap((role, other), sentence, remedy))
+    return found
+
+
+def _remedy(measured: str, other: str) -> str:
+    """What separates a text from the one that is measured on."""
+    train, held_out = parts_of(measured)
+    if (train, held_out) == parts_of(other) and (measured, other) != (held_out, train):
+        return f"to measure on separate text, split it: {train} and {held_out}"
+    return "to measure on separate text, name another one, or remove the copies"
 
 
 def same_tokens(ids: str, batches: Iterable[Tensor], text: str, windows: Iterable[Tensor]) -> str | None:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,7 @@ from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
-__all__ = ["hub", "hub_revision", "local"]
+__all__ = ["hub", "hub_revision", "local", "stamp"]
 
 Row = tuple[str, str | list[Mapping[str, Any]]]
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".parquet")
@@ -42,11 +42,24 @@ _FORMS = f'{{"{_TEXT}": "â€¦"}} or {{"{_CHAT}": [{{"role": "user", "content": "â
 def local(spec: str) -> Iterator[Row]:
     """The rows of a file, of all files in a folder or under a glob, or of a folder of `datasets.save_to_disk`."""
     folder = expanded(spec)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if _is_saved(folder):
         yield from _saved(folder)
     else:
         for path in _paths(spec):
             yield from _file(path)
+
+
+def stamp(spec: str) -> Hashable:
+    """What changes when a file of a local text does."""
+    paths = sorted(expanded(spec).rglob("*")) if _is_saved(expanded(spec)) else _paths(spec)
+    return tuple(
+        (str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns) for path in paths for found in [path.stat()]
+    )
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def hub(spec: str) -> Iterator[Row]:

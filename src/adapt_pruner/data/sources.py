@@ -13,20 +13,31 @@ SPEC#train  SPEC#heldout      for any of these but `self`: the part to train on,
 
 A text of fewer than 100 documents that are no conversations is split by pieces instead. Each document is cut at blank lines into
 pieces of about 4,000 characters, and one piece in ten is held out.
+
+Near copies of the held-out part are left out of the part to train on: documents that stand in it for half of their length or
+more, or, of pieces, such lines. Of conversations only what the assistant says counts. A hub data set is not searched for them.
 """
 
+import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adapt_pruner.data import readers
+from adapt_pruner.data.copies import Passages
 from adapt_pruner.errors import UsageError
 
-__all__ = ["SELF", "Document", "Source", "beginning", "documents", "domains", "identity", "read", "texts"]
+__all__ = [
+    "SELF", "Document", "Source", "beginning", "documents", "domains", "identity", "parts_of", "pieces", "read", "texts",
+]  # fmt: skip
 
 SELF = "self"
 Source = str | Mapping[str, float]
@@ -36,6 +47,8 @@ _PARTS = ("train", "heldout")
 _HELD_OUT = 20  # one document in this many is held out
 _FEW = 100  # with fewer documents, pieces are held out instead
 _PIECE, _HELD_OUT_PIECE = 4_000, 10  # characters of a piece; one piece in this many is held out
+_COPIED = 0.5  # share of a text in the held-out part from which it counts as a near copy of that
+_FORMULA = 2  # a passage that comes more often in the held-out part is a formula of the text, and no copy
 _MAX_HUB_DOCUMENTS = 200_000
 
 
@@ -52,6 +65,12 @@ class Document:
     name: str
     text: str
     messages: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def learnt(self) -> str:
+        """The text that training learns to predict: of a conversation, what the assistant says."""
+        said = (message["content"] for message in self.messages if message["role"] == "assistant")
+        return "\n\n".join(said) if self.messages else self.text
 
     @property
     def digest(self) -> bytes:
@@ -94,28 +113,19 @@ def read(spec: str) -> Iterator[Document]:
     base, part = _split(spec)
     kind, _, rest = base.partition(":")
     if kind == "python-docs":  # has a split of its own, whose parts share no paragraph
-        whole, part = _python_docs(":".join(filter(None, (rest, part))) or "all"), ""
+        whole = _python_docs(":".join(filter(None, (rest, part))) or "all")
+    elif kind == "hub":
+        whole = _of_part(_by_digest(itertools.starmap(_document, readers.hub(base))), spec, part)
+    elif part:
+        whole = _of_part(_units(base), spec, part, kept=_kept(base, readers.stamp(base)) if part == "train" else {})
     else:
-        whole = itertools.starmap(_document, readers.hub(base) if kind == "hub" else readers.local(base))
-        if part and kind != "hub":
-            begun = list(itertools.islice(whole, _FEW))
-            if len(begun) < _FEW and not any(document.messages for document in begun):
-                yield from _of_few(spec, part, begun)
-                return
-            whole = itertools.chain(begun, whole)
-    yielded = count = 0
+        whole = itertools.starmap(_document, readers.local(base))
+    empty = True
     for document in whole:
         if document.text.strip():
-            count += 1
-            if part in ("", _part(document)):
-                yielded += 1
-                yield document
-    if count and not yielded:
-        raise UsageError(
-            f"text {spec!r} is empty: none of the {count:,} documents of {base!r} falls in that part, since one in {_HELD_OUT} "
-            "is held out; give a text with more documents, or another one"
-        )
-    if not yielded:
+            empty = False
+            yield document
+    if empty:
         raise UsageError(f"text {spec!r} is empty; name a file or folder that contains text")
 
 
@@ -150,6 +160,14 @@ def domains(source: Source) -> dict[str, float]:
     return {spec: weight / total for spec, weight in source.items()}
 
 
+def parts_of(spec: str) -> tuple[str, str]:
+    """The SPECs of the part to train on and of the held-out part of the text that a SPEC, or a part of it, names."""
+    base = spec.removesuffix("#train").removesuffix("#heldout")
+    if base.partition(":")[0] == "python-docs":
+        return "python-docs:train", "python-docs:heldout"
+    return f"{base}#train", f"{base}#heldout"
+
+
 def _split(spec: str) -> tuple[str, str]:
     """The SPEC before #train or #heldout, and the part; an empty part means the whole text."""
     base, mark, part = spec.rpartition("#")
@@ -160,36 +178,98 @@ def _split(spec: str) -> tuple[str, str]:
     return base, part
 
 
-def _of_few(spec: str, part: str, documents: Iterable[Document]) -> Iterator[Document]:
-    """The pieces of one part of a text with few documents."""
-    pieces = [
-        Document(f"{document.name}, piece {number}", piece)
-        for document in documents
-        for number, piece in enumerate(_pieces(document.text), start=1)
-    ]
-    held_out = pieces[_HELD_OUT_PIECE // 2 :: _HELD_OUT_PIECE]
-    if not held_out:
+def _of_part(
+    units: Iterable[tuple[Document, str]], spec: str, part: str, *, kept: Mapping[int, str] = MappingProxyType({})
+) -> Iterator[Document]:
+    """The documents of one part, or all if `part` is empty. Of those whose number is in `kept` only that text is left."""
+    there, given = 0, False
+    for there, (document, its) in enumerate(units, start=1):
+        if part in ("", its):
+            left = replace(document, text=kept[there]) if there in kept else document
+            given = given or bool(left.text)
+            yield left
+    if there and not given:
         raise UsageError(
-            f"the text {spec!r} has {sum(len(piece.text) for piece in pieces):,} characters, too few to train on one part and hold out "
+            f"text {spec!r} is empty: all {len(kept):,} documents of that part stand in the held-out part, too; give a text that repeats itself less"
+            if kept
+            else f"text {spec!r} is empty: none of the {there:,} documents of {_split(spec)[0]!r} falls in that part, since one in {_HELD_OUT} "
+            "is held out; give a text with more documents, or another one"
+        )
+
+
+def _by_digest(documents: Iterable[Document]) -> Iterator[tuple[Document, str]]:
+    """Documents with their parts."""
+    return ((document, _part(document)) for document in documents if document.text.strip())
+
+
+def _units(base: str) -> Iterator[tuple[Document, str]]:
+    """The documents of a local text, or the pieces of few documents, with their parts."""
+    documents = itertools.starmap(_document, readers.local(base))
+    begun = list(itertools.islice(documents, _FEW))
+    if len(begun) == _FEW or any(document.messages for document in begun):
+        yield from _by_digest(itertools.chain(begun, documents))
+        return
+    parts = [
+        _Piece(f"{document.name}, piece {number}", piece)
+        for document in begun
+        for number, piece in enumerate(pieces(document.text), start=1)
+    ]
+    if begun and len(parts) <= _HELD_OUT_PIECE // 2:
+        raise UsageError(
+            f"the text {base!r} has {sum(len(piece.text) for piece in parts):,} characters, too few to train on one part and hold out "
             f"another; give at least {_HELD_OUT_PIECE * _PIECE:,}"
         )
     yield from (
-        held_out
-        if part == "heldout"
-        else (piece for number, piece in enumerate(pieces) if number % _HELD_OUT_PIECE != _HELD_OUT_PIECE // 2)
+        (piece, "heldout" if number % _HELD_OUT_PIECE == _HELD_OUT_PIECE // 2 else "train") for number, piece in enumerate(parts)
     )
 
 
-def _pieces(text: str) -> list[str]:
+class _Piece(Document):
+    """A piece of a long document."""
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(base: str, stamp: Hashable) -> Mapping[int, str]:
+    """What is left of those units of the training part that repeat the held-out part: the number of the unit, from 1 -> its text.
+
+    Args:
+        base: a local text.
+        stamp: changes when the text does.
+    """
+    held_out = Passages((document.learnt for document, part in _units(base) if part == "heldout"), most=_FORMULA)
+    training, same = itertools.tee(
+        (number, document) for number, (document, part) in enumerate(_units(base), start=1) if part == "train"
+    )
+    kept = {}
+    for (number, document), covered in zip(training, held_out.cover(document.learnt for _, document in same), strict=True):
+        if isinstance(document, _Piece) and covered.any():
+            kept[number] = _uncovered(document.text, covered)
+        elif covered.any() and covered.mean() >= _COPIED:
+            kept[number] = ""
+    return kept
+
+
+def _uncovered(text: str, covered: NDArray[np.bool_]) -> str:
+    """The lines of a text of which nothing is covered; `covered` has the bytes of the text with single blanks."""
+    lines, at = [], 0
+    for line in text.split("\n"):
+        size = len(_squeezed(line).encode())
+        if not covered[at : at + size].any():
+            lines.append(line)
+        at += size + (size > 0)
+    return "\n".join(lines)
+
+
+def pieces(text: str) -> list[str]:
     """A text in pieces of `_PIECE` characters or a little more, cut at a blank line, otherwise at a line end or a blank."""
-    pieces, start = [], 0
+    found, start = [], 0
     while start < len(text):
         stop = start + _PIECE
         cuts = [text.find(mark, stop, stop + _PIECE) for mark in ("\n\n", "\n", " ")]
         stop = next((cut for cut in cuts if cut >= 0), stop)
-        pieces.append(text[start:stop])
+        found.append(text[start:stop])
         start = stop
-    return [piece for piece in pieces if piece.strip()]
+    return [piece for piece in found if piece.strip()]
 
 
 def _part(document: Document) -> str:

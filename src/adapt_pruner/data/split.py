@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapt_pruner.data.chat import encode_chats
-from adapt_pruner.data.sources import SELF, Document, read
+from adapt_pruner.data.sources import SELF, Document, domains, parts_of, read
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Split", "split_off_heldout"]
+__all__ = ["Split", "specs_of", "split_off_heldout"]
 
 _ENDLESS = 10**12  # characters of a data set that is streamed
 _PLENTY = 500_000  # characters of a held-out part; more are not counted
@@ -53,6 +53,22 @@ class Split:
         return round(self.documents * sum(rows) / len(chats)), held_out
 
 
+def specs_of(spec: str) -> tuple[str, str]:
+    """The SPECs of the two parts of a text, or of the text that a training part belongs to; nothing is read.
+
+    Raises:
+        UsageError: it has no name, is written by the model itself, or is a held-out part.
+    """
+    domains(spec)  # refuses an empty name
+    if spec == SELF:
+        raise UsageError("--text self would train the model on its own text; name a file, a folder or a data set")
+    if spec.endswith(("#heldout", ":heldout")):
+        raise UsageError(
+            f"--text {spec} is a held-out part, which nothing may train on; name the whole text, of which shrink holds out a part itself"
+        )
+    return parts_of(spec)
+
+
 def split_off_heldout(spec: str) -> Split:
     """Split a text in two, and count what is in the parts.
 
@@ -60,21 +76,11 @@ def split_off_heldout(spec: str) -> Split:
         spec: a text, or its training part.
 
     Raises:
-        UsageError: there is no such text, it is written by the model itself, or it is too short to split.
+        UsageError: as `specs_of`, or there is no such text, or it is too short to split.
     """
-    if spec == SELF:
-        raise UsageError("--text self would train the model on its own text; name a file, a folder or a data set")
-    if spec.endswith(("#heldout", ":heldout")):
-        raise UsageError(
-            f"--text {spec} is a held-out part, which nothing may train on; name the whole text, of which shrink holds out a part itself"
-        )
-    base = spec.removesuffix("#train")
-    if base == "python-docs" or base.startswith("python-docs:"):
-        parts = "python-docs:train", "python-docs:heldout"
-    elif base.startswith("hub:"):
-        return Split(f"{base}#train", f"{base}#heldout", _ENDLESS, _ENDLESS, _PLENTY)
-    else:
-        parts = f"{base}#train", f"{base}#heldout"
+    parts = specs_of(spec)
+    if spec.startswith("hub:"):
+        return Split(*parts, _ENDLESS, _ENDLESS, _PLENTY)
     held_out, _ = _counted(read(parts[1]), most=_PLENTY)
     return Split(*parts, *_counted(read(parts[0])), held_out)
 

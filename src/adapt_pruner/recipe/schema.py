@@ -348,7 +348,11 @@ class Recipe(_Frozen):
     checkpoint_minutes: float = Field(
         30.0, ge=0, description="minutes between checkpoints within a stage; 0 saves after every step"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints that stay on disk, the newest ones")
+    keep_checkpoints: int = Field(
+        2,
+        ge=0,
+        description="number of checkpoints that stay on disk, the newest ones; 0 keeps two until the run ends, and then none",
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
         (), description="trackers that also receive the figures, besides log.jsonl"
     )

@@ -11,7 +11,7 @@ from adapt_pruner.core import events
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.run_events import Answered, MasksLearnt, Mixed, Searched
 from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import Form, shots
+from adapt_pruner.core.words import Form, measured_text, shots
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
@@ -312,7 +312,7 @@ def _headline(
     given = starts[0].given if starts else "dense"
     return [
         *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
-        *(replace(row, begun=called) for row in [*_measures(cuts, evaluations, after_cuts), *_task_rows(tasks)]),
+        *(replace(row, begun=called) for row in [*_measures(record, cuts, evaluations, after_cuts), *_task_rows(tasks)]),
     ]
 
 
@@ -351,7 +351,9 @@ def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> lis
     return [row for row in rows if row.before is not None or row.now is not None]
 
 
-def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], after_cuts: Sequence[Evaluation]) -> list[Row]:
+def _measures(
+    record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation], after_cuts: Sequence[Evaluation]
+) -> list[Row]:
     rows = []
     if evaluations:
         first = evaluations[0] if evaluations[0].stage == 0 else None
@@ -359,7 +361,7 @@ def _measures(cuts: Sequence[Cut], evaluations: Sequence[Evaluation], after_cuts
         when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
         cut = next((one for one in after_cuts if last and one.stage == last.stage), None)
         shown: tuple[tuple[str, str, Form, str], ...] = (
-            ("perplexity", "perplexity", "perplexity", f"on held-out text{when}"),
+            ("perplexity", "perplexity", "perplexity", f"on {measured_text(record.figures)}{when}"),
             ("bits per byte", "bits_per_byte", "bits", ""),
         )
         for name, key, form, note in shown:

@@ -12,7 +12,7 @@ from adapt_pruner.core.events import Start
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.marks import PAGE_FOOT, is_page
 from adapt_pruner.core.places import check_place
-from adapt_pruner.core.words import compact, counted, duration, shown, typed
+from adapt_pruner.core.words import compact, counted, duration, measured_text, shown, typed
 from adapt_pruner.data.sources import SELF
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
@@ -263,7 +263,9 @@ def _why(record: Record) -> str:
     said = f"Units were scored by <code>{escaped(recipe.get('metric'))}</code>, and <code>{escaped(recipe.get('chooser'))}</code> said how many of each layer go"
     if recipe.get("distance"):
         said += f", from what <code>{escaped(recipe['distance'])}</code> says a layer is worth"
-    return said + f". Each iteration removes about {float(recipe.get('step') or 0):.1%}. Cuts are named stage.iteration."
+    step = float(recipe.get("step") or 0)
+    removes = "A stage removes all at once" if step >= 1 else f"Each iteration removes about {step:.1%}"
+    return said + f". {removes}. Cuts are named stage.iteration."
 
 
 def _recovery(figures: Figures) -> str:
@@ -327,7 +329,7 @@ def _facts(record: Record, figures: Figures) -> str:
         ("model", recipe.get("model")), ("its weights", _dequantised(record)), ("made by", record.made_by), ("seed", recipe.get("seed")),
         ("device, precision", _machine(record)),
         ("calibration text", _source((recipe.get("calibration") or {}).get("source"))), ("training text", _source(training.get("source"))),
-        ("held-out text", _source(evaluation.get("source"))), ("began", _when(record)),
+        (measured_text(record.figures), _source(evaluation.get("source"))), ("of this text", _copies(record)), ("began", _when(record)),
     ]  # fmt: skip
     listed = "".join(f"<dt>{name}</dt><dd>{escaped(_placeless(value))}</dd>" for name, value in facts if value not in (None, ""))
     folder, dense = _placeless(record.path), _placeless(figures.model)
@@ -365,6 +367,12 @@ def _source(source: object) -> str | None:
     if source == SELF:
         return "self-written text (self)"
     return None if source is None else str(source)
+
+
+def _copies(record: Record) -> str | None:
+    """What of the text that was measured on the run also read."""
+    found = record.figures.get("not_held_out")
+    return "; ".join(map(str, found)) if isinstance(found, list) else None
 
 
 def _when(record: Record) -> str | None:

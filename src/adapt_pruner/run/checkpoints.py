@@ -10,7 +10,9 @@ stage-K          after stage K
 import re
 from pathlib import Path
 
-__all__ = ["called", "is_within_training", "newest_first", "of_stage"]
+from adapt_pruner.recipe import Recipe
+
+__all__ = ["called", "is_within_training", "kept", "newest_first", "of_stage"]
 
 _NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-(?:search|step)-(\d+))?|-(pruned)|-step-(\d+))?")
 
@@ -32,6 +34,11 @@ def of_stage(name: str) -> str:
 def is_within_training(name: str) -> bool:
     """Whether training goes on after the checkpoint of this name, in the same stage."""
     return "-step-" in name
+
+
+def kept(recipe: Recipe) -> int:
+    """The number of checkpoints that stay on disk while a run works."""
+    return recipe.keep_checkpoints or 2
 
 
 def newest_first(folder: Path) -> list[Path]:

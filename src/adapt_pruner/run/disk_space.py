@@ -6,6 +6,7 @@ from adapt_pruner.checkpoint.save import SHARD_BYTES
 from adapt_pruner.core.files import files_in
 from adapt_pruner.core.places import check_disk_space
 from adapt_pruner.reduce.work import Work
+from adapt_pruner.run.checkpoints import kept
 
 __all__ = ["check_result", "check_run"]
 
@@ -43,7 +44,7 @@ def check_run(work: Work, path: Path, checkpoints: Path) -> None:
         if stage.stage < recipe.stages:
             sizes.append(weights * (3 if with_moments else 1))
             largest = max(largest, 2 * weights if with_moments else weights)
-    keep = recipe.keep_checkpoints
+    keep = kept(recipe)
     most = max(sum(together) for together in ([*sizes[-keep:], _result(work)], *_windows(sizes, keep + 1)))
     there = sum(file.stat().st_size for file in files_in(checkpoints).values())
     check_disk_space(path, most, largest=min(largest, SHARD_BYTES) if not with_moments else largest, there=there)

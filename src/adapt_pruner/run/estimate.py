@@ -224,6 +224,8 @@ def pruning_memory(
     own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
     if how.teacher is not None:
         own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+    if evidence is Evidence.WEIGHTS and not reads:
+        return own
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
     layer = (4 * of.decoder + activation_bytes(rows.tokens, of.in_and_out)) / of.layers
@@ -344,16 +346,18 @@ class Speed:
         words: where the figure comes from, for people.
         near: bytes per second to another process on the same machine, of up to 8 processes.
         far: bytes per second to a process on another machine.
+        memory: bytes of the device; None if that is not known.
     """
 
     flops: float
     words: str
     near: float = 300e9
     far: float = 40e9
+    memory: int | None = None
 
 
 PAPER = {
-    "cuda": Speed(0.4 * 989e12, "an H100 at 40 % of its 989 TFLOP/s in bfloat16"),
+    "cuda": Speed(0.4 * 989e12, "an H100 at 40 % of its 989 TFLOP/s in bfloat16", memory=79 * 2**30),
     "cpu": Speed(1e11, "a CPU at 0.1 TFLOP/s"),
 }
 """Device -> the speed that is assumed if none can be measured."""

@@ -237,6 +237,11 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             tidy(folder)
 
+    def tidy_at_end(self, recipe: Recipe) -> None:
+        """Remove, in place, the checkpoints of a run that has ended, if the recipe keeps none."""
+        if recipe.keep_checkpoints == 0:
+            self.tidy(keep=0)
+
     def _append(self, line: str) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(line)

@@ -3,20 +3,17 @@
 The time is that of the phases that `run.ahead` lists, by their operations. So it covers what a run shows as it works.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from adapt_pruner.checkpoint.load import has_weights, load_shapes
-from adapt_pruner.core.axes import Mask
+from adapt_pruner.checkpoint.load import has_weights, pick_device
 from adapt_pruner.core.events import Listener, Progress
 from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.progress import EASE
-from adapt_pruner.core.run_events import Planned
+from adapt_pruner.core.run_events import Planned, Probe
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe, parts
+from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.ahead import ahead, shapes_in_training
 from adapt_pruner.run.estimate import (
@@ -26,15 +23,13 @@ from adapt_pruner.run.estimate import (
     Speed,
     operations,
     process_bytes,
-    pruning_memory,
     seconds,
     setup_of,
     shapes,
-    training_memory,
 )
-from adapt_pruner.run.start import begin, plan, prepare, to_write
+from adapt_pruner.run.plan import free_bytes, memory, too_large
+from adapt_pruner.run.start import begin, on_paper, prepare, room, to_write
 from adapt_pruner.run.threads import random_rows, score_rows, seconds_of
-from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["dry_run"]
 
@@ -46,9 +41,9 @@ def dry_run(
 ) -> dict[str, Any]:
     """The plan of a run, with its time and memory; nothing is written.
 
-    If the weights are on this machine, the model is loaded and the texts are found. A batch of random tokens, forward and
+    If the weights are on this machine and the run fits its memory, the model is loaded and the texts are found. A batch of random tokens, forward and
     backward, then probes the speed. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those
-    of `estimate`. `time_without` names the work whose time nobody can compute. `minutes` are those of the recipe, which may end
+    of `estimate`. `too_large` says that the memory is not enough, and what would be. `time_without` names the work whose time nobody can compute. `minutes` are those of the recipe, which may end
     its training sooner.
 
     Args:
@@ -61,68 +56,40 @@ def dry_run(
         UsageError: the recipe does not fit the model, or a text, task or package is missing.
     """
     recipe = recipe.ready()
-    on_paper = not has_weights(recipe.model)
-    if not on_paper:
+    here = has_weights(recipe.model)
+    trouble = room(recipe, trust_remote_code=trust_remote_code) if here else ""
+    if here and not trouble:
         work = begin(recipe, listen, trust_remote_code=trust_remote_code)
         prepare(work, write=False)
         teacher = None if work.data.teacher is None else shapes(work.data.teacher)
         device = next(work.model.parameters()).device
         narrow = uses_bfloat16(device, recipe.dtype)
-        speed = _probe(work, narrow=narrow)
         kind = "cpu" if device.type == "cpu" else "cuda"
-    elif recipe.latency:
+        how = setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=processes)
+        return _told(work, how, _probe(work, narrow=narrow), free=free_bytes(device), measured=True)
+    if recipe.latency:
         raise UsageError(
-            f"latency {recipe.latency} needs a measurement, but the weights of {recipe.model} are not on this machine; set a "
+            trouble
+            or f"latency {recipe.latency} needs a measurement, but the weights of {recipe.model} are not on this machine; set a "
             "budget instead"
         )
-    else:
-        work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
-        _cut_on_paper(work)
-        work.stages, work.budget = plan(work)
-        teacher = _teacher(work, trust_remote_code)
-        kind = "cpu" if recipe.device == "cpu" else "cuda"
-        narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
-        speed = PAPER[kind]
-    how = setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=processes)
-    return _told(work, how, speed, on_paper=on_paper)
+    work, how = on_paper(recipe, here=here, trust_remote_code=trust_remote_code)
+    how = replace(how, processes=processes)
+    free = PAPER[how.device].memory
+    if here or how.device == "cpu":
+        free = free_bytes(pick_device(recipe.device))
+    return _told(work, how, PAPER[how.device], free=free, measured=False)
 
 
-def _cut_on_paper(work: Work) -> None:
-    """Shrink the vocabulary of a model without weights, in place, to the recipe's `vocabulary.keep`."""
-    asked = work.recipe.vocabulary
-    if asked is not None and asked.keep is not None:
-        tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
-        work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
-        work.state.figures["params_after_vocabulary"] = work.num_params
-
-
-def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, Any]:
-    recipe, budget, dense, use = work.recipe, work.budget, shapes(work.model), work.reduction.text_use(work)
+def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: bool) -> dict[str, Any]:
+    recipe, budget, dense = work.recipe, work.budget, shapes(work.model)
     evaluation = recipe.evaluation
     windows = sum(window.numel() for window in work.data.held_out)  # not read where there are no weights
     read = windows or (0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 0))
     planned = ahead(work, how, writes=to_write(work), reads=read)
     first, *spans = _spans(work, dense, how, speed, planned)
-    while_cutting = "training" in parts.needs("reduce", recipe.reduce)
-    trains = bool(recipe.training.tokens)
-    carried = trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
-    asked = recipe.calibration
-    scoring = partial(
-        pruning_memory,
-        dense,
-        how,
-        samples=asked.samples,
-        length=asked.length,
-        moments=carried,
-        reads=use.forward or evaluation.source is not None,
-    )
-    passes = [scoring(evidence=use.evidence)]
-    if use.streams:  # fits to every second row of a batch
-        passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
-    memory = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
-    if trains:
-        memory["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
-    peaks = {phase: process_bytes(parts, how.device) for phase, parts in memory.items()}
+    held = memory(work, how)
+    peaks = {phase: process_bytes(parts, how.device) for phase, parts in held.items()}
     return {
         "model": recipe.model,
         "method": recipe.method,
@@ -132,14 +99,15 @@ def _told(work: Work, how: Setup, speed: Speed, *, on_paper: bool) -> dict[str, 
         "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(work.stages, spans, strict=True)],
         "seconds": first + sum(spans),
         "minutes": recipe.minutes,
-        "time_by": "assumption" if on_paper else "probe",
+        "time_by": "probe" if measured else "assumption",
         "speed": speed.words,
         "time_without": _left_out(planned, unread=evaluation.source is not None and not read),
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
-        "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in memory.items()},
+        "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in held.items()},
         "peak_bytes": max(peaks.values()),
+        "too_large": too_large(work, how, free=free) or None,
     }
 
 
@@ -167,6 +135,7 @@ def _left_out(planned: Planned, *, unread: bool) -> list[str]:
 def _probe(work: Work, *, narrow: bool) -> Speed:
     """The speed of this machine with the model, measured on one batch of random tokens."""
     recipe, model = work.recipe, work.model
+    work.tell(Probe())
     length = recipe.calibration.length
     shape = (max(1, _PROBED_TOKENS // length), length)
     batch = random_rows(model, *shape)
@@ -175,10 +144,3 @@ def _probe(work: Work, *, narrow: bool) -> Speed:
     device = next(model.parameters()).device
     flops = batch.numel() * operations(shapes(model), Setup(device.type, narrow, length), kind="score") / span
     return Speed(flops, f"this machine reaches {flops / 1e12:.3g} TFLOP/s with this model")
-
-
-def _teacher(work: Work, trust_remote_code: bool) -> Shapes | None:
-    asked = work.recipe.training
-    if asked.source is None or not asked.needs_teacher:
-        return None
-    return shapes(work.model if asked.teacher is None else load_shapes(asked.teacher, trust_remote_code=trust_remote_code))

@@ -9,10 +9,10 @@ from typing import Any
 from adapt_pruner import recipe as recipes
 from adapt_pruner.core import world
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine
+from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine, Progress
 from adapt_pruner.core.words import compact, typed
 from adapt_pruner.data.fixed import MOST_REPEATS
-from adapt_pruner.data.split import split_off_heldout
+from adapt_pruner.data.split import specs_of, split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.overrides import keys_of, refuse_tables
@@ -66,8 +66,8 @@ def recipe_in_time(
         )
     refuse_tables(_PLANNED, overrides)
     minutes, tokens = long
-    parts = split_off_heldout(text or DEFAULT_TEXT)
-    train, held_out = parts.train, parts.held_out
+    spec = DEFAULT_TEXT if text is None else text
+    train, held_out = specs_of(spec)
     asked = _about(common["budget"], minutes, tokens)
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,
@@ -76,6 +76,8 @@ def recipe_in_time(
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
     check_trackers(plain)
+    listen(Progress(phase="read", done=0, of=0).to_dict())
+    parts = split_off_heldout(spec)
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     tokens_of = parts.tokens(work.tokenizer, length=TRAINING_ROW)
     del work

@@ -50,13 +50,14 @@ def prune(
     started, out = time.perf_counter(), Path(out)
     world.check_alone("prune")
     check_target(out)
-    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code)
+    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code, check=True)
     work.started = started
     prepare(work)
     check_result(work, out)
-    tell_start(work)
+    trainer = Trainer(work)
+    tell_start(work, training_tokens=trainer.expected_tokens)
     with work.state.clock("other"):
-        outcome = run_stages(work, Trainer(work))
+        outcome = run_stages(work, trainer)
     results.write(work, out, write_more=write_more)
     work.tell(Saved(path=str(out), **outcome.figures))
     return outcome
@@ -80,6 +81,7 @@ def run(
         recipe = folder.as_begun(recipe)
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
+            world.on_main(lambda: folder.tidy_at_end(recipe))
             listen(Finished(path=str(folder.result)).to_dict())
             return None
         try:
@@ -88,13 +90,14 @@ def run(
             work.started = started
             if recipe.minutes is not None:
                 fit_threads(work)
-            tell_start(work)
+            tell_start(work, training_tokens=trainer.expected_tokens)
             with trainer.rescued():
                 with work.state.clock("other"):
                     outcome = run_stages(work, trainer)
                 world.on_main(folder.check_here)
                 world.on_main(lambda: results.write(work, folder.result, write_more=write_more))
             work.tell(Saved(path=str(folder.result), **outcome.figures))
+            world.on_main(lambda: folder.tidy_at_end(recipe))
         except UsageError:
             raise
         except (Exception, KeyboardInterrupt) as error:  # out of memory, too

@@ -10,13 +10,16 @@ import torch
 from adapt_pruner.checkpoint.load import load_shapes, locate, pick_device
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.events import Listener
-from adapt_pruner.core.memory import keeping_freed, usable_bytes
+from adapt_pruner.core.memory import keeping_freed
 from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.run_events import Probe
+from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, pruning_memory, shapes, training_memory
-from adapt_pruner.run.rules import BATCH_TOKENS, CALIBRATION_ROW, TRAINING_ROW, Machine, Model, check_memory
+from adapt_pruner.run.plan import beyond, free_bytes, ways_to_prune
+from adapt_pruner.run.rules import BATCH_TOKENS, CALIBRATION_ROW, TRAINING_ROW, Machine, Model
 from adapt_pruner.run.start import begin, sizes_begun
 from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, random_rows, score_rows, seconds_of
 from adapt_pruner.train.kernels import kernels
@@ -50,12 +53,16 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     began = time.perf_counter()
     if locate(recipe.model)[1] is None and recipe.vocabulary is None:  # otherwise the sizes are known once it is read
         foreseen = pick_device(recipe.device)
-        whole = shapes(load_shapes(recipe.model, trust_remote_code=trust_remote_code))
+        unread = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
+        whole = shapes(unread)
         target = Budget.parse(recipe.budget, dense=whole.params, decoder=whole.decoder, outside=whole.params - whole.decoder).keep
         needed = _memory(whole, _cut_to(whole, target), foreseen, recipe.dtype)[1]
-        check_memory(recipe.model, recipe.budget, needed=needed, free=_free_bytes(foreseen))
+        ways = ways_to_prune(unread, recipe, _setup(foreseen, recipe.dtype))
+        if trouble := beyond(recipe.model, "train", needed=needed, free=free_bytes(foreseen), ways=ways):
+            raise UsageError(trouble)
     work = begin(recipe, listen, trust_remote_code=trust_remote_code)
     load = time.perf_counter() - began
+    listen(Probe().to_dict())
     model, config = work.model, work.model.config
     device, dense = next(model.parameters()).device, shapes(work.model)
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
@@ -66,9 +73,10 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     needs = _memory(dense, _cut_to(dense, budget.keep), device, recipe.dtype)
     measured = Model(
         recipe.model, dense.params, dense.decoder, min(budget.keep, dense.params), longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
+        instead=tuple(ways_to_prune(model, recipe, _setup(device, recipe.dtype))),
         sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
     )  # fmt: skip
-    free = _free_bytes(device)
+    free = free_bytes(device)
     batch = random_rows(model, _TOKENS // CALIBRATION_ROW, CALIBRATION_ROW)
     words = torch.cuda.get_device_name(device) if device.type != "cpu" else fit_threads(work) if recipe.minutes else in_words()
     read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch, device)
@@ -91,11 +99,15 @@ def _memory(dense: Shapes, pruned: Shapes, device: torch.device, dtype: str) -> 
 
     All training comes after the cuts. If little stays of the model, pruning takes more than training.
     """
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    how = Setup(kind, uses_bfloat16(device, dtype), TRAINING_ROW, batch_tokens=BATCH_TOKENS)
+    how = _setup(device, dtype)
     ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
     pruning = partial(pruning_memory, dense, samples=_SAMPLES, length=CALIBRATION_ROW, moments=False, reads=True)
-    return [max(process_bytes(parts, kind) for parts in (training_memory(pruned, each), pruning(each))) for each in ways]
+    return [max(process_bytes(parts, how.device) for parts in (training_memory(pruned, each), pruning(each))) for each in ways]
+
+
+def _setup(device: torch.device, dtype: str) -> Setup:
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return Setup(kind, uses_bfloat16(device, dtype), TRAINING_ROW, batch_tokens=BATCH_TOKENS)
 
 
 def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
@@ -139,10 +151,3 @@ def _seconds(do: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
 
     return seconds_of(whole)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Bytes of memory that this process may use in all: what is free and what it holds; None if the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    return usable_bytes()

@@ -16,6 +16,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import RunState, Work
 from adapt_pruner.run import results
+from adapt_pruner.run.checkpoints import kept
 from adapt_pruner.run.disk_space import check_run
 from adapt_pruner.run.folder import RunFolder
 from adapt_pruner.run.start import begin, prepare
@@ -37,7 +38,7 @@ def resumed(
     origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
-        work = begin(recipe, tell, trust_remote_code=trust_remote_code)
+        work = begin(recipe, tell, trust_remote_code=trust_remote_code, check=True)
     else:
         _check_origin(path, saved, recipe, origin)
         loaded, tensors = load_state(path, saved, device=pick_device(recipe.device))
@@ -59,7 +60,7 @@ def resumed(
         check_run(work, folder.path, folder.checkpoints)
         folder.begin(recipe, made_by())
         folder.rewind(log_size=saved.get("log_size", 0), damaged=damaged)
-        folder.tidy(keep=recipe.keep_checkpoints)
+        folder.tidy(keep=kept(recipe))
 
     world.on_main(write_down)
     for sentence in _sentences(path, damaged=damaged, changed=changed, replaced=replaced):
@@ -95,7 +96,7 @@ def resumed(
             weight_mask=work.weight_mask,
         )
         work.tell(Saved(path=str(target), stage=work.state.stage))
-        folder.tidy(keep=recipe.keep_checkpoints)
+        folder.tidy(keep=kept(recipe))
 
     return work, Trainer(work, save=keep, log_size=lambda: folder.log_size, tensors=tensors)
 

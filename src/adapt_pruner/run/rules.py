@@ -11,8 +11,9 @@ from itertools import product
 from typing import Any
 
 from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.words import compact, counted, millions, span, typed
+from adapt_pruner.core.words import compact, counted, millions, span
 from adapt_pruner.errors import UsageError
+from adapt_pruner.run.plan import beyond
 
 __all__ = [
     "BATCH_TOKENS",
@@ -22,7 +23,6 @@ __all__ = [
     "Machine",
     "Model",
     "Plan",
-    "check_memory",
     "how_long",
     "planned",
 ]
@@ -35,7 +35,8 @@ _MORE, _MOST_MORE, _EASILY = 2, 8, 4_000_000
 """Tokens prepared for each that should fit, so that the text lasts to the deadline even if the probe was too slow: 2, or up to 8 as long as
 that makes so many tokens, which takes seconds."""
 _SURELY = 0.5  # share of the estimated tokens of a text to rely on: the estimate reads only its beginning
-_ONCE = 1.05  # times that a text may be read; above, the model would learn it by heart, so the dense model's predictions teach
+_ONCE = 1.05  # times that a text may be read; above, the model would learn it by heart
+_ALMOST = 1.2  # times, up to which a text is read only once instead; above, the dense model's predictions teach
 _DISTIL_FROM = 0.35  # share of the decoder that goes; from here on the dense model teaches in any case
 _FASTER = 0.6  # a pruned model trains faster by this much of (dense / pruned parameters - 1)
 _SUSTAINED = 0.85  # of the speed that the probe and the rule above say; a long run is slower
@@ -49,7 +50,6 @@ _BATCHES = {BATCH_TOKENS: 10, 1024: 10, 512: 3}  # tokens of a step -> steps tha
 _RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that goes, below -> learning rate
 _LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
-_GIB = 2**30
 _LONGEST = 10**6  # minutes
 
 
@@ -86,6 +86,7 @@ class Model:
         longest: most tokens that the model reads at once; None if its config does not say.
         training: bytes that training takes, without and with gradient checkpointing.
         teacher: bytes that a teacher takes besides.
+        instead: commands that make the model smaller without training, the best first, with the bytes that each takes.
         sparse: whether it has a mask over weights. A repair would fill its zeros, and it is not the dense model that could teach.
         chats: whether it answers prompts before and after.
     """
@@ -97,6 +98,7 @@ class Model:
     longest: int | None = None
     training: tuple[int, int] = (0, 0)
     teacher: int = 0
+    instead: tuple[tuple[str, int], ...] = ()
     sparse: bool = False
     chats: bool = False
 
@@ -212,17 +214,34 @@ def planned(machine: Machine, model: Model, asked: Asked) -> Plan:
         UsageError: the time is too short for the smallest plan, the text too short for the time, or the model does not fit into
             memory.
     """
-    taught = (model.share >= _DISTIL_FROM or not asked.own) and not model.sparse
-    plan, tokens = _planned(machine, model, asked, taught=taught)
-    if tokens > _ONCE * asked.text_tokens and not (taught or model.sparse):
-        plan, tokens = _planned(machine, model, asked, taught=True)
+    why = ""
+    if model.share >= _DISTIL_FROM:
+        why = f"since {model.share:.0%} of the decoder goes"
+    elif not asked.own:
+        why = "since the text is not yours"
+    plan, tokens = _planned(machine, model, asked, taught="" if model.sparse else why)
+    readings = tokens / max(1, asked.text_tokens)
+    if readings > _ONCE and not (why or model.sparse):
+        if readings <= _ALMOST:
+            plan, tokens = _planned(machine, model, asked, once=True, enough=tokens)
+        else:
+            why = f"since the text would be read {readings:.1f} times without them"
+            plan, tokens = _planned(machine, model, asked, taught=why, enough=tokens)
     _check_repeats(tokens, asked)
     return plan
 
 
-def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> tuple[Plan, int]:
-    """The plan, and the tokens that it expects to train on; `taught` by the dense model if both fit into memory."""
-    distilled = taught and (machine.memory is None or model.training[1] + model.teacher <= machine.memory)
+def _planned(
+    machine: Machine, model: Model, asked: Asked, *, taught: str = "", once: bool = False, enough: int | None = None
+) -> tuple[Plan, int]:
+    """The plan, and the tokens that it expects to train on.
+
+    Args:
+        taught: why the dense model teaches, for people; it does if both fit into memory. Empty if it does not.
+        once: whether the text is read at most once.
+        enough: tokens of a text that would be long enough; None if this plan reads as many.
+    """
+    distilled = bool(taught) and (machine.memory is None or model.training[1] + model.teacher <= machine.memory)
     checkpointing = _fitting(machine, model, distilled)
     if checkpointing:
         machine = replace(machine, trained=machine.trained * 3 / 4)  # the forward pass of the layers is made twice
@@ -232,11 +251,14 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
     speed = _training_speed(machine, model, distilled)
     batch, windows, way, left = _thoroughness(total, model, machine, asked, speed=speed)
     pruning = way.seconds(model, machine)
-    tokens = _whole(asked.tokens if asked.tokens is not None else left * speed, batch)
+    tokens = wanted = _whole(asked.tokens if asked.tokens is not None else left * speed, batch)
+    if once:
+        tokens = max(batch, asked.text_tokens // batch * batch)
+    exactly = once or asked.tokens is not None
     settings = {
         **way.settings(), "model": model.name, "budget": str(model.target), "stages": 1,
         "calibration.source": asked.train, "calibration.length": min(CALIBRATION_ROW, model.longest or CALIBRATION_ROW),
-        "training.source": asked.train, "training.tokens": tokens if asked.tokens is not None else _prepared(tokens, batch, asked),
+        "training.source": asked.train, "training.tokens": tokens if exactly else _prepared(tokens, batch, asked),
         **({} if asked.minutes is None else {"training.expected": tokens}),
         "training.batch_tokens": batch, "training.length": min(TRAINING_ROW, model.longest or TRAINING_ROW),
         "training.lr": _rate(model),
@@ -244,7 +266,7 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
         "training.gradient_checkpointing": checkpointing,
         "evaluation.source": asked.held_out, "evaluation.window": min(_WINDOW, model.longest or _WINDOW),
         "evaluation.max_windows": windows, **({"evaluation.prompts": []} if silent else {}),
-        "checkpoint_minutes": _checkpoints(total),
+        "checkpoint_minutes": _checkpoints(total), "keep_checkpoints": 0,
         **({} if asked.left is None else {"minutes": asked.left}),
     }  # fmt: skip
     seconds = {
@@ -254,11 +276,17 @@ def _planned(machine: Machine, model: Model, asked: Asked, *, taught: bool) -> t
         "train": tokens / speed,
     }
     plan = Plan(settings, (), seconds)
-    by = "learning from the dense model's predictions on " if distilled else "on "
+    what = f"learning from the dense model's predictions on the text, {taught}" if distilled else "on the text"
+    if once:
+        what = (
+            f"on one reading of the text, which is a little short; a text of {compact(enough or wanted)} tokens would be enough"
+        )
+    elif enough is not None or tokens > _ONCE * asked.text_tokens:
+        often = tokens / max(1, asked.text_tokens)
+        what += f", each about {often:.1f} times" if often > _ONCE else ""
+        what += f"; a text of {compact(enough or wanted)} tokens would be read once, which is better"
     lacking = "; the dense model, which would teach it, does not fit into memory beside it" if taught and not distilled else ""
-    return replace(
-        plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=f"{by}the text", lacking=lacking)
-    ), tokens
+    return replace(plan, lines=_lines(plan, machine, model, asked, way, tokens=tokens, what=what, lacking=lacking)), tokens
 
 
 def _thoroughness(
@@ -295,22 +323,9 @@ def _fitting(machine: Machine, model: Model, distilled: bool) -> bool:
     plain, again = (each + model.teacher * distilled for each in model.training)
     if machine.memory is None or plain <= machine.memory:
         return False
-    check_memory(model.name, str(model.target), needed=again, free=machine.memory)
+    if trouble := beyond(model.name, "train", needed=again, free=machine.memory, ways=model.instead):
+        raise UsageError(trouble)
     return True
-
-
-def check_memory(name: str, size: str, *, needed: int, free: int | None) -> None:
-    """Refuse to train a model that needs more memory than is free; `size` is what --params would be without training.
-
-    Raises:
-        UsageError: it does not fit.
-    """
-    if free is not None and needed > free:
-        without = typed("prune", name, "-o", "DIR", "--params", size)
-        raise UsageError(
-            f"{name} needs {needed / _GIB:.1f} GiB of memory to train, but only {free / _GIB:.1f} GiB are free; use a smaller model or "
-            f"a larger machine, or prune without training: `{without}`"
-        )
 
 
 def _measuring(windows: int, model: Model, machine: Machine) -> float:
@@ -376,12 +391,6 @@ def _lines(
 ) -> tuple[str, ...]:
     """The plan in five lines."""
     settings, seconds = plan.settings, plan.seconds
-    often = tokens / max(1, asked.text_tokens)
-    repeats = (
-        f", each about {often:.1f} times; a text of {compact(tokens)} tokens would be read once, which is better"
-        if often > _ONCE
-        else ""
-    )
     cuts = way.iterations(model)
     own = "" if asked.own else " (Python's language reference, which teaches little beyond Python; name your own with --text)"
     when = f"ends within {span(60 * asked.left)}" if asked.left is not None else f"takes about {span(sum(seconds.values()))}"
@@ -391,7 +400,7 @@ def _lines(
         f"prune: {millions(model.params)} → {millions(model.target)} parameters by adaptive-ls-v1, about {counted(cuts, 'cut')}, each "
         f"reading {way.samples} × {CALIBRATION_ROW} tokens: about {span(seconds['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {settings['training.batch_tokens']:,} at a learning rate of "
-        f"{settings['training.lr']:g}, {what}{repeats}: about {span(seconds['train'])}{lacking}",
+        f"{settings['training.lr']:g}, {what}: about {span(seconds['train'])}{lacking}",
         f"text: {asked.train}{own}; held out and measured: {settings['evaluation.max_windows']} windows of {asked.held_out}",
         f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the newest checkpoint, and the "
         "same command continues",

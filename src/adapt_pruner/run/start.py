@@ -1,6 +1,5 @@
 """Prepare a run: load the model, plan its stages and find the texts that they read."""
 
-import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded, load, pick_device
+from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick_device
 from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
@@ -22,8 +21,7 @@ from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.events import Find, Listener, Load, Start, VocabularyCut
 from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.core.layerwise import decoder_layers
-from adapt_pruner.core.precision import cast_weights, uses_bfloat16
+from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.surgery import cut
@@ -42,19 +40,62 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.work import RunData, RunState, Stage, Work
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead, setup_here
+from adapt_pruner.run.estimate import Setup, setup_of, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
+from adapt_pruner.run.plan import check_memory, free_bytes, too_large
+from adapt_pruner.run.teacher import teacher_of
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "tell_start", "to_write"]
+__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "tell_start", "to_write"]
 
 
-def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
+def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> tuple[Work, Setup]:
+    """A run by its config.json alone, planned as far as that tells, and how it trains: on this machine, or else on a GPU or CPU.
+
+    Raises:
+        UsageError: the model cannot be loaded, or the recipe does not fit it.
+    """
+    work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
+    asked = recipe.vocabulary
+    if asked is not None and asked.keep is not None:
+        tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
+        work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
+        work.state.figures["params_after_vocabulary"] = work.num_params
+    if recipe.latency:  # its size is measured later
+        work.stages = _stages(work, start=work.num_params, end=work.num_params)
+    else:
+        work.stages, work.budget = plan(work)
+    training, teacher = recipe.training, None
+    if training.source is not None and training.needs_teacher:
+        named = training.teacher
+        teacher = shapes(work.model if named is None else load_shapes(named, trust_remote_code=trust_remote_code))
+    device = pick_device(recipe.device) if here else torch.device("cpu" if recipe.device == "cpu" else "cuda")
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
+    if here:
+        narrow = uses_bfloat16(device, recipe.dtype)
+    return work, setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=world.size())
+
+
+def room(recipe: Recipe, *, trust_remote_code: bool = False) -> str:
+    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes."""
+    if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
+        return ""
+    work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
+    return too_large(work, how, free=free_bytes(pick_device(recipe.device)))
+
+
+def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, check: bool = False) -> Work:
     """A run at its start: load the model, cut its vocabulary and turn a latency into a number of parameters.
+
+    With `check`, a run that takes more memory than is free here is refused before its weights are read.
 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
     listen(Load(model=recipe.model).to_dict())
+    if check and (trouble := room(recipe, trust_remote_code=trust_remote_code)):
+        raise UsageError(trouble)
     fresh = recipe.seed if recipe.init == "random" else None
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
@@ -250,6 +291,8 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     recipe = work.recipe
     work.stages, work.budget = plan(work)
     _check_machine(work)
+    if write and not begun:
+        check_memory(work, setup_here(work), free=free_bytes(work.model.device))
     if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
@@ -289,7 +332,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         held_out=held_out,
         held_out_texts=[text for text, windows in by_text.items() for _ in windows],
         held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
-        teacher=_teacher(work, begun=begun),
+        teacher=teacher_of(work, begun=begun),
         tasks=tasks,
     )
 
@@ -325,7 +368,10 @@ def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[
     }
     asked = {setting: length for setting, length in lengths.items() if length is not None}
     shared = same_tokens(ids, begins_with, str(recipe.evaluation.source), held_out) if ids and begins_with is not None else None
-    for sentence in (*overlaps(sources), shared, *too_long(work.model.config, asked)):
+    found = overlaps(sources)
+    if repeated := [overlap.found for overlap in found if "evaluation" in overlap.roles]:
+        work.state.figures["not_held_out"] = repeated
+    for sentence in (*(overlap.sentence for overlap in found), shared, *too_long(work.model.config, asked)):
         if sentence:
             work.warn(sentence)
 
@@ -475,81 +521,9 @@ def _held_out(work: Work) -> dict[str, list[Tensor]]:
     return work.task.held_out(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
 
 
-def _teacher(work: Work, *, begun: bool) -> Any:
-    """The model to distil from, frozen, in the precision of matrix products; None if the objective needs none.
-
-    If the run removed tokens from the vocabulary, the teacher loses the same tokens. Its distribution is then renormalised over
-    those that stay.
-
-    Raises:
-        UsageError: the teacher has another vocabulary than the model.
-    """
-    loaded, recipe = work.loaded, work.recipe
-    if recipe.training.source is None or not recipe.training.needs_teacher:
-        return None
-    device = next(loaded.model.parameters()).device
-    name = recipe.training.teacher or recipe.model
-    if recipe.training.teacher is None and not begun:
-        teacher = copy.deepcopy(loaded.model)
-    else:
-        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code), work)
-        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-            raise UsageError(
-                f"teacher {name} ({len(other.tokenizer):,} tokens) and {recipe.model} ({len(loaded.tokenizer):,}) have different "
-                "tokenizers; distillation compares token by token, so name a teacher of the same vocabulary"
-            )
-        teacher = other.model
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, loaded.model)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"teacher {name} has {sizes[0]:,} logits and {recipe.model} has {sizes[1]:,}; name a teacher of the same vocabulary"
-        )
-    if parts.bind("objective", recipe.training.objective).keywords.get("hidden"):
-        _check_hidden(work, teacher)
-    cast_weights(teacher, torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32)
-    return teacher.eval().requires_grad_(False)
-
-
-def _check_hidden(work: Work, teacher: Any) -> None:
-    """Refuse to compare hidden states of models whose layers are not as many, or not as wide, once the student is pruned.
-
-    Raises:
-        UsageError: they are not.
-    """
-    recipe = work.recipe
-    changed = [kind for kind in ("residual", "layers") if kind in recipe.axes]
-    if changed or work.reduction.changes_hidden_states:
-        what = f"axes names {' and '.join(changed)}" if changed else f"reduce {recipe.reduce} changes their width or number"
-        raise UsageError(
-            f"objectives.distil(hidden=…) compares hidden states with those of the teacher, layer by layer, but {what}; leave out hidden"
-        )
-    ours, theirs = (
-        (len(decoder_layers(model, families.axes(model))), model.get_input_embeddings().weight.shape[1])
-        for model in (work.model, teacher)
-    )
-    if ours != theirs:
-        raise UsageError(
-            f"objectives.distil(hidden=…) compares hidden states layer by layer, but {recipe.model} has {ours[0]} layers of width {ours[1]} and "
-            f"the teacher {theirs[0]} of {theirs[1]}; leave out hidden"
-        )
-
-
-def _with_same_tokens(teacher: Loaded, work: Work) -> Loaded:
-    """A teacher without the tokens that the run removed, if it had the run's tokens before; any other teacher as it is."""
-    keep = work.state.mask.kept.get("vocabulary")
-    axes = families.axes(teacher.model)
-    if keep is None or not any(axis.kind == "vocabulary" and axis.size == keep.numel() for axis in axes):
-        return teacher
-    smaller = smaller_tokenizer(teacher.tokenizer, keep)
-    if smaller.get_vocab() != work.tokenizer.get_vocab():
-        return teacher
-    cut(teacher.model, axes, Mask({"vocabulary": keep}))
-    return replace(teacher, tokenizer=smaller)
-
-
-def tell_start(work: Work) -> None:
+def tell_start(work: Work, *, training_tokens: int) -> None:
     """Tell what the run is about to do: from what to what, by what, on how much text."""
-    state, recipe, feed = work.state, work.recipe, work.data.feed
+    state, recipe = work.state, work.recipe
     coming = work.stages[state.stage - 1 + state.pruned :]
     source = recipe.calibration.ids or recipe.calibration.source
     start, decoder = sizes_begun(work)
@@ -560,7 +534,7 @@ def tell_start(work: Work) -> None:
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
         sparsity=recipe.sparsity or None,
         dense=work.loaded.mask is None, random=recipe.init == "random", calibration_tokens=sum(stage.calibration_tokens for stage in coming),
-        training_tokens=0 if feed is None else min(feed.num_tokens, work.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
+        training_tokens=training_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
         **left,

@@ -122,6 +122,15 @@ class Trainer:
         after = measuring + self._last_save + _AFTERWARDS
         return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after
 
+    @property
+    def expected_tokens(self) -> int:
+        """Training tokens of the whole run: all of the feed, or about as many as are read by the end of its time."""
+        feed = self._work.data.feed
+        if feed is None:
+            return 0
+        in_time = math.inf if self._work.recipe.minutes is None else self._expected(self._seconds_left())
+        return round(min(feed.num_tokens, in_time))
+
     def _expected(self, seconds_left: float) -> float:
         """Tokens of the whole run by the end of the time: by the pace of its training so far, else as the recipe expects."""
         read, took = self._work.state.progress.tokens, self._work.state.spent["train"]
