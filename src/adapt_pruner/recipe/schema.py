@@ -5,7 +5,7 @@ command line `--set KEY=VALUE` overrides one key (`--set training.lr=1e-4`). A p
 parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is silent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
 from adapt_pruner.recipe.fitting import check_fitting, refuse_ignored
+from adapt_pruner.recipe.overrides import keys_of, refuse_lost
 from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
@@ -49,7 +50,7 @@ PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
 _SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # old spelling -> today's
 _WIDEST = 2**20  # neurons
-_TABLES = ("vocabulary", "calibration", "training", "evaluation")
+_TABLES = ("vocabulary", "calibration", "training", "training.lora", "evaluation")
 
 
 def check_precision(name: Any) -> str:
@@ -459,11 +460,14 @@ def read(
         values: dotted key -> value, applied before `overrides`.
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key or a value out of range; with the nearest key or the limit.
+        UsageError: no such file, not YAML, an unknown key, a value out of range or a table that would drop keys; with the nearest key
+            or the limit.
     """
     data = in_todays_keys(source if isinstance(source, Mapping) else _read_yaml(str(source)))
     for key, value in (values or {}).items():
         _put(data, key, value)
+    of_a_method = not isinstance(source, Mapping) and ALIASES.get(str(source), str(source)) in methods()
+    written = keys_of(overrides) | (set() if of_a_method else set(_dotted(data)))
     seen: set[str] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -473,7 +477,10 @@ def read(
         if key in seen:
             raise UsageError(f"--set {key} is given twice; leave one of them out")
         seen.add(key)
-        _put(data, key, value_of(value, f"the value of --set {key}"))
+        new = value_of(value, f"the value of --set {key}")
+        if key in _TABLES:  # null takes a table of the file away, which is meant
+            refuse_lost(key, keys_of(overrides) if new is None else written)
+        _put(data, key, new)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -499,6 +506,15 @@ def _read_yaml(name: str) -> dict[str, Any]:
         raise UsageError(
             f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"
         ) from error
+
+
+def _dotted(data: Mapping[str, Any], table: str = "") -> Iterator[str]:
+    """The dotted keys of the values in tables."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{table}{key}.")
+        else:
+            yield f"{table}{key}"
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.recipe.overrides import keys_of, refuse_tables
+from adapt_pruner.recipe.overrides import keys_of
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.rules import TRAINING_ROW, Asked, planned
@@ -23,8 +23,6 @@ from adapt_pruner.run.trackers import check_trackers
 
 __all__ = ["recipe_in_time"]
 
-_PLANNED = ("calibration.source", "training.source", "training.tokens", "evaluation.source")
-"""Keys that every plan sets, one at least in each table that it fills."""
 _ASKED = re.compile(r"shrink to (.+?)(?: in ([\d.e+]+) minutes)?")
 """An `about` as `_about` writes it."""
 
@@ -64,7 +62,6 @@ def recipe_in_time(
         raise UsageError(
             "--set about would replace the words by which shrink recognises a run that it continues; leave about out"
         )
-    refuse_tables(_PLANNED, overrides)
     minutes, tokens = long
     parts = split_off_heldout(text or DEFAULT_TEXT)
     train, held_out = parts.train, parts.held_out
