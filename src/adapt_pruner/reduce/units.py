@@ -24,7 +24,7 @@ from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import num_left
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import HEADS, Debt
 from adapt_pruner.reduce.closed_form import without_bias
@@ -32,7 +32,7 @@ from adapt_pruner.reduce.cutline import cut_line
 from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.score.calibrate import Evidence, Metric, eval_mode, evidence_needed, score, score_sequentially
+from adapt_pruner.score.calibrate import Evidence, Metric, checked, eval_mode, evidence_needed, score, score_sequentially
 
 __all__ = [
     "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
@@ -237,14 +237,14 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
 
     Raises:
         UsageError: the metric gives no scores for a kind of axis that may shrink.
-        RunError: it gives scores of another shape.
+        RunError: it gives scores of another shape, or a score is not finite.
     """
     recipe = work.recipe
     metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
     tell = work.progress("score", **where)
     scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
     if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
-        scores |= measure_layers(work.model, _measured_whole(work), batches)
+        scores |= checked(measure_layers(work.model, _measured_whole(work), batches), part=f"distance {recipe.distance!r}")
     _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
     for axis in prunable(work):
         if scores[axis.name].shape != (axis.entries,):
@@ -337,8 +337,7 @@ def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor]
     )
     before = accumulate((batch.numel() for batch in batches), initial=0)
     enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _HEAD_TOKENS]
-    measured: Scores = measure(work.model, losing, enough)
-    return measured
+    return checked(measure(work.model, losing, enough), part=f"head_metric {recipe.head_metric!r}")
 
 
 def prunable(work: Work) -> list[Axis]:
@@ -397,8 +396,13 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
         sizes = {axis.name: axis.size for axis in axes}
         # Rounding would give back neurons taken below `multiple_of` each time, and the chooser would never get to the heads.
         if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > multiple_of]:
-            wanted, debt = choose(scores, free, budget, debt=debt)
-            _check_sizes(wanted, free, chooser=work.recipe.chooser)
+            try:
+                wanted, debt = choose(scores, free, budget, debt=debt)
+            except (ValueError, ArithmeticError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                raise RunError(f"chooser {work.recipe.chooser!r} fails: {first_line(error)}") from error
+            _check_chosen(wanted, debt, free, chooser=work.recipe.chooser)
             sizes |= wanted
         if multiple_of > 1 or equal:
             sizes = fitting(sizes, axes, scores=scores, multiple_of=multiple_of, equal_widths=equal)
@@ -409,8 +413,8 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
     return fitted
 
 
-def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str) -> None:
-    """Refuse what no chooser may return: sizes of other axes, or sizes that the axis cannot have.
+def _check_chosen(sizes: Mapping[str, Any], debt: Debt, axes: Sequence[Axis], *, chooser: str) -> None:
+    """Refuse what no chooser may return: sizes of other axes, sizes that the axis cannot have, or a debt that is no number.
 
     Raises:
         RunError: it returned that.
@@ -422,6 +426,9 @@ def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str
         least, most = 0 if named[name].may_be_empty else 1, named[name].size
         if type(size) is not int or not least <= size <= most:
             raise RunError(f"chooser {chooser!r} gives {name} the size {size!r}; a size is a Python int from {least} to {most}")
+    for name, share in debt.sparsity.items():
+        if not math.isfinite(share):
+            raise RunError(f"chooser {chooser!r} gives {name} the debt {share}; a debt is a share from 0 to 1")
 
 
 def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
