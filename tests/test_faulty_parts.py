@@ -106,17 +106,17 @@ def test_a_chooser_gives_sizes_that_there_are(
         pruned(chooser="allocate.uniform")
 
 
-def by_distance(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float) -> Any:
+def by_distance(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
     """A rule that divides by the distances, which are zero in a plan."""
     shares = scores["layers"] / scores["layers"].sum()
     return allocate.advance(axes, budget, debt, {axis.name: step * float(shares[axis.layer]) for axis in axes})
 
 
-def by_a_quotient(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float) -> Any:
+def by_a_quotient(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
     return allocate.advance(axes, budget, debt, {axis.name: step / float(scores["layers"].sum()) for axis in axes})
 
 
-def with_lost_debt(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float) -> Any:
+def with_lost_debt(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
     return {axis.name: axis.size - 1 for axis in axes}, Debt(debt.start, dict.fromkeys(debt.sparsity, float("nan")))
 
 
@@ -131,13 +131,13 @@ def with_lost_debt(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: De
 def test_a_chooser_that_gives_no_numbers_is_named_and_ends(
     chooser: Any, said: str, pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allocate, "uniform", chooser)
-    with pytest.raises(RunError, match=f"^chooser 'allocate.uniform' {said}"):
-        pruned(chooser="allocate.uniform", distance="blocks.cosine")
+    monkeypatch.setattr(allocate, "adaptive", chooser)
+    with pytest.raises(RunError, match=f"^chooser 'allocate.adaptive' {said}"):
+        pruned(chooser="allocate.adaptive", distance="blocks.cosine")
 
 
 def test_a_chooser_that_makes_no_progress_ends(pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    def idle(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float) -> Any:
+    def idle(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
         going = step == 1.0 and not budget.keep  # only the plan is told of something that can go
         return {axis.name: 1 if going else axis.size for axis in axes}, debt
 

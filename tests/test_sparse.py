@@ -46,10 +46,8 @@ ROWS = ("magnitude-sparse", "wanda", "sparsegpt", "fistapruner")
 
 
 def recipe_of(folder: Path, text: Path, method: str = "wanda", **more: Any) -> Any:
-    return read({
-        "model": str(folder), "method": method, "dtype": "float32", "sparsity": "2:4",
-        "calibration": {"source": str(text), "samples": 8, "length": 32}, **more,
-    })  # fmt: skip
+    keys = {"model": str(folder), "method": method, "dtype": "float32", "sparsity": "2:4", **more}
+    return read({"calibration": {"source": str(text), "samples": 8, "length": 32}, **keys}, shared=True).fitted(more)
 
 
 def entering(model: Any, batches: Any, name: str) -> torch.Tensor:
@@ -358,7 +356,7 @@ def assert_refused_run(made: Any, tmp_path: Path, said: str) -> None:
         ({"method": "uniform", "budget": "80%"}, "removes units and makes no zeros"),
         (
             {"method": "uniform", "sparsity": "", "budget": "80%", "solver": "wanda"},
-            "is for reduce=sparse, but reduce is 'units'",
+            "solver would be ignored, since reduce 'units' does not read it; leave it out",
         ),
         ({"solver": None}, "the recipe names none; set solver to one of fista.fista, "),
         ({"solver": "fista(warm_start=fista)"}, "cannot start from fista"),

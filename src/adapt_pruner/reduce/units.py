@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +47,6 @@ _NEARLY = 0.05  # share of a step: a last step smaller than this is left out of 
 class Units(Reduction):
     """Remove the least valuable units in small steps, and repair the remaining weights in each step (Adapt-Pruner's loop)."""
 
-    measures_heads: ClassVar[bool] = True
-    """Whether `head_metric` ranks KV heads; else the reduction ranks them itself."""
-
     def __init__(self) -> None:
         self._debt: Debt | None = None
         self._stage = 0
@@ -57,12 +54,6 @@ class Units(Reduction):
     def check(self, work: Work) -> None:
         """Refuse axes that the model lacks, a `multiple_of` that is too large, and `sequential_scoring` that cannot work."""
         recipe = work.recipe
-        if recipe.head_metric is not None and not self.measures_heads:
-            way = recipe.reduce.partition("(")[0]
-            raise UsageError(
-                f"reduce {way} ranks KV heads by the scores of the metric, so head_metric {recipe.head_metric!r} would be ignored; set "
-                "head_metric=null"
-            )
         there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
         if missing := [kind for kind in recipe.axes if kind not in there]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
@@ -70,7 +61,7 @@ class Units(Reduction):
         if "inputs" in parts.needs("metric", recipe.metric):
             _check_scored(work, {axis.kind for axis in prunable(work) if axis.slices and not axis.gate.is_linear})
         evidence_of(work)
-        if not recipe.sequential_scoring:
+        if not (recipe.sequential_scoring and "sequential_scoring" in parts.reads("reduce", recipe.reduce)):
             return
         if not set(recipe.axes) - {*WHOLE, "residual"}:
             raise UsageError(
@@ -123,7 +114,7 @@ class Units(Reduction):
         """What the metrics, the distance, the head metric and the repair read."""
         recipe, evidence = work.recipe, evidence_of(work)
         layers = _layer_measure(work) is not None
-        heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
+        heads = _head_metric(work) is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
         return TextUse(
             text=repairs or layers or heads or evidence is not Evidence.WEIGHTS,
@@ -148,7 +139,7 @@ class Units(Reduction):
         if _layer_measure(work) is not None:
             phases["blocks"] = Passes(forward=tokens * sum(axis.size for axis in _measured_whole(work)) / 2)
         heads = [axis for axis in prunable(work) if axis.kind == "kv_heads"]
-        if recipe.head_metric is not None and heads:
+        if _head_metric(work) is not None and heads:
             sizes = sizes_alike(work, keep=target)
             measured = sum(axis.size for axis in heads if sizes[axis.name] < axis.size)
             phases["heads"] = Passes(forward=min(tokens, _HEAD_TOKENS) * measured / 2)
@@ -325,19 +316,23 @@ def _shown(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(tuple(shape))
 
 
+def _head_metric(work: Work) -> str | None:
+    """The recipe's `head_metric`, if the reduction reads it; a reduction that does not ranks KV heads by the metric."""
+    return work.recipe.head_metric if "head_metric" in parts.reads("reduce", work.recipe.reduce) else None
+
+
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:
     """Scores of `head_metric` for the KV heads of every layer that is to lose one."""
     recipe = work.recipe
     losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
-    if recipe.head_metric is None or not losing:
+    head_metric = _head_metric(work)
+    if head_metric is None or not losing:
         return {}
     give_back()  # return memory that scoring has freed, before all weights are copied
-    measure = parts.bind(
-        "head_metric", recipe.head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where)
-    )
+    measure = parts.bind("head_metric", head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where))
     before = accumulate((batch.numel() for batch in batches), initial=0)
     enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _HEAD_TOKENS]
-    return checked(measure(work.model, losing, enough), part=f"head_metric {recipe.head_metric!r}")
+    return checked(measure(work.model, losing, enough), part=f"head_metric {head_metric!r}")
 
 
 def prunable(work: Work) -> list[Axis]:

@@ -69,7 +69,8 @@ def recipe_in_time(
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,
         "training.tokens": tokens or 1_000_000, "training.length": TRAINING_ROW, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
-    })  # fmt: skip
+    }, shared=True)  # fmt: skip
+    plain.fitted(named)
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
     check_trackers(plain)
@@ -88,7 +89,8 @@ def recipe_in_time(
         settings["amplitude"] = plain.step
     if "method" in named:  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
-    return recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides)
+    recipe = recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides, shared=True)
+    return recipe.fitted(named)  # another method may not read all that was planned
 
 
 def _about(size: str, minutes: float | None, tokens: int | None) -> str:

@@ -32,6 +32,7 @@ from contextlib import contextmanager, nullcontext
 from enum import Enum
 from itertools import product
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -366,6 +367,7 @@ def finish(metric: Generator[Evidence, None, Scores]) -> Scores:
     try:
         next(metric)
     except StopIteration as finished:
+        assert isinstance(metric, GeneratorType)
         return checked(finished.value, part=f"{Path(metric.gi_code.co_filename).stem}.{metric.__name__}")
     raise AssertionError("a metric yields once, or until there are no more gradients")
 
