@@ -236,6 +236,13 @@ def assert_same_model(one: Path, other: Path) -> None:
         assert torch.equal(weight, second.model.state_dict()[name]), name
 
 
+def suited(keys: dict[str, Any]) -> Any:
+    """The recipe of these keys, without those that its method does not read."""
+    from adapt_pruner.recipe import read
+
+    return read(keys, shared=True).fitted()
+
+
 def assert_refused(made: Callable[[], Any], run_dir: Path, said: str) -> None:
     """A recipe is refused in this sentence, as it is read or before its run begins, and nothing is left."""
     from adapt_pruner.errors import UsageError

@@ -209,7 +209,7 @@ def test_a_run_gives_the_same_kind_of_result_and_again_when_it_is_finished(
 
 
 def test_shrink_plans_and_trains(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = {"method": "magnitude-all", "calibration.samples": 2, "evaluation.max_windows": 2, "step": 0.1}
+    quick = {"method": "uniform", "calibration.samples": 2, "evaluation.max_windows": 2, "step": 0.1}
     (tmp_path / "text.txt").write_text("\n\n".join([text_file.read_text()] * 3))
     result = ap.shrink(tiny_folder, params="80%", tokens=4096, text=tmp_path / "text.txt", progress=True, settings=quick)
     assert result.figures["params_after"] <= 0.8 * 50_784
@@ -220,7 +220,7 @@ def test_shrink_plans_and_trains(tiny_folder: Path, text_file: Path, tmp_path: P
 def test_compare_gives_a_table(pruned_here: list[Any], tiny_folder: Path, text_file: Path) -> None:
     loaded = load(str(tiny_folder))
     compared = ap.compare(
-        loaded.model, tokenizer=loaded.tokenizer, methods=["random"], params=["80%"], text=text_file, calibration=text_file, draws=1,
+        loaded.model, tokenizer=loaded.tokenizer, methods=["random"], params=["80%"], text=text_file, draws=1,
         window=64, max_windows=2,
     )  # fmt: skip
     assert [row["method"] for row in compared.rows] == ["dense", "random"]
@@ -309,7 +309,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is below 0"),
         (lambda: ap.shrink(small, params="80%", minutes="an hour"), "minutes 'an hour' is a str; give a number"),
         (
-            lambda: ap.compare(small, methods="random", params="80%", text=text_file, calibration_ids="gone.json"),
+            lambda: ap.compare(small, methods="uniform", params="80%", text=text_file, calibration_ids="gone.json"),
             "'gone.json' do not exist",
         ),
         (

@@ -169,7 +169,7 @@ def test_biases_that_a_repair_adds_are_trained_at_once(tiny_folder: Path, text_f
     ({"training": {"compile": True}, "moments": "reset"}, "does not work with training.compile and moments=reset; leave them out"),
     ({"metric": "activations.wanda", "axes": ["neurons"]}, "between_steps uses only scores from gradients of weights; set metric=weights.taylor"),
     ({"chooser": "allocate.adaptive", "distance": "blocks.cosine", "axes": ["neurons"]}, "uses only scores from gradients of weights"),
-    ({"head_metric": "blocks.loss_drop"}, "reduce between_steps ranks KV heads by the scores of the metric"),
+    ({"head_metric": "blocks.loss_drop"}, "head_metric would be ignored, since reduce 'between_steps' does not read it"),
     ({"reduce": "between_steps(batches=3)"}, "adds up the scores of 3 steps and cuts after every 1; raise every, or lower batches"),
     ({"budget": "1000", "axes": ["neurons"]}, "budget 1,000 is too small: "),
 ])  # fmt: skip

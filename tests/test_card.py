@@ -36,7 +36,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def pruned(folder: Path, base: Path, *overrides: str, **values: Any) -> Path:
     """A checkpoint as `prune` writes it."""
     given = {"model": str(base), "budget": "80%", "method": "magnitude-all", "calibration.length": 16, "calibration.samples": 2}
-    with_card.prune(recipe.read({}, values=given | values, overrides=list(overrides)), folder)
+    with_card.prune(recipe.read({}, values=given | values, overrides=list(overrides), shared=True).fitted(), folder)
     return folder
 
 

@@ -11,9 +11,9 @@ from adapt_pruner import families
 from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.budget import Budget, count_parameters, parse_count
 from adapt_pruner.core.surgery import cut
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.allocate import Debt, adaptive, layer_importance, uniform
+from adapt_pruner.reduce.allocate import Debt, adaptive, advance, layer_importance, uniform
 from adapt_pruner.reduce.work import Work
 from conftest import tiny_model
 
@@ -188,14 +188,18 @@ def test_ranking_is_local_and_ties_keep_the_first() -> None:
     assert mask["layers.1.neurons"].tolist() == [False] * 3 + [True] * 7
 
 
-def test_scores_that_are_not_finite_are_refused() -> None:
+def test_scores_that_are_missing_are_refused() -> None:
     axes = toy_axes((10,))
-    with pytest.raises(RunError, match="not finite"):
-        Mask.of_sizes(axes, {"layers.0.neurons": torch.full((10,), math.nan)}, {"layers.0.neurons": 7})
     with pytest.raises(ValueError, match=r"layers\.0\.neurons has 10 units but scores None"):
         Mask.of_sizes(axes, {}, {"layers.0.neurons": 7})
-    with pytest.raises(RunError, match="block distances are not finite"):
-        layer_importance(torch.tensor([0.1, math.nan]))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_an_increment_that_is_no_number_ends_the_choice(wrong: float) -> None:
+    """The bisection over the number of steps would never end."""
+    axes = toy_axes((10, 10))
+    with pytest.raises(ValueError, match=rf"the increment of layers\.1\.neurons is {wrong}, not a finite number"):
+        advance(axes, Budget(keep=1, total=20), Debt.none(axes), {"layers.0.neurons": 0.1, "layers.1.neurons": wrong})
 
 
 def shrink_in_stages(

@@ -14,6 +14,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
 from adapt_pruner.recipe import read
+from adapt_pruner.recipe.overrides import keys_of
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.reduce.widths import fitting, levelled
 from adapt_pruner.reduce.work import Work
@@ -41,7 +42,7 @@ def pruned(folder: Path, out: Path, text: Path, *overrides: str, method: str = "
         "model": str(folder), "budget": budget, "method": method, "calibration.source": str(text), "calibration.samples": 4,
         "calibration.length": 24, "repair": None, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    with_card.prune(recipe.read({}, values=values, overrides=overrides), out)
+    with_card.prune(recipe.read({}, values=values, overrides=overrides, shared=True).fitted(keys_of(overrides)), out)
     return load(str(out)).model
 
 

@@ -137,7 +137,7 @@ def test_text_of_the_same_kind_is_said(
     status, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="uniform"))
     assert (status, err.count("look like the same kind of text")) == (0, 1)
     status, _, err = ask(*words(tiny_folder, text, tmp_path / "out", *more, methods="magnitude-all"))
-    assert (status, "the same kind of text" in err) == (0, False)
+    assert (status, "would be ignored, since method 'magnitude-all' reads no calibration text" in err) == (2, True)
     status, _, err = ask(*words(tiny_folder, tmp_path / "wiki.valid.txt", tmp_path / "out", *more, methods="uniform"))
     assert (status, "share a document" in err) == (0, True)
 
@@ -154,7 +154,7 @@ def test_ids_of_the_text_that_is_measured_are_said(
     status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="uniform"))
     assert (status, "its.json', 2 of 3 sequences share text with" in err, "others.json', " in err) == (0, True, False)
     status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *more, methods="magnitude-all"))
-    assert (status, "share text with" in err) == (0, False)
+    assert (status, "calibration.ids would be ignored" in err) == (2, True)
 
 
 BAD = {
@@ -166,10 +166,14 @@ BAD = {
     "unknown key": ({}, ["--set", "stepp=1"], "did you mean 'step'"),
     "key that is compare's": ({}, ["--set", "seed=3"], "use --draws"),
     "training": ({}, ["--set", "training.source=x", "--set", "training.tokens=5k"], "does not train"),
-    "two calibrations": ({}, ["--calibration", "x", "--calibration-ids", "IDS"], "leave one out"),
+    "two calibrations": (
+        {"methods": "uniform"},
+        ["--calibration", "x", "--calibration-ids", "IDS"],
+        "calibration.ids fixes every token",
+    ),
     "draws of files": ({}, ["--draws", 2, "--calibration-ids", "IDS"], "--draws 2 would be ignored"),
     "no draws": ({}, ["--draws", 0], "greater than or equal to 1"),
-    "no such ids": ({}, ["--calibration-ids", "no.json"], "do not exist"),
+    "no such ids": ({"methods": "uniform"}, ["--calibration-ids", "no.json"], "do not exist"),
     "no such text": ({}, ["--text", "no.txt"], "text 'no.txt' does not exist"),
     "text of its own": ({}, ["--text", "self"], "its own text"),
     "no such calibration": ({"methods": "uniform"}, ["--calibration", "no.txt"], "text 'no.txt' does not exist"),

@@ -18,6 +18,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import results
 from adapt_pruner.run.start import plan
+from adapt_pruner.score import blocks, weights
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 
@@ -103,6 +104,70 @@ def test_a_chooser_gives_sizes_that_there_are(
     monkeypatch.setattr(allocate, "uniform", lambda scores, axes, budget, *, debt, step, amplitude=0.0: (wrong, debt))
     with pytest.raises(RunError, match=f"chooser 'allocate.uniform' {said}"):
         pruned(chooser="allocate.uniform")
+
+
+def by_distance(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
+    """A rule that divides by the distances, which are zero in a plan."""
+    shares = scores["layers"] / scores["layers"].sum()
+    return allocate.advance(axes, budget, debt, {axis.name: step * float(shares[axis.layer]) for axis in axes})
+
+
+def by_a_quotient(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
+    return allocate.advance(axes, budget, debt, {axis.name: step / float(scores["layers"].sum()) for axis in axes})
+
+
+def with_lost_debt(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
+    return {axis.name: axis.size - 1 for axis in axes}, Debt(debt.start, dict.fromkeys(debt.sparsity, float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("chooser", "said"),
+    [
+        (by_distance, r"fails: the increment of layers\.0\.\w+ is nan, not a finite number; in a plan all scores are zero"),
+        (by_a_quotient, "fails: float division by zero"),
+        (with_lost_debt, r"gives layers\.0\.\w+ the debt nan; a debt is a share from 0 to 1"),
+    ],
+)
+def test_a_chooser_that_gives_no_numbers_is_named_and_ends(
+    chooser: Any, said: str, pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocate, "adaptive", chooser)
+    with pytest.raises(RunError, match=f"^chooser 'allocate.adaptive' {said}"):
+        pruned(chooser="allocate.adaptive", distance="blocks.cosine")
+
+
+def test_a_chooser_that_makes_no_progress_ends(pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(scores: Any, axes: Sequence[Any], budget: Budget, *, debt: Debt, step: float, amplitude: float = 0.0) -> Any:
+        going = step == 1.0 and not budget.keep  # only the plan is told of something that can go
+        return {axis.name: 1 if going else axis.size for axis in axes}, debt
+
+    monkeypatch.setattr(allocate, "uniform", idle)
+    with pytest.raises(RunError, match=r"allocate.uniform finds nothing more to remove at [\d,]+ parameters"):
+        pruned(chooser="allocate.uniform", step=0.5)
+
+
+@pytest.mark.parametrize(("key", "module", "name"), [
+    ("metric", weights, "taylor"), ("distance", blocks, "cosine"), ("distance", blocks, "loss_drop"), ("head_metric", blocks, "loss_drop"),
+])  # fmt: skip
+def test_scores_that_are_no_numbers_are_said_to_be_those_of_their_part(
+    key: str, module: Any, name: str, pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(module, name)
+
+    def spoilt(scores: Any) -> Any:
+        return {axis: torch.full_like(values, torch.inf) for axis, values in scores.items()}
+
+    def generated(model: Any, axes: Any, **options: Any) -> Any:
+        return spoilt((yield from real(model, axes, **options)))
+
+    generated.__name__ = name
+    wrong = generated if name in ("taylor", "cosine") else lambda *given, **options: spoilt(real(*given, **options))
+    monkeypatch.setattr(module, name, wrong)
+    said = f"{Path(__file__).stem}.{name}" if wrong is generated else f"{key} '{module.__name__.rpartition('.')[2]}.{name}'"
+    keys = {key: f"{module.__name__.rpartition('.')[2]}.{name}"}
+    chooser = {"chooser": "allocate.adaptive"} if key == "distance" else {}
+    with pytest.raises(RunError, match=rf"^{said} gives NaN or infinity as score of layers"):
+        pruned(**{"distance": None, "head_metric": None, **chooser, **keys})
 
 
 def test_scores_have_the_shape_of_their_axis(pruned: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

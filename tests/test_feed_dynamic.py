@@ -139,7 +139,11 @@ def test_every_process_takes_the_same_rows(texts: tuple[str, str], tmp_path: Pat
     ({"A": 2.0}, "has no reference loss for B; add it, in nats per token"),
     ({"A": 2.0, "B": 1.0, "c.txt": 1.0}, "has a reference loss for c.txt, which is not a text of training.source; leave it out"),
     ({"A": 2.0, "B": -1.0}, "gives -1.0 as reference loss of B; a loss is a positive number of nats"),
-    ({"A": 2.0, "B": "many"}, "does not contain reference losses"),
+    ({"A": 2.0, "B": "many"}, "gives 'many' as reference loss of B; a loss is a positive number of nats"),
+    ({"A": 2.0, "B": True}, "gives True as reference loss of B; a loss is a positive number of nats"),
+    ({"A": 2.0, "B": "3"}, "gives '3' as reference loss of B; a loss is a positive number of nats"),
+    ({"A": 2.0, "B": {"1M": 3.0, "4M": "2"}}, "gives '2' as reference loss of B; a loss is a positive number of nats"),
+    ({"A": 2.0, "B": float("nan")}, "gives nan as reference loss of B; a loss is a positive number of nats"),
     ({"A": 2.0, "B": {"1M": 3.0, "4M": 2.0}}, "has losses of several sizes for B; choose one of the sizes: dynamic("),
     ([1, 2], "does not contain reference losses"),
 ])  # fmt: skip
@@ -203,6 +207,19 @@ def test_a_killed_run_goes_on_with_the_same_rows(tiny_folder: Path, texts: tuple
     page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
     assert "What was read" in page
     assert "a.jsonl" in page
+
+
+def test_a_run_goes_on_only_with_the_references_that_it_began_with(
+    tiny_folder: Path, texts: tuple[str, str], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny_folder, texts, tmp_path)
+    break_off(recipe, tmp_path / "run", kind="step", nth=6)
+    references(tmp_path, dict(zip(texts, (8.0, 1.0), strict=True)))
+    with pytest.raises(UsageError, match=r"the file of reference losses changed after \S+ was written; restore the old version"):
+        run(recipe, tmp_path / "run")
+    path = Path(references(tmp_path, dict(zip(texts, (1.0, 8.0), strict=True))))
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    run(recipe, tmp_path / "run")  # the same losses, written otherwise
 
 
 def test_one_text_alone_and_no_references_are_refused(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train import loop
 from adapt_pruner.train.objectives import lm
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, suited, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import scaling_table
@@ -311,7 +311,7 @@ def test_a_cpu_is_planned_for_where_the_recipe_says_so() -> None:
 def test_a_plan_names_what_its_time_leaves_out(asked: dict[str, Any], left_out: list[str]) -> None:
     common = {"method": "adapt-pruner", "model": str(CONFIGS / "mobilellm-350m"), "budget": "80%", "device": "cpu"}
     asked = asked | {"calibration": {"source": "python-docs:train"} | asked.get("calibration", {})}
-    planned = dry_run(read(common | asked))
+    planned = dry_run(suited(common | asked))
     assert planned["time_without"] == left_out
 
 
@@ -333,7 +333,7 @@ def test_the_time_has_all_that_a_run_does(more: dict[str, Any], less: dict[str, 
     def time_of(asked: dict[str, Any]) -> float:
         budget = {} if "sparsity" in asked else {"budget": "80%"}
         asked = asked | {"calibration": {"source": "python-docs:train"} | asked.get("calibration", {})}
-        return float(dry_run(read(common | budget | asked))["seconds"])
+        return float(dry_run(suited(common | budget | asked))["seconds"])
 
     assert time_of(more) > 1.2 * time_of(less)
 

@@ -13,7 +13,7 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import methods, parts, read
 from adapt_pruner.report.with_card import prune
-from conftest import VOCAB, byte_tokenizer, tiny_model
+from conftest import VOCAB, byte_tokenizer, suited, tiny_model
 
 SHORTER = {
     "bypass": {"reduce": "policy_gradient(updates=20)"},
@@ -44,7 +44,7 @@ def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: 
     calibration = {"source": str(text_file), "samples": 4, "length": 32}
     if "self_generated" in row.get("calibration", {}):
         calibration["self_generated"] = 4
-    asked = read({
+    asked = suited({
         "model": str(deep_folder), **({"sparsity": "2:4"} if zeros else {"budget": "85%"}), "method": name, "dtype": "float32",
         "calibration": calibration, **SHORTER.get(name, {}),
     })  # fmt: skip
@@ -77,12 +77,12 @@ def test_llm_pruner_and_its_baseline_leave_the_ends_whole_and_say_so_where_nothi
         "budget": "85%", "method": method, "dtype": "float32",
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
     }  # fmt: skip
-    prune(read(asked | {"model": str(deep_folder)}), tmp_path / "out")
+    prune(suited(asked | {"model": str(deep_folder)}), tmp_path / "out")
     sizes = {axis.name: axis.size for axis in families.axes(load(str(tmp_path / "out")).model)}
     for i in range(12):
         assert (sizes[f"layers.{i}.neurons"] < 40) == (4 <= i < 10)
     with pytest.raises(UsageError, match=r"can remove nothing \(kv_heads, neurons\) from a model of 3 layers, so set another"):
-        prune(read(asked | {"model": str(tiny_folder)}), tmp_path / "none")
+        prune(suited(asked | {"model": str(tiny_folder)}), tmp_path / "none")
 
 
 def test_flap_takes_one_cut_with_the_biases_it_adds(deep_folder: Path, text_file: Path, tmp_path: Path) -> None:

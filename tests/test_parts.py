@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from adapt_pruner.compare.request import Request
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.recipe import parts, read
+from adapt_pruner.recipe import methods, parts, read
 from adapt_pruner.report import with_card
 from conftest import byte_tokenizer, tiny_model
 from test_report import small_recipe
@@ -108,11 +109,78 @@ def test_what_a_part_refuses_is_refused_before_anything_is_measured(
     assert not [path for path in (tmp_path / "run").glob("*") if path.name != ".lock"]
 
 
+@pytest.mark.parametrize(("keys", "unread"), [
+    ({"method": "wanda", "axes": ["neurons"], "step": 0.5, "amplitude": 0.5, "debt": "reset"}, "axes and debt and step and amplitude"),
+    ({"method": "magnitude-all", "calibration": {"source": "a.txt", "samples": 3}}, "calibration.source and calibration.samples"),
+    ({"method": "magnitude-all", "calibration": {"ids": "ids.json"}}, "calibration.ids"),
+    ({"method": "magnitude-all", "calibration": {"self_generated": 8}}, "calibration.self_generated"),
+    ({"method": "magnitude-all", "distance": "blocks.cosine"}, "distance"),
+    ({"method": "magnitude-all", "amplitude": 0.3}, "amplitude"),
+    ({"method": "uniform", "calibration": {"ids": "ids.json", "samples": 3, "length": 16}}, "calibration.samples and calibration.length"),
+    ({"method": "shortgpt", "metric": "weights.magnitude"}, "metric"),
+    ({"method": "bypass", "head_metric": "blocks.loss_drop"}, "head_metric"),
+    ({"training": {"lr": 1e-3}, "moments": "reset"}, "training.lr and moments"),
+    ({"training": {"source": "a.txt", "tokens": "1M", "schedule": "cosine", "decay": 0.5}}, "training.decay"),
+    ({"evaluation": {"window": 64}}, "evaluation.window"),
+    ({"evaluation": {"task_dir": "tasks"}}, "evaluation.task_dir"),
+    ({"latency_of": "decode"}, "latency_of"),
+    ({"solver": "wanda"}, "solver"),
+])  # fmt: skip
+def test_a_setting_that_nothing_reads_is_refused(keys: dict[str, Any], unread: str) -> None:
+    with pytest.raises(UsageError, match=f"^{unread} would be ignored, since .*; leave (it|them) out"):
+        read(keys)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_recipe_with_all_its_keys_reads_the_same_again(method: str) -> None:
+    """As a run's own recipe.yaml has them; a method's file has no key that its parts do not read."""
+    recipe = read({"method": method, "model": "m"})
+    assert recipe.unread() == []
+    assert read(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_recipe_file_may_have_settings_of_another_method() -> None:
+    """What the file says of the method before is left out; what stands beside the new method is refused."""
+    file = {
+        "method": "adapt-pruner",
+        "amplitude": 0.5,
+        "step": 0.3,
+        "calibration": {"samples": 3},
+        "head_metric": "blocks.loss_drop",
+    }
+    recipe = read(file, overrides=["method=magnitude-all"])
+    assert (recipe.amplitude, recipe.step, recipe.calibration.samples) == (0.02, 0.3, 64), "a step is read by both"
+    with pytest.raises(UsageError, match="^amplitude would be ignored"):
+        read(file, overrides=["method=magnitude-all", "amplitude=0.1"])
+    with pytest.raises(UsageError, match="^calibration.samples would be ignored"):
+        read({}, values={"calibration.samples": 3}, overrides=["method=magnitude-all"])
+
+
+def test_settings_that_methods_share_pass_where_one_of_them_reads_them() -> None:
+    def asked(*methods: str, **settings: Any) -> Request:
+        return Request(model="m", methods=methods, params=("80%",), texts=("t",), **settings).checked()
+
+    shared = asked("adapt-pruner", "magnitude-all", calibration="a.txt", overrides=("amplitude=0.5",))
+    one, other = shared.recipes.values()
+    assert (one.amplitude, one.calibration.source) == (0.5, "a.txt")
+    assert (other.amplitude, other.calibration.source) == (0.02, "self")
+    words = {cell.method: " ".join(cell.words) for cell in shared.cells(1000, 900)}
+    assert "amplitude=0.5" in words["adapt-pruner"]
+    assert "amplitude" not in words["magnitude-all"]
+    with pytest.raises(UsageError, match="^amplitude would be ignored, since chooser 'allocate.uniform' does not read it"):
+        asked("uniform", "magnitude-all", overrides=("amplitude=0.5",))
+    with pytest.raises(UsageError, match="^calibration.source would be ignored"):
+        asked("random", "magnitude-all", calibration="a.txt")
+
+
 def test_damaged_weights_are_said_to_be_by_a_method_that_reads_no_text(text_file: Path, tmp_path: Path) -> None:
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     model.save_pretrained(tmp_path / "damaged")
     byte_tokenizer().save_pretrained(tmp_path / "damaged")
     asked = read({"model": str(tmp_path / "damaged"), "budget": "80%", "method": "magnitude-all"})
-    with pytest.raises(RunError, match=r"scores of layers\.1\.neurons are not finite"):
+    with pytest.raises(
+        RunError,
+        match=r"^weights\.magnitude gives NaN or infinity as score of layers\.1\.neurons; .*: set dtype=float32, repair the weights",
+    ):
         with_card.prune(asked, tmp_path / "out")

@@ -156,12 +156,33 @@ def test_best_stands_for_a_method_with_a_version() -> None:
     ({"calibration.samples": 4}, "calibration.samples=8", "set by its own option and by --set"),
     ({}, "model=other", "model is set by its own option and by --set"),
     ({"seed": 5}, "seed=3", "seed is set by its own option and by --set"),
-    ({"calibration.ids": "ids.json"}, "calibration.samples=8", "--calibration-ids fixes every token, so --set calibration.samples would"),
+    ({"calibration.ids": "ids.json"}, "calibration.samples=8", "calibration.samples would be ignored, since calibration.ids fixes every token; leave it out, or leave calibration.ids out"),
 ])  # fmt: skip
 def test_what_an_option_has_set_is_not_set_again(asked: dict[str, Any], override: str, said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
         to_prune({"model": "x", "budget": "80%", "seed": 0} | asked, overrides=[override])
     assert to_prune({"model": "x", "budget": "80%", "seed": 0}, overrides=["seed=3"]).seed == 3, "nobody gave another"
+
+
+@pytest.mark.parametrize(("recipe", "overrides", "lost"), [
+    ({}, ["calibration.samples=3", "calibration={length: 16}"], "calibration.samples"),
+    ({}, ["calibration={length: 16}", "calibration.samples=3"], "calibration.samples"),
+    ({"calibration": {"source": "a.txt"}}, ["calibration={length: 16}"], "calibration.source"),
+    ({"training": {"lora": {"rank": 8}}}, ["training.lora={alpha: 4}"], "training.lora.rank"),
+    ({"vocabulary": {"source": "a.txt", "keep": 300}}, ["vocabulary=null", "vocabulary.keep=400"], "vocabulary.keep"),
+])  # fmt: skip
+def test_no_table_drops_keys_that_are_set(recipe: dict[str, Any], overrides: list[str], lost: str) -> None:
+    with pytest.raises(UsageError, match=f"would replace the whole table, and drop {lost}"):
+        read(recipe, overrides=overrides)
+
+
+def test_a_table_is_merged_with_that_of_the_method_and_may_be_taken_away(tmp_path: Path) -> None:
+    for recipe in ({}, "adaptive-ls-v1", "best"):
+        calibration = read(recipe, overrides=["calibration={length: 16}"]).calibration
+        assert (calibration.length, calibration.self_generated) == (16, 128), "the method's own key stays"
+    kept = {"vocabulary": {"source": "a.txt", "keep": 300}, "evaluation": {"source": "b.txt"}}
+    assert read(kept, overrides=["vocabulary=null"]).vocabulary is None
+    assert read(kept, overrides=["evaluation.source={c.txt: 1}"]).evaluation.source == {"c.txt": 1}, "a mixture is one value"
 
 
 def test_characters_beyond_two_bytes_are_read_as_json_writes_them() -> None:

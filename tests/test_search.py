@@ -196,9 +196,9 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),
     ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"repair": "closed_form.mean_bias"}, "measures candidates with repaired weights, and the recipe has no repair"),
-    ({"head_metric": "blocks.loss_drop"}, "reduce search ranks KV heads by the scores of the metric, so head_metric 'blocks.loss_drop' would be"),
-    ({"equal_widths": True}, "so equal_widths would be ignored; leave it out"),
-    ({"equal_widths": True, "sequential_scoring": True}, "so equal_widths and sequential_scoring would be ignored; leave them out"),
+    ({"head_metric": "blocks.loss_drop"}, "head_metric would be ignored, since reduce 'search' does not read it; leave it out"),
+    ({"equal_widths": True}, "equal_widths would be ignored, since reduce 'search' does not read it; leave it out"),
+    ({"equal_widths": True, "sequential_scoring": True}, "equal_widths and sequential_scoring would be ignored, since reduce 'search' does not read them"),
     ({"chooser": "allocate.uniform(first=1)"}, "so first=1 of chooser 'allocate.uniform(first=1)' would not hold; leave that out"),
     ({"budget": "1000"}, "budget 1,000 is too small: "),
 ])  # fmt: skip

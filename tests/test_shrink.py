@@ -511,7 +511,10 @@ def test_a_text_too_short_to_be_parted_is_refused(tmp_path: Path) -> None:
 def test_a_table_of_the_plan_is_not_replaced(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     """It would train nothing, since the text and its tokens lie in that table."""
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--set", "training={lr: 3e-4}"))
-    assert (status, "--set training=… would replace the whole table, and drop training.source" in lines) == (2, True)
+    assert (
+        status,
+        "--set training=… would replace the whole table, and drop training.length, training.source, training.tokens" in lines,
+    ) == (2, True)
 
 
 def test_a_recipe_goes_to_stdout_where_lines_move_on_a_terminal(

@@ -19,7 +19,7 @@ from adapt_pruner.core import world
 from adapt_pruner.core.marks import WEIGHT_MASK_FILE
 from adapt_pruner.core.pattern import Pattern
 from adapt_pruner.core.task import CAUSAL_LM
-from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
+from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented, packed
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.export import _of_zeros
@@ -46,10 +46,8 @@ ROWS = ("magnitude-sparse", "wanda", "sparsegpt", "fistapruner")
 
 
 def recipe_of(folder: Path, text: Path, method: str = "wanda", **more: Any) -> Any:
-    return read({
-        "model": str(folder), "method": method, "dtype": "float32", "sparsity": "2:4",
-        "calibration": {"source": str(text), "samples": 8, "length": 32}, **more,
-    })  # fmt: skip
+    keys = {"model": str(folder), "method": method, "dtype": "float32", "sparsity": "2:4", **more}
+    return read({"calibration": {"source": str(text), "samples": 8, "length": 32}, **keys}, shared=True).fitted(more)
 
 
 def entering(model: Any, batches: Any, name: str) -> torch.Tensor:
@@ -360,7 +358,7 @@ def assert_refused_run(made: Any, tmp_path: Path, said: str) -> None:
         ({"method": "uniform", "budget": "80%"}, "removes units and makes no zeros"),
         (
             {"method": "uniform", "sparsity": "", "budget": "80%", "solver": "wanda"},
-            "is for reduce=sparse, but reduce is 'units'",
+            "solver would be ignored, since reduce 'units' does not read it; leave it out",
         ),
         ({"solver": None}, "the recipe names none; set solver to one of fista.fista, "),
         ({"solver": "fista(warm_start=fista)"}, "cannot start from fista"),
@@ -460,6 +458,36 @@ def test_verify_proves_the_zeros_of_a_folder(sparse_folder: Path, tiny_folder: P
     weights["model.layers.1.mlp.up_proj.weight"][3, :4] = 1.0
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert "model.layers.1.mlp.up_proj" in invoke("verify", broken, status=1)
+
+
+def with_mask(folder: Path, path: Path, shapes: dict[str, Any], bits: dict[str, torch.Tensor]) -> Path:
+    """A copy of a sparse model with another mask over weights, which has no pattern."""
+    shutil.copytree(folder, path)
+    about = {"format": "1", "pattern": "", "shapes": json.dumps(shapes)}
+    save_file(bits, path / "sparsity" / "weight_mask.safetensors", metadata=about)
+    return path
+
+
+def test_a_mask_that_promises_nothing_proves_nothing(sparse_folder: Path, tmp_path: Path) -> None:
+    name, keep = "model.layers.0.mlp.up_proj", torch.ones(40, 48, dtype=torch.bool)
+    empty = with_mask(sparse_folder, tmp_path / "empty", {}, {})
+    whole = with_mask(sparse_folder, tmp_path / "whole", {name: [40, 48]}, {name: packed(keep)})
+    for folder in (empty, whole):
+        said = " ".join(invoke("verify", folder, status=2).split())
+        assert "has a mask over weights that makes none of them zero, so there is nothing to verify" in said
+    keep[0] = load(str(sparse_folder)).weight_mask.kept[name][0]
+    few = with_mask(sparse_folder, tmp_path / "few", {name: [40, 48]}, {name: packed(keep)})
+    said = " ".join(invoke("verify", few).split())
+    assert "these hold the 24 that the mask names; it has no pattern, so it promises no others" in said
+
+
+@pytest.mark.parametrize("shape", [[-40, -48], [0, 48], [1920], [40.0, 48], [True, 1920], "40", None])
+def test_a_mask_of_shapes_that_are_none_is_damaged(shape: Any, sparse_folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    bits = torch.full((240,), 255, dtype=torch.uint8)[: 0 if shape == [0, 48] else None]
+    folder = with_mask(sparse_folder, tmp_path / "folder", {name: shape}, {name: bits})
+    said = " ".join(invoke("verify", folder, status=1).split())
+    assert f"is damaged ({name} has the shape {shape}; a shape is [outputs, inputs], each 1 or more)" in said
 
 
 def test_prune_says_what_to_type(tiny_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe, read
+from adapt_pruner.recipe import Recipe
 from adapt_pruner.report import charts
 from adapt_pruner.report.figures import figures_of
 from adapt_pruner.report.page import page
@@ -25,7 +25,7 @@ from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.run.training import Trainer
-from conftest import assert_same_model, break_off, byte_tokenizer, read_json, tiny_model
+from conftest import assert_same_model, break_off, byte_tokenizer, read_json, suited, tiny_model
 from strangers import ask_a_stranger
 from test_pipeline import Heard
 from test_vocabulary import byte_level
@@ -59,7 +59,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def recipe_of(folder: Path, text: Path, **changes: Any) -> Recipe:
-    return read({
+    return suited({
         "model": str(folder), "budget": "60%", "method": "magnitude-all", "dtype": "float32",
         "vocabulary": {"source": str(text), "keep": 400},
     } | changes)  # fmt: skip

@@ -49,6 +49,9 @@ def read_weight_mask(folder: str, name: str) -> WeightMask | None:
             if about.get("format") != "1":
                 raise ValueError(f"format {about.get('format')!r} is not known to this version; known: 1")
             shapes = of_json(about["shapes"])
+            for layer, shape in shapes.items():
+                if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+                    raise ValueError(f"{layer} has the shape {shape}; a shape is [outputs, inputs], each 1 or more")
             kept = {layer: unpacked(file.get_tensor(layer), shape) for layer, shape in shapes.items()}
         return WeightMask(kept, Pattern.parse(about["pattern"]) if about["pattern"] else None)
     except (SafetensorError, UsageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

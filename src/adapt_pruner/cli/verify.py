@@ -73,7 +73,7 @@ def verify(
 
 def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
     if zeros["pattern"] is None:
-        held = "each masked weight is zero; a cut has broken the pattern"
+        held = f"these hold the {zeros['masked']:,} that the mask names; it has no pattern, so it promises no others"
     elif ":" in zeros["pattern"]:
         n, m = zeros["pattern"].split(":")
         held = f"in each, every group of {m} inputs has at most {n} weights that are not zero"

@@ -105,14 +105,6 @@ class Request:
         for key in sorted(keys_of(self.overrides) & _OWN_KEYS.keys()):
             raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
         refuse_set_twice(self._given, self.overrides)
-        if self.calibration_ids and self._drawn:
-            raise UsageError(
-                "--calibration-ids fix every token, so --calibration-samples and --calibration-length would be ignored; leave them out"
-            )
-        if self.calibration is not None and self.calibration_ids:
-            raise UsageError(
-                f"--calibration-ids fix every token, so --calibration {self.calibration} would be ignored; leave one out"
-            )
         asked = replace(
             self, methods=_once(tuple(ALIASES.get(name, name) for name in self.methods)), params=_once(self.params), texts=_once(self.texts),
             sparsity=_once(patterns), calibration_ids=_once(self.calibration_ids), draws=None if self.calibration_ids else self.num_draws,
@@ -124,11 +116,6 @@ class Request:
             if recipe.latency:
                 raise UsageError(
                     f"compare prunes to the sizes of --params, and the recipe of {method} sets a latency; leave latency out"
-                )
-            if recipe.vocabulary is not None and self.calibration_ids:
-                raise UsageError(
-                    "--calibration-ids are token ids of the vocabulary before it is pruned; name a text with --calibration, or "
-                    "leave vocabulary out"
                 )
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")
@@ -154,13 +141,22 @@ class Request:
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
-        """Method -> its recipe, which all its cells share.
+        """Method -> its recipe, which all its cells share; a setting that the method does not read is left out.
 
         Raises:
-            UsageError: there is no such method or key, or a value is out of range.
+            UsageError: there is no such method or key, a value is out of range, or no method reads a setting.
         """
-        common: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype, **self._given}
-        return {name: read({}, values=common | {"method": name}, overrides=self.overrides) for name in self.methods}
+        shared = {name: self._shared(name) for name in self.methods}
+        unread = {name: recipe.unread() for name, recipe in shared.items()}
+        for name, recipe in shared.items():
+            recipe.refuse([key for key in unread[name] if all(key in keys for keys in unread.values())])
+        return {name: recipe.fitted() for name, recipe in shared.items()}
+
+    def _shared(self, method: str) -> Recipe:
+        """The recipe of a method with all settings that the methods share."""
+        ids = {"calibration.ids": self.calibration_ids[0]} if self.calibration_ids else {}
+        values = {"model": self.model, "device": self.device, "dtype": self.dtype, **self._given, **ids, "method": method}
+        return read({}, values=values, overrides=self.overrides, shared=True)
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:
         """Every cell of the comparison: the first draw of all cells before the second of any, large sizes before small ones.
@@ -179,8 +175,8 @@ class Request:
 
     def _cells(self, sizes: list[tuple[int, str]]) -> Iterator["Cell"]:
         for draw, (size, sparsity), method in itertools.product(range(self.num_draws), sizes, self.methods):
-            ids = self.calibration_ids[draw] if self.calibration_ids else None
             recipe = self.recipes[method]
+            ids = self.calibration_ids[draw] if recipe.calibration.ids is not None else None
             if recipe.makes_zeros is not bool(sparsity):
                 continue
             recipe = recipe.model_copy(
@@ -195,10 +191,11 @@ class Request:
                 "--device", self.device, "--dtype", self.dtype,
             ]  # fmt: skip
             words += ["--calibration-ids", ids] if ids else []
-            words += ["--calibration", self.calibration] if self.calibration is not None else []
-            words += [word for key, value in self._drawn.items() for word in (f"--calibration-{key}", str(value))]
             quiet = () if any(text.startswith("evaluation.prompts") for text in self.overrides) else (_UNASKED,)
-            words += [word for override in (*self.overrides, *quiet) for word in ("--set", override)]
+            given = [f"{key}={value}" for key, value in self._given.items()]
+            unread = self._shared(method).unread()
+            shared = [text for text in (*given, *self.overrides, *quiet) if not keys_of([text]) & set(unread)]
+            words += [word for text in shared for word in ("--set", text)]
             words += ["--trust-remote-code"] if self.trust_remote_code else []
             yield Cell(method, size, draw, recipe, tuple(words), sparsity)
 

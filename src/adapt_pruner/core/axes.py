@@ -21,8 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adapt_pruner.errors import RunError
-
 __all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice", "in_pattern"]
 
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
@@ -349,7 +347,6 @@ class Mask:
 
         Raises:
             ValueError: scores of an axis are missing or have another length, or a size is 0 for an axis that may not be empty.
-            RunError: scores are not finite.
         """
         kept = {}
         for axis in axes:
@@ -357,11 +354,6 @@ class Mask:
             if score is None or score.shape != (axis.entries,):
                 raise ValueError(
                     f"{axis.name} has {axis.entries} units but scores {None if score is None else tuple(score.shape)}"
-                )
-            if not torch.isfinite(score).all():
-                raise RunError(
-                    f"scores of {axis.name} are not finite; the metric, the model or its calibration text gives NaN or infinity: set "
-                    "dtype=float32, or repair the weights"
                 )
             keep = torch.zeros(axis.groups, axis.size, dtype=torch.bool)
             if axis.pattern:

@@ -57,6 +57,9 @@ class Feed(Protocol):
     def news(self) -> Sequence[Event]:
         """Events that say how the feed has changed since this was last asked, in their order; the run tells them."""
 
+    def inputs(self) -> Mapping[str, str]:
+        """What it reads besides the rows: what people call it -> its fingerprint. A run goes on only if that is the same."""
+
     def state(self) -> dict[str, Any]:
         """The state that decides which rows come next, as plain data."""
 

@@ -3,7 +3,12 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["NEEDS", "part"]
+__all__ = ["CHOICE", "NEEDS", "part"]
+
+CHOICE = frozenset({
+    "axes", "metric", "head_metric", "chooser", "repair", "multiple_of", "equal_widths", "step", "debt", "sequential_scoring",
+})  # fmt: skip
+"""Keys of a recipe that a reduction with the need `chosen` reads, unless it says which of them."""
 
 NEEDS = frozenset({
     "distance", "layers", "whole", "biases", "teacher", "text", "inputs", "chosen", "sparsity", "gram", "dense", "training",
@@ -14,11 +19,13 @@ NEEDS = frozenset({
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable[[T], T]:
+def part(
+    *keys: str, needs: frozenset[str] | set[str] = frozenset(), reads: frozenset[str] | set[str] | None = None
+) -> Callable[[T], T]:
     """Declare a function or class to be a part for these keys of a recipe; it is returned unchanged.
 
-    There is no registry. `recipe.parts` reads the decorator in the source files of a folder without importing them. So `keys` and
-    `needs` must be plain literals.
+    There is no registry. `recipe.parts` reads the decorator in the source files of a folder without importing them. So all that it
+    is given must be plain literals.
 
     Args:
         keys: keys of a recipe: `metric`, `distance`, `head_metric`, `chooser`, `repair`, `reduce`, `objective`, `schedule`,
@@ -39,5 +46,8 @@ def part(*keys: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable
             training   training text, since the reduction trains the model while it removes (reductions)
             one stage  a run of one stage, because the reduction cannot continue from its own result (reductions)
             all its time   no `minutes`, because the reduction may take hours and cannot end early (reductions)
+        reads: of a reduction, which keys of `CHOICE` it reads, and further `solver` and `calibration`; by default all of `CHOICE`
+            if it needs `chosen`, else none. A key that somebody sets and no part reads is refused. The keys `step`, `amplitude`,
+            `training.warmup`, `training.decay` and `training.floor` are read by the chooser or the schedule with such an argument.
     """
     return lambda function: function

@@ -1,5 +1,6 @@
 """`feed: dynamic`: the shares of the texts of a mixture follow the model's losses on them (Sheared LLaMA's dynamic batch loading)."""
 
+import hashlib
 import math
 import random
 from collections import Counter
@@ -15,7 +16,7 @@ from adapt_pruner.core.events import Event
 from adapt_pruner.core.files import expanded
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.run_events import Mixed
-from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.strict_json import is_number, read_json, to_json
 from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError
 
@@ -155,6 +156,10 @@ class Dynamic(Fixed):
         told, self._news = self._news, []
         return told
 
+    def inputs(self) -> dict[str, str]:
+        """The reference losses."""
+        return {"file of reference losses": hashlib.sha256(to_json(self._references).encode()).hexdigest()}
+
     def state(self) -> dict[str, Any]:
         """Position, shares, the last excess of each text, and the losses since the last change of shares."""
         return {
@@ -207,17 +212,21 @@ def fitted(losses: Mapping[int, float], size: int) -> float:
 def _loss(told: Any, size: str, *, path: str, name: str) -> float:
     """A reference loss: the number in the file, or the fit to the losses of several sizes."""
     if not isinstance(told, dict):
-        return float(told)
-    losses = {parse_count(params): float(loss) for params, loss in told.items()}
+        return _positive(told, path=path, name=name)
+    losses = {parse_count(params): _positive(loss, path=path, name=name) for params, loss in told.items()}
     if not size:
         raise UsageError(
             f"{path} has losses of several sizes for {name}; choose one of the sizes: dynamic(references=FILE, size=105M)"
         )
-    if len(losses) < 2 or any(not (math.isfinite(loss) and loss > 0) for loss in losses.values()):
-        raise UsageError(
-            f"{path} has no losses of two or more sizes for {name} to fit a power law to; add some, positive, in nats"
-        )
+    if len(losses) < 2:
+        raise UsageError(f"{path} has no losses of two or more sizes for {name} to fit a power law to; add some, in nats")
     return fitted(losses, parse_count(size))
+
+
+def _positive(told: Any, *, path: str, name: str) -> float:
+    if not (is_number(told) and told > 0):
+        raise UsageError(f"{path} gives {told!r} as reference loss of {name}; a loss is a positive number of nats")
+    return float(told)
 
 
 def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
@@ -248,6 +257,4 @@ def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
         raise UsageError(
             f"{path} has a reference loss for {', '.join(others)}, which is not a text of training.source; leave it out"
         )
-    if wrong := sorted(name for name, loss in losses.items() if not (math.isfinite(loss) and loss > 0)):
-        raise UsageError(f"{path} gives {losses[wrong[0]]} as reference loss of {wrong[0]}; a loss is a positive number of nats")
     return losses

@@ -167,6 +167,10 @@ class Fixed:
         """The number of the next row."""
         return {"rows": self._next}
 
+    def inputs(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue at the row of `state`."""
         self._next = int(state.get("rows", 0))

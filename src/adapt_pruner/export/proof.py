@@ -45,10 +45,12 @@ def prove(
         RunError: files are damaged, or the artefact is of another model.
     """
     if artefact is None:
-        zeros = zeros_of(load(model, trust_remote_code=trust_remote_code))
+        loaded = load(model, trust_remote_code=trust_remote_code)
+        zeros = zeros_of(loaded)
         if zeros is None:
+            lacks = "no mask over weights" if loaded.weight_mask is None else "a mask over weights that makes none of them zero"
             raise UsageError(
-                f"{model} has no mask over weights, so there is nothing to verify without an artefact; name the file or folder "
+                f"{model} has {lacks}, so there is nothing to verify without an artefact; name the file or folder "
                 "that `export` wrote"
             )
         return {"model": model, "sparsity": zeros, "passed": not zeros["failures"]}

@@ -116,20 +116,22 @@ def verify(
 
 
 def zeros_of(loaded: Loaded) -> dict[str, Any] | None:
-    """Whether the weights have the zeros that the model's mask over weights promises; None for a model without such a mask.
+    """Whether the weights have the zeros that the model's mask over weights promises; None if nothing is promised.
 
     Returns:
-        `pattern` (None if a cut has broken it), `layers` (masked layers), `zeros` (zeros in them), `weights` (all weights in
-        them), and `failures`, a sentence for each layer that does not hold the promise.
+        `pattern` (None if a cut has broken it), `layers` (masked layers), `masked` (weights that the mask says are zero), `zeros`
+        (zeros in these layers), `weights` (all weights in them), and `failures`, a sentence for each layer that does not hold the
+        promise.
     """
     mask, model = loaded.weight_mask, loaded.model
-    if mask is None:
+    if mask is None or not mask.num_zeros:
         return None
     filled = [f"{name} has weights that are not zero where the mask says so" for name in mask.unmasked(model)]
     masked = [oriented(module) for name, module in linear_layers(model).items() if name in mask.kept]
     return {
         "pattern": None if mask.pattern is None else str(mask.pattern),
         "layers": len(masked),
+        "masked": mask.num_zeros,
         "zeros": sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in masked),
         "weights": sum(weight.numel() for weight in masked),
         "failures": [*filled, *mask.broken(model)],

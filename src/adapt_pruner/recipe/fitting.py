@@ -5,9 +5,10 @@ what to change.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from adapt_pruner.core.parts import CHOICE
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
@@ -15,7 +16,7 @@ from adapt_pruner.recipe import parts
 if TYPE_CHECKING:
     from adapt_pruner.recipe.schema import Recipe
 
-__all__ = ["WHOLE", "check_fitting", "parse_latency", "refuse_ignored"]
+__all__ = ["WHOLE", "check_fitting", "parse_latency", "unread"]
 
 WHOLE = ("layers", "attentions", "mlps")
 """Axes whose units are whole layers, or one layer's attention or MLP. A distance scores them; a `depth.…` chooser says how many go."""
@@ -49,8 +50,6 @@ def check_fitting(recipe: "Recipe") -> None:
         _check_random(recipe)
     if "chosen" in needs:
         _check_chosen(recipe)
-    else:
-        _check_ignored(recipe)
     if "one stage" in needs and recipe.stages > 1:
         raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
     if recipe.vocabulary is not None and recipe.calibration.ids is not None:
@@ -90,8 +89,6 @@ def _check_zeros(recipe: "Recipe") -> None:
                 f"method {recipe.method!r} removes units and makes no zeros, so sparsity {recipe.sparsity!r} would be ignored; set method to one "
                 f"that makes zeros, such as wanda{size}"
             )
-        if recipe.solver is not None:
-            raise ValueError(f"solver {recipe.solver!r} is for reduce=sparse, but reduce is {recipe.reduce!r}; leave solver out")
         return
     if size := recipe.budget or recipe.latency:
         raise ValueError(
@@ -124,23 +121,59 @@ def _check_chosen(recipe: "Recipe") -> None:
         raise ValueError(f"multiple_of {recipe.multiple_of} counts neurons, and axes does not name neurons; add neurons to axes")
 
 
-def _check_ignored(recipe: "Recipe") -> None:
-    """Refuse keys that a reduction without a choice of units would ignore."""
-    off = {}  # key -> the value without effect; to leave the key out does not do, since it may stand in the method's file
-    if recipe.equal_widths:
-        off["equal_widths"] = "false"
-    if recipe.multiple_of not in (1, "auto"):
-        off["multiple_of"] = "1"
-    if recipe.repair is not None:
-        off["repair"] = "null"
-    refuse_ignored(list(off), reduce=recipe.reduce, remedy="set " + " and ".join(f"{key}={value}" for key, value in off.items()))
+def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
+    """The dotted keys that nothing in a recipe reads, whatever their values: key -> why, and what else to set so that it is read."""
+    reads, needs = parts.reads("reduce", recipe.reduce), parts.needs("reduce", recipe.reduce)
+    found: dict[str, tuple[str, str]] = {}
 
+    def add(keys: Iterable[str], why: str, remedy: str = "") -> None:
+        for key in keys:
+            found.setdefault(key, (why, remedy))
 
-def refuse_ignored(keys: Sequence[str], *, reduce: str, remedy: str = "") -> None:
-    """Refuse keys that a reduction without a choice of units would ignore; nothing happens if there are none."""
-    if keys:
-        remedy = remedy or f"leave {'it' if len(keys) == 1 else 'them'} out"
-        raise ValueError(f"reduce {reduce!r} chooses no units, so {' and '.join(keys)} would be ignored; {remedy}")
+    chosen = "chosen" in needs
+    part = f"reduce {recipe.reduce.partition('(')[0]!r}"
+    add(sorted((CHOICE | {"solver"}) - reads), f"{part} does not read it")
+    if not chosen:
+        add(("distance", "amplitude"), f"{part} does not read it")
+    chooser = f"chooser {recipe.chooser.partition('(')[0]!r} does not read it"
+    add([key for key in ("step", "amplitude") if not parts.takes("chooser", recipe.chooser, key)], chooser)
+    if "distance" not in parts.needs("chooser", recipe.chooser):
+        add(("distance",), chooser, "set chooser to one that needs a distance, such as allocate.adaptive")
+    if "kv_heads" not in recipe.axes:
+        add(("head_metric",), "axes does not name kv_heads")
+    if set(recipe.axes) <= set(WHOLE):
+        add(("metric",), f"axes names only {' and '.join(recipe.axes)}, which a distance scores")
+
+    repairs = recipe.repair is not None and "repair" in reads
+    if not repairs:
+        add(("calibration.self_generated", "calibration.repair_samples"), "only a repair reads it", "set repair")
+    scored = {key for key in ("metric", "distance", "head_metric") if key not in found and getattr(recipe, key) is not None}
+    by_text = scored - ({"metric"} if "text" not in parts.needs("metric", recipe.metric) else set())
+    solved = "solver" in reads and recipe.solver is not None and "text" in parts.needs("solver", recipe.solver)
+    if not (repairs or solved or needs & {"text"} or "calibration" in reads or (chosen and "training" not in needs and by_text)):
+        add(
+            [f"calibration.{key}" for key in ("source", "samples", "length", "ids")],
+            f"method {recipe.method!r} reads no calibration text",
+        )
+    if recipe.calibration.ids is not None:
+        written = repairs and recipe.calibration.self_generated
+        drawn = ("source", "samples") if written else ("source", "samples", "length")
+        add([f"calibration.{key}" for key in drawn], "calibration.ids fixes every token", "leave calibration.ids out")
+
+    training = recipe.training
+    if training.source is None and "training" not in needs:  # without training text such a reduction is refused as it begins
+        leaves = [f"training.{key}" for key in type(training).model_fields if key not in ("source", "tokens", "teacher")]
+        add([*leaves, "moments"], "the recipe trains nothing", "set training.source and training.tokens")
+    for option in ("warmup", "decay", "floor"):
+        if not parts.takes("schedule", training.schedule, option):
+            add((f"training.{option}",), f"training.schedule {training.schedule.partition('(')[0]!r} does not read it")
+    if recipe.evaluation.source is None:
+        add(("evaluation.window", "evaluation.max_windows"), "there is no held-out text", "set evaluation.source")
+    if recipe.evaluation.tasks is None:
+        add(("evaluation.limit", "evaluation.task_dir"), "there are no tasks", "set evaluation.tasks, for example to commonsense")
+    if not recipe.latency:
+        add(("latency_of",), "there is no latency to reach", "set latency, for example to 0.7x")
+    return found
 
 
 def _check_random(recipe: "Recipe") -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["keys_of", "refuse_set_twice", "refuse_tables"]
+__all__ = ["keys_of", "refuse_lost", "refuse_set_twice"]
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
@@ -20,27 +20,24 @@ def refuse_set_twice(given: Iterable[str], overrides: Sequence[str]) -> None:
         overrides: further keys as `KEY=VALUE`.
 
     Raises:
-        UsageError: such a key, or the whole table that it lies in, is set again.
+        UsageError: such a key is set again.
     """
-    given = list(given)
-    refuse_tables(given, overrides)
     if twice := sorted(keys_of(overrides) & set(given)):
         raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
 
 
-def refuse_tables(given: Iterable[str], overrides: Sequence[str]) -> None:
-    """Refuse an override of a whole table, such as `training={lr: 1e-4}`, if keys of that table are set already.
+def refuse_lost(table: str, keys: Iterable[str]) -> None:
+    """Refuse to set a whole table, such as `training={lr: 1e-4}`, where that would drop keys.
 
     Args:
-        given: dotted keys that are set already.
-        overrides: further keys as `KEY=VALUE`.
+        table: its dotted key.
+        keys: dotted keys that are set besides.
 
     Raises:
-        UsageError: the override would drop these keys.
+        UsageError: some of them lie in the table.
     """
-    for table in sorted(keys_of(overrides)):
-        if inside := sorted({key for key in given if key.startswith(f"{table}.")}):
-            raise UsageError(
-                f"--set {table}=… would replace the whole table, and drop {', '.join(inside)}, which {'is' if len(inside) == 1 else 'are'} set "
-                f"already; set single keys, such as --set {inside[0]}=VALUE"
-            )
+    if inside := sorted({key for key in keys if key.startswith(f"{table}.")}):
+        raise UsageError(
+            f"--set {table}=… would replace the whole table, and drop {', '.join(inside)}, which {'is' if len(inside) == 1 else 'are'} set "
+            f"already; set single keys, such as --set {inside[0]}=VALUE"
+        )

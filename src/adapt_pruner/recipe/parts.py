@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.parts import NEEDS
+from adapt_pruner.core.parts import CHOICE, NEEDS
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["FOLDERS", "about", "bind", "check", "names", "needs", "needs_if_known", "summaries", "takes"]
+__all__ = ["FOLDERS", "about", "bind", "check", "names", "needs", "needs_if_known", "reads", "summaries", "takes"]
 
 FOLDERS = {
     "metric": "score",
@@ -53,6 +53,7 @@ _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and wh
     "chooser": {"step": "step", "amplitude": "amplitude"},
     "schedule": {option: f"training.{option}" for option in ("warmup", "decay", "floor")},
 }
+_READ = CHOICE | {"solver", "calibration"}  # what a reduction may read
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class _Part:
     leaf: str
     about: str
     needs: frozenset[str]
+    reads: frozenset[str]
     takes: dict[str, ast.expr | None]
 
 
@@ -73,36 +75,37 @@ def _found(key: str) -> dict[str, _Part]:
     for path in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text, str(path)).body if "@part(" in text else ():
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (needs := _declared(key, node)) is not None:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (declared := _declared(key, node)) is not None:
                 name = f"{path.stem}.{node.name}" if isinstance(node, ast.FunctionDef) else path.stem
                 about = (ast.get_docstring(node) or "").partition("\n")[0]
-                parts[name] = _Part(f"adapt_pruner.{folder}.{path.stem}", node.name, about, needs, _options(node))
+                parts[name] = _Part(f"adapt_pruner.{folder}.{path.stem}", node.name, about, *declared, _options(node))
     return parts
 
 
-def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> frozenset[str] | None:
-    """What the decorator says that a part needs; None if the function is no part of this key.
+def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> tuple[frozenset[str], frozenset[str]] | None:
+    """What the decorator says that a part needs and reads; None if the function is no part of this key.
 
     Raises:
-        UsageError: the decorator names a kind of part or a need that there is not, or is not written with literals.
+        UsageError: the decorator names a kind of part, a need or a key that there is not, or is not written with literals.
     """
     for call in node.decorator_list:
         if not isinstance(call, ast.Call) or ast.unparse(call.func) != "part":
             continue
         try:
             keys = [ast.literal_eval(argument) for argument in call.args]
-            needs: frozenset[str] = frozenset(
-                *(ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "needs")
-            )
+            said = {keyword.arg: frozenset(ast.literal_eval(keyword.value)) for keyword in call.keywords}
         except ValueError as error:
             raise UsageError(
                 f"@part of {node.name} is read without running it, so write its keys and needs as literals"
             ) from error
-        for word, known in [(word, FOLDERS) for word in keys] + [(word, NEEDS) for word in sorted(needs)]:
-            if word not in known:
-                raise UsageError(f"@part of {node.name} names {word!r}, which is not known; {nearest(word, known)}")
+        needs = said.get("needs", frozenset())
+        reads = said.get("reads", CHOICE if "chosen" in needs else frozenset())
+        for words, known in ((keys, FOLDERS), (sorted(needs), NEEDS), (sorted(reads), _READ)):
+            for word in words:
+                if word not in known:
+                    raise UsageError(f"@part of {node.name} names {word!r}, which is not known; {nearest(word, known)}")
         if key in keys:
-            return needs
+            return needs, reads
     return None
 
 
@@ -122,6 +125,11 @@ def summaries(key: str) -> dict[str, str]:
 def needs(key: str, written: str) -> frozenset[str]:
     """What a part named in a recipe says that it needs (see `core.parts.part`)."""
     return _found(key)[_split(key, written)[0]].needs
+
+
+def reads(key: str, written: str) -> frozenset[str]:
+    """The keys of a recipe that a part named in a recipe says that it reads (see `core.parts.part`)."""
+    return _found(key)[_split(key, written)[0]].reads
 
 
 def needs_if_known(key: str, written: str) -> frozenset[str]:

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice
+from adapt_pruner.recipe.overrides import refuse_set_twice
 from adapt_pruner.recipe.schema import Recipe, read
 
 __all__ = ["to_prune"]
 
 _DEFAULTS = {"seed": 0, "device": "auto", "dtype": "auto"}  # options that always have a value
-_DRAWN = {"source": "--calibration", "samples": "--calibration-samples", "length": "--calibration-length"}
 
 
 def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,14 +23,6 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
         UsageError: no size to reach is named, or two are; a key is set twice or has no effect; or the recipe trains.
     """
     given = {key: value for key, value in asked.items() if value is not None}
-    further = keys_of(overrides)
-    text = [option for key, option in _DRAWN.items() if f"calibration.{key}" in given]
-    text += [f"--set calibration.{key}" for key in _DRAWN if f"calibration.{key}" in further]
-    if text and "calibration.ids" in given:
-        raise UsageError(
-            f"--calibration-ids fixes every token, so {' and '.join(text)} would be ignored; leave out "
-            f"{'it' if len(text) == 1 else 'them'}, or --calibration-ids"
-        )
     if "budget" in given and "latency" in given:
         raise UsageError(
             f"--params {given['budget']} and --latency {given['latency']} both say how far to prune; leave one of them out"
@@ -42,10 +33,6 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
         raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
     if not (recipe.makes_zeros or recipe.budget or recipe.latency):
         raise UsageError("prune needs a size or a speed to reach; add --params 80% or --latency 0.7x")
-    if "latency_of" in given and not recipe.latency:
-        raise UsageError(
-            f"--latency-of {given['latency_of']} has no effect without --latency; add --latency 0.7x, or leave it out"
-        )
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")

@@ -5,12 +5,22 @@ command line `--set KEY=VALUE` overrides one key (`--set training.lr=1e-4`). A p
 parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is silent.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from adapt_pruner.core.budget import check_written, parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT
@@ -20,7 +30,8 @@ from adapt_pruner.core.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
-from adapt_pruner.recipe.fitting import check_fitting, refuse_ignored
+from adapt_pruner.recipe.fitting import check_fitting, unread
+from adapt_pruner.recipe.overrides import keys_of, refuse_lost
 from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
@@ -46,8 +57,10 @@ _METHOD = ALIASES["best"]  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
+_PARTS = {"method", "reduce", "metric", "chooser", "repair", "solver"}
+_ROW, _SHARED = "row", "shared"  # contexts of validation: of a bare method, and of settings that several recipes share
 _WIDEST = 2**20  # neurons
-_TABLES = ("vocabulary", "calibration", "training", "evaluation")
+_TABLES = ("vocabulary", "calibration", "training", "training.lora", "evaluation")
 
 
 def check_precision(name: Any) -> str:
@@ -252,16 +265,6 @@ class Evaluation(_Frozen):
         description="prompts answered at the start and the end; null takes three built-in ones if the model has a chat template, [] none",
     )
 
-    @model_validator(mode="after")
-    def _together(self) -> "Evaluation":
-        for key in ("limit", "task_dir"):
-            if self.tasks is None and getattr(self, key) is not None:
-                raise ValueError(
-                    f"evaluation.{key} needs tasks and evaluation.tasks names none; set evaluation.tasks, for example to "
-                    "commonsense"
-                )
-        return self
-
 
 class Recipe(_Frozen):
     """A whole run: which model is pruned, how far, in which steps, by which parts, and how it is trained between cuts."""
@@ -373,11 +376,6 @@ class Recipe(_Frozen):
         if name not in list(methods()):
             raise ValueError(f"method {name!r} is not known; {nearest(str(name), [*methods(), *ALIASES])}")
         below = {key: value for key, value in _read_yaml(str(methods()[name])).items() if key not in ("about", "paper")}
-        reduce = data.get("reduce", below.get("reduce", cls.model_fields["reduce"].default))
-        needs = parts.needs_if_known("reduce", reduce)
-        if needs and "chosen" not in needs:  # a metric and chooser of the row may stay, since nobody asked for them
-            known = {key: (below.get(key), cls.model_fields[key].default) for key in ("metric", "chooser")}
-            refuse_ignored([key for key in known if key in data and data[key] not in known[key]], reduce=reduce)
         for key, value in data.items():
             inner = below.get(key)
             below[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
@@ -387,9 +385,59 @@ class Recipe(_Frozen):
         return below
 
     @model_validator(mode="after")
-    def _fitting(self) -> "Recipe":
-        check_fitting(self)
+    def _fitting(self, info: ValidationInfo) -> "Recipe":
+        if info.context is not _ROW:
+            check_fitting(self)
+            if info.context is not _SHARED:
+                self.refuse(self.unread())
         return self
+
+    def unread(self) -> list[str]:
+        """The dotted keys that somebody has set and nothing in this recipe reads.
+
+        A value of the method or the default counts as set by nobody, so a recipe that was written with all its keys reads the same.
+        A repair of the method that another reduction does not make counts as set.
+        """
+        row, keys = _row(self.method, self.init), []
+        for key in unread(self):
+            value, of_method = self._at(key), row._at(key)
+            if value != _default(key) and (value != of_method or key == "repair"):
+                keys.append(key)
+        return keys
+
+    def refuse(self, keys: Sequence[str]) -> None:
+        """Refuse keys that nothing in this recipe reads; nothing happens if there are none.
+
+        Raises:
+            UsageError: there are some.
+        """
+        if not keys:
+            return
+        reasons = unread(self)
+        why, remedy = reasons[keys[0]]
+        alike = [key for key in keys if reasons[key] == reasons[keys[0]]]
+        it = "it" if len(alike) == 1 else "them"
+        remedy = f", or {remedy}" if remedy else ""
+        leave = "set repair=null" if alike == ["repair"] else f"leave {it} out"
+        raise UsageError(f"{' and '.join(alike)} would be ignored, since {why.replace('read it', f'read {it}')}; {leave}{remedy}")
+
+    def fitted(self, named: Collection[str] = ()) -> "Recipe":
+        """This recipe, with each key that nothing reads as its method has it; such a key among `named` is refused.
+
+        Raises:
+            UsageError: nothing reads a key that is named.
+        """
+        recipe, row, keys = self, _row(self.method, self.init), self.unread()
+        self.refuse([key for key in keys if key in named])
+        for key in keys:
+            table, _, leaf = key.rpartition(".")
+            update = {leaf: row._at(key)}
+            recipe = recipe.model_copy(update={table: getattr(recipe, table).model_copy(update=update)} if table else update)
+        return recipe
+
+    def _at(self, key: str) -> Any:
+        """The value of a dotted key."""
+        return functools.reduce(getattr, key.split("."), self)
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` takes back."""
@@ -424,6 +472,21 @@ class Recipe(_Frozen):
         return self
 
 
+_TABLE_OF: dict[str, type[_Frozen]] = {"calibration": Calibration, "training": Training, "evaluation": Evaluation}
+
+
+@functools.cache
+def _row(method: str, init: str) -> Recipe:
+    """A method as it is where a recipe sets nothing."""
+    return Recipe.model_validate({"method": method, "init": init}, context=_ROW)
+
+
+def _default(key: str) -> Any:
+    """The default of a dotted key."""
+    table, _, leaf = key.rpartition(".")
+    return (_TABLE_OF[table] if table else Recipe).model_fields[leaf].default
+
+
 def methods() -> dict[str, Path]:
     """The methods that come with the package: name -> recipe file."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "methods").glob("*.yaml"))}
@@ -435,7 +498,11 @@ def builtin() -> dict[str, Path]:
 
 
 def read(
-    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    shared: bool = False,
 ) -> Recipe:
     """A validated recipe from a YAML file, the name of a built-in one, or plain data.
 
@@ -443,13 +510,20 @@ def read(
         source: file, name or mapping.
         overrides: `KEY=VALUE` texts with dotted keys, values as YAML; applied last.
         values: dotted key -> value, applied before `overrides`.
+        shared: whether keys that nothing reads may stand, because other recipes get the same; `Recipe.fitted` leaves them out.
+
+    A key that nothing reads is refused (`Recipe.unread`). If `overrides` name another method or part, the keys of `source` may be
+    for the method before; those that nothing reads now are left out.
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key or a value out of range; with the nearest key or the limit.
+        UsageError: no such file, not YAML, an unknown key, a value out of range or a table that would drop keys; with the nearest key
+            or the limit.
     """
     data = dict(source) if isinstance(source, Mapping) else _read_yaml(str(source))
     for key, value in (values or {}).items():
         _put(data, key, value)
+    of_a_method = not isinstance(source, Mapping) and ALIASES.get(str(source), str(source)) in methods()
+    written = keys_of(overrides) | (set() if of_a_method else set(_dotted(data)))
     seen: set[str] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -459,9 +533,14 @@ def read(
         if key in seen:
             raise UsageError(f"--set {key} is given twice; leave one of them out")
         seen.add(key)
-        _put(data, key, value_of(value, f"the value of --set {key}"))
+        new = value_of(value, f"the value of --set {key}")
+        if key in _TABLES:  # null and {} take a table of the file away, which is meant
+            refuse_lost(key, written if new else keys_of(overrides))
+        _put(data, key, new)
+    others = seen & _PARTS
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data, context=_SHARED if shared or others else None)
+        return recipe.fitted({*(values or ()), *seen}) if others and not shared else recipe
     except ValidationError as error:
         raise UsageError(sentence(error, Recipe)) from error
 
@@ -485,6 +564,15 @@ def _read_yaml(name: str) -> dict[str, Any]:
         raise UsageError(
             f"recipe {name!r} does not exist; give a YAML file or a built-in one ({', '.join(builtin())})"
         ) from error
+
+
+def _dotted(data: Mapping[str, Any], table: str = "") -> Iterator[str]:
+    """The dotted keys of the values in tables."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{table}{key}.")
+        else:
+            yield f"{table}{key}"
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from adapt_pruner.core.axes import Axis, Mask, Scores
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import UsageError
 
 __all__ = ["GOLDEN", "HEADS", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
 
@@ -61,11 +61,6 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
 
     Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike.
     """
-    if not torch.isfinite(distances).all():
-        raise RunError(
-            "block distances are not finite; the model or its calibration text gives NaN or infinity: set dtype=float32, or "
-            "repair the weights"
-        )
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())
     # Differences below the rounding error of a float32 mean count as none.
@@ -97,7 +92,6 @@ def adaptive(
         Units each axis keeps, and the debt after it.
 
     Raises:
-        RunError: the layers' scores are not finite.
         ValueError: an axis lies in no layer.
         UsageError: `heads_after` is not in [0, 1).
 
@@ -161,7 +155,13 @@ def advance(
 
     A step may remove next to nothing, because no axis owes a whole unit yet or most axes are at their limit. The step is then
     repeated until it removes something, since scoring again would see the same model.
+
+    Raises:
+        ValueError: an increment is not finite.
     """
+    for name, increment in increments.items():
+        if not math.isfinite(increment):
+            raise ValueError(f"the increment of {name} is {increment}, not a finite number; in a plan all scores are zero")
     if not axes:
         return {}, debt
 

@@ -36,12 +36,15 @@ from adapt_pruner.score.calibrate import Evidence, finish
 __all__ = ["BetweenSteps"]
 
 
-@part("reduce", needs={"chosen", "training"})
+@part(
+    "reduce",
+    needs={"chosen", "training"},
+    reads={"axes", "metric", "chooser", "repair", "multiple_of", "equal_widths", "debt"},
+)
 class BetweenSteps(Units):
     """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""
 
     fills_zeros = True
-    measures_heads = False
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def settled(log_alpha: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(soft).scatter(-1, best, soft.gather(-1, best))
 
 
-@part("reduce", needs={"one stage", "training"})
+@part("reduce", needs={"one stage", "training"}, reads={"axes"})
 class HardConcrete(Reduction):
     """Learn masks over width, heads, neurons and layers with the weights, until the model has a given shape (Sheared LLaMA)."""
 

@@ -45,11 +45,13 @@ _KINDS = ("neurons", "kv_heads")
 _EPS = 1e-7
 
 
-@part("reduce", needs={"chosen", "text", "all its time"})
+@part(
+    "reduce",
+    needs={"chosen", "text", "all its time"},
+    reads={"axes", "metric", "chooser", "repair", "multiple_of", "equal_widths", "sequential_scoring"},
+)
 class PolicyGradient(Units):
     """Learn which units stay by policy gradient over random masks, without back-propagation (Bypass)."""
-
-    measures_heads = False
 
     def __init__(
         self,

@@ -49,11 +49,13 @@ from adapt_pruner.train.objectives import kl_of_logits
 __all__ = ["Search"]
 
 
-@part("reduce", needs={"chosen", "text", "all its time"})
+@part(
+    "reduce",
+    needs={"chosen", "text", "all its time"},
+    reads={"axes", "metric", "chooser", "repair", "multiple_of"},
+)
 class Search(Units):
     """Search how many units each layer keeps, by the loss of candidates that are shut but not cut (Self-Pruner, EvoPress)."""
-
-    measures_heads = False
 
     def __init__(
         self,
@@ -114,12 +116,6 @@ class Search(Units):
             )
         if self._is_here:
             locate(self.model)
-        ignored = {"equal_widths": work.recipe.equal_widths, "sequential_scoring": work.recipe.sequential_scoring}
-        if given := [key for key, value in ignored.items() if value]:
-            raise UsageError(
-                f"reduce search gives layers different sizes and scores them side by side, so {' and '.join(given)} would be ignored; leave "
-                f"{'it' if len(given) == 1 else 'them'} out"
-            )
         if self.on_repaired and (work.recipe.repair is None or repair_parameters(work)):
             raise UsageError(
                 "reduce search(repaired=true) measures candidates with repaired weights, and the recipe has no repair that leaves the "

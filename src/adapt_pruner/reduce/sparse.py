@@ -29,7 +29,7 @@ from adapt_pruner.score.calibrate import Evidence
 __all__ = ["Sparse", "check_dense", "check_pattern", "check_same_zeros"]
 
 
-@part("reduce", needs={"sparsity", "one stage"})
+@part("reduce", needs={"sparsity", "one stage"}, reads={"solver"})
 class Sparse(Reduction):
     """Make single weights zero by the recipe's solver, a share of them or N of every M, and keep all shapes."""
 

@@ -34,7 +34,7 @@ from adapt_pruner.score.calibrate import Evidence
 __all__ = ["SparseTraining", "masked"]
 
 
-@part("reduce", needs={"sparsity", "one stage", "training"})
+@part("reduce", needs={"sparsity", "one stage", "training"}, reads={"calibration"})
 class SparseTraining(Reduction):
     """Train under masks over the weights, choose the masks anew as the model learns, and keep all shapes (AST)."""
 

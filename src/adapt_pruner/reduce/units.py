@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from adapt_pruner.core.memory import give_back
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import num_left
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import WHOLE, parts
 from adapt_pruner.reduce.allocate import HEADS, Debt
 from adapt_pruner.reduce.closed_form import without_bias
@@ -32,7 +32,7 @@ from adapt_pruner.reduce.cutline import cut_line
 from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
 from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
 from adapt_pruner.reduce.work import Work
-from adapt_pruner.score.calibrate import Evidence, Metric, eval_mode, evidence_needed, score, score_sequentially
+from adapt_pruner.score.calibrate import Evidence, Metric, checked, eval_mode, evidence_needed, score, score_sequentially
 
 __all__ = [
     "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
@@ -47,9 +47,6 @@ _NEARLY = 0.05  # share of a step: a last step smaller than this is left out of 
 class Units(Reduction):
     """Remove the least valuable units in small steps, and repair the remaining weights in each step (Adapt-Pruner's loop)."""
 
-    measures_heads: ClassVar[bool] = True
-    """Whether `head_metric` ranks KV heads; else the reduction ranks them itself."""
-
     def __init__(self) -> None:
         self._debt: Debt | None = None
         self._stage = 0
@@ -57,12 +54,6 @@ class Units(Reduction):
     def check(self, work: Work) -> None:
         """Refuse axes that the model lacks, a `multiple_of` that is too large, and `sequential_scoring` that cannot work."""
         recipe = work.recipe
-        if recipe.head_metric is not None and not self.measures_heads:
-            way = recipe.reduce.partition("(")[0]
-            raise UsageError(
-                f"reduce {way} ranks KV heads by the scores of the metric, so head_metric {recipe.head_metric!r} would be ignored; set "
-                "head_metric=null"
-            )
         kinds = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
         if missing := [kind for kind in recipe.axes if kind not in kinds]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
@@ -75,7 +66,7 @@ class Units(Reduction):
         if "inputs" in parts.needs("metric", recipe.metric):
             _check_scored(work, {axis.kind for axis in prunable(work) if axis.slices and not axis.gate.is_linear})
         evidence_of(work)
-        if not recipe.sequential_scoring:
+        if not (recipe.sequential_scoring and "sequential_scoring" in parts.reads("reduce", recipe.reduce)):
             return
         if not set(recipe.axes) - {*WHOLE, "residual"}:
             raise UsageError(
@@ -128,7 +119,7 @@ class Units(Reduction):
         """What the metrics, the distance, the head metric and the repair read."""
         recipe, evidence = work.recipe, evidence_of(work)
         layers = _layer_measure(work) is not None
-        heads = recipe.head_metric is not None and "kv_heads" in recipe.axes
+        heads = _head_metric(work) is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
         return TextUse(
             text=repairs or layers or heads or evidence is not Evidence.WEIGHTS,
@@ -153,7 +144,7 @@ class Units(Reduction):
         if _layer_measure(work) is not None:
             phases["blocks"] = Passes(forward=tokens * sum(axis.size for axis in _measured_whole(work)) / 2)
         heads = [axis for axis in prunable(work) if axis.kind == "kv_heads"]
-        if recipe.head_metric is not None and heads:
+        if _head_metric(work) is not None and heads:
             sizes = sizes_alike(work, keep=target)
             measured = sum(axis.size for axis in heads if sizes[axis.name] < axis.size)
             phases["heads"] = Passes(forward=min(tokens, _HEAD_TOKENS) * measured / 2)
@@ -242,14 +233,14 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
 
     Raises:
         UsageError: the metric gives no scores for a kind of axis that may shrink.
-        RunError: it gives scores of another shape.
+        RunError: it gives scores of another shape, or a score is not finite.
     """
     recipe = work.recipe
     metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
     tell = work.progress("score", **where)
     scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
     if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
-        scores |= measure_layers(work.model, _measured_whole(work), batches)
+        scores |= checked(measure_layers(work.model, _measured_whole(work), batches), part=f"distance {recipe.distance!r}")
     _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
     for axis in prunable(work):
         if scores[axis.name].shape != (axis.entries,):
@@ -330,20 +321,23 @@ def _shown(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(tuple(shape))
 
 
+def _head_metric(work: Work) -> str | None:
+    """The recipe's `head_metric`, if the reduction reads it; a reduction that does not ranks KV heads by the metric."""
+    return work.recipe.head_metric if "head_metric" in parts.reads("reduce", work.recipe.reduce) else None
+
+
 def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor], **where: int) -> Scores:
     """Scores of `head_metric` for the KV heads of every layer that is to lose one."""
     recipe = work.recipe
     losing = [axis for axis in prunable(work) if axis.kind == "kv_heads" and sizes[axis.name] < axis.size]
-    if recipe.head_metric is None or not losing:
+    head_metric = _head_metric(work)
+    if head_metric is None or not losing:
         return {}
     give_back()  # return memory that scoring has freed, before all weights are copied
-    measure = parts.bind(
-        "head_metric", recipe.head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where)
-    )
+    measure = parts.bind("head_metric", head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where))
     before = accumulate((batch.numel() for batch in batches), initial=0)
     enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _HEAD_TOKENS]
-    measured: Scores = measure(work.model, losing, enough)
-    return measured
+    return checked(measure(work.model, losing, enough), part=f"head_metric {head_metric!r}")
 
 
 def prunable(work: Work) -> list[Axis]:
@@ -408,8 +402,13 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
         sizes = {axis.name: axis.size for axis in axes}
         # Rounding would give back neurons taken below `multiple_of` each time, and the chooser would never get to the heads.
         if free := [axis for axis in axes if axis.kind != "neurons" or axis.size > multiple_of]:
-            wanted, debt = choose(scores, free, budget, debt=debt)
-            _check_sizes(wanted, free, chooser=work.recipe.chooser)
+            try:
+                wanted, debt = choose(scores, free, budget, debt=debt)
+            except (ValueError, ArithmeticError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                raise RunError(f"chooser {work.recipe.chooser!r} fails: {first_line(error)}") from error
+            _check_chosen(wanted, debt, free, chooser=work.recipe.chooser)
             sizes |= wanted
         if multiple_of > 1 or equal:
             sizes = fitting(sizes, axes, scores=scores, multiple_of=multiple_of, equal_widths=equal)
@@ -420,8 +419,8 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
     return fitted
 
 
-def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str) -> None:
-    """Refuse what no chooser may return: sizes of other axes, or sizes that the axis cannot have.
+def _check_chosen(sizes: Mapping[str, Any], debt: Debt, axes: Sequence[Axis], *, chooser: str) -> None:
+    """Refuse what no chooser may return: sizes of other axes, sizes that the axis cannot have, or a debt that is no number.
 
     Raises:
         RunError: it returned that.
@@ -433,6 +432,9 @@ def _check_sizes(sizes: Mapping[str, Any], axes: Sequence[Axis], *, chooser: str
         least, most = 0 if named[name].may_be_empty else 1, named[name].size
         if type(size) is not int or not least <= size <= most:
             raise RunError(f"chooser {chooser!r} gives {name} the size {size!r}; a size is a Python int from {least} to {most}")
+    for name, share in debt.sparsity.items():
+        if not math.isfinite(share):
+            raise RunError(f"chooser {chooser!r} gives {name} the debt {share}; a debt is a share from 0 to 1")
 
 
 def params_of(work: Work, axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:

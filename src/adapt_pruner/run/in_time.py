@@ -15,7 +15,7 @@ from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.split import specs_of, split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.recipe.overrides import keys_of, refuse_tables
+from adapt_pruner.recipe.overrides import keys_of
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.rules import TRAINING_ROW, Asked, planned
@@ -23,8 +23,6 @@ from adapt_pruner.run.trackers import check_trackers
 
 __all__ = ["recipe_in_time"]
 
-_PLANNED = ("calibration.source", "training.source", "training.tokens", "evaluation.source")
-"""Keys that every plan sets, one at least in each table that it fills."""
 _ASKED = re.compile(r"shrink to (.+?)(?: in ([\d.e+]+) minutes)?")
 """An `about` as `_about` writes it."""
 
@@ -64,7 +62,6 @@ def recipe_in_time(
         raise UsageError(
             "--set about would replace the words by which shrink recognises a run that it continues; leave about out"
         )
-    refuse_tables(_PLANNED, overrides)
     minutes, tokens = long
     spec = DEFAULT_TEXT if text is None else text
     train, held_out = specs_of(spec)
@@ -72,7 +69,8 @@ def recipe_in_time(
     plain = recipes.read({}, overrides=overrides, values={
         **common, "about": asked, "calibration.source": train, "training.source": train,
         "training.tokens": tokens or 1_000_000, "training.length": TRAINING_ROW, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
-    })  # fmt: skip
+    }, shared=True)  # fmt: skip
+    plain.fitted(named)
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
     check_trackers(plain)
@@ -93,7 +91,8 @@ def recipe_in_time(
         settings["amplitude"] = plain.step
     if "method" in named:  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
-    return recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides)
+    recipe = recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides, shared=True)
+    return recipe.fitted(named)  # another method may not read all that was planned
 
 
 def _about(size: str, minutes: float | None, tokens: int | None) -> str:

@@ -328,6 +328,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
             "training text": "" if rows is None else rows.digest(),
             "held-out text": digest_of(held_out) if held_out else "",
             "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
+            **({} if feed is None else feed.inputs()),
         },
         held_out=held_out,
         held_out_texts=[text for text, windows in by_text.items() for _ in windows],

@@ -31,6 +31,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from itertools import product
+from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -43,8 +45,20 @@ from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
 from adapt_pruner.core.precision import casting_once, linears_cast, nonfinite_error, precision
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.errors import RunError
 
-__all__ = ["Evidence", "Metric", "as_found", "eval_mode", "evidence_needed", "finish", "mean_loss", "score", "score_sequentially"]
+__all__ = [
+    "Evidence",
+    "Metric",
+    "as_found",
+    "checked",
+    "eval_mode",
+    "evidence_needed",
+    "finish",
+    "mean_loss",
+    "score",
+    "score_sequentially",
+]
 
 
 class Evidence(Enum):
@@ -149,7 +163,7 @@ def score(
     Each of several processes reads a share of the batches. Sums run over all processes, and every process gets the same scores.
 
     Raises:
-        RunError: L is not finite.
+        RunError: L or a score is not finite.
     """
     axes = _scored(axes)
     running = [metric(model, axes) for metric in metrics]
@@ -332,10 +346,29 @@ def score_sequentially(
 
 
 def finish(metric: Generator[Evidence, None, Scores]) -> Scores:
-    """What a metric returns once it has seen the text."""
+    """What a metric returns once it has seen the text.
+
+    Raises:
+        RunError: a score is not finite.
+    """
     try:
         next(metric)
     except StopIteration as finished:
-        scores: Scores = finished.value
-        return scores
+        assert isinstance(metric, GeneratorType)
+        return checked(finished.value, part=f"{Path(metric.gi_code.co_filename).stem}.{metric.__name__}")
     raise AssertionError("a metric yields once, or until there are no more gradients")
+
+
+def checked(scores: Scores, *, part: str) -> Scores:
+    """The scores that a part gave, if all are finite.
+
+    Raises:
+        RunError: one is not; the sentence names the part.
+    """
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise RunError(
+                f"{part} gives NaN or infinity as score of {name}; the part, the model or its calibration text is at fault: set "
+                "dtype=float32, repair the weights, or name another part"
+            )
+    return scores
