@@ -75,7 +75,7 @@ def test_an_option_that_no_recipe_can_write_is_refused(annotation: str) -> None:
 
 
 def test_proposals_name_no_model_themselves(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    recipe = small_recipe(tiny_folder, text_file, reduce="search(proposals=language_model(model=x))", head_metric=None)
+    recipe = small_recipe(tiny_folder, text_file, reduce="search(proposals=language_model(model=x))", head_metric=None, step=0.02)
     with pytest.raises(
         UsageError, match="option 'model' of proposal .* cannot be given in a recipe, because its type Any is none of"
     ):
@@ -146,7 +146,6 @@ def test_a_recipe_file_may_have_settings_of_another_method() -> None:
         "amplitude": 0.5,
         "step": 0.3,
         "calibration": {"samples": 3},
-        "head_metric": "blocks.loss_drop",
     }
     recipe = read(file, overrides=["method=magnitude-all"])
     assert (recipe.amplitude, recipe.step, recipe.calibration.samples) == (0.02, 0.3, 64), "a step is read by both"
