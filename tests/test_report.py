@@ -663,8 +663,5 @@ def test_the_loss_before_the_first_cut_stands_at_the_size_that_was_scored(copied
 
 
 def test_a_score_that_is_no_accuracy_is_neither_good_nor_bad() -> None:
-    fall = {form: page._tile(Row("a task", 0.4, 0.2, form)) for form in ("plain", "right", "perplexity")}
-    assert "good" not in fall["plain"]
-    assert "bad" not in fall["plain"]
-    assert 'class="bad"' in fall["right"]
-    assert 'class="good"' in fall["perplexity"]
+    fall = {form: Row("a task", 0.4, 0.2, form).tone for form in ("plain", "right", "perplexity")}
+    assert fall == {"plain": "", "right": "bad", "perplexity": "good"}
