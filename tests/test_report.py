@@ -10,6 +10,9 @@ import os
 import re
 import shutil
 import statistics
+import struct
+import xml.etree.ElementTree
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
+from adapt_pruner.report.svg import drawing
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -474,20 +478,58 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
     assert "no page today" in heard[-1]["message"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("vl_convert") is None, reason="vl-convert is not installed")
 def test_pictures_for_papers(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(monkeypatch, capsys, "report", copied, "--png", "--json")
     written = [Path(path) for path in json.loads(out)["written"]]
     assert status == 0
     assert {"anatomy.png", "importance.png", "loss.png", "perplexity.png"} <= {path.name for path in written}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+    for path in written[1:]:
+        chunks = png_chunks(path.read_bytes())
+        assert struct.unpack(">I", chunks[b"IHDR"][:4]) == (1333,)
+        assert chunks[b"tEXt"] == b"Software\0adapt-pruner"
+        assert len(set(zlib.decompress(chunks[b"IDAT"]))) > 9, "it is not blank"
+    assert call(monkeypatch, capsys, "report", copied, "--png")[0] == 0, "what is ours is written again"
+    written[1].write_bytes(written[1].read_bytes().replace(b"Software", b"software"))
+    assert call(monkeypatch, capsys, "report", copied, "--png")[0] == 2, "and nothing else"
 
 
-def test_without_matplotlib_pictures_are_refused_in_a_sentence_and_the_page_is_not(
+def png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """What a PNG file consists of; the check sum of each part is right."""
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks: dict[bytes, bytes] = {}
+    at = 8
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        name, content = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(name + content),)
+        chunks[name] = chunks.get(name, b"") + content
+        at += 12 + size
+    return chunks
+
+
+def test_a_picture_for_papers_has_the_words_and_marks_of_the_page(finished: Path) -> None:
+    svg = "{http://www.w3.org/2000/svg}"
+    for chart in page.pictures(figures_of(read_record(finished))):
+        text = paper.picture(chart)
+        assert "var(" not in text, "a file has no page to take colours from"
+        tree = xml.etree.ElementTree.fromstring(text)
+        words = {element.text for element in tree.iter(f"{svg}text")}
+        assert chart.title in words
+        plots = drawing(chart).plots
+        assert [len(inner.findall(f"{svg}rect")) for inner in tree.iter(f"{svg}svg")][1:] == [len(plot.rects) for plot in plots]
+        assert {word for plot in plots for _, word in plot.xs} <= words
+        if isinstance(chart, charts.Lines):
+            assert {chart.x_label, f"{chart.y_label} (log scale)" if chart.log else chart.y_label} <= words
+        else:
+            assert {word for plot in plots for _, word in plot.ys} <= words
+
+
+def test_without_vl_convert_pictures_are_refused_in_a_sentence_and_the_page_is_not(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(paper.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(paper.importlib.util, "find_spec", lambda name: None if name == "vl_convert" else found(name))
     (copied / "report.html").unlink()
     status, _, err = call(monkeypatch, capsys, "report", copied, "--png")
     assert status == 2

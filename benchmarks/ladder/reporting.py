@@ -14,7 +14,7 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.files import write_whole
 from adapt_pruner.core.words import compact
 from adapt_pruner.report.charts import Lines, Series
-from adapt_pruner.report.paper import has_matplotlib, write_pictures
+from adapt_pruner.report.paper import write_pictures
 from adapt_pruner.report.template import environment
 
 __all__ = ["Judged", "judged", "tables", "write_report"]
@@ -209,6 +209,5 @@ def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Pa
     template = environment().from_string(Path(__file__).with_name("ladder.html").read_text(encoding="utf-8"))
     page = template.render(plan=plan, written=head, charts=charts, tables=list(made.values()))
     write_whole(folder / "ladder.html", page)
-    if charts and has_matplotlib():
-        write_pictures(charts, folder, endings=("svg",))
+    write_pictures(charts, folder, endings=("svg",))
     return f"{head} {compact(sum(result.get('tokens', 0) for result in results))} training tokens. The report is {folder / 'ladder.md'}"

@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 from adapt_pruner.core.words import score, shown, tick, ticks
 from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
 
-__all__ = ["Drawing", "Path", "Plot", "Rect", "drawing"]
+__all__ = ["Drawing", "Key", "Path", "Plot", "Rect", "drawing", "lines"]
 
 _FULL = 1000.0  # width and height of a picture in its own coordinates
 _TURNS = ("", " second", " third")  # forms of dots and dashes for the first use of each colour, the second and the third
@@ -66,7 +66,9 @@ class Plot:
     ys: Sequence[tuple[float, str]] = ()
     xs: Sequence[tuple[float, str]] = ()
     x_label: str = ""
+    y_label: str = ""
     look: str = ""
+    size: Place = (_FULL, _FULL)
     heading: str = ""
     tips: Sequence[tuple[float, float, str]] = ()
     names: Sequence[tuple[float, str]] = ()
@@ -111,27 +113,34 @@ def _scale(values: Sequence[float], *, log: bool, room: float) -> tuple[float, f
 
 
 @drawing.register
-def _lines(chart: Lines) -> Drawing:
+def lines(chart: Lines, *, size: Place = (_FULL, _FULL), room: float | None = None) -> Drawing:
+    """What lines look like.
+
+    Args:
+        chart: the lines.
+        size: coordinates of the right lower corner of their frame.
+        room: share of the width that is left free on the right; by default as much as on the left.
+    """
     every = [point for series in chart.series for point in series.points]
     xs, ys = [x for x, _ in every], [y for series in chart.series for y in _heights(series)]
     log = chart.log and min(ys) > 0
     low, high, down = _scale(ys, log=log, room=0.14 if any(series.labels for series in chart.series) else 0.04)
     left, right = min([*xs, *(x for x, _ in chart.marks)]), max(xs)
     edge = 0.05 if any(series.dots for series in chart.series) else 0.0
-    span = (right - left) or 1.0
+    begin, span = (right, left - right) if chart.falls else (left, right - left)
+    wide, tall = size
 
     def over(x: float) -> float:
-        at = edge + (1 - 2 * edge) * (x - left) / span
-        return 1 - at if chart.falls else at
+        return edge + (1 - edge - (edge if room is None else room)) * (x - begin) / (span or 1.0)
 
     def places(points: Iterable[Place]) -> list[Place]:
-        return [(_FULL * over(x), _FULL * down(y)) for x, y in points]
+        return [(wide * over(x), tall * down(y)) for x, y in points]
 
     y_ticks = [(down(y), tick(y, chart.y_form)) for y in ticks(low, high, log=log, most=3 if chart.short else 5)]
     marks = [(over(x), text) for x, text in chart.marks]
     paths = [
-        Path("grid", [[(0, _FULL * y), (_FULL, _FULL * y)] for y, _ in y_ticks]),
-        Path("mark", [[(_FULL * x, 0), (_FULL * x, _FULL)] for x, _ in marks]),
+        Path("grid", [[(0, tall * y), (wide, tall * y)] for y, _ in y_ticks]),
+        Path("mark", [[(wide * x, 0), (wide * x, tall)] for x, _ in marks]),
     ]
     looks = [f"tone{tone}{_TURNS[turn % len(_TURNS)]}" for turn, tone in chart.looks()]
     for series, look, lead in zip(chart.series, looks, chart.leads(), strict=True):
@@ -146,6 +155,8 @@ def _lines(chart: Lines) -> Drawing:
         ys=y_ticks,
         xs=[(over(x), text) for x, text in chart.x_names(left, right, most=5)],
         x_label=chart.x_label,
+        y_label=chart.y_label + " (log scale)" * log,
+        size=size,
         look="short" if chart.short else "",
         tips=[
             (round(over(x), 4), round(down(y), 4), f"{name or series.name}: {shown(y, chart.y_form)} at {shown(x, chart.x_form)} {chart.x_label}")
@@ -185,11 +196,11 @@ def _sign(series: Series, look: str) -> str:
 
 @drawing.register
 def _heatmap(chart: HeatMap) -> Drawing:
-    wide, high = _FULL / len(chart.columns), _FULL / len(chart.rows)
+    lefts, tops = ([round(_FULL * i / len(names), 1) for i in range(len(names) + 1)] for names in (chart.columns, chart.rows))
     rects = [
-        Rect(column * wide, row * high, wide, high, "heat", f"layer {layer}, {name}: {shown(value, chart.form)}", 0.05 + 0.95 * shade)
-        for row, (name, shades, values) in enumerate(zip(chart.rows, chart.shades(), chart.values, strict=True))
-        for column, (layer, shade, value) in enumerate(zip(chart.columns, shades, values, strict=True))
+        Rect(left, top, right - left, bottom - top, "heat", f"layer {layer}, {name}: {shown(value, chart.form)}", 0.05 + 0.95 * shade)
+        for (top, bottom), name, shades, values in zip(pairwise(tops), chart.rows, chart.shades(), chart.values, strict=True)
+        for (left, right), layer, shade, value in zip(pairwise(lefts), chart.columns, shades, values, strict=True)
         if shade is not None
     ]  # fmt: skip
     every = -(-len(chart.rows) // 8)
@@ -270,7 +281,7 @@ def _histogram(chart: Histogram) -> Drawing:
         f"{chart.title}: {sum(chart.removed):,} below the cut line went, {sum(chart.kept):,} above it stay", rects,
         [Path("mark strong", [[(line, 0), (line, _FULL)]])], ys=[(0.0, f"{peak:,}"), (1.0, "0")],
         xs=[((i - low) / (high - low), f"{2.0 ** ((i - half) // 4):g}×") for i in range(low, high + 1) if (i - half) % 4 == 0],
-        x_label="score / cut line", look="short",
+        x_label="score / cut line", y_label="units", look="short",
     )  # fmt: skip
     return Drawing([plot], [Key([("key gone", None)], "removed"), Key([("key kept", None)], "kept")])
 

@@ -27,7 +27,7 @@ def environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.filters |= {
-        "base64": lambda text: base64.b64encode(text.encode()).decode(), "drawing": drawing, "duration": duration, "json": to_json, "percent": "{:.2%}".format, "placeless": placeless, "shown": shown,
+        "base64": lambda text: base64.b64encode(text.encode()).decode(), "darker": _darker, "drawing": drawing, "duration": duration, "json": to_json, "percent": "{:.2%}".format, "placeless": placeless, "shown": shown,
     }  # fmt: skip
     return made
 
@@ -36,6 +36,11 @@ def rendered(template: str, /, **values: object) -> str:
     """The text of a page from its template."""
     written = f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')}"
     return environment().get_template(template).render(written=written, **values)
+
+
+def _darker(colour: str) -> str:
+    """#rrggbb, for thin letters."""
+    return "#" + "".join(f"{int(0.7 * int(colour[at : at + 2], 16)):02x}" for at in (1, 3, 5))
 
 
 def placeless(text: object) -> str:
