@@ -266,33 +266,24 @@ def _named(method: str, rows: Sequence[Mapping[str, Any]], text: str) -> str:
 
 def _matrix(result: Mapping[str, Any], text: str, sizes: Sequence[int]) -> tuple[list[str], list[list[str]], str]:
     """Header, rows and caption: perplexity by method and size, its ratio to the dense model's, and bits per byte if known."""
-    methods = [method for method in dict.fromkeys(row["method"] for row in result["rows"]) if method != "dense"]
-    cells = {(row["method"], row["size"]): row for row in result["rows"]}
+    rows = [row for row in result["rows"] if row["method"] != "dense"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     best = {
-        size: min(
-            (value for m in methods if (row := cells.get((m, size))) and (value := _perplexity(row, text)) is not None),
-            default=None,
-        )
+        size: min((value for row in rows if row["size"] == size and (value := _perplexity(row, text)) is not None), default=None)
         for size in sizes
     }
-    lines = []
-    for method in methods:
-        line = [_named(method, result["rows"], text)]
-        for size in sizes:
-            row = cells.get((method, size))
-            value = _perplexity(row, text) if row else None
-            ratio = number_of(row["texts"][text]["ratio"]) if row and value is not None else None
-            star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
-            infinite = value is None and row and text in row["texts"]
-            bits = number_of(row["texts"][text].get("bits_per_byte")) if row and value is not None else None
-            line.append(
-                "∞"
-                if infinite
-                else f"{star}{shown(value, 'perplexity')}"
-                + (f" ({shown(ratio, 'times')})" if ratio is not None else "")
-                + (f", {bits:.3f} bits" if bits is not None else "")
-            )
-        lines.append(line)
+
+    def words(row: Mapping[str, Any]) -> str:
+        value = _perplexity(row, text)
+        if value is None:
+            return "∞" if text in row["texts"] else "–"
+        ratio, bits = (number_of(row["texts"][text].get(key)) for key in ("ratio", "bits_per_byte"))
+        star = "★ " if value == best[row["size"]] and len(methods) > 1 else ""
+        times = f" ({shown(ratio, 'times')})" if ratio is not None else ""
+        return f"{star}{shown(value, 'perplexity')}{times}" + (f", {bits:.3f} bits" if bits is not None else "")
+
+    cells = {(row["method"], row["size"]): words(row) for row in rows}
+    lines = [[_named(method, rows, text), *(cells.get((method, size), "–") for size in sizes)] for method in methods]
     dense = _perplexity(result["rows"][0], text)
     caption = (
         f"Perplexity on {text}; dense {shown(dense, 'perplexity')}; in brackets its ratio to "

@@ -180,7 +180,7 @@ def _lay_out(sheet: Sheet, chart: Chart, left: float, wide: float, *, heading: s
             x += 84 if tag == "ramp" else 14
         sheet.words.append((x + 2, y, key.text.strip()))
         x += 18 * bool(key.text) + _LETTER * len(key.text)
-    sheet.write(getattr(chart, "note", ""), left + margin, y + 20 * (not named), wide=width)
+    sheet.write(chart.note, left + margin, y + 20 * (not named), wide=width)
 
 
 def _names(chart: Lines, plot: svg.Plot) -> list[Name]:
