@@ -26,7 +26,7 @@ _SOFTWARE = "adapt-pruner"
 _SCALE = 200 / 96  # from the units of SVG to 200 dots an inch
 _WIDTH, _PANEL = 640.0, 560.0  # of a picture, and of one of several side by side
 _HEIGHTS = {"": 250.0, "short": 150.0, "tall": 190.0, "low": 60.0, "heatmap": 200.0, "task": 36.0}
-_LETTER, _BOLD = 6.2, 6.8  # width of a letter of 12 units
+_LETTER, _BOLD = 6.2, 7.4  # width of a letter of 12 units, also in fonts that are wider than the first choice
 
 
 def has_png() -> bool:
@@ -104,11 +104,12 @@ def _png(text: str) -> bytes:
 
 
 class Name(NamedTuple):
-    """The name of a line beside its end: where it begins and where its middle lies, and a thin line from there."""
+    """The name of a line beside its end: where it begins or ends (`anchor`), how high its middle lies, and a thin line there."""
 
     text: str
     x: float
     y: float
+    anchor: str
     tone: str
     lead: svg.Path
 
@@ -187,9 +188,9 @@ def _names(chart: Lines, plot: svg.Plot) -> list[Name]:
     """The name of each line near its last point, on no other name and little else."""
     wide, high = plot.size
     drawn = [path for path in plot.paths if path.tag.startswith(("thin", "line", "whisker"))]
-    ink = []  # places that are drawn on, at intervals
+    ink = [place for path in plot.paths if path.tag.startswith("dot") for (place,) in path.lines for _ in range(4)]
     for (a, b), (c, d) in (pair for path in drawn for line in path.lines for pair in pairwise(line)):
-        steps = 1 + int(max(abs(c - a), abs(d - b)) / 4)
+        steps = 1 + int(max(abs(c - a), abs(d - b)) / 4)  # places that are drawn on, at intervals
         ink += [(a + (c - a) * step / steps, b + (d - b) * step / steps) for step in range(steps + 1)]
     taken = [
         (wide * x, high * y + 8, wide * x + _LETTER * len(text), high * y + 24)
@@ -200,18 +201,18 @@ def _names(chart: Lines, plot: svg.Plot) -> list[Name]:
     names = []
     of = zip(ends, (series.name for series in chart.series if not series.star), strict=True)
     for ((x, y), tag), text in sorted(of, reverse=True):
-        best = math.inf
+        best, long = math.inf, _BOLD * len(text)
         for side, up in product((1, -1), range(-60, 61, 3)):
-            left = x + 10 if side > 0 else x - 10 - _BOLD * len(text)
-            box = (left, y + up - 8, left + _BOLD * len(text), y + up + 8)
+            near = x + 10 * side
+            box = (min(near, near + side * long), y + up - 8, max(near, near + side * long), y + up + 8)
             crossed = sum(box[0] - 2 < a < box[2] + 2 and box[1] < b < box[3] for a, b in ink)
             outside = box[0] < 0 or box[2] > wide or box[1] < 0 or box[3] > high
             apart = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
             cost = abs(up) + 6 * (side < 0) + 8 * crossed + 1000 * (outside + (not apart))
             if cost < best:
-                best, chosen, start = cost, box, left if side > 0 else left + _BOLD * len(text)
-        taken.append(chosen)
-        middle = (chosen[1] + chosen[3]) / 2
-        lead = svg.Path("thin", [[(start, middle), (x, y)]] if abs(middle - y) > 6 else [])
-        names.append(Name(text, chosen[0], middle, re.sub(".*(tone\\d).*", r"\1", tag), lead))
+                lead = svg.Path("thin", [[(near, y + up), (x, y)]] if abs(up) > 6 else [])
+                tone = re.sub(r".*(tone\d).*", r"\1", tag)
+                best, chosen = cost, (box, Name(text, near, y + up, "start" if side > 0 else "end", tone, lead))
+        taken.append(chosen[0])
+        names.append(chosen[1])
     return names
