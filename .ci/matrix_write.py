@@ -17,6 +17,8 @@ from adapt_pruner.export import export
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_checkpoint import pruned
+from test_sums_and_tools import summed
+from test_without_trust import biased
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs."
 
@@ -72,6 +74,9 @@ def main(out: Path) -> None:
             Mask({f"layers.{block}": torch.tensor([False]) for block in ("0.mlps", "1.attentions")}),
         )
         keep(lacking, out / f"{name}_lacking")
+        keep(biased(layout, equal=True), out / f"{name}_biased")
+        keep(biased(layout, equal=False), out / f"{name}_biased_unequal")
+        keep(summed(layout), out / f"{name}_sums")
         narrow = tiny_model(layout, vocab_size=VOCAB)
         batches = [torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(12))]
         try:

@@ -38,7 +38,7 @@ def measure() -> int:
     from lm_eval.models.huggingface import HFLM
 
     loaded = load(asked.model)
-    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir)
+    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir, trust_remote_code=True)
     set_shots(wanted, None)
     with as_lm_eval_does():
         theirs = HFLM(

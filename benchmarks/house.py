@@ -1,4 +1,4 @@
-"""The house in numbers: rooms, floors, what a small run walks through; of the code here, or of another commit beside it.
+"""The house in numbers: lines, files, rooms, floors, what a small run walks through; of the code here, or of another commit beside it.
 
     python benchmarks/house.py --base 6fb363c
 
@@ -9,12 +9,14 @@ training between the cuts, on a tiny random model, through the command line.
 import argparse
 import ast
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MANY = 7
 """Arguments of a function, beyond which it is counted."""
+LAYOUT = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+}  # fmt: skip
+"""Kinds of tokens that make no line a line of code."""
 
 
 def main() -> None:
@@ -29,22 +35,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--base", help="commit to show beside the code here")
     parser.add_argument("--walk", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.walk:
-        print(json.dumps(walk(Path(asked.walk[0]), Path(asked.walk[1]))))
+    options = parser.parse_args()
+    if options.walk:
+        print(json.dumps(walk(Path(options.walk[0]), Path(options.walk[1]))))
         return
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_model(place)
         columns = {"here": measured(ROOT, place / "here", place)}
-        if asked.base:
+        if options.base:
             tree = place / "base"
             tree.mkdir()
             packed = subprocess.run(
-                ["git", "-C", ROOT, "archive", asked.base, "src", "docs"], check=True, stdout=subprocess.PIPE
+                ["git", "-C", ROOT, "archive", options.base, "src", "docs"], check=True, stdout=subprocess.PIPE
             ).stdout
             subprocess.run(["tar", "-x", "-C", tree], input=packed, check=True)
-            columns = {asked.base: measured(tree, place / "before", place), **columns}
+            columns = {options.base: measured(tree, place / "before", place), **columns}
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for what in columns["here"]:
         print(f"| {what} | {' | '.join(f'{column[what]:,}' for column in columns.values())} |")
@@ -65,6 +71,9 @@ def measured(tree: Path, out: Path, place: Path) -> dict[str, int]:
     executed = {Path(file) for file in walked["files"]}
     handed = [(one, other) for one, other in walked["handed"] if one in floors and other in floors]
     return {
+        "lines of code": sum(num_lines_of_code(path.read_text(encoding="utf-8")) for path in files),
+        "files": len(files),
+        "modules that a two-stage run imports": len(walked["modules"]),
         "rooms at the root": len(rooms - {"__init__", "__main__"}),
         "floors": len(set(floors.values())),
         "pairs of rooms of which one imports the other": len({(one, other) for one, other in arrows if one != other}),
@@ -77,8 +86,16 @@ def measured(tree: Path, out: Path, place: Path) -> dict[str, int]:
         f"functions of more than {MANY} arguments outside cli": sum(
             many for path in files if room_of(path, package) != "cli" for many in [num_many(path)]
         ),
-        "lines of src": sum(path.read_text(encoding="utf-8").count("\n") for path in files),
     }
+
+
+def num_lines_of_code(text: str) -> int:
+    """Lines that hold more than a comment or a docstring."""
+    expressions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+    strings = [node for node in expressions if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]
+    docstrings = {line for node in strings for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in LAYOUT]
+    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings)
 
 
 def room_of(path: Path, package: Path) -> str:
@@ -182,7 +199,8 @@ def walk(place: Path, out: Path) -> dict[str, Any]:
             raise
     finally:
         sys.setprofile(None)
-    return {"files": sorted(files), "handed": sorted(set(handed)), "functions": sorted(set(functions))}
+    modules = sorted(name for name in sys.modules if name.partition(".")[0] == "adapt_pruner")
+    return {"modules": modules, "files": sorted(files), "handed": sorted(set(handed)), "functions": sorted(set(functions))}
 
 
 if __name__ == "__main__":

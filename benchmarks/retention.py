@@ -64,7 +64,7 @@ class Bench:
     def measure(self, name: str, what: str) -> None:
         """Measure a model, and keep what the command said."""
         if what != "text":
-            where = ["--task-dir", self.data / "lm_eval_tasks", "--cache-dir", self.out / "tasks"]
+            where = ["--task-dir", self.data / "lm_eval_tasks", "--trust-remote-code", "--cache-dir", self.out / "tasks"]
             self._kept(name, what, ["--tasks", what, *where])
             return
         self._kept(name, "wikitext2", ["--text", self.data / "wikitext2" / "test_public.txt", "--max-windows", 40])

@@ -1,8 +1,8 @@
 """Whether a change of the code changed what a run computes: every method row, on tiny models, by two versions of the package.
 
 `make golden` runs the code of a base commit and the code as it lies here side by side on this machine, through the command line, and
-compares mask.json, the weights, log.jsonl without times and the page of each run without its style, to the last bit. Nothing is
-stored in git, since processors round differently. It also takes a run that the base commit left in its middle and lets the code here finish it.
+compares mask.json, config.json, the weights and log.jsonl without times, to the last bit. Nothing is stored in git, since processors round
+differently. Then the code here finishes runs of its own that stand in their middle, and these are compared, too.
 
     make golden                    against the last commit
     make golden BASE=6fb363c       against that commit
@@ -27,9 +27,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"llama": ("llama", "llama"), "qwen2": ("llama", "qwen2"), "gemma3": ("gemma3", "gemma3-grouped")}
 VOLATILE = re.compile(r"^(time|(\w+_)?seconds(_.*)?|tokens_per_second|peak_bytes|peak_rss_bytes|path|made_by|spent|identity)$")
-RENAMED = (  # recipe keys that a version may spell otherwise, or not have
-    "rotate", "reduce", "feed", "task", "init", "behind", "sequential_scoring", "own", "self_generated", "repair_samples", "expected",
-)  # fmt: skip
 SHARED = {
     "budget": "70%", "device": "cpu", "dtype": "float32", "stages": 2, "keep_checkpoints": 9, "multiple_of": 1,
     "calibration": {"samples": 8, "length": 16},
@@ -37,7 +34,7 @@ SHARED = {
     "evaluation": {"window": 32, "max_windows": 4},
 }  # fmt: skip
 FURTHER: dict[str, dict[str, Any]] = {  # what a row cannot do without
-    "adaptive-ls-v1": {"calibration": {"own": 4}},
+    "adaptive-ls-v1": {"calibration": {"self_generated": 4}},
     "slicegpt": {"stages": 1},
     "shortgpt": {"training": {"objective": "objectives.distil"}},
     "flap": {"training": {"lora": {"rank": 4}}},
@@ -55,19 +52,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--base", default="HEAD", help="commit whose code is compared with the code here")
     parser.add_argument("--work", type=Path, help="folder to work in, kept; else a temporary one")
-    asked = parser.parse_args()
-    with _folder(asked.work) as work:
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", asked.base], check=True, stdout=subprocess.PIPE).stdout
+    options = parser.parse_args()
+    with _folder(options.work) as work:
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", options.base], check=True, stdout=subprocess.PIPE).stdout
         sides = [("after", ROOT)]
         if not (work / "commit").exists() or (work / "commit").read_bytes() != commit:  # a folder that is kept may have its runs
             shutil.rmtree(work)
             (work / "base").mkdir(parents=True)
-            archive = subprocess.run(["git", "-C", ROOT, "archive", asked.base, "src"], check=True, stdout=subprocess.PIPE).stdout
+            archive = subprocess.run(
+                ["git", "-C", ROOT, "archive", options.base, "src"], check=True, stdout=subprocess.PIPE
+            ).stdout
             subprocess.run(["tar", "-x", "-C", work / "base"], input=archive, check=True)
             _child("make", work, ROOT)
             sides.append(("before", work / "base"))
-        for place in (work / "after", work / "page" / "after"):
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(work / "after", ignore_errors=True)
         children = [_start("run", work, tree, side) for side, tree in sides]
         statuses = [child.wait() for child in children]
         if any(statuses):
@@ -122,35 +120,30 @@ def _rows(tree: Path) -> set[str]:
 
 
 def run(work: Path, side: str) -> None:
-    """Every row that both versions have on every model, and the page of each."""
+    """Every row that both versions have, on every model."""
     for model in FAMILIES:
         for row in sorted(_rows(ROOT) & _rows(work / "base")):
             out = work / side / f"{model}-{row}"
-            said = _command("run", str(_recipe(work, model, row)), "-o", str(out))
+            message = _command("run", str(_recipe(work, model, row)), "-o", str(out))
             if not (out / "model").is_dir():  # a row that refuses a model says why
                 out.mkdir(parents=True, exist_ok=True)
-                (out / "refused").write_text(re.sub(r"\S*golden\S*", "…", said), encoding="utf-8")
-                continue
-            _page(out, work / "page" / side / f"{model}-{row}")
+                (out / "refused").write_text(re.sub(rf"{re.escape(str(work))}\S*", "…", message), encoding="utf-8")
 
 
 def resume(work: Path, side: str) -> None:
-    """Runs that the base commit left after their first cuts, finished by the code here."""
+    """Runs of the code here that stand after their first cuts, finished by it."""
     for name in ("llama-adapt-pruner", "llama-slicegpt", "gemma3-adaptive-ls-v1"):
         out = work / side / f"{name}-resumed"
-        if not (work / "before" / name).exists():  # a row that the base commit calls otherwise, or has not
-            print(f"not resumed: {name}, which the base commit does not have")
-            continue
-        shutil.copytree(work / "before" / name, out)
+        shutil.copytree(work / side / name, out)
         shutil.rmtree(out / "model")
         for path in (out / "checkpoints").iterdir():
             if path.name != "stage-1-pruned":
                 shutil.rmtree(path)
         state = json.loads((out / "checkpoints" / "stage-1-pruned" / "state.json").read_text())
         os.truncate(out / "log.jsonl", state["log_size"])
-        said = _command("run", str(out / "recipe.yaml"), "-o", str(out))
+        message = _command("run", str(out / "recipe.yaml"), "-o", str(out))
         if not (out / "model").is_dir():
-            raise SystemExit(f"{name} of the base commit does not go on: {said}")
+            raise SystemExit(f"{name} does not go on: {message}")
 
 
 def _recipe(work: Path, model: str, row: str) -> Path:
@@ -170,84 +163,62 @@ def _recipe(work: Path, model: str, row: str) -> Path:
 
 
 def _command(*words: str) -> str:
-    """What a command says on stderr."""
+    """What a command writes to stderr."""
     from adapt_pruner import cli
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     sys.argv = ["adapt-pruner", *words]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr), contextlib.suppress(SystemExit):
         cli.main()
-    return said.getvalue()
+    return stderr.getvalue()
 
 
-def _page(run_dir: Path, copy: Path) -> None:
-    """The page of a run whose times and places are all the same."""
-    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors", "report.html", ".lock"))
-    (copy / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in _log(run_dir, fixed=1.0)), encoding="utf-8")
-    pruning = copy / "model" / "pruning.json"
-    pruning.write_text(json.dumps(_steady(json.loads(pruning.read_text()), fixed=1.0)), encoding="utf-8")
-    recipe = copy / "recipe.yaml"
-    kept = [line for line in recipe.read_text().splitlines()[1:] if line.strip().partition(":")[0] not in RENAMED]
-    recipe.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    _command("report", str(copy), "-o", str(copy / "page.html"))
-    page = re.sub(r"Written by adapt-pruner on [^<]*", "", (copy / "page.html").read_text(encoding="utf-8"))
-    (copy / "page.html").write_text(re.sub(r"/page/(before|after)/", "/page/", page), encoding="utf-8")
-
-
-def _steady(data: Any, *, fixed: float | None) -> Any:
-    """Plain data in which whatever differs from one run to the next is `fixed`, or left out where that is None."""
+def _steady(data: Any) -> Any:
+    """Plain data without what differs from one run to the next."""
     if isinstance(data, dict):
-        return {
-            key: fixed if VOLATILE.match(key) and not isinstance(value, str) else _steady(value, fixed=fixed)
-            for key, value in data.items()
-            if key not in RENAMED and not (VOLATILE.match(key) and (fixed is None or isinstance(value, str)))
-        }
-    return [_steady(item, fixed=fixed) for item in data] if isinstance(data, list) else data
+        return {key: _steady(value) for key, value in data.items() if not VOLATILE.match(key)}
+    return [_steady(item) for item in data] if isinstance(data, list) else data
 
 
-def _log(run_dir: Path, *, fixed: float | None) -> list[Any]:
-    return [_steady(json.loads(line), fixed=fixed) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def _log(run_dir: Path) -> str:
+    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return "\n".join(json.dumps(_steady(json.loads(line)), sort_keys=True) for line in lines)
 
 
 # What both versions gave.
 
 
 def _compared(work: Path) -> int:
-    """Print what differs; the number of runs in which anything does."""
+    """Print what differs; 1 if anything does."""
     differing = 0
     names = sorted(path.name for path in (work / "after").iterdir())
     for name in names:
-        one, other = work / "before" / name.removesuffix("-resumed"), work / "after" / name
-        found = [what for what, lines in _differences(work, one, other) if lines]
-        differing += bool(found)
-        refused = " (refused)" if (other / "refused").exists() else ""
-        print(f"{'DIFFERS: ' + ', '.join(found) if found else 'equal'}  {name}{refused}")
-        for what, lines in _differences(work, one, other):
+        before, after = work / "before" / name.removesuffix("-resumed"), work / "after" / name
+        differences = {what: lines for what, lines in _differences(before, after) if lines}
+        differing += bool(differences)
+        refused = " (refused)" if (after / "refused").exists() else ""
+        print(f"{'DIFFERS: ' + ', '.join(differences) if differences else 'equal'}  {name}{refused}")
+        for what, lines in differences.items():
             for line in lines[:6]:
                 print(f"    {what}: {line[:240]}")
     print(f"{len(names) - differing} of {len(names)} runs are equal to the last bit")
     return min(differing, 1)
 
 
-def _differences(work: Path, one: Path, other: Path) -> Iterator[tuple[str, list[str]]]:
-    if (one / "refused").exists() or (other / "refused").exists():
-        texts = [(path / "refused").read_text() if (path / "refused").exists() else "not refused" for path in (one, other)]
+def _differences(before: Path, after: Path) -> Iterator[tuple[str, list[str]]]:
+    if (before / "refused").exists() or (after / "refused").exists():
+        texts = [(path / "refused").read_text() if (path / "refused").exists() else "not refused" for path in (before, after)]
         yield "refusal", _diff(*texts)
         return
-    listed = ["\n".join(sorted(file.name for file in (path / "model").iterdir())) for path in (one, other)]
-    yield "files", _diff(*listed)
     for what in ("mask.json", "config.json", "model.safetensors"):
-        digests = [hashlib.sha256((path / "model" / what).read_bytes()).hexdigest() for path in (one, other)]
+        digests = [hashlib.sha256((path / "model" / what).read_bytes()).hexdigest() for path in (before, after)]
         yield what, [] if digests[0] == digests[1] else ["other bytes"]
-    if not other.name.endswith("-resumed"):
-        logs = ["\n".join(json.dumps(line, sort_keys=True) for line in _log(path, fixed=None)) for path in (one, other)]
-        yield "log.jsonl", _diff(*logs)
-        pages = [(work / "page" / side / other.name / "page.html").read_text() for side in ("before", "after")]
-        yield "page", _diff(*(re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).replace(">", ">\n") for page in pages))
+    if not after.name.endswith("-resumed"):  # the log of these has one more start
+        yield "log.jsonl", _diff(_log(before), _log(after))
 
 
-def _diff(one: str, other: str) -> list[str]:
-    lines = difflib.unified_diff(one.splitlines(), other.splitlines(), n=0, lineterm="")
+def _diff(before: str, after: str) -> list[str]:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 

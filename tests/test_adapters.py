@@ -1,5 +1,6 @@
 """LoRA: what an addition changes while it trains, and that nothing of it stays but its product."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
@@ -21,7 +23,7 @@ from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from conftest import LAYOUTS, break_off, log_of, tiny_model, train
 
-pytest.importorskip("peft", reason="peft, which makes the additions, is not installed: pip install 'adapt-pruner[lora]'")
+pytest.importorskip("peft", reason="peft, which makes the additions, is not installed: pip install '.[lora]'")
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "seed": 0}
 
@@ -183,7 +185,7 @@ def test_after_an_error_the_addition_stays_where_it_is() -> None:
 def test_without_peft_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with (
-        pytest.raises(UsageError, match=r"training.lora needs the peft package; pip install 'adapt-pruner\[lora\]'"),
+        pytest.raises(UsageError, match=re.escape(f"training.lora needs the peft package; {to_install('lora')}")),
         adapted(tiny_model(), **LORA),
     ):
         raise AssertionError("not reached")

@@ -41,7 +41,7 @@ YAML = {
     "NUL": ('model: "a\\0b"', "line 1: a value contains the character NUL"),
     "stages": ("stages: 1000000000", "'stages' is 1000000000: input should be less than or equal to 1000"),
     "tokens": ("training: {source: x, tokens: 900000T}", "'training.tokens' .*10000000000000"),
-    "own text": ("calibration: {own: 1000000000000}", "'calibration.self_generated' .*1000000"),
+    "own text": ("calibration: {self_generated: 1000000000000}", "'calibration.self_generated' .*1000000"),
     "rank": ("training: {lora: {rank: 1000000000}}", "'training.lora.rank' .*65536"),
     "a long word": ("dtype: " + "a" * 5000, "'dtype' is 'a{199}…: input should be"),
 }

@@ -199,7 +199,11 @@ def test_an_exported_folder_has_a_card_whose_python_loads_it(
     assert f"| form | {form_of(form).ABOUT} |" in text
     assert ("trust_remote_code=True" in text) == (form == "decilm")
     assert ("vllm serve" in text) == (form != "onnx")
-    assert data == body_and_data(source)[1], "licence, base model and figures are those of the checkpoint"
+    assert ("**DoRA** (peft's `use_dora`) gives NaN on this folder" in text) == (form in ("padded", "decilm"))
+    assert data.pop("library_name") == ("onnx" if form == "onnx" else "transformers")
+    of_source = body_and_data(source)[1]
+    del of_source["library_name"]
+    assert data == of_source, "licence, base model and figures are those of the checkpoint"
     run_snippet(tmp_path / "out", monkeypatch)
 
 
@@ -414,7 +418,7 @@ def test_the_licence_is_that_of_the_base_model(name: str, text: str, license_id:
     assert "| began from | a model already pruned" in text
 
 
-STRANGE = "a|b`c <script>alert(1)</script> **x** [y](http://evil) ```\n---\nlicense: evil\n# head\x1b[31m \u202e | </details>"
+STRANGE = "a|b`c <script>alert(1)</script> **x** [y](http://evil) ```\n---\nlicense: evil\n# head\x1b[31m \u202e | </details> {{ 7 * 7 }} {% endfor %}"
 
 
 def with_strings(value: Any, text: str, *, but: tuple[str, ...] = ()) -> Any:
@@ -444,6 +448,7 @@ def test_text_of_others_is_no_markup_of_the_card(trained: Path, tmp_path: Path) 
     text, data = body_and_data(tmp_path / "foreign")
     whole = (tmp_path / "foreign" / "README.md").read_text()
     assert not {"\x1b", "\u202e"} & set(whole)
+    assert "{{ 7 * 7 }} {% endfor %}" in whole, "what others wrote is no template either"
     assert set(data) <= set(body_and_data(trained)[1]) | {"license", "license_name"}
     assert data["license"] != "evil"
     assert "base_model" not in data

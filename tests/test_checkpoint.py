@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,29 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
         (folder / "file").write_text("whole")
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "dtype", "said"),
+    [
+        ("model.norm.weight", math.nan, torch.float32, "holds nan"),
+        ("model.embed_tokens.weight", -math.inf, torch.bfloat16, "holds -inf"),
+        ("lm_head.weight", math.inf, torch.float32, "holds inf"),
+        (
+            "model.layers.2.self_attn.q_proj.weight",
+            70_000.0,
+            torch.float16,
+            r"holds 70000, and weights in float16 .* up to 6.55e\+04",
+        ),
+    ],
+)
+def test_a_weight_that_is_no_number_is_not_saved(name: str, number: float, dtype: torch.dtype, said: str, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB, tie_word_embeddings=False)
+    save(model, byte_tokenizer(), tmp_path / "sound", dtype=dtype)
+    model.get_parameter(name).data.view(-1)[-1] = number
+    with pytest.raises(RunError, match=rf"model was not written: {name} {said}.*get them again, else set dtype=float32"):
+        save(model, byte_tokenizer(), tmp_path / "model", dtype=dtype)
+    assert [file.name for file in tmp_path.iterdir()] == ["sound"]
 
 
 def test_files_may_be_read_by_whom_the_folder_may(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole layers: which go, how many a budget asks for, and what follows them: names, debts, masks, plans and whole runs."""
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis, Gate, Mask
+from adapt_pruner.core.axes import Axis, Gate, Mask, in_pattern
 from adapt_pruner.core.budget import Budget, count_parameters
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
@@ -320,3 +321,35 @@ def test_a_chooser_that_has_nothing_left_to_give_ends_the_run(
         match=r"depth.drop_layers finds nothing more to remove at .* parameters, above the target [0-9,]+; raise the budget, or add to axes",
     ):
         prune(read(recipe.model_dump() | {"budget": "20%"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_stays_in_a_pattern_has_the_highest_sum(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pattern, scores = "ssgssgssg", torch.randn(9, generator=generator).tolist()
+    for count in range(1, 10):
+        fitting = [stay for stay in combinations(range(9), count) if [pattern[i] for i in stay] == list(pattern[:count])]
+        best = max(fitting, key=lambda stay: sum(scores[i] for i in stay))
+        assert in_pattern(pattern, scores, count) == list(best)
+    assert in_pattern(pattern, [0.0] * 9, 6) == [0, 1, 2, 3, 4, 5], "of equal sums the first stay"
+
+
+@pytest.mark.parametrize("kinds", ["layers", "layers neurons"])
+def test_a_chooser_that_keeps_the_pattern_counts_the_layers_that_really_go(kinds: str) -> None:
+    pattern = "ssgssg"
+    axes = stacked((10, 10, 40, 10, 10, 80), kinds=kinds)
+    axes[-1] = replace(axes[-1], pattern=tuple(pattern))
+    scores = {"layers": torch.tensor([0.5, 0.6, 0.9, 0.1, 0.7, 0.2])}
+    total = sum(axes[-1].costs)
+    for excess in (1, 807, 808, 914, 1021, 1100, 1300):
+        sizes, _ = drop_layers(scores, axes, Budget(total - excess, total), debt=Debt.none(axes), step=1.0, periodic=True)
+        stay = Mask.of_sizes(axes[-1:], scores, sizes)["layers"].nonzero().flatten().tolist()
+        assert [pattern[i] for i in stay] == list(pattern[: len(stay)])
+        removed = sum(cost for i, cost in enumerate(axes[-1].costs) if i not in stay)
+        removed += sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes[:-1] if axis.layer in stay)
+        assert excess <= removed
+        if kinds == "layers neurons":
+            assert removed < excess + NEURON
+    least = {"layers": 3} if kinds == "layers" else {}
+    sizes, _ = drop_layers(scores, axes, Budget(total - 1021, total), debt=Debt.none(axes), step=1.0, periodic=True)
+    assert sizes.items() >= least.items()

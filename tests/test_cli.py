@@ -226,6 +226,45 @@ def test_the_version_names_its_commit_and_what_it_runs_with(ask: Any, monkeypatc
     assert provenance.commit() == "abc123def"
 
 
+@pytest.mark.parametrize(
+    ("installer", "origin", "command"),
+    [
+        ("pip", {"url": "file:///home/me/a%20clone", "dir_info": {}}, "pip install '.[eval]' in /home/me/a clone"),
+        ("pip", {"url": "file:///c", "dir_info": {"editable": True}}, "pip install -e '.[eval]' in /c"),
+        ("uv", {"url": "file:///c", "dir_info": {"editable": True}}, "uv pip install -e '.[eval]' in /c"),
+        ("pip", None, "pip install 'adapt-pruner[eval]'"),
+        (
+            "pip",
+            {"url": "https://github.com/a/b", "vcs_info": {"vcs": "git", "commit_id": "1"}},
+            "pip install 'adapt-pruner[eval] @ git+https://github.com/a/b'",
+        ),
+        ("pip", {"url": "file:///a.whl", "archive_info": {}}, "pip install 'adapt-pruner[eval] @ file:///a.whl'"),
+    ],
+)
+def test_an_extra_is_installed_as_the_package_was(
+    installer: str, origin: dict[str, Any] | None, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before a release an index has no adapt-pruner: who has a clone is sent into it."""
+    about = tmp_path / "adapt_pruner-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: adapt-pruner\nVersion: 0.1.0\n")
+    (about / "INSTALLER").write_text(f"{installer}\n")
+    if origin:
+        (about / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert provenance.to_install("eval") == command
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty")])
+    assert provenance.to_install("eval") == f"pip install '.[eval]' in {Path(__file__).parents[1]}", "not installed at all"
+
+
+def test_no_other_place_says_how_an_extra_is_installed() -> None:
+    root = Path(__file__).parents[1]
+    places = [*root.glob("src/**/*.py"), *root.glob("docs/**/*.md"), root / "README.md"]
+    naming = {str(path.relative_to(root)) for path in places if "install 'adapt-pruner[" in path.read_text(encoding="utf-8")}
+    assert naming == {"src/adapt_pruner/core/provenance.py", "src/adapt_pruner/export/loading.py", "README.md"}
+    assert "from PyPI, once released: pip install 'adapt-pruner[" in (root / "README.md").read_text(encoding="utf-8")
+
+
 def test_recipes_are_listed(ask: Any) -> None:
     listed = json.loads(ask("recipes", "--json")[1])["recipes"]
     out = ask("recipes")[1]

@@ -385,6 +385,7 @@ def test_methods_that_make_zeros_have_a_table_of_their_own(
         itertools.product(("magnitude-sparse", "wanda"), ("2:4", "50%"))
     )
     assert all(row["params"] == result["dense"]["params"] for row in sparse)
+    assert f"; written to {out}, its page is {out / 'compare.html'}" in said
     assert {row["nonzero"] for row in sparse[1:]} == {
         result["dense"]["nonzero"] - (result["dense"]["decoder_params"] - 6 * 48) // 2
     }

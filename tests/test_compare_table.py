@@ -12,6 +12,7 @@ import pytest
 from adapt_pruner.compare import comparison
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import markdown, rows_of, table
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.report import paper
 from adapt_pruner.report.comparison import comparison_panels, label
 
@@ -174,5 +175,5 @@ def test_without_vl_convert_there_is_a_warning_and_only_the_svg(tmp_path: Path, 
     cells = [cell("one", 900, 3.0), cell("two", 900, 4.0)]
     assert comparison.draw(result_of(rows_of(cells, DENSE)), tmp_path, warn=warnings.append)
     assert len(warnings) == 1
-    assert "pip install 'adapt-pruner[plot]'" in warnings[0]
+    assert to_install("plot") in warnings[0]
     assert [path.name for path in tmp_path.iterdir()] == ["compare.svg"]

@@ -267,7 +267,7 @@ def test_a_store_holds_at_most_an_eighth_more_than_is_asked_for(
         return store.Store(np.zeros(1), np.zeros(1), None, "", 0)
 
     monkeypatch.setattr(packing, "stored", stored)
-    packing.tokenised(byte_tokenizer(), letters, length=16, asked=asked, cache=tmp_path, warn=pytest.fail)
+    packing.tokenised(byte_tokenizer(), letters, length=16, wanted=asked, cache=tmp_path, warn=pytest.fail)
     assert made_from[0]["limit"] == kept
     assert asked <= kept <= asked * 9 / 8
     monkeypatch.undo()

@@ -101,7 +101,7 @@ def test_what_is_expected_follows_the_pace_so_far(
 def test_time_is_kept_for_what_the_start_took_from_a_cache(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "measure_tasks", lambda work, *, stage: 30.0 if stage == 0 else 0.0)
+    monkeypatch.setattr(loop.results, "measure_tasks", lambda work, *, stage: 30.0 if stage == 0 else 0.0)
     outcome = run(recipe, tmp_path / "run")
     assert outcome is not None
     assert 30 < outcome.figures["measuring_seconds"] < 40
@@ -122,13 +122,13 @@ def test_training_beyond_the_end_of_a_stage_is_kept(recipe: Recipe, tmp_path: Pa
         return left.name
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "measure_text", raising_after_training)
+        patch.setattr(loop.results, "measure_text", raising_after_training)
         assert stopped(asked, at=lambda _: False) == "stage-1"
     more = asked.model_copy(update={"training": asked.training.model_copy(update={"tokens": 9_000})})
     step = stopped(more, at=lambda event: event["event"] == "step" and event["step"] == 15, force_recipe=True)
     assert step == "stage-1-step-14"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "measure_text", raising_after_training)
+        patch.setattr(loop.results, "measure_text", raising_after_training)
         assert stopped(more, at=lambda _: False) == "stage-1"
     assert read_json(out / "checkpoints" / "stage-1" / "state.json")["progress"]["steps"] == 18
 

@@ -68,6 +68,14 @@ def test_every_recipe_is_one(page: Path) -> None:
             recipe.read(data | ({"method": "uniform"} if "paper" in data else {}))  # one with a paper is a new row
 
 
+def test_two_texts_that_the_model_writes_have_two_names() -> None:
+    """Self-written text to calibrate on, and repair text: a phrase that could be either is not used where people read."""
+    places = [*PAGES, *ROOT.glob("src/**/*.py"), *ROOT.glob("src/**/*.yaml"), ROOT / "docs" / "reference" / "command-line.md"]
+    either = re.compile(r"model\s+(?:writes|wrote)\s+itself|no\s+text\s+of\s+its\s+own|(?:writes|written by)\s+itself")
+    found = {path.name: either.findall(path.read_text(encoding="utf-8")) for path in places if path.is_file()}
+    assert {name: phrases for name, phrases in found.items() if phrases} == {}
+
+
 def test_pages_have_recipes() -> None:
     """So that the test above looks at some."""
     blocks = [block for page in PAGES for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]

@@ -88,6 +88,20 @@ def test_where_all_layers_are_equal_ours_is_the_stock_model(layout: tuple[str, s
         assert torch.equal(ours(IDS).logits, stock(IDS).logits), look
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_equal_layers_are_built_where_a_config_has_no_view_of_them(
+    layout: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In transformers 5.14 `per_layer_config` is None if all layers are equal, as where a repair gave all of them biases."""
+    stock, of_stock = tiny_model(layout), transformers.PreTrainedConfig.per_layer_config
+    with monkeypatch.context() as older:
+        absent = of_stock.getter(lambda self: of_stock.fget(self) if self.is_heterogeneous else None)
+        older.setattr(transformers.PreTrainedConfig, "per_layer_config", absent)
+        ours = twin(getattr(modeling_pruned, f"Pruned{type(stock).__name__}"), stock)
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, stock(IDS).logits)
+
+
 def test_an_attribute_that_the_constructor_counts_from_its_layers_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a version could well bring: a field worked out from the number of layers, which ours says is none."""
     of_stock = transformers.LlamaModel.__init__

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Cut, Evaluation, Event, Other, Start, Step, Tasks, Warned, parse, parse_line
+from adapt_pruner.core.events import Cut, Evaluation, Event, Other, Progress, Start, Step, Tasks, Warned, parse, parse_line
 from adapt_pruner.report.screen import Screen
 from adapt_pruner.run.folder import RunFolder
 
@@ -40,6 +40,8 @@ def test_a_line_of_a_log_is_the_event() -> None:
     assert isinstance(step, Step)
     assert step.to_dict() == STEP
     assert step.line() == "stage 1: training, 96 tokens, loss 2.500, lr 1.00e-03, 10 tokens/s"
+    taught = step.model_copy(update={"loss_is": "KL to the dense model"})
+    assert ", loss 2.500 (KL to the dense model), lr" in taught.line(), "which is no logarithm of a perplexity"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,6 @@ def test_events_are_read_without_torch() -> None:
 
 def test_a_run_says_that_its_model_writes_the_text() -> None:
     line = Start(method="flap", params=100, target=80, text="self").line()
-    assert (
-        "calibrated on text that the model writes itself (text of your own gives a better model: --set calibration.source=FILE)"
-        in line
-    )
+    assert "calibrated on self-written text (text of your own gives a better model: --set calibration.source=FILE)" in line
+    assert Progress(phase="write", done=1, of=2).doing == "writing calibration text 1/2"
+    assert Progress(phase="write", done=1, of=2, what="repair text").doing == "writing repair text 1/2"

@@ -21,6 +21,7 @@ from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import export, proof
@@ -180,6 +181,28 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
         assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, model(ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["padded", "uniform", "decilm", "gguf", "onnx"])
+def test_weights_that_are_no_numbers_are_not_exported(form: str, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.model.norm.weight.data[3] = math.nan
+    path = tmp_path / ("model.gguf" if form == "gguf" else "model")
+    with pytest.raises(RunError, match=r"was not written: model.norm.weight holds nan"):
+        export(as_loaded(model), path, to=form)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_the_card_of_a_padded_folder_says_of_dora(dora: bool, tmp_path: Path) -> None:
+    """If peft once divides by no zero, the sentence in `plain.loading_padded` and docs/export.md goes."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    export(as_loaded(unequal()), tmp_path / "padded", to="padded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", use_dora=dora, target_modules=["gate_proj"]))
+    with torch.no_grad():
+        logits = adapted(torch.arange(3, 20)[None]).logits
+    assert bool(logits.isnan().any()) == dora
+
+
 def test_a_uniform_folder_holds_no_more_than_the_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"layers have between 33 and 35 MLP neurons.*--set equal_widths=true"):
         export(as_loaded(unequal()), tmp_path / "out", to="uniform")
@@ -300,6 +323,8 @@ def test_an_onnx_graph_takes_any_batch_and_length(tmp_path: Path) -> None:
     checked = compared(loaded, tmp_path / "out")
     assert checked["passed"], checked["failures"]
     assert checked["encoding"]["same"] == 30
+    told = read_json(tmp_path / "out" / "tokenizer_config.json")
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast", "the name in transformers 4, which optimum-onnx pins"
     (tmp_path / "out" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(RunError, match="onnxruntime cannot open"):
         compared(loaded, tmp_path / "out")
@@ -341,17 +366,17 @@ def test_every_error_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("missing", "words", "said"),
+    ("missing", "words", "extra"),
     [
-        ("gguf", ["export", "--to", "gguf", "-o", "OUT.gguf"], "pip install 'adapt-pruner[gguf]'"),
-        ("onnxscript", ["export", "--to", "onnx", "-o", "OUT"], "pip install 'adapt-pruner[onnx]'"),
-        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q8_0"], "pip install 'adapt-pruner[verify]'"),
-        ("llama_cpp", ["verify", "THERE.gguf"], "pip install 'adapt-pruner[verify]'"),
-        ("onnxruntime", ["verify", "THERE"], "pip install 'adapt-pruner[onnx]'"),
+        ("gguf", ["export", "--to", "gguf", "-o", "OUT.gguf"], "gguf"),
+        ("onnxscript", ["export", "--to", "onnx", "-o", "OUT"], "onnx"),
+        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q8_0"], "verify"),
+        ("llama_cpp", ["verify", "THERE.gguf"], "verify"),
+        ("onnxruntime", ["verify", "THERE"], "onnx"),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(
-    missing: str, words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    missing: str, words: list[str], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], tiny_folder: Path,
 ) -> None:  # fmt: skip
     (tmp_path / "THERE").mkdir()
@@ -361,7 +386,7 @@ def test_a_missing_library_is_named_with_its_extra(
     places = [tmp_path / word if "OUT" in word or "THERE" in word else word for word in words[1:]]
     status, _, error = call(monkeypatch, capsys, words[0], tiny_folder, *places)
     assert status == 2
-    assert said in error.splitlines()[-1]
+    assert to_install(extra) in error.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"THERE", "THERE.gguf"}
 
 

@@ -18,7 +18,7 @@ from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import results
 from adapt_pruner.run.start import plan
-from conftest import tiny_model
+from conftest import VOCAB, byte_tokenizer, tiny_model
 
 
 @pytest.fixture
@@ -132,6 +132,19 @@ def test_a_result_without_a_loss_is_not_saved(pruned: Callable[..., None], monke
     monkeypatch.setattr(results, "mean_loss", lambda *args, **keywords: next(losses))
     with pytest.raises(RunError, match="the loss of the pruned model on the calibration text is nan; set dtype"):
         pruned()
+
+
+@pytest.mark.parametrize("write", [prune, run])
+def test_a_model_that_holds_no_numbers_has_no_result(write: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.model.embed_tokens.weight.data[7, 7] = torch.nan
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    recipe = read({"model": str(tmp_path / "dense"), "budget": "80%", "method": "magnitude-all", "dtype": "float32"})
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"was not written: model.embed_tokens.weight holds nan.*get them again"):
+        write(recipe, out)
+    assert not out.exists() if write is prune else not (out / "model").exists()
 
 
 def test_a_class_that_only_the_models_folder_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

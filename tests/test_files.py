@@ -70,13 +70,6 @@ def test_what_a_killed_process_left_is_tidied_away_and_what_a_living_one_writes_
     files.tidy(tmp_path / "nowhere")
 
 
-def test_what_older_versions_left_goes_where_only_we_write(tmp_path: Path) -> None:
-    for name in (".stage-1.partial-0123abcd", ".thesis.partial-0123abcd"):
-        (tmp_path / name).mkdir()
-    files.tidy(tmp_path, older="stage-.*")
-    assert [path.name for path in tmp_path.iterdir()] == [".thesis.partial-0123abcd"]
-
-
 def test_what_was_half_removed_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "store").mkdir()
     with monkeypatch.context() as patch:

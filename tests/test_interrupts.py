@@ -13,7 +13,7 @@ import pytest
 from adapt_pruner.core.interrupts import deferred
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
-from adapt_pruner.run import loop, training
+from adapt_pruner.run import loop, resume, training
 from conftest import assert_same_model, log_of, read_json
 
 
@@ -76,7 +76,7 @@ def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_ag
     recipe: Recipe, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = {"evaluation": {"source": str(text_file), "window": 64, "max_windows": 2}, "stages": 2}
-    recipe, measure = read(recipe.model_dump() | measured), loop.measure_text
+    recipe, measure = read(recipe.model_dump() | measured), loop.results.measure_text
     for stage in (1, 2):
 
         def interrupted(work: Any, *, stage: int, after_cuts: bool = False, at: int = stage) -> None:
@@ -85,7 +85,7 @@ def test_an_interrupt_in_a_measurement_loses_no_training_and_the_run_measures_ag
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop, "measure_text", interrupted)
+            patch.setattr(loop.results, "measure_text", interrupted)
             run(recipe, tmp_path / "run")
         assert (tmp_path / "run" / "checkpoints" / f"stage-{stage}").is_dir()
     assert_ends_like_a_whole_run(recipe, tmp_path)
@@ -115,7 +115,7 @@ def test_an_error_after_training_loses_no_training_and_is_the_one_that_is_raised
 ) -> None:
     """Also if the checkpoint cannot be written: then the run goes on from an older one."""
     recipe = read(recipe.model_dump() | {"evaluation": {"source": str(text_file), "window": 64, "max_windows": 2}})
-    at, heard = loop if place == "measure_text" else loop.results, list[dict[str, Any]]()
+    at, heard = loop.results, list[dict[str, Any]]()
     done = getattr(at, place)
 
     def failing(*given: Any, stage: int = 1, after_cuts: bool = False, **how: Any) -> None:
@@ -128,11 +128,11 @@ def test_an_error_after_training_loses_no_training_and_is_the_one_that_is_raised
             raise OSError("the disk is full")
         save(*given, **how)
 
-    save = loop.save_state
+    save = resume.save_state
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="^CUDA out of memory$"):
         patch.setattr(at, place, failing)
         if full:
-            patch.setattr(loop, "save_state", save_state)
+            patch.setattr(resume, "save_state", save_state)
         run(recipe, tmp_path / "run", listen=heard.append)
     newest = tmp_path / "run" / "checkpoints" / ("stage-1-pruned" if full else "stage-1")
     assert heard[-1]["message"].startswith(f"the last complete checkpoint is {newest}; the same command")

@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from adapt_pruner.recipe import read
 from adapt_pruner.reduce.language_model import language_model, read_rates
 from adapt_pruner.reduce.proposals import Candidate, Space
 from adapt_pruner.report.with_card import run
-from conftest import VOCAB, byte_tokenizer, tiny_model
+from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
 
 NAMES = tuple(f"layers.{i}.neurons" for i in range(3))
 SPACE = Space(dict.fromkeys(NAMES, 20), {"neurons": NAMES}, {"neurons": 4}, dict.fromkeys(NAMES, 1), dict.fromkeys(NAMES, 40))
@@ -93,6 +96,29 @@ def test_a_server_that_fails_or_is_not_there_costs_no_search(serve: Serve) -> No
         _, said = proposed(address)
         assert said[0].startswith("the language model did not answer (")
         assert said[0].endswith("evolution made 6")
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_server_that_drips_does_not_outlast_the_time_for_an_answer(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and the answer never."""
+    monkeypatch.setattr("adapt_pruner.reduce.language_model._SECONDS", 1.0)
+    over = threading.Event()
+
+    def drip() -> None:
+        connection, _ = server.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if part == "body" else b"X-Slow: "))
+            while not over.wait(0.1):
+                connection.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        _, said = proposed(f"http://127.0.0.1:{server.getsockname()[1]}/v1")
+        over.set()
+    assert time.monotonic() - began < HANGS
+    assert said[0].startswith("the language model did not answer (no whole answer within 1 seconds)")
 
 
 def test_rates_are_read_from_any_text() -> None:

@@ -1,6 +1,7 @@
 """What training minimises, against full logits in plain torch; and that full logits are never held."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from adapt_pruner.core import loss as core_loss
 from adapt_pruner.core.loss import log_softmax_, nll_of_logits, through_head
 from adapt_pruner.core.precision import precision
 from adapt_pruner.errors import UsageError
-from adapt_pruner.train.objectives import distil, lm
+from adapt_pruner.train.objectives import distil, lm, named_loss
 from conftest import tiny_model
 
 UNTIED = ("llama", "qwen3-untied")
@@ -328,3 +329,14 @@ def test_the_log_softmax_in_place_is_that_of_torch(shape: tuple[int, int], dtype
     expected = torch.log_softmax(logits, -1)
     assert log_softmax_(logits) is logits
     assert torch.equal(logits, expected)
+
+
+def test_a_loss_has_a_name_unless_it_is_the_cross_entropy() -> None:
+    def mine() -> None: ...
+
+    name = partial(named_loss, teacher="the dense model")
+    assert name(lm, {}) is None
+    assert name(distil, {"teacher": None, "temperature": 1.0}) == "KL to the dense model"
+    assert name(distil, {"alpha": 0.5, "hidden": 1.0}) == "KL to the dense model + cross-entropy + distance of hidden states"
+    assert name(distil, {"alpha": 0.0}) == "cross-entropy"
+    assert name(mine, {}) == "mine"

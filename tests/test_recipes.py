@@ -17,7 +17,6 @@ from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import builtin, differing, methods, parts, read
 from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.report import with_card
 from adapt_pruner.run.forecast import dry_run
 from conftest import byte_tokenizer
 from test_checkpoint import pruned
@@ -142,22 +141,6 @@ def test_a_model_already_pruned_is_planned_from_its_config(tmp_path: Path) -> No
     assert count_parameters(shapes) == count_parameters(model)
 
 
-# Keys that were spelled otherwise once.
-
-SPELLED_OTHERWISE = {"calibration": {"own": 4, "samples": 3}, "behind": True}
-
-
-def test_keys_of_before_still_read() -> None:
-    """In recipes, in what `--set` says, and in either beside a recipe of today."""
-    today = read({"calibration": {"self_generated": 4, "samples": 3}, "sequential_scoring": True, "method": "wanda-sp"})
-    assert read(SPELLED_OTHERWISE | {"method": "wanda-sp"}) == today
-    assert (today.calibration.self_generated, today.sequential_scoring) == (4, True)
-    again = read(today.model_dump(), overrides=["calibration.own=5", "behind=false"])
-    assert (again.calibration.self_generated, again.sequential_scoring) == (5, False)
-    assert read(SPELLED_OTHERWISE, overrides=["calibration.self_generated=6"]).calibration.self_generated == 6
-    assert read({}, overrides=["calibration={own: 7}"]).calibration.self_generated == 7
-
-
 def test_best_stands_for_a_method_with_a_version() -> None:
     """Whoever writes `best` has the versioned name in the recipe that is kept, so a later version does not change the run."""
     for of_it in (read({"method": "best"}), read("best"), read({})):
@@ -166,43 +149,6 @@ def test_best_stands_for_a_method_with_a_version() -> None:
     assert "best" not in methods(), "one row, one name"
     asked = Request(model="m", methods=("best", "adaptive-ls-v1", "random"), params=("80%",), texts=("python-docs",)).checked()
     assert asked.methods == ("adaptive-ls-v1", "random")
-
-
-def test_a_key_in_both_spellings_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"recipe key 'behind' is not known"):
-        read(SPELLED_OTHERWISE | {"sequential_scoring": False})
-    with pytest.raises(UsageError, match=r"recipe key 'calibration\.own' is not known"):
-        read({"calibration": {"own": 4, "self_generated": 4}})
-    with pytest.raises(UsageError, match=r"--set sequential_scoring is given twice"):
-        read({}, overrides=["behind=true", "sequential_scoring=true"])
-
-
-def test_a_run_folder_of_before_goes_on(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """Its recipe.yaml has the old keys; the run ends as one that was not stopped, and its page says what it was made of."""
-    source = {"source": str(text_file)}
-    recipe = read({
-        "model": str(tiny_folder), "budget": "70%", "method": "wanda-sp", "stages": 2, "repair": "closed_form.least_squares",
-        "calibration": source | {"samples": 4, "length": 32, "self_generated": 3},
-    })  # fmt: skip
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "saved" and event["path"].endswith("stage-1"):
-            raise KeyboardInterrupt
-
-    whole = with_card.run(recipe, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        with_card.run(recipe, tmp_path / "run", listen=stop)
-    written = tmp_path / "run" / "recipe.yaml"
-    text = written.read_text()
-    assert "\nsequential_scoring: true\n" in text
-    assert "\n  self_generated: 3\n" in text
-    written.write_text(text.replace("\nsequential_scoring:", "\nbehind:").replace("\n  self_generated:", "\n  own:"))
-    heard: list[str] = []
-    outcome = with_card.run(read(str(written)), tmp_path / "run", listen=lambda event: heard.append(event["event"]))
-    assert "resumed" in heard
-    assert outcome is not None
-    assert whole is not None
-    assert outcome.mask == whole.mask
 
 
 @pytest.mark.parametrize(("asked", "override", "said"), [

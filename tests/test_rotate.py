@@ -411,12 +411,3 @@ def test_axes_of_a_sliced_model_say_what_it_is_made_of() -> None:
     assert sizes[0].pop("residual") == 48
     whole = {name: size for name, size in sizes[0].items() if not name.endswith(("attentions", "mlps"))}
     assert whole == sizes[1], "but its stream is no axis, nor are its blocks, since it is in another basis at every block"
-
-
-def test_recipes_of_before_still_read(recipe: Recipe) -> None:
-    """`rotate: pca` was the key of an older version, in recipes, run folders and pruning.json."""
-    old = {key: value for key, value in recipe.model_dump().items() if key != "reduce"}
-    assert read(old | {"rotate": "pca"}) == recipe
-    assert read({"method": "adapt-pruner", "rotate": "pca"}).reduce == "slice"
-    assert read({"rotate": None}).reduce == "units"
-    assert read({"method": "slicegpt"}).reduce == "slice"

@@ -275,7 +275,9 @@ def test_a_sparse_model_recovers_in_a_run_of_its_own(
     assert after.weight_mask is not None
     assert after.weight_mask.broken(after.model) == []
     assert not torch.equal(after.model.model.layers[0].mlp.up_proj.weight, before.model.model.layers[0].mlp.up_proj.weight)
-    assert "# tiny-llama with 2:4 zeros" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "# tiny-llama with 2:4 zeros" in card
+    assert "Training with other tools fills the zeros" in card
     assert "adaptive-ls-v1 kept the zeros of the model, with training on" in (tmp_path / "run" / "report.html").read_text(
         encoding="utf-8"
     )

@@ -200,8 +200,8 @@ def test_sums_of_blocks_begin_as_what_comes_nearest_to_the_masked_weights() -> N
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, tiny_model()(ids).logits, atol=1e-5)
-        module = layer.mlp.down_proj
+        module, sums = layer.mlp.down_proj, layer.mlp.block_sums.down_proj
         x = torch.randn(5, 40)
-        module.block_sums.copy_(torch.arange(48 * 5).view(48, 5).float())
-        wide = module.weight + module.block_sums.repeat_interleave(8, dim=1)  # what it would be, folded into the weight
+        sums.copy_(torch.arange(48 * 5).view(48, 5).float())
+        wide = module.weight + sums.repeat_interleave(8, dim=1)  # what it would be, folded into the weight
         assert torch.allclose(module(x), x @ wide.t(), rtol=1e-4, atol=1e-2)

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.core.words import score as shown_score
 from adapt_pruner.errors import UsageError
@@ -141,7 +143,7 @@ def test_likelihoods_and_scores_are_those_of_lm_eval(name: str, opens: bool, fol
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = uneven(), byte_tokenizer(opens=opens)
-    wanted = find_tasks(name, task_dir=folder)
+    wanted = find_tasks(name, task_dir=folder, trust_remote_code=True)
     set_shots(wanted, 2 if name == "tiny_choices" else None)
     (score,) = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path)
     task = wanted[0].tasks[name]
@@ -165,7 +167,7 @@ def test_likelihoods_and_scores_are_those_of_lm_eval(name: str, opens: bool, fol
 def test_a_task_is_scored_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that was broken off goes on with the next task; another model, limit or number of examples is scored anew."""
     model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    wanted = find_tasks("tiny_pair", task_dir=folder)
+    wanted = find_tasks("tiny_pair", task_dir=folder, trust_remote_code=True)
     assert [line.name for line in wanted] == ["tiny_choices", "tiny_yes_no"]
     set_shots(wanted, None)
     scored: list[str] = []
@@ -189,7 +191,7 @@ def test_a_task_is_scored_once(folder: Path, tmp_path: Path, monkeypatch: pytest
         elsewhere = evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path)
     assert [score.seconds for score in elsewhere] == [0, 0], "a machine with more threads takes another time"
     assert [score.value for score in second] == [score.value for score in first]
-    with_example = find_tasks("tiny_pair", task_dir=folder)
+    with_example = find_tasks("tiny_pair", task_dir=folder, trust_remote_code=True)
     set_shots(with_example, 1)
     with pytest.raises(TypeError, match="NoneType"):
         evaluate_tasks(model, tokenizer, with_example, cache=tmp_path)
@@ -204,7 +206,7 @@ def test_a_task_is_scored_once(folder: Path, tmp_path: Path, monkeypatch: pytest
 @needs_lm_eval
 def test_what_a_listener_prints_is_seen(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """lm-eval's own words are not."""
-    wanted = find_tasks("tiny_choices", task_dir=folder)
+    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, None)
     evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path, on_task=lambda *told: print(*told))
     said = capsys.readouterr().out.splitlines()
@@ -253,7 +255,7 @@ def test_retention_and_average() -> None:
 
 @needs_lm_eval
 def test_every_model_is_shown_the_same_examples(folder: Path, tmp_path: Path) -> None:
-    wanted = find_tasks("tiny_choices", task_dir=folder)
+    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, 2)
     shown = []
     for seed in range(2):
@@ -268,7 +270,7 @@ def test_a_group_has_lm_evals_own_figure(folder: Path, tmp_path: Path) -> None:
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
 
-    wanted = find_tasks("tiny_pair", task_dir=folder)
+    wanted = find_tasks("tiny_pair", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, None)
     group = Group.from_config(GroupConfig(group="both", aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}]))
     members = {}
@@ -290,7 +292,15 @@ def test_the_command_line(ask: Any, folder: Path, tiny_folder: Path, tmp_path: P
     other = tmp_path / "other"
     tiny_model(vocab_size=VOCAB, seed=1).save_pretrained(other)
     byte_tokenizer(opens=True).save_pretrained(other)
-    words = ["--tasks", "tiny_choices,tiny_yes_no,tiny_texts", "--task-dir", folder, "--cache-dir", tmp_path / "scores"]
+    words = [
+        "--tasks",
+        "tiny_choices,tiny_yes_no,tiny_texts",
+        "--task-dir",
+        folder,
+        "--trust-remote-code",
+        "--cache-dir",
+        tmp_path / "scores",
+    ]
     status, out, err = ask("eval", tiny_folder, *words, "--json")
     one = json.loads(out)
     assert status == 0
@@ -340,16 +350,16 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
 
     monkeypatch.setattr(results, "evaluate_tasks", broken_the_second_time)
     with pytest.raises(KeyboardInterrupt):
-        with_card.run(recipe.read(asked), at)
+        with_card.run(recipe.read(asked), at, trust_remote_code=True)
     assert read_json(at / "checkpoints" / "stage-2" / "state.json")["progress"]["tokens"] == 512, "the training was kept"
     told: list[dict[str, Any]] = []
-    outcome = with_card.run(recipe.read(asked), at, listen=told.append)
+    outcome = with_card.run(recipe.read(asked), at, listen=told.append, trust_remote_code=True)
     assert outcome is not None
     assert not [event for event in told if event["event"] in ("step", "cut")], "nothing was done again"
     assert len(calls) == 3
     assert len(outcome.figures["perplexities"]) == 3
 
-    wanted = find_tasks("tiny_pair", task_dir=folder)
+    wanted = find_tasks("tiny_pair", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, None)
     log = [json.loads(line) for line in (at / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     scored = [event for event in log if event["event"] == "tasks"]
@@ -390,7 +400,7 @@ def test_a_run_whose_tasks_cannot_be_had_is_refused_before_any_work(
     changes = {key: str(folder) if value == "FOLDER" else value for key, value in changes.items()}
     asked = {"model": str(tiny_folder), "budget": "80%", "calibration": {"source": str(text_file)}, "evaluation": changes}
     with pytest.raises(UsageError) as caught:
-        with_card.run(recipe.read(asked), tmp_path / "run")
+        with_card.run(recipe.read(asked), tmp_path / "run", trust_remote_code=True)
     assert all(word in str(caught.value) for word in sentences)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
@@ -417,10 +427,12 @@ SHARED = Path("/work/shared/data/lm_eval_tasks")
 def test_data_under_stock_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A folder may put its data under a stock task or group, which keeps its name; paths are found from anywhere."""
     monkeypatch.chdir(tmp_path)
-    (piqa,) = find_tasks("piqa", task_dir=SHARED)
+    (piqa,) = find_tasks("piqa", task_dir=SHARED, trust_remote_code=True)
     assert (piqa.name, piqa.group, len(piqa.tasks["piqa"].eval_docs)) == ("piqa", None, 1284)
-    assert [line.name for line in find_tasks("prune_suite_local,piqa", task_dir=SHARED)] == list(SUITES["commonsense"])
-    (mmlu,) = find_tasks("mmlu", task_dir=SHARED)
+    assert [line.name for line in find_tasks("prune_suite_local,piqa", task_dir=SHARED, trust_remote_code=True)] == list(
+        SUITES["commonsense"]
+    )
+    (mmlu,) = find_tasks("mmlu", task_dir=SHARED, trust_remote_code=True)
     assert (mmlu.name, len(mmlu.tasks), mmlu.group.name) == ("mmlu", 57, "mmlu")
 
 
@@ -439,7 +451,10 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
         cases += [
             (["--tasks", ","], "tasks ',' names none; give commonsense or mmlu"),
             (["--tasks", "piqa", "--task-dir", tmp_path / "no"], f"task folder '{tmp_path}/no' does not exist"),
-            (["--tasks", "piqa", "--task-dir", tmp_path / "empty"], f"task folder '{tmp_path}/empty' contains no lm-eval tasks"),
+            (
+                ["--tasks", "piqa", "--task-dir", tmp_path / "empty", "--trust-remote-code"],
+                f"task folder '{tmp_path}/empty' contains no lm-eval tasks",
+            ),
         ]
     for words, sentence in cases:
         status, out, err = ask("eval", tiny_folder, *words)
@@ -452,5 +467,5 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
 
 def test_lm_eval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UsageError, match=r"lm-eval, which is not installed .*pip install 'adapt-pruner\[eval\]'"):
+    with pytest.raises(UsageError, match="lm-eval, which is not installed .*" + re.escape(to_install("eval"))):
         find_tasks("piqa")

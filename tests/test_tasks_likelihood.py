@@ -124,7 +124,7 @@ def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    wanted = find_tasks("tiny_choices", task_dir=folder)
+    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, None)
     fast = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "a")
     forward = type(model.get_decoder()).forward
@@ -158,7 +158,7 @@ def test_models_of_no_known_family_are_measured_too(
     model.save_pretrained(tmp_path / "gpt2")
     byte_tokenizer().save_pretrained(tmp_path / "gpt2")
     text = ["--text", str(text_file), "--window", "32", "--max-windows", "3"]
-    asked = ["--tasks", "tiny_choices", "--task-dir", str(folder), "--cache-dir", str(tmp_path / "cache")]
+    asked = ["--tasks", "tiny_choices", "--task-dir", str(folder), "--trust-remote-code", "--cache-dir", str(tmp_path / "cache")]
     code, out, err = ask("eval", str(tmp_path / "gpt2"), *text, *asked, "--json")
     assert code == 0, err
     row = json.loads(out)
@@ -168,7 +168,7 @@ def test_models_of_no_known_family_are_measured_too(
     assert math.log(row["perplexity"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert row["decoder_params"] is None
     assert row["params"] == sum(parameter.numel() for parameter in model.parameters())
-    wanted = find_tasks("tiny_choices", task_dir=folder)
+    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, None)
     whole = evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path / "other")
     assert row["tasks"][0]["value"] == whole[0].value

@@ -15,7 +15,7 @@ from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import _task_fingerprint, evaluate_tasks, set_shots
 from conftest import VOCAB, byte_tokenizer, tiny_model
 from test_compare import pruned_here
-from test_tasks import CHOICES, ask, definition, folder, needs_lm_eval
+from test_tasks import CHOICES, TEXTS, ask, definition, folder, needs_lm_eval
 
 pytestmark = needs_lm_eval
 __all__ = ["ask", "folder", "pruned_here"]  # fixtures
@@ -61,7 +61,9 @@ def test_a_likelihood_that_is_not_a_number_is_no_wrong_answer(
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)
     monkeypatch.setattr(likelihood, "shares_beginnings", lambda model: shared)
     with pytest.raises(RunError, match="not a number; the model's weights are damaged"):
-        evaluate_tasks(model, byte_tokenizer(), find_tasks("tiny_choices", task_dir=folder), cache=tmp_path)
+        evaluate_tasks(
+            model, byte_tokenizer(), find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True), cache=tmp_path
+        )
     assert not list(tmp_path.glob("*.json")), "nothing is kept of it"
 
 
@@ -136,7 +138,9 @@ def test_a_group_of_a_folder_keeps_its_own_figure(folder: Path, tmp_path: Path) 
     )
     (tmp_path / "tasks" / "both.yaml").write_text(whole, encoding="utf-8")
     model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    (score,) = evaluate_tasks(model, tokenizer, find_tasks("tiny_both", task_dir=tmp_path / "tasks"), cache=tmp_path / "cache")
+    (score,) = evaluate_tasks(
+        model, tokenizer, find_tasks("tiny_both", task_dir=tmp_path / "tasks", trust_remote_code=True), cache=tmp_path / "cache"
+    )
     parts = {part.task: part for part in score.parts}
     assert set(parts) == {"tiny_choices", "tiny_yes_no"}
     rights = sum(part.metrics["acc,none"] * part.items for part in score.parts)
@@ -148,15 +152,48 @@ def test_json_is_all_that_is_on_the_standard_output(ask: Any, tiny_folder: Path,
     """lm-eval says there that it bootstraps an error, which it does in processes of its own."""
     where = with_items(tmp_path, name="likely", text=LIKELY)
     status, out, _ = ask(
-        "eval", tiny_folder, "--tasks", "tiny_likely", "--task-dir", where, "--cache-dir", tmp_path / "c", "--json"
+        "eval",
+        tiny_folder,
+        "--tasks",
+        "tiny_likely",
+        "--task-dir",
+        where,
+        "--trust-remote-code",
+        "--cache-dir",
+        tmp_path / "c",
+        "--json",
     )
     assert status == 0
     assert json.loads(out)["tasks"][0]["metrics"]["perplexity_stderr,none"] > 0
 
 
+WRITTEN = definition(
+    "tiny_written",
+    """
+doc_to_text: "{{question}}"
+doc_to_target: a
+generation_kwargs: {max_gen_toks: 2, until: [x]}
+metric_list:
+  - metric: exact_match
+""",
+    kind="generate_until",
+)
+
+
+@pytest.mark.parametrize("kind", ["choices", "likely", "texts", "written"])
+def test_lm_eval_shows_no_bars(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither for what a task asks, nor for the contexts that it builds, nor for its bootstrap."""
+    text = {"choices": CHOICES, "likely": LIKELY, "texts": TEXTS, "written": WRITTEN}[kind]
+    wanted = find_tasks(f"tiny_{kind}", task_dir=with_items(tmp_path, name=kind, text=text), trust_remote_code=True)
+    evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path / "cache")
+    said = capfd.readouterr()
+    assert "\r" not in said.out + said.err
+    assert "%|" not in said.out + said.err
+
+
 def test_requests_that_are_cut_off_are_counted(folder: Path, tmp_path: Path) -> None:
     model, said = tiny_model(vocab_size=VOCAB, max_position_embeddings=60), []
-    wanted = find_tasks("tiny_choices", task_dir=folder)
+    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, 3)
     evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path, warn=said.append)
     assert said == ["tiny_choices: 42 of 42 requests were cut off on the left to the 60 tokens that the model reads"]
@@ -191,7 +228,7 @@ def test_sequences_longer_than_the_model_reads_are_said(
 
 
 def test_more_examples_than_there_are(folder: Path, tmp_path: Path) -> None:
-    wanted = find_tasks("tiny_choices", task_dir=folder)
+    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
     set_shots(wanted, 100)
     with pytest.raises(UsageError, match=r"task 'tiny_choices' cannot be scored 100-shot .* fewer examples with --num-fewshot"):
         evaluate_tasks(tiny_model(vocab_size=VOCAB), byte_tokenizer(), wanted, cache=tmp_path)
@@ -203,7 +240,7 @@ def test_what_is_not_there_is_said_before_the_work(
     """A second model, and a place for the scores."""
     (tmp_path / "file").touch()
     monkeypatch.setattr(tasks, "harness_model", None)
-    asked = ["--tasks", "tiny_choices", "--task-dir", folder, "--cache-dir", tmp_path / "file"]
+    asked = ["--tasks", "tiny_choices", "--task-dir", folder, "--trust-remote-code", "--cache-dir", tmp_path / "file"]
     status, _, err = ask("eval", tiny_folder, *asked)
     assert (status, "scores cannot be stored" in err) == (1, True)
     monkeypatch.setattr("adapt_pruner.checkpoint.load.load", None)
@@ -219,9 +256,9 @@ def test_a_group_of_one_name_and_of_none(members: str, names: list[str] | None, 
     try:
         if names is None:
             with pytest.raises(UsageError, match="group 'odd' of .* names no tasks"):
-                find_tasks("odd", task_dir=folder)
+                find_tasks("odd", task_dir=folder, trust_remote_code=True)
         else:
-            assert [line.name for line in find_tasks("odd", task_dir=folder)] == names
+            assert [line.name for line in find_tasks("odd", task_dir=folder, trust_remote_code=True)] == names
     finally:
         path.unlink()
 
@@ -234,7 +271,7 @@ def test_chat_knows_its_precisions(ask: Any, tiny_folder: Path) -> None:
 def test_examples_that_a_task_rules_out_are_said(ask: Any, folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "zero.yaml").write_text(CHOICES.replace("data/", f"{folder}/data/") + "num_fewshot: 0\n", encoding="utf-8")
-    words = ["--tasks", "tiny_choices", "--task-dir", tmp_path / "t", "--num-fewshot", 2, "--limit", 2]
+    words = ["--tasks", "tiny_choices", "--task-dir", tmp_path / "t", "--trust-remote-code", "--num-fewshot", 2, "--limit", 2]
     status, out, err = ask("eval", tiny_folder, *words)
     assert status == 0
     assert "tiny_choices: scored without examples" in err
@@ -249,15 +286,15 @@ def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkey
     with pytest.raises(UsageError, match="did you mean 'commonsense'"):
         find_tasks("comonsense")
     with pytest.raises(UsageError, match="did you mean 'tiny_choices'"):
-        find_tasks("tiny_choice", task_dir=folder)
+        find_tasks("tiny_choice", task_dir=folder, trust_remote_code=True)
     with pytest.raises(UsageError, match="task 'qqq' is not known; `lm-eval ls tasks` lists"):
         find_tasks("qqq")
     (tmp_path / "bad.yaml").write_text(CHOICES.replace("data/items", "nowhere/items"), encoding="utf-8")
     with pytest.raises(UsageError, match=r"task 'tiny_choices' of .* cannot be loaded \(.*\); correct its YAML file"):
-        find_tasks("tiny_choices", task_dir=tmp_path)
+        find_tasks("tiny_choices", task_dir=tmp_path, trust_remote_code=True)
     (tmp_path / "bad.yaml").write_text("group: x\ntask:\n  - task: zzz\n    dataset_path: json\n", encoding="utf-8")
     with pytest.raises(UsageError, match="gives data for the task 'zzz', which lm-eval does not have"):
-        find_tasks("x", task_dir=tmp_path)
+        find_tasks("x", task_dir=tmp_path, trust_remote_code=True)
 
 
 def test_without_network_the_three_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from adapt_pruner import cli
 from adapt_pruner.core.events import parse
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
@@ -54,7 +55,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None,
-    reason="tensorboard is not installed: pip install 'adapt-pruner[tensorboard]'",
+    reason="tensorboard is not installed: pip install '.[tensorboard]'",
 )
 
 
@@ -202,7 +203,7 @@ def test_a_tracker_that_is_not_installed(
         cli.main()
     said = capsys.readouterr().err
     assert left.value.code == 2
-    assert said == f"error: report_to {name} needs the package {name}; pip install 'adapt-pruner[{name}]'\n"
+    assert said == f"error: report_to {name} needs the package {name}; {to_install(name)}\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,8 @@
 """What a newcomer gets wrong with recipes, models and places: one sentence that names it, and nothing left behind."""
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.load import load, load_shapes
 from adapt_pruner.compare.request import Request
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
@@ -266,3 +268,29 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
             read({"calibration": {"source": nothing}})
     with pytest.raises(UsageError, match="'hub:' names no data set; write it like hub:NAME"):
         list(documents("hub:"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "nope"), ("text_config", {"hidden_size": 3}), ("num_key_value_heads", 0), ("num_attention_heads", 0), ("head_dim", 0),
+     ("pad_token_id", 9999), ("rope_parameters", {"rope_type": "nope", "rope_theta": 1e4})],
+)  # fmt: skip
+def test_a_key_of_the_config_is_blamed_and_not_the_weights(key: str, value: Any, spoilt: Path) -> None:
+    change(spoilt, **{key: value})
+    wanted = rf"cannot be (built|loaded): {key} is {re.escape(repr(value))} in its config.json"
+    for loaded in (load, load_shapes, partial(load, fresh=0)):
+        with pytest.raises(UsageError, match=wanted) as refused:
+            loaded(str(spoilt))
+        assert "weights" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_stored_as_integers_are_refused(key: str, dtype: torch.dtype, spoilt: Path) -> None:
+    state = load_file(spoilt / "model.safetensors")
+    state[key] = state[key].to(dtype)
+    save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UsageError, match=rf"{key} is stored as (I8|I64|BOOL|U8), and its config.json has no quantization_config; name"
+    ):
+        load(str(spoilt))

@@ -10,9 +10,7 @@ from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
-from adapt_pruner.reduce.allocate import Debt
 from adapt_pruner.reduce.reduction import Change, Reduction
-from adapt_pruner.reduce.units import Units
 from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.score.calibrate import mean_loss
 from conftest import half, tiny_model
@@ -31,20 +29,6 @@ def test_state_comes_back_as_it_was() -> None:
     again = RunState.from_json(state.to_json())
     assert again.to_json() == state.to_json()
     assert (again.mask, again.progress) == (state.mask, state.progress)
-
-
-def test_state_of_before_had_a_debt_and_no_feed() -> None:
-    """Checkpoints of 0.1.0 before reductions: the debt was the run's own, and rows were the feed's position."""
-    debt = {"start": {"layers.0.neurons": 40}, "sparsity": {"layers.0.neurons": 0.25}}
-    old = {key: value for key, value in RunState(stage=2).to_json().items() if key not in ("reduction", "feed", "began")}
-    old["progress"] |= {"rows": 12, "lowest": None}
-    state = RunState.from_json(old | {"debt": debt})
-    assert state.feed == {"rows": 12}
-    assert (state.progress.lowest, state.began) == (float("inf"), {})
-    units = Units()
-    units.restore(state.reduction)
-    assert units._debt == Debt(**debt)
-    assert units.state() == {"stage": 0, "debt": debt}, "no stage, so that debts are reset where the recipe says so"
 
 
 def test_axes_are_worked_out_once_a_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,17 +24,22 @@ if TYPE_CHECKING:
     from adapt_pruner.core.axes import Axis, Gate, Mask, Scores, Slice
     from adapt_pruner.core.budget import Budget, count_parameters
     from adapt_pruner.core.surgery import cut, gated
+    from adapt_pruner.data.windows import text_batches
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.families import axes
     from adapt_pruner.recipe import Recipe
+    from adapt_pruner.reduce.allocate import Debt, adaptive, uniform
+    from adapt_pruner.reduce.closed_form import least_squares
     from adapt_pruner.run.forecast import dry_run
     from adapt_pruner.score.calibrate import score
+    from adapt_pruner.train.given import train
 
 _HOMES = {
     "Axis": "core.axes",
     "Budget": "core.budget",
     "Comparison": "api.measuring",
+    "Debt": "reduce.allocate",
     "Evaluation": "api.measuring",
     "Gate": "core.axes",
     "Loaded": "checkpoint.load",
@@ -46,6 +51,7 @@ _HOMES = {
     "Slice": "core.axes",
     "UsageError": "errors",
     "Verification": "api.measuring",
+    "adaptive": "reduce.allocate",
     "axes": "families",
     "chat": "api.measuring",
     "compare": "api.measuring",
@@ -55,6 +61,7 @@ _HOMES = {
     "evaluate": "api.measuring",
     "export": "api.exporting",
     "gated": "core.surgery",
+    "least_squares": "reduce.closed_form",
     "load": "checkpoint.load",
     "perplexity": "evaluate.perplexity",
     "prune": "api.pruning",
@@ -62,6 +69,9 @@ _HOMES = {
     "save": "checkpoint.save",
     "score": "score.calibrate",
     "shrink": "api.pruning",
+    "text_batches": "data.windows",
+    "train": "train.given",
+    "uniform": "reduce.allocate",
     "verify": "api.measuring",
 }
 
@@ -69,6 +79,7 @@ __all__ = [
     "Axis",
     "Budget",
     "Comparison",
+    "Debt",
     "Evaluation",
     "Gate",
     "Loaded",
@@ -80,6 +91,7 @@ __all__ = [
     "Slice",
     "UsageError",
     "Verification",
+    "adaptive",
     "axes",
     "chat",
     "compare",
@@ -89,6 +101,7 @@ __all__ = [
     "evaluate",
     "export",
     "gated",
+    "least_squares",
     "load",
     "perplexity",
     "prune",
@@ -96,6 +109,9 @@ __all__ = [
     "save",
     "score",
     "shrink",
+    "text_batches",
+    "train",
+    "uniform",
     "verify",
 ]
 

@@ -182,11 +182,11 @@ def evaluate(
         tasks: commonsense, mmlu, or names that lm-eval knows (docs/evaluate.md).
         num_fewshot: examples before each item.
         limit: the most items of each task.
-        task_dir: folder of lm-eval YAML files.
+        task_dir: folder of lm-eval YAML files; needs `trust_remote_code`.
         cache_dir: folder that keeps task scores.
         device: auto, cpu, cuda, …
         dtype: number format of matrix products: auto, float32 or bfloat16.
-        trust_remote_code: run Python code that comes with the model or a task.
+        trust_remote_code: run Python code that comes with the model, a task folder, or a task that lm-eval marks as unsafe.
         progress: show a bar.
         listen: called with every event.
 

@@ -76,8 +76,8 @@ def prune(
         latency_of: what `latency` times: prefill or decode.
         sparsity: instead of `params`, for methods that make zeros: "50%" or "2:4".
         method: a name from `adapt-pruner methods`.
-        text: text to measure importance on: a SPEC as in docs/data.md, a list of them, or {SPEC: weight}; "self" is text that the model
-            writes, and is the default; text of your own gives a better model.
+        text: text to measure importance on: a SPEC as in docs/data.md, a list of them, or {SPEC: weight}; "self" is
+            self-written text, which the model writes first, and is the default; text of your own gives a better model.
         calibration_samples: sequences of it per iteration; 64 by default.
         calibration_length: tokens per sequence; 128 by default.
         calibration_ids: JSON file with input_ids: exactly these tokens instead of a text.

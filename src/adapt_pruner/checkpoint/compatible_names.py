@@ -27,7 +27,7 @@ _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_ba
 
 def write_compatible_names(folder: Path) -> None:
     """Add these names, in place, to a folder that transformers 5 has written; see the top of this file."""
-    for name, change in (("config.json", _config), ("tokenizer_config.json", _older_tokenizer)):
+    for name, change in (("config.json", _older_config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         if path.is_file():
             path.write_text(to_json(dict(sorted(change(read_json(path)).items())), indent=2) + "\n", encoding="utf-8")
@@ -39,13 +39,8 @@ def stock_type(config: Mapping[str, Any]) -> Any:
     return named.removeprefix(_PREFIX) if isinstance(named, str) else named
 
 
-def _config(config: dict[str, Any]) -> dict[str, Any]:
-    prefix = _PREFIX if "auto_map" in config else ""
-    return _older_rope(config) | {"model_type": prefix + stock_type(config)}  # the class of the config may have added the prefix
-
-
-def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json with transformers 4's keys for the rope added; transformers 5 reads it as before."""
+def _older_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json with transformers 4's keys for the rope added, which transformers 5 reads as before, and with its own type."""
     rope = config.get("rope_parameters") or {}
     added: dict[str, Any] = {}
     if rope.keys() >= _OF_GEMMA.keys():  # one rope for each type of layer; only that of full attention may be scaled
@@ -61,7 +56,8 @@ def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
         if context in config:  # Phi-3 has it in the config itself, and in transformers 4 accepts exactly three keys
             scaling = {"type": scaling.pop("rope_type")} | {key: value for key, value in scaling.items() if key != context}
         added["rope_scaling"] = scaling
-    return config | added
+    prefix = _PREFIX if "auto_map" in config else ""
+    return config | added | {"model_type": prefix + stock_type(config)}  # the class of the config may have added the prefix
 
 
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

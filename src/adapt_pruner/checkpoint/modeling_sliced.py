@@ -52,6 +52,7 @@ from .modeling_pruned import (
     _PrunedForSequenceClassification,
     _PrunedForTokenClassification,
     _WithoutLayers,
+    layer_config,
 )
 
 
@@ -69,7 +70,7 @@ class BareRMSNorm(nn.Module):
 
 class _SlicedLayer:
     def __init__(self, config, layer_idx, leaving):
-        narrow = copy.deepcopy(config.per_layer_config[layer_idx] if config.is_heterogeneous else config)
+        narrow = copy.deepcopy(layer_config(config, layer_idx))
         narrow.hidden_size = config.sliced_hidden_size
         super().__init__(narrow, layer_idx)
         self.self_attn.config = config  # so that a later choice of the attention kernel reaches every layer

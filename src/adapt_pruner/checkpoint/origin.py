@@ -72,12 +72,12 @@ def origin(name: str) -> dict[str, Any]:
 
 def said_of_base(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of a model's origin, restricted to valid values: one line each, a hub name, an address."""
-    said = {key: one_line(value) for key in _SAID if isinstance(value := told.get(key), str) and one_line(value)}
-    if not re.fullmatch(_HUB_ID, said.get("hub", "")):
-        said.pop("hub", None)
-    if not re.fullmatch(r"https?://[^\s<>()|`\\\"']+", said.get("license_link", "")):
-        said.pop("license_link", None)
-    return {"name": "a model without a name", "hub": None, "license_from": None} | said
+    facts = {key: one_line(value) for key in _SAID if isinstance(value := told.get(key), str) and one_line(value)}
+    if not re.fullmatch(_HUB_ID, facts.get("hub", "")):
+        facts.pop("hub", None)
+    if not re.fullmatch(r"https?://[^\s<>()|`\\\"']+", facts.get("license_link", "")):
+        facts.pop("license_link", None)
+    return {"name": "a model without a name", "hub": None, "license_from": None} | facts
 
 
 def _named_before(name: str, seen: set[str]) -> str | None:
@@ -146,15 +146,15 @@ def _of_readme(text: str) -> dict[str, Any]:
 
 def _of_gguf(path: Path) -> dict[str, Any]:
     """What the first keys of a GGUF file (`general.…`) say of the model."""
-    said: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     with suppress(OSError), path.open("rb") as file:
-        said = dict(_general(file))
+        keys = dict(_general(file))
     fields: dict[str, Any] = {}
-    if match := re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(said.get("general.base_model.0.repo_url"))):
+    if match := re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(keys.get("general.base_model.0.repo_url"))):
         fields["hub"] = match[1]
-    if isinstance(license_ := said.get("general.license"), str):
+    if isinstance(license_ := keys.get("general.license"), str):
         fields |= {"license": license_.lower(), "license_from": "general.license of the GGUF file"}
-        named = {"license_name": said.get("general.license.name"), "license_link": said.get("general.license.link")}
+        named = {"license_name": keys.get("general.license.name"), "license_link": keys.get("general.license.link")}
         fields |= {key: value for key, value in named.items() if isinstance(value, str)}
     return fields
 

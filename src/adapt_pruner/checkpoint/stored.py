@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapt_pruner.checkpoint.untrusted import found, shards_in
+from adapt_pruner.errors import UsageError
 
-__all__ = ["stored_dtype"]
+__all__ = ["check_plain", "stored_dtype"]
 
 _FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
 
@@ -30,22 +32,49 @@ def stored_dtype(folder: str, named: Any) -> torch.dtype | None:
     """
     numbers: Counter[torch.dtype] = Counter()
     try:
-        path = _first_file(folder, named)
-        if path is None:
-            return None
-        with safe_open(path, framework="np") as file:  # which reads the header only
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                tensor = file.get_slice(name)
-                if (dtype := _FORMATS.get(tensor.get_dtype())) is not None:
-                    numbers[dtype] += math.prod(tensor.get_shape())
+        for path in _files(folder, named)[:1]:
+            for _, kind, shape in _tensors(path):
+                if kind in _FORMATS:
+                    numbers[_FORMATS[kind]] += math.prod(shape)
     except (SafetensorError, OSError, ValueError):
         return None
     return max(numbers, key=numbers.__getitem__, default=None)
 
 
-def _first_file(folder: str, named: Any) -> Path | None:
-    """The file of the weights, or the first that their index names; None if there is none."""
+def check_plain(model: Any, folder: str, named: Any, name: str) -> None:
+    """Refuse weights that are stored as integers or truth values: those of a quantised model, which no config declares.
+
+    Args:
+        model: the model that was loaded.
+        folder: a folder or hub id.
+        named: as for `stored_dtype`.
+        name: the model's name for messages.
+
+    Raises:
+        UsageError: a parameter of the model is stored so.
+    """
+    parameters = {key for full, _ in model.named_parameters() for key in (full, full.removeprefix(f"{model.base_model_prefix}."))}
+    for path in _files(folder, named):
+        for key, kind, _ in _tensors(path):
+            if kind.startswith(("I", "U", "BOOL")) and key in parameters:
+                raise UsageError(
+                    f"the weights of {name} are no plain numbers: {key} is stored as {kind}, and its config.json has no "
+                    "quantization_config; name the model that it was made from"
+                )
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, format and shape of each tensor in a file, of which only the header is read."""
+    with safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            tensor = file.get_slice(name)
+            yield name, tensor.get_dtype(), tensor.get_shape()
+
+
+def _files(folder: str, named: Any) -> list[Path]:
+    """The file of the weights, or those that their index names; empty if there is none."""
     for name in ("model.safetensors", "model.safetensors.index.json") if named is None else (str(named),):
         if (path := found(folder, name)) is not None:
-            return found(folder, min(shards_in(path))) if name.endswith(".json") else path
-    return None
+            shards = [found(folder, shard) for shard in sorted(shards_in(path))] if name.endswith(".json") else [path]
+            return [shard for shard in shards if shard is not None]
+    return []

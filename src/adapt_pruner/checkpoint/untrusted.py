@@ -114,13 +114,13 @@ def without_code(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _inner(value: Any) -> Any:
     if isinstance(value, Mapping):
         return without_code(value)
-    return [_inner(one) for one in value] if isinstance(value, list) else value
+    return [_inner(item) for item in value] if isinstance(value, list) else value
 
 
 def code_in(raw: Any) -> list[str]:
     """The fields that `without_code` removes, except auto_map, each with its value as text."""
     if isinstance(raw, list):
-        return [field for one in raw for field in code_in(one)]
+        return [field for item in raw for field in code_in(item)]
     if not isinstance(raw, Mapping):
         return []
     mine = [f"{key}: {value}" for key, value in raw.items() if _names_code(key, value) and key != "auto_map"]

@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
+from adapt_pruner.core.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
@@ -197,7 +197,7 @@ def _around_messages(tokenizer: Any) -> Collection[int]:
     ids: set[int] = set()
     for talk in (_TALK, _TALK[1:]) if tokenizer.chat_template else ():
         try:
-            ids.update(tokenizer.apply_chat_template(list(talk), return_dict=False))
-        except (TemplateError, LookupError, TypeError, ValueError):  # for example, the template has no system role
+            ids.update(tokenizer(rendered(tokenizer, talk).text, add_special_tokens=False)["input_ids"])
+        except ChatTemplateError:  # for example, the template has no system role
             continue
     return ids

@@ -78,8 +78,8 @@ def chat(
     answers: list[dict[str, Any]] = []
     for name in names:
         loaded = loaded_of(name)
-        said = answer(loaded.model, loaded.tokenizer, prompt, on_text=_say if streams else None, **how)
-        answers.append({"model": name, "params": count_parameters(loaded.model), **asdict(said)})
+        reply = answer(loaded.model, loaded.tokenizer, prompt, on_text=_say if streams else None, **how)
+        answers.append({"model": name, "params": count_parameters(loaded.model), **asdict(reply)})
     if as_json:
         print(to_json(answers[0] if against is None else {"answers": answers}))
         return
@@ -106,7 +106,7 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
     told = console(stderr=True, highlight=False, markup=False)
     if asks:
         told.print("Write a line to the model. An empty line ends the conversation.", style="dim")
-    said: dict[str, list[tuple[str, str]]] = {name: [] for name in models}
+    turns: dict[str, list[tuple[str, str]]] = {name: [] for name in models}
     while True:
         if asks:
             print("> ", end="", flush=True)
@@ -119,15 +119,15 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
                 told.print(visible(name), style="dim")
             ask = partial(answer, loaded.model, loaded.tokenizer, line, on_text=_say, **how)
             try:
-                text = ask(before=said[name]).text
+                text = ask(before=turns[name]).text
             except UsageError as error:  # the conversation is longer than the model can read
-                if not said[name]:
+                if not turns[name]:
                     raise
                 told.print(f"{error}; the model forgets the conversation so far", style="dim")
-                said[name].clear()
+                turns[name].clear()
                 text = ask(before=[]).text
             print("\n")
-            said[name].append((line, text))
+            turns[name].append((line, text))
 
 
 def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
@@ -141,10 +141,10 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
 
     out = console(highlight=False, markup=False)
     if with_text:
-        inner = [Group(Text(visible(one["text"]) or "(nothing)"), Text(f"\n{_note(one)}", style="dim")) for one in answers]
-        panels = [
-            Panel(body, title=Text(visible(one["model"])), title_align="left") for body, one in zip(inner, answers, strict=True)
-        ]
+        panels = []
+        for shown in answers:
+            body = Group(Text(visible(shown["text"]) or "(nothing)"), Text(f"\n{_note(shown)}", style="dim"))
+            panels.append(Panel(body, title=Text(visible(shown["model"])), title_align="left"))
         if out.is_terminal and out.width >= _NARROW:
             out.print(Columns(panels, width=out.width // len(panels) - 1))
         else:
@@ -153,10 +153,11 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
         console(stderr=True, highlight=False, markup=False).print(_note(answers[0]), style="dim", soft_wrap=True)
 
 
-def _note(one: dict[str, Any]) -> str:
+def _note(reply: dict[str, Any]) -> str:
     from adapt_pruner.core.words import millions
 
-    note = f"{millions(one['params'])} parameters, {one['tokens']} tokens at {one['tokens'] / max(one['seconds'], 1e-9):,.1f} a second"
-    if not one["ended"]:
+    speed = reply["tokens"] / max(reply["seconds"], 1e-9)
+    note = f"{millions(reply['params'])} parameters, {reply['tokens']} tokens at {speed:,.1f} a second"
+    if not reply["ended"]:
         note += ", cut off"
-    return note if one["templated"] else note + "; no chat template, so the model continues the prompt"
+    return note if reply["templated"] else note + "; no chat template, so the model continues the prompt"

@@ -94,7 +94,7 @@ def compare(
         note = tokens_note(result)
         print(
             f"\n{note}" if note else "",
-            f"perplexity on {texts_in_words(result)}, {result['precision']}; written to {out}",
+            f"perplexity on {texts_in_words(result)}, {result['precision']}; written to {out}, its page is {out / 'compare.html'}",
             sep="\n",
         )
     failed = sum("error" in cell for cell in result["cells"])

@@ -34,7 +34,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most items to score in each task. [default: all]", min=1)] = None,
     task_dir: Annotated[
-        Path | None, typer.Option(help="Folder of lm-eval YAML files with your own tasks, or with other data for known tasks.")
+        Path | None,
+        typer.Option(
+            help="Folder of lm-eval YAML files with your own tasks, or with other data for known tasks. Needs --trust-remote-code."
+        ),
     ] = None,
     cache_dir: Annotated[
         Path | None,
@@ -56,7 +59,7 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of one or more MODELs on a text, their scores on tasks, or both.
 
-    With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install 'adapt-pruner[eval]'`. A task that
+    With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install '.[eval]'` in the clone. A task that
     was scored before is not scored again.
 
     Examples:

@@ -45,12 +45,9 @@ def inspect(
     whole = f", {_share(figures)} of the dense model" if figures["share_of_dense"] is not None else ""
     print(f"\n{model}: {figures['params']:,} parameters, {figures['decoder_params']:,} of them in the layers{whole}")
     if zeros:
-        pattern = (
-            "" if loaded.weight_mask is None or loaded.weight_mask.pattern is None else f", {loaded.weight_mask.pattern.words}"
-        )
-        print(
-            f"{figures['nonzero']:,} parameters are not zero, {figures['nonzero'] / figures['params']:.1%} of those stored{pattern}"
-        )
+        pattern = None if loaded.weight_mask is None else loaded.weight_mask.pattern
+        stored = f"{figures['nonzero'] / figures['params']:.1%} of those stored{'' if pattern is None else f', {pattern.words}'}"
+        print(f"{figures['nonzero']:,} parameters are not zero, {stored}")
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -17,6 +17,10 @@ Precision = Annotated[
     typer.Option(help="Number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it)."),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model or a task folder.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with a model, a task folder, or a task that lm-eval marks as unsafe.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

@@ -43,8 +43,8 @@ def prune(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self` (text that the "
-            "model writes). [default: self]"
+            help="Text to measure importance on: file, folder, glob, hub:NAME, python-docs:train, or `self` (self-written text, "
+            "which the model writes first). [default: self]"
         ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Calibration sequences per iteration. [default: 64]")] = None,

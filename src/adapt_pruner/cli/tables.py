@@ -1,5 +1,6 @@
 """Results as tables on stdout. A number stays on one line: if the terminal is too narrow for a table, each row becomes a paragraph."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,9 +65,8 @@ def _print_paragraphs(out: Console, header: Sequence[str], rows: Sequence[Sequen
 def said_perplexities(figures: Mapping[str, Any]) -> str:
     """A run's perplexities at the start and after each stage, with that after the stage's cuts: `28.50 → 61.20 after the cuts → 32.10`."""
     after_cuts = figures.get("perplexities_after_cuts") or []
-    said = []
-    for stage, value in enumerate(figures["perplexities"]):
-        cut = after_cuts[stage] if stage < len(after_cuts) else None
-        said += [] if cut is None else [f"{cut:.2f} after the cuts"]
-        said.append("–" if value is None else f"{value:.2f}")
-    return " → ".join(said)
+    words = []
+    for value, cut in zip(figures["perplexities"], itertools.chain(after_cuts, itertools.repeat(None)), strict=False):
+        words += [] if cut is None else [f"{cut:.2f} after the cuts"]
+        words.append("–" if value is None else f"{value:.2f}")
+    return " → ".join(words)

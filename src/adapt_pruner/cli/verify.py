@@ -54,31 +54,24 @@ def verify(
             model, artefact, text=text, window=window, max_windows=max_windows, trust_remote_code=trust_remote_code, listen=listen
         )
     zeros = figures.get("sparsity")
+    failures = [] if zeros is None else zeros["failures"]
     if as_json:
         print(to_json(figures))
     else:
         if artefact is not None:
             _print(figures)
-        if zeros is not None:
+        if zeros is not None and not failures:
             _print_zeros(model, zeros)
-    _check_zeros(model, zeros)
+    if failures:
+        more = f" (and {len(failures) - 1} more; --json lists all)" if len(failures) > 1 else ""
+        raise RunError(f"{model} does not have the zeros that its mask over weights promises: {failures[0]}{more}; make it again")
     if not figures["passed"]:
         raise RunError(
             f"{artefact} does not compute what {model} computes: {'; '.join(figures['failures'])}; export it again, or with more bits if it is quantised"
         )
 
 
-def _check_zeros(model: str, zeros: dict[str, Any] | None) -> None:
-    from adapt_pruner.errors import RunError
-
-    if zeros is not None and (failures := zeros["failures"]):
-        more = f" (and {len(failures) - 1} more; --json lists all)" if len(failures) > 1 else ""
-        raise RunError(f"{model} does not have the zeros that its mask over weights promises: {failures[0]}{more}; make it again")
-
-
 def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
-    if zeros["failures"]:
-        return
     if zeros["pattern"] is None:
         held = "each masked weight is zero; a cut has broken the pattern"
     elif ":" in zeros["pattern"]:

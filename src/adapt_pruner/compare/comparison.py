@@ -37,7 +37,7 @@ from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import is_marked, mark
 from adapt_pruner.core.places import check_disk_space, check_place
 from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.provenance import made_by
+from adapt_pruner.core.provenance import made_by, to_install
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, beginning, domains, texts
@@ -107,15 +107,10 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
 
 
 def _check_kind(out: Path) -> None:
-    """Refuse a folder with other content than a comparison; one of an older version is recognised by its compare.json."""
+    """Refuse a folder with other content than a comparison."""
     check_place(out, inside=True)
     if not is_marked(out, _KIND):
-        try:
-            data = read_json(out / "compare.json")
-        except (OSError, ValueError, RecursionError):
-            data = None
-        if not (isinstance(data, dict) and {"made_by", "arguments", "dense", "rows", "cells"} <= data.keys()):
-            check_empty(out)
+        check_empty(out)
 
 
 @dataclass(frozen=True)
@@ -212,8 +207,8 @@ def _text_digest(spec: str) -> str:
 
 def _tidy(out: Path) -> None:
     """Remove, in place, what a killed process left half-written."""
-    for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
-        tidy(folder, older=names)
+    for folder in (out, out / "models", out / "cells"):
+        tidy(folder)
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:
@@ -222,9 +217,7 @@ def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -
     if panels is None:
         return False
     if not has_png():
-        warn(
-            "there is no compare.png, since vl-convert is not installed; pip install 'adapt-pruner[plot]' and run the same command"
-        )
+        warn(f"there is no compare.png, since vl-convert is not installed; {to_install('plot')} and run the same command")
     return bool(write_pictures([panels], out, endings=("svg", "png") if has_png() else ("svg",)))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.run.estimate import Shapes, bytes_moved, multiply_adds
 
@@ -64,7 +65,7 @@ def of_gguf(path: Path) -> Weights:
     try:
         import gguf
     except ImportError as error:
-        raise UsageError(f"the sizes in {path} are read with the gguf library; pip install 'adapt-pruner[verify]'") from error
+        raise UsageError(f"the sizes in {path} are read with the gguf library; {to_install('verify')}") from error
     try:
         reader = gguf.GGUFReader(path)
         tensors = list(reader.tensors)

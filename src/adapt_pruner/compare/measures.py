@@ -26,7 +26,7 @@ class Measures:
         cache_dir: folder that keeps scores; None for the usual one.
         device: as in a recipe.
         dtype: precision of the matrix products.
-        trust_remote_code: whether Python code that comes with a model or a task may run.
+        trust_remote_code: whether Python code may run that comes with a model, a task folder, or a task that lm-eval marks as unsafe.
     """
 
     text: str | None = None

@@ -113,6 +113,6 @@ def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Liste
         listen(Progress(phase="task", task=task, done=done, of=of).to_dict())
 
     return evaluate_tasks(
-        loaded.model, loaded.tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, on_task=told,
-        warn=lambda message: listen(Warned(message=message).to_dict()),
+        loaded.model, loaded.tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir,
+        trust_remote_code=how.trust_remote_code, on_task=told, warn=lambda message: listen(Warned(message=message).to_dict()),
     )  # fmt: skip

@@ -123,7 +123,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def _has_bits(rows: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether bits per byte of a text are known; comparisons of older versions did not count them."""
+    """Whether bits per byte of a text are known."""
     return "bits_per_byte" in rows[0]["texts"][text]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice"]
+__all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice", "in_pattern"]
 
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
 
@@ -115,6 +115,8 @@ class Axis:
         may_be_empty: whether all units may go, as the one unit of a block may.
         modules: for a block, the modules removed with it, in the order in which the stream passes them: the norm that reads the
             stream, the attention or MLP, and a norm after it if there is one. The output of the last is added to the stream.
+        pattern: the kind of each unit, if the units that stay must be of the same kinds as the first units, in the same order;
+            empty if any may stay.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Axis:
     modules: tuple[str, ...] = ()
     enclosing: tuple[str, ...] = ()
     may_be_empty: bool = False
+    pattern: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -342,6 +345,8 @@ class Mask:
     def of_sizes(cls, axes: Iterable[Axis], scores: Scores, sizes: Mapping[str, int]) -> "Mask":
         """The mask that keeps the `sizes[name]` best-scored units in each group of each axis; of equal scores the first stays.
 
+        Of an axis with a pattern it keeps those of the highest sum that have the pattern.
+
         Raises:
             ValueError: scores of an axis are missing or have another length, or a size is 0 for an axis that may not be empty.
             RunError: scores are not finite.
@@ -359,10 +364,38 @@ class Mask:
                     "dtype=float32, or repair the weights"
                 )
             keep = torch.zeros(axis.groups, axis.size, dtype=torch.bool)
-            best = score.view(axis.groups, axis.size).argsort(dim=1, descending=True, stable=True)
-            kept[axis.name] = keep.scatter_(1, best[:, : sizes[axis.name]], True).flatten()
+            if axis.pattern:
+                best = torch.tensor([in_pattern(axis.pattern, score.tolist(), sizes[axis.name])], dtype=torch.long)
+            else:
+                best = score.view(axis.groups, axis.size).argsort(dim=1, descending=True, stable=True)[:, : sizes[axis.name]]
+            kept[axis.name] = keep.scatter_(1, best, True).flatten()
             _check_something_stays(axis, kept[axis.name])
         return cls(kept)
+
+
+def in_pattern(pattern: Sequence[str], scores: Sequence[float], count: int) -> list[int]:
+    """The `count` units of the highest sum of scores that are of the same kinds as the first `count` units, in the same order.
+
+    Of equal sums the first units stay. A pattern that repeats, such as five sliding layers and a global one, so repeats in what
+    stays.
+
+    Args:
+        pattern: the kind of each unit.
+        scores: of each unit.
+        count: units that stay.
+    """
+    best: list[tuple[float, tuple[int, ...]] | None] = [
+        (0.0, ()),
+        *[None] * count,
+    ]  # for each number of units, of those seen so far
+    for unit, (kind, score) in enumerate(zip(pattern, scores, strict=True)):
+        for place in range(min(unit + 1, count) - 1, -1, -1):
+            before, now = best[place], best[place + 1]
+            if before is not None and kind == pattern[place] and (now is None or before[0] + score > now[0]):
+                best[place + 1] = (before[0] + score, (*before[1], unit))
+    chosen = best[count]
+    assert chosen is not None, "the first units have the pattern"
+    return list(chosen[1])
 
 
 def _check_something_stays(axis: Axis, keep: Tensor) -> None:

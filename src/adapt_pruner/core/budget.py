@@ -48,8 +48,8 @@ def check_written(budget: Any) -> str:
     written = str(budget).strip()
     number, percent, of = written.partition("%")
     if percent:
-        known = of.strip() in ("", "of decoder") and re.fullmatch(r"\d*\.?\d+", number.strip())
-        if not (known and 0 < float(number) <= 100):
+        is_share = of.strip() in ("", "of decoder") and re.fullmatch(r"\d*\.?\d+", number.strip())
+        if not (is_share and 0 < float(number) <= 100):
             raise UsageError(
                 f"budget {written!r} is not a share of the dense model; write it like 80% or '80% of decoder', above 0% and up to 100%"
             )
@@ -104,8 +104,11 @@ class Budget:
         """
         written = check_written(text)
         number, percent, of = written.partition("%")
-        share = float(number) / 100 if percent else 1.0
-        keep = parse_count(written) if not percent else outside + int(decoder * share) if of.strip() else int(dense * share)
+        if not percent:
+            keep = parse_count(written)
+        else:
+            share = float(number) / 100
+            keep = outside + int(decoder * share) if of.strip() else int(dense * share)
         if keep > dense:
             raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
         return cls(keep=keep, total=dense)

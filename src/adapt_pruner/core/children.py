@@ -40,6 +40,11 @@ class Child:
     def __init__(self, process: "subprocess.Popen[bytes]", silent: str) -> None:
         self._process, self._silent = process, silent
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
     def ask(self, question: Any) -> Any:
         """Send a question and return the answer.
 

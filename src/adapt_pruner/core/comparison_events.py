@@ -67,8 +67,8 @@ class CellDone(_OfCell):
 
     def line(self, begun: str = "dense") -> str:
         perplexity = None if self.nll is None else perplexity_of(self.nll)
-        came = f"perplexity {shown(perplexity, 'perplexity')}" if self.error is None else f"failed: {self.error}"
-        return f"{self.name}: {came}"
+        result = f"perplexity {shown(perplexity, 'perplexity')}" if self.error is None else f"failed: {self.error}"
+        return f"{self.name}: {result}"
 
 
 class CellLine(Event):

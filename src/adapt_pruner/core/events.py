@@ -1,7 +1,7 @@
 """The events of a run, one class each: what an event holds, the line that people read, the figures that trackers are told.
 
 A listener gets plain dicts (`Event.to_dict`). `parse` turns a dict back into the event, and `parse_line` does so for a line of
-log.jsonl. Fields that logs of older versions lack have a default. To add an event, write a class, here or in the file that tells
+log.jsonl. Fields that a damaged log may lack have a default. To add an event, write a class, here or in the file that tells
 it, and nothing else: everything that shows or keeps events asks the class.
 """
 
@@ -100,8 +100,8 @@ class Event(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """What a listener is told: `event` first, then the fields that were set."""
-        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        return {"event": self.event} | given | (self.model_extra or {})
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return {"event": self.event} | fields | (self.model_extra or {})
 
     def line(self, begun: str = "dense") -> str:
         """The line for people, empty if there is nothing to say; `begun` names the model at the start (`Start.begun`)."""
@@ -245,7 +245,9 @@ class Start(Event):
     @property
     def given(self) -> str:
         """The name for the model given to the run, which may have been pruned before."""
-        return "random weights" if self.random else "at the start" if self.dense is False else "dense"
+        if self.random:
+            return "random weights"
+        return "at the start" if self.dense is False else "dense"
 
     @property
     def begun(self) -> str:
@@ -263,10 +265,10 @@ class Start(Event):
         if self.sparsity:
             text = f"making {self.sparsity} zeros in a model of {millions(self.target)} parameters by {self.method}"
         if self.text:
-            own = self.text == "self"
-            text += f", calibrated on {'text that the model writes itself' if own else self.text}"
-            if own or self.text == DEFAULT_TEXT:
-                what = "" if own else "Python's language reference; "
+            self_written = self.text == "self"
+            text += f", calibrated on {'self-written text' if self_written else self.text}"
+            if self_written or self.text == DEFAULT_TEXT:
+                what = "" if self_written else "Python's language reference; "
                 text += f" ({what}text of your own gives a better model: --set calibration.source=FILE)"
         if self.stages > 1:
             text += f" in {self.stages} stages"
@@ -298,7 +300,8 @@ class Resumed(Event):
 class Progress(Event):
     """How far a long operation is: `done` of `of`. It begins with 0 of 0, and stays there if nothing can be counted.
 
-    `phase` is a key of `_DOING`; `task` names a task, and `what` says what is timed in the phase `time`.
+    `phase` is a key of `_DOING`; `task` names a task, and `what` says what is timed in the phase `time`, and
+    which text is written in the phase `write`: the calibration text if it is not set.
     """
 
     event: Literal["progress"] = "progress"
@@ -313,7 +316,7 @@ class Progress(Event):
 
     _DOING: ClassVar[dict[str, str]] = {  # phase -> what is being done, with fields of the event
         "read": "reading text",
-        "write": "writing calibration text",
+        "write": "writing {what}",
         "score": "scoring",
         "heads": "switching heads off one by one",
         "blocks": "switching blocks off one by one",
@@ -338,7 +341,7 @@ class Progress(Event):
     @property
     def doing(self) -> str:
         """What is being done and how far it is: repairing 12/60."""
-        doing = self._DOING.get(self.phase, self.phase).format(task=self.task, what=self.what)
+        doing = self._DOING.get(self.phase, self.phase).format(task=self.task, what=self.what or "calibration text")
         return f"{doing} {words.progress(self.done, self.of)}".rstrip()
 
     @property
@@ -401,13 +404,17 @@ class Cut(Event):
 
 
 class Step(Event):
-    """Optimiser step `step` of the run is done. `gradient_norm` is before clipping; `tokens` and `peak_bytes` are so far."""
+    """Optimiser step `step` of the run is done. `gradient_norm` is before clipping; `tokens` and `peak_bytes` are so far.
+
+    `loss_is` says what the loss is, if it is not the cross-entropy, which is the logarithm of the perplexity.
+    """
 
     event: Literal["step"] = "step"
     stage: Count | None = None
     step: Count | None = None
     tokens: Count
     loss: float | None = None
+    loss_is: str | None = None
     lr: float | None = None
     gradient_norm: float | None = None
     tokens_per_second: float | None = None
@@ -419,8 +426,9 @@ class Step(Event):
 
     @property
     def said_loss(self) -> str:
-        """The loss in words for people."""
-        return "not a number" if self.loss is None else f"{self.loss:.3f}"
+        """The loss in words for people: loss 0.187 (KL to the dense model)."""
+        loss = "loss not a number" if self.loss is None else f"loss {self.loss:.3f}"
+        return f"{loss} ({self.loss_is})" if self.loss_is else loss
 
     @property
     def speed(self) -> str:
@@ -430,7 +438,7 @@ class Step(Event):
     def line(self, begun: str = "dense") -> str:
         if self.lr is None or self.tokens_per_second is None:
             return ""
-        return f"stage {self.stage}: training, {self.tokens:,} tokens, loss {self.said_loss}, lr {self.lr:.2e}, {self.speed}"
+        return f"stage {self.stage}: training, {self.tokens:,} tokens, {self.said_loss}, lr {self.lr:.2e}, {self.speed}"
 
     def figures(self) -> dict[str, float]:
         return self._those("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes")
@@ -482,9 +490,9 @@ class Tasks(Event):
     scores: list[Score]
 
     def line(self, begun: str = "dense") -> str:
-        told = ", ".join(f"{one['task']} {words.score(one['value'], None, share=one['accuracy'])}" for one in self.scores)
+        scores = ", ".join(f"{task['task']} {words.score(task['value'], None, share=task['accuracy'])}" for task in self.scores)
         mean = "" if self.average is None else f", average {words.score(self.average, self.stderr, share=True)}"
-        return f"{_whose(self.stage, begun)}: {told}{mean}"
+        return f"{_whose(self.stage, begun)}: {scores}{mean}"
 
     def figures(self) -> dict[str, float]:
         return self._those("average", "params")
@@ -587,4 +595,6 @@ def _is_finite(values: Iterable[Any]) -> bool:
 
 
 def _whose(stage: int, begun: str) -> str:
-    return f"stage {stage}" if stage else "dense model" if begun == "dense" else begun
+    if stage:
+        return f"stage {stage}"
+    return "dense model" if begun == "dense" else begun

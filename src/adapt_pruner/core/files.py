@@ -46,7 +46,6 @@ MOST_TEXT = 2**28
 """The most bytes of a foreign file that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""
 
 _NAME = re.compile(r"\.(.+)\.partial-([0-9a-f]{8})([0-9a-f]{8})")
-_OLD_NAME = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")  # written by versions that held no lock
 _WRITTEN, _REMOVED = "written", "removed"
 _LOCK = ".lock"
 _LONG = 3600.0  # seconds
@@ -159,22 +158,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path, *, older: str | None = None) -> None:
-    """Remove from a folder, in place, what ended processes left half-written or half-removed. A missing folder is no error.
+def tidy(folder: Path) -> None:
+    """Remove from a folder, in place, what ended processes left half-written or half-removed.
 
-    Args:
-        folder: where to look; subfolders are not searched.
-        older: a regular expression for names that only the caller writes there. Leftovers with these names go even without a lock
-            that shows that their process has ended, because older versions held no lock.
+    A missing folder is no error. Subfolders are not searched.
     """
     paths: list[Path] = []
     with suppress(OSError):  # a folder may be writable and still not listable
         paths = list(folder.iterdir()) if folder.is_dir() else []
     for path in paths:
-        kind, parts = _kind(path.name), _NAME.fullmatch(path.name) or _OLD_NAME.fullmatch(path.name)
-        own = older is not None and parts is not None and re.fullmatch(older, parts[1]) is not None
+        kind = _kind(path.name)
         with suppress(OSError):  # another process may be tidying, too
-            if kind == _REMOVED or (own and (kind == _WRITTEN or _OLD_NAME.fullmatch(path.name))):
+            if kind == _REMOVED:
                 remove(path)
             elif kind == _WRITTEN:
                 _remove_abandoned(path)
@@ -247,8 +242,8 @@ def disk_full_reason(error: BaseException) -> str | None:
     Libraries wrap the system's error: Rust libraries keep its number in their text, and numpy says how much it wrote.
     """
     code = error.errno if isinstance(error, OSError) else None
-    if code is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
-        code = int(told[1])
+    if code is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(match[1])
     if code is None and isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
         code = errno.ENOSPC
     return _LACKS.get(code) if code is not None else None

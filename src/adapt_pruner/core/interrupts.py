@@ -25,8 +25,8 @@ class Deferred:
 
     def hold(self) -> None:
         """From now on, replace the present handlers; signals that the system handles or ignores stay as they are."""
-        there = {sent: signal.getsignal(sent) for sent in _SIGNALS}
-        self._handlers = {sent: handler for sent, handler in there.items() if callable(handler)}
+        handlers = {sent: signal.getsignal(sent) for sent in _SIGNALS}
+        self._handlers = {sent: handler for sent, handler in handlers.items() if callable(handler)}
         for sent in self._handlers:
             signal.signal(sent, self._hear)
 

@@ -121,19 +121,19 @@ def _standing_in(layers: Any, leaving: Tensor | None = None) -> Iterator[tuple[l
     """Run no layer: each records its input and keywords and returns its input; the last returns `leaving` if given."""
     entered: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
-    its = list(layers)
+    modules = list(layers)
 
     def forward(hidden_states: Tensor, **others: Any) -> Tensor:
         entered.append(hidden_states)
         keywords.append(others)
-        return hidden_states if leaving is None or len(entered) < len(its) else leaving
+        return hidden_states if leaving is None or len(entered) < len(modules) else leaving
 
     try:
-        for index, layer in enumerate(its):
+        for index, layer in enumerate(modules):
             layers[index] = _StandIn(layer, forward)
         yield entered, keywords
     finally:
-        for index, layer in enumerate(its):
+        for index, layer in enumerate(modules):
             layers[index] = layer
 
 
@@ -273,8 +273,8 @@ class Sweep:
         return list(enumerate(self._layers))[start : start + self._at_once]
 
     def _names(self, start: int) -> list[str]:
-        its = {weight for _, layer in self._group(start) for weight in layer.parameters()}
-        return [name for name, weight in self._wanted.items() if weight in its]
+        weights = {weight for _, layer in self._group(start) for weight in layer.parameters()}
+        return [name for name, weight in self._wanted.items() if weight in weights]
 
     def _through_group(self, start: int, *, further: bool) -> None:
         entered, group = self._entered[start], self._group(start)

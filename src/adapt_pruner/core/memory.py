@@ -108,9 +108,9 @@ def take_into_memory(tensors: Iterable[Tensor]) -> None:
     """
     files = _mapped_files()
     for tensor in tensors:
-        there = tensor.data
-        tensor.data = there.clone()
-        _drop_pages(there.data_ptr(), there.nbytes, files)
+        mapped = tensor.data
+        tensor.data = mapped.clone()
+        _drop_pages(mapped.data_ptr(), mapped.nbytes, files)
 
 
 def _mapped_files() -> list[range]:

@@ -33,7 +33,9 @@ def check_place(path: Path, *, inside: bool = False) -> None:
             raise UsageError(
                 f"{part} is a link to {part.readlink()}, which does not exist; remove the link or name another place"
             )
-    folder = missing[-1].parent if missing else path if inside and path.is_dir() else path.parent
+    folder = missing[-1].parent if missing else path
+    if not missing and not (inside and path.is_dir()):
+        folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, so {path} cannot be made in it; name another place")
     most, most_of_all = os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - _LONGEST_INSIDE
@@ -95,10 +97,6 @@ def lacks_disk_space(path: Path, num_bytes: int, *, largest: int | None = None) 
 
 
 def _size(num_bytes: int) -> str:
-    return (
-        f"{num_bytes / 1e9:,.1f} GB"
-        if num_bytes >= 1e9
-        else f"{num_bytes / 1e6:,.1f} MB"
-        if num_bytes >= 1e5
-        else f"{num_bytes:,} bytes"
-    )
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.1f} GB"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"

@@ -105,13 +105,15 @@ def linears_cast(model: nn.Module, dtype: str) -> Iterator[None]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(module)
-    alone = [weight for weight, its in owners.items() if weight.ndim == 2 and all(isinstance(one, nn.Linear) for one in its)]
+    alone = [
+        weight for weight, users in owners.items() if weight.ndim == 2 and all(isinstance(user, nn.Linear) for user in users)
+    ]
     narrow = bool(alone) and uses_bfloat16(alone[0].device, dtype)
     wide = {weight: weight.data for weight in alone if narrow and weight.dtype == torch.float32}
     try:
-        for weight, there in wide.items():
-            weight.data = there.to(torch.bfloat16)
+        for weight, float32 in wide.items():
+            weight.data = float32.to(torch.bfloat16)
         yield
     finally:
-        for weight, there in wide.items():
-            weight.data = there
+        for weight, float32 in wide.items():
+            weight.data = float32

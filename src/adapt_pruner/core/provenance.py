@@ -1,13 +1,15 @@
-"""What made a result: the versions of the software, and the commit."""
+"""What made a result: the versions of the software, and the commit; and how more of this software is installed."""
 
 import functools
+import json
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-__all__ = ["commit", "installed", "made_by"]
+__all__ = ["commit", "installed", "made_by", "to_install"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -24,7 +26,7 @@ def installed(name: str) -> str:
 def made_by() -> str:
     """The versions of the software that makes a result, and the commit."""
     versions = [f"{name} {installed(name)}" for name in ("adapt-pruner", "torch", "transformers")]
-    of = [f"commit {known}"] if (known := commit()) else []
+    of = [f"commit {revision}"] if (revision := commit()) else []
     return ", ".join([*versions, f"Python {platform.python_version()}", *of])
 
 
@@ -40,3 +42,21 @@ def commit() -> str:
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=9", "--exclude", "*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def to_install(extra: str) -> str:
+    """The command that adds an extra of adapt-pruner, by the way in which adapt-pruner itself was installed.
+
+    A clone is named by its folder; otherwise the command has the name of the package, with the address if there was one.
+    """
+    try:
+        package = distribution("adapt-pruner")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return f"pip install '.[{extra}]' in {_PACKAGE.parents[1]}"
+    pip = "uv pip" if (package.read_text("INSTALLER") or "").strip() == "uv" else "pip"
+    origin = json.loads(package.read_text("direct_url.json") or "{}")  # as PEP 610 has it; an index leaves none
+    if "dir_info" in origin:
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        return f"{pip} install {editable}'.[{extra}]' in {unquote(urlsplit(origin['url']).path)}"
+    address = "+".join(filter(None, (origin.get("vcs_info", {}).get("vcs"), origin.get("url"))))
+    return f"{pip} install 'adapt-pruner[{extra}]{address and ' @ ' + address}'"

@@ -231,8 +231,8 @@ class _Nothing(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if self.layer_idx is None:
             return nothing
-        cache = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
-        if cache is not None:
+        cache: Any = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
+        if hasattr(cache, "get_seq_length"):  # which the cache of continuous batching has not
             cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
         return nothing, None
 
@@ -240,8 +240,8 @@ class _Nothing(nn.Module):
 class _OwnConfig:
     """The model's config with some fields of one layer, for modules that read them there; modeling_pruned.py has its like."""
 
-    def __init__(self, whole: Any, own: Mapping[str, int]) -> None:
-        self.__dict__.update(own, whole=whole)
+    def __init__(self, whole: Any, fields: Mapping[str, int]) -> None:
+        self.__dict__.update(fields, whole=whole)
 
     def __getattr__(self, name: str) -> Any:
         if name == "whole" or name.startswith("__"):  # asked while it is being copied
@@ -311,8 +311,8 @@ def cut(
         if axis.indices and axis.name in shrinking:
             _renumber(model, axis.indices, mask[axis.name])
         for name in axis.readers:
-            its = {field: int(mask.of(axis).sum()) * units for field, units in axis.fields}
-            setattr(model.get_submodule(name), "config", _OwnConfig(model.config, its))  # noqa: B010 (its type is not a module's)
+            fields = {field: int(mask.of(axis).sum()) * units for field, units in axis.fields}
+            setattr(model.get_submodule(name), "config", _OwnConfig(model.config, fields))  # noqa: B010 (its type is not a module's)
     if optimizer is not None:
         _forget(optimizer, _gone(model, axes, mask))
     for axis in shrinking.values():
@@ -409,7 +409,7 @@ def _renumbered(old: Any, new: Mapping[int, int]) -> Any:
     """A number or a list of numbers, renumbered. Of a list of lists those stay that lose no number. None if nothing stays."""
     if not isinstance(old, list):
         return new.get(old)
-    if any(isinstance(one, list) for one in old):
+    if any(isinstance(number, list) for number in old):
         return [[new[i] for i in word] for word in old if all(i in new for i in word)] or None
     return [new[i] for i in old if i in new] or None
 

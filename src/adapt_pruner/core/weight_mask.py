@@ -29,8 +29,8 @@ __all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers
 
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
     """The linear layers inside all decoder layers, or inside number `layer`: dotted name -> module, in the model's order."""
-    its = {id(module) for module in decoder_layers(model, axes)[slice(layer, None if layer is None else layer + 1)].modules()}
-    return {name: module for name, module in model.named_modules() if id(module) in its and _is_linear(module)}
+    inside = {id(module) for module in decoder_layers(model, axes)[slice(layer, None if layer is None else layer + 1)].modules()}
+    return {name: module for name, module in model.named_modules() if id(module) in inside and _is_linear(module)}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -104,11 +104,11 @@ class WeightMask:
         Raises:
             ValueError: it names a linear layer that the model lacks, or one of another shape.
         """
-        there = linear_layers(model)
+        layers = linear_layers(model)
         for name, keep in self.kept.items():
-            if name not in there:
+            if name not in layers:
                 raise ValueError(f"the mask over weights names {name!r}, which is not a linear layer of this model's decoder")
-            if keep.shape != (shape := oriented(there[name]).shape):
+            if keep.shape != (shape := oriented(layers[name]).shape):
                 raise ValueError(f"the mask over {name} is {tuple(keep.shape)}, the weight is {tuple(shape)}")
 
     @torch.no_grad()
@@ -133,24 +133,24 @@ class WeightMask:
         it asks for, rounded down for each output. Both are counted in the weights themselves, and the mask itself must keep
         exactly what the pattern says.
         """
-        said: list[str] = []
+        failures: list[str] = []
         pattern = self.pattern
         if pattern is None:
-            return said
+            return failures
         for name, module in linear_layers(model).items():
             weight = oriented(module)
             outputs, inputs = weight.shape
             if name not in self.kept:
-                said.append(f"{name} is dense")
+                failures.append(f"{name} is dense")
             elif not holds(self.kept[name], pattern):
-                said.append(f"the mask over {name} does not keep what {pattern} says")
+                failures.append(f"the mask over {name} does not keep what {pattern} says")
             elif pattern.m:
                 most = int((weight != 0).view(outputs, -1, pattern.m).sum(dim=-1).max())
                 if most > pattern.n:
-                    said.append(f"a group of {pattern.m} in {name} has {most} weights that are not zero")
-            elif (zeros := int((weight == 0).sum())) < (asked := outputs * pattern.zeros_of(inputs)):
-                said.append(f"{zeros:,} weights of {name} are zero, and {pattern} asks for {asked:,}")
-        return said
+                    failures.append(f"a group of {pattern.m} in {name} has {most} weights that are not zero")
+            elif (zeros := int((weight == 0).sum())) < (wanted := outputs * pattern.zeros_of(inputs)):
+                failures.append(f"{zeros:,} weights of {name} are zero, and {pattern} asks for {wanted:,}")
+        return failures
 
     def cut(self, model: nn.Module, axes: Sequence[Axis], mask: Mask, *, optimizer: Optimizer | None = None) -> "WeightMask":
         """Cut `model`, in place (see `core.surgery.cut`), and return the mask over the weights that are left.

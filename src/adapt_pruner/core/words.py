@@ -63,10 +63,13 @@ def shown(value: float | None, form: Form) -> str:
     if form == "params":
         return compact(value) if value >= 1e6 else f"{value:,.0f}"
     if form == "bytes":
-        size, unit, digits = (1e9, "GB", 2) if value >= 1e9 else (1e6, "MB", 0) if value >= 1e7 else (1e3, "kB", 0)
-        return f"{value / size:,.{digits}f}{NARROW}{unit}"
+        if value >= 1e9:
+            return f"{value / 1e9:,.2f}{NARROW}GB"
+        return f"{value / 1e6:,.0f}{NARROW}MB" if value >= 1e7 else f"{value / 1e3:,.0f}{NARROW}kB"
     if form == "perplexity":
-        return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+        if value < 100:
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
     if form == "speed":
         return f"{value:,.0f}"
     if form == "count":

@@ -90,8 +90,8 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
     met = False
     try:
         store, its_rank, number = next(dist.rendezvous("env://", timeout=_GATHERING))  # type: ignore[attr-defined]
-        own = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
-        with heartbeat.listening(own, rank=its_rank, size=number, lost=tell, busy=_alone.is_set):
+        beats = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
+        with heartbeat.listening(beats, rank=its_rank, size=number, lost=tell, busy=_alone.is_set):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=its_rank, world_size=number, timeout=_PATIENCE)
             met = True
@@ -141,16 +141,16 @@ def on_main(do: Callable[[], T]) -> T:
     """
     if size() == 1:
         return do()
-    told: tuple[T | None, UsageError | RunError | None] = (None, None)
+    outcome: tuple[T | None, UsageError | RunError | None] = (None, None)
     if is_main():
         _alone.set()
         try:
-            told = (do(), None)
+            outcome = (do(), None)
         except (UsageError, RunError) as error:
-            told = (None, error)
+            outcome = (None, error)
         finally:
             _alone.clear()
-    result, trouble = agreed(told)
+    result, trouble = agreed(outcome)
     if trouble is not None:
         raise of_all(trouble)
     return cast(T, result)

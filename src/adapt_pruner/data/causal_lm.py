@@ -21,13 +21,13 @@ class CausalLM(task.CausalLM):
 
     writes_text = True
 
-    def calibration(self, model: Any, tokenizer: Any, **asked: Any) -> Callable[[int], list[Tensor]]:
+    def calibration(self, model: Any, tokenizer: Any, **options: Any) -> Callable[[int], list[Tensor]]:
         """Windows of text, drawn again for each iteration; see `data.windows.calibration_feed`."""
-        return calibration_feed(model, tokenizer, **asked)
+        return calibration_feed(model, tokenizer, **options)
 
-    def rows(self, tokenizer: Any, source: Source, **asked: Any) -> Rows:
+    def rows(self, tokenizer: Any, source: Source, **options: Any) -> Rows:
         """Rows of packed text or of conversations; see `data.fixed.training_rows`."""
-        return training_rows(tokenizer, source, **asked)
+        return training_rows(tokenizer, source, **options)
 
     def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
         """Windows of text; see `data.windows.held_out_by_text`."""

@@ -1,32 +1,13 @@
 """Conversations as token ids in the tokenizer's own chat template, and which tokens the assistant says."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
+from adapt_pruner.core.chat_template import ChatTemplateError, Rendered, rendered
 from adapt_pruner.data.sources import Document
 from adapt_pruner.errors import UsageError
 
-__all__ = ["chat_template", "encode_chats"]
-
-_MARKS_ITSELF = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def chat_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template.
-
-    Raises:
-        UsageError: it has none.
-    """
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise UsageError(
-            "the training text is conversations and the model's tokenizer has no chat template; "
-            "train an instruction-tuned model, or give plain text in a field 'text'"
-        ) from error
+__all__ = ["encode_chats"]
 
 
 def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[int], list[bool]]]:
@@ -41,26 +22,35 @@ def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[i
         UsageError: there is no template, a conversation does not fit it, or the template writes earlier messages
             differently once later ones follow.
     """
-    if _MARKS_ITSELF.search(chat_template(tokenizer)):
-        tokenized = _applied(tokenizer, chats, return_dict=True, return_assistant_tokens_mask=True)
-        return [
-            (ids, [bool(mark) for mark in marks])
-            for ids, marks in zip(tokenized["input_ids"], tokenized["assistant_masks"], strict=True)
-        ]
+    _check(tokenizer)
+    ends = tuple(tokenizer.get_added_vocab())
+    texts, said = [], []
+    for chat in chats:
+        text, generated = _rendered(tokenizer, chat, chat.messages)
+        texts.append(text)
+        said.append(_said(tokenizer, chat, text, ends) if generated is None else generated)
+    tokenized = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    return [
+        (ids, [any(start < end <= stop for start, stop in spans) for _, end in offsets])
+        for ids, offsets, spans in zip(tokenized["input_ids"], tokenized["offset_mapping"], said, strict=True)
+    ]
+
+
+def _check(tokenizer: Any) -> None:
+    """Refuse a tokenizer that has no chat template or cannot tell where its tokens lie in a text."""
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UsageError(
+            "the training text is conversations and the model's tokenizer has no chat template; "
+            "train an instruction-tuned model, or give plain text in a field 'text'"
+        ) from error
     if not tokenizer.is_fast:
         raise UsageError(
             "training on conversations needs a fast tokenizer (tokenizer.json); convert the model's, or give plain text"
         )
-    texts: list[str] = _applied(tokenizer, chats, tokenize=False)
-    ends = tuple(tokenizer.get_added_vocab())
-    tokenized = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    encoded = []
-    for chat, text, ids, offsets in zip(chats, texts, tokenized["input_ids"], tokenized["offset_mapping"], strict=True):
-        spans = _said(tokenizer, chat, text, ends)
-        encoded.append((ids, [any(start < end <= stop for start, stop in spans) for _, end in offsets]))
-    return encoded
 
 
 def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -69,32 +59,23 @@ def _said(tokenizer: Any, chat: Document, text: str, ends: tuple[str, ...]) -> l
     for index, message in enumerate(chat.messages):
         if message["role"] != "assistant" or not index:  # an opening message answers nothing
             continue
-        before = _rendered(tokenizer, chat, chat.messages[:index], add_generation_prompt=True)
-        after = _rendered(tokenizer, chat, chat.messages[: index + 1])
+        before = _rendered(tokenizer, chat, chat.messages[:index], add_generation_prompt=True).text
+        after = _rendered(tokenizer, chat, chat.messages[: index + 1]).text
         if not (after.startswith(before) and text.startswith(after)):
             raise UsageError(
                 f"the chat template writes the messages of {chat.name} differently once message {index + 1} follows, so the "
                 "assistant's words cannot be told apart; mark them in the template with {% generation %}, or leave such conversations out"
             )
-        said = after[len(before) :].rstrip()
-        stop = len(before) + len(said) if said.endswith(ends) else len(after)  # leaves out a line end after the end of turn
+        turn = after[len(before) :].rstrip()
+        stop = len(before) + len(turn) if turn.endswith(ends) else len(after)  # leaves out a line end after the end of turn
         spans.append((len(before), stop))
     return spans
 
 
-def _applied(tokenizer: Any, chats: Sequence[Document], **options: Any) -> Any:
+def _rendered(tokenizer: Any, chat: Document, messages: Sequence[Mapping[str, Any]], **options: bool) -> Rendered:
     try:
-        return tokenizer.apply_chat_template([list(chat.messages) for chat in chats], **options)
-    except (TemplateError, LookupError, TypeError, ValueError):
-        for chat in chats:  # find the conversation that fails, and raise an error that names it
-            _rendered(tokenizer, chat, chat.messages)
-        raise
-
-
-def _rendered(tokenizer: Any, chat: Document, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        return rendered(tokenizer, messages, **options)
+    except ChatTemplateError as error:
         raise UsageError(
             f"{chat.name} does not fit the tokenizer's chat template ({error}); correct the conversation or leave it out"
         ) from error

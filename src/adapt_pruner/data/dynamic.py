@@ -108,7 +108,7 @@ class Dynamic(Fixed):
         names = list(self._weights)
         chosen, again = [], []
         for number in range(self._next, stop):
-            name = random.Random(f"{self._seed} {number}").choices(names, weights=[self._weights[one] for one in names])[0]
+            name = random.Random(f"{self._seed} {number}").choices(names, weights=list(self._weights.values()))[0]
             again.append(self._taken[name] >= len(self._numbers[name]))
             chosen.append(self._number(name))
             self._taken[name] += 1

@@ -54,7 +54,12 @@ class Rows:
         Returns:
             int64 [rows, width], and bool [rows, width], which tokens are predicted; None instead if all are.
         """
-        chosen = [self._row(number) for number in self._order[start:stop]]
+        chosen = []
+        for number in self._order[start:stop]:
+            which = self._store_of(number)
+            store, row = self._stores[which], number - self._first[which]
+            span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
+            chosen.append((store.ids[span], None if store.mask is None else store.mask[span]))
         shape = len(chosen), max((len(ids) for ids, _ in chosen), default=0)
         batch, predicted = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
         for row, (ids, mask) in enumerate(chosen):
@@ -101,12 +106,6 @@ class Rows:
 
     def _store_of(self, number: int) -> int:
         return int(np.searchsorted(self._first, number, side="right")) - 1
-
-    def _row(self, number: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        which = self._store_of(number)
-        store, row = self._stores[which], number - self._first[which]
-        span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
-        return store.ids[span], None if store.mask is None else store.mask[span]
 
 
 @dataclass(frozen=True)
@@ -219,24 +218,23 @@ def training_rows(
             raise UsageError(
                 "training.source 'self' would train the model on its own text; 'self' is for calibration only, name a text"
             )
-        asked = max(1, round(tokens * share))
-        store = tokenised(tokenizer, spec, length=length, asked=tokens if moving else asked, cache=cache, warn=warn)
-        there = len(store.ids)
-        least = tokens if moving and not repeat else asked
-        if there < least:
+        wanted = max(1, round(tokens * share))
+        store = tokenised(tokenizer, spec, length=length, wanted=tokens if moving else wanted, cache=cache, warn=warn)
+        found, least = len(store.ids), tokens if moving and not repeat else wanted
+        if found < least:
             may = "may be" if moving else "are"
-            short = f"the training text {spec!r} has {there:,} tokens in rows of {length}, but {least:,} {may} asked for"
+            short = f"the training text {spec!r} has {found:,} tokens in rows of {length}, but {least:,} {may} asked for"
             if not repeat:
                 raise UsageError(f"{short}; give more text, lower training.tokens or allow training.repeat")
-            if asked / there > MOST_REPEATS:
+            if wanted / found > MOST_REPEATS:
                 raise UsageError(
-                    f"{short}, which would repeat it {asked / there:,.0f} times; at most {MOST_REPEATS:,} are allowed, so give "
+                    f"{short}, which would repeat it {wanted / found:,.0f} times; at most {MOST_REPEATS:,} are allowed, so give "
                     "more text or lower training.tokens"
                 )
-            if (times := asked / there * (1 if expected is None else min(1.0, expected / tokens))) > 1:
+            if (times := wanted / found * (1 if expected is None else min(1.0, expected / tokens))) > 1:
                 warn(f"{short}, so it is repeated: it is read {times:.1f} times")
         random = np.random.default_rng([seed, number])
-        order = _epochs(np.diff(store.offsets), asked, random)
+        order = _epochs(np.diff(store.offsets), wanted, random)
         stores.append(store)
         orders.append(first + order)
         places.append((np.arange(len(order)) + random.random(len(order))) / len(order))
@@ -260,20 +258,20 @@ def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]], *, tokens
 
 def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:
     """The rows of each stage, in order; a stage ends with the row that reaches its share of all tokens."""
-    asked, there = sum(stage_tokens), rows.num_tokens(0, len(rows))
+    wanted, found = sum(stage_tokens), rows.num_tokens(0, len(rows))
     ends = [
-        bisect.bisect_left(range(len(rows) + 1), done * there, key=lambda row: rows.num_tokens(0, row) * asked)
+        bisect.bisect_left(range(len(rows) + 1), done * found, key=lambda row: rows.num_tokens(0, row) * wanted)
         for done in itertools.accumulate(stage_tokens)
     ]
     return [range(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def _epochs(lengths: NDArray[np.int64], asked: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Numbers of rows that together have `asked` tokens. Each comes once before any comes twice, shuffled again each time."""
+def _epochs(lengths: NDArray[np.int64], tokens: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Numbers of rows that together have `tokens` tokens. Each comes once before any comes twice, shuffled again each time."""
     orders: list[NDArray[np.int64]] = []
-    while asked > 0:
+    while tokens > 0:
         order = random.permutation(len(lengths))
         ends = np.cumsum(lengths[order])
-        orders.append(order[: int(np.searchsorted(ends, asked)) + 1])
-        asked -= int(ends[-1])
+        orders.append(order[: int(np.searchsorted(ends, tokens)) + 1])
+        tokens -= int(ends[-1])
     return np.concatenate(orders)

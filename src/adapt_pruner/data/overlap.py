@@ -94,11 +94,11 @@ def same_kind(calibration: Iterable[str], evaluation: Iterable[str]) -> str | No
     names, or if both are files of one folder and one ending. They also are if the last two parts of their names share a word, or
     its beginning, that tells a kind (`wikitext2/valid.txt`, `wiki.jsonl.gz`). This is a guess: only names are compared.
     """
-    for one, other in itertools.product(calibration, evaluation):
-        shared = _shared(one, other)
+    for read, other in itertools.product(calibration, evaluation):
+        shared = _shared(read, other)
         if shared is not None:
             return (
-                f"calibration text {one!r} and evaluation text {other!r} look like the same kind of text ({shared}), so the "
+                f"calibration text {read!r} and evaluation text {other!r} look like the same kind of text ({shared}), so the "
                 "perplexities are lower than on text of another kind; calibrate or measure on other text to see what carries "
                 "over"
             )
@@ -110,28 +110,26 @@ def of_kind(calibration: Iterable[str], text: str) -> bool:
     return any(_shared(spec, text) is not None for spec in calibration)
 
 
-def _shared(one: str, other: str) -> str | None:
+def _shared(spec: str, other: str) -> str | None:
     """What two SPECs have in common, in a few words."""
-    if SELF in (one, other):
+    if SELF in (spec, other):
         return None
-    one, other = (re.sub("#(train|heldout)$", "", spec) for spec in (one, other))
-    kinds = [spec.partition(":")[0] for spec in (one, other)]
+    spec, other = (re.sub("#(train|heldout)$", "", text) for text in (spec, other))
+    kinds = [text.partition(":")[0] for text in (spec, other)]
     if kinds in (["hub"] * 2, [_BUILT_IN] * 2):
-        names = [
-            spec.split(":")[1] if kind == "hub" else spec.partition(":")[0]
-            for kind, spec in zip(kinds, (one, other), strict=True)
-        ]
+        names = [text.split(":")[1] if kind == "hub" else kind for kind, text in zip(kinds, (spec, other), strict=True)]
         if names[0] == names[1]:
             return f"both are from {names[0]}"
     elif not {"hub", _BUILT_IN} & set(kinds):
-        a, b = _place(one), _place(other)
+        a, b = _place(spec), _place(other)
         if a == b or a in b.parents or b in a.parents:
             return f"both are from {min(a, b, key=lambda path: len(path.parts))}"
         if a.is_file() and b.is_file() and (a.parent, a.suffixes[-2:]) == (b.parent, b.suffixes[-2:]):
             return f"both are in {a.parent}"
-    for word, its in itertools.product(sorted(_words(one)), sorted(_words(other))):
-        if word == its or (min(len(word), len(its)) >= 4 and (word.startswith(its) or its.startswith(word))):
-            return f"both names contain {min(word, its, key=len)!r}"
+    for pair in itertools.product(sorted(_words(spec)), sorted(_words(other))):
+        short, long = sorted(pair, key=len)
+        if short == long or (len(short) >= 4 and long.startswith(short)):
+            return f"both names contain {short!r}"
     return None
 
 

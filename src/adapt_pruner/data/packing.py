@@ -22,10 +22,10 @@ _CHARACTERS = 2**20  # characters tokenised at one time
 _LEAST = 2**18  # tokens kept of a text, if it has as many
 
 
-def tokenised(tokenizer: Any, spec: str, *, length: int, asked: int, cache: Path | None, warn: Callable[[str], None]) -> Store:
-    """Rows of at most `length` tokens from one text, with at least `asked` tokens in all unless the text is shorter.
+def tokenised(tokenizer: Any, spec: str, *, length: int, wanted: int, cache: Path | None, warn: Callable[[str], None]) -> Store:
+    """Rows of at most `length` tokens from one text, with at least `wanted` tokens in all unless the text is shorter.
 
-    The number of tokens is `asked` rounded up by at most an eighth, and at least 2^18. So runs with other seeds, or with about as
+    The number of tokens is `wanted` rounded up by at most an eighth, and at least 2^18. So runs with other seeds, or with about as
     many tokens, find their rows on disk. Each run draws which rows it reads and in which order.
 
     Plain text: documents come in a random order, the same for all runs, each with an end-of-text token after it. They are cut
@@ -44,11 +44,11 @@ def tokenised(tokenizer: Any, spec: str, *, length: int, asked: int, cache: Path
     revision = identity(spec)
     documents: Iterable[Document] = read(spec)
     if revision is None:
-        there = list(documents)
-        revision = _digest(there)
-        documents = (there[index] for index in np.random.default_rng(0).permutation(len(there)))
-    unit = 1 << max(0, asked.bit_length() - 4)
-    limit = max(_LEAST, -(-asked // unit) * unit)
+        in_order = list(documents)
+        revision = _digest(in_order)
+        documents = (in_order[index] for index in np.random.default_rng(0).permutation(len(in_order)))
+    unit = 1 << max(0, wanted.bit_length() - 4)
+    limit = max(_LEAST, -(-wanted // unit) * unit)
     made_from = {
         "text": revision,
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -148,7 +148,7 @@ def _chats(tokenizer: Any, documents: Iterable[Document], length: int, limit: in
         yield Chunk(
             np.array([token for ids, _ in kept for token in ids], np.uint32),
             np.array([len(ids) for ids, _ in kept], np.int64),
-            np.array([said for _, mask in kept for said in mask], np.bool_),
+            np.array([mark for _, mask in kept for mark in mask], np.bool_),
             left_out,
         )
         if limit <= 0:
@@ -172,8 +172,8 @@ def _batched(items: Iterable[tuple[str, T]]) -> Iterator[list[T]]:
 def _digest(documents: Iterable[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
-        said = json.dumps(document.messages) if document.messages else document.text
-        digest.update(hashlib.sha256(said.encode()).digest())
+        content = json.dumps(document.messages) if document.messages else document.text
+        digest.update(hashlib.sha256(content.encode()).digest())
     return digest.hexdigest()
 
 

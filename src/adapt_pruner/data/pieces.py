@@ -42,10 +42,10 @@ class _Text:
 
     def front(self, size: int) -> str:
         """At most `size` characters; fewer at the end of the text."""
-        new, there = [], len(self._held) - self._at
-        while there < size and (part := next(self._parts, None)) is not None:
+        new, count = [], len(self._held) - self._at
+        while count < size and (part := next(self._parts, None)) is not None:
             new.append(part)
-            there += len(part)
+            count += len(part)
         if new:
             self._held, self._at = "".join([self._held[self._at :], *new]), 0
         return self._held[self._at : self._at + size]

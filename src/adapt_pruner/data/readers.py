@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from adapt_pruner.core.files import expanded, read_plain
 from adapt_pruner.core.marks import MARK, is_card
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
@@ -168,7 +169,9 @@ def _paths(spec: str) -> list[Path]:
     suffixes = _SUFFIXES if path.is_dir() else (*_SUFFIXES, *_ASKED_FOR)
     paths = sorted(match for match in matches if match.is_file() and _ends(match, *suffixes))
     if not paths:
-        what = "contains no text file" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
+        what = "does not exist"
+        if path.exists():
+            what = "contains no text file" if path.is_dir() else "is a pipe or a device"
         raise UsageError(
             f"text {spec!r} {what}; give a file ({', '.join(_SUFFIXES)}), a folder or a glob of them, hub:NAME, python-docs or self"
         )
@@ -227,7 +230,7 @@ def _open(path: Path) -> IO[str]:
         try:
             import zstandard
         except ImportError as error:
-            raise UsageError(f"{path} needs the zstandard package; pip install 'adapt-pruner[zstd]'") from error
+            raise UsageError(f"{path} needs the zstandard package; {to_install('zstd')}") from error
         return io.TextIOWrapper(io.BufferedReader(_Zstandard(path.open("rb"), zstandard), 2**20), encoding=encoding)
     return path.open(encoding=encoding)
 

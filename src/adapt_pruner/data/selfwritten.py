@@ -1,4 +1,4 @@
-"""Text that the model writes itself, for calibration when there is no other text."""
+"""Text that the model writes: self-written text to calibrate on, and repair text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +64,7 @@ def selfwritten_windows(
 
             def count(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
                 if (ids.shape[1] - 1) % _TOLD == 0:
-                    on_tokens(sum(len(one) for one in rows) * (length - shown) + len(ids) * (ids.shape[1] - 1), of)
+                    on_tokens(sum(map(len, rows)) * (length - shown) + len(ids) * (ids.shape[1] - 1), of)
                 return logits
 
             for first in range(0, samples, _BATCH):

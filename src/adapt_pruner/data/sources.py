@@ -7,7 +7,7 @@ data.jsonl.gz  data.parquet   one document a row: its field `text`, or a convers
 saved/                        a folder written by `datasets.save_to_disk`; rows as above
 hub:NAME[:config][:split][:field]   a data set by its name, streamed by the datasets library (split `train`, field `text`)
 python-docs[:train|:heldout]  Python's own language reference, which comes with Python
-self                          text the model writes itself (see data.selfwritten; needs the model)
+self                          self-written text (see data.selfwritten; needs the model)
 
 SPEC#train  SPEC#heldout      for any of these but `self`: the part to train on, or the held-out part, one document in 20
 
@@ -103,16 +103,16 @@ def read(spec: str) -> Iterator[Document]:
                 yield from _of_few(spec, part, begun)
                 return
             whole = itertools.chain(begun, whole)
-    yielded = there = 0
+    yielded = count = 0
     for document in whole:
         if document.text.strip():
-            there += 1
+            count += 1
             if part in ("", _part(document)):
                 yielded += 1
                 yield document
-    if there and not yielded:
+    if count and not yielded:
         raise UsageError(
-            f"text {spec!r} is empty: none of the {there:,} documents of {base!r} falls in that part, since one in {_HELD_OUT} "
+            f"text {spec!r} is empty: none of the {count:,} documents of {base!r} falls in that part, since one in {_HELD_OUT} "
             "is held out; give a text with more documents, or another one"
         )
     if not yielded:
@@ -214,14 +214,12 @@ def _python_docs(part: str) -> Iterator[Document]:
         ) from error
     held_out = {name for name in topics if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0}
     # Topics quote each other, so paragraphs of the held-out topics are removed from the rest.
-    said = {_squeezed(paragraph) for name in held_out for paragraph in topics[name].split("\n\n")}
+    held_out_paragraphs = {_squeezed(paragraph) for name in held_out for paragraph in topics[name].split("\n\n")}
     for name in sorted({"all": set(topics), "heldout": held_out, "train": set(topics) - held_out}[part]):
-        text = topics[name]
-        yield Document(f"python-docs topic {name!r}", _without(text, said) if part == "train" else text)
-
-
-def _without(text: str, said: Iterable[str]) -> str:
-    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if _squeezed(paragraph) not in said)
+        paragraphs = topics[name].split("\n\n")
+        if part == "train":
+            paragraphs = [paragraph for paragraph in paragraphs if _squeezed(paragraph) not in held_out_paragraphs]
+        yield Document(f"python-docs topic {name!r}", "\n\n".join(paragraphs))
 
 
 def _squeezed(text: str) -> str:

@@ -95,9 +95,9 @@ def stored(
     try:
         with folder_beside(folder) as beside:
             _write(beside, make(), inputs, dtype)
-            own, _ = _opened(beside)  # stays readable even if the folder is renamed or removed
-            assert own is not None
-            return _settled(beside, folder) or own
+            written, _ = _opened(beside)  # stays readable even if the folder is renamed or removed
+            assert written is not None
+            return _settled(beside, folder) or written
     except OSError as error:
         raise RunError(
             f"tokens cannot be stored in {root} ({why(error)}); make room there or name another folder: ADAPT_PRUNER_CACHE=DIR"
@@ -142,23 +142,18 @@ def _opened(folder: Path) -> tuple[Store | None, str]:
     try:
         index = read_json(folder / "index.json")
         for name, size in index["bytes"].items():
-            there = (folder / name).stat().st_size
-            if there != size:
-                return None, f"{name} has {there:,} of {size:,} bytes"
-        arrays = {
-            name: _mapped(folder / file, {"ids": index["made_from"]["dtype"], "offsets": "<i8", "mask": "?"}[name])
-            for name, file in _FILES.items()
-            if file in index["bytes"]
-        }
+            found = (folder / name).stat().st_size
+            if found != size:
+                return None, f"{name} has {found:,} of {size:,} bytes"
+        arrays = {}
+        for name, dtype in (("ids", index["made_from"]["dtype"]), ("offsets", "<i8"), ("mask", "?")):
+            if size := index["bytes"].get(_FILES[name]):
+                arrays[name] = np.asarray(np.memmap(folder / _FILES[name], dtype=dtype, mode="r"))
+            elif size == 0:  # an empty file cannot be mapped
+                arrays[name] = np.zeros(0, dtype)
         return Store(arrays["ids"], arrays["offsets"], arrays.get("mask"), index["digest"], index["left_out"]), ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, str(error)
-
-
-def _mapped(path: Path, dtype: str) -> NDArray[Any]:
-    return (
-        np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
-    )  # an empty file cannot be mapped
 
 
 def _settled(beside: Path, folder: Path) -> Store | None:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ def encode(tokenizer: Any, parts: Iterable[str], *, most: int | None = None) -> 
     """
     skipped = len(opening(tokenizer))
     wanted = None if most is None else most + skipped
-    pieces, there = [], 0
+    pieces, count = [], 0
     for ids in ids_in_pieces(tokenizer, parts):
         pieces.append(ids.astype(np.int32))
-        there += len(ids)
-        if wanted is not None and there >= wanted:
+        count += len(ids)
+        if wanted is not None and count >= wanted:
             break
     return np.concatenate(pieces)[skipped:wanted]
 
@@ -84,7 +84,7 @@ def calibration_windows(
     """
     generator = torch.Generator().manual_seed(seed)
     start = opening(tokenizer)
-    own = length - len(start)  # tokens of the text in a window
+    inner = length - len(start)  # tokens of the text in a window
     first: list[NDArray[np.int32]] = []
     more: list[NDArray[np.int32]] = []
     short: list[NDArray[np.int32]] = []
@@ -93,12 +93,12 @@ def calibration_windows(
         if index not in encoded:
             encoded[index] = encode(tokenizer, [texts[index]])
         ids = encoded[index]
-        count = len(ids) // own
+        count = len(ids) // inner
         if count == 0:
             short.append(ids)
             continue
-        offset = int(torch.randint(len(ids) - count * own + 1, (1,), generator=generator))
-        windows = [ids[offset + i * own : offset + (i + 1) * own] for i in range(count)]
+        offset = int(torch.randint(len(ids) - count * inner + 1, (1,), generator=generator))
+        windows = [ids[offset + i * inner : offset + (i + 1) * inner] for i in range(count)]
         chosen = int(torch.randint(count, (1,), generator=generator))
         first.append(windows.pop(chosen))
         more += windows
@@ -109,7 +109,7 @@ def calibration_windows(
         first += [more[i] for i in order[: samples - len(first)]]
     if len(first) < samples and short:
         joined = np.concatenate(short)
-        first += [joined[at : at + own] for at in range(0, len(joined) - own + 1, own)][: samples - len(first)]
+        first += [joined[at : at + inner] for at in range(0, len(joined) - inner + 1, inner)][: samples - len(first)]
     if len(first) < samples:
         raise UsageError(
             f"the calibration text gives {len(first)} windows of {length} tokens, but {samples} are asked for; "
@@ -184,17 +184,14 @@ def evaluation_windows(tokenizer: Any, texts: Iterable[str], *, window: int, max
     if window < 2:
         raise UsageError(f"window {window} predicts nothing; give at least 2 tokens")
     start = opening(tokenizer)
-    own = window - len(start)
-    ids = encode(tokenizer, _joined(texts), most=None if max_windows is None else max_windows * own)
-    windows = [_opened(start, ids[i : i + own])[None] for i in range(0, len(ids), own)]
+    inner = window - len(start)
+    joined = itertools.islice(itertools.chain.from_iterable((_JOINT, text) for text in texts), 1, None)
+    ids = encode(tokenizer, joined, most=None if max_windows is None else max_windows * inner)
+    windows = [_opened(start, ids[i : i + inner])[None] for i in range(0, len(ids), inner)]
     windows = [ids for ids in windows if ids.shape[1] >= 2][:max_windows]
     if not windows:
         raise UsageError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
     return windows
-
-
-def _joined(texts: Iterable[str]) -> Iterator[str]:
-    return itertools.islice(itertools.chain.from_iterable((_JOINT, text) for text in texts), 1, None)
 
 
 def in_other_tokens(windows: Sequence[Tensor], *, read_by: Any, tokenizer: Any) -> list[Tensor]:

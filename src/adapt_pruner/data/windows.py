@@ -13,7 +13,7 @@ from adapt_pruner.data.sources import SELF, Source, documents, domains, texts
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_by_text", "held_out_windows", "too_long"]
+__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_by_text", "held_out_windows", "text_batches", "too_long"]
 
 MICRO_TOKENS = 256  # calibration tokens in one forward and backward pass: activations take about 1 MB a token in a 135M model
 
@@ -32,9 +32,9 @@ def calibration_feed(
 ) -> Callable[[int], list[Tensor]]:
     """A function from the number of the iteration to its batches, int64 [batch, length].
 
-    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does text that the model wrote
-    itself, once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype` is
-    the precision of its matrix products and `on_tokens` is called with (done, of), in tokens.
+    Windows of a text are drawn again for every iteration. Fixed `ids` stay the same, and so does self-written text, which the
+    model writes once, as it is now. Each text of a mixture gives its share of the samples. If the model writes the text, `dtype`
+    is the precision of its matrix products and `on_tokens` is called with (done, of), in tokens.
 
     Raises:
         UsageError: a text does not exist, is too short, or has a share below one sample.
@@ -48,14 +48,14 @@ def calibration_feed(
         )
         rows = written.split(1)
     else:
-        there = {spec: documents(spec) for spec in shares}
+        by_spec = {spec: documents(spec) for spec in shares}
         counts = _apportioned(samples, shares, what="calibration.samples")
         encoded: dict[str, dict[int, NDArray[np.int32]]] = {spec: {} for spec in shares}
 
         def draw(iteration: int) -> list[Tensor]:
             windows = torch.cat([
                 calibration_windows(
-                    tokenizer, there[spec], samples=counts[spec], length=length,
+                    tokenizer, by_spec[spec], samples=counts[spec], length=length,
                     seed=seed * 1_000_003 + iteration, encoded=encoded[spec],
                 )
                 for spec in shares
@@ -66,6 +66,26 @@ def calibration_feed(
         return draw
     batches = batches_of(rows, max_tokens=MICRO_TOKENS)
     return lambda iteration: batches
+
+
+def text_batches(tokenizer: Any, text: Source, *, samples: int, length: int, seed: int = 0) -> list[Tensor]:
+    """Random windows of a text as batches, for calibration or for a training loop of one's own.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: SPEC of the text, or SPEC -> weight for a mixture.
+        samples: number of windows; no two overlap.
+        length: tokens of each.
+        seed: of the draw.
+
+    Returns:
+        int64 [batch, length] each, of at most 2,048 tokens; or of one window, if that is longer.
+
+    Raises:
+        UsageError: a text does not exist, is too short, or has a share below one sample.
+    """
+    draw = calibration_feed(None, tokenizer, source=text, samples=samples, length=length, ids=None, seed=seed)
+    return draw(1)
 
 
 def too_long(config: Any, lengths: Mapping[str, int]) -> Iterator[str]:

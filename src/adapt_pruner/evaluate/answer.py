@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
+from adapt_pruner.core.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.precision import precision, refuse_nonfinite
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
@@ -100,15 +101,15 @@ def answer(
     check_asked(prompt)
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
-        said = [{"role": "system", "content": system}] if system else []
-        for asked, told in before:
-            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-        said.append({"role": "user", "content": prompt})
+        messages = [{"role": "system", "content": system}] if system else []
+        for question, reply in before:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        messages.append({"role": "user", "content": prompt})
         try:
-            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program and may raise anything
+            text = rendered(tokenizer, messages, add_generation_prompt=True).text
+        except ChatTemplateError as error:
             remedy = "leave --system out" if system else "correct the template in chat_template.jinja or tokenizer_config.json"
-            raise UsageError(f"the prompt does not fit the model's chat template ({first_line(error)}); {remedy}") from error
+            raise UsageError(f"the prompt does not fit the model's chat template ({error}); {remedy}") from error
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     else:
         above = [*([system] if system else []), *(line for turn in before for line in turn)]
@@ -123,9 +124,9 @@ def answer(
             "model reads; shorten it, or lower --max-new-tokens"
         )
     ids = ids.to(model.device)
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [end for end in (ends,) if end is not None]
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {
         "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
     }  # fmt: skip

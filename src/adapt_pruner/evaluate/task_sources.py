@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.files import expanded
+from adapt_pruner.core.files import check_regular, expanded
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.evaluate import packaged_tasks
-from adapt_pruner.evaluate.foreign_tasks import check_no_code, sandbox
 
 __all__ = ["SUITES", "Wanted", "as_lm_eval_does", "check_tasks", "find_tasks", "lm_eval"]
 
@@ -63,31 +63,34 @@ def lm_eval() -> Any:
         import lm_eval.api.registry
     except ImportError as error:
         raise UsageError(
-            f"tasks are scored with lm-eval, which is not installed ({first_line(error)}): pip install 'adapt-pruner[eval]'"
+            f"tasks are scored with lm-eval, which is not installed ({first_line(error)}): {to_install('eval')}"
         ) from error
     return lm_eval
 
 
 @contextlib.contextmanager
 def as_lm_eval_does() -> Iterator[None]:
-    """Within this context lm-eval's seeds are set as by its own command, its notices are off, and it starts no processes.
+    """Within this context lm-eval's seeds are set as by its own command, its notices and bars are off, and it starts no processes.
 
     lm-eval's bootstrap would start a process per core; those would inherit our signal handlers. It also prints to stdout. Its
-    templates are rendered in a sandbox, because task files may come from anybody. Afterwards everything is as before.
+    templates are rendered in a sandbox. Afterwards everything is as before.
     """
-    import datasets
     import numpy as np
     from lm_eval import utils
+    from tqdm import tqdm
+
+    def without_bar(bar: Any, *args: Any, **options: Any) -> None:
+        start_bar(bar, *args, **options | {"disable": True})
 
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    level, start_bar = logger.level, tqdm.__init__
     states = random.getstate(), np.random.get_state()
     alone, templates = os.environ.get("DISABLE_MULTIPROC"), utils.env
     try:
-        utils.env = sandbox()
+        utils.env = _sandbox()
         os.environ["DISABLE_MULTIPROC"] = "1"
         logger.setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
+        tqdm.__init__ = without_bar
         random.seed(0)
         np.random.seed(1234)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -101,22 +104,32 @@ def as_lm_eval_does() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
+        tqdm.__init__ = start_bar
+
+
+@functools.cache
+def _sandbox() -> Any:
+    """The environment of lm-eval's templates in jinja's sandbox, which refuses attributes that lead to Python itself."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    made = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=utils.env.keep_trailing_newline)
+    made.filters["regex_replace"] = utils.env.filters["regex_replace"]
+    return made
 
 
 def check_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_code: bool = False) -> None:
     """Refuse what `find_tasks` would refuse, as far as names and files show it. No task is loaded, no code runs, no data is read.
 
     Raises:
-        UsageError: lm-eval is not installed, a name is unknown, or the folder has no tasks or has code.
+        UsageError: lm-eval is not installed, a name is unknown, the folder has no tasks, or code would run that is not trusted.
     """
     lm_eval()
     with as_lm_eval_does():
         folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
         for name in _expanded(names):
             if folder is None or not folder.knows(name):
-                _check_known(name, folder)
+                _check_known(name, folder, trust_remote_code)
 
 
 def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_code: bool = False) -> list[Wanted]:
@@ -126,10 +139,11 @@ def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_c
         names: a suite, or lm-eval's names of tasks, groups and tags, separated by commas.
         task_dir: folder of lm-eval YAML files: own tasks, or groups that give stock tasks other data. Paths of data files are
             relative to it, to its parent folder or to the working directory.
-        trust_remote_code: whether code that the folder's files name may run.
+        trust_remote_code: whether foreign code may run: a folder of tasks, whatever is in it, and tasks that lm-eval marks as unsafe.
 
     Raises:
-        UsageError: lm-eval is not installed, a name is unknown, the folder has no tasks or has code, or the data cannot be had.
+        UsageError: lm-eval is not installed, a name is unknown, the folder has no tasks, code would run that is not trusted, or the
+            data cannot be had.
     """
     lm_eval()
     wanted: list[Wanted] = []
@@ -137,7 +151,7 @@ def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_c
         folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
         for name in _expanded(names):
             own = folder.find(name) if folder is not None else None
-            wanted += own if own is not None else _stock(name, folder)
+            wanted += own if own is not None else _stock(name, folder, trust_remote_code)
     seen: set[str] = set()
     return [line for line in wanted if not (line.name in seen or seen.add(line.name))]  # type: ignore[func-returns-value]
 
@@ -157,18 +171,43 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _check_known(name: str, folder: "_Folder | None") -> None:
+def _check_known(name: str, folder: "_Folder | None", trusted: bool) -> None:
+    """Refuse a name that lm-eval does not have, and tasks that it marks as unsafe unless they are trusted."""
     manager = _manager()
     if name not in manager.task_index:
         known = [*SUITES, *manager.all_tasks, *(folder.names() if folder else ())]
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists what lm-eval has"
         raise UsageError(f"task {name!r} is not known; {hint}")
+    if not trusted and (unsafe := next(_unsafe(name, manager.task_index), None)):
+        raise UsageError(
+            f"task {unsafe!r} runs code that its data or a model wrote, so lm-eval marks it as unsafe; pass --trust-remote-code if you "
+            "trust it"
+        )
 
 
-def _stock(name: str, folder: "_Folder | None") -> list[Wanted]:
+def _unsafe(name: str, index: Mapping[str, Any]) -> Iterator[str]:
+    """The tasks that lm-eval marks as unsafe, of those that a task, group or tag stands for."""
+    entry = index.get(name)
+    if entry is None:
+        return
+    for member in (*entry.tags, *_members(entry)) if entry.kind.name in ("GROUP", "TAG") else ():
+        yield from _unsafe(member if isinstance(member, str) else str(member.get("task") or member.get("group")), index)
+    if (entry.cfg or {}).get("unsafe_code"):
+        yield name
+
+
+def _members(entry: Any) -> Sequence[Any]:
+    """What a group of lm-eval's index lists: names, or names with settings to replace."""
+    members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+    if isinstance(members, str):
+        return [members]
+    return members if isinstance(members, list) else []
+
+
+def _stock(name: str, folder: "_Folder | None", trusted: bool) -> list[Wanted]:
     """A task of lm-eval with data from the hub, or else from the package."""
-    _check_known(name, folder)
+    _check_known(name, folder, trusted)
     manager = _manager()
     try:
         with _offline_without_network():
@@ -240,7 +279,10 @@ def _with_overlay(manager: Any, member: Mapping[str, Any], data: str) -> list[Wa
 
 
 class _Folder:
-    """A folder of lm-eval YAML files."""
+    """A folder of lm-eval YAML files.
+
+    It is foreign code, whatever is in it: a file can name Python, have a library run it, or switch off lm-eval's own guards.
+    """
 
     def __init__(self, path: Path, trusted: bool) -> None:
         from lm_eval.tasks import TaskManager
@@ -249,7 +291,12 @@ class _Folder:
         if not self._path.is_dir():
             raise UsageError(f"task folder {str(path)!r} does not exist; give a folder of lm-eval YAML files")
         if not trusted:
-            check_no_code(self._path)
+            raise UsageError(
+                f"task folder {str(path)!r} is foreign code, since its files can make lm-eval run Python; read them, and pass "
+                "--trust-remote-code if you trust them"
+            )
+        for file in self._path.glob("**/*.yaml"):
+            check_regular(file)
         self._manager = TaskManager(include_path=str(self._path), include_defaults=False)
         self._index: Mapping[str, Any] = self._manager.task_index
         if not self._index:
@@ -276,14 +323,14 @@ class _Folder:
     def _overlays(self) -> Iterator[dict[str, Any]]:
         """The settings that the folder's groups replace in stock tasks."""
         for entry in self._index.values():
-            yield from (member for member in self._members(entry) if isinstance(member, dict))
+            yield from (member for member in _members(entry) if isinstance(member, dict))
 
     def _own(self, name: str) -> list[Wanted]:
         entry = self._index[name]
         if entry.kind.name == "TAG":
             return [line for task in sorted(entry.tags) for line in self._own(task)]
         if entry.kind.name == "GROUP":
-            lines = [line for member in self._members(entry) for line in self._load(member)]
+            lines = [line for member in _members(entry) for line in self._load(member)]
             if not lines:
                 raise UsageError(f"group {name!r} of {self._path} names no tasks; list them under `task:` in its YAML file")
             return self._as_one(name, entry.cfg, lines)
@@ -306,7 +353,7 @@ class _Folder:
     def _load(self, member: str | Mapping[str, Any]) -> list[Wanted]:
         name = member if isinstance(member, str) else str(member.get("task") or member.get("group"))
         if isinstance(member, str):
-            return self._own(name) if name in self._index else _stock(name, self)
+            return self._own(name) if name in self._index else _stock(name, self, True)
         manager = self._manager if name in self._index else _manager()
         if name not in manager.task_index:
             raise UsageError(f"{self._path} gives data for the task {name!r}, which lm-eval does not have; correct its YAML file")
@@ -316,13 +363,6 @@ class _Folder:
             raise UsageError(
                 f"task {name!r} of {self._path} cannot be loaded ({first_line(error)}); correct its YAML file"
             ) from error
-
-    @staticmethod
-    def _members(entry: Any) -> Sequence[Any]:
-        members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
-        if isinstance(members, str):
-            return [members]
-        return members if isinstance(members, list) else []
 
     def _found_data(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that name data; paths of existing files become absolute."""

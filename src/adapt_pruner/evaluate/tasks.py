@@ -106,6 +106,7 @@ def evaluate_tasks(
     limit: int | None = None,
     dtype: str = "float32",
     cache: Path | None = None,
+    trust_remote_code: bool = False,
     on_task: Callable[[str, int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> list[TaskScore]:
@@ -118,6 +119,7 @@ def evaluate_tasks(
         limit: score only the first `limit` items of each task.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         cache: folder of the scores; by default tasks/ in `cache_folder()`.
+        trust_remote_code: whether tasks may run that lm-eval marks as unsafe.
         on_task: called with (task, requests done, of).
         warn: called with a sentence if requests are longer than the model can read.
 
@@ -164,8 +166,9 @@ def evaluate_tasks(
             with as_lm_eval_does(), _blamed_on(name, task):
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # set again, so that every model sees the same examples
                 came = harness.evaluate(
-                    asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP
-                )
+                    asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP,
+                    confirm_run_unsafe_code=trust_remote_code,
+                )  # fmt: skip
             score = {**_figures(name, task, came), "seconds": time.perf_counter() - began}
             _keep(path, {"made_from": made_from, "score": score, "on": on})
             score["again"] = False

@@ -9,7 +9,8 @@ A form is a file `NAME.py` of this folder, found because it is there, with the n
     opened(artefact, *, context, trust_remote_code)    opens it in the engine that proves it: a context with an `engines.Engine`
 
 It also has `QUANTS` if its `write` can store weights in several types. It has `PADS` if its `write` takes `pad`: MLPs are then
-zero-padded to multiples of that number of neurons. A form that is a folder for transformers takes the last three functions above
+zero-padded to multiples of that number of neurons. It has `LIBRARY`, the hub's name of the library that loads it, if that is not
+transformers. A form that is a folder for transformers takes the last three functions above
 from `plain.py`.
 """
 
@@ -100,16 +101,16 @@ def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
     Raises:
         UsageError: the request is refused.
     """
-    known = forms()
-    if to not in known:
-        raise UsageError(f"form {to!r} is not known; {nearest(to, known)}")
+    every_form = forms()
+    if to not in every_form:
+        raise UsageError(f"form {to!r} is not known; {nearest(to, every_form)}")
     lacking = sorted({"write", "loading", "holds", "opened"} - _names(to))
     assert not lacking, f"the form {to!r} has no {', '.join(lacking)}; export/__init__.py says what a form has"
     if quant is not None and "QUANTS" not in _names(to):
-        able = " and ".join(f"--to {form}" for form in known if "QUANTS" in _names(form))
+        able = " and ".join(f"--to {form}" for form in every_form if "QUANTS" in _names(form))
         raise UsageError(f"--quant {quant} works only with {able}; the form {to} sets its number format itself, so leave it out")
     if pad is not None and "PADS" not in _names(to):
-        able = " and ".join(f"--to {form}" for form in known if "PADS" in _names(form))
+        able = " and ".join(f"--to {form}" for form in every_form if "PADS" in _names(form))
         raise UsageError(f"--pad {pad} works only with {able}; the form {to} sets its widths itself, so leave it out")
 
 

@@ -23,7 +23,8 @@ from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, padded_weights, still_fitting, widest
-from adapt_pruner.export.plain import holds, loading, opened
+from adapt_pruner.export.plain import holds, opened
+from adapt_pruner.export.plain import loading_padded as loading
 from adapt_pruner.families.llama import DECILM_MULTIPLE, decilm_width
 
 __all__ = ["ABOUT", "holds", "loading", "opened", "write"]

@@ -45,8 +45,8 @@ def torch_engine(model: Any, tokenizer: Any) -> Engine:
         before = model.generation_config
         model.generation_config = GenerationConfig(do_sample=False, num_beams=1, pad_token_id=0)
         try:
-            asked = torch.tensor([ids])
-            written = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=count)
+            prompt = torch.tensor([ids])
+            written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count)
         finally:
             model.generation_config = before
         continuation: list[int] = written[0, len(ids) :].tolist()

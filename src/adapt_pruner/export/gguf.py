@@ -28,15 +28,17 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
+from adapt_pruner.checkpoint.save import check_finite
 from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.files import file_beside, whole_file, write_failure
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.words import millions
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
-from adapt_pruner.export.loading import GGUF_TYPES, not_computed, ropes_of
+from adapt_pruner.export.loading import GGUF_TYPES, misread, not_computed, ropes_of
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
 __all__ = ["ABOUT", "PADS", "QUANTS", "holds", "loading", "opened", "write"]
@@ -106,6 +108,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
         llama_cpp.library()  # fails before any work is done
     plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
+    check_finite(path, loaded.model.state_dict(), dtype=dtype)
     if reason := lacks_disk_space(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
         raise RunError(f"{path} could not be written: {reason}; nothing was left there")
     try:
@@ -147,7 +150,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
         UsageError: llama-cpp-python is not installed.
         RunError: llama.cpp cannot load it.
     """
-    module, said = llama_cpp.library()
+    module, errors = llama_cpp.library()
     try:
         with llama_cpp.plain_kernels(module):
             llama = module.Llama(
@@ -156,7 +159,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
                 n_gpu_layers=0, verbose=False,
             )  # fmt: skip
     except (ValueError, RuntimeError, AssertionError) as error:
-        why = "; ".join(said[-2:]) or first_line(error)
+        why = "; ".join(errors[-2:]) or first_line(error)
         raise RunError(f"llama.cpp cannot load {artefact}: {why}; export it again") from error
 
     def logits(ids: list[int]) -> Tensor:
@@ -190,9 +193,7 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UsageError(
-            "GGUF files are written with the gguf library, which is not installed; pip install 'adapt-pruner[gguf]'"
-        ) from error
+        raise UsageError(f"GGUF files are written with the gguf library, which is not installed; {to_install('gguf')}") from error
     return gguf
 
 
@@ -218,7 +219,10 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
         raise UsageError(
             f"llama.cpp has no place for the biases that a repair gave this {arch} model; export it --to onnx, or prune with --set repair=null"
         )
-    if len(set(sizes)) > 1 or extra_biases or (arch == "qwen2" and not _fits_qwen2(config, sizes[0], head_dim)):
+    # llama.cpp's qwen2 has queries as wide as the stream, and no rope of Llama 3.
+    llama3 = any(rope.get("rope_type") == "llama3" for rope in ropes_of(config.rope_parameters))
+    unfit = arch == "qwen2" and (llama3 or sizes[0].heads * head_dim != config.hidden_size)
+    if len(set(sizes)) > 1 or extra_biases or unfit:
         if arch in ("llama", "qwen2"):
             arch = "deci"
         elif arch == "qwen3" and tied and not config.attention_bias:
@@ -230,7 +234,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
                 "the file is as large and slow as if all were that wide"
             )
             sizes = [widest(sizes)] * len(sizes)
-    if arch == "gemma3" and any((kind == "full_attention") != (i % 6 == 5) for i, kind in enumerate(config.layer_types)):
+    if arch == "gemma3" and misread(config.model_type, config.layer_types) is not None:
         notes.append(
             "the full-attention layers of this model are not every sixth one; the file says which they are, but an "
             "older llama.cpp ignores that and computes something else: run `adapt-pruner verify` with the llama.cpp that you "
@@ -240,12 +244,6 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     if arch != "gemma3" and window and window < config.max_position_embeddings and _slides(config):
         notes.append(f"llama.cpp has no sliding window for this model, so its context is set to the window of {window:,} tokens")
     return _Plan(arch, tuple(sizes), head_dim), notes
-
-
-def _fits_qwen2(config: Any, size: LayerSizes, head_dim: int) -> bool:
-    """Whether llama.cpp's qwen2 holds layers of this size: its queries are as wide as the stream, and it knows no rope of Llama 3."""
-    llama3 = any(rope.get("rope_type") == "llama3" for rope in ropes_of(config.rope_parameters))
-    return size.heads * head_dim == config.hidden_size and not llama3
 
 
 def _slides(config: Any) -> bool:

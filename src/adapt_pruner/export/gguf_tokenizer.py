@@ -69,7 +69,10 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
         writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
     else:
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_prefixes_space(data))
+        normalizer = data["normalizer"] or {}
+        steps = [step["type"] for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+        metaspace = _steps(data["pre_tokenizer"]).get("Metaspace", {})
+        writer.add_add_space_prefix("Prepend" in steps or metaspace.get("prepend_scheme") in ("first", "always"))
     tokens, types = _tokens(tokenizer, data, vocab_size, byte_level=byte_level)
     writer.add_token_list(tokens)
     if not byte_level:
@@ -112,13 +115,6 @@ def _pre(pre_tokenizer: Mapping[str, Any]) -> str | None:
     if split is None or steps:
         return None
     return _PRE_OF_SPLIT.get(split["pattern"].get("Regex", ""))
-
-
-def _prefixes_space(data: Mapping[str, Any]) -> bool:
-    """Whether a SentencePiece-like tokenizer puts a space before a text."""
-    normalizer = data["normalizer"] or {}
-    steps = [step["type"] for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
-    return "Prepend" in steps or _steps(data["pre_tokenizer"]).get("Metaspace", {}).get("prepend_scheme") in ("first", "always")
 
 
 def _merges(model: Mapping[str, Any]) -> list[list[str]]:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
 __all__ = ["file_types", "library", "plain_kernels", "quantise"]
 
 _ERROR = 4  # ggml's log level
-_said: list[str] = []
+_errors: list[str] = []
 
 
 def library() -> tuple[Any, list[str]]:
@@ -27,11 +28,11 @@ def library() -> tuple[Any, list[str]]:
         missing = isinstance(error, ImportError) and error.name == "llama_cpp"
         why = "is not installed" if missing else f"does not load ({first_line(error)})"
         raise UsageError(
-            f"llama.cpp's library {why}; pip install 'adapt-pruner[verify]' builds it (minutes, with a C++ compiler)"
+            f"llama.cpp's library {why}; {to_install('verify')}, which builds it (minutes, with a C++ compiler)"
         ) from error
-    _said.clear()
+    _errors.clear()
     llama_cpp.llama_log_set(_callback(llama_cpp), ctypes.c_void_p(0))
-    return llama_cpp, _said
+    return llama_cpp, _errors
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def _callback(module: Any) -> Any:
 
     def hear(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
-            _said.append(text.decode("utf-8", "replace").strip())
+            _errors.append(text.decode("utf-8", "replace").strip())
 
     return module.llama_log_callback(hear)
 
@@ -83,11 +84,11 @@ def quantise(source: Path, target: Path, quant: str) -> None:
         UsageError: this llama.cpp has no such type.
         RunError: llama.cpp failed.
     """
-    module, said = library()
+    module, errors = library()
     kinds = file_types(module)
     if quant not in kinds:
         raise UsageError(f"this llama.cpp does not know the quantisation {quant!r}; {nearest(quant, kinds)}")
     params = module.llama_model_quantize_default_params()
     params.ftype = kinds[quant]
     if module.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) != 0:
-        raise RunError(f"llama.cpp could not quantise the model to {quant}: {'; '.join(said[-2:]) or 'it does not say why'}")
+        raise RunError(f"llama.cpp could not quantise the model to {quant}: {'; '.join(errors[-2:]) or 'it does not say why'}")

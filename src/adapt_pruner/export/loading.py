@@ -1,11 +1,22 @@
 """How other tools load a checkpoint, in words and commands for its model card."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.checkpoint.compatible_names import stock_type
 
-__all__ = ["GGUF_TYPES", "in_transformers", "in_vllm", "layers_of", "loading", "no_gguf", "not_computed", "ropes_of"]
+__all__ = [
+    "GGUF_TYPES",
+    "in_transformers",
+    "in_vllm",
+    "layers_of",
+    "loading",
+    "misread",
+    "no_gguf",
+    "not_computed",
+    "not_in_mlx",
+    "ropes_of",
+]
 
 GGUF_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """The model types that `export --to gguf` can write -> llama.cpp's architecture."""
@@ -31,16 +42,22 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
         yield "**vLLM**, 0.32 or newer:\n\n```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```"
     else:
         yield in_vllm(config)
+    yield from not_in_mlx(config)
     if (trouble := no_gguf(config)) is not None:
         yield (
             f"**llama.cpp** cannot hold it: {trouble}. For ONNX Runtime:\n\n"
-            "```sh\npip install 'adapt-pruner[onnx]'\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
+            f"```sh\n{_from_anywhere('onnx')}\nadapt-pruner export . --to onnx -o ../model-onnx\n```"
         )
         return
     yield (
         "**llama.cpp**, and what is built on it:\n\n"
-        "```sh\npip install 'adapt-pruner[gguf]'\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
+        f"```sh\n{_from_anywhere('gguf')}\nadapt-pruner export . --to gguf -o ../model.gguf\nllama-cli -m ../model.gguf\n```"
     )
+
+
+def _from_anywhere(extra: str) -> str:
+    """How a reader of the card, who has no clone of adapt-pruner, installs it with an extra."""
+    return f"pip install 'adapt-pruner[{extra}] @ git+https://github.com/adapt-pruner/adapt-pruner'"
 
 
 def in_transformers(own_code: bool) -> str:
@@ -67,6 +84,24 @@ def in_vllm(config: Mapping[str, Any]) -> str:
         why = "Its own Qwen2 (of 0.32) takes the size of a head from the width of the model, which is another here; transformers' does not"
         return f"**vLLM**. {why}:\n\n```sh\nvllm serve . --model-impl transformers\n```"
     return "**vLLM**:\n\n```sh\nvllm serve .\n```"
+
+
+def not_in_mlx(config: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence about what MLX gets wrong with a folder of this config, if it does."""
+    if (trouble := misread(stock_type(config), config.get("layer_types") or ())) is not None:
+        yield f"**MLX** cannot run it. {trouble}."
+
+
+def misread(model_type: str, layer_types: Sequence[str]) -> str | None:
+    """What MLX gets wrong with layers of these kinds in a model of this type; None if nothing, as in the dense models.
+
+    Source: `mlx_lm/models/gemma3_text.py`, which reads `sliding_window_pattern` (6) and no `layer_types`.
+    """
+    if model_type != "gemma3_text" or all(
+        (kind == "full_attention") == (index % 6 == 5) for index, kind in enumerate(layer_types)
+    ):
+        return None
+    return "MLX computes something else with this model: it makes every sixth layer of a Gemma 3 global, and `layer_types`, which it ignores, says others"
 
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:

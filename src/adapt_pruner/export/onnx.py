@@ -17,16 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import check_fits, check_target, whole_or_nothing, write_generation_config
+from adapt_pruner.checkpoint.save import check_finite, check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of
 
-__all__ = ["ABOUT", "holds", "loading", "opened", "write"]
+__all__ = ["ABOUT", "LIBRARY", "holds", "loading", "opened", "write"]
 
 ABOUT = "an ONNX graph in float32, without a cache"
+LIBRARY = "onnx"
 
 _TOLERANCE = 1e-3  # largest difference of a logit, as a share of the standard deviation of the logits
 _LENGTHS = ((1, 3), (2, 17))  # sizes for the check; they differ from those of tracing
@@ -60,6 +63,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     most = int(model.config.max_position_embeddings)
     example = torch.zeros(2, 8, dtype=torch.long)
     axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}
+    check_finite(path, model.state_dict(), dtype=torch.float32)
     check_fits(path, model.state_dict(), dtype=torch.float32)
     with whole_or_nothing(path) as folder:
         with _plain_attention(model), _quiet():
@@ -79,6 +83,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         config.save_pretrained(folder)
         write_generation_config(model, folder)
         loaded.tokenizer.save_pretrained(folder)
+        write_compatible_names(folder)  # tools for ONNX pin transformers 4
     notes = [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
     for rope in ropes:
         if rope.get("rope_type") == "longrope":  # transformers changes its factors when a text passes that length
@@ -118,8 +123,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     import onnxruntime
 
     def logits(ids: list[int]) -> Tensor:
-        asked = np.array([ids], dtype=np.int64)
-        (batch,) = graph.run(None, {"input_ids": asked, "attention_mask": np.ones_like(asked)})
+        input_ids = np.array([ids], dtype=np.int64)
+        (batch,) = graph.run(None, {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
         return torch.from_numpy(batch[0])
 
     def greedy(ids: list[int], count: int) -> list[int]:
@@ -158,7 +163,7 @@ def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UsageError("ONNX graphs run in onnxruntime, which is not installed; pip install 'adapt-pruner[onnx]'") from error
+        raise UsageError(f"ONNX graphs run in onnxruntime, which is not installed; {to_install('onnx')}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -175,8 +180,7 @@ def _library() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; "
-            "pip install 'adapt-pruner[onnx]'"
+            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
         ) from error
 
 
@@ -216,8 +220,8 @@ def _check(model: Any, path: Path) -> None:
         mask[0, : length // 4] = 0  # as for a text that is shorter than the batch
         (logits,) = opened.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        there = mask.bool()
-        difference = float((torch.from_numpy(logits)[there] - expected[there]).abs().max() / expected[there].std())
+        read = mask.bool()
+        difference = float((torch.from_numpy(logits)[read] - expected[read]).abs().max() / expected[read].std())
         if not difference <= _TOLERANCE:
             raise RunError(
                 f"the graph's logits differ from the model's by {difference:.1e} of their deviation (at most {_TOLERANCE:.0e}) "

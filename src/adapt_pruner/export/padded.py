@@ -14,7 +14,8 @@ from adapt_pruner.export.padding import (
     stock_model,
     widest,
 )
-from adapt_pruner.export.plain import holds, loading, opened
+from adapt_pruner.export.plain import holds, opened
+from adapt_pruner.export.plain import loading_padded as loading
 
 __all__ = ["ABOUT", "holds", "loading", "opened", "write"]
 

@@ -14,9 +14,9 @@ from adapt_pruner.core.children import talking
 from adapt_pruner.core.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
-from adapt_pruner.export.loading import in_transformers, in_vllm
+from adapt_pruner.export.loading import in_transformers, in_vllm, not_in_mlx
 
-__all__ = ["holds", "loading", "opened"]
+__all__ = ["holds", "loading", "loading_padded", "opened"]
 
 
 def holds(artefact: Path) -> bool:
@@ -29,6 +29,16 @@ def loading(config: Mapping[str, Any]) -> Iterator[str]:
     own_code = bool(config.get("auto_map"))
     yield in_transformers(own_code)
     yield "**vLLM**:\n\n```sh\nvllm serve . --trust-remote-code\n```" if own_code else in_vllm(config)
+    yield from not_in_mlx(config)
+
+
+def loading_padded(config: Mapping[str, Any]) -> Iterator[str]:
+    """The same for a folder whose layers are padded with zeros."""
+    yield from loading(config)
+    yield (
+        "**DoRA** (peft's `use_dora`) gives NaN on this folder, because it divides by the length of each row of a weight, and the rows that pad "
+        "a layer are zero. LoRA without DoRA works; or adapt the checkpoint that this folder was made of."
+    )
 
 
 @contextmanager

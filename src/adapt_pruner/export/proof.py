@@ -4,10 +4,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.events import Listener, Load, counting
+from adapt_pruner.core.chat_template import ChatTemplateError, rendered
+from adapt_pruner.core.events import Listener, Load, Warned, counting
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.errors import UsageError
@@ -63,7 +62,7 @@ def prove(
     loaded = load(model, trust_remote_code=trust_remote_code)
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
 
-    pieces = [*_chat(loaded.tokenizer), *lines]
+    pieces = [*_chat(loaded.tokenizer, listen), *lines]
     figures = verify(
         loaded, artefact, windows, pieces=pieces, trust_remote_code=trust_remote_code, on_window=counting(listen, "evaluate")
     )
@@ -71,12 +70,14 @@ def prove(
     return figures if zeros is None else figures | {"sparsity": zeros, "passed": figures["passed"] and not zeros["failures"]}
 
 
-def _chat(tokenizer: Any) -> list[str]:
-    """A conversation in the chat template, so that special tokens are compared too."""
+def _chat(tokenizer: Any, listen: Listener) -> list[str]:
+    """A conversation in the chat template, so that special tokens are compared too; none if there is no template or it fails."""
     if not tokenizer.chat_template:
         return []
     try:
-        talk = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
-        return [tokenizer.apply_chat_template(talk, tokenize=False)]
-    except (TemplateError, LookupError, TypeError, ValueError):
+        return [
+            rendered(tokenizer, [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]).text
+        ]
+    except ChatTemplateError as error:
+        listen(Warned(message=f"no conversation was compared, because the chat template cannot write one: {error}").to_dict())
         return []

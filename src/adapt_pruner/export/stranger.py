@@ -53,22 +53,22 @@ def main() -> None:
     answer({"class": type(model).__name__, "vocab_size": model.get_input_embeddings().weight.shape[0]})
     greedy = GenerationConfig(do_sample=False, num_beams=1, pad_token_id=0, eos_token_id=None, bos_token_id=None)
     for line in sys.stdin:
-        asked = json.loads(line)
+        question = json.loads(line)
         with torch.no_grad():
-            if "logits" in asked:
-                logits = model(torch.tensor([asked["logits"]]), use_cache=False).logits[0]
+            if "logits" in question:
+                logits = model(torch.tensor([question["logits"]]), use_cache=False).logits[0]
                 answer(list(logits.shape))
                 out.write(logits.float().numpy().tobytes())
                 out.flush()
-            elif "greedy" in asked:
-                ids = torch.tensor([asked["greedy"]])
+            elif "greedy" in question:
+                ids = torch.tensor([question["greedy"]])
                 model.generation_config = greedy
                 written = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["tokens"], generation_config=greedy
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=question["tokens"], generation_config=greedy
                 )
                 answer(written[0, ids.shape[1] :].tolist())
             else:
-                answer(tokenizer(asked["encode"], verbose=False)["input_ids"])
+                answer(tokenizer(question["encode"], verbose=False)["input_ids"])
 
 
 if __name__ == "__main__":

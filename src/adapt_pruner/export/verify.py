@@ -67,7 +67,7 @@ def tolerance_for(stored: str) -> Tolerance:
     """The tolerance for weights stored as `f32`, `bf16`, `q4_k_m`, …"""
     digits = re.search(r"\d+", stored)
     bits = int(digits[0]) if digits else 32
-    return TOLERANCES[max(known for known in TOLERANCES if known <= max(bits, min(TOLERANCES)))]
+    return TOLERANCES[max(row for row in TOLERANCES if row <= max(bits, min(TOLERANCES)))]
 
 
 def verify(
@@ -96,17 +96,17 @@ def verify(
         UsageError: the artefact has none of the known forms, or its engine is not installed.
         RunError: its engine cannot open it, or it is of another model.
     """
-    own = torch_engine(loaded.model, loaded.tokenizer)
+    reference = torch_engine(loaded.model, loaded.tokenizer)
     context = max(max(ids.shape[1] for ids in windows), _PROMPT + _WRITTEN)
     with opened(artefact, context=context, trust_remote_code=trust_remote_code) as other:
-        if other.vocab_size != own.vocab_size:
+        if other.vocab_size != reference.vocab_size:
             raise RunError(
-                f"{artefact} has {other.vocab_size:,} tokens and {loaded.source} has {own.vocab_size:,}, so it comes from "
+                f"{artefact} has {other.vocab_size:,} tokens and {loaded.source} has {reference.vocab_size:,}, so it comes from "
                 "another model; export it again"
             )
-        figures = _logits(own, other, windows, on_window)
-        figures["greedy"] = _greedy(own, other, loaded.tokenizer, windows, figures["max_difference"])
-        figures["encoding"] = _encoding(own, other, pieces)
+        figures = _logits(reference, other, windows, on_window)
+        figures["greedy"] = _greedy(reference, other, loaded.tokenizer, windows, figures["max_difference"])
+        figures["encoding"] = _encoding(reference, other, pieces)
         tolerance = tolerance_for(other.stored)
         failures = _failures(figures, tolerance)
         return {
@@ -156,7 +156,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> 
     raise UsageError(f"{artefact} is not an artefact: it is neither a .gguf file, nor a folder with model.onnx or config.json")
 
 
-def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:
+def _logits(reference: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:
     """Differences, agreement and perplexities over all windows; only one window's logits exist at a time."""
     largest = 0.0
     sums = torch.zeros(
@@ -165,7 +165,7 @@ def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Ca
     predicted = logits = 0
     for done, window in enumerate(windows, start=1):
         ids: list[int] = window[0].tolist()
-        ours, theirs = own.logits(ids), other.logits(ids).float()
+        ours, theirs = reference.logits(ids), other.logits(ids).float()
         difference = (ours - theirs).abs()
         largest = max(largest, float(difference.max())) if bool(difference.isfinite().all()) else math.inf
         wide = ours.double()
@@ -183,7 +183,7 @@ def _logits(own: Engine, other: Engine, windows: Sequence[Tensor], on_window: Ca
     }  # fmt: skip
 
 
-def _greedy(own: Engine, other: Engine, tokenizer: Any, windows: Sequence[Tensor], largest: float) -> dict[str, Any]:
+def _greedy(reference: Engine, other: Engine, tokenizer: Any, windows: Sequence[Tensor], largest: float) -> dict[str, Any]:
     """What both write after the beginnings of some windows, and whether they differ only where the model itself is undecided.
 
     Suppose that the artefact only computes less exactly. Then, where the texts part, the model's logits of the two tokens are
@@ -192,22 +192,22 @@ def _greedy(own: Engine, other: Engine, tokenizer: Any, windows: Sequence[Tensor
     same, undecided, texts = 0, True, []
     prompts = [window[0, :_PROMPT].tolist() for window in windows[:_PROMPTS]]
     for prompt in prompts:
-        ours, theirs = own.greedy(prompt, _WRITTEN), other.greedy(prompt, _WRITTEN)
+        ours, theirs = reference.greedy(prompt, _WRITTEN), other.greedy(prompt, _WRITTEN)
         alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=True)))
         same += alike
         texts.append({"model": tokenizer.decode(ours), "artefact": tokenizer.decode(theirs), "same_tokens": alike})
         if alike < _WRITTEN:
-            there = own.logits(prompt + ours[:alike])[-1]
-            undecided &= float(there[ours[alike]] - there[theirs[alike]]) <= 2 * largest + 1e-6
+            logits = reference.logits(prompt + ours[:alike])[-1]
+            undecided &= float(logits[ours[alike]] - logits[theirs[alike]]) <= 2 * largest + 1e-6
     return {"same_tokens": same, "of": len(prompts) * _WRITTEN, "parts_only_where_undecided": undecided, "texts": texts}
 
 
-def _encoding(own: Engine, other: Engine, pieces: Sequence[str]) -> dict[str, Any] | None:
+def _encoding(reference: Engine, other: Engine, pieces: Sequence[str]) -> dict[str, Any] | None:
     """The pieces of text for which both make the same ids; None if the artefact has no tokenizer."""
-    if own.encode is None or other.encode is None:
+    if reference.encode is None or other.encode is None:
         return None
     taken = list(pieces[:PIECES])
-    differing = [piece for piece in taken if own.encode(piece) != other.encode(piece)]
+    differing = [piece for piece in taken if reference.encode(piece) != other.encode(piece)]
     return {"same": len(taken) - len(differing), "of": len(taken), "example": differing[0][:200] if differing else None}
 
 

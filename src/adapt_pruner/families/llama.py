@@ -269,17 +269,14 @@ def stock_config(raw: dict[str, Any], *, model_type: str | None = None) -> Any:
         field: min((layer[field] for layer in per_layer.values() if field in layer), default=1)
         for field in ("num_key_value_heads", "intermediate_size")
     }
-    known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map", "block_configs")}
-    return AutoConfig.for_model(
-        **known
-        | least
-        | {"model_type": model_type or raw["model_type"], "per_layer_config": {i: own for i, own in per_layer.items() if own}}
-    )
+    fields = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map", "block_configs")}
+    changes = {index: layer for index, layer in per_layer.items() if layer}
+    return AutoConfig.for_model(**fields | least | {"model_type": model_type or raw["model_type"], "per_layer_config": changes})
 
 
 def _of_block(index: int, block: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of one layer in `per_layer_config`."""
-    own: dict[str, Any] = {}
+    layer: dict[str, Any] = {}
     attention, mlp = block.get("attention") or {}, block.get("ffn") or {}
     for name, part in (("attention", attention), ("MLP", mlp)):
         if odd := [key for key in _UNHELD if part.get(key)]:
@@ -287,16 +284,16 @@ def _of_block(index: int, block: Mapping[str, Any], raw: Mapping[str, Any]) -> d
                 f"the {name} of layer {index} has {odd[0]} in block_configs, which no stock class has; use a model without it"
             )
     if skip := [name for name, part in (("attention", attention), ("mlp", mlp)) if part.get("no_op")]:
-        own["skip"] = skip
+        layer["skip"] = skip
     if (kv_heads := attention.get("num_key_value_heads")) is not None:
-        own["num_key_value_heads"] = kv_heads
+        layer["num_key_value_heads"] = kv_heads
     elif (group := attention.get("n_heads_in_group")) is not None:
-        own["num_key_value_heads"] = raw["num_attention_heads"] // group
+        layer["num_key_value_heads"] = raw["num_attention_heads"] // group
     if (width := mlp.get("intermediate_size")) is not None:
-        own["intermediate_size"] = width
+        layer["intermediate_size"] = width
     elif (times := mlp.get("ffn_mult")) is not None:
-        own["intermediate_size"] = decilm_width(times, raw["hidden_size"])
-    return own
+        layer["intermediate_size"] = decilm_width(times, raw["hidden_size"])
+    return layer
 
 
 def decilm_width(ffn_mult: float, hidden_size: int) -> int:

@@ -53,8 +53,11 @@ def check_fitting(recipe: "Recipe") -> None:
         _check_ignored(recipe)
     if "one stage" in needs and recipe.stages > 1:
         raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
-    if recipe.vocabulary is not None:
-        _check_tokens(recipe)
+    if recipe.vocabulary is not None and recipe.calibration.ids is not None:
+        raise ValueError(
+            "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
+            "first in a separate run"
+        )
     if recipe.minutes is not None:
         _check_minutes(recipe)
 
@@ -90,9 +93,9 @@ def _check_zeros(recipe: "Recipe") -> None:
         if recipe.solver is not None:
             raise ValueError(f"solver {recipe.solver!r} is for reduce=sparse, but reduce is {recipe.reduce!r}; leave solver out")
         return
-    if asked := recipe.budget or recipe.latency:
+    if size := recipe.budget or recipe.latency:
         raise ValueError(
-            f"method {recipe.method!r} makes weights zero and removes none, so it cannot reach {asked!r}; give --sparsity 50% "
+            f"method {recipe.method!r} makes weights zero and removes none, so it cannot reach {size!r}; give --sparsity 50% "
             "or --sparsity 2:4; for both, prune first, then make zeros in the result with a second command"
         )
 
@@ -161,20 +164,13 @@ def _check_latency(recipe: "Recipe") -> None:
         raise ValueError(
             f"budget {recipe.budget!r} and latency {recipe.latency!r} both say how far to prune; leave one of them out"
         )
-    others = sorted(set(recipe.axes) - {"neurons", "kv_heads"})
-    chooses_nothing = "chosen" not in parts.needs("reduce", recipe.reduce)
-    has = f"reduce {recipe.reduce}" if chooses_nothing else "vocabulary" if recipe.vocabulary is not None else ""
-    if has or others:
+    others = [f"axes {', '.join(kinds)}"] if (kinds := sorted(set(recipe.axes) - {"neurons", "kv_heads"})) else []
+    if recipe.vocabulary is not None:
+        others.insert(0, "vocabulary")
+    if "chosen" not in parts.needs("reduce", recipe.reduce):
+        others.insert(0, f"reduce {recipe.reduce}")
+    if others:
         raise ValueError(
-            f"latency {recipe.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has "
-            f"{has or 'axes ' + ', '.join(others)}; set budget instead"
-        )
-
-
-def _check_tokens(recipe: "Recipe") -> None:
-    """Refuse settings that need the full vocabulary, from before it is pruned."""
-    if recipe.calibration.ids is not None:
-        raise ValueError(
-            "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
-            "first in a separate run"
+            f"latency {recipe.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has {others[0]}; set "
+            "budget instead"
         )

@@ -183,7 +183,11 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
-    """A value checked against its annotation: bool, int, float, str or None; `Annotated` limits numbers, `Literal` words."""
+    """A value checked against its annotation: bool, int, float, str or None; `Annotated` limits numbers, `Literal` words.
+
+    Raises:
+        UsageError: the value is none of these, or the annotation is another one, so that a recipe cannot give the option.
+    """
     if annotation is None:
         return value
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
@@ -217,6 +221,10 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
         "str": "a word",
         "None": "null",
     }
+    if unknown := [kind for kind in kinds if kind not in named]:
+        raise UsageError(
+            f"{what} cannot be given in a recipe, because its type {unknown[0]} is none of {', '.join(named)} and Literal; leave it out"
+        )
     raise UsageError(f"{what} is {value!r}; give {' or '.join(named[kind] for kind in kinds)}")
 
 

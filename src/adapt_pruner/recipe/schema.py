@@ -36,7 +36,6 @@ __all__ = [
     "builtin",
     "check_precision",
     "differing",
-    "in_todays_keys",
     "methods",
     "read",
 ]
@@ -47,7 +46,6 @@ _METHOD = ALIASES["best"]  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
-_SPELLED = {"behind": "sequential_scoring", "calibration.own": "calibration.self_generated"}  # old spelling -> today's
 _WIDEST = 2**20  # neurons
 _TABLES = ("vocabulary", "calibration", "training", "evaluation")
 
@@ -129,7 +127,7 @@ class Calibration(_Frozen):
 
     source: Source = Field(
         "self",
-        description="text, drawn again in each iteration: SPEC, or {SPEC: weight, …}; `self` is text that the model writes once",
+        description="text, drawn again in each iteration: SPEC, or {SPEC: weight, …}; `self` is self-written text: the model writes it once",
     )
     samples: int = Field(64, ge=1, le=10**6, description="sequences per iteration")
     length: int = Field(128, ge=2, le=10**6, description="tokens per sequence")
@@ -140,7 +138,7 @@ class Calibration(_Frozen):
         0,
         ge=0,
         le=10**6,
-        description="further sequences, which only the repair reads; the model writes them before the first cut",
+        description="sequences of repair text: the model writes them before the first cut, and only the repair reads them",
     )
     repair_samples: int = Field(0, ge=0, le=10**6, description="further sequences of source, which only the repair reads")
 
@@ -245,7 +243,8 @@ class Evaluation(_Frozen):
     )
     limit: int | None = Field(None, ge=1, description="most items to score in each task; null scores all")
     task_dir: str | None = Field(
-        None, description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks"
+        None,
+        description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks; needs --trust-remote-code",
     )
 
     prompts: list[str] | None = Field(
@@ -364,7 +363,7 @@ class Recipe(_Frozen):
         """Take the keys that were not given from the file of the method."""
         if not isinstance(data, dict):
             return data
-        data = in_todays_keys(data)
+        data = dict(data)
         name = data.get("method", _METHOD)
         name = data["method"] = ALIASES.get(name, name) if isinstance(name, str) else name
         if name not in list(methods()):
@@ -421,23 +420,6 @@ class Recipe(_Frozen):
         return self
 
 
-def in_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe data of an older version in the keys of this version: `rotate: pca` becomes `reduce: slice`.
-
-    If both spellings of another key are given, the old one stays and is later refused as an unknown key.
-    """
-    recipe = dict(data)
-    if "rotate" in recipe and recipe.pop("rotate") is not None:
-        recipe["reduce"] = "slice"
-    for old, new in _SPELLED.items():
-        *table, old_key = old.split(".")
-        inner = recipe.get(table[0]) if table else recipe
-        if isinstance(inner, Mapping) and old_key in inner and (key := new.rpartition(".")[2]) not in inner:
-            renamed = {key if name == old_key else name: value for name, value in inner.items()}
-            recipe = recipe | {table[0]: renamed} if table else renamed
-    return recipe
-
-
 def methods() -> dict[str, Path]:
     """The methods that come with the package: name -> recipe file."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "methods").glob("*.yaml"))}
@@ -461,13 +443,13 @@ def read(
     Raises:
         UsageError: no such file, not YAML, an unknown key or a value out of range; with the nearest key or the limit.
     """
-    data = in_todays_keys(source if isinstance(source, Mapping) else _read_yaml(str(source)))
+    data = dict(source) if isinstance(source, Mapping) else _read_yaml(str(source))
     for key, value in (values or {}).items():
         _put(data, key, value)
     seen: set[str] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
-        key = _SPELLED.get(key.strip(), key.strip())
+        key = key.strip()
         if not equals:
             raise UsageError(f"--set {text!r} has no value; write it like --set step=0.05")
         if key in seen:

@@ -91,8 +91,8 @@ class BetweenSteps(Units):
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Estimate of the number of cuts: one after every `every` optimiser steps."""
-        asked = work.recipe.training
-        steps = asked.tokens / work.recipe.stages / asked.step_tokens * self.share
+        training = work.recipe.training
+        steps = training.tokens / work.recipe.stages / training.step_tokens * self.share
         return max(1, round(steps / self.every)) if reached > target else 0
 
     def text_use(self, work: Work) -> TextUse:

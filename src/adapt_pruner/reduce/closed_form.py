@@ -4,8 +4,9 @@ Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its 
 [features, N]; k the features that stay, r those that go, as column indices.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Axis, Mask
 from adapt_pruner.core.hooks import watching_inputs
-from adapt_pruner.core.layerwise import decoder_layers, streams
+from adapt_pruner.core.layerwise import Stream, decoder_layers, streams
 from adapt_pruner.core.parts import part
 from adapt_pruner.core.precision import casting_once
 from adapt_pruner.core.surgery import gated
@@ -104,39 +105,20 @@ def least_squares(
     for index, layer in enumerate(layers):
         kept = _kept(axes, mask, layer=index)
         fits = {name: _Fit(weights[name], keep, hold_out=ridge is None, sequential=sequential) for name, keep in kept.items()}
-        whole: list[dict[str, Tensor]] = []
-        with casting_once(layer):
-            for number, stream in zip(numbers, entering, strict=True):
-                with _watching(model, kept) as seen:
-                    left = stream.through(layer, index)
-                if sequential:
-                    whole.append(seen)
-                else:
-                    for name, fit in fits.items():
-                        fit.add(seen[name], None, number)
-                stream.hidden = left
         if sequential:
-            own = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
-            inside = Mask({**without.kept, **own})
-            for name, fit in fits.items():
-                with gated(model, axes, inside), casting_once(layer):
-                    for number, stream, before in zip(numbers, pruned, whole, strict=True):
-                        with _watching(model, [name]) as seen:
-                            stream.through(layer, index)
-                        fit.add(before[name], seen[name], number)
-                short = max(short, fit.apply(ridge, tokens=float(tokens)))
-            with gated(model, axes, inside), casting_once(layer):
-                for stream in pruned:
-                    stream.hidden = stream.through(layer, index)
+            in_layer = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
+            shut = partial(gated, model, axes, Mask({**without.kept, **in_layer}))
+            solved = _fit_behind_pruned(model, layer, index, fits, entering, pruned, numbers, shut=shut)
         else:
-            for fit in fits.values():
-                short = max(short, fit.apply(ridge, tokens=float(tokens)))
+            solved = _fit_alone(model, layer, index, fits, entering, numbers)
+        for fit in solved:
+            short = max(short, fit.apply(ridge, tokens=float(tokens)))
         on_layer(index + 1, work)
     if short > 1:
         raised = (
-            "their ridge was raised by the same factor"
-            if ridge != 0
-            else f"their ridge is {FALLBACK:g} times that factor instead of 0"
+            f"their ridge is {FALLBACK:g} times that factor instead of 0"
+            if ridge == 0
+            else "their ridge was raised by the same factor"
         )
         warn(
             f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
@@ -148,6 +130,60 @@ def least_squares(
             model, axes, mask, batches, steps=factors, task=task, dtype=dtype, warn=warn,
             tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
         )  # fmt: skip
+
+
+def _fit_alone(
+    model: nn.Module, layer: nn.Module, index: int, fits: Mapping[str, "_Fit"], entering: Sequence[Stream], numbers: Iterable[int]
+) -> Iterator["_Fit"]:
+    """Show each fit the inputs of the unchanged model in a decoder layer, move its streams on, and yield the fits to be solved."""
+    with casting_once(layer):
+        for number, stream in zip(numbers, entering, strict=True):
+            with _watching(model, fits) as seen:
+                stream.hidden = stream.through(layer, index)
+            for name, fit in fits.items():
+                fit.add(seen[name], None, number)
+    yield from fits.values()
+
+
+def _fit_behind_pruned(
+    model: nn.Module,
+    layer: nn.Module,
+    index: int,
+    fits: Mapping[str, "_Fit"],
+    entering: Sequence[Stream],
+    pruned: Sequence[Stream],
+    numbers: Sequence[int],
+    *,
+    shut: Callable[[], AbstractContextManager[None]],
+) -> Iterator["_Fit"]:
+    """The same with `sequential`: the caller solves each fit before the next one sees its inputs behind the repaired layers.
+
+    Args:
+        model: the model.
+        layer: the decoder layer.
+        index: its number.
+        fits: by the name of the linear layer at the gate.
+        entering: the streams of the unchanged model that enter the layer; they are moved on.
+        pruned: those of the pruned and repaired model; they are moved on once all fits are solved.
+        numbers: of the batches that the streams belong to.
+        shut: the context in which all that goes in this layer, and in the whole model, is shut.
+    """
+    inputs: list[dict[str, Tensor]] = []
+    with casting_once(layer):
+        for stream in entering:
+            with _watching(model, fits) as seen:
+                stream.hidden = stream.through(layer, index)
+            inputs.append(seen)
+    for name, fit in fits.items():
+        with shut(), casting_once(layer):
+            for number, stream, before in zip(numbers, pruned, inputs, strict=True):
+                with _watching(model, [name]) as seen:
+                    stream.through(layer, index)
+                fit.add(before[name], seen[name], number)
+        yield fit
+    with shut(), casting_once(layer):
+        for stream in pruned:
+            stream.hidden = stream.through(layer, index)
 
 
 class _Fit:
@@ -194,17 +230,17 @@ class _Fit:
     def _chosen(self, weight: Tensor, staying: Tensor) -> float:
         """The ridge whose fit has the least error on the held-out batches."""
         (square, cross), (held_square, held_cross) = map(self._sums, self.parts)
-        asked = weight @ cross - staying @ square
+        missing = weight @ cross - staying @ square
 
         def error(ridge: float) -> float:
-            tried = staying + _solve(square, asked, ridge)
+            tried = staying + _solve(square, missing, ridge)
             return float(((tried @ held_square) * tried).sum() - 2 * (tried * (weight @ held_cross)).sum())
 
         return min(RIDGES, key=error)
 
 
-def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
-    """asked · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
+def _solve(square: Tensor, missing: Tensor, ridge: float) -> Tensor:
+    """missing · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
 
     Whether a direction has data is judged with every feature scaled to length 1, so that a very large one does not hide the
     others.
@@ -213,13 +249,13 @@ def _solve(square: Tensor, asked: Tensor, ridge: float) -> Tensor:
     scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if not int(failed) and bool((factor.diagonal() > _ROUNDING**0.5 * scale).all()):
-        solved: Tensor = torch.cholesky_solve(asked.t(), factor).t()
+        solved: Tensor = torch.cholesky_solve(missing.t(), factor).t()
         return solved
     values, vectors = torch.linalg.eigh(shifted / scale / scale[:, None])
-    known = values > _ROUNDING * float(values.max())
-    inverse = torch.where(known, 1 / torch.where(known, values, torch.ones_like(values)), torch.zeros_like(values))
-    known_part: Tensor = ((asked / scale @ vectors) * inverse) @ vectors.t() / scale
-    return known_part
+    has_data = values > _ROUNDING * float(values.max())
+    inverse = torch.where(has_data, 1 / torch.where(has_data, values, torch.ones_like(values)), torch.zeros_like(values))
+    in_data: Tensor = ((missing / scale @ vectors) * inverse) @ vectors.t() / scale
+    return in_data
 
 
 @part("repair", needs={"biases"})

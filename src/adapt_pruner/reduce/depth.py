@@ -4,10 +4,10 @@ The budget rarely falls between two whole units. Other axes that may shrink make
 up to one whole unit below the budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from adapt_pruner.core.axes import Axis, Scores
+from adapt_pruner.core.axes import Axis, Scores, in_pattern
 from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.parts import part
 from adapt_pruner.reduce.allocate import Debt, uniform
@@ -16,7 +16,9 @@ __all__ = ["drop_layers"]
 
 
 @part("chooser", needs={"distance", "whole"})
-def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float) -> tuple[dict[str, int], Debt]:
+def drop_layers(
+    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, periodic: bool = False
+) -> tuple[dict[str, int], Debt]:
     """Remove whole layers, attentions and MLPs, the lowest scores first, until the budget is met.
 
     All units of the kinds in `axes` are ranked together by score. They are removed from the lowest on, while the next one has no
@@ -35,6 +37,9 @@ def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: D
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of the layers and blocks at the start that is removed before the next measurement, at least one unit; blocks
             removed with their layer do not count. 1 is one shot.
+        periodic: keep the pattern of a model with layers of several kinds, such as Gemma 3, of which every sixth layer is global.
+            The layers that stay have the kinds of that many first layers, in their order, and of all such choices the highest sum
+            of scores. There is most choice where whole periods go. It needs `axes` without attentions and MLPs.
 
     Returns:
         Units each axis keeps, and the debt after it. Axes inside removed layers and blocks keep their size.
@@ -50,31 +55,20 @@ def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: D
     def removed(gone: AbstractSet[str]) -> int:
         return sum(cost for unit, (_, cost) in line.items() if unit in gone and _owner(unit) not in gone)
 
-    def left(gone: AbstractSet[str]) -> set[str]:
-        return {axis.kind for unit, (axis, _) in line.items() if not gone & {unit, _owner(unit)}}
-
     def others(gone: AbstractSet[str]) -> list[Axis]:
         inner = [axis for axis in axes if not axis.gate.is_whole]
         return [axis for axis in inner if not gone & {f"layers.{axis.layer}", *axis.enclosing}]
 
     gone: frozenset[str] = frozenset()
-    staying: set[str] = set()
-    for unit, (axis, _) in line.items():
+    depth = next((axis for axis in axes if axis.pattern), None)
+    for more in _in_line(line) if depth is None or not periodic else _in_pattern(depth, scores):
         if removed(gone) >= budget.excess or len(gone) >= at_once:
-            others_pay = False
             break
-        with_it = gone | {unit}
-        if left(with_it) != kinds:
-            staying.add(axis.kind)  # the rest of the kind stays, too: a unit with a higher score must not go in its place
-        if axis.kind in staying or _owner(unit) in gone:
-            continue
         room = sum((axis.size - 1) * axis.cost for axis in others(gone))
-        others_pay = removed(with_it) > budget.excess and removed(gone) + room >= budget.excess
-        if others_pay:
+        if removed(more) > budget.excess and removed(gone) + room >= budget.excess:
             break
-        gone = with_it
-    else:
-        others_pay = removed(gone) < budget.excess
+        gone = more
+    others_pay = removed(gone) < budget.excess and len(gone) < at_once
     sizes = {axis.name: 0 if axis.name in gone else axis.size for axis in axes}
     if "layers" in sizes:
         sizes["layers"] -= sum(_owner(unit) == "layers" for unit in gone)
@@ -83,6 +77,28 @@ def drop_layers(scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: D
         paid, debt = uniform(scores, others(gone), rest, debt=debt, step=1.0)
         sizes |= paid
     return sizes, debt
+
+
+def _in_line(line: Mapping[str, tuple[Axis, int]]) -> Iterator[frozenset[str]]:
+    """Sets of units that may go, each with one more from the front of the line; the last unit of each kind stays."""
+    kinds = {axis.kind for axis, _ in line.values()}
+    gone: frozenset[str] = frozenset()
+    staying: set[str] = set()
+    for unit, (axis, _) in line.items():
+        more = gone | {unit}
+        if {other.kind for name, (other, _) in line.items() if not more & {name, _owner(name)}} != kinds:
+            staying.add(axis.kind)  # the rest of the kind stays, too: a unit with a higher score must not go in its place
+        if axis.kind not in staying and _owner(unit) not in gone:
+            gone = more
+            yield gone
+
+
+def _in_pattern(depth: Axis, scores: Scores) -> Iterator[frozenset[str]]:
+    """Sets of layers that may go, each of one more, such that those that stay have the pattern of the axis."""
+    worth = scores[depth.name].tolist()
+    for count in range(depth.size - 1, 0, -1):
+        stay = in_pattern(depth.pattern, worth, count)
+        yield frozenset(f"{depth.name}.{layer}" for layer in range(depth.size) if layer not in stay)
 
 
 def _lowest_first(scores: Scores, axes: Sequence[Axis]) -> dict[str, tuple[Axis, int]]:
@@ -95,7 +111,7 @@ def _lowest_first(scores: Scores, axes: Sequence[Axis]) -> dict[str, tuple[Axis,
             worth = scores[axis.name].tolist()
             units += [(worth[i], f"{axis.name}.{i}", axis, cost) for i, cost in enumerate(axis.costs)]
     units.reverse()
-    return {unit: (axis, cost) for _, unit, axis, cost in sorted(units, key=lambda one: one[0])}
+    return {unit: (axis, cost) for _, unit, axis, cost in sorted(units, key=lambda scored: scored[0])}
 
 
 def _owner(unit: str) -> str:

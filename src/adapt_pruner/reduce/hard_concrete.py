@@ -198,7 +198,7 @@ class HardConcrete(Reduction):
             self._held[f"{kind}.multipliers"] = nn.Parameter(torch.zeros(2, device=device))
         scale = self.lr / work.recipe.training.lr
         for ascend in (False, True):
-            those = [one for name, one in self._held.items() if name.endswith(".multipliers") is ascend]
+            those = [held for name, held in self._held.items() if name.endswith(".multipliers") is ascend]
             work.optimizer.add_param_group({"params": those, "weight_decay": 0.0, "scale": scale, "maximize": ascend})  # type: ignore[union-attr]
         for name, values in self._saved.items():
             parameter = self._held[name]
@@ -214,11 +214,13 @@ class HardConcrete(Reduction):
 
     def _let_go(self, work: Work) -> None:
         """Remove log α and the multipliers from the optimiser, in place."""
-        its = {id(one) for one in self._held.values()}
+        held = {id(parameter) for parameter in self._held.values()}
         optimizer: Any = work.optimizer
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if not its & {id(one) for one in group["params"]}]
-        for one in self._held.values():
-            optimizer.state.pop(one, None)
+        optimizer.param_groups[:] = [
+            group for group in optimizer.param_groups if not held & {id(parameter) for parameter in group["params"]}
+        ]
+        for parameter in self._held.values():
+            optimizer.state.pop(parameter, None)
         self._held = {}
 
     def _expected(self, work: Work) -> dict[str, float]:
@@ -263,8 +265,8 @@ class _Lagrangian:
         terms = []
         for kind, goal in self._goal.items():
             apart = 1 - expected_open(self._held[kind]).mean(dim=-1) - goal * fallen
-            one, two = self._held[f"{kind}.multipliers"]
-            terms.append((one * apart + two * apart.square()).mean())
+            linear, quadratic = self._held[f"{kind}.multipliers"]
+            terms.append((linear * apart + quadratic * apart.square()).mean())
         return torch.stack(terms).sum()
 
 
@@ -286,13 +288,13 @@ def _masked(
 
 def _rows_of(axes: Sequence[Axis], kind: str) -> Tensor:
     """Zeros in the shape of the masks of a kind: one row for each axis; the kind `layers` has one row."""
-    its = [axis for axis in axes if axis.kind == kind]
-    if len({axis.entries for axis in its}) != 1:
+    of_kind = [axis for axis in axes if axis.kind == kind]
+    if len({axis.entries for axis in of_kind}) != 1:
         raise UsageError(
             f"reduce hard_concrete needs layers of equal size, and the {kind} of this model differ from layer to layer; start "
             "with the dense model"
         )
-    return torch.zeros(len(its), its[0].entries)
+    return torch.zeros(len(of_kind), of_kind[0].entries)
 
 
 def _gates(axes: Sequence[Axis], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -342,29 +344,19 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Non
             weight = axis.gate.oriented(model.get_parameter(f"{axis.gate.module}.weight"))
             weight.mul_(values.repeat_interleave(axis.gate.width).to(weight))
         elif axis.name == "layers":
-            _fold_layers(model, axes, values)
+            for block in axes:
+                if block.kind in ("attentions", "mlps") and block.layer is not None:
+                    scale_block(model, axes, block, float(values[block.layer]))
         else:
             _fold_channels(model, axes, axis, values)
-
-
-def _fold_layers(model: nn.Module, axes: Sequence[Axis], values: Tensor) -> None:
-    """Scale the output of each layer's attention and MLP."""
-    for axis in axes:
-        if axis.kind in ("attentions", "mlps") and axis.layer is not None:
-            scale_block(model, axes, axis, float(values[axis.layer]))
-
-
-def _behind(model: nn.Module, block: Axis) -> str | None:
-    """The norm after a block, whose output is added to the stream; None if there is none."""
-    name = block.modules[-1]
-    return name if getattr(model.get_submodule(name), "weight", None) is not None else None
 
 
 def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: Tensor) -> None:
     """Scale the embeddings, all weights that write the stream and the norms after blocks; see `fold` for tied embeddings."""
     embeddings: Any = CAUSAL_LM.entrance(model)
     head = CAUSAL_LM.head(model)  # a model of another task has none
-    behind = [name for block in axes if block.kind in ("attentions", "mlps") and (name := _behind(model, block))]
+    last = [block.modules[-1] for block in axes if block.kind in ("attentions", "mlps")]
+    behind = [name for name in last if getattr(model.get_submodule(name), "weight", None) is not None]  # norms after blocks
     for piece in axis.slices:
         parameter = model.get_parameter(piece.parameter)
         if piece.dim == 0 and parameter.dim() == 2:

@@ -1,8 +1,10 @@
 """`proposals=language_model`: a chat model writes the next candidates of a search (Self-Pruner); they are checked and mended."""
 
 import json
+import queue
 import random
 import re
+import threading
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from adapt_pruner.reduce.proposals import Candidate, Sizes, Space, evolution
 __all__ = ["language_model", "read_rates"]
 
 _SHOWN = 8  # candidates in a prompt
-_SECONDS = 120.0  # to wait for an answer
+_SECONDS = 120.0  # to wait for a whole answer
 _TOKENS_A_RATE = 6  # that an answer may take, at most: digits, a comma, a space and some words
 _LONGEST = 2**20  # characters of an answer that are read
 
@@ -45,7 +47,7 @@ def language_model(
     proposed: list[Sizes] = []
     try:
         most = max(1024, _TOKENS_A_RATE * number * len(space.base))
-        text = _asked(model, _prompt(population, space, number), seed=draw.randrange(2**31), max_tokens=most)
+        text = _answer(model, _prompt(population, space, number), seed=draw.randrange(2**31), max_tokens=most)
         for rates in read_rates(text)[:number]:
             sizes = _sizes(rates, space)
             if sizes is None:
@@ -88,16 +90,19 @@ def _prompt(population: Sequence[Candidate], space: Space, number: int) -> str:
     """The prompt: the task, the best candidates with their losses, and the form of the answer."""
     names = _names(space)
     kinds = [
-        f"{len(its)} for the {kind.replace('_', ' ')} of each layer, first layer first"
-        for kind, its in space.kinds.items()
-        if len(its) > 1
+        f"{len(axes)} for the {kind.replace('_', ' ')} of each layer, first layer first"
+        for kind, axes in space.kinds.items()
+        if len(axes) > 1
     ]
     means = [
-        f"{100 - 100 * sum(space.base[name] for name in its) / sum(space.most[name] for name in its):.0f} for {kind.replace('_', ' ')}"
-        for kind, its in space.kinds.items()
-        if len(its) > 1
+        f"{100 - 100 * sum(space.base[name] for name in axes) / sum(space.most[name] for name in axes):.0f} for {kind.replace('_', ' ')}"
+        for kind, axes in space.kinds.items()
+        if len(axes) > 1
     ]
-    shown = "\n".join(f"loss {one.loss:.4f}: {_rates(one.sizes, space)}" for one in population[:_SHOWN])
+    shown = "\n".join(
+        f"loss {candidate.loss:.4f}: {[round(100 - 100 * candidate.sizes[name] / space.most[name]) for name in names]}"
+        for candidate in population[:_SHOWN]
+    )
     return (
         "A language model is being pruned. A candidate is a list of pruning rates in percent: "
         f"{', then '.join(kinds)}; {len(names)} numbers in all. The mean of the rates must be {' and '.join(means)}. "
@@ -106,10 +111,6 @@ def _prompt(population: Sequence[Candidate], space: Space, number: int) -> str:
         f"Select the good ones and make {number} new candidates of them, by changing a few rates of one (mutation) or by taking rates "
         "from two (crossover). Answer with one list in square brackets a line and nothing else."
     )
-
-
-def _rates(sizes: Sizes, space: Space) -> list[int]:
-    return [round(100 - 100 * sizes[name] / space.most[name]) for name in _names(space)]
 
 
 def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
@@ -124,7 +125,7 @@ def _sizes(rates: Sequence[float | None], space: Space) -> Sizes | None:
     return sizes
 
 
-def _asked(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
+def _answer(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
     """The model's answer, of at most so many tokens."""
     if isinstance(model, str):
         address, _, name = model.partition("#")
@@ -137,10 +138,29 @@ def _asked(model: Any, prompt: str, *, seed: int, max_tokens: int) -> str:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            content = json.loads(response.read(4 * _LONGEST))["choices"][0]["message"]["content"]
-        return str(content)
+        return str(json.loads(_answered(request))["choices"][0]["message"]["content"])
     from adapt_pruner.evaluate.answer import answer
 
     here = model()
     return answer(here.model, here.tokenizer, prompt, max_new_tokens=max_tokens, temperature=1.0, seed=seed, dtype="auto").text
+
+
+def _answered(request: urllib.request.Request) -> bytes:
+    """What a server answers, all of it within `_SECONDS`; its own timeout begins anew with every byte."""
+    results: queue.Queue[bytes | Exception] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+                results.put(response.read(4 * _LONGEST))
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        result = results.get(timeout=_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer within {_SECONDS:g} seconds") from None
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -150,11 +150,11 @@ def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
         if index < (todo - 1) // every * every:
             walk.through(flows, index)
     for start in reversed(list(entered)):
-        its: dict[int, list[Tensor]] = {}
+        entering: dict[int, list[Tensor]] = {}
         group = range(start, min(todo, start + every))
         _put(flows, entered.pop(start))
         for index in group:
-            its[index] = [flow.hidden for flow in flows]
+            entering[index] = [flow.hidden for flow in flows]
             if index < group[-1]:
                 walk.through(flows, index)
         down = list(reversed(group))
@@ -163,7 +163,7 @@ def from_dense(walk: Walk, *, correction: bool) -> Iterator[Solved]:
             kept, errors = dict[str, Tensor](), list[float]()
             if world.rank() < len(chunk):
                 mine = chunk[world.rank()]
-                _put(flows, its[mine])
+                _put(flows, entering[mine])
                 _solve_layer(walk, mine, flows, kept, errors, correction=correction)
             kept = _exchanged(walk, chunk, kept)
             total = torch.tensor([sum(errors), float(len(errors))], dtype=torch.float64)
@@ -200,7 +200,7 @@ def _solve_layer(
                     with _watching({leader: linear[leader]}, seen.__setitem__):
                         flow.through(layer, index)
                 sums.add(leader, seen[leader], before)
-        for name in [name for name, its in owner.items() if its == leader]:
+        for name in [name for name, first in owner.items() if first == leader]:
             walk.solved(name, linear[name], sums.of(leader), kept, errors)
 
 

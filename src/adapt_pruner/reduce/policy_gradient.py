@@ -109,15 +109,15 @@ class PolicyGradient(Units):
 
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the updates, and the repair; the time of the updates is known only once some are done."""
-        its = {
+        phases = {
             name: replace(passes, times=1) for name, passes in super().phases(work, target).items() if name in ("score", "repair")
         }
-        last = {"repair": its.pop("repair")} if "repair" in its else {}
-        return {**its, "search": Passes(flops=None, times=self.updates), **last}
+        last = {"repair": phases.pop("repair")} if "repair" in phases else {}
+        return {**phases, "search": Passes(flops=None, times=self.updates), **last}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
         """Learn s and report after every draw of text; then yield one cut."""
-        now, axes = work.num_params, _movable(work)
+        now, axes = work.num_params, [axis for axis in prunable(work) if axis.size > axis.least]  # a lone KV head cannot go
         if now <= target:
             return
         where = {"stage": work.state.stage, "iteration": work.iteration}
@@ -130,7 +130,11 @@ class PolicyGradient(Units):
                 self._stage, self._done, self._baseline = work.state.stage, 0, math.nan
             batches = yield from self._learn(work, axes, keep)
         budget = Budget(keep=target, total=now + repair_parameters(work))
-        sizes, _ = within_widths(work, _chooser(axes, 1 - keep))(self._stay, axes, budget, debt=Debt.none(axes))
+        # If neurons can pay the rest, heads lose just the share that is due.
+        both = {axis.kind for axis in axes} == set(_KINDS)
+        structure = {"structure": "AL-MM", "heads": max(0.0, 1 - keep)} if both else {"structure": "AL-AM"}
+        choose = within_widths(work, partial(standardised, step=1.0, by="feature", **structure))
+        sizes, _ = choose(self._stay, axes, budget, debt=Debt.none(axes))
         mask = Mask.of_sizes(axes, self._stay, sizes)
         loss = work.loss({}, batches)
         repaired(work, mask, work.batches(), **where)
@@ -207,11 +211,6 @@ class PolicyGradient(Units):
         self._stage = 0
 
 
-def _movable(work: Work) -> list[Axis]:
-    """The axes that have more units than they must keep; a lone KV head is never drawn, since it cannot go."""
-    return [axis for axis in prunable(work) if axis.size > axis.least]
-
-
 def start_of(scores: Tensor, keep: float) -> Tensor:
     """`sigmap` of the released code: the sigmoid of the scores standardised over their axis, shifted to the mean `keep`, clamped.
 
@@ -246,14 +245,6 @@ def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scor
             work.model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype
         )
     return scores
-
-
-def _chooser(axes: Sequence[Axis], gone: float) -> Any:
-    """A chooser that ranks all units together by s; if neurons can pay the rest, heads lose just the share that is due."""
-    both = {axis.kind for axis in axes} == set(_KINDS)
-    if both:
-        return partial(standardised, step=1.0, structure="AL-MM", by="feature", heads=max(0.0, gone))
-    return partial(standardised, step=1.0, structure="AL-AM", by="feature")
 
 
 def _together(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -79,18 +79,12 @@ def per_parameter(
         for axis in axes
     }
     if apart:
-        means = _means_of_kinds(scores, axes)
+        means = {}
+        for kind in {axis.kind for axis in axes}:
+            values = [scores[axis.name].double() * (axis.groups / axis.cost) for axis in axes if axis.kind == kind]
+            means[kind] = float(torch.cat(values).abs().mean()) or 1.0
         worth = {axis.name: worth[axis.name] / means[axis.kind] for axis in axes}
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
-
-
-def _means_of_kinds(scores: Scores, axes: Sequence[Axis]) -> dict[str, float]:
-    """Kind -> the mean worth per parameter of all its units; 1 where that is 0."""
-    means = {}
-    for kind in {axis.kind for axis in axes}:
-        values = [scores[axis.name].double() * (axis.groups / axis.cost) for axis in axes if axis.kind == kind]
-        means[kind] = float(torch.cat(values).abs().mean()) or 1.0
-    return means
 
 
 def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, float]:
@@ -158,14 +152,24 @@ def standardised(
     worth = {axis.name: _lowest_first(axis, scores[axis.name]) for axis in axes}
     worth = {name: (_standardised(values) if by == "unit" else values)[:-1] for name, values in worth.items()}
     if structure.startswith("UL"):
-        worth = {axis.name: _share_gone(axis, debt.start[axis.name])[:-1] for axis in axes}
+        starts = {axis.name: debt.start[axis.name] for axis in axes}  # by the share that is gone, all axes lose the same share
+        gone = {axis.name: torch.arange(starts[axis.name] - axis.size + 1, starts[axis.name]) for axis in axes}
+        worth = {name: numbers.double() / starts[name] for name, numbers in gone.items()}
     if heads is not None:
         attention = [axis for axis in axes if axis.kind in HEADS]
         if not attention:
             raise UsageError(
                 f"option heads={heads} of rank.standardised is a share of heads, and axes names none; add kv_heads to axes"
             )
-        due = _heads_due(attention, worth, debt, heads, together=structure == "AL-MM")
+        starts = {axis.name: debt.start[axis.name] for axis in attention}
+        if structure == "AL-MM":
+            num = math.floor(sum(starts.values()) * heads + 1e-9) - sum(starts[axis.name] - axis.size for axis in attention)
+            due = _count(attention, _line(attention, worth)[: max(0, num)])
+        else:
+            due = {
+                axis.name: max(0, axis.size - starts[axis.name] + math.floor(starts[axis.name] * heads + 1e-9))
+                for axis in attention
+            }
         # Heads that are due go before all neurons; the others are not in the line at all.
         worth |= {axis.name: worth[axis.name][: due[axis.name]] - _FRONT for axis in attention}
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
@@ -182,15 +186,6 @@ def _check_heads(structure: str, heads: float | None) -> None:
         raise UsageError(f"option heads={heads} of rank.standardised is not a share that may go; write it from 0 to below 1")
 
 
-def _heads_due(axes: Sequence[Axis], worth: Mapping[str, Tensor], debt: Debt, share: float, *, together: bool) -> dict[str, int]:
-    """How many heads each axis still loses until `share` of those at the start is gone, of each axis or of all `together`."""
-    starts = {axis.name: debt.start[axis.name] for axis in axes}
-    if together:
-        num = math.floor(sum(starts.values()) * share + 1e-9) - sum(starts[axis.name] - axis.size for axis in axes)
-        return _count(axes, _line(axes, worth)[: max(0, num)])
-    return {axis.name: max(0, axis.size - starts[axis.name] + math.floor(starts[axis.name] * share + 1e-9)) for axis in axes}
-
-
 def _lowest_first(axis: Axis, score: Tensor) -> Tensor:
     """The scores of an axis in the order in which units go, float64 [size]; with several groups, the mean over the groups."""
     return score.double().view(axis.groups, axis.size).sort(dim=1).values.mean(dim=0)
@@ -200,11 +195,6 @@ def _standardised(values: Tensor) -> Tensor:
     centred = values - values.mean()
     deviation = (centred.square().sum() / max(1, values.numel() - 1)).sqrt()
     return torch.zeros_like(values) if deviation <= 1e-9 * values.abs().max() else centred / deviation
-
-
-def _share_gone(axis: Axis, start: int) -> Tensor:
-    """The share of an axis that is gone after each further unit; ranked by it, all axes lose the same share."""
-    return torch.arange(start - axis.size + 1, start + 1, dtype=torch.float64) / start
 
 
 def _line(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> list[Axis]:

@@ -99,8 +99,8 @@ class Reduction:
 
     def phases(self, work: "Work", target: int) -> dict[str, Passes]:
         """Phase of an iteration (see `core.events.Progress`) -> its work on the way to `target` parameters; in order."""
-        asked = work.recipe.calibration
-        return {"score": Passes(both=asked.samples * asked.length)} if self.text_use(work).text else {}
+        calibration = work.recipe.calibration
+        return {"score": Passes(both=calibration.samples * calibration.length)} if self.text_use(work).text else {}
 
     def steps(self, work: "Work", target: int) -> Iterator[Change | Within]:
         """Yield each step on the way to `target` parameters. The caller carries out a step before it asks for the next.
@@ -136,11 +136,11 @@ def check_training(work: "Work", way: str, *, masks: bool = False) -> None:
     Raises:
         UsageError: the recipe asks for such training.
     """
-    recipe, asked = work.recipe, work.recipe.training
+    recipe, training = work.recipe, work.recipe.training
     unfit = {
-        "training.lora": asked.lora is not None,
-        "training.compile": asked.compile,
-        "training.gradient_checkpointing": asked.gradient_checkpointing and masks,
+        "training.lora": training.lora is not None,
+        "training.compile": training.compile,
+        "training.gradient_checkpointing": training.gradient_checkpointing and masks,
         "parallel=fsdp": recipe.parallel == "fsdp",
         "moments=reset": recipe.moments == "reset",  # a run that goes on would forget moments in the middle of its training
     }

@@ -28,7 +28,7 @@ from adapt_pruner.core.run_events import Searched
 from adapt_pruner.core.surgery import gated
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.proposals import Candidate, Sizes, Space
+from adapt_pruner.reduce.proposals import Candidate, Space
 from adapt_pruner.reduce.reduction import Change, Passes, TextUse
 from adapt_pruner.reduce.units import (
     Units,
@@ -115,7 +115,7 @@ class Search(Units):
         if self._is_here:
             locate(self.model)
         ignored = {"equal_widths": work.recipe.equal_widths, "sequential_scoring": work.recipe.sequential_scoring}
-        if given := [key for key, asked in ignored.items() if asked]:
+        if given := [key for key, value in ignored.items() if value]:
             raise UsageError(
                 f"reduce search gives layers different sizes and scores them side by side, so {' and '.join(given)} would be ignored; leave "
                 f"{'it' if len(given) == 1 else 'them'} out"
@@ -144,13 +144,13 @@ class Search(Units):
     def phases(self, work: Work, target: int) -> dict[str, Passes]:
         """Scoring once, the rounds, and the repair of the result; the time of a round is known only after the first."""
         levels = {"levels": Passes(flops=None, times=1)} if self.on_repaired else {}
-        its = {
+        phases = {
             name: replace(passes, times=1)
             for name, passes in super().phases(work, target).items()
             if name in ("score", "blocks", "repair")
         }
-        last = {"repair": its.pop("repair")} if "repair" in its else {}
-        return {**its, **levels, "search": Passes(flops=None, times=self.rounds + 1), **last}
+        last = {"repair": phases.pop("repair")} if "repair" in phases else {}
+        return {**phases, **levels, "search": Passes(flops=None, times=self.rounds + 1), **last}
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Draws of calibration text: one for the scores, one to measure candidates on."""
@@ -165,7 +165,7 @@ class Search(Units):
             batches = work.batches()
             scores, loss = scores_of(work, batches, **where)
             text = work.batches(ahead=1)
-            same = all(torch.equal(one, other) for one, other in zip(batches, text, strict=True))
+            same = all(torch.equal(batch, other) for batch, other in zip(batches, text, strict=True))
             if same and evidence_of(work) is not Evidence.WEIGHTS:
                 work.warn_of_stage(
                     "the search measures candidates on the text that the scores have read, since there is no other; name a text as "
@@ -197,26 +197,25 @@ class Search(Units):
                 candidates = [space.base, *(space.swapped(space.base, draw, 4) for _ in range(self.population - 1))]
             else:
                 candidates = world.on_main(lambda: propose(so_far.population, space, draw, self.offspring))  # noqa: B023
-            known = {tuple(one.sizes.values()) for one in so_far.population}
-            candidates = [sizes for sizes in _distinct(candidates) if tuple(sizes.values()) not in known]
+            measured_before = {tuple(candidate.sizes.values()) for candidate in so_far.population}
+            distinct = {tuple(sizes.values()): sizes for sizes in reversed(candidates)}  # of equal ones the first
+            candidates = [sizes for key, sizes in reversed(distinct.items()) if key not in measured_before]
             tell = work.progress("search", stage=work.state.stage)
             measured = []
             for number, sizes in enumerate(candidates, start=1):
                 if params_of(work, axes, sizes) <= keep:
                     measured.append(Candidate(sizes, judge.little(sizes)))
                 tell(number, len(candidates))
-            best = sorted((one for one in measured if math.isfinite(one.loss)), key=lambda one: one.loss)[: self.finalists]
-            whole = [Candidate(one.sizes, judge.whole(one.sizes)) for one in best]
+            whole = [Candidate(best.sizes, judge.whole(best.sizes)) for best in _best(measured)[: self.finalists]]
             so_far.evaluations += len(measured) + len(whole)
-            so_far.population = sorted(
-                (one for one in (*so_far.population, *whole) if math.isfinite(one.loss)), key=lambda one: one.loss
-            )[: self.population]
+            so_far.population = _best([*so_far.population, *whole])[: self.population]
             if not so_far.population:
                 raise RunError(
                     f"none of {len(measured)} candidates has a finite loss; set dtype=float32, or keep more of the model"
                 )
             so_far.done += 1
-            losses = [one.loss for one in measured if math.isfinite(one.loss)] or [so_far.population[0].loss]
+            finite = [candidate.loss for candidate in measured if math.isfinite(candidate.loss)]
+            losses = finite or [so_far.population[0].loss]
             yield Searched(
                 stage=work.state.stage, done=so_far.done, of=self.rounds + 1, evaluations=so_far.evaluations,
                 best=so_far.population[0].loss, mean=sum(losses) / len(losses),
@@ -247,12 +246,12 @@ class _Found:
     population: list[Candidate] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        population = [{"sizes": dict(one.sizes), "loss": one.loss} for one in self.population]
+        population = [{"sizes": dict(candidate.sizes), "loss": candidate.loss} for candidate in self.population]
         return {"stage": self.stage, "done": self.done, "evaluations": self.evaluations, "population": population}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "_Found":
-        population = [Candidate(one["sizes"], one["loss"]) for one in data["population"]]
+        population = [Candidate(candidate["sizes"], candidate["loss"]) for candidate in data["population"]]
         return cls(data["stage"], data["done"], data["evaluations"], population)
 
 
@@ -347,6 +346,6 @@ def _standing_in(model: Any, weights: _Weights, sizes: Mapping[str, int]) -> Ite
             model.get_parameter(name).data = data
 
 
-def _distinct(candidates: Sequence[Sizes]) -> list[Sizes]:
-    """The candidates without duplicates, in their order."""
-    return list({tuple(sizes.values()): sizes for sizes in reversed(candidates)}.values())[::-1]
+def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with a finite loss, the lowest first."""
+    return sorted((candidate for candidate in candidates if math.isfinite(candidate.loss)), key=lambda candidate: candidate.loss)

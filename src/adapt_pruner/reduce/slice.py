@@ -10,7 +10,6 @@ Shapes: linear weights [out, in] as torch has them, bases float64 [d, k] with or
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -135,12 +134,9 @@ def _sliced_class(model: Any) -> Any:
     stock = type(model).__name__.removeprefix("Pruned")
     sliced = getattr(modeling_sliced, f"Sliced{stock}", None)
     if sliced is None:
-        known = ", ".join(
-            name.removeprefix("Sliced")
-            for name in vars(modeling_sliced)
-            if name.endswith("ForCausalLM") and name.startswith("Sliced")
-        )
-        raise UsageError(f"{stock} cannot be sliced, since there is no sliced class for it; known: {known}")
+        names = [name for name in vars(modeling_sliced) if name.endswith("ForCausalLM") and name.startswith("Sliced")]
+        sliceable = ", ".join(name.removeprefix("Sliced") for name in names)
+        raise UsageError(f"{stock} cannot be sliced, since there is no sliced class for it; known: {sliceable}")
     return sliced
 
 
@@ -220,8 +216,8 @@ def directions(
         (index, norm, block)
         for index, layer in enumerate(layers)
         for norm, block in (
-            (layer.input_layernorm, partial(_attention, layer.self_attn)),
-            (layer.post_attention_layernorm, partial(_mlp, layer.mlp)),
+            (layer.input_layernorm, layer.self_attn),
+            (layer.post_attention_layernorm, layer.mlp),
         )
     ]
     for done, (index, norm, block) in enumerate(blocks, start=1):
@@ -232,18 +228,11 @@ def directions(
             for stream in flow:
                 kept = stream.hidden @ narrow @ narrow.T
                 with precision(kept.device, dtype):
-                    stream.hidden = kept + block(norm(kept), stream.keywords[index])
+                    if block is layers[index].mlp:
+                        stream.hidden = kept + block(norm(kept))
+                    else:
+                        stream.hidden = kept + block(hidden_states=norm(kept), **stream.keywords[index])[0]
         on_basis(done, len(blocks))
-
-
-def _attention(attention: nn.Module, normed: Tensor, call: dict[str, Any]) -> Tensor:
-    output: Tensor = attention(hidden_states=normed, **call)[0]
-    return output
-
-
-def _mlp(mlp: nn.Module, normed: Tensor, call: dict[str, Any]) -> Tensor:
-    output: Tensor = mlp(normed)
-    return output
 
 
 def _moment(signals: Sequence[Tensor], norm: Any) -> Tensor:

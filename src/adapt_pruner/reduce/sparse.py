@@ -40,8 +40,8 @@ class Sparse(Reduction):
         """Refuse a model that has zeros or is sliced, a layer that the pattern does not fit, and a recipe without a solver."""
         solver = work.recipe.solver
         if solver is None:
-            known = ", ".join(parts.names("solver"))
-            raise UsageError(f"reduce sparse needs a solver, and the recipe names none; set solver to one of {known}")
+            solvers = ", ".join(parts.names("solver"))
+            raise UsageError(f"reduce sparse needs a solver, and the recipe names none; set solver to one of {solvers}")
         warm = parts.bind("solver", solver).keywords.get("warm_start")
         if warm is not None and "dense" in parts.needs("solver", warm):
             raise UsageError(f"solver {solver} cannot start from {warm}; give warm_start=wanda, sparsegpt or magnitude")
@@ -66,10 +66,10 @@ class Sparse(Reduction):
 
         Nobody knows before the first layer how long a solver takes that works with the products of the inputs.
         """
-        needs, asked = parts.needs("solver", work.recipe.solver or ""), work.recipe.calibration
+        needs, calibration = parts.needs("solver", work.recipe.solver or ""), work.recipe.calibration
         if "gram" in needs:
             return {"layers": Passes(flops=None)}
-        return {"layers": Passes(forward=2 * asked.samples * asked.length if "text" in needs else 0)}
+        return {"layers": Passes(forward=2 * calibration.samples * calibration.length if "text" in needs else 0)}
 
     def steps(self, work: Work, target: int) -> Iterator[Change | Within]:
         """Solve the decoder layers one after the other and report each; then yield that all are done."""
@@ -85,7 +85,9 @@ class Sparse(Reduction):
 
         kept = {} if work.weight_mask is None else dict(work.weight_mask.kept)
         with work.state.clock("score"):
-            batches = self._batches(work) if "text" in needs else []
+            batches: list[Tensor] = []
+            if "text" in needs:  # its tokens are counted once, however often the run is resumed
+                batches = work.data.calibration(work.iteration) if self._done else work.batches()
             walk = Walk(work.model, work.axes, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
             depth = len(walk.layers)
             work.begins("layers", stage=work.state.stage)
@@ -97,10 +99,6 @@ class Sparse(Reduction):
                 yield Masked(stage=work.state.stage, done=self._done, of=depth, error=error, zeros=work.weight_mask.num_zeros)
         self._done, self._over = 0, True
         yield Change(None, told={"zeros": 0 if work.weight_mask is None else work.weight_mask.num_zeros})
-
-    def _batches(self, work: Work) -> list[Tensor]:
-        """The calibration batches; their tokens are counted once, however often the run is resumed."""
-        return work.data.calibration(work.iteration) if self._done else work.batches()
 
     def state(self) -> dict[str, Any]:
         """How many decoder layers are done, and whether that was said of all."""
@@ -131,10 +129,10 @@ def check_same_zeros(work: Work) -> None:
     Raises:
         UsageError: the recipe asks for another one.
     """
-    there = None if work.weight_mask is None else work.weight_mask.pattern
-    if there is not None and there != Pattern.parse(work.recipe.sparsity):
+    pattern = None if work.weight_mask is None else work.weight_mask.pattern
+    if pattern is not None and pattern != Pattern.parse(work.recipe.sparsity):
         raise UsageError(
-            f"this run has its zeros already, of sparsity {there}, and now the recipe says {work.recipe.sparsity}; leave it as it was, "
+            f"this run has its zeros already, of sparsity {pattern}, and now the recipe says {work.recipe.sparsity}; leave it as it was, "
             "or name another folder"
         )
 
@@ -143,8 +141,8 @@ def _reads(solver: str) -> str:
     """What the linear layers read under a solver: its option `reads`, if it has one; `sparse` if it does not need the dense model."""
     if "dense" not in parts.needs("solver", solver):
         return "sparse"
-    asked = signature(parts.bind("solver", solver)).parameters.get("reads")
-    return "corrected" if asked is None else str(asked.default)
+    option = signature(parts.bind("solver", solver)).parameters.get("reads")
+    return "corrected" if option is None else str(option.default)
 
 
 def check_dense(work: Work) -> None:

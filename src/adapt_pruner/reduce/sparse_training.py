@@ -128,9 +128,10 @@ class SparseTraining(Reduction):
             if done % self.every == 0 or progress.rows >= span.stop:
                 before, work.weight_mask = work.weight_mask, self._chosen(work, squares)
                 here = work.weight_mask.to(work.model.device)
+                differing = sum(int((keep != work.weight_mask.kept[name]).sum()) for name, keep in before.kept.items())
                 yield MasksLearnt(
                     stage=work.state.stage, done=done, of=span.steps_left(span.first), zeros=work.weight_mask.num_zeros,
-                    flipped=_flipped(before, work.weight_mask),
+                    flipped=differing / sum(keep.numel() for keep in before.kept.values()),
                 )  # fmt: skip
             squares.clear()
         work.weight_mask.apply(work.model, optimizer=work.optimizer)
@@ -170,17 +171,17 @@ class SparseTraining(Reduction):
         self._began = {}
         if self._over:
             check_same_zeros(work)
-        there = getattr(work.model.config, "block_sums", 0)
-        if work.weight_mask is not None and self.slorb != there:
+        slorb = getattr(work.model.config, "block_sums", 0)
+        if work.weight_mask is not None and self.slorb != slorb:
             raise UsageError(
-                f"this run began with slorb={there}, and now the recipe says slorb={self.slorb}; leave it as it was, or name another "
+                f"this run began with slorb={slorb}, and now the recipe says slorb={self.slorb}; leave it as it was, or name another "
                 "folder"
             )
 
 
 @torch.no_grad()
 def _add_block_sums(work: Work, size: int) -> None:
-    """Add B (`block_sums`) to each linear layer and to the optimiser's matrices, in place."""
+    """Add B (`block_sums`) beside each linear layer and to the optimiser's matrices, in place."""
     assert work.weight_mask is not None
     assert work.optimizer is not None
     for layer in decoder_layers(work.model, work.axes):
@@ -188,9 +189,11 @@ def _add_block_sums(work: Work, size: int) -> None:
     work.model.config.block_sums = size
     for name, keep in work.weight_mask.kept.items():
         module: Any = work.model.get_submodule(name)
+        block, _, layer = name.rpartition(".")
+        sums = work.model.get_parameter(f"{block}.block_sums.{layer}")
         gone = module.weight.masked_fill(keep.to(module.weight.device), 0)
-        module.block_sums.copy_(gone.unflatten(-1, (-1, size)).mean(dim=-1))
-        work.optimizer.param_groups[0]["params"].append(module.block_sums)
+        sums.copy_(gone.unflatten(-1, (-1, size)).mean(dim=-1))
+        work.optimizer.param_groups[0]["params"].append(sums)
 
 
 @contextmanager
@@ -222,12 +225,6 @@ def _draw_to_zero(model: nn.Module, mask: WeightMask, strength: float) -> None:
         if weight.grad is not None:
             here = stored(module, keep)
             weight.grad.addcmul_(weight, (~here).to(weight.dtype), value=strength)
-
-
-def _flipped(before: WeightMask, after: WeightMask) -> float:
-    """Share of the masks' entries that differ."""
-    differing = sum(int((keep != after.kept[name]).sum()) for name, keep in before.kept.items())
-    return differing / sum(keep.numel() for keep in before.kept.values())
 
 
 @contextmanager

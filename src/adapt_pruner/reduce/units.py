@@ -63,9 +63,14 @@ class Units(Reduction):
                 f"reduce {way} ranks KV heads by the scores of the metric, so head_metric {recipe.head_metric!r} would be ignored; set "
                 "head_metric=null"
             )
-        there = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
-        if missing := [kind for kind in recipe.axes if kind not in there]:
+        kinds = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
+        if missing := [kind for kind in recipe.axes if kind not in kinds]:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
+        if _is_periodic(work) and {"layers", "attentions", "mlps"} & set(recipe.axes) != {"layers"}:
+            raise UsageError(
+                f"chooser {recipe.chooser} keeps the pattern of whole layers, and axes is {', '.join(recipe.axes)}; name layers in axes and leave "
+                "out attentions and mlps, or set periodic=false"
+            )
         check_multiple(prunable(work), work.multiple_of)
         if "inputs" in parts.needs("metric", recipe.metric):
             _check_scored(work, {axis.kind for axis in prunable(work) if axis.slices and not axis.gate.is_linear})
@@ -266,9 +271,9 @@ def refuse_limits(work: Work, why: str) -> None:
         raise UsageError(f"{why}, so {' and '.join(kept)} of chooser {work.recipe.chooser!r} would not hold; leave that out")
 
 
-def with_forward(its: TextUse) -> TextUse:
+def with_forward(of_metric: TextUse) -> TextUse:
     """What a metric reads, and forward passes over the same text besides."""
-    return TextUse(text=True, evidence=its.evidence if its.text else Evidence.FORWARD, forward=True)
+    return TextUse(text=True, evidence=of_metric.evidence if of_metric.text else Evidence.FORWARD, forward=True)
 
 
 def _check_scored(work: Work, without: Collection[str]) -> None:
@@ -342,8 +347,14 @@ def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor]
 
 
 def prunable(work: Work) -> list[Axis]:
-    """The axes that the recipe lets shrink."""
-    return [axis for axis in work.axes if axis.kind in work.recipe.axes]
+    """The axes that the recipe lets shrink; `layers` has a pattern if the recipe's chooser keeps one."""
+    pattern = tuple(getattr(work.model.config, "layer_types", None) or ()) if _is_periodic(work) else ()
+    axes = [axis for axis in work.axes if axis.kind in work.recipe.axes]
+    return [replace(axis, pattern=pattern) if axis.name == "layers" else axis for axis in axes]
+
+
+def _is_periodic(work: Work) -> bool:
+    return bool(parts.bind("chooser", work.recipe.chooser).keywords.get("periodic"))
 
 
 def scored(work: Work) -> list[Axis]:
@@ -454,5 +465,8 @@ def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
         gone = {name for name, size in sizes.items() if size == 0}
         staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
-        left = [replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]]) for axis in staying]
+        left = [
+            replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]], pattern=axis.pattern[: sizes[axis.name]])
+            for axis in staying
+        ]
     return reached

@@ -188,16 +188,12 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunState":
-        """The state that `to_json` of this or an older version wrote; other keys are ignored.
-
-        An older version wrote only the `debt` of the reduction's state.
-        """
+        """The state that `to_json` wrote."""
         progress = dict(data["progress"])
         progress["lowest"] = float("inf") if progress["lowest"] is None else progress["lowest"]
         return cls(
             data["stage"], data["pruned"], TrainState(**progress), Mask.from_json(data["mask"]),
-            data["reduction"] if "reduction" in data else {"stage": 0, "debt": data["debt"]},
-            data.get("feed", {"rows": progress["rows"]}), data["figures"], data["history"], data.get("began", {}), data["spent"],
+            data["reduction"], data["feed"], data["figures"], data["history"], data["began"], data["spent"],
         )  # fmt: skip
 
 
@@ -293,9 +289,9 @@ class Work:
     @property
     def multiple_of(self) -> int:
         """The number of which each layer's neurons stay a multiple; `auto` goes by the narrowest layer at the start."""
-        asked = self.recipe.multiple_of
-        if isinstance(asked, int):
-            return asked
+        multiple_of = self.recipe.multiple_of
+        if isinstance(multiple_of, int):
+            return multiple_of
         began = self.state.began or families.sizes(self.model)
         narrowest = min((size for name, size in began.items() if name.endswith(".neurons")), default=0)
         return next((multiple for least, multiple in _WIDTHS if narrowest >= least), 1)
@@ -313,14 +309,14 @@ class Work:
     def train_new_parameters(self) -> None:
         """Add the parameters that a repair has made, which are biases, to the optimiser, in place, without weight decay."""
         if self.optimizer is not None:
-            its = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-            self.optimizer.param_groups[-1]["params"] += [one for one in self.model.parameters() if id(one) not in its]
+            trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            new = [parameter for parameter in self.model.parameters() if id(parameter) not in trained]
+            self.optimizer.param_groups[-1]["params"] += new
 
     def span(self, share: float, *, first: int) -> TrainingSpan:
         """This share, at least one row, of the rows that the stage trains on from row `first` of the feed on."""
         end = self.data.ends[self.state.stage - 1]
-        asked = self.recipe.training
-        return TrainingSpan(first, min(end, first + max(1, round((end - first) * share))), asked.batch_rows)
+        return TrainingSpan(first, min(end, first + max(1, round((end - first) * share))), self.recipe.training.batch_rows)
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
         """The calibration batches of the next step, or of `ahead` steps later, int64 [batch, length]; counts their tokens."""

@@ -83,13 +83,13 @@ def _still_falling(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]
     if len(half) >= 8 and slope < -_SURE * error:
         fell = -slope * (half[-1][0] - half[0][0])
         times = f"{-slope / error:.0f}" if -slope <= 1000 * error else "over 1,000"  # the error of a perfect line is 0
-        asked = int((recipe.get("training") or {}).get("tokens") or figures.tokens.get("train", 0))
+        tokens = int((recipe.get("training") or {}).get("tokens") or figures.tokens.get("train", 0))
         yield Advice(
             f"The training loss was still falling when it ended: {fell:.2f} nats over the last {compact(half[-1][0] - half[0][0])} tokens "
             f"({times} times its standard error). More tokens will still help.",
             f"--set minutes={2 * minutes:g}"
             if (minutes := number_of(recipe.get("minutes")))
-            else f"--set training.tokens={2 * asked}",
+            else f"--set training.tokens={2 * tokens}",
         )
 
 

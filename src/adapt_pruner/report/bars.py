@@ -20,7 +20,7 @@ class Bars:
         self._left: Sequence[int] | None = None
 
     def hear(self, event: Event) -> None:
-        """Take in a start or a cut. A log of an older version, which lacks the original sizes, gives no bars."""
+        """Take in a start or a cut. A log without the original sizes gives no bars."""
         if isinstance(event, Start) and event.began:
             self._began, self._left = sizes_of(event.began, None)[0], event.layers_left
             sizes = sizes_of(event.sizes, self._left)[0]
@@ -36,10 +36,9 @@ class Bars:
             now = [self._now.get(layer, {}).get(kind, 0) for layer in self._began]
             if any(before) and (kind == "neurons" or now != before):
                 lines.append(f"{name} {''.join(map(_bar, now, before))} {sum(now) / sum(before):.0%}")
-        together = "  ".join(lines)
-        return (
-            [together] if len(together) <= width else [line[: width - 1] + "…" if len(line) > width else line for line in lines]
-        )
+        if len(together := "  ".join(lines)) <= width:
+            return [together]
+        return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
 def _bar(now: int, before: int) -> str:

@@ -1,9 +1,11 @@
 """The README.md of a checkpoint, a model card for the hub, made of the folder's own JSON and the methods' files.
 
 `card` is a function of config.json and pruning.json. So with one version of this package the same folder gives the same text,
-wherever and whenever it is made. The card states what the run recorded, and leaves out what was not measured.
+wherever and whenever it is made. The card states what the run recorded, and leaves out what was not measured. Its sentences stand
+in templates/card.md; what goes into them is worked out here.
 """
 
+import functools
 import json
 import math
 import re
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from adapt_pruner.checkpoint.origin import said_of_base
@@ -23,7 +26,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
-from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, in_todays_keys, methods, parts, read
+from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, methods, parts, read
 
 __all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
 
@@ -104,7 +107,8 @@ def card_of(folder: Path, *, exported: tuple[str, Mapping[str, Any]] | None = No
     told = _told(folder)
     try:
         return card(*told, exported=exported)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # only the two files can cause these
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, jinja2.TemplateError) as error:
+        # only the two files can cause these
         raise UsageError(
             f"config.json or pruning.json of {folder} is damaged ({type(error).__name__}: {first_line(error)}); get the folder again"
         ) from error
@@ -133,7 +137,7 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UsageError(
             f"{folder} is a checkpoint of a run that has not ended and so has no card; let the run end and name its result, its folder model"
         )
-    return contents[0], contents[1] | {"recipe": in_todays_keys(contents[1]["recipe"])}
+    return contents[0], contents[1]
 
 
 def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:
@@ -150,29 +154,48 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     config, pruning = _tame(config), _tame(pruning)
     if not re.fullmatch(r"[\w.-]+", str(config.get("model_type"))):
         raise ValueError(f"model_type {config['model_type']!r}")
-    if not (pruning.get("dense_params") or pruning["figures"]["params_before"]) > 0:
-        raise ValueError("dense_params")
     recipe, figures = pruning["recipe"], pruning["figures"]
-    base = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name})
-    smaller = figures["params_after"] < (pruning.get("dense_params") or figures["params_before"])
+    dense = pruning.get("dense_params") or figures["params_before"]
+    if not dense > 0:
+        raise ValueError("dense_params")
+    base, anew = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name}), recipe.get("init") == "random"
+    row, pruned, trained = _row(recipe["method"]), figures["params_after"] < dense, figures.get("trained_tokens")
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
-    size = f" pruned to {millions(figures['params_after'])}" if smaller or not zeros else ""
-    size = " from random weights" + (size if smaller else "") if _is_from_random(recipe) else size
-    title = base["name"].rpartition("/")[2] + size + (f" with {zeros} zeros" if zeros else "")
-    sections = [
-        f"# {_plain(title)}",
-        _summary(config, pruning, base, form=exported and exported[0]),
-        "## Results",
-        *_results(pruning),
-        "## How to load it",
-        *(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
-        "## How it was made",
-        *_making(pruning),
-        "## Citation",
-        "```bibtex\n" + "\n\n".join(_entries(recipe["method"])) + "\n```",
-    ]
-    front = _front_matter(pruning, base, title).to_yaml()
-    return str(ModelCard(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n").content)
+    size = f" pruned to {millions(figures['params_after'])}" if pruned or not (zeros or anew) else ""
+    title = f"{base['name'].rpartition('/')[2]}{' from random weights' if anew else ''}{size}{f' with {zeros} zeros' if zeros else ''}"
+    begun, after = _begun(recipe, figures, dense), "pruned and trained" if trained else "pruned"
+    command = _command(recipe)
+    library = "transformers" if exported is None else getattr(form_of(exported[0]), "LIBRARY", "transformers")
+    text = _template().render(
+        front=_front_matter(pruning, base, title, library=library).to_yaml(),
+        title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned, zeros=zeros,
+        named=f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"]),
+        trained=f"trained on {trained:,} tokens" if trained else "not trained afterwards",
+        method=_method(recipe, row), paper=_ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", row.get("paper", "not known")),
+        asked=_asked(recipe), sizes=list(_sizes(config)), form=exported and form_of(exported[0]).ABOUT,
+        licence=f"{base['license']} ({base['license_name']})" if base.get("license_name") else base.get("license"),
+        begun=begun, after=after, perplexities=list(_perplexities(pruning, begun, after)),
+        **_tasks(figures.get("tasks") or [], recipe["evaluation"].get("limit")),
+        loading=list(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
+        calibrated=_calibrated(recipe, figures), counted=counted, measured_on=_measured_on, needs=parts.needs_if_known, typed=typed,
+        command=command, dumped=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+        citations=_entries(recipe["method"]),
+    )  # fmt: skip
+    return str(ModelCard(text).content)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """What a card says. The values that others wrote are never read as a template."""
+    environment = jinja2.Environment(  # Markdown, so not escaped as HTML: the filters `plain` and `code` do
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": _figure, "commas": "{:,}".format,
+        "percent": "{:.1%}".format,
+    }  # fmt: skip
+    return environment.get_template("card.md")
 
 
 def _tame(value: Any) -> Any:
@@ -194,24 +217,25 @@ def _code(text: Any) -> str:
     return f"`{str(text).replace('`', chr(0x2BB)).replace('|', chr(0x2223))}`"
 
 
-def _block(language: str, text: str) -> str:
+def _block(text: str, language: str) -> str:
     """Text of others as a block of code, fenced by more backticks than it contains."""
     fence = "`" * max(3, *(1 + len(backticks) for backticks in re.findall("`+", text)), 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str) -> Any:
+def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str, *, library: str) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, figures, measured = pruning["recipe"], pruning["figures"], _measured_result(pruning)
-    anew = _is_from_random(recipe)
+    anew = recipe.get("init") == "random"
     perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
     results = None
     if perplexities and _is_number(perplexities[-1]) and text is not None and measured:
+        of_hub = _hub_ids(text)
         result = EvalResult(
             task_type="text-generation",
             task_name="Next-token prediction",
-            dataset_type=_one_hub_id(text) or "text",
+            dataset_type=of_hub[0] if len(of_hub) == 1 else "text",
             dataset_name=_words(text),
             metric_type="perplexity",
             metric_value=round(perplexities[-1], 4),
@@ -227,65 +251,13 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
         "license": base.get("license"),
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": tags,
         "datasets": hub_ids or None,
     }
-    known = {key: value for key, value in facts.items() if value is not None}
-    return ModelCardData(**known, model_name=title if results else None, eval_results=results)
-
-
-def _is_from_random(recipe: Mapping[str, Any]) -> bool:
-    """Whether the model began with random weights, so that of its base it has only the shape."""
-    return recipe.get("init") == "random"
-
-
-def _summary(config: Mapping[str, Any], pruning: Mapping[str, Any], base: Mapping[str, Any], *, form: str | None) -> str:
-    recipe, figures = pruning["recipe"], pruning["figures"]
-    dense = pruning.get("dense_params") or figures["params_before"]
-    row, pruned = _row(recipe["method"]), figures["params_after"] < dense
-    named = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"])
-    trained = f"trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else "not trained afterwards"
-    lines = [
-        f"The shape of {named} with random weights, {'pruned by adapt-pruner and ' if pruned else ''}{trained}."
-        if _is_from_random(recipe)
-        else f"{named}, pruned by adapt-pruner and {trained}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| {'shape of' if _is_from_random(recipe) else 'base model'} | {named}, {dense:,} parameters |",
-        f"| method | {_method(recipe, row)} |",
-        f"| its source | {_linked(row.get('paper', 'not known'))} |",
-        f"| budget | {_plain(_asked(recipe))} |"
-        if recipe.get("sparsity")
-        else f"| budget | {_plain(_asked(recipe))}, that is at most {figures['budget']:,} parameters |",
-        f"| reached | {figures['params_after']:,} parameters, {figures['params_after'] / dense:.1%} of {'that shape' if _is_from_random(recipe) else 'the base model'}'s |",
-        *(
-            [
-                f"| not zero | {figures['nonzero_after']:,} parameters, {figures['nonzero_after'] / figures['params_after']:.1%} of those stored |"
-            ]
-            if figures.get("nonzero_after")
-            else []
-        ),
-        *(f"| {what} | {sizes} |" for what, sizes in _sizes(config)),
-        f"| weights | {_plain(config.get('dtype') or config.get('torch_dtype'))} |",
-        f"| licence | {_license(base)} |",
-        *([f"| form | {form_of(form).ABOUT} |"] if form else []),
-    ]
-    if figures["params_before"] != dense:
-        lines.insert(5, f"| began from | a model already pruned, of {figures['params_before']:,} parameters |")
-    elif base.get("file"):
-        lines.insert(5, f"| began from | the weights in {_code(base['file'])}, dequantised |")
-    return "\n".join(lines)
-
-
-def _license(base: Mapping[str, Any]) -> str:
-    if base.get("license") is None:
-        return "not known; look up that of the base model before you share or use this one"
-    named = f"{base['license']} ({base['license_name']})" if base.get("license_name") else base["license"]
-    link = f", {base['license_link']}" if base.get("license_link") else ""
-    return f"{_plain(named)}{link}, that of the base model (found in: {_plain(base['license_from'])})"
+    facts = {key: value for key, value in facts.items() if value is not None}
+    return ModelCardData(**facts, model_name=title if results else None, eval_results=results)
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -307,128 +279,57 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{config['vocab_size']:,} tokens"
 
 
-def _results(pruning: Mapping[str, Any]) -> Iterator[str]:
-    recipe, figures = pruning["recipe"], pruning["figures"]
+def _begun(recipe: Mapping[str, Any], figures: Mapping[str, Any], dense: int) -> str:
+    """The name of the model that the run measured first."""
+    begun = "dense"
+    if recipe.get("init") == "random":
+        begun = "random weights"
+    elif figures["params_before"] != dense:
+        begun = "pruned before, as the run began"
+    return f"{begun}, its vocabulary cut" if "params_after_vocabulary" in figures else begun
+
+
+def _perplexities(pruning: Mapping[str, Any], begun: str, after: str) -> Iterator[tuple[str, int, Any, Any]]:
+    """Name, parameters, perplexity and bits per byte of each model that the run measured."""
+    figures = pruning["figures"]
     perplexities, bits = figures.get("perplexities") or [], figures.get("bits_per_byte") or []
-    tasks = figures.get("tasks") or []
-    if not perplexities and not tasks:
-        anew = _is_from_random(recipe)  # then the base may have no weights
-        yield (
-            f"The run measured no perplexity: its recipe names no text to evaluate on. To measure it{'' if anew else ', and the base model beside it'}:\n\n"
-            + _block("sh", typed("eval", *([] if anew else [recipe["model"]]), ".", "--text", "python-docs:heldout"))
-        )
-        return
-    begun = (
-        "pruned before, as the run began"
-        if figures["params_before"] != (pruning.get("dense_params") or figures["params_before"])
-        else "dense"
-    )
-    begun = "random weights" if _is_from_random(recipe) else begun
-    begun += ", its vocabulary cut" if "params_after_vocabulary" in figures else ""
-    after = "pruned and trained" if figures.get("trained_tokens") else "pruned"
-    if perplexities:
-        yield from _perplexities(pruning, perplexities, bits, begun, after)
-    if tasks:
-        yield from _tasks(tasks, recipe["evaluation"].get("limit"), begun, after)
-    lacking = "for bias or safety" if tasks else "on tasks, nor for bias or safety"
-    yield f"It was not evaluated {lacking}; what is known of the base model in this respect need not hold for it."
-
-
-def _perplexities(
-    pruning: Mapping[str, Any], perplexities: Sequence[Any], bits: Sequence[Any], begun: str, after: str
-) -> Iterator[str]:
-    recipe, figures = pruning["recipe"], pruning["figures"]
-    stages = {note["stage"]: note["params"] for note in pruning.get("history") or []}
-    params = [figures.get("params_after_vocabulary", figures["params_before"])]
-    for stage in range(1, len(perplexities)):
-        params.append(stages.get(stage, params[-1]))
-    if _measured_result(pruning):
-        params[-1] = figures["params_after"]
-    names = [begun, *(after if len(perplexities) == 2 else f"{after}, stage {stage}" for stage in range(1, len(perplexities)))]
-    lines = ["| model | parameters | perplexity | bits per byte |", "|---|---:|---:|---:|"]
     after_cuts = [figures.get(f"{key}_after_cuts") or [] for key in ("perplexities", "bits_per_byte")]
-    for index, (name, size, measured) in enumerate(zip(names, params, perplexities, strict=True)):
-        cut, bits_of_cut = (known[index] if index < len(known) else None for known in after_cuts)
+    stages = {note["stage"]: note["params"] for note in pruning.get("history") or []}
+    params = figures.get("params_after_vocabulary", figures["params_before"])
+    for stage, measured in enumerate(perplexities):
+        where = "" if len(perplexities) == 2 else f", stage {stage}"
+        params = stages.get(stage, params) if stage else params
+        if stage == len(perplexities) - 1 and _measured_result(pruning):
+            params = figures["params_after"]
+        cut, bits_of_cut = (values[stage] if stage < len(values) else None for values in after_cuts)
         if cut is not None:
-            where = "" if len(perplexities) == 2 else f", stage {index}"
-            lines.append(f"| pruned, after the cuts{where} | {size:,} | {_figure(cut, 2)} | {_figure(bits_of_cut, 4)} |")
-        per_byte = bits[index] if index < len(bits) else None
-        lines.append(f"| {name} | {size:,} | {_figure(measured, 2)} | {_figure(per_byte, 4)} |")
-    yield "\n".join(lines)
-    if recipe["evaluation"]["source"] is None:
-        yield "Measured by the run itself, on a text that its recipe no longer names."
-        return
-    yield f"Measured by the run itself on {_words(recipe['evaluation']['source'])}: {_measured_on(recipe)}."
+            yield f"pruned, after the cuts{where}", params, cut, bits_of_cut
+        yield f"{after}{where}" if stage else begun, params, measured, bits[stage] if stage < len(bits) else None
 
 
-def _tasks(tasks: Sequence[Mapping[str, Any]], limit: int | None, begun: str, after: str) -> Iterator[str]:
-    first, last = tasks[0], tasks[1] if len(tasks) > 1 else None  # either is None if the recipe asked for no tasks at that time
-    known = last or first
-    if known is None:
-        return
-    before, now = ({(one["task"], one["metric"]): one for one in scored["scores"]} if scored else {} for scored in (first, last))
-    lines = [f"| task | metric | items | {begun} | {after} |", "|---|---|---:|---:|---:|"]
-    for one in known["scores"]:
-        both = [_score(scored.get((one["task"], one["metric"]))) for scored in (before, now)]
-        lines.append(f"| {_plain(one['task'])} | {_plain(one['metric'])} | {one['items']:,} | {both[0]} | {both[1]} |")
-    if known["average"] is not None and (not before or not now or before.keys() == now.keys()):
-        both = [score(each["average"], each["stderr"], share=True) if each else "–" for each in (first, last)]
-        lines.append(f"| average | | | {both[0]} | {both[1]} |")
-    yield "\n".join(lines)
+def _tasks(tasks: Sequence[Mapping[str, Any] | None], limit: int | None) -> dict[str, Any]:
+    """The rows of the table of tasks, `tasks`, and how they were scored, `tasks_by`; no rows if none was scored."""
+    first, last = tasks[0] if tasks else None, tasks[1] if len(tasks) > 1 else None  # None: not asked for at that time
+    scored = last or first
+    if scored is None:
+        return {"tasks": [], "tasks_by": ""}
+    before, now = ({(row["task"], row["metric"]): row for row in side["scores"]} if side else {} for side in (first, last))
+    rows = []
+    for task in scored["scores"]:
+        pair = [by_name.get((task["task"], task["metric"])) for by_name in (before, now)]
+        both = ["–" if row is None else score(row["value"], row["stderr"], share=row["accuracy"]) for row in pair]
+        rows.append(f"| {_plain(task['task'])} | {_plain(task['metric'])} | {task['items']:,} | {both[0]} | {both[1]} |")
+    if scored["average"] is not None and (not before or not now or before.keys() == now.keys()):
+        both = [score(side["average"], side["stderr"], share=True) if side else "–" for side in (first, last)]
+        rows.append(f"| average | | | {both[0]} | {both[1]} |")
     part = f"; the first {limit:,} items of each task" if limit is not None else ""
-    data = ", ".join(dict.fromkeys(_plain(Path(one["data"]).name) for one in known["scores"]))
-    yield f"Scored by the run itself with lm-eval: accuracies in per cent ± standard error, {shots(one['shots'] for one in known['scores'])}{part}; data: {data}."
-
-
-def _score(one: Mapping[str, Any] | None) -> str:
-    return "–" if one is None else score(one["value"], one["stderr"], share=one["accuracy"])
+    data = ", ".join(dict.fromkeys(_plain(Path(task["data"]).name) for task in scored["scores"]))
+    return {"tasks": rows, "tasks_by": f"{shots(task['shots'] for task in scored['scores'])}{part}; data: {data}"}
 
 
 def _measured_result(pruning: Mapping[str, Any]) -> bool:
     """Whether the last perplexity is that of the result; a run that went on without held-out text has not measured it."""
     return len(pruning["figures"].get("perplexities") or []) == int(pruning["recipe"].get("stages", 1)) + 1
-
-
-def _making(pruning: Mapping[str, Any]) -> Iterator[str]:
-    recipe, figures = pruning["recipe"], pruning["figures"]
-    calibration, training = recipe["calibration"], recipe["training"]
-    lines = []
-    if not _calibrated(recipe, figures):
-        lines.append("* Calibration: none; the method reads no text.")
-    else:
-        text = f"the tokens in {_code(calibration['ids'])}" if calibration["ids"] else _words(calibration["source"])
-        drawn = f"{calibration['samples']:d} sequences of {calibration['length']:d} tokens an iteration, {counted(figures['iterations'], 'iteration')}"
-        total = f"; {figures['calibration_tokens']:,} tokens read in all" if figures.get("calibration_tokens") else ""
-        lines.append(f"* Calibration: {text}, {'every iteration' if calibration['ids'] else drawn}{total}.")
-        if calibration.get("self_generated") and recipe.get("repair"):
-            lines.append(
-                f"* The repair also read {calibration['self_generated']:,} sequences that the model as it was at the start wrote."
-            )
-        if calibration.get("repair_samples") and recipe.get("repair"):
-            lines.append(f"* The repair also read {calibration['repair_samples']:,} further sequences of this text.")
-    if figures.get("trained_tokens"):
-        lines.append(
-            f"* Training: {_words(training['source'])}; {figures['trained_tokens']:,} tokens over "
-            f"{counted(recipe['stages'], 'stage')} with {_code(training['objective'])}, peak learning rate {training['lr']:g}."
-        )
-        if "teacher" in parts.needs_if_known("objective", training["objective"]):
-            lines.append(f"* Teacher: {_plain(training['teacher'] or 'the base model')}.")
-    else:
-        lines.append("* Training: none.")
-    if "vocabulary_after" in figures:
-        lines.append(
-            f"* Vocabulary: {figures['vocabulary_before']:,} tokens before, {figures['vocabulary_after']:,} after, by their use in "
-            f"{_words(recipe['vocabulary']['source'])}."
-        )
-    lines.append(f"* Made by {_plain(pruning['made_by'])}.")
-    yield "\n".join(lines)
-    if (command := _command(recipe)) is not None:
-        yield f"The command:\n\n{_block('sh', command)}"
-        opening = "The same as a recipe, with every default"
-    else:
-        opening = "The recipe; save it as recipe.yaml, then: `adapt-pruner run recipe.yaml -o runs/again`"
-    dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    yield f"<details>\n<summary>{opening}</summary>\n\n{_block('yaml', dumped.rstrip())}\n\n</details>"
 
 
 def _changed(recipe: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
@@ -437,30 +338,26 @@ def _changed(recipe: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     Raises:
         UsageError: the recipe is of another version.
     """
-    asked = read(dict(recipe))
-    common = {key: getattr(asked, key) for key in ("method", "model", "budget", "sparsity", "latency", "latency_of", "seed")}
-    return asked, differing(read(common), asked)
+    whole = read(dict(recipe))
+    common = {key: getattr(whole, key) for key in ("method", "model", "budget", "sparsity", "latency", "latency_of", "seed")}
+    return whole, differing(read(common), whole)
 
 
 def _command(recipe: Mapping[str, Any]) -> str | None:
     """The `prune` command that makes the same model; None if the recipe trains or is of another version."""
     try:
-        asked, changed = _changed(recipe)
+        whole, changed = _changed(recipe)
     except UsageError:
         return None
-    if asked.training.tokens or asked.stages > 1 or asked.evaluation.source is not None:
+    if whole.training.tokens or whole.stages > 1 or whole.evaluation.source is not None:
         return None
-    said = {"--params": asked.budget, "--sparsity": asked.sparsity}
-    target = [word for option, value in said.items() if value for word in (option, value)] or [
-        "--latency",
-        asked.latency,
-        "--latency-of",
-        asked.latency_of,
-    ]
-    words = ["prune", asked.model, "-o", "small", *target, "--method", asked.method]
-    words += ["--seed", str(asked.seed)] if asked.seed else []
+    sizes = {"--params": whole.budget, "--sparsity": whole.sparsity}
+    target = [word for option, value in sizes.items() if value for word in (option, value)]
+    target = target or ["--latency", whole.latency, "--latency-of", whole.latency_of]
+    words = ["prune", whole.model, "-o", "small", *target, "--method", whole.method]
+    words += ["--seed", str(whole.seed)] if whole.seed else []
     for key in changed:
-        value = asked.model_dump(mode="json")
+        value = whole.model_dump(mode="json")
         for part in key.split("."):
             value = value[part]
         if key in _FLAGS and isinstance(value, str | int):
@@ -474,15 +371,11 @@ def _asked(recipe: Mapping[str, Any]) -> str:
     """The requested size of the model, in the words of the recipe."""
     if recipe["budget"]:
         return str(recipe["budget"])
-    if recipe.get("sparsity"):
-        return (
-            f"{recipe['sparsity']} of the weights of the linear layers in decoder layers zero"
-            if "%" in recipe["sparsity"]
-            else (
-                f"at most {recipe['sparsity'].partition(':')[0]} of every {recipe['sparsity'].partition(':')[2]} weights of the linear layers in "
-                "decoder layers not zero"
-            )
-        )
+    if "%" in (sparsity := recipe.get("sparsity") or ""):
+        return f"{sparsity} of the weights of the linear layers in decoder layers zero"
+    if sparsity:
+        most, _, group = sparsity.partition(":")
+        return f"at most {most} of every {group} weights of the linear layers in decoder layers not zero"
     work = {"prefill": "reading a prompt", "decode": "writing"}[recipe["latency_of"]]
     return f"{recipe['latency']} the base model's time of {work} on the machine it was made on"
 
@@ -497,9 +390,9 @@ def _calibrated(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
 
 
 def _measured_on(recipe: Mapping[str, Any]) -> str:
-    asked = recipe["evaluation"]
-    most = "" if asked["max_windows"] is None else f"at most {asked['max_windows']:d} "
-    return f"{most}windows of {asked['window']:d} tokens that do not overlap"
+    evaluation = recipe["evaluation"]
+    most = "" if evaluation["max_windows"] is None else f"at most {evaluation['max_windows']:d} "
+    return f"{most}windows of {evaluation['window']:d} tokens that do not overlap"
 
 
 def _words(source: str | Mapping[str, float] | None) -> str:
@@ -507,11 +400,8 @@ def _words(source: str | Mapping[str, float] | None) -> str:
     if source is None:
         return "no text"
     shares = domains(source)
-    said = []
-    for spec, share in shares.items():
-        name = "text that the model wrote itself" if spec == SELF else _code(spec)
-        said.append(name if len(shares) == 1 else f"{name} ({share:.0%})")
-    return ", ".join(said)
+    names = {spec: "self-written text" if spec == SELF else _code(spec) for spec in shares}
+    return ", ".join(names[spec] if len(shares) == 1 else f"{names[spec]} ({share:.0%})" for spec, share in shares.items())
 
 
 def _hub_ids(source: str | Mapping[str, float] | None) -> list[str]:
@@ -520,20 +410,15 @@ def _hub_ids(source: str | Mapping[str, float] | None) -> list[str]:
     return [spec.partition("#")[0].split(":")[1] for spec in specs if spec.startswith("hub:")]
 
 
-def _one_hub_id(source: str | Mapping[str, float] | None) -> str | None:
-    hub_ids = _hub_ids(source)
-    return hub_ids[0] if len(hub_ids) == 1 else None
-
-
 def _method(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """The method and what it does. If the recipe changes its parts or axes, the new ones follow."""
     about = f"{_code(recipe['method'])}: {row.get('about', 'a method that this version does not have')}"
     try:
-        own = [key for key in _changed(recipe)[1] if key in _MAKES_A_METHOD]
+        changed = [key for key in _changed(recipe)[1] if key in _MAKES_A_METHOD]
     except UsageError:
-        own = []
-    said = (f"{key}: {recipe[key] if isinstance(recipe[key], str) else json.dumps(recipe[key])}" for key in own)
-    return f"{about}; changed here: {', '.join(map(_code, said))}" if own else about
+        changed = []
+    values = (f"{key}: {recipe[key] if isinstance(recipe[key], str) else json.dumps(recipe[key])}" for key in changed)
+    return f"{about}; changed here: {', '.join(map(_code, values))}" if changed else about
 
 
 def _row(method: str) -> dict[str, Any]:
@@ -548,10 +433,6 @@ def _entries(method: str) -> list[str]:
     by_number = {match[1]: entry for entry in text.split("\n\n") if (match := re.search(r"eprint = \{([\d.]+)\}", entry))}
     numbers = [_OWN_PAPER, *_ARXIV.findall(_row(method).get("paper", ""))]
     return [by_number[number] for number in dict.fromkeys(numbers) if number in by_number]
-
-
-def _linked(paper: str) -> str:
-    return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
 def _is_number(value: Any) -> bool:

@@ -432,7 +432,10 @@ def training(figures: Figures) -> list[Lines]:
             replace(lines[0], faint=True),
             Series("mean of a stage’s last steps", _running_mean(steps, window=max(5, len(steps) // 25))),
         ]
-    charts = [Lines("loss", "Training loss", about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)]
+    loss_is = f"It is {steps[-1].loss_is}. " if steps[-1].loss_is else ""
+    charts = [
+        Lines("loss", "Training loss", loss_is + about, lines, "training tokens", "loss (nats)", "count", "loss", marks=places)
+    ]
     further: tuple[tuple[str, str, str, Form, list[tuple[float, float]]], ...] = (
         ("lr", "Learning rate", "learning rate", "lr", [(float(step.tokens), step.lr) for step in steps if step.lr is not None]),
         ("speed", "Training speed", "tokens/s", "count", _speeds(figures)),

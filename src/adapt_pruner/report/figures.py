@@ -72,7 +72,10 @@ class Cut:
 
 
 class Trained(NamedTuple):
-    """A training step with a loss; `follows` says whether only training was done since the step before."""
+    """A training step with a loss; `follows` says whether only training was done since the step before.
+
+    `loss_is` is as in `core.events.Step`.
+    """
 
     stage: int | None
     tokens: int
@@ -81,6 +84,7 @@ class Trained(NamedTuple):
     peak_bytes: int | None = None
     time: float | None = None
     follows: bool = False
+    loss_is: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def figures_of(record: Record) -> Figures:
         masks_learnt=record.of(MasksLearnt),
         mixed=record.of(Mixed),
         seconds=_seconds(record, notes),
-        tokens=_tokens(record, cuts, [*evaluations, *after_cuts]),
+        tokens=_tokens(record, [*evaluations, *after_cuts]),
         wall=_wall(record.events),
         peak_bytes=max(filter(None, [*(step.peak_bytes for step in record.of(Step)), figures.get("peak_bytes")]), default=None),
         asked={name.rpartition(".")[2] for cut in record.of(events.Cut) for name in cut.sizes or ()},
@@ -236,7 +240,7 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _steps(told: Sequence[Event]) -> list[Trained]:
     """The steps with a loss."""
     return [
-        Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, follows=isinstance(before, Step))
+        Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, isinstance(before, Step), step.loss_is)
         for before, step in zip([None, *told], told, strict=False)
         if isinstance(step, Step) and step.loss is not None and step.tokens
     ]
@@ -295,9 +299,6 @@ def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | Non
     whole = dict(began.layers) if began else {}
     for cut in cuts:
         wide = sizes_of(cut.sizes, left)[1]
-        if cut.layers_left is None and wide.get("layers", len(whole)) < len(whole):
-            notes.append("which layers went is not in the log of this older run, so the anatomy stops before that")
-            break
         whole, left = after(cut, whole, left)
         label = f"stage {cut.stage or 1}, iteration {cut.iteration or len(states) + 1}"
         states.append(State(label, cut.params, whole, wide))
@@ -425,11 +426,8 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     return {phase: seconds for phase, seconds in by_phase.items() if seconds > 0}
 
 
-def _tokens(record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation]) -> dict[str, int]:
-    asked = record.recipe.get("calibration") or {}
-    each = int(asked.get("samples") or 0) * int(asked.get("length") or 0)
-    guessed = each * sum(cut.loss is not None for cut in cuts)  # for older logs, which do not state it
-    read = max((cut.read for cut in record.of(events.Cut) if cut.read is not None), default=guessed)
+def _tokens(record: Record, evaluations: Sequence[Evaluation]) -> dict[str, int]:
+    read = max((cut.read for cut in record.of(events.Cut) if cut.read is not None), default=0)
     trained = max((step.tokens for step in record.of(Step)), default=0)
     measured = sum(evaluation.tokens or 0 for evaluation in evaluations)
     return {name: count for name, count in (("score", read), ("train", trained), ("evaluate", measured)) if count}

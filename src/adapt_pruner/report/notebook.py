@@ -16,8 +16,8 @@ _FORM = '<pre style="white-space:pre-wrap;line-height:1.3;margin:0">{code}</pre>
 
 
 @contextmanager
-def displayed(said: io.StringIO, moving: Callable[[], RenderableType]) -> Iterator[None]:
-    """Within this context show the lines `said` so far, and the result of `moving` below them."""
+def displayed(lines: io.StringIO, moving: Callable[[], RenderableType]) -> Iterator[None]:
+    """Within this context show the `lines` so far, and the result of `moving` below them."""
     from IPython.display import display  # every notebook has it
 
     def drawn(*, last: bool) -> dict[str, str]:
@@ -30,7 +30,7 @@ def displayed(said: io.StringIO, moving: Callable[[], RenderableType]) -> Iterat
             color_system="standard",
             legacy_windows=False,
         )
-        page.print(said.getvalue(), end="", markup=False, highlight=False, soft_wrap=True)
+        page.print(lines.getvalue(), end="", markup=False, highlight=False, soft_wrap=True)
         if not last:
             page.print(moving())
         html = page.export_html(inline_styles=True, code_format=_FORM, clear=False)

@@ -10,6 +10,7 @@ from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.marks import is_page
 from adapt_pruner.core.places import check_place
 from adapt_pruner.core.words import compact, counted, duration, shown, typed
+from adapt_pruner.data.sources import SELF
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
@@ -220,7 +221,9 @@ def _processes(start: Start) -> str:
 
 def _source(source: object) -> str | None:
     if isinstance(source, dict):
-        return ", ".join(f"{spec} ({weight:g})" for spec, weight in source.items())
+        return ", ".join(f"{_source(spec)} ({weight:g})" for spec, weight in source.items())
+    if source == SELF:
+        return "self-written text (self)"
     return None if source is None else str(source)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapt_pruner.core.files import whole_file, why
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report import svg
 from adapt_pruner.report.charts import Beside, Chart, Lines
@@ -41,9 +42,7 @@ def check_png() -> None:
         UsageError: it is not installed.
     """
     if not has_png():
-        raise UsageError(
-            "--png needs vl-convert; pip install 'adapt-pruner[plot]', or leave --png out, since the page does not need it"
-        )
+        raise UsageError(f"--png needs vl-convert; {to_install('plot')}, or leave --png out, since the page does not need it")
 
 
 def check_ours(pictures: Iterable[Chart | Beside], folder: Path) -> None:

@@ -16,7 +16,6 @@ from adapt_pruner.core.progress import RunProgress
 from adapt_pruner.core.strict_json import is_count, is_number, read_json, to_json
 from adapt_pruner.core.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
-from adapt_pruner.recipe import in_todays_keys
 from adapt_pruner.run.checkpoints import newest_first
 
 __all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_progress", "read_record", "record_of_result"]
@@ -95,16 +94,20 @@ def read_record(run_dir: str | Path) -> Record:
     text, recipe = _recipe(path / "recipe.yaml", trouble)
     first = text.partition("\n")[0]
     finished = (path / "model").is_dir()
-    place = path / "model" if finished else _newest_checkpoint(path / "checkpoints")
+    checkpoints = (folder for folder in newest_first(path / "checkpoints") if (folder / "pruning.json").is_file())
+    place = path / "model" if finished else next(checkpoints, None)
     pruning = {} if place is None else _json(place / "pruning.json", trouble)
     events = _events(path / "log.jsonl", trouble)
     if prepares and not recipe and not events:
         trouble = [
             "the run is preparing: it loads the model and reads its text, and has written neither recipe.yaml nor log.jsonl yet"
         ]
+    status: Status = "finished"
+    if not finished:
+        status = "running" if is_worked_in(path) else "stopped"
     return Record(
         path=path,
-        status="finished" if finished else "running" if is_worked_in(path) else "stopped",
+        status=status,
         recipe=recipe,
         recipe_text=text,
         made_by=str(pruning.get("made_by") or (first[2:] if first.startswith("# ") else "")),
@@ -199,7 +202,7 @@ def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     wrong = [key for key in data if not _makes_sense(key, data[key])]
     if wrong:
         trouble.append(f"recipe.yaml has no usable {', '.join(wrong)}, which was left out")
-    return text, in_todays_keys({key: value for key, value in data.items() if key not in wrong})
+    return text, {key: value for key, value in data.items() if key not in wrong}
 
 
 def _makes_sense(key: str, value: Any) -> bool:
@@ -211,17 +214,11 @@ def _makes_sense(key: str, value: Any) -> bool:
     if key == "axes":
         return isinstance(value, list)
     if key in _SECTIONS:
-        return (
-            isinstance(value, dict)
-            and _is_source(value.get("source"))
-            and all(is_count(value.get(name) or 0) for name in _COUNTS)
-        )
+        if not isinstance(value, dict) or not all(is_count(value.get(name) or 0) for name in _COUNTS):
+            return False
+        source = value.get("source")  # a text, several with their weights, or none
+        return all(map(is_number, source.values())) if isinstance(source, dict) else source is None or isinstance(source, str)
     return True
-
-
-def _is_source(value: object) -> bool:
-    """Whether a value is a text, several with their weights, or none."""
-    return all(map(is_number, value.values())) if isinstance(value, dict) else value is None or isinstance(value, str)
 
 
 def _events(path: Path, trouble: list[str]) -> list[Event]:
@@ -242,11 +239,6 @@ def _events(path: Path, trouble: list[str]) -> list[Event]:
             f"lines of log.jsonl that are not events were left out ({len(bad)}): {', '.join(map(str, bad[:5]))}{' …' if bad[5:] else ''}"
         )
     return events
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that holds pruning.json."""
-    return next((path for path in newest_first(folder) if (path / "pruning.json").is_file()), None)
 
 
 def _json(path: Path, trouble: list[str]) -> dict[str, Any]:

@@ -58,9 +58,9 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
         yield _Teller(console)
         return
     if console.is_jupyter and not quiet:
-        said = io.StringIO()
-        shown = Screen(Console(file=said, width=WIDTH, force_jupyter=False, force_terminal=False, color_system=None), moves=True)
-        with displayed(said, shown.render):
+        lines = io.StringIO()
+        shown = Screen(Console(file=lines, width=WIDTH, force_jupyter=False, force_terminal=False, color_system=None), moves=True)
+        with displayed(lines, shown.render):
             yield shown
         return
     if quiet or not console.is_terminal:
@@ -99,7 +99,9 @@ class Screen:
         self._bars.hear(event)
         self._follow(event)
         if line := event.line(self._work.begun if self._work is not None else "dense"):
-            self.say(line + self._times_of(event), often=event.often)
+            timed = isinstance(event, Progress | Step | Cut | InCell | Within) and not self._moves and self._kept is None
+            times = _times(self._tracker.at(event.time)) if timed else ""
+            self.say(f"{line} ({times})" if times else line, often=event.often)
 
     def show_progress(self, progress: RunProgress, when: float) -> None:
         """Show where a run elsewhere said that it stood, at a time in Unix seconds; its events are not used for that."""
@@ -122,11 +124,10 @@ class Screen:
     def render(self) -> RenderableType:
         """The moving lines: the model, figures, and the progress of the work."""
         now, width = time.time(), self._console.width
+        progress = self._tracker.at(now) if self._kept is None else self._kept[0].later(max(0.0, now - self._kept[1]))
         anatomy = [Text(line, style="cyan", no_wrap=True) for line in self._bars.lines(width)]
-        figures = [
-            Text(line, no_wrap=True) for line in fitted([visible(value) for value in self._figures.values() if value], width)
-        ]
-        return Group(*anatomy, *figures, *_bar(self._progress(now), width, now))
+        figures = fitted([visible(value) for value in self._figures.values() if value], width)
+        return Group(*anatomy, *(Text(line, no_wrap=True) for line in figures), *_bar(progress, width, now))
 
     def say(self, text: str, *, often: bool = False) -> None:
         """Show a line. `often` marks one of many, which is shown only now and then, and not at all under a bar."""
@@ -138,18 +139,6 @@ class Screen:
         if self._console.is_terminal:  # it would break a line anywhere
             shown = "\n".join(wrapped(shown, self._console.width, indent="  "))
         self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
-
-    def _progress(self, now: float | None) -> RunProgress:
-        if self._kept is not None:
-            progress, when = self._kept
-            return progress.later(max(0.0, (time.time() if now is None else now) - when))
-        return self._tracker.at(now)
-
-    def _times_of(self, event: Event) -> str:
-        """Times so far and to come, to append to the line of an event about progress."""
-        if self._moves or self._kept is not None or not isinstance(event, Progress | Step | Cut | InCell | Within):
-            return ""
-        return f" ({times})" if (times := _times(self._tracker.at(event.time))) else ""
 
     def _follow(self, event: Event) -> None:
         """Update the figures."""
@@ -167,7 +156,7 @@ class Screen:
                 }
             case Step():
                 tokens = f"{compact(event.tokens)} tokens"
-                self._figures |= {"tokens": tokens, "loss": f"loss {event.said_loss}", "speed": event.speed}
+                self._figures |= {"tokens": tokens, "loss": event.said_loss, "speed": event.speed}
             case Evaluation() if event.perplexity is not None:
                 self._figures["perplexity"] = f"perplexity {event.perplexity:.2f}"
             case InCell() if event.inner is not None:
@@ -215,4 +204,4 @@ def _bar(progress: RunProgress, width: int, now: float) -> list[RenderableType]:
     bar = ProgressBar(total=1.0, completed=progress.share or 0.0, width=min(_WIDEST, room), pulse=progress.share is None)
     cells: list[RenderableType] = [bar, Text(after, no_wrap=True)]
     line.add_row(*([Text(what, no_wrap=True)] if beside else []), *cells)
-    return [line] if beside else [*(Text(one, no_wrap=True) for one in fitted([what], width)), line]
+    return [line] if beside else [*(Text(words, no_wrap=True) for words in fitted([what], width)), line]

@@ -5,8 +5,8 @@ log.jsonl                one JSON object per event
 checkpoints/             the newest few, with names as in `run.checkpoints`
 checkpoints/*.damaged/   checkpoints that could not be read
 log.damaged.jsonl        the log of work that was lost because no checkpoint could be read
-calibration_self.json    the calibration text, if the model wrote it
-repair_self.json         the text that the model wrote for the repair
+calibration_self.json    the calibration text, if it is self-written
+repair_self.json         the repair text
 model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)
@@ -26,15 +26,15 @@ from typing import Any
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core import world
-from adapt_pruner.core.events import Other, is_logged, parse, parse_line
+from adapt_pruner.core.events import is_logged, parse
 from adapt_pruner.core.files import remove, tidy, why, write_whole
 from adapt_pruner.core.locks import locked
 from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
 from adapt_pruner.core.places import check_place
 from adapt_pruner.core.progress import ProgressTracker
-from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.strict_json import is_number, read_json, to_json
 from adapt_pruner.core.words import typed
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first, of_stage
 
@@ -43,9 +43,10 @@ __all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of",
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
-_OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
 _EVERY = 1.0  # seconds between two writes of progress.json
-_FIRST_LINE = 2**20  # most bytes to read of the log's first line
+_NUMBERS = ("params_before", "params_after", "decoder_params_before", "decoder_params_after", "trained_tokens", "seconds")
+_OF_ZEROS = ("nonzero_before", "nonzero_after")
+_LISTS = ("perplexities", "perplexities_after_cuts", "calibration_losses")
 
 
 class RunFolder:
@@ -56,6 +57,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.result = path / "model"
         self._begun = False
+        self._place: os.stat_result | None = None  # of the folder as this process locked it
         self._early: list[str] = []  # lines of the log that wait for the run to begin
         self._tracker, self._written = ProgressTracker(), -math.inf
 
@@ -69,8 +71,32 @@ class RunFolder:
         """Whether the run here is finished."""
         return self.result.is_dir()
 
+    def take(self) -> None:
+        """Note that this process has locked the folder where it lies now."""
+        self._place = self.path.stat()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the folder still lies where this process locked it."""
+        with suppress(OSError):
+            return self._place is not None and os.path.samestat(self.path.stat(), self._place)
+        return False
+
+    def check_here(self) -> None:
+        """Refuse to write into a folder that was moved; another run may begin at its old place.
+
+        Raises:
+            RunError: it was moved or removed.
+        """
+        if not self.is_here:
+            raise RunError(
+                f"{self.path} was moved or removed while its run worked in it, so nothing more was written; give the same command "
+                "with -o and its new place, and the run continues from its newest checkpoint"
+            )
+
     def begin(self, recipe: Recipe, provenance: str) -> None:
         """Write recipe.yaml; from now on events go to the log."""
+        self.check_here()
         try:
             write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
         except OSError as error:
@@ -131,6 +157,7 @@ class RunFolder:
         if not self._begun:
             self._early.append(line)
             return
+        self.check_here()
         try:
             self._append("".join([*self._early, line]))
             self._early = []
@@ -143,7 +170,7 @@ class RunFolder:
         """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""
         if (heard := parse(event)) is not None:
             self._tracker.hear(heard)
-        if time.monotonic() - self._written < _EVERY:
+        if time.monotonic() - self._written < _EVERY or not self.is_here:
             return
         self._written = time.monotonic()
         with suppress(OSError):
@@ -208,7 +235,7 @@ class RunFolder:
         for path in newest_first(self.checkpoints)[keep:] if keep is not None else ():
             remove(path)
         for folder in (self.path, self.checkpoints):
-            tidy(folder, older=_OURS)
+            tidy(folder)
 
     def _append(self, line: str) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -240,31 +267,8 @@ def check_folder(path: Path, recipe: Recipe, *, force: bool) -> None:
 
 def _check_kind(path: Path) -> None:
     check_place(path, inside=True)
-    if not is_marked(path, _KIND) and not _was_run(path):
+    if not is_marked(path, _KIND):
         check_empty(path)
-
-
-def _was_run(path: Path) -> bool:
-    """Whether a run of an older version, which left no mark, lies here; it is recognised by files that nothing else writes."""
-    if any(
-        {"stage", "figures", "files", "sha256"} <= _keys(place / "state.json") for place in newest_first(path / "checkpoints")
-    ):
-        return True
-    try:
-        read(path / "recipe.yaml")
-        with (path / "log.jsonl").open("rb") as log:
-            first = parse_line(log.readline(_FIRST_LINE))
-    except (UsageError, OSError):
-        return False
-    return first is not None and not isinstance(first, Other) and first.time is not None
-
-
-def _keys(file: Path) -> set[str]:
-    """The keys of a JSON file; none if it cannot be read."""
-    try:
-        return set(read_json(file))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return set()
 
 
 def _take(folder: RunFolder, until: ExitStack) -> None:
@@ -278,8 +282,11 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
     except OSError as error:
         raise RunError(f"{path} could not be made: {why(error)}; make room or name another folder") from error
     until.enter_context(locked(path / ".lock"))
+    folder.take()
 
     def leave() -> None:
+        if not folder.is_here:
+            return
         (path / PROGRESS).unlink(missing_ok=True)
         if not folder.is_new:
             return
@@ -296,6 +303,21 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
 
 
 def figures_of(run_dir: str | Path) -> dict[str, Any]:
-    """The figures of a finished run."""
-    figures: dict[str, Any] = read_json(Path(run_dir) / "model" / "pruning.json")["figures"]
+    """The figures of a finished run.
+
+    Raises:
+        RunError: its pruning.json is missing or damaged.
+    """
+    path = Path(run_dir) / "model" / "pruning.json"
+    try:
+        figures: dict[str, Any] = read_json(path)["figures"]
+        numbers = [figures[key] for key in (*_NUMBERS, *(_OF_ZEROS if "nonzero_after" in figures else ()))]
+        numbers += [value for key in _LISTS for value in figures.get(key) or [] if value is not None]
+        if not all(map(is_number, numbers)):
+            raise ValueError("a figure is no number")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"the run in {run_dir} is finished, and its figures cannot be read: {path} is damaged ({type(error).__name__}: {first_line(error)}); get "
+            f"the file again, or remove {path.parent} and give the same command, which makes it again from the newest checkpoint"
+        ) from error
     return figures

@@ -160,7 +160,7 @@ def _spans(work: Work, dense: Shapes, how: Setup, speed: Speed, planned: Planned
 def _left_out(planned: Planned, *, unread: bool) -> list[str]:
     """Names of the work whose operations nobody knows; `unread` says whether held-out text of an unknown length is among it."""
     unknown = dict.fromkeys(item["phase"] for item in planned.items if item["flops"] is None)
-    names = [Progress(phase=phase, done=0, of=0, task="tasks").doing for phase in unknown]
+    names = [Progress(phase=phase, done=0, of=0, task="tasks", what="text").doing for phase in unknown]
     return [*names, *(["reading the whole held-out text"] if unread else [])]
 
 

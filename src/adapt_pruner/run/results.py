@@ -18,18 +18,33 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core import world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
+from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.precision import nonfinite_error
 from adapt_pruner.core.provenance import made_by
 from adapt_pruner.core.run_events import Answered
+from adapt_pruner.core.weight_mask import count_nonzero
 from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
+from adapt_pruner.export.loading import misread
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.run import latency
 from adapt_pruner.score.calibrate import mean_loss
 
-__all__ = ["Outcome", "facts", "measure_answers", "measure_calibration", "measure_tasks", "measure_text", "whole_mask", "write"]
+__all__ = [
+    "Outcome",
+    "facts",
+    "measure_answers",
+    "measure_end",
+    "measure_start",
+    "measure_tasks",
+    "measure_text",
+    "warn_of_pattern",
+    "whole_mask",
+    "write",
+]
 
 _ENOUGH = 2048  # calibration tokens on which the loss is compared
 
@@ -44,7 +59,44 @@ class Outcome:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def measure_calibration(work: Work) -> None:
+def measure_start(work: Work) -> None:
+    """Measure the model before its first cut."""
+    state = work.state
+    state.figures |= {"params_before": work.budget.total, "decoder_params_before": decoder_parameters(work.model)}
+    if work.recipe.makes_zeros or work.weight_mask is not None:
+        state.figures["nonzero_before"] = count_nonzero(work.model)
+    _measure_calibration(work)
+    measure_text(work, stage=0)
+    cached = measure_tasks(work, stage=0)
+    measure_answers(work, stage=0)
+    timing = state.figures.get("measuring_seconds", 0.0)  # see `run.latency.budget_for`
+    state.figures["measuring_seconds"] = timing + cached + state.spent["evaluate"]
+
+
+def measure_end(work: Work) -> None:
+    """Measure the model after its last stage, as far as no stage has done so, and sum up the run."""
+    state = work.state
+    if "calibration_losses" in state.figures:
+        _measure_calibration(work)
+    state.figures |= {
+        "params_after": work.num_params,
+        "decoder_params_after": decoder_parameters(work.model),
+        "budget": work.budget.keep,
+        "iterations": len(state.history),
+        "trained_tokens": state.progress.tokens,
+        "seconds": state.seconds,
+        **{f"seconds_{phase}": seconds for phase, seconds in state.spent.items()},
+        "peak_bytes": peak_bytes(work.model),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "method": work.recipe.method,
+        "seed": work.recipe.seed,
+    }
+    if work.weight_mask is not None:
+        pattern = work.weight_mask.pattern
+        state.figures |= {"nonzero_after": count_nonzero(work.model), "sparsity_after": None if pattern is None else str(pattern)}
+
+
+def _measure_calibration(work: Work) -> None:
     """Add the loss on the first calibration text, nats per token, to the figures; done before the first cut and at the end.
 
     A run with held-out text has no need of it.
@@ -92,7 +144,7 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
 
 
 def measure_tasks(work: Work, *, stage: int) -> float:
-    """Score the recipe's tasks, on the main process alone. Scores of the same model are taken from the cache.
+    """Score the recipe's tasks, if it names any, on the main process alone. Scores of the same model are taken from the cache.
 
     Returns:
         The seconds that the scores from the cache once took.
@@ -105,7 +157,9 @@ def measure_tasks(work: Work, *, stage: int) -> float:
         work.tell(Progress(phase="task", task=task, done=done, of=of, stage=stage or None))
 
     with work.state.clock("evaluate"):
-        settings: dict[str, Any] = {"limit": asked.limit, "dtype": work.recipe.dtype, "on_task": told, "warn": work.warn}
+        settings: dict[str, Any] = {
+            "limit": asked.limit, "dtype": work.recipe.dtype, "trust_remote_code": work.trust_remote_code, "on_task": told, "warn": work.warn,
+        }  # fmt: skip
         scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.data.tasks, **settings))
     mean, stderr = average(scores) or (None, None)
     summary: dict[str, Any] = {"average": mean, "stderr": stderr, "scores": [score.headline() for score in scores]}
@@ -145,6 +199,15 @@ def measure_answers(work: Work, *, stage: int) -> None:
     figures = work.state.figures
     figures["answers"] = [*figures.get("answers", []), {"stage": stage, "answers": answers}]
     work.tell(Answered(stage=stage, answers=answers))  # type: ignore[arg-type]
+
+
+def warn_of_pattern(work: Work) -> None:
+    """Warn if layers went and the kinds of those that are left mislead another tool (see `export.loading.misread`)."""
+    config = work.model.config
+    if work.state.layers_left is None:
+        return
+    if (trouble := misread(config.model_type, getattr(config, "layer_types", None) or ())) is not None:
+        work.warn(f"{trouble}; serve it with another tool, or remove layers with chooser='depth.drop_layers(periodic=true)'")
 
 
 def whole_mask(work: Work) -> Mask:

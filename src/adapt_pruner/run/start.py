@@ -19,11 +19,12 @@ from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events, world
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.events import Find, Listener, Load, VocabularyCut
+from adapt_pruner.core.events import Find, Listener, Load, Start, VocabularyCut
 from adapt_pruner.core.feed import Feed
 from adapt_pruner.core.files import why, write_whole
 from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.precision import cast_weights, uses_bfloat16
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.data.fixed import Rows
@@ -44,7 +45,7 @@ from adapt_pruner.run.ahead import ahead, setup_here
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 
-__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "to_write"]
+__all__ = ["begin", "plan", "prepare", "sizes_begun", "stage_targets", "tell_start", "to_write"]
 
 
 def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False) -> Work:
@@ -263,7 +264,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     with work.state.clock("score") if _writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
-        own = [*_own_text(work, folder, begun=begun), *_further_text(work)] if write else []
+        own = [*_repair_text(work, folder, begun=begun), *_further_text(work)] if write else []
     if write:
         work.begins("read")  # the model may have written in between
     make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
@@ -373,7 +374,7 @@ def _check_machine(work: Work) -> None:
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
     for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise UsageError(f"training.{extra} needs the package {package}; pip install 'adapt-pruner[{extra}]'")
+            raise UsageError(f"training.{extra} needs the package {package}; {to_install(extra)}")
 
 
 def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
@@ -385,23 +386,23 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
     if _writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
-        world.on_main(lambda: _kept_text(path, work, samples=asked["samples"], seed=recipe.seed, begun=begun))
+        world.on_main(lambda: _kept_text(path, work, "calibration text", samples=asked["samples"], seed=recipe.seed, begun=begun))
     return work.task.calibration(
         work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
     )
 
 
-def _own_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
-    """Text that the model writes for the repair. A run's folder keeps it, since the model changes later."""
+def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
+    """The repair text, which the model writes. A run's folder keeps it, since the model changes later."""
     recipe = work.recipe
     samples, seed = recipe.calibration.self_generated, recipe.seed + 1  # so that the text differs from that of `source: self`
     if not samples or recipe.repair is None:
         return []
     if folder is None:
-        rows: Sequence[Tensor] = _written(work, work.model, samples=samples, seed=seed).split(1)
+        rows: Sequence[Tensor] = _written(work, work.model, "repair text", samples=samples, seed=seed).split(1)
     else:
         path = folder / REPAIR_TEXT
-        world.on_main(lambda: _kept_text(path, work, samples=samples, seed=seed, begun=begun))
+        world.on_main(lambda: _kept_text(path, work, "repair text", samples=samples, seed=seed, begun=begun))
         rows = calibration_ids(str(path), vocab_size=work.model.config.vocab_size)
     return batches_of(rows, max_tokens=MICRO_TOKENS)
 
@@ -418,15 +419,15 @@ def _further_text(work: Work) -> list[Tensor]:
     return feed(-1)  # no iteration has this number, so none draws the same sequences
 
 
-def _written(work: Work, writer: Any, *, samples: int, seed: int) -> Tensor:
-    """Text that a model writes, int64 [samples, calibration.length]."""
+def _written(work: Work, writer: Any, what: str, *, samples: int, seed: int) -> Tensor:
+    """Text that a model writes, int64 [samples, calibration.length]; `what` names it for people."""
     return selfwritten_windows(
         writer, work.tokenizer, samples=samples, length=work.recipe.calibration.length, seed=seed,
-        dtype=work.recipe.dtype, on_tokens=work.counts("write"),
+        dtype=work.recipe.dtype, on_tokens=work.counts("write", what=what),
     )  # fmt: skip
 
 
-def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) -> None:
+def _kept_text(path: Path, work: Work, what: str, *, samples: int, seed: int, begun: bool) -> None:
     """Let the model as it was at the start write a text, and save it; do nothing if the run has that text already."""
     recipe = work.recipe
     asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
@@ -443,7 +444,7 @@ def _kept_text(path: Path, work: Work, *, samples: int, seed: int, begun: bool) 
     if begun:  # the model of the run has been cut since
         device = next(work.model.parameters()).device
         writer = load(recipe.model, device=device, trust_remote_code=work.trust_remote_code).model
-    written = _written(work, writer, samples=samples, seed=seed)
+    written = _written(work, writer, what, samples=samples, seed=seed)
     try:
         write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
     except OSError as error:
@@ -544,3 +545,23 @@ def _with_same_tokens(teacher: Loaded, work: Work) -> Loaded:
         return teacher
     cut(teacher.model, axes, Mask({"vocabulary": keep}))
     return replace(teacher, tokenizer=smaller)
+
+
+def tell_start(work: Work) -> None:
+    """Tell what the run is about to do: from what to what, by what, on how much text."""
+    state, recipe, feed = work.state, work.recipe, work.data.feed
+    coming = work.stages[state.stage - 1 + state.pruned :]
+    source = recipe.calibration.ids or recipe.calibration.source
+    start, decoder = sizes_begun(work)
+    decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
+    left: dict[str, Any] = {} if recipe.minutes is None else {"seconds_left": max(0.0, 60 * recipe.minutes - work.elapsed)}
+    work.tell(Start(
+        method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if work.reads_text else None, decoder=decoder,
+        decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
+        sparsity=recipe.sparsity or None,
+        dense=work.loaded.mask is None, random=recipe.init == "random", calibration_tokens=sum(stage.calibration_tokens for stage in coming),
+        training_tokens=0 if feed is None else min(feed.num_tokens, work.expected or feed.num_tokens), trained_tokens=state.progress.tokens, processes=world.size(),
+        parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
+        device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
+        **left,
+    ))  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapt_pruner.core import world
 from adapt_pruner.core.events import Listener, Resumed, Start, Step, Warned, parse
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
 
@@ -85,7 +86,7 @@ def check_trackers(recipe: Recipe) -> None:
     """
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"report_to {name} needs the package {name}; pip install 'adapt-pruner[{name}]'")
+            raise UsageError(f"report_to {name} needs the package {name}; {to_install(name)}")
 
 
 def _flat(data: dict[str, Any], above: str = "") -> dict[str, Any]:

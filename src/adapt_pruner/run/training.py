@@ -22,6 +22,7 @@ from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
+from adapt_pruner.train.objectives import named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
 
 __all__ = ["Save", "Trainer"]
@@ -72,6 +73,7 @@ class Trainer:
         """
         self._work, self._save, self._log_size, self._tensors = work, save, log_size, dict(tensors or {})
         self._saved, self._last_save = time.monotonic(), 0.0
+        self._loss_is: dict[str, Any] = {}  # a field of the events of steps; none for the cross-entropy
         self._unsaved: tuple[str, int, dict[str, Any], int] | None = None  # see `note_trained`
         if work.data.feed is not None and work.recipe.training.lora is None:
             work.optimizer = self._new_optimizer()
@@ -159,7 +161,7 @@ class Trainer:
         work = self._work
         speed = (step.tokens - tokens) / (time.perf_counter() - began)
         work.tell(events.Step(
-            stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, lr=step.lr,
+            stage=work.state.stage, step=step.step, tokens=step.tokens, loss=step.loss, **self._loss_is, lr=step.lr,
             gradient_norm=step.gradient_norm, tokens_per_second=speed, peak_bytes=peak_bytes(self._working[0]),
         ))  # fmt: skip
         for event in work.data.feed.news() if work.data.feed is not None else ():
@@ -169,8 +171,12 @@ class Trainer:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
+        objective = parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)
+        teacher = "the dense model" if asked.teacher is None else "the teacher"
+        if name := named_loss(objective.func, objective.keywords, teacher=teacher):
+            self._loss_is = {"loss_is": name}
         how = TrainConfig(
-            objective=around(parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)),
+            objective=around(objective),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,

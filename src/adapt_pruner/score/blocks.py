@@ -6,7 +6,7 @@ changes its input scores lowest. Every distance returns {"layers": float32 [num_
 that it is asked for.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -115,15 +115,18 @@ def loss_drop(
     losses, done = {axis.name: torch.zeros(axis.entries) for axis in axes}, 0
     may_go = [axis for axis in axes if axis.size > axis.least]
     outside = [axis for axis in may_go if axis.layer is None and axis.name != "layers"]
-    for axis, entry in [(one, entry) for one in outside for entry in range(one.entries)]:
-        with _shut(model, axes, axis, entry):
-            losses[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
+    for axis in outside:
+        for entry in range(axis.entries):
+            with _shut(model, axes, axis, entry):
+                losses[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
     mine, predicted = world.share(batches), task.num_predicted(batches)
     stack = list(decoder_layers(model))
     with as_found(model, set()), casting_once(model):
         flows = streams(model, mine, task=task, dtype=dtype)
         for index, layer in enumerate(stack):
-            for axis, entry in [(one, entry) for one in may_go for entry in _lying_in(one, index)]:
+            here = [(axis, entry) for axis in may_go if axis.layer == index for entry in range(axis.entries)]
+            here += [(axis, index) for axis in may_go if axis.name == "layers"]
+            for axis, entry in here:
                 total = torch.zeros((), dtype=torch.float64)
                 with _shut(model, axes, axis, entry):
                     for flow, batch in zip(flows, mine, strict=True):
@@ -145,11 +148,6 @@ def loss_drop(
 
 def _shut(model: nn.Module, axes: Sequence[Axis], axis: Axis, entry: int) -> AbstractContextManager[None]:
     return gated(model, axes, Mask({axis.name: torch.arange(axis.entries) != entry}))
-
-
-def _lying_in(axis: Axis, index: int) -> Iterable[int]:
-    """The entries of an axis that lie in layer number `index`."""
-    return range(axis.entries) if axis.layer == index else [index] if axis.name == "layers" else []
 
 
 def _mean_over_tokens(

@@ -100,9 +100,9 @@ def evidence_needed(model: nn.Module, axes: Sequence[Axis], metrics: Sequence[Me
     axes, needs = _scored(axes), []
     with as_found(model, _on(axes)):
         for metric in metrics:
-            asked = metric(model, axes)
-            needs.append(next(asked))
-            asked.close()
+            running = metric(model, axes)
+            needs.append(next(running))
+            running.close()
     return max(needs, key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
 
 
@@ -158,7 +158,7 @@ def score(
         with as_found(model, _on(axes)):
             needs = [next(metric) for metric in running]
             need = max(needs, key=lambda evidence: evidence.value, default=Evidence.WEIGHTS)
-            of_weights = [metric for metric, its in zip(running, needs, strict=True) if its.value >= Evidence.GRADIENTS.value]
+            of_weights = [metric for metric, seen in zip(running, needs, strict=True) if seen.value >= Evidence.GRADIENTS.value]
             mine = world.share(batches)
             gradients: Iterable[list[str]] = ()
             if need is Evidence.SAMPLE_GRADIENTS:
@@ -311,37 +311,24 @@ def score_sequentially(
     """
     others = [axis for axis in axes if axis.name in sizes and axis.gate.kind in ("channels", "whole")]
     with gated(model, axes, Mask.of_sizes(others, known, sizes)):
-        return _score_sequentially(model, axes, sizes, batches, metric=metric, task=task, dtype=dtype)
-
-
-def _score_sequentially(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    sizes: Mapping[str, int],
-    batches: Sequence[Tensor],
-    *,
-    metric: Metric,
-    task: Task,
-    dtype: str,
-) -> Scores:
-    layers = decoder_layers(model, axes)
-    flows = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
-    scores: Scores = {}
-    for index, layer in enumerate(layers):
-        inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]
-        looking = metric(model, inside)
-        try:
-            next(looking)
-            with casting_once(layer):
+        layers = decoder_layers(model, axes)
+        flows = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
+        scores: Scores = {}
+        for index, layer in enumerate(layers):
+            inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]
+            looking = metric(model, inside)
+            try:
+                next(looking)
+                with casting_once(layer):
+                    for flow in flows:
+                        flow.through(layer, index)
+                scores |= finish(looking)
+            finally:
+                looking.close()
+            with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), casting_once(layer):
                 for flow in flows:
-                    flow.through(layer, index)
-            scores |= finish(looking)
-        finally:
-            looking.close()
-        with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), casting_once(layer):
-            for flow in flows:
-                flow.hidden = flow.through(layer, index)
-    return world.agreed(scores)
+                    flow.hidden = flow.through(layer, index)
+        return world.agreed(scores)
 
 
 def finish(metric: Generator[Evidence, None, Scores]) -> Scores:

@@ -110,7 +110,9 @@ def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor, *, width: int, group
     felt = _root(outputs) @ weight.float()  # so that costs are squared norms
     costs = torch.full((groups, each), math.inf)
     highest = torch.zeros(groups, 1)
-    for going in _rounds(each, narrow=width == 1):
+    at_once = max(1, each // _ROUNDS) if width == 1 else 1
+    whole, rest = divmod(each - 1, at_once)  # one unit stays in the end
+    for going in [at_once] * whole + [rest] * (rest > 0):
         marginal = _marginal(felt, precision, width=width).cpu().view(groups, each)
         marginal[costs < math.inf] = math.inf
         lowest = marginal.topk(going, dim=1, largest=False)
@@ -123,30 +125,23 @@ def _costs(weight: Tensor, inputs: Tensor, outputs: Tensor, *, width: int, group
     return torch.where(costs < math.inf, costs, last).flatten()
 
 
-def _rounds(units: int, *, narrow: bool) -> list[int]:
-    """How many units of a group go in each round; one unit stays in the end."""
-    at_once = max(1, units // _ROUNDS) if narrow else 1
-    whole, rest = divmod(units - 1, at_once)
-    return [at_once] * whole + [rest] * (rest > 0)
-
-
 def _marginal(felt: Tensor, precision: Tensor, *, width: int) -> Tensor:
     """½ tr(P_uu⁻¹ W_uᵀ G W_u) of every unit; meaningless for those that are gone."""
     if width == 1:
         return felt.square().sum(dim=0) / precision.diagonal() / 2
     num_units = felt.shape[1] // width
-    own = precision.view(num_units, width, num_units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = precision.view(num_units, width, num_units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     columns = felt.view(felt.shape[0], num_units, width).permute(1, 2, 0)
-    solved: Tensor = torch.linalg.solve(own, columns @ columns.transpose(1, 2))
+    solved: Tensor = torch.linalg.solve(blocks, columns @ columns.transpose(1, 2))
     return solved.diagonal(dim1=1, dim2=2).sum(dim=1) / 2
 
 
 def _eliminate(felt: Tensor, precision: Tensor, columns: Tensor) -> None:
     """Remove columns, in place; in `precision` they become an identity that no other column sees."""
     across = precision[:, columns]
-    own = torch.linalg.inv(across[columns].double()).float()
-    felt -= felt[:, columns] @ own @ across.t()
-    precision -= across @ own @ across.t()
+    inverse = torch.linalg.inv(across[columns].double()).float()
+    felt -= felt[:, columns] @ inverse @ across.t()
+    precision -= across @ inverse @ across.t()
     felt[:, columns] = 0
     precision[columns] = 0
     precision[:, columns] = 0

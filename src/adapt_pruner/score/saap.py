@@ -52,17 +52,17 @@ def saap(
         for number, piece in enumerate(axis.slices):
             if model.get_parameter(piece.parameter).dim() > 1:
                 pieces.setdefault(piece.parameter, []).append((axis, number))
-    with attached(model.get_parameter(name).register_hook(_watch(model, name, its, lines)) for name, its in pieces.items()):
+    with attached(model.get_parameter(name).register_hook(_watch(model, name, slices, lines)) for name, slices in pieces.items()):
         elements = yield from taylor(model, axes, form="mixed")
     fused = partial(_fused, terms=terms, stability=stability)
-    own = {
+    sums = {
         axis.name: [torch.stack(each) if each else torch.zeros(0, axis.entries) for each in lines[axis.name]] for axis in scored
     }
-    return {axis.name: fused(elements[axis.name], *own[axis.name]) for axis in scored}
+    return {axis.name: fused(elements[axis.name], *sums[axis.name]) for axis in scored}
 
 
 def _watch(
-    model: nn.Module, name: str, its: Sequence[tuple[Axis, int]], lines: dict[str, list[list[Tensor]]]
+    model: nn.Module, name: str, slices: Sequence[tuple[Axis, int]], lines: dict[str, list[list[Tensor]]]
 ) -> Callable[[Tensor], None]:
     """A hook that adds what a matrix contributes to each unit's a_n and e_n, for the sequence n of this pass."""
     seen = 0
@@ -70,7 +70,7 @@ def _watch(
     def hook(gradient: Tensor) -> None:
         nonlocal seen
         terms = model.get_parameter(name).detach().float() * gradient.float()
-        for axis, number in its:
+        for axis, number in slices:
             piece = axis.slices[number]
             across = [dim for dim in range(terms.dim()) if dim != piece.dim]
             owned = slice(piece.start, piece.start + axis.entries * piece.width)

@@ -88,7 +88,7 @@ def taylor(
             rows |= _rows(model, axes, worth, only=name)
             squares.pop(name, None)
     if form == "vector":
-        rows = {key: its.abs() for key, its in rows.items()}
+        rows = {key: sums.abs() for key, sums in rows.items()}
     return _summed(axes, rows, authors_fold=authors_fold)
 
 
@@ -161,9 +161,9 @@ def _rows(model: nn.Module, axes: Sequence[Axis], worth: Worth, *, only: str | N
     for piece in pieces:
         dims.setdefault(piece.parameter, set()).add(piece.dim)
     sums: dict[tuple[str, int], Tensor] = {}  # a matrix that several slices share is computed once
-    for name, its in dims.items():
+    for name, summed_over in dims.items():
         if (parameter := model.get_parameter(name)).dim() > 1:
-            found = _sums(parameter, its, partial(worth, parameter, name))
+            found = _sums(parameter, summed_over, partial(worth, parameter, name))
             sums |= {(name, dim): values for dim, values in found.items()}
     return {
         (axis.name, number): sums[piece.parameter, piece.dim][piece.start : piece.start + axis.entries * piece.width]
@@ -199,10 +199,10 @@ def _summed(axes: Sequence[Axis], rows: Rows, *, authors_fold: bool = False) -> 
         narrowest = min((piece.width for piece in axis.slices), default=0)
         for number, piece in enumerate(axis.slices):
             if (axis.name, number) in rows:
-                its = rows[axis.name, number]
+                sums = rows[axis.name, number]
                 if authors_fold:
-                    units = its.view(-1, len(its) // piece.width, narrowest).sum(dim=(0, 2))
+                    units = sums.view(-1, len(sums) // piece.width, narrowest).sum(dim=(0, 2))
                 else:
-                    units = its.view(-1, piece.width).sum(dim=1)
+                    units = sums.view(-1, piece.width).sum(dim=1)
                 scores[axis.name] = scores[axis.name] + units if axis.name in scores else units
     return scores

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from adapt_pruner.core.provenance import to_install
 from adapt_pruner.errors import UsageError
 
 __all__ = ["adapted", "base_name"]
@@ -33,12 +34,12 @@ def adapted(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UsageError("training.lora needs the peft package; pip install 'adapt-pruner[lora]'") from error
-    asked = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        raise UsageError(f"training.lora needs the peft package; {to_install('lora')}") from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, asked)
+        wrapped = get_peft_model(model, config)
     yield
     wrapped.merge_and_unload()
     for name, parameter in model.named_parameters():

@@ -209,7 +209,10 @@ def steps(
             torch.manual_seed((how.seed * 1_000_003 + progress.steps) * 4099 + world.rank())
             optimizer.zero_grad(set_to_none=True)
             batch = _Batch(rows, device=device, micro_tokens=how.micro_tokens, by_domain=feed.wants_losses, task=how.task)
-            loss = _accumulate(model, batch, how, _others(model, optimizer), device=device)
+            of_model = {id(parameter) for parameter in model.parameters()}  # a cut between two steps may replace them
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            others = [parameter for parameter in held if id(parameter) not in of_model]
+            loss = _accumulate(model, batch, how, others, device=device)
             norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
             _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
             # The rate is taken in the middle of the step, so that no step of a run is at an end of the curve.
@@ -235,12 +238,6 @@ def steps(
         optimizer.zero_grad(set_to_none=True)
         model.train(was_training)
         torch.set_rng_state(random_state)
-
-
-def _others(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
-    """The parameters of the optimiser that are not the model's."""
-    its = {id(parameter) for parameter in model.parameters()}
-    return [one for group in optimizer.param_groups for one in group["params"] if id(one) not in its]
 
 
 class _Batch:
@@ -274,9 +271,9 @@ class _Batch:
         self.domains = sorted(set(rows.domains(0, len(rows)))) if by_domain else [""]
         self.parts: list[tuple[Tensor, Tensor | None, str]] = []
         for domain in self.domains:
-            own = [row for row, its in enumerate(domains) if its == domain]
-            for start in range(0, len(own), micro):
-                chosen = own[start : start + micro]
+            of_domain = [row for row, name in enumerate(domains) if name == domain]
+            for start in range(0, len(of_domain), micro):
+                chosen = of_domain[start : start + micro]
                 counts = None if predicted is None else predicted[chosen].to(device)
                 self.parts.append((ids[chosen].to(device), counts, domain))
         nothing = (ids[:1].to(device), torch.zeros_like(ids[:1], dtype=torch.bool, device=device), self.domains[0])

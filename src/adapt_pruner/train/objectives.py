@@ -1,6 +1,6 @@
 """Losses that training minimises: (model, ids, predicted tokens) → the sum of a loss over the predicted tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +12,7 @@ from adapt_pruner.core.parts import part
 from adapt_pruner.core.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.errors import UsageError
 
-__all__ = ["distil", "kl_of_logits", "lm"]
+__all__ = ["distil", "kl_of_logits", "lm", "named_loss"]
 
 
 @part("objective")
@@ -78,6 +78,23 @@ def distil(
     return total
 
 
+def named_loss(objective: Callable[..., Tensor], options: Mapping[str, Any], *, teacher: str) -> str | None:
+    """What a loss is, in words that stand behind its value; None for the cross-entropy, which needs no word.
+
+    Args:
+        objective: the function; one that is not of this module is named as it is.
+        options: those that the recipe gives it.
+        teacher: whom `distil` learns from, in words.
+    """
+    if objective is lm:
+        return None
+    if objective is not distil:
+        return objective.__name__
+    alpha, hidden = float(options.get("alpha", 1.0)), float(options.get("hidden", 0.0))
+    terms = {f"KL to {teacher}": alpha, "cross-entropy": 1 - alpha, "distance of hidden states": hidden}
+    return " + ".join(name for name, weight in terms.items() if weight)
+
+
 def kl_of_logits(
     targets: Tensor, goal: Tensor, teacher: Any, task: CausalLM = CAUSAL_LM, *, temperature: float = 1.0, alpha: float = 1.0
 ) -> LogitLoss:
@@ -121,7 +138,7 @@ def _hidden_distance(
             f"the teacher {len(theirs) - 1} of {theirs[0].shape[-1]}; leave out the option hidden of objectives.distil"
         )
     total = torch.zeros((), device=input_ids.device)
-    for one, other in zip(ours[1:], theirs[1:], strict=True):
-        state, goal = (task.predicting(hidden.float(), input_ids, predicted)[0] for hidden in (one, other))
+    for pair in zip(ours[1:], theirs[1:], strict=True):
+        state, goal = (task.predicting(hidden.float(), input_ids, predicted)[0] for hidden in pair)
         total = total + ((state - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
     return total / (len(ours) - 1)
