@@ -50,8 +50,8 @@ def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatc
 
 
 PLANTED = (
-    "accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "numpy", "onnxruntime", "peft",
-    "pydantic", "rich", "safetensors", "sitecustomize", "tokenizers", "torch", "transformers", "typer", "usercustomize", "yaml",
+    "accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "numpy", "onnxruntime", "peft",
+    "pydantic", "rich", "safetensors", "sitecustomize", "tokenizers", "torch", "transformers", "typer", "usercustomize", "vl_convert", "yaml",
 )  # fmt: skip
 SHADOWS = ("adapt_pruner", "json", "subprocess", "runpy", "typing", "ctypes", "signal")
 """What Python itself imports before our first line where it is started with -m and without -P; no program can keep these out."""

@@ -10,6 +10,9 @@ import os
 import re
 import shutil
 import statistics
+import struct
+import xml.etree.ElementTree
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,8 @@ from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
-from adapt_pruner.report.record import Record, read_record
+from adapt_pruner.report.record import read_record
+from adapt_pruner.report.svg import drawing
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
@@ -178,8 +182,8 @@ def test_what_goes_with_a_whole_block_is_gone(
     tiny_folder: Path, text_file: Path, tmp_path: Path, axes: list[str], budget: str
 ) -> None:
     asked = small_recipe(
-        tiny_folder, text_file, chooser="depth.drop_layers", axes=axes, metric="weights.magnitude", budget=budget, training={},
-        distance="blocks.block_influence", head_metric=None,
+        tiny_folder, text_file, chooser="depth.drop_layers", axes=axes, budget=budget, training={}, distance="blocks.block_influence", head_metric=None,
+        **({"metric": "weights.magnitude"} if "neurons" in axes else {}),
     )  # fmt: skip
     with_card.run(asked, tmp_path / "run")
     loaded = load(str(tmp_path / "run" / "model"))
@@ -475,20 +479,58 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
     assert "no page today" in heard[-1]["message"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("vl_convert") is None, reason="vl-convert is not installed")
 def test_pictures_for_papers(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(monkeypatch, capsys, "report", copied, "--png", "--json")
     written = [Path(path) for path in json.loads(out)["written"]]
     assert status == 0
     assert {"anatomy.png", "importance.png", "loss.png", "perplexity.png"} <= {path.name for path in written}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+    for path in written[1:]:
+        chunks = png_chunks(path.read_bytes())
+        assert struct.unpack(">I", chunks[b"IHDR"][:4]) == (1333,)
+        assert chunks[b"tEXt"] == b"Software\0adapt-pruner"
+        assert len(set(zlib.decompress(chunks[b"IDAT"]))) > 9, "it is not blank"
+    assert call(monkeypatch, capsys, "report", copied, "--png")[0] == 0, "what is ours is written again"
+    written[1].write_bytes(written[1].read_bytes().replace(b"Software", b"software"))
+    assert call(monkeypatch, capsys, "report", copied, "--png")[0] == 2, "and nothing else"
 
 
-def test_without_matplotlib_pictures_are_refused_in_a_sentence_and_the_page_is_not(
+def png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """What a PNG file consists of; the check sum of each part is right."""
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks: dict[bytes, bytes] = {}
+    at = 8
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        name, content = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(name + content),)
+        chunks[name] = chunks.get(name, b"") + content
+        at += 12 + size
+    return chunks
+
+
+def test_a_picture_for_papers_has_the_words_and_marks_of_the_page(finished: Path) -> None:
+    svg = "{http://www.w3.org/2000/svg}"
+    for chart in page.pictures(figures_of(read_record(finished))):
+        text = paper.picture(chart)
+        assert "var(" not in text, "a file has no page to take colours from"
+        tree = xml.etree.ElementTree.fromstring(text)
+        words = {element.text for element in tree.iter(f"{svg}text")}
+        assert chart.title in words
+        plots = drawing(chart).plots
+        assert [len(inner.findall(f"{svg}rect")) for inner in tree.iter(f"{svg}svg")][1:] == [len(plot.rects) for plot in plots]
+        assert {word for plot in plots for _, word in plot.xs} <= words
+        if isinstance(chart, charts.Lines):
+            assert {chart.x_label, f"{chart.y_label} (log scale)" if chart.log else chart.y_label} <= words
+        else:
+            assert {word for plot in plots for _, word in plot.ys} <= words
+
+
+def test_without_vl_convert_pictures_are_refused_in_a_sentence_and_the_page_is_not(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(paper.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(paper.importlib.util, "find_spec", lambda name: None if name == "vl_convert" else found(name))
     (copied / "report.html").unlink()
     status, _, err = call(monkeypatch, capsys, "report", copied, "--png")
     assert status == 2
@@ -663,16 +705,15 @@ def test_the_loss_before_the_first_cut_stands_at_the_size_that_was_scored(copied
     assert figures.peak_bytes == 2**31
 
 
+@pytest.mark.parametrize(
+    ("step", "said"), [("1.0", "A stage removes all at once."), ("0.1", "Each iteration removes about 10.0%.")]
+)
+def test_a_step_of_all_is_not_called_an_iteration_of_100_percent(step: str, said: str, copied: Path) -> None:
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(re.sub(r"(?m)^step: .*$", f"step: {step}", recipe.read_text()))
+    assert said in page.page(read_record(copied))
+
+
 def test_a_score_that_is_no_accuracy_is_neither_good_nor_bad() -> None:
-    fall = {form: page._tile(Row("a task", 0.4, 0.2, form)) for form in ("plain", "right", "perplexity")}
-    assert "good" not in fall["plain"]
-    assert "bad" not in fall["plain"]
-    assert 'class="bad"' in fall["right"]
-    assert 'class="good"' in fall["perplexity"]
-
-
-def test_a_step_of_all_is_not_called_an_iteration_of_100_percent(tmp_path: Path) -> None:
-    recipe = {"metric": "weights.taylor", "chooser": "allocate.adaptive"}
-    said = [page._why(Record(tmp_path, "finished", recipe=recipe | {"step": step})) for step in (1.0, 0.1)]
-    assert "A stage removes all at once." in said[0]
-    assert "Each iteration removes about 10.0%." in said[1]
+    fall = {form: Row("a task", 0.4, 0.2, form).tone for form in ("plain", "right", "perplexity")}
+    assert fall == {"plain": "", "right": "bad", "perplexity": "good"}

@@ -4,16 +4,18 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adapt_pruner.report import with_card
-from adapt_pruner.report.comparison import comparison_page
+from adapt_pruner.report.comparison import comparison_page, comparison_pictures
 from adapt_pruner.report.page import write_page, write_report
+from adapt_pruner.report.paper import picture
 from test_report import small_recipe
-from test_report_comparison import comparison_result
+from test_report_comparison import comparison_result, many_methods
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -43,7 +45,10 @@ def pages(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     _add_tasks(folder / "run")
     result = comparison_result()
     compared = comparison_page(result, ["method", "parameters"], [["dense", "100"], ["good", "80"]], name="cmp")
-    return {"run": folder / "run" / "report.html", "comparison": write_page(folder / "compare.html", compared)}
+    (folder / "compare.svg").write_text(picture(comparison_pictures(many_methods())[0]), encoding="utf-8")
+    return {
+        "run": folder / "run" / "report.html", "comparison": write_page(folder / "compare.html", compared), "file": folder / "compare.svg",
+    }  # fmt: skip
 
 
 def _add_tasks(run_dir: Path) -> None:
@@ -151,3 +156,18 @@ def test_without_script_and_on_paper_all_is_there(browser: Any, pages: dict[str,
     assert opened.page.locator("#loss svg").is_visible()
     assert opened.page.locator("nav").is_hidden()
     assert opened.page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_names_in_a_picture_for_papers_are_apart_and_inside(browser: Any, pages: dict[str, Path]) -> None:
+    opened = Opened(browser, pages["file"], width=DESKTOP, scheme="light")
+    assert (opened.asked, opened.complaints) == ([pages["file"].as_uri()], [])
+    boxes = opened.page.eval_on_selector_all(
+        "text[font-weight]",
+        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.top, box.right, box.bottom])",
+    )
+    assert len(boxes) == 9, "all methods but the ruin"
+    middle = [(left, (top + bottom) / 2, right) for left, top, right, bottom in boxes]
+    for (left, at, right), (begin, other, end) in combinations(middle, 2):
+        assert left >= end or begin >= right or abs(at - other) > 11, "letters are about as high"
+    frame = opened.page.locator("svg svg").bounding_box()
+    assert all(left >= frame["x"] and right <= frame["x"] + frame["width"] for left, _, right in middle)

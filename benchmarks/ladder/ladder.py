@@ -5,7 +5,7 @@
 
 `run` does the jobs of a plan of ladder.yaml that have no result yet, in order, in one process of one thread a core, and then reports.
 It may be stopped at any moment: the same command goes on. What it makes lies in DIR (default: the cache folder's `ladder`), bases with
-their recipes included. `report` writes ladder.md, ladder.html and, with matplotlib, pictures of what there is so far; with `--figures` of the
+their recipes included. `report` writes ladder.md, ladder.html and pictures of what there is so far; with `--figures` of the
 results kept in one file.
 """
 

@@ -14,9 +14,8 @@ from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.files import write_whole
 from adapt_pruner.core.words import compact
 from adapt_pruner.report.charts import Lines, Series
-from adapt_pruner.report.page import framed
-from adapt_pruner.report.paper import has_matplotlib, write_pictures
-from adapt_pruner.report.svg import drawn, escaped
+from adapt_pruner.report.paper import write_pictures
+from adapt_pruner.report.template import environment
 
 __all__ = ["Judged", "judged", "tables", "write_report"]
 
@@ -207,16 +206,8 @@ def write_report(results: Sequence[Result], table: Mapping[str, Any], folder: Pa
     text = "\n\n".join([head, *("\n".join(lines) for lines in made.values() if lines)]) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "ladder.md", text)
-    listed = "".join(f"<pre>{escaped(chr(10).join(lines))}</pre>" for lines in made.values() if lines)
-    body = f'<section id="pictures">{"".join(map(drawn, charts))}</section><section id="tables">{listed}</section>'
-    page = framed(
-        title=f"ladder: {plan}",
-        head=f"<h1>The ladder: {escaped(plan)}</h1><p>{escaped(head)}</p>",
-        links=[("pictures", "Curves"), ("tables", "Tables")],
-        body=body,
-        foot="",
-    )
+    template = environment().from_string(Path(__file__).with_name("ladder.html").read_text(encoding="utf-8"))
+    page = template.render(plan=plan, written=head, charts=charts, tables=list(made.values()))
     write_whole(folder / "ladder.html", page)
-    if charts and has_matplotlib():
-        write_pictures(charts, folder, endings=("svg",))
+    write_pictures(charts, folder, endings=("svg",))
     return f"{head} {compact(sum(result.get('tokens', 0) for result in results))} training tokens. The report is {folder / 'ladder.md'}"

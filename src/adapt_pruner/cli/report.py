@@ -20,7 +20,7 @@ def report(
         typer.Option("--output", "-o", help="File for the page. [default: report.html or compare.html in the folder]"),
     ] = None,
     png: Annotated[
-        bool, typer.Option("--png", help="Write the pictures as PNG files too, to PAGE-png/; needs matplotlib.")
+        bool, typer.Option("--png", help="Write the pictures as PNG files too, to PAGE-png/; needs the extra `plot`.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,7 +43,7 @@ def report(
     if out is not None:
         check_page(out, folder)
     if png:
-        paper.check_matplotlib()
+        paper.check_png()
     drawings: list[Chart]
     if (folder / "compare.json").is_file():
         target = out or folder / "compare.html"

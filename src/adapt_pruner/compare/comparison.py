@@ -3,7 +3,7 @@
 .adapt-pruner     marks the folder as a comparison; a folder that is not empty and lacks this file is refused
 compare.json      arguments, versions, rows and cells; rewritten after every cell
 compare.md        the table, with every reason for a failure
-compare.svg .png  the picture, if matplotlib is installed
+compare.svg .png  the picture; as PNG if vl-convert is installed
 compare.html      everything as one page
 cells/            the figures of each finished cell, under a fingerprint of everything that decides them
 models/           checkpoints while they are measured, or all of them if they are kept
@@ -50,7 +50,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
-from adapt_pruner.report.paper import has_matplotlib, write_pictures
+from adapt_pruner.report.paper import has_png, write_pictures
 from adapt_pruner.run.start import room
 
 __all__ = ["compare"]
@@ -232,11 +232,13 @@ def _tidy(out: Path) -> None:
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:
-    """Write compare.svg and compare.png to `out`. Returns whether there was anything to draw, and matplotlib to draw it."""
+    """Write compare.svg and, if vl-convert is installed, compare.png to `out`. Returns whether there was anything to draw."""
     panels = comparison_panels(result)
-    if panels is not None and not has_matplotlib():
-        warn(f"there is no picture, since matplotlib is not installed; {to_install('plot')} and run the same command")
-    return panels is not None and has_matplotlib() and bool(write_pictures([panels], out, endings=("svg", "png")))
+    if panels is None:
+        return False
+    if not has_png():
+        warn(f"there is no compare.png, since vl-convert is not installed; {to_install('plot')} and run the same command")
+    return bool(write_pictures([panels], out, endings=("svg", "png") if has_png() else ("svg",)))
 
 
 class _Comparison:

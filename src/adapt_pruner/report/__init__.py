@@ -5,6 +5,7 @@ record.py      the content of a run's folder, whether finished, running, stopped
 figures.py     the figures in it that are worth showing, as plain data
 advice.py      what to try next
 charts.py      the pictures, as data
-svg.py         charts → HTML; paper.py: charts → PNG and SVG for papers, by matplotlib
+svg.py         what lies where in each picture; paper.py: the same as SVG and PNG files for papers
 page.py        the page of a run; comparison.py: the page of a comparison
+template.py    both as HTML, by the files in templates/
 """

@@ -4,35 +4,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, pairwise
+from itertools import accumulate, count, pairwise
 
 from adapt_pruner.core.run_events import MasksLearnt, Searched
 from adapt_pruner.core.words import Form, counted, score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
-    "TONES",
-    "Anatomy",
-    "Beside",
-    "Chart",
-    "HeatMap",
-    "Histogram",
-    "Lines",
-    "Panel",
-    "Scores",
-    "Series",
-    "anatomy",
-    "by_text",
-    "costs",
-    "cut_lines",
-    "importance",
-    "mixing",
-    "perplexities",
-    "search",
-    "sparsity",
-    "tasks",
-    "training",
-    "widths",
+    "TONES", "Anatomy", "Beside", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "by_text", "costs",
+    "cut_lines", "importance", "mixing", "perplexities", "search", "sparsity", "tasks", "training", "widths",
 ]  # fmt: skip
 
 KINDS = {
@@ -44,6 +24,20 @@ TONES = 6
 
 _MOST_POINTS = 400  # of a line; if there are more, they are averaged
 _MOST_ROWS = 48  # of a heat map
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture: its key, title and what it is about; `note` goes wherever it goes."""
+
+    key: str
+    title: str
+    about: str
+    note: str = field(default="", kw_only=True)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Its figures as header and rows."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -65,16 +59,13 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Chart):
     """Lines over one axis; forms as in `words.shown`; `marks` are vertical lines (x, name); with `falls`, x runs downwards.
 
-    If a few points of faint lines lie far out, they are cut off, so that the rest can be seen. `note` goes wherever the picture
-    goes. Labels stand above their points or, with `below`, under them. `x_ticks` replace the round numbers below the axis.
+    If a few points of faint lines lie far out, they are cut off, so that the rest can be seen. Labels
+    stand above their points or, with `below`, under them. `x_ticks` replace the round numbers below the axis.
     """
 
-    key: str
-    title: str
-    about: str
     series: list[Series]
     x_label: str
     y_label: str
@@ -84,7 +75,6 @@ class Lines:
     marks: list[tuple[float, str]] = field(default_factory=list)
     short: bool = False
     falls: bool = False
-    note: str = ""
     below: bool = False
     x_ticks: list[float] = field(default_factory=list)
 
@@ -132,12 +122,9 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class HeatMap:
+class HeatMap(Chart):
     """Values by row and column, None for missing ones; the higher, or with `by_rank` the higher in rank, the darker."""
 
-    key: str
-    title: str
-    about: str
     columns: list[str]
     rows: list[str]
     values: list[list[float | None]]
@@ -174,12 +161,9 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Chart):
     """A column per layer, a panel per kind of unit; `groups` name stages with parameters after each, `began` the first model."""
 
-    key: str
-    title: str
-    about: str
     layers: list[int]
     panels: list[Panel]
     groups: list[tuple[str, int]]
@@ -196,12 +180,9 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Histogram:
+class Histogram(Chart):
     """Counts of units by their score relative to the cut line, in quarter octaves; the middle bin begins at the line."""
 
-    key: str
-    title: str
-    about: str
     kept: list[int]
     removed: list[int]
 
@@ -229,12 +210,9 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Chart):
     """Accuracies by task; `begun` is the name for the model before."""
 
-    key: str
-    title: str
-    about: str
     scores: list[Score]
     begun: str
 
@@ -248,9 +226,6 @@ class Scores:
                 [one.task, one.metric, f"{one.items:,}", *both, kept, "–" if one.chance is None else f"{100 * one.chance:.1f}"]
             )
         return ["task", "metric", "items", f"{self.begun}, %", "now, %", "kept", "guessing, %"], rows
-
-
-Chart = Lines | HeatMap | Anatomy | Histogram | Scores
 
 
 @dataclass(frozen=True)
@@ -320,11 +295,8 @@ def sparsity(figures: Figures) -> HeatMap | None:
     if picture is None or not picture.panels:
         return None
     panel = max(picture.panels, key=lambda panel: 1 - sum(panel.left) / sum(panel.total))
-    values: list[list[float | None]] = []
-    so_far = [0] * len(picture.layers)
-    for gone in panel.gone:
-        so_far = [a + b for a, b in zip(so_far, gone, strict=True)]
-        values.append([a / b if b else None for a, b in zip(so_far, panel.total, strict=True)])
+    so_far = accumulate(panel.gone, lambda before, gone: [a + b for a, b in zip(before, gone, strict=True)])
+    values = [[a / b if b else None for a, b in zip(gone, panel.total, strict=True)] for gone in so_far]
     last = [value for value in values[-1] if value is not None]
     return HeatMap(
         "sparsity", "What that led to", f"Share of a layer’s {panel.name} gone so far: at the end from {min(last):.0%} to {max(last):.0%}.",

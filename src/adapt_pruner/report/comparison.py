@@ -1,19 +1,16 @@
 """The page of a comparison: methods by sizes, quality against size and against speed, failures; and its picture for papers."""
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.marks import PAGE_FOOT
 from adapt_pruner.core.strict_json import number_of, read_json
 from adapt_pruner.core.words import Form, counted, shown
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
-from adapt_pruner.report.page import framed
-from adapt_pruner.report.svg import drawn, escaped, table
+from adapt_pruner.report.template import rendered
 
 __all__ = [
     "comparison_page", "comparison_panels", "comparison_pictures", "failures", "label", "num_draws", "read_comparison", "texts_in_words", "tokens_note",
@@ -121,30 +118,12 @@ def comparison_page(
         sparse: header and rows of the table of methods that make zeros, if there are any.
     """
     asked, rows = result["arguments"], result["rows"]
-    model, methods = Path(asked["model"]).name, [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense"]
     sizes = [size for size in dict.fromkeys(row["size"] for row in rows) if size is not None]
-    pictures = "".join(map(drawn, comparison_pictures(result)))
-    tables = "".join(_matrix(result, text, methods, sizes) for text in _texts(result) if sizes)
-    failed = failures(result)
-    sections = [
-        ("table", "Methods by budgets", tables),
-        ("pictures", "Quality against size, speed and time", f'<div class="wide">{pictures}</div>' if pictures else ""),
-        ("all", "All figures", _grouped(header, lines) + ("" if sparse is None else _grouped(*sparse))),
-        ("failed", "What failed", f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in failed)}</ul>" if failed else ""),
-        ("how", "How it was measured", _facts(result, texts_in_words(result))),
-    ]  # fmt: skip
-    sections = [section for section in sections if section[2]]
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{title}</h2>{inner}</section>'
-        for key, title, inner in sections
-    )
-    head = (
-        f'<p class="over">{escaped(name)}</p><h1>{escaped(model)}: {_counted(result)}</h1>'
-        f'<p class="lead">Pruned and not trained, from {shown(rows[0]["params"], "params")} parameters. {_winners(result, sizes)}</p>'
-    )
-    return framed(
-        title=f"{name}: {model} compared", head=head, links=[(key, title) for key, title, _ in sections], body=body,
-        foot=f"{PAGE_FOOT} on {time.strftime('%Y-%m-%d %H:%M')}. This page needs no network.",
+    return rendered(
+        "comparison.html", name=name, model=Path(asked["model"]).name, counted=_counted(result), params=rows[0]["params"],
+        winners=_winners(result, sizes), matrices=[_matrix(result, text, sizes) for text in _texts(result) if sizes],
+        charts=comparison_pictures(result), tables=[(header, lines), *([sparse] if sparse else [])], failures=failures(result),
+        tokens_note=tokens_note(result), facts=_facts(result),
     )  # fmt: skip
 
 
@@ -285,45 +264,33 @@ def _named(method: str, rows: Sequence[Mapping[str, Any]], text: str) -> str:
     return f"{method} (in-domain)" if own else method
 
 
-def _matrix(result: Mapping[str, Any], text: str, methods: Sequence[str], sizes: Sequence[int]) -> str:
-    """Perplexity by method and size, with its ratio to the dense model's, and bits per byte where they are known."""
-    cells = {(row["method"], row["size"]): row for row in result["rows"]}
+def _matrix(result: Mapping[str, Any], text: str, sizes: Sequence[int]) -> tuple[list[str], list[list[str]], str]:
+    """Header, rows and caption: perplexity by method and size, its ratio to the dense model's, and bits per byte if known."""
+    rows = [row for row in result["rows"] if row["method"] != "dense"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     best = {
-        size: min(
-            (value for m in methods if (row := cells.get((m, size))) and (value := _perplexity(row, text)) is not None),
-            default=None,
-        )
+        size: min((value for row in rows if row["size"] == size and (value := _perplexity(row, text)) is not None), default=None)
         for size in sizes
     }
-    lines = []
-    for method in methods:
-        line = [_named(method, result["rows"], text)]
-        for size in sizes:
-            row = cells.get((method, size))
-            value = _perplexity(row, text) if row else None
-            ratio = number_of(row["texts"][text]["ratio"]) if row and value is not None else None
-            star = "★ " if value is not None and value == best[size] and len(methods) > 1 else ""
-            infinite = value is None and row and text in row["texts"]
-            bits = number_of(row["texts"][text].get("bits_per_byte")) if row and value is not None else None
-            line.append(
-                "∞"
-                if infinite
-                else f"{star}{shown(value, 'perplexity')}"
-                + (f" ({shown(ratio, 'times')})" if ratio is not None else "")
-                + (f", {bits:.3f} bits" if bits is not None else "")
-            )
-        lines.append(line)
+
+    def words(row: Mapping[str, Any]) -> str:
+        value = _perplexity(row, text)
+        if value is None:
+            return "∞" if text in row["texts"] else "–"
+        ratio, bits = (number_of(row["texts"][text].get(key)) for key in ("ratio", "bits_per_byte"))
+        star = "★ " if value == best[row["size"]] and len(methods) > 1 else ""
+        times = f" ({shown(ratio, 'times')})" if ratio is not None else ""
+        return f"{star}{shown(value, 'perplexity')}{times}" + (f", {bits:.3f} bits" if bits is not None else "")
+
+    cells = {(row["method"], row["size"]): words(row) for row in rows}
+    lines = [[_named(method, rows, text), *(cells.get((method, size), "–") for size in sizes)] for method in methods]
     dense = _perplexity(result["rows"][0], text)
     caption = (
         f"Perplexity on {text}; dense {shown(dense, 'perplexity')}; in brackets its ratio to "
         "the dense model’s; ★ marks the lowest of a size"
         + ("; bits are per byte of text" if any(" bits" in cell for line in lines for cell in line) else "")
     )
-    return table(["method", *(f"at most {shown(size, 'params')}" for size in sizes)], lines, caption=caption)
-
-
-def _grouped(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return table(header, [line for line in lines if any(line)])
+    return ["method", *(f"at most {shown(size, 'params')}" for size in sizes)], lines, caption
 
 
 def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
@@ -339,18 +306,14 @@ def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
             said.append((min(known)[1], shown(size, "params")))
     winners = {method for method, _ in said}
     if len(winners) == 1 and len(said) > 1:
-        return f"{escaped(winners.pop())} has the lowest perplexity at each of them."
-    return f"Lowest perplexity: {escaped(', '.join(f'{method} at {size}' for method, size in said))}." if said else ""
+        return f"{winners.pop()} has the lowest perplexity at each of them."
+    return f"Lowest perplexity: {', '.join(f'{method} at {size}' for method, size in said)}." if said else ""
 
 
-def _facts(result: Mapping[str, Any], texts: str) -> str:
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, object]]:
     asked = result["arguments"]
-    facts = [
-        ("model", asked["model"]), ("dequantised from", result.get("dequantised")), ("text", texts), ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"),
-        ("draws", num_draws(asked)), ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])),
-        ("made by", result["made_by"]),
+    return [
+        ("model", asked["model"]), ("dequantised from", result.get("dequantised")), ("text", texts_in_words(result)),
+        ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"), ("draws", num_draws(asked)),
+        ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])), ("made by", result["made_by"]),
     ]  # fmt: skip
-    listed = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value not in (None, ""))
-    note = tokens_note(result)
-    said = f"Parameters are counted in the saved models. Where draws overlap, the table does not tell which is better. {escaped(note)}"
-    return f'<p>{said.strip()}</p><dl class="facts">{listed}</dl>'

@@ -40,6 +40,21 @@ class Row:
     begun: str = "dense"
     after_cuts: float | None = None
 
+    @property
+    def change(self) -> float | None:
+        """The change as a share of the measure at the start."""
+        return self.now / self.before - 1 if self.before and self.now else None
+
+    @property
+    def tone(self) -> str:
+        """Whether the change is good or bad; nobody knows of a plain score whether more is better."""
+        change = self.change or 0.0
+        if self.form == "plain":
+            return ""
+        if change > 0 if self.form == "right" else change < 0:
+            return "good"
+        return "bad" if abs(change) > 0.0005 else ""
+
 
 @dataclass(frozen=True)
 class Cut:
