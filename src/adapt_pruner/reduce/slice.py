@@ -135,11 +135,7 @@ def _sliced_class(model: Any) -> Any:
     stock = type(model).__name__.removeprefix("Pruned")
     sliced = getattr(modeling_sliced, f"Sliced{stock}", None)
     if sliced is None:
-        known = ", ".join(
-            name.removeprefix("Sliced")
-            for name in vars(modeling_sliced)
-            if name.endswith("ForCausalLM") and name.startswith("Sliced")
-        )
+        known = ", ".join(f"{stock}ForCausalLM" for stock in modeling_sliced.STOCK)
         raise UsageError(f"{stock} cannot be sliced, since there is no sliced class for it; known: {known}")
     return sliced
 
