@@ -6,8 +6,8 @@ equal, and, where it fails, what to look at. `.ci/matrix` does the like over who
 """
 
 import inspect
+import pickle
 import re
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ CHILDREN = {"Gemma3": BLOCKS | NORMS | {"pre_feedforward_layernorm", "post_feedf
 IDLE = {"Phi3": {"resid_attn_dropout", "resid_mlp_dropout"}}
 """What a layer has beside these that may stay when a block goes."""
 READ_AS_IT_RUNS = {"Phi3": {"num_attention_heads"}}
-"""Sizes of its own layer that an attention reads from its config in its forward; `attention_config` in modeling_pruned.py states them."""
+"""Sizes of its own layer that an attention reads from its config in its forward; `Axis.readers` of the family states them."""
 KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position", "position_embeddings",
     "kwargs", "position_embeddings_global", "position_embeddings_local", "output_attentions",
@@ -36,12 +36,9 @@ KNOWN_ARGUMENTS = {
 """What the stock layers have been seen to take; `_SlicedLayer` hands all but the first on to the attention."""
 
 
-def classes(module: ModuleType, prefix: str) -> list[Any]:
-    """The causal language models of a modelling file."""
-    return [found for name, found in vars(module).items() if name.startswith(prefix) and name.endswith("ForCausalLM")]
-
-
-PRUNED, SLICED = classes(modeling_pruned, "Pruned"), classes(modeling_sliced, "Sliced")
+STOCK = sorted({type(tiny_model(layout)).__name__ for layout in LAYOUTS})
+PRUNED = [getattr(modeling_pruned, f"Pruned{name}") for name in STOCK]
+SLICED = [getattr(modeling_sliced, f"Sliced{name}ForCausalLM") for name in modeling_sliced.STOCK]
 KIND = [pytest.param(ours, id=ours.__name__) for ours in (*PRUNED, *SLICED)]
 
 
@@ -102,6 +99,36 @@ def test_equal_layers_are_built_where_a_config_has_no_view_of_them(
         assert torch.equal(ours(IDS).logits, stock(IDS).logits)
 
 
+@pytest.mark.parametrize("name", ["Granite", "SmolLM3", "SeedOss", "Ministral", "Gemma2"])
+def test_a_model_that_no_list_names_is_built_of_unequal_layers(name: str) -> None:
+    """So a new family needs no class in modeling_pruned.py."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, allow_global_per_layer_attribute_access=True,
+        per_layer_config={0: {"intermediate_size": 16}, 1: {"num_attention_heads": 2, "num_key_value_heads": 1}, 2: {"skip": ["attention"]}},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(modeling_pruned, f"Pruned{name}ForCausalLM")(config).eval()
+    assert isinstance(model, getattr(transformers, f"{name}ForCausalLM"))
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [16, 40, 40]
+    assert [getattr(layer.self_attn, "num_key_value_groups", None) for layer in model.model.layers] == [2, 2, None]
+    assert model.model.layers[1].self_attn.k_proj.out_features == 8
+    written = [
+        model.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=use, eos_token_id=None) for use in (True, False)
+    ]
+    assert torch.equal(*written)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_is_sliced_only_if_its_layers_are_known() -> None:
+    assert hasattr(modeling_sliced, "SlicedQwen3ForCausalLM")
+    assert not hasattr(modeling_sliced, "SlicedQwen3MoeForCausalLM")
+    assert not hasattr(modeling_sliced, "SlicedGemma3ForCausalLM")
+    assert not hasattr(modeling_pruned, "PrunedGemma3TextForTokenClassification"), "transformers has no such class"
+
+
 def test_an_attribute_that_the_constructor_counts_from_its_layers_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a version could well bring: a field worked out from the number of layers, which ours says is none."""
     of_stock = transformers.LlamaModel.__init__
@@ -143,15 +170,17 @@ def test_a_layer_is_made_of_what_we_know(ours: Any) -> None:
     layer, kind = stock.model.layers[0], type(stock).__name__.removesuffix("ForCausalLM")
     look = f"{VERSION}: look at {type(layer).__name__}.__init__"
     assert {name for name, _ in layer.named_children()} - IDLE.get(kind, set()) == CHILDREN.get(kind, BLOCKS | NORMS), (
-        f"{look}, and at `blocks` in modeling_pruned.py: a norm that is not named there stays when its block goes"
+        f"{look}, and at `_blocks` in modeling_pruned.py: a norm that is not named there stays when its block goes"
     )
     if ours in PRUNED:
-        assert {name for block in ours.base_class.blocks.values() for name in block} == CHILDREN.get(kind, BLOCKS | NORMS), look
+        assert {name for block in modeling_pruned._blocks(layer).values() for name in block} == CHILDREN.get(
+            kind, BLOCKS | NORMS
+        ), look
     assert isinstance(layer.self_attn.o_proj, nn.Linear), f"{look}, and at _with_bias"
     assert isinstance(layer.mlp.down_proj, nn.Linear), f"{look}, and at _with_bias"
     assert isinstance(stock.model.layers, nn.ModuleList), f"{look}: _Pruned appends to `layers`"
     assert [block.self_attn.layer_idx for block in stock.model.layers] == list(range(len(stock.model.layers)))
-    assert layer.self_attn.config is stock.config, f"{look}: _Pruned hands each attention the config of the whole model"
+    assert layer.self_attn.config is stock.config, f"{look}: _Pruned hands each attention the config of the model, or its like"
     for block in (layer.self_attn, layer.mlp):
         read = set(re.findall(r"self\.config\.(num_\w+|\w+_size|head_dim)", inspect.getsource(type(block).forward)))
         allowed = READ_AS_IT_RUNS.get(kind, set()) if block is layer.self_attn else set()
@@ -222,8 +251,3 @@ def test_stock_classes_still_need_ours() -> None:
     assert widths == [40, 40], (
         f"{VERSION} builds layers from per_layer_config: see whether checkpoint.save may leave modeling_pruned.py out"
     )
-
-
-def test_every_class_is_looked_at() -> None:
-    seen = {type(tiny_model(layout)) for layout in LAYOUTS}
-    assert {stock_of(ours) for ours in (*PRUNED, *SLICED)} == seen

@@ -470,7 +470,10 @@ def test_the_width_of_the_stream_shrinks_under_a_budget(axes: list[str], recipe:
 def test_a_family_whose_unequal_layers_cannot_be_saved_is_refused_at_the_start(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(modeling_pruned, "PrunedLlamaForCausalLM")
+    def lacking(name: str) -> Any:
+        raise AttributeError(name)
+
+    monkeypatch.setattr(modeling_pruned, "__getattr__", lacking)
     refused = "LlamaForCausalLM has no class in checkpoint/modeling_pruned.py, .*; set equal_widths=true, or prune whole layers"
     with pytest.raises(UsageError, match=refused):
         prune(without_training(recipe), tmp_path / "out")

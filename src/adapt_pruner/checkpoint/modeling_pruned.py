@@ -13,61 +13,19 @@ something else; so transformers refuses it and says what to pass.
 Licence: Apache-2.0.
 """
 
+import functools
 import json
 
 import torch
 import transformers
 from torch import nn
+from transformers import MODEL_MAPPING, PreTrainedModel
 
-if not hasattr(transformers.LlamaConfig, "is_heterogeneous"):  # before the imports below, some of which old versions lack
+if not hasattr(transformers.LlamaConfig, "is_heterogeneous"):
     raise ImportError(
         f"this model builds each layer from its own config, which transformers {transformers.__version__} cannot do; it needs "
         "transformers >= 5.14: pip install --upgrade 'transformers>=5.14'"
     )
-
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, PreTrainedModel, Qwen2Config, Qwen3Config
-from transformers.models.gemma3.modeling_gemma3 import (
-    Gemma3DecoderLayer,
-    Gemma3ForCausalLM,
-    Gemma3TextForSequenceClassification,
-    Gemma3TextModel,
-)
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-)
-from transformers.models.phi3.modeling_phi3 import (
-    Phi3DecoderLayer,
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-    Phi3Model,
-)
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2DecoderLayer,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2ForTokenClassification,
-    Qwen2Model,
-)
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    Qwen3ForTokenClassification,
-    Qwen3Model,
-)
-
 
 PREFIX = "pruned_"
 
@@ -83,30 +41,6 @@ class _PrunedConfig:
     def to_json_string(self, *args, **kwargs):
         data = json.loads(super().to_json_string(*args, **kwargs))
         return json.dumps({**data, "model_type": PREFIX + self.model_type}, indent=2, sort_keys=True) + "\n"
-
-
-class PrunedGemma3TextConfig(_PrunedConfig, Gemma3TextConfig):
-    pass
-
-
-class PrunedLlamaConfig(_PrunedConfig, LlamaConfig):
-    pass
-
-
-class PrunedMistralConfig(_PrunedConfig, MistralConfig):
-    pass
-
-
-class PrunedPhi3Config(_PrunedConfig, Phi3Config):
-    pass
-
-
-class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
-    pass
-
-
-class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
-    pass
 
 
 class _WithoutLayers:
@@ -214,30 +148,38 @@ def layer_config(config, index):
     return config.per_layer_config[index] if config.is_heterogeneous else config
 
 
-class _Pruned(_WithoutLayers):
-    layer_class = None
-    blocks = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
+def _blocks(layer):
+    """What a `skip` of the config names -> the block of a layer, and the norms that go with it."""
+    if hasattr(layer, "pre_feedforward_layernorm"):  # as Gemma's layers have it: two norms for each block
+        return {
+            "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
+            "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        }
+    return {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 
+
+class _Pruned(_WithoutLayers):
     def __init__(self, config):
         super().__init__(config)
+        layer_class = self._can_record_outputs["hidden_states"]
         for index in range(config.num_hidden_layers):
             own = layer_config(config, index)
-            layer = self.layer_class(own, index)
-            layer.self_attn.config = self.attention_config(config, own)
+            layer = layer_class(own, index)
+            layer.self_attn.config = config  # so that a later choice of the attention kernel reaches every layer
+            if config.is_heterogeneous:
+                sizes = {name: getattr(own, name) for name in config.per_layer_attributes}
+                layer.self_attn.config = _OwnConfig(config, **sizes)
             if getattr(config, "output_bias", False):
                 layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
                 layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
             if getattr(config, "block_sums", 0):
                 add_block_sums(layer, config.block_sums)
-            for block, *norms in (self.blocks[name] for name in getattr(own, "skip", ())):
+            for block, *norms in (_blocks(layer)[name] for name in getattr(own, "skip", ())):
                 setattr(layer, block, _Nothing(getattr(getattr(layer, block), "layer_idx", None)))
                 for norm in norms:
                     setattr(layer, norm, nn.Identity())
             self.layers.append(layer)
         self.post_init()
-
-    def attention_config(self, config, own):
-        return config  # so that a later choice of the attention kernel reaches every layer
 
 
 def _with_bias(linear):
@@ -245,8 +187,6 @@ def _with_bias(linear):
 
 
 class _PrunedForCausalLM(_WithoutLayers):
-    base_class = None
-
     def __init__(self, config):
         super().__init__(config)
         self.model = self.base_class(config)
@@ -264,146 +204,49 @@ class _PrunedForCausalLM(_WithoutLayers):
 
 
 class _PrunedForSequenceClassification:
-    base_class = None
+    biased = False
 
     def __init__(self, config):
         PreTrainedModel.__init__(self, config)  # the stock constructor would ask AutoModel, which does not have this file
         self.num_labels = config.num_labels
         self.model = self.base_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.biased)
         self.post_init()
 
 
-class _PrunedForTokenClassification:
-    base_class = None
+class _PrunedForTokenClassification(_PrunedForSequenceClassification):
+    biased = True
 
     def __init__(self, config):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = self.base_class(config)
+        super().__init__(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
 
-class PrunedGemma3TextModel(_Pruned, Gemma3TextModel):
-    config_class = PrunedGemma3TextConfig
-    layer_class = Gemma3DecoderLayer
-    blocks = {
-        "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
-        "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    }
+KINDS = {
+    "Config": _PrunedConfig,
+    "Model": _Pruned,
+    "ForCausalLM": _PrunedForCausalLM,
+    "ForSequenceClassification": _PrunedForSequenceClassification,
+    "ForTokenClassification": _PrunedForTokenClassification,
+}
 
 
-class PrunedGemma3ForCausalLM(_PrunedForCausalLM, Gemma3ForCausalLM):
-    config_class = PrunedGemma3TextConfig
-    base_class = PrunedGemma3TextModel
+def class_called(name, prefix, kinds, find):
+    """The class of that name in the file that `find` looks into: the stock class whose name follows the prefix, built as its kind says."""
+    stock = getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
+    kind = next((kind for kind in kinds if name.endswith(kind)), None)
+    if stock is None or kind is None:
+        raise AttributeError(f"module {find.__module__!r} has no attribute {name!r}")
+    fields = {"__module__": find.__module__}
+    if kind != "Config":
+        fields["config_class"] = find(prefix + stock.config_class.__name__)
+    if kind.startswith("For"):
+        fields["base_class"] = find(prefix + MODEL_MAPPING[stock.config_class].__name__)
+    return type(name, (kinds[kind], stock), fields)
 
 
-class PrunedGemma3TextForSequenceClassification(_PrunedForSequenceClassification, Gemma3TextForSequenceClassification):
-    config_class = PrunedGemma3TextConfig
-    base_class = PrunedGemma3TextModel
-
-
-class PrunedLlamaModel(_Pruned, LlamaModel):
-    config_class = PrunedLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class PrunedLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
-    config_class = PrunedLlamaConfig
-    base_class = PrunedLlamaModel
-
-
-class PrunedLlamaForSequenceClassification(_PrunedForSequenceClassification, LlamaForSequenceClassification):
-    config_class = PrunedLlamaConfig
-    base_class = PrunedLlamaModel
-
-
-class PrunedLlamaForTokenClassification(_PrunedForTokenClassification, LlamaForTokenClassification):
-    config_class = PrunedLlamaConfig
-    base_class = PrunedLlamaModel
-
-
-class PrunedMistralModel(_Pruned, MistralModel):
-    config_class = PrunedMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class PrunedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
-    config_class = PrunedMistralConfig
-    base_class = PrunedMistralModel
-
-
-class PrunedMistralForSequenceClassification(_PrunedForSequenceClassification, MistralForSequenceClassification):
-    config_class = PrunedMistralConfig
-    base_class = PrunedMistralModel
-
-
-class PrunedMistralForTokenClassification(_PrunedForTokenClassification, MistralForTokenClassification):
-    config_class = PrunedMistralConfig
-    base_class = PrunedMistralModel
-
-
-class PrunedPhi3Model(_Pruned, Phi3Model):
-    config_class = PrunedPhi3Config
-    layer_class = Phi3DecoderLayer
-
-    def attention_config(self, config, own):
-        return _OwnConfig(config, num_attention_heads=own.num_attention_heads)
-
-
-class PrunedPhi3ForCausalLM(_PrunedForCausalLM, Phi3ForCausalLM):
-    config_class = PrunedPhi3Config
-    base_class = PrunedPhi3Model
-
-
-class PrunedPhi3ForSequenceClassification(_PrunedForSequenceClassification, Phi3ForSequenceClassification):
-    config_class = PrunedPhi3Config
-    base_class = PrunedPhi3Model
-
-
-class PrunedPhi3ForTokenClassification(_PrunedForTokenClassification, Phi3ForTokenClassification):
-    config_class = PrunedPhi3Config
-    base_class = PrunedPhi3Model
-
-
-class PrunedQwen2Model(_Pruned, Qwen2Model):
-    config_class = PrunedQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class PrunedQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
-    config_class = PrunedQwen2Config
-    base_class = PrunedQwen2Model
-
-
-class PrunedQwen2ForSequenceClassification(_PrunedForSequenceClassification, Qwen2ForSequenceClassification):
-    config_class = PrunedQwen2Config
-    base_class = PrunedQwen2Model
-
-
-class PrunedQwen2ForTokenClassification(_PrunedForTokenClassification, Qwen2ForTokenClassification):
-    config_class = PrunedQwen2Config
-    base_class = PrunedQwen2Model
-
-
-class PrunedQwen3Model(_Pruned, Qwen3Model):
-    config_class = PrunedQwen3Config
-    layer_class = Qwen3DecoderLayer
-
-
-class PrunedQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
-    config_class = PrunedQwen3Config
-    base_class = PrunedQwen3Model
-
-
-class PrunedQwen3ForSequenceClassification(_PrunedForSequenceClassification, Qwen3ForSequenceClassification):
-    config_class = PrunedQwen3Config
-    base_class = PrunedQwen3Model
-
-
-class PrunedQwen3ForTokenClassification(_PrunedForTokenClassification, Qwen3ForTokenClassification):
-    config_class = PrunedQwen3Config
-    base_class = PrunedQwen3Model
+@functools.cache
+def __getattr__(name):
+    """PrunedLlamaForCausalLM from LlamaForCausalLM of transformers, and so on for every model whose layers are built alike."""
+    return class_called(name, "Pruned", KINDS, __getattr__)

@@ -11,49 +11,15 @@ Licence: Apache-2.0.
 """
 
 import copy
+import functools
 
 import torch
+import transformers
 from torch import nn
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-)
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2DecoderLayer,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2ForTokenClassification,
-    Qwen2Model,
-)
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    Qwen3ForTokenClassification,
-    Qwen3Model,
-)
 
-from .modeling_pruned import (
-    PrunedLlamaConfig,
-    PrunedMistralConfig,
-    PrunedQwen2Config,
-    PrunedQwen3Config,
-    _PrunedForCausalLM,
-    _PrunedForSequenceClassification,
-    _PrunedForTokenClassification,
-    _WithoutLayers,
-    layer_config,
-)
+from .modeling_pruned import KINDS, _WithoutLayers, class_called, layer_config
+
+STOCK = ("Llama", "Mistral", "Qwen2", "Qwen3")  # whose layers compute what `_SlicedLayer.forward` does
 
 
 class BareRMSNorm(nn.Module):
@@ -90,125 +56,23 @@ class _SlicedLayer:
 
 
 class _Sliced(_WithoutLayers):
-    layer_class = None
-
     def __init__(self, config):
         super().__init__(config)
+        layer_class = __getattr__(f"Sliced{self._can_record_outputs['hidden_states'].__name__}")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.sliced_hidden_size, self.padding_idx)
         for index in range(config.num_hidden_layers):
             last = index == config.num_hidden_layers - 1
-            self.layers.append(self.layer_class(config, index, config.hidden_size if last else config.sliced_hidden_size))
+            self.layers.append(layer_class(config, index, config.hidden_size if last else config.sliced_hidden_size))
         self.norm = BareRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
 
-class SlicedLlamaConfig(PrunedLlamaConfig):
-    pass
-
-
-class SlicedLlamaDecoderLayer(_SlicedLayer, LlamaDecoderLayer):
-    pass
-
-
-class SlicedLlamaModel(_Sliced, LlamaModel):
-    config_class = SlicedLlamaConfig
-    layer_class = SlicedLlamaDecoderLayer
-
-
-class SlicedLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
-    config_class = SlicedLlamaConfig
-    base_class = SlicedLlamaModel
-
-
-class SlicedLlamaForSequenceClassification(_PrunedForSequenceClassification, LlamaForSequenceClassification):
-    config_class = SlicedLlamaConfig
-    base_class = SlicedLlamaModel
-
-
-class SlicedLlamaForTokenClassification(_PrunedForTokenClassification, LlamaForTokenClassification):
-    config_class = SlicedLlamaConfig
-    base_class = SlicedLlamaModel
-
-
-class SlicedMistralConfig(PrunedMistralConfig):
-    pass
-
-
-class SlicedMistralDecoderLayer(_SlicedLayer, MistralDecoderLayer):
-    pass
-
-
-class SlicedMistralModel(_Sliced, MistralModel):
-    config_class = SlicedMistralConfig
-    layer_class = SlicedMistralDecoderLayer
-
-
-class SlicedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
-    config_class = SlicedMistralConfig
-    base_class = SlicedMistralModel
-
-
-class SlicedMistralForSequenceClassification(_PrunedForSequenceClassification, MistralForSequenceClassification):
-    config_class = SlicedMistralConfig
-    base_class = SlicedMistralModel
-
-
-class SlicedMistralForTokenClassification(_PrunedForTokenClassification, MistralForTokenClassification):
-    config_class = SlicedMistralConfig
-    base_class = SlicedMistralModel
-
-
-class SlicedQwen2Config(PrunedQwen2Config):
-    pass
-
-
-class SlicedQwen2DecoderLayer(_SlicedLayer, Qwen2DecoderLayer):
-    pass
-
-
-class SlicedQwen2Model(_Sliced, Qwen2Model):
-    config_class = SlicedQwen2Config
-    layer_class = SlicedQwen2DecoderLayer
-
-
-class SlicedQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
-    config_class = SlicedQwen2Config
-    base_class = SlicedQwen2Model
-
-
-class SlicedQwen2ForSequenceClassification(_PrunedForSequenceClassification, Qwen2ForSequenceClassification):
-    config_class = SlicedQwen2Config
-    base_class = SlicedQwen2Model
-
-
-class SlicedQwen2ForTokenClassification(_PrunedForTokenClassification, Qwen2ForTokenClassification):
-    config_class = SlicedQwen2Config
-    base_class = SlicedQwen2Model
-
-
-class SlicedQwen3Config(PrunedQwen3Config):
-    pass
-
-
-class SlicedQwen3DecoderLayer(_SlicedLayer, Qwen3DecoderLayer):
-    pass
-
-
-class SlicedQwen3Model(_Sliced, Qwen3Model):
-    config_class = SlicedQwen3Config
-    layer_class = SlicedQwen3DecoderLayer
-
-
-class SlicedQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
-    config_class = SlicedQwen3Config
-    base_class = SlicedQwen3Model
-
-
-class SlicedQwen3ForSequenceClassification(_PrunedForSequenceClassification, Qwen3ForSequenceClassification):
-    config_class = SlicedQwen3Config
-    base_class = SlicedQwen3Model
-
-
-class SlicedQwen3ForTokenClassification(_PrunedForTokenClassification, Qwen3ForTokenClassification):
-    config_class = SlicedQwen3Config
-    base_class = SlicedQwen3Model
+@functools.cache
+def __getattr__(name):
+    """SlicedLlamaForCausalLM from LlamaForCausalLM of transformers, and so on."""
+    if name not in {f"Sliced{stock}{kind}" for stock in STOCK for kind in (*KINDS, "DecoderLayer")}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.endswith("DecoderLayer"):
+        model = getattr(transformers, name.removeprefix("Sliced").removesuffix("DecoderLayer") + "Model")
+        return type(name, (_SlicedLayer, model._can_record_outputs["hidden_states"]), {"__module__": __name__})
+    return class_called(name, "Sliced", KINDS | {"Model": _Sliced}, __getattr__)

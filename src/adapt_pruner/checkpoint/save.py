@@ -29,6 +29,7 @@ from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.files import folder_beside, named, sync, why, write_failure
+from adapt_pruner.core.layerwise import decoder_layers
 from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
 from adapt_pruner.core.strict_json import to_json
 from adapt_pruner.core.surgery import write_sizes
@@ -223,8 +224,9 @@ def stock_class(model: Any) -> str:
 
 
 def can_save_unequal_layers(model: Any) -> bool:
-    """Whether a class of modeling_pruned.py builds such a model with layers that differ in size."""
-    return hasattr(modeling_pruned, f"Pruned{stock_class(model)}")
+    """Whether modeling_pruned.py builds such a model with layers that differ in size."""
+    layer = decoder_layers(model)[0]
+    return hasattr(modeling_pruned, f"Pruned{stock_class(model)}") and hasattr(layer, "self_attn") and hasattr(layer, "mlp")
 
 
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:

@@ -134,8 +134,7 @@ def _sliced_class(model: Any) -> Any:
     stock = type(model).__name__.removeprefix("Pruned")
     sliced = getattr(modeling_sliced, f"Sliced{stock}", None)
     if sliced is None:
-        names = [name for name in vars(modeling_sliced) if name.endswith("ForCausalLM") and name.startswith("Sliced")]
-        sliceable = ", ".join(name.removeprefix("Sliced") for name in names)
+        sliceable = ", ".join(f"{name}ForCausalLM" for name in modeling_sliced.STOCK)
         raise UsageError(f"{stock} cannot be sliced, since there is no sliced class for it; known: {sliceable}")
     return sliced
 
