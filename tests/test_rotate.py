@@ -324,7 +324,7 @@ def test_a_sliced_model_is_not_cut_further(recipe: Recipe, tmp_path: Path) -> No
 
 
 def test_rotating_in_stages_or_with_a_repair_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"reduce 'slice' chooses no units, so repair would be ignored; set repair=null"):
+    with pytest.raises(UsageError, match=r"repair would be ignored, since reduce 'slice' does not read it; set repair=null"):
         read({"method": "slicegpt", "repair": next(iter(parts.names("repair")))})
     with pytest.raises(UsageError, match="reduce 'slice' can run only once, and stages is 3; set stages to 1"):
         read({"method": "slicegpt", "stages": 3})
