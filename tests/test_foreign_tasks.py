@@ -172,8 +172,7 @@ def test_a_recipe_cannot_allow_it_and_a_dry_run_loads_no_task(
     for trust in ("trust_remote_code", "evaluation.trust_remote_code", "training.trust_remote_code"):
         with pytest.raises(UsageError, match="trust_remote_code' is not known"):
             recipe.read(asked, overrides=[f"{trust}=true"])
-    monkeypatch.setattr(task_sources, "_loaded", None)
-    monkeypatch.setattr(task_sources, "_with_overlay", None)
+    monkeypatch.setattr(task_sources._Index, "find", None)
     assert dry_run(recipe.read(asked), trust_remote_code=True)["time_without"][-1] == "scoring tasks"
     assert not (evil.parent / "marker").exists()
     with pytest.raises(UsageError, match="'tiny_evl' is not known; did you mean 'tiny_evil'"):

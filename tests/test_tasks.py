@@ -1,4 +1,4 @@
-"""Scores on tasks: the likelihoods and scores of lm-eval's own model, shared beginnings or not, kept and compared."""
+"""Scores on tasks: those of lm-eval itself, kept and compared."""
 
 import importlib.util
 import io
@@ -19,7 +19,7 @@ from adapt_pruner.core.provenance import to_install
 from adapt_pruner.core.surgery import cut
 from adapt_pruner.core.words import score as shown_score
 from adapt_pruner.errors import UsageError
-from adapt_pruner.evaluate import likelihood, task_sources, tasks
+from adapt_pruner.evaluate import task_sources, tasks
 from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
 from adapt_pruner.report import with_card
@@ -280,7 +280,7 @@ def test_a_group_has_lm_evals_own_figure(folder: Path, tmp_path: Path) -> None:
             group.add(task)
     model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
     (score,) = evaluate_tasks(model, tokenizer, [task_sources.Wanted("both", members, group, "here")], cache=tmp_path)
-    theirs = likelihood.harness_model(model, tokenizer)
+    theirs = tasks.harness_model(model, tokenizer)
     came = lm_eval.evaluate(theirs, {"tasks": members, "groups": {"both": group}}, log_samples=False)
     assert score.value == came["groups"]["both"]["acc,none"]
     assert score.stderr == came["groups"]["both"]["acc_stderr,none"]

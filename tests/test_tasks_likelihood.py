@@ -1,4 +1,4 @@
-"""Likelihoods of continuations are those of whole passes, shared beginnings or not, whatever form the model has."""
+"""Likelihoods of continuations are those of whole passes, one at a time, whatever form the model has."""
 
 import json
 import math
@@ -11,14 +11,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapt_pruner.data.windows import held_out_windows
-from adapt_pruner.evaluate import likelihood
-from adapt_pruner.evaluate.likelihood import loglikelihoods
+from adapt_pruner.evaluate.harness import harness_model
 from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_tasks import ask, close, folder, needs_lm_eval, uneven
 
+pytestmark = needs_lm_eval
 __all__ = ["ask", "folder"]  # fixtures
 
 
@@ -53,100 +53,45 @@ def plainly(model: Any, pairs: Any, *, max_length: int = 512) -> list[tuple[floa
     return answers
 
 
+def likelihoods(model: Any, pairs: Any) -> list[tuple[float, bool]]:
+    requests = [(None, context, continuation) for context, continuation in pairs]
+    answers: list[tuple[float, bool]] = harness_model(model, byte_tokenizer())._loglikelihood_tokens(requests, disable_tqdm=True)
+    return answers
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 def test_likelihoods_are_those_of_whole_passes(layout: tuple[str, str]) -> None:
     """In every family, windows of sliding attention shorter than the contexts included, whatever is batched with what."""
     model = tiny_model(layout)
     pairs, before = pairs_of(model.config.vocab_size), model.config.to_dict()
-    assert likelihood.shares_beginnings(model)
-    expected = plainly(model, pairs)
-    for batch_tokens in (1, 70, 10_000):
-        close(loglikelihoods(model, pairs, max_length=512, batch_tokens=batch_tokens), expected)
-        assert model.config.to_dict() == before, "the config is left as it was"
+    close(likelihoods(model, pairs), plainly(model, pairs))
+    assert model.config.to_dict() == before, "the config is left as it was"
 
 
 def test_layers_of_different_sizes_and_without_blocks() -> None:
-    model = uneven()
-    assert likelihood.shares_beginnings(model)
-    pairs = pairs_of(VOCAB)
-    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
+    model, pairs = uneven(), pairs_of(VOCAB)
+    close(likelihoods(model, pairs), plainly(model, pairs))
 
 
 def test_a_sliced_model() -> None:
-    model = tiny_model(vocab_size=VOCAB)
+    model, pairs = tiny_model(vocab_size=VOCAB), pairs_of(VOCAB)
     batches = [torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))]
     slice_to(model, 32, batches, dtype="float32")
-    assert likelihood.shares_beginnings(model)
-    pairs = pairs_of(VOCAB)
-    close(loglikelihoods(model, pairs, max_length=512, batch_tokens=70), plainly(model, pairs))
+    close(likelihoods(model, pairs), plainly(model, pairs))
 
 
 def test_what_is_too_long_is_cut_on_the_left() -> None:
-    model = tiny_model()
+    model = tiny_model(max_position_embeddings=9)
     pairs = pairs_of(model.config.vocab_size)
-    close(loglikelihoods(model, pairs, max_length=9), plainly(model, pairs, max_length=9))
+    close(likelihoods(model, pairs), plainly(model, pairs, max_length=9))
 
 
-def test_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four choices of a question, and of two sentences with a blank, the common tokens go through the model once."""
-    model, read = tiny_model(), []
-    forward = model.get_decoder().forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        read.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model.get_decoder(), "forward", counted)
-    question = list(range(10, 40))
-    loglikelihoods(model, [(question, [50 + i, 60, 61]) for i in range(4)], max_length=512)
-    assert sum(read) == 30 + 4 * 2, "the last token of a choice is never read"
-    read.clear()
-    loglikelihoods(model, [(question, [50 + i]) for i in range(4)], max_length=512)
-    assert sum(read) == 30, "choices of one token need no pass of their own"
-    read.clear()
-    loglikelihoods(model, [([*question, 50 + i], [60, 61]) for i in range(2)], max_length=512)
-    assert sum(read) == 30 + 2 * 2
-    read.clear()
-    loglikelihoods(model, [([5, *range(40 * i, 40 * i + 20)], [1, 2]) for i in range(2)], max_length=512)
-    assert sum(read) == 2 * 22, "a single token in common is not worth a pass"
+@pytest.mark.parametrize(("num_vocab", "sequences"), [(259, 32), (2**15, 4), (2**20, 1)])
+def test_a_large_vocabulary_takes_fewer_sequences_at_a_time(num_vocab: int, sequences: int) -> None:
+    """So that the logits of a pass stay small."""
+    assert harness_model(tiny_model(vocab_size=num_vocab), byte_tokenizer()).batch_size == sequences
 
 
-def test_logits_are_those_of_what_is_asked_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows = tiny_model(), []
-    through = likelihood.through_head
-    monkeypatch.setattr(likelihood, "through_head", lambda hidden, *others: rows.append(len(hidden)) or through(hidden, *others))
-    loglikelihoods(model, [(list(range(10, 40)), [50 + i, 60, 61]) for i in range(4)], max_length=512)
-    assert rows == [1 + 4 * 2], "what all four choices begin with is predicted by one and the same token"
-
-
-@needs_lm_eval
-def test_a_model_that_keeps_no_keys_is_scored_by_whole_passes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    wanted = find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True)
-    set_shots(wanted, None)
-    fast = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "a")
-    forward = type(model.get_decoder()).forward
-
-    def forgetful(self: Any, **kwargs: Any) -> Any:
-        return forward(self, **{**kwargs, "use_cache": False, "cache": None, "position_ids": None})
-
-    monkeypatch.setattr(model.get_decoder(), "forward", forgetful.__get__(model.get_decoder()))
-    assert not likelihood.shares_beginnings(model)
-    plain = evaluate_tasks(model, tokenizer, wanted, cache=tmp_path / "b")
-    assert plain[0].metrics == fast[0].metrics
-
-
-def test_a_likelihood_that_is_not_a_number_is_no_beginning_shared() -> None:
-    model = tiny_model()
-    assert likelihood.shares_beginnings(model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[0] = math.nan
-    assert not likelihood.shares_beginnings(model)
-
-
-@needs_lm_eval
 def test_models_of_no_known_family_are_measured_too(
     ask: Any, folder: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:

