@@ -357,8 +357,8 @@ def test_the_command_that_fits_is_named_and_fits(
     status, said, lines = ask("run", trained, "--dry-run")
     assert (status, f"it does not fit: {tiny_folder} needs" in said) == (0, True)
     command = ("compare", tiny_folder, "-o", tmp_path / "compared", "--params", "70%", "--text", text)
-    status, _, lines = ask(*command, "--methods", "llm-pruner", "--calibration", text)
-    assert (status, "llm-pruner: " in lines, "GiB of memory to prune, but only" in lines) == (2, True, True), lines
+    status, _, lines = ask(*command, "--methods", "adapt-pruner", "--calibration", text)
+    assert (status, "adapt-pruner: " in lines, "GiB of memory to prune, but only" in lines) == (2, True, True), lines
 
 
 def test_settings_that_make_a_training_fit_are_named(
