@@ -17,7 +17,7 @@ class CommitHook(BuildHookInterface[Any]):
         """Add commit.txt, if this is a checkout and git is there."""
         if version == "editable" or (Path(self.root) / FILE).exists():
             return
-        commit = runpy.run_path(str(Path(self.root) / "src/adapt_pruner/core/provenance.py"))["commit"]()
+        commit = runpy.run_path(str(Path(self.root) / "src/adapt_pruner/core/system/provenance.py"))["commit"]()
         if not commit:
             return
         path = Path(tempfile.mkdtemp()) / "commit.txt"

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
 from adapt_pruner.reduce.slice import slice_to

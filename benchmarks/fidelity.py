@@ -24,7 +24,7 @@ from command import command
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.data.tokens import batches_of, calibration_ids
 from adapt_pruner.data.windows import MICRO_TOKENS, held_out_windows
 from adapt_pruner.evaluate.perplexity import perplexity

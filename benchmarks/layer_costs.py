@@ -13,14 +13,14 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import Budget, count_parameters
+from adapt_pruner.core.model.cut import gated
 from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.evaluate.anatomy import decoder_parameters
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.closed_form import least_squares
-from adapt_pruner.reduce.rank import per_parameter
+from adapt_pruner.reduce.choose.allocate import Debt
+from adapt_pruner.reduce.choose.rank import per_parameter
+from adapt_pruner.reduce.repair.closed_form import least_squares
 from adapt_pruner.score.calibrate import mean_loss, score
 from adapt_pruner.score.curvature import kfac
 

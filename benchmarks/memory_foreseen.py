@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
-from adapt_pruner.core import world
-from adapt_pruner.core.precision import native_bfloat16
+from adapt_pruner.core.model.precision import native_bfloat16
+from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Fixed
 from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, shapes, training_memory
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score

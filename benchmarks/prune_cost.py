@@ -21,8 +21,8 @@ import torch
 from command import command
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.precision import precision
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.precision import precision
 from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.recipe import Calibration
 

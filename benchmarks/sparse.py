@@ -31,8 +31,8 @@ import torch
 from command import command, evaluated
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.memory import peak_rss_bytes
-from adapt_pruner.core.precision import precision
+from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.system.memory import peak_rss_bytes
 from adapt_pruner.data.tokens import batches_of, calibration_ids
 
 MODEL = "smollm2-135m-instruct"

@@ -68,7 +68,7 @@ def trainer(folder: str, steps: int, options: dict[str, Any]) -> dict[str, Any]:
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from adapt_pruner.core.precision import uses_bfloat16
+    from adapt_pruner.core.model.precision import uses_bfloat16
 
     model, _, ids = data(steps, folder)
     losses, times = [], []

@@ -24,8 +24,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapt_pruner import families
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Mask
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.train.loop import TrainConfig, TrainState, steps
 

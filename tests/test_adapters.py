@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.report.with_card import run

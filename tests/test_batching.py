@@ -11,8 +11,8 @@ from transformers.generation import ContinuousBatchingConfig
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]

@@ -14,11 +14,11 @@ from torch import nn
 
 from adapt_pruner.compare import turns
 from adapt_pruner.compare.ideal import Weights, ideal_speed_up, of_gguf
-from adapt_pruner.core import memory
+from adapt_pruner.core.system import memory
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.speed import reading_and_writing
-from adapt_pruner.reduce.work import RunState
 from adapt_pruner.run.estimate import Shapes, bytes_moved, multiply_adds, shapes
+from adapt_pruner.work import RunState
 from conftest import LAYOUTS, tiny_model
 from test_cli import call
 from test_export import as_loaded, unequal
@@ -166,7 +166,7 @@ def test_a_process_has_its_own_memory_and_not_that_of_its_parent() -> None:
 
 HEAP = """
 import torch
-from adapt_pruner.reduce.work import RunState
+from adapt_pruner.work import RunState
 
 def held():
     with open("/proc/self/status") as file:

@@ -8,12 +8,12 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import between_steps
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.rank import per_parameter
+from adapt_pruner.reduce.choose.allocate import Debt
+from adapt_pruner.reduce.choose.rank import per_parameter
 from adapt_pruner.report.with_card import run
 from adapt_pruner.score.calibrate import Evidence, score
 from adapt_pruner.score.weights import taylor

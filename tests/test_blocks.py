@@ -11,13 +11,13 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.cli import app
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.repair.closed_form import least_squares, mean_bias
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.score import blocks

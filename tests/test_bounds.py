@@ -15,7 +15,7 @@ import zstandard
 
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.files import read_plain
+from adapt_pruner.core.system.files import read_plain
 from adapt_pruner.data import readers
 from adapt_pruner.data.fixed import training_rows
 from adapt_pruner.data.sources import documents

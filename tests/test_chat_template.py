@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from adapt_pruner import recipe
-from adapt_pruner.core import chat_template
-from adapt_pruner.core.chat_template import ChatTemplateError, rendered
+from adapt_pruner.core.system import chat_template
+from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.data.chat import encode_chats
 from adapt_pruner.data.sources import Document
 from adapt_pruner.errors import UsageError

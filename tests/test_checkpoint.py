@@ -17,9 +17,9 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.load import load, pick_device
 from adapt_pruner.checkpoint.save import check_target, save, whole_or_nothing
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_config, tiny_model

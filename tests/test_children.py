@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import adapt_pruner
-from adapt_pruner.core.children import module, talking
+from adapt_pruner.core.system.processes import module, talking
 from adapt_pruner.errors import RunError
 from adapt_pruner.export import plain
 from conftest import HANGS
@@ -133,9 +133,9 @@ def test_processes_that_train_together_run_no_file_of_the_current_folder(planted
 def test_every_place_that_starts_a_process_is_known() -> None:
     """A new one is looked at: does it take code from the current folder, and does it end with its parent?"""
     known = {
-        "core/children.py": "the one place that starts Python: `module`, with -P, and `talking`",
+        "core/system/processes.py": "the one place that starts Python: `module`, with -P, and `talking`",
         "compare/cells.py": "starts `module` in a session of its own, which Ctrl-C does not reach",
-        "core/provenance.py": "git, in this package's own checkout",
+        "core/system/provenance.py": "git, in this package's own checkout",
     }
     starts = re.compile(
         r"^\s*(?:import|from) (?:subprocess|multiprocessing|concurrent|pty)\b|os\.(?:system|popen|exec|spawn|fork)", re.MULTILINE
@@ -144,7 +144,7 @@ def test_every_place_that_starts_a_process_is_known() -> None:
     found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if starts.search(path.read_text())}
     assert found == set(known)
     python = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "sys.executable" in path.read_text()}
-    assert python == {"core/children.py", "export/plain.py"}
+    assert python == {"core/system/processes.py", "export/plain.py"}
     for name in python:
         assert all(
             'sys.executable, "-P"' in line for line in (package / name).read_text().splitlines() if "sys.executable" in line
@@ -170,7 +170,7 @@ def test_no_file_reads_a_pickle() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_it_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys, time; from adapt_pruner.core.children import module; "
+        "import subprocess, sys, time; from adapt_pruner.core.system.processes import module; "
         "child = subprocess.Popen(module('timeit', '-n1', '-r1', 'import time; time.sleep(60)')); "
         "print(child.pid, flush=True); time.sleep(60)"
     )

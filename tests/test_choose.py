@@ -8,13 +8,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Axis, Gate, Mask
-from adapt_pruner.core.budget import Budget, count_parameters, parse_count
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Axis, Gate, Mask
+from adapt_pruner.core.model.budget import Budget, count_parameters, parse_count
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.allocate import Debt, adaptive, advance, layer_importance, uniform
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.reduce.choose.allocate import Debt, adaptive, advance, layer_importance, uniform
+from adapt_pruner.work import Work
 from conftest import tiny_model
 
 NEURON, HEAD = 10, 1000

@@ -10,19 +10,19 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis, Gate, Mask, in_pattern
-from adapt_pruner.core.budget import Budget, count_parameters
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Axis, Gate, Mask, in_pattern
+from adapt_pruner.core.model.budget import Budget, count_parameters
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import units
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.depth import drop_layers
+from adapt_pruner.reduce.choose.allocate import Debt
+from adapt_pruner.reduce.choose.depth import drop_layers
 from adapt_pruner.reduce.units import metrics_of
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.work import Work
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
 from test_choose import NEURON, toy_axes
 

@@ -10,17 +10,17 @@ import torch
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis, Gate, Scores
-from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core.model.axes import Axis, Gate, Scores
+from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.allocate import Debt, uniform
-from adapt_pruner.reduce.rank import per_parameter, standardised
+from adapt_pruner.reduce.choose.allocate import Debt, uniform
+from adapt_pruner.reduce.choose.rank import per_parameter, standardised
 from adapt_pruner.reduce.units import prunable
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
+from adapt_pruner.work import Work
 from conftest import tiny_model
 from test_choose import HEAD, NEURON, after, size_of, toy_axes
 

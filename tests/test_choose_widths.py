@@ -9,17 +9,17 @@ import torch
 
 from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis, Gate
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.axes import Axis, Gate
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import layer_sizes
 from adapt_pruner.recipe import read
 from adapt_pruner.recipe.overrides import keys_of
+from adapt_pruner.reduce.choose.widths import fitting, levelled
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
-from adapt_pruner.reduce.widths import fitting, levelled
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import with_card
 from adapt_pruner.report.with_card import prune
+from adapt_pruner.work import Work
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 METHODS = ("adapt-pruner", "uniform", "magnitude-all", "flap", "shortgpt")

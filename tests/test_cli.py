@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adapt_pruner import cli, recipe
-from adapt_pruner.core import provenance
+from adapt_pruner.core.system import provenance
 from conftest import HANGS, VOCAB, byte_tokenizer, log_of, read_json, tiny_model
 
 COMMAND = [sys.executable, "-m", "adapt_pruner"]
@@ -261,7 +261,7 @@ def test_no_other_place_says_how_an_extra_is_installed() -> None:
     root = Path(__file__).parents[1]
     places = [*root.glob("src/**/*.py"), *root.glob("docs/**/*.md"), root / "README.md"]
     naming = {str(path.relative_to(root)) for path in places if "install 'adapt-pruner[" in path.read_text(encoding="utf-8")}
-    assert naming == {"src/adapt_pruner/core/provenance.py", "src/adapt_pruner/export/loading.py", "README.md"}
+    assert naming == {"src/adapt_pruner/core/system/provenance.py", "src/adapt_pruner/export/loading.py", "README.md"}
     assert "from PyPI, once released: pip install 'adapt-pruner[" in (root / "README.md").read_text(encoding="utf-8")
 
 

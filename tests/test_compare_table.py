@@ -12,7 +12,7 @@ import pytest
 from adapt_pruner.compare import comparison
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import markdown, rows_of, table
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.report import paper
 from adapt_pruner.report.comparison import comparison_panels, label
 

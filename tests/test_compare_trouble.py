@@ -113,7 +113,7 @@ def test_a_killed_process_is_a_reason(
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nkill -9 $$\n")
     script.chmod(0o755)
-    monkeypatch.setattr("adapt_pruner.core.children.sys.executable", str(script))
+    monkeypatch.setattr("adapt_pruner.core.system.processes.sys.executable", str(script))
     status, said, _ = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all"))
     assert status == 1
     assert "killed by signal 9" in said

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zstandard
 
-from adapt_pruner.core import marks
+from adapt_pruner.core.system import files as marks
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import documents, read, texts
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, opening

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from conftest import HANGS
 
 ROOT = Path(__file__).parents[1]

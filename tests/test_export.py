@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import export, proof
 from adapt_pruner.export import onnx as onnx_form

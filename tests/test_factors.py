@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Axis, Mask
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.errors import RunError
-from adapt_pruner.reduce.closed_form import least_squares
-from adapt_pruner.reduce.factors import DAMPING, MOST, PIECE, rescale_blocks
+from adapt_pruner.reduce.repair.closed_form import least_squares
+from adapt_pruner.reduce.repair.factors import DAMPING, MOST, PIECE, rescale_blocks
 from adapt_pruner.score.calibrate import mean_loss
 from conftest import LAYOUTS, half, in_two_processes, tiny_model
 
@@ -141,7 +141,7 @@ def test_a_step_that_does_not_help_is_left_out(text: list[Tensor], monkeypatch: 
         tried.append(mean_loss(*args, **others))
         return 1e9
 
-    monkeypatch.setattr("adapt_pruner.reduce.factors.mean_loss", worse)
+    monkeypatch.setattr("adapt_pruner.reduce.repair.factors.mean_loss", worse)
     losses = rescale_blocks(model, families.axes(model), half(families.axes(model), UNITS), text, steps=3, dtype="float32")
     assert len(losses) == 1
     assert len(set(tried)) == 4  # before, and of three lengths

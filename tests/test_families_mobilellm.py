@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from adapt_pruner.checkpoint.load import load, load_shapes
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.families.mobilellm import stock_config
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from adapt_pruner.core.budget import Budget
+from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts, read
-from adapt_pruner.reduce import allocate, closed_form, units
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.reduce import units
+from adapt_pruner.reduce.choose import allocate
+from adapt_pruner.reduce.choose.allocate import Debt
+from adapt_pruner.reduce.repair import closed_form
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import results
 from adapt_pruner.run.start import plan
 from adapt_pruner.score import blocks, weights
+from adapt_pruner.work import Work
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapt_pruner.core import world
+from adapt_pruner.core.system import world
 from adapt_pruner.data.dynamic import Dynamic, fitted
 from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.data.store import Store

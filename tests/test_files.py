@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adapt_pruner.core import files
-from adapt_pruner.core.locks import is_held, locked
+from adapt_pruner.core.system import files
+from adapt_pruner.core.system.locks import is_held, locked
 from adapt_pruner.errors import UsageError
 from adapt_pruner.run.checkpoints import newest_first
 
@@ -40,7 +40,7 @@ def test_a_folder_beside_goes_unless_it_was_named(tmp_path: Path) -> None:
 WRITES = """
 import os, sys
 from pathlib import Path
-from adapt_pruner.core import files
+from adapt_pruner.core.system import files
 with files.folder_beside(Path("store")) as folder, files.whole_file(Path("page")) as page:
     (folder / "weights").write_text("half")
     page.write_text("half")

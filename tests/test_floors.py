@@ -65,7 +65,7 @@ def test_imports_run_downwards(path: Path) -> None:
         assert imported == room or room in WAY_IN or FLOORS[imported] < FLOORS[room], (
             f"{room} (floor {FLOORS[room]}) imports {imported} (floor {FLOORS[imported]})"
         )
-    assert len(inside) <= 2, "at most two levels deep"
+    assert len(inside) <= 3, "at most two folders deep"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -123,8 +123,8 @@ def test_every_recipe_that_comes_along_is_valid(name: str) -> None:
 def test_the_design_names_every_room_and_no_other() -> None:
     there = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"} - {"__pycache__", *WAY_IN}
     assert FLOORS.keys() == there
-    assert len(set(FLOORS.values())) <= 9
-    assert sum((ROOT / room).is_dir() for room in FLOORS) <= 16
+    assert len(set(FLOORS.values())) <= 10
+    assert sum((ROOT / room).is_dir() for room in FLOORS) <= 15
 
 
 def test_public_functions_win_over_folders_of_their_name() -> None:

@@ -14,7 +14,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
-from adapt_pruner.core import layerwise, loss
+from adapt_pruner.core.model import layers as layerwise
+from adapt_pruner.core.model import loss
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
 from adapt_pruner.run import estimate, forecast, start

@@ -9,11 +9,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from adapt_pruner import families, score
-from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
-from adapt_pruner.core.hooks import attached
-from adapt_pruner.core.layerwise import decoder_layers, streams
-from adapt_pruner.core.surgery import cut
-from adapt_pruner.reduce.closed_form import least_squares, mean_bias
+from adapt_pruner.core.model.axes import Axis, Gate, Mask, Slice
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.layers import decoder_layers, streams
+from adapt_pruner.reduce.repair.closed_form import least_squares, mean_bias
 from adapt_pruner.score import activations, curvature, weights
 from adapt_pruner.score.blocks import block_influence
 from adapt_pruner.score.calibrate import score_sequentially

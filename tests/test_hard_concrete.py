@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import hard_concrete
 from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold, sampled, settled
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune, run
+from adapt_pruner.work import Work
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
 
 

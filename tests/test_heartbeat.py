@@ -14,7 +14,7 @@ from conftest import HANGS
 
 PROGRAM = """
 import os, sys, time
-from adapt_pruner.core import heartbeat, world
+from adapt_pruner.core.system import world as heartbeat, world
 
 heartbeat.SILENCE, heartbeat._BEAT = 3.0, 0.2
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.core.interrupts import deferred
+from adapt_pruner.core.system.processes import deferred
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop, resume, training

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from adapt_pruner.core.files import write_whole
+from adapt_pruner.core.system.files import write_whole
 from adapt_pruner.errors import RunError, UsageError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "ladder"

@@ -16,8 +16,8 @@ import pytest
 
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.language_model import language_model, read_rates
-from adapt_pruner.reduce.proposals import Candidate, Space
+from adapt_pruner.reduce.propose.language_model import language_model, read_rates
+from adapt_pruner.reduce.propose.proposals import Candidate, Space
 from adapt_pruner.report.with_card import run
 from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
 
@@ -101,7 +101,7 @@ def test_a_server_that_fails_or_is_not_there_costs_no_search(serve: Serve) -> No
 @pytest.mark.parametrize("part", ["headers", "body"])
 def test_a_server_that_drips_does_not_outlast_the_time_for_an_answer(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, and the answer never."""
-    monkeypatch.setattr("adapt_pruner.reduce.language_model._SECONDS", 1.0)
+    monkeypatch.setattr("adapt_pruner.reduce.propose.language_model._SECONDS", 1.0)
     over = threading.Event()
 
     def drip() -> None:

@@ -14,9 +14,9 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parse_latency, read
 from adapt_pruner.reduce.units import prunable
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import with_card
 from adapt_pruner.run import forecast, latency
+from adapt_pruner.work import Work
 from conftest import read_json, tiny_model
 from test_cli import call
 

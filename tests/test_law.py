@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Axis, Gate, Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut, gated, num_left
+from adapt_pruner.core.model.axes import Axis, Gate, Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut, gated, num_left
 from conftest import LAYOUTS, tiny_model
 
 KINDS = ("kv_heads", "query_heads", "neurons", "layers")

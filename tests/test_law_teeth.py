@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Gate, Mask
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.axes import Gate, Mask
+from adapt_pruner.core.model.cut import cut, gated
 from conftest import LAYOUTS, tiny_model
 from test_law import gap, ids, random_mask, wide_norms
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapt_pruner.core import memory
-from adapt_pruner.core.memory import take_into_memory, usable_bytes
+from adapt_pruner.core.system import memory
+from adapt_pruner.core.system.memory import take_into_memory, usable_bytes
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 MB = 2**20
@@ -62,7 +62,7 @@ def test_a_model_is_held_once_while_it_is_loaded(tmp_path: Path) -> None:
     weights = (large / "model.safetensors").stat().st_size
     script = (
         "from adapt_pruner.checkpoint.load import load\n"
-        "from adapt_pruner.core.memory import peak_rss_bytes\n"
+        "from adapt_pruner.core.system.memory import peak_rss_bytes\n"
         f"load({str(tiny)!r})\n"
         "before = peak_rss_bytes()\n"
         f"load({str(large)!r})\n"
@@ -76,7 +76,7 @@ KEPT = """
 import resource
 from pathlib import Path
 import torch
-from adapt_pruner.core.memory import keeping_freed
+from adapt_pruner.core.system.memory import keeping_freed
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

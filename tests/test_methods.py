@@ -9,7 +9,7 @@ import yaml
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import methods, parts, read
 from adapt_pruner.report.with_card import prune

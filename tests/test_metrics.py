@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from adapt_pruner import families
-from adapt_pruner.core.task import CAUSAL_LM
+from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.errors import RunError
 from adapt_pruner.score import blocks, weights
 from adapt_pruner.score.calibrate import Evidence, score

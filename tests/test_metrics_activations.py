@@ -12,15 +12,15 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.model.axes import Axis, Gate, Mask, Slice
+from adapt_pruner.core.model.cut import gated
 from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.score import activations, blocks, weights
 from adapt_pruner.score.calibrate import score, score_sequentially
+from adapt_pruner.work import Work
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, in_two_processes, tiny_model
 
 Samples = list[list[list[float]]]

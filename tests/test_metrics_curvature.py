@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.core.task import CAUSAL_LM
+from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.score import curvature
 from adapt_pruner.score.calibrate import Evidence, evidence_needed, score
 from conftest import LAYOUTS, tiny_model

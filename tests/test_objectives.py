@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapt_pruner.core import loss as core_loss
-from adapt_pruner.core.loss import log_softmax_, nll_of_logits, through_head
-from adapt_pruner.core.precision import precision
+from adapt_pruner.core.model import loss as core_loss
+from adapt_pruner.core.model.loss import log_softmax_, nll_of_logits, through_head
+from adapt_pruner.core.model.precision import precision
 from adapt_pruner.errors import UsageError
 from adapt_pruner.train.objectives import distil, lm, named_loss
 from conftest import tiny_model

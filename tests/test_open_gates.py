@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import gated
 from conftest import LAYOUTS, tiny_model
 from test_law import ids, random_mask, wide_norms
 

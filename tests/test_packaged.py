@@ -16,7 +16,7 @@ from adapt_pruner.checkpoint import kept
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import Packaged, has_weights, load
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
 from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
 

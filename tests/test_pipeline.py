@@ -20,15 +20,14 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.windows import calibration_feed
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import Recipe, read
-from adapt_pruner.reduce import closed_form
+from adapt_pruner.reduce.repair import closed_form
 from adapt_pruner.reduce.units import scored
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report import screen
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import resume, start
@@ -36,6 +35,7 @@ from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
 from adapt_pruner.score.calibrate import mean_loss
+from adapt_pruner.work import Work
 from conftest import VOCAB, assert_same_model, break_off, read_json
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
@@ -156,7 +156,7 @@ def test_pruning_a_pruned_model_keeps_the_mask_against_the_dense_one(recipe: Rec
     dense = load(recipe.model).model
     assert second.dense_params == first.dense_params == count_parameters(dense)
     # the dense model cut by the composed mask is the result (no training: the weights are the dense ones)
-    from adapt_pruner.core.surgery import cut
+    from adapt_pruner.core.model.cut import cut
 
     assert second.mask is not None
     cut(dense, families.axes(dense), second.mask)

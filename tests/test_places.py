@@ -15,8 +15,8 @@ import pytest
 from adapt_pruner.checkpoint import save
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.compare import comparison
-from adapt_pruner.core import files
-from adapt_pruner.core.marks import mark
+from adapt_pruner.core.system import files
+from adapt_pruner.core.system.files import mark
 from adapt_pruner.errors import RunError
 from adapt_pruner.run import folder as runs
 from conftest import HANGS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adapt_pruner.core.words import compact
+from adapt_pruner.core.events.words import compact
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.run.rules import Asked, Machine, Model, Plan, planned

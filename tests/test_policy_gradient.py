@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import RunError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce.policy_gradient import PolicyGradient, projected, start_of
-from adapt_pruner.reduce.work import RunData, Stage, Work
 from adapt_pruner.report.with_card import run
+from adapt_pruner.work import RunData, Stage, Work
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 

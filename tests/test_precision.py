@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.loss import through_head
-from adapt_pruner.core.precision import casting_once, linears_cast, precision
-from adapt_pruner.core.surgery import cut
-from adapt_pruner.core.task import CAUSAL_LM
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.loss import through_head
+from adapt_pruner.core.model.precision import casting_once, linears_cast, precision
+from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce import factors
-from adapt_pruner.reduce.closed_form import least_squares, mean_bias
-from adapt_pruner.reduce.factors import rescale_blocks
+from adapt_pruner.reduce.repair import factors
+from adapt_pruner.reduce.repair.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.repair.factors import rescale_blocks
 from adapt_pruner.reduce.slice import directions
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.score import activations, calibrate

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapt_pruner.core import surgery, world
+from adapt_pruner.core.model import cut as surgery
+from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError, UsageError, is_of_all
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from adapt_pruner.core.events import Cut, Evaluation, Event, Progress, Saved, Start, Step, Tasks, parse
-from adapt_pruner.core.progress import ProgressTracker, RunProgress
-from adapt_pruner.core.run_events import Masked, Planned, Searched
+from adapt_pruner.core.events.progress import ProgressTracker, RunProgress
+from adapt_pruner.core.events.run import Masked, Planned, Searched
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.ahead import ahead, setup_here
 from adapt_pruner.run.start import plan as run_plan
+from adapt_pruner.work import Work
 from conftest import tiny_model
 
 RECORDED = Path(__file__).parent / "recorded"

@@ -13,7 +13,7 @@ from adapt_pruner.api.arguments import as_overrides
 from adapt_pruner.checkpoint.load import has_weights, load_shapes
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.compare.request import Request
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import builtin, differing, methods, parts, read
 from adapt_pruner.recipe.prune_recipe import to_prune

@@ -12,14 +12,14 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce.closed_form import RIDGES, least_squares, mean_bias
+from adapt_pruner.reduce.repair.closed_form import RIDGES, least_squares, mean_bias
 from adapt_pruner.reduce.units import repaired
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune
+from adapt_pruner.work import Work
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
 from strangers import ask_a_stranger
 

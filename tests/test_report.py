@@ -22,13 +22,13 @@ import torch
 
 from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis, Gate, Mask
 from adapt_pruner.core.events import Cut, Warned
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.words import compact, duration, shown, tick, ticks
+from adapt_pruner.core.events.words import compact, duration, shown, tick, ticks
+from adapt_pruner.core.model.axes import Axis, Gate, Mask
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.reduce.cutline import QUARTER_OCTAVES, cut_line
+from adapt_pruner.reduce.choose.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
 from adapt_pruner.report.bars import Bars
@@ -284,7 +284,7 @@ def test_a_run_at_work_is_told_from_one_that_was_stopped(stopped: Path, monkeypa
 def test_a_glance_at_the_lock_does_not_stop_a_run_from_beginning(tmp_path: Path) -> None:
     from threading import Timer
 
-    from adapt_pruner.core.locks import locked
+    from adapt_pruner.core.system.locks import locked
 
     glance = (tmp_path / ".lock").open("a+")
     fcntl.flock(glance, fcntl.LOCK_SH)
@@ -438,7 +438,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
         raise OSError(28, "No space left on device")
 
     before = (copied / "report.html").read_bytes()
-    monkeypatch.setattr("adapt_pruner.core.files.sync", full)
+    monkeypatch.setattr("adapt_pruner.core.system.files.sync", full)
     status, _, err = call(monkeypatch, capsys, "report", copied)
     assert status == 1
     assert "the disk is full" in err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapt_pruner.compare.table import table
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report import charts
 from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison, within

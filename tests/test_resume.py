@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 from adapt_pruner import cli
 from adapt_pruner.checkpoint import save, state
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core import surgery
-from adapt_pruner.core.marks import is_marked, mark
-from adapt_pruner.core.task import CausalLM
+from adapt_pruner.core.model import cut as surgery
+from adapt_pruner.core.model.task import CausalLM
+from adapt_pruner.core.system.files import is_marked, mark
 from adapt_pruner.recipe import read
 from adapt_pruner.report import with_card
 from adapt_pruner.run import folder as runs

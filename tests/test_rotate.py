@@ -17,16 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load, load_shapes
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy, decoder_parameters
 from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.reduce import slice as slicing
 from adapt_pruner.reduce.slice import SliceGPT, directions, principal_directions, rotate, slice_to, sliced_parameters, width_for
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import training as run_training
 from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.work import Work
 from conftest import LAYOUTS as ALL
 from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, tiny_config, tiny_model
 from test_checkpoint import loaded_by_a_stranger, pruned

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from adapt_pruner.cli import tables
 from adapt_pruner.compare.cells import prune_apart
-from adapt_pruner.core.comparison_events import CellBegun, CellDone, InCell
 from adapt_pruner.core.events import Cut, Evaluation, Event, Load, Progress, Start, Step
-from adapt_pruner.core.progress import RunProgress
-from adapt_pruner.core.run_events import Planned
+from adapt_pruner.core.events.comparison import CellBegun, CellDone, InCell
+from adapt_pruner.core.events.progress import RunProgress
+from adapt_pruner.core.events.run import Planned
 from adapt_pruner.report import screen as screens
 from adapt_pruner.report.screen import Screen
 

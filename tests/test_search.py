@@ -9,19 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.errors import RunError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import search
-from adapt_pruner.reduce.closed_form import least_squares
-from adapt_pruner.reduce.proposals import Candidate, Space, evolution
-from adapt_pruner.reduce.proposals import random as at_random
+from adapt_pruner.reduce.propose.proposals import Candidate, Space, evolution
+from adapt_pruner.reduce.propose.proposals import random as at_random
+from adapt_pruner.reduce.repair.closed_form import least_squares
 from adapt_pruner.reduce.search import Search
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
-from adapt_pruner.reduce.work import RunData, Stage, Work
 from adapt_pruner.report.with_card import prune, run
+from adapt_pruner.work import RunData, Stage, Work
 from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 SMALL = {"population": 4, "offspring": 4, "rounds": 2, "tokens": 24, "finalists": 2}

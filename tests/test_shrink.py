@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from adapt_pruner.checkpoint.load import load_shapes
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.words import span
+from adapt_pruner.core.events.words import span
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.data.fixed import training_rows
 from adapt_pruner.data.sources import documents
 from adapt_pruner.data.split import split_off_heldout

@@ -9,9 +9,9 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from adapt_pruner import score
-from adapt_pruner.core.axes import Axis, Gate, Mask, Slice
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut, gated, num_left
+from adapt_pruner.core.model.axes import Axis, Gate, Mask, Slice
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut, gated, num_left
 from adapt_pruner.score import weights
 from test_law import gap, ids, wide_norms
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.weight_mask import holds
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.weight_mask import holds
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.fista import fista, iterated, lipschitz
-from adapt_pruner.reduce.solvers import Inputs, magnitude, sparsegpt, wanda
+from adapt_pruner.reduce.zeros.fista import fista, iterated, lipschitz
+from adapt_pruner.reduce.zeros.solvers import Inputs, magnitude, sparsegpt, wanda
 
 HALF, TWO_OF_FOUR = Pattern.parse("50%"), Pattern.parse("2:4")
 

@@ -15,18 +15,18 @@ from typer.testing import CliRunner
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli import app
-from adapt_pruner.core import world
-from adapt_pruner.core.marks import WEIGHT_MASK_FILE
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.task import CAUSAL_LM
-from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented, packed
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.task import CAUSAL_LM
+from adapt_pruner.core.model.weight_mask import WeightMask, linear_layers, oriented, packed
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.files import WEIGHT_MASK_FILE
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.export import _of_zeros
 from adapt_pruner.recipe import read
-from adapt_pruner.reduce import layer_inputs
-from adapt_pruner.reduce.layer_inputs import Walk, from_dense, onward
-from adapt_pruner.reduce.solvers import Inputs, magnitude
+from adapt_pruner.reduce.zeros import layer_inputs
+from adapt_pruner.reduce.zeros.layer_inputs import Walk, from_dense, onward
+from adapt_pruner.reduce.zeros.solvers import Inputs, magnitude
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import forecast
 from conftest import (

@@ -9,9 +9,9 @@ import torch
 
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.weight_mask import WeightMask, largest, linear_layers, oriented
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
 from adapt_pruner.export.loading import no_gguf

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from adapt_pruner.cli.tables import print_table
-from adapt_pruner.core.comparison_events import CellBegun, CellLine
 from adapt_pruner.core.events import Progress, Warned
-from adapt_pruner.core.streams import filtered
-from adapt_pruner.core.visible import one_line, visible
+from adapt_pruner.core.events.comparison import CellBegun, CellLine
+from adapt_pruner.core.system.terminal import filtered, one_line, visible
 from adapt_pruner.evaluate import answer
 from adapt_pruner.report.screen import screen
 from conftest import read_json

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.weight_mask import linear_layers
+from adapt_pruner.core.model.weight_mask import linear_layers
 from conftest import VOCAB, byte_tokenizer, tiny_model
 
 IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))

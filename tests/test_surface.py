@@ -35,8 +35,8 @@ def surface() -> Iterator[str]:
         else:
             yield f"ap.{name}"
     yield from _keys(Recipe)
-    for module in ("comparison_events", "run_events"):  # which tell of events of their own
-        importlib.import_module(f"adapt_pruner.core.{module}")
+    for module in ("comparison", "run"):  # which have events of their own
+        importlib.import_module(f"adapt_pruner.core.events.{module}")
     events = {kind: event for kind, event in Event._kinds.items() if event.__module__.startswith("adapt_pruner")}
     for kind, event in sorted(events.items()):
         yield f"event {kind}: {', '.join(field for field in event.model_fields if field != 'event')}"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.core import layerwise
-from adapt_pruner.core import loss as core_loss
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.layerwise import Sweep, layers_at_once
-from adapt_pruner.core.precision import precision
-from adapt_pruner.core.surgery import cut
-from adapt_pruner.core.task import CAUSAL_LM
+from adapt_pruner.core.model import layers as layerwise
+from adapt_pruner.core.model import loss as core_loss
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.layers import Sweep, layers_at_once
+from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.errors import RunError
 from adapt_pruner.score import blocks, curvature, weights
 from adapt_pruner.score.calibrate import Evidence, score

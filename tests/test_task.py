@@ -13,11 +13,11 @@ from torch import Tensor
 
 import adapt_pruner
 from adapt_pruner import families, score
-from adapt_pruner.core.layerwise import Sweep
-from adapt_pruner.core.surgery import gated
-from adapt_pruner.core.task import CAUSAL_LM, CausalLM
-from adapt_pruner.reduce.closed_form import least_squares, mean_bias
-from adapt_pruner.reduce.factors import rescale_blocks
+from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.layers import Sweep
+from adapt_pruner.core.model.task import CAUSAL_LM, CausalLM
+from adapt_pruner.reduce.repair.closed_form import least_squares, mean_bias
+from adapt_pruner.reduce.repair.factors import rescale_blocks
 from adapt_pruner.score import activations, curvature, weights
 from adapt_pruner.score.blocks import block_influence, loss_drop
 from adapt_pruner.score.calibrate import mean_loss, score_sequentially
@@ -136,7 +136,7 @@ def test_a_sweep_is_of_the_task(batches: list[Tensor]) -> None:
 def test_nobody_else_knows_what_is_learnt() -> None:
     """Neither head, labels nor the order of tokens are named in code of core, score, reduce and train, but where they are the matter."""
     known = {
-        "core/task.py", "reduce/slice.py",  # these turn embeddings and head of a Llama
+        "core/model/task.py", "reduce/slice.py",  # these turn embeddings and head of a Llama
     }  # fmt: skip
     words = re.compile(r"lm_head|labels=|get_output_embeddings|get_input_embeddings|get_decoder\(\)\(|:-1\], \w+\[:, 1:\]")
     for room in ("core", "score", "reduce", "train"):

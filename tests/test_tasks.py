@@ -14,10 +14,10 @@ import torch
 
 from adapt_pruner import families, recipe
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.surgery import cut
-from adapt_pruner.core.words import score as shown_score
+from adapt_pruner.core.events.words import score as shown_score
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate import task_sources, tasks
 from adapt_pruner.evaluate.task_sources import SUITES, find_tasks

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from adapt_pruner import cli
 from adapt_pruner.core.events import parse
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run

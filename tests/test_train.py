@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapt_pruner.core import world
+from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Span
 from adapt_pruner.errors import RunError
 from adapt_pruner.recipe import read

@@ -18,8 +18,8 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.export import export
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut, gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.data.sources import documents
 from adapt_pruner.data.tokens import evaluation_windows, in_other_tokens, text_bytes
 from adapt_pruner.data.uses import token_uses

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report import charts

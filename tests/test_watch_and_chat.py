@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from adapt_pruner.core.events import Cut, Start, parse, parse_line
-from adapt_pruner.core.progress import RunProgress
+from adapt_pruner.core.events.progress import RunProgress
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.report import with_card

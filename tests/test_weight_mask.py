@@ -8,10 +8,19 @@ import torch
 from torch import nn
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.surgery import cut
-from adapt_pruner.core.weight_mask import WeightMask, count_nonzero, holds, largest, linear_layers, oriented, packed, unpacked
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.weight_mask import (
+    WeightMask,
+    count_nonzero,
+    holds,
+    largest,
+    linear_layers,
+    oriented,
+    packed,
+    unpacked,
+)
 from adapt_pruner.errors import UsageError
 from adapt_pruner.train.loop import make_optimizer
 from conftest import LAYOUTS, tiny_model

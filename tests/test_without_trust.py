@@ -11,11 +11,11 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
-from adapt_pruner.reduce.closed_form import mean_bias
+from adapt_pruner.reduce.repair.closed_form import mean_bias
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
 from strangers import ask_a_stranger

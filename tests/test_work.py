@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
-from adapt_pruner.reduce.reduction import Change, Reduction
-from adapt_pruner.reduce.work import RunState, Stage, Work
 from adapt_pruner.score.calibrate import mean_loss
+from adapt_pruner.work import Change, Reduction, RunState, Stage, Work
 from conftest import half, tiny_model
 
 

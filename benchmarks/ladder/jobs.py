@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.budget import count_parameters, parse_count
-from adapt_pruner.core.files import write_whole
-from adapt_pruner.core.provenance import made_by
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.model.budget import count_parameters, parse_count
+from adapt_pruner.core.system.files import write_whole
+from adapt_pruner.core.system.provenance import made_by
+from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.data.sources import texts
 from adapt_pruner.data.tokens import evaluation_windows, text_bytes
 from adapt_pruner.errors import UsageError

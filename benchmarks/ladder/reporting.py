@@ -10,9 +10,9 @@ from typing import Any
 
 from jobs import Job
 
-from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.files import write_whole
-from adapt_pruner.core.words import compact
+from adapt_pruner.core.events.words import compact
+from adapt_pruner.core.model.budget import parse_count
+from adapt_pruner.core.system.files import write_whole
 from adapt_pruner.report.charts import Lines, Series
 from adapt_pruner.report.paper import write_pictures
 from adapt_pruner.report.template import environment

@@ -21,47 +21,47 @@ if TYPE_CHECKING:
     from adapt_pruner.api.result import Result
     from adapt_pruner.checkpoint.load import Loaded, load
     from adapt_pruner.checkpoint.save import save
-    from adapt_pruner.core.axes import Axis, Gate, Mask, Scores, Slice
-    from adapt_pruner.core.budget import Budget, count_parameters
-    from adapt_pruner.core.surgery import cut, gated
+    from adapt_pruner.core.model.axes import Axis, Gate, Mask, Scores, Slice
+    from adapt_pruner.core.model.budget import Budget, count_parameters
+    from adapt_pruner.core.model.cut import cut, gated
     from adapt_pruner.data.windows import text_batches
     from adapt_pruner.errors import RunError, UsageError
     from adapt_pruner.evaluate.perplexity import perplexity
     from adapt_pruner.families import axes
     from adapt_pruner.recipe import Recipe
-    from adapt_pruner.reduce.allocate import Debt, adaptive, uniform
-    from adapt_pruner.reduce.closed_form import least_squares
+    from adapt_pruner.reduce.choose.allocate import Debt, adaptive, uniform
+    from adapt_pruner.reduce.repair.closed_form import least_squares
     from adapt_pruner.run.forecast import dry_run
     from adapt_pruner.score.calibrate import score
     from adapt_pruner.train.given import train
 
 _HOMES = {
-    "Axis": "core.axes",
-    "Budget": "core.budget",
+    "Axis": "core.model.axes",
+    "Budget": "core.model.budget",
     "Comparison": "api.measuring",
-    "Debt": "reduce.allocate",
+    "Debt": "reduce.choose.allocate",
     "Evaluation": "api.measuring",
-    "Gate": "core.axes",
+    "Gate": "core.model.axes",
     "Loaded": "checkpoint.load",
-    "Mask": "core.axes",
+    "Mask": "core.model.axes",
     "Recipe": "recipe",
     "Result": "api.result",
     "RunError": "errors",
-    "Scores": "core.axes",
-    "Slice": "core.axes",
+    "Scores": "core.model.axes",
+    "Slice": "core.model.axes",
     "UsageError": "errors",
     "Verification": "api.measuring",
-    "adaptive": "reduce.allocate",
+    "adaptive": "reduce.choose.allocate",
     "axes": "families",
     "chat": "api.measuring",
     "compare": "api.measuring",
-    "count_parameters": "core.budget",
-    "cut": "core.surgery",
+    "count_parameters": "core.model.budget",
+    "cut": "core.model.cut",
     "dry_run": "run.forecast",
     "evaluate": "api.measuring",
     "export": "api.exporting",
-    "gated": "core.surgery",
-    "least_squares": "reduce.closed_form",
+    "gated": "core.model.cut",
+    "least_squares": "reduce.repair.closed_form",
     "load": "checkpoint.load",
     "perplexity": "evaluate.perplexity",
     "prune": "api.pruning",
@@ -71,7 +71,7 @@ _HOMES = {
     "shrink": "api.pruning",
     "text_batches": "data.windows",
     "train": "train.given",
-    "uniform": "reduce.allocate",
+    "uniform": "reduce.choose.allocate",
     "verify": "api.measuring",
 }
 

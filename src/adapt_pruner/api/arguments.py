@@ -19,11 +19,11 @@ from torch import nn
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.save import save, save_unchecked
-from adapt_pruner.core import world
 from adapt_pruner.core.events import Listener, Warned, parse
-from adapt_pruner.core.files import expanded
-from adapt_pruner.core.strict_json import to_json
-from adapt_pruner.core.strict_yaml import value_of
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.files import expanded
+from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.core.system.strict_yaml import value_of
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.screen import screen
 

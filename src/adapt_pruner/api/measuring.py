@@ -27,7 +27,7 @@ from adapt_pruner.compare.models import measured
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import table
 from adapt_pruner.core.events import Listener
-from adapt_pruner.core.words import score
+from adapt_pruner.core.events.words import score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer, check_asked
 from adapt_pruner.export.proof import prove

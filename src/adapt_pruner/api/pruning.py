@@ -24,8 +24,8 @@ from adapt_pruner.api.arguments import (
     of_kind,
 )
 from adapt_pruner.api.result import Result
-from adapt_pruner.core import world
 from adapt_pruner.core.events import Listener
+from adapt_pruner.core.system import world
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.prune_recipe import to_prune

@@ -11,8 +11,8 @@ from adapt_pruner.api.exporting import export
 from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.words import measured_text, millions, span
+from adapt_pruner.core.events.words import measured_text, millions, span
+from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.page import check_page, page, write_page
 from adapt_pruner.report.record import read_record, record_of_result

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.system.strict_json import read_json, to_json
 
 __all__ = ["stock_type", "write_compatible_names"]
 

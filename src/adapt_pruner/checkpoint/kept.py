@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError
 

@@ -28,16 +28,15 @@ from adapt_pruner.checkpoint.stored import check_plain, stored_dtype
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.checkpoint.wrong_config import blaming_config, no_count
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import expanded, folder_beside, remove, weight_bytes
-from adapt_pruner.core.marks import UNMERGED_FILE
-from adapt_pruner.core.memory import take_into_memory
-from adapt_pruner.core.precision import cast_weights
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.strict_json import read_json
-from adapt_pruner.core.weight_mask import WeightMask
-from adapt_pruner.core.words import counted
+from adapt_pruner.core.events.words import counted
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.precision import cast_weights
+from adapt_pruner.core.model.weight_mask import WeightMask
+from adapt_pruner.core.system.files import UNMERGED_FILE, expanded, folder_beside, remove, weight_bytes
+from adapt_pruner.core.system.memory import take_into_memory
+from adapt_pruner.core.system.provenance import to_install
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, nearest
 
 __all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]

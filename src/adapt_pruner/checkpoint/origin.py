@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adapt_pruner.core.files import check_regular
-from adapt_pruner.core.strict_json import read_json
-from adapt_pruner.core.visible import one_line
+from adapt_pruner.core.system.files import check_regular
+from adapt_pruner.core.system.strict_json import read_json
+from adapt_pruner.core.system.terminal import one_line
 from adapt_pruner.errors import UsageError
 
 __all__ = ["origin", "said_of_base"]

@@ -27,13 +27,12 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import folder_beside, named, sync, why, write_failure
-from adapt_pruner.core.layerwise import decoder_layers
-from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
-from adapt_pruner.core.strict_json import to_json
-from adapt_pruner.core.surgery import write_sizes
-from adapt_pruner.core.weight_mask import WeightMask
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import write_sizes
+from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.weight_mask import WeightMask
+from adapt_pruner.core.system.files import check_place, folder_beside, is_there, lacks_disk_space, named, sync, why, write_failure
+from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 
 __all__ = [

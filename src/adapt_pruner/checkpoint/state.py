@@ -17,11 +17,10 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import check_fits, save
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.files import expanded, files_in
-from adapt_pruner.core.marks import UNMERGED_FILE
-from adapt_pruner.core.strict_json import read_json, to_json
-from adapt_pruner.core.weight_mask import WeightMask
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.weight_mask import WeightMask
+from adapt_pruner.core.system.files import UNMERGED_FILE, expanded, files_in
+from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.files import check_regular
-from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.system.files import check_regular
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
 __all__ = ["check_files", "check_weights", "code_in", "found", "shards_in", "without_code"]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.chat_template import ChatTemplateError, rendered
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
+from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
 __all__ = ["kept_tokens", "smaller_tokenizer"]

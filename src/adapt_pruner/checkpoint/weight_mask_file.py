@@ -1,6 +1,6 @@
 """The file of a mask over weights, in a folder beside the model: `sparsity/weight_mask.safetensors`.
 
-NAME       a linear layer's mask as bits, uint8 (see `core.weight_mask.packed`)
+NAME       a linear layer's mask as bits, uint8 (see `core.model.weight_mask.packed`)
 metadata   `format`, `pattern` ("2:4", "50%", or "" if a cut has broken it) and `shapes`, JSON: NAME -> [outputs, inputs]
 
 It has a folder of its own because vLLM and SGLang read every `*.safetensors` file beside config.json as weights.
@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapt_pruner.checkpoint.untrusted import found
-from adapt_pruner.core.marks import WEIGHT_MASK_FILE
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.strict_json import of_json, to_json
-from adapt_pruner.core.weight_mask import WeightMask, packed, unpacked
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.weight_mask import WeightMask, packed, unpacked
+from adapt_pruner.core.system.files import WEIGHT_MASK_FILE
+from adapt_pruner.core.system.strict_json import of_json, to_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
 __all__ = ["read_weight_mask", "write_weight_mask"]

@@ -37,8 +37,8 @@ from adapt_pruner.cli.run import run
 from adapt_pruner.cli.shrink import shrink
 from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
-from adapt_pruner.core.files import disk_full_reason, expanded
-from adapt_pruner.core.streams import filtered
+from adapt_pruner.core.system.files import disk_full_reason, expanded
+from adapt_pruner.core.system.terminal import filtered
 from adapt_pruner.errors import RunError, UsageError, is_of_all, is_out_of_memory
 
 __all__ = ["app", "main", "program"]
@@ -126,7 +126,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         import platform
 
-        from adapt_pruner.core.provenance import made_by
+        from adapt_pruner.core.system.provenance import made_by
 
         typer.echo(f"{made_by()}, {platform.system()} {platform.machine()}")
         raise typer.Exit

@@ -50,7 +50,7 @@ def bench(
     if not all(1 <= count <= _MOST_ROWS for count in batches):
         raise UsageError(f"--batch {batch!r} is not a list of batch sizes from 1 to {_MOST_ROWS:,}; write it like 1,8")
     from adapt_pruner.compare.turns import bench as measure
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()

@@ -46,9 +46,9 @@ def chat(
     from dataclasses import asdict
 
     from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
-    from adapt_pruner.core.budget import count_parameters
     from adapt_pruner.core.events import Load
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.model.budget import count_parameters
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer, check_asked
     from adapt_pruner.recipe import check_precision
@@ -97,8 +97,7 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
     import sys
     from functools import partial
 
-    from adapt_pruner.core.streams import console
-    from adapt_pruner.core.visible import visible
+    from adapt_pruner.core.system.terminal import console, visible
     from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
 
@@ -136,8 +135,7 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from adapt_pruner.core.streams import console
-    from adapt_pruner.core.visible import visible
+    from adapt_pruner.core.system.terminal import console, visible
 
     out = console(highlight=False, markup=False)
     if with_text:
@@ -154,7 +152,7 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
 
 
 def _note(reply: dict[str, Any]) -> str:
-    from adapt_pruner.core.words import millions
+    from adapt_pruner.core.events.words import millions
 
     speed = reply["tokens"] / max(reply["seconds"], 1e-9)
     note = f"{millions(reply['params'])} parameters, {reply['tokens']} tokens at {speed:,.1f} a second"

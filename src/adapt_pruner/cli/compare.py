@@ -77,7 +77,7 @@ def compare(
     from adapt_pruner.cli.tables import print_table
     from adapt_pruner.compare.comparison import compare as run
     from adapt_pruner.compare.table import table
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report.comparison import texts_in_words, tokens_note
     from adapt_pruner.report.screen import quiet_libraries, screen
 

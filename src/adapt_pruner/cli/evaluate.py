@@ -83,7 +83,7 @@ def evaluate(
     if tasks is None and against is not None:
         raise UsageError("--against applies only to tasks; name them with --tasks")
     from adapt_pruner.compare.models import measured
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
@@ -116,8 +116,8 @@ def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskSc
 
 def _print(rows: list[dict[str, Any]]) -> None:
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.weight_mask import has_zeros
-    from adapt_pruner.core.words import counted
+    from adapt_pruner.core.events.words import counted
+    from adapt_pruner.core.model.weight_mask import has_zeros
 
     zeros = any(has_zeros(row["params"], row["nonzero"]) for row in rows)
     print_table(
@@ -152,7 +152,7 @@ def _print_tasks(
 ) -> None:
     """Tasks by models, in per cent with standard errors; with `against` the others are compared with the first model."""
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core import words
+    from adapt_pruner.core.events import words
 
     header, names = ["task", "metric", "items"], [row["model"] for row in rows]
     for name in names:

@@ -49,11 +49,11 @@ def export(
 
         adapt-pruner export small --to padded -o small-plain
     """
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.export import check_form
 
     check_form(to, quant=quant, pad=pad)
-    from adapt_pruner.core.words import typed
+    from adapt_pruner.core.events.words import typed
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
 

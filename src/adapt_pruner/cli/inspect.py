@@ -22,8 +22,8 @@ def inspect(
     """
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.weight_mask import has_zeros
+    from adapt_pruner.core.model.weight_mask import has_zeros
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.evaluate.anatomy import anatomy
     from adapt_pruner.report.screen import quiet_libraries
 

@@ -83,8 +83,8 @@ def prune(
         overrides=overrides or [],
     )  # fmt: skip
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.words import counted, millions, span, typed
+    from adapt_pruner.core.events.words import counted, millions, span, typed
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
 

@@ -38,7 +38,7 @@ def push(
     import sys
 
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import hub
 
     packed = hub.plan_upload(folder, repo)

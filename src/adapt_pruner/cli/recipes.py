@@ -16,7 +16,7 @@ def recipes(as_json: Json = False) -> None:
 
     from adapt_pruner import recipe
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
 
     known = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in sorted(recipe.builtin().items())}
     if as_json:

@@ -35,7 +35,7 @@ def report(
 
         adapt-pruner report runs/demo -o demo.html --png
     """
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import paper
     from adapt_pruner.report.charts import Chart
     from adapt_pruner.report.page import check_page, page, pictures, write_page

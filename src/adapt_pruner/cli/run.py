@@ -59,9 +59,9 @@ def run(
 
     resolved = recipes.read(recipe, overrides=overrides or []).ready()
     from adapt_pruner.cli.tables import said_perplexities
-    from adapt_pruner.core import world
-    from adapt_pruner.core.strict_json import to_json
-    from adapt_pruner.core.words import measured_text, millions, span
+    from adapt_pruner.core.events.words import measured_text, millions, span
+    from adapt_pruner.core.system import world
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run import folder, forecast
@@ -100,7 +100,7 @@ def run(
 
 def _end(sentence: str) -> NoReturn:
     """End this process, which waits for one that will not answer. All that it has written is complete."""
-    from adapt_pruner.core import world
+    from adapt_pruner.core.system import world
 
     with suppress(OSError):
         print(
@@ -120,7 +120,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _print_plan(planned: dict[str, Any]) -> None:
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.words import span
+    from adapt_pruner.core.events.words import span
 
     rows = [
         [

@@ -54,7 +54,7 @@ def shrink(
     from adapt_pruner.run.rules import how_long
 
     long = how_long(minutes, hours, tokens)
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
@@ -85,7 +85,7 @@ def shrink(
 
 def _say_what_there_is(out: Path, listen: Any) -> None:
     """Say what an interrupted run has reached."""
-    from adapt_pruner.core.words import compact, millions
+    from adapt_pruner.core.events.words import compact, millions
     from adapt_pruner.run.checkpoints import is_within_training
     from adapt_pruner.run.folder import RunFolder
 
@@ -107,7 +107,7 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     from adapt_pruner.cli.tables import said_perplexities
-    from adapt_pruner.core.words import compact, measured_text, millions, span, typed
+    from adapt_pruner.core.events.words import compact, measured_text, millions, span, typed
 
     model = out / "model"
     print(

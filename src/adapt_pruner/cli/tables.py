@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from adapt_pruner.core.streams import console, fitted, wrapped
-from adapt_pruner.core.visible import visible
+from adapt_pruner.core.system.terminal import console, fitted, visible, wrapped
 
 __all__ = ["print_table", "said_perplexities"]
 

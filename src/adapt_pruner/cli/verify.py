@@ -43,7 +43,7 @@ def verify(
 
         adapt-pruner verify small-2-4
     """
-    from adapt_pruner.core.strict_json import to_json
+    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.errors import RunError
     from adapt_pruner.export.proof import prove
     from adapt_pruner.report.screen import quiet_libraries, screen
@@ -87,7 +87,7 @@ def _print_zeros(model: str, zeros: dict[str, Any]) -> None:
 
 def _print(figures: dict[str, Any]) -> None:
     from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.words import counted
+    from adapt_pruner.core.events.words import counted
 
     tolerance, greedy, encoding = figures["tolerance"], figures["greedy"], figures["encoding"]
     deviation, perplexity = figures["deviation"] or 1.0, figures["perplexity"]

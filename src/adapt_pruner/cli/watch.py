@@ -28,7 +28,7 @@ def watch(
 
         adapt-pruner watch runs/demo
     """
-    from adapt_pruner.core.words import span, typed
+    from adapt_pruner.core.events.words import span, typed
     from adapt_pruner.errors import RunError
     from adapt_pruner.report.record import check_is_run, is_worked_in, read_progress
     from adapt_pruner.report.screen import screen

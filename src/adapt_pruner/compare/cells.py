@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded, load
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.children import module
-from adapt_pruner.core.comparison_events import CellLine, InCell
 from adapt_pruner.core.events import TOLD_AS, Listener, Warned, counting, parse_line
-from adapt_pruner.core.interrupts import deferred
-from adapt_pruner.core.strict_json import read_json
-from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.core.events.comparison import CellLine, InCell
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.weight_mask import count_nonzero
+from adapt_pruner.core.system.processes import deferred, module
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.data.tokens import in_other_tokens, text_bytes
 from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters

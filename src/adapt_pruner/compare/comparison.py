@@ -29,17 +29,16 @@ from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
-from adapt_pruner.core import events, world
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.comparison_events import CellBegun, CellDone, Reused
+from adapt_pruner.core import events
 from adapt_pruner.core.events import Interrupted, Listener, Load, Warned
-from adapt_pruner.core.files import expanded, tidy, why, write_whole
-from adapt_pruner.core.locks import locked
-from adapt_pruner.core.marks import is_marked, mark
-from adapt_pruner.core.places import check_disk_space, check_place
-from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.provenance import made_by, to_install
-from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.events.comparison import CellBegun, CellDone, Reused
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.files import check_disk_space, check_place, expanded, is_marked, mark, tidy, why, write_whole
+from adapt_pruner.core.system.locks import locked
+from adapt_pruner.core.system.provenance import made_by, to_install
+from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, beginning, domains, texts
 from adapt_pruner.data.tokens import calibration_ids, digest_of, text_bytes
@@ -47,11 +46,11 @@ from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
 from adapt_pruner.report.paper import has_png, write_pictures
 from adapt_pruner.run.start import room
+from adapt_pruner.work import Work
 
 __all__ = ["compare"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.run.estimate import Shapes, bytes_moved, multiply_adds
 

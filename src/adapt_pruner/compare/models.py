@@ -10,9 +10,9 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
 from adapt_pruner.compare.measures import WINDOW, Measures
-from adapt_pruner.core.budget import count_parameters
 from adapt_pruner.core.events import Find, Listener, Load, Progress, Warned, counting
-from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.tokens import opening, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.strict_json import to_json
+from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import ALIASES, Recipe, read
 from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice

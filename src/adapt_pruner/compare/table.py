@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.core.words import counted, shown
+from adapt_pruner.core.events.words import counted, shown
+from adapt_pruner.core.system.strict_json import perplexity_of
 from adapt_pruner.report.comparison import failures, label, num_draws, texts_in_words, tokens_note
 
 __all__ = ["markdown", "rows_of", "table"]

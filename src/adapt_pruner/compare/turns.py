@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adapt_pruner.compare.ideal import PHASES, Weights, ideal_speed_up, of_gguf, of_torch
-from adapt_pruner.core.children import Child, module, talking
 from adapt_pruner.core.events import Listener, Load, Progress, Warned
+from adapt_pruner.core.system.processes import Child, module, talking
 from adapt_pruner.errors import RunError, UsageError, nearest
 
 __all__ = ["ENGINES", "LOADS", "Spread", "bench"]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
+from adapt_pruner.core.system.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.errors import RunError, UsageError, first_line
 
 __all__ = ["Runner", "llama_cpp_runner", "main", "torch_runner"]
@@ -33,7 +33,7 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (imported before the clock starts)
 
     from adapt_pruner.checkpoint.load import load, pick_device
-    from adapt_pruner.core.precision import uses_bfloat16
+    from adapt_pruner.core.model.precision import uses_bfloat16
     from adapt_pruner.evaluate.speed import reading_and_writing
     from adapt_pruner.run.estimate import shapes
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adapt_pruner.core import task
-from adapt_pruner.core.parts import part
+from adapt_pruner.core.model import task
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.fixed import Rows, training_rows
 from adapt_pruner.data.sources import Source
 from adapt_pruner.data.tokens import text_bytes

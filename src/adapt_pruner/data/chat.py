@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapt_pruner.core.chat_template import ChatTemplateError, Rendered, rendered
+from adapt_pruner.core.system.chat_template import ChatTemplateError, Rendered, rendered
 from adapt_pruner.data.sources import Document
 from adapt_pruner.errors import UsageError
 

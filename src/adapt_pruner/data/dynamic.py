@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import Event
-from adapt_pruner.core.files import expanded
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.run_events import Mixed
-from adapt_pruner.core.strict_json import is_number, read_json, to_json
+from adapt_pruner.core.events.run import Mixed
+from adapt_pruner.core.model.budget import parse_count
+from adapt_pruner.core.system.files import expanded
+from adapt_pruner.core.system.parts import part
+from adapt_pruner.core.system.strict_json import is_number, read_json, to_json
 from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapt_pruner.core.events import Event
-from adapt_pruner.core.parts import part
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.packing import tokenised
 from adapt_pruner.data.sources import SELF, Source, domains
 from adapt_pruner.data.store import Store

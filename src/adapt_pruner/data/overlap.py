@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapt_pruner.core.files import expanded
-from adapt_pruner.core.words import counted
+from adapt_pruner.core.events.words import counted
+from adapt_pruner.core.system.files import expanded
 from adapt_pruner.data.copies import Passages
 from adapt_pruner.data.sources import SELF, Source, beginning, domains, parts_of, pieces
 

@@ -10,10 +10,9 @@ from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from adapt_pruner.core.files import expanded, read_plain
-from adapt_pruner.core.marks import MARK, is_card
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.strict_json import of_json
+from adapt_pruner.core.system.files import MARK, expanded, is_card, read_plain
+from adapt_pruner.core.system.provenance import to_install
+from adapt_pruner.core.system.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
 __all__ = ["hub", "hub_revision", "local", "stamp"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from adapt_pruner.core.precision import casting_once, precision, refuse_nonfinite
+from adapt_pruner.core.model.precision import casting_once, precision, refuse_nonfinite
 from adapt_pruner.data.tokens import opening
 
 __all__ = ["selfwritten_windows"]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapt_pruner.core.files import expanded, folder_beside, named, remove, why
-from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.system.files import expanded, folder_beside, named, remove, why
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError
 
 __all__ = ["Chunk", "Store", "cache_folder", "stored"]

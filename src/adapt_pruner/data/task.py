@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from adapt_pruner.core.task import Task
+from adapt_pruner.core.model.task import Task
 from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.sources import Source
 

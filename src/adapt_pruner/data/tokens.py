@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapt_pruner.core.files import expanded
-from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.system.files import expanded
+from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.errors import UsageError
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from adapt_pruner import families
-from adapt_pruner.core.axes import Axis, Mask
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.weight_mask import count_nonzero
 
 __all__ = ["anatomy", "decoder_parameters"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
-from adapt_pruner.core.chat_template import ChatTemplateError, rendered
-from adapt_pruner.core.precision import precision, refuse_nonfinite
+from adapt_pruner.core.model.precision import precision, refuse_nonfinite
+from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
 __all__ = ["LONGEST", "PROMPTS", "Answer", "answer", "check_asked"]

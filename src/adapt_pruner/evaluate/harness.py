@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
 
 __all__ = ["harness_model"]

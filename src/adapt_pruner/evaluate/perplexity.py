@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner import families
-from adapt_pruner.core import world
-from adapt_pruner.core.precision import casting_once, nonfinite_error, precision
-from adapt_pruner.core.strict_json import perplexity_of
-from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.core.model.precision import casting_once, nonfinite_error, precision
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.strict_json import perplexity_of
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -123,6 +123,6 @@ def perplexity(
 
 
 def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The loss of `core.task.CAUSAL_LM`, from the model's own logits, however it computes them; all logits are held at once."""
+    """The loss of `core.model.task.CAUSAL_LM`, from the model's own logits, however it computes them; all logits are held at once."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")

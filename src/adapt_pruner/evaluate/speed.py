@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.model.precision import casting_once, precision
 
 __all__ = ["forward_speed", "reading_and_writing"]
 

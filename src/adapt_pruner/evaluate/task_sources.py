@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.files import check_regular, expanded
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.files import check_regular, expanded
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.evaluate import packaged_tasks
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.strict_json import read_json, to_json
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system.files import why, write_whole
+from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.harness import harness_model

@@ -29,11 +29,10 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.files import file_beside, whole_file, write_failure
-from adapt_pruner.core.places import check_place, is_there, lacks_disk_space
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.words import millions
+from adapt_pruner.core.events.words import millions
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file, write_failure
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine

@@ -21,7 +21,7 @@ from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_finite, check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
-from adapt_pruner.core.budget import count_parameters
+from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.export.padding import (
     LayerSizes,
     accepted,

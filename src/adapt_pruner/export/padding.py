@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.core.weight_mask import WeightMask
+from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.errors import UsageError
 
 __all__ = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in
-from adapt_pruner.core.children import talking
-from adapt_pruner.core.strict_json import read_json
+from adapt_pruner.core.system.processes import talking
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import in_transformers, in_vllm, not_in_mlx

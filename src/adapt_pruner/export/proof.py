@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.events import Listener, Load, Warned, counting
+from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.errors import UsageError

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.core.weight_mask import linear_layers, oriented
+from adapt_pruner.core.model.weight_mask import linear_layers, oriented
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import form_of, forms, plain
 from adapt_pruner.export.engines import Engine, torch_engine

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from adapt_pruner.core.axes import Axis
+from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.errors import UsageError, nearest
 
 __all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "model_types", "sizes", "stock_config"]

@@ -20,8 +20,8 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from adapt_pruner.core.axes import Axis, Gate, Slice
-from adapt_pruner.core.budget import count_parameters, unit_cost
+from adapt_pruner.core.model.axes import Axis, Gate, Slice
+from adapt_pruner.core.model.budget import count_parameters, unit_cost
 from adapt_pruner.errors import UsageError
 from adapt_pruner.families import is_sliced
 

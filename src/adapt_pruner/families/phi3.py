@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import Phi3Config
 
-from adapt_pruner.core.axes import Axis, Gate, Slice
-from adapt_pruner.core.budget import unit_cost
+from adapt_pruner.core.model.axes import Axis, Gate, Slice
+from adapt_pruner.core.model.budget import unit_cost
 from adapt_pruner.families.llama import is_there, residual, vocabulary, whole_blocks, whole_layers
 
 __all__ = ["MODEL_TYPES", "axes", "tiny"]

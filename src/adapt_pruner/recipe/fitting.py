@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from adapt_pruner.core.parts import CHOICE
+from adapt_pruner.core.system.parts import CHOICE
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts

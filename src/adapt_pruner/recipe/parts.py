@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.parts import CHOICE, NEEDS
-from adapt_pruner.core.strict_yaml import value_of
+from adapt_pruner.core.system.parts import CHOICE, NEEDS
+from adapt_pruner.core.system.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, nearest
 
 __all__ = ["FOLDERS", "about", "bind", "check", "names", "needs", "needs_if_known", "reads", "summaries", "takes"]
@@ -26,15 +26,15 @@ FOLDERS = {
     "metric": "score",
     "distance": "score",
     "head_metric": "score",
-    "chooser": "reduce",
-    "repair": "reduce",
+    "chooser": "reduce/choose",
+    "repair": "reduce/repair",
     "reduce": "reduce",
     "objective": "train",
     "schedule": "train",
     "feed": "data",
     "task": "data",
-    "proposal": "reduce",
-    "solver": "reduce",
+    "proposal": "reduce/propose",
+    "solver": "reduce/zeros",
 }
 """Kind of part, which is a key of a recipe, or `proposal` -> the folder whose files hold such parts."""
 
@@ -78,7 +78,9 @@ def _found(key: str) -> dict[str, _Part]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (declared := _declared(key, node)) is not None:
                 name = f"{path.stem}.{node.name}" if isinstance(node, ast.FunctionDef) else path.stem
                 about = (ast.get_docstring(node) or "").partition("\n")[0]
-                parts[name] = _Part(f"adapt_pruner.{folder}.{path.stem}", node.name, about, *declared, _options(node))
+                parts[name] = _Part(
+                    f"adapt_pruner.{folder.replace('/', '.')}.{path.stem}", node.name, about, *declared, _options(node)
+                )
     return parts
 
 
@@ -123,12 +125,12 @@ def summaries(key: str) -> dict[str, str]:
 
 
 def needs(key: str, written: str) -> frozenset[str]:
-    """What a part named in a recipe says that it needs (see `core.parts.part`)."""
+    """What a part named in a recipe says that it needs (see `core.system.parts.part`)."""
     return _found(key)[_split(key, written)[0]].needs
 
 
 def reads(key: str, written: str) -> frozenset[str]:
-    """The keys of a recipe that a part named in a recipe says that it reads (see `core.parts.part`)."""
+    """The keys of a recipe that a part named in a recipe says that it reads (see `core.system.parts.part`)."""
     return _found(key)[_split(key, written)[0]].reads
 
 

@@ -22,11 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from adapt_pruner.core.budget import check_written, parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT
-from adapt_pruner.core.files import expanded
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.strict_yaml import read_keys, value_of
+from adapt_pruner.core.model.budget import check_written, parse_count
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.system.files import expanded
+from adapt_pruner.core.system.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts

@@ -11,15 +11,14 @@ from typing import Annotated, Any
 
 import torch
 
-from adapt_pruner.core.axes import Mask, Scores
-from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.run_events import Searched
-from adapt_pruner.core.surgery import num_left
+from adapt_pruner.core.events.run import Searched
+from adapt_pruner.core.model.axes import Mask, Scores
+from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import WHOLE, parts
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.reduction import Change, Passes, TextUse, check_training
+from adapt_pruner.reduce.choose.allocate import Debt
 from adapt_pruner.reduce.units import (
     Units,
     evidence_of,
@@ -30,8 +29,8 @@ from adapt_pruner.reduce.units import (
     scored,
     within_widths,
 )
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence, finish
+from adapt_pruner.work import Change, Passes, TextUse, Work, check_training
 
 __all__ = ["BetweenSteps"]
 

@@ -14,15 +14,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.axes import Axis, Mask
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.run_events import MasksLearnt
-from adapt_pruner.core.surgery import gated, num_left
-from adapt_pruner.core.task import CAUSAL_LM
+from adapt_pruner.core.events.run import MasksLearnt
+from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.cut import gated, num_left
+from adapt_pruner.core.model.task import CAUSAL_LM
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.factors import scale_block
-from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_training
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.reduce.repair.factors import scale_block
+from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
 __all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
 

@@ -16,15 +16,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.run_events import Searched
+from adapt_pruner.core.events.run import Searched
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.tokens import batches_of
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.reduce.allocate import Debt
-from adapt_pruner.reduce.rank import standardised
-from adapt_pruner.reduce.reduction import Change, Passes, TextUse
+from adapt_pruner.reduce.choose.allocate import Debt
+from adapt_pruner.reduce.choose.rank import standardised
 from adapt_pruner.reduce.units import (
     Units,
     metrics_of,
@@ -36,8 +35,8 @@ from adapt_pruner.reduce.units import (
     with_forward,
     within_widths,
 )
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import score_sequentially
+from adapt_pruner.work import Change, Passes, TextUse, Work
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
 

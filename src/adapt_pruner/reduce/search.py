@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import load, locate
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.precision import precision
-from adapt_pruner.core.run_events import Searched
-from adapt_pruner.core.surgery import gated
+from adapt_pruner.core.events.run import Searched
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.proposals import Candidate, Space
-from adapt_pruner.reduce.reduction import Change, Passes, TextUse
+from adapt_pruner.reduce.propose.proposals import Candidate, Space
 from adapt_pruner.reduce.units import (
     Units,
     evidence_of,
@@ -42,9 +41,9 @@ from adapt_pruner.reduce.units import (
     sizes_alike,
     with_forward,
 )
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train.objectives import kl_of_logits
+from adapt_pruner.work import Change, Passes, TextUse, Work
 
 __all__ = ["Search"]
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint import modeling_sliced
-from adapt_pruner.core import world
-from adapt_pruner.core.layerwise import decoder_layers, streams
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.precision import casting_once, precision
+from adapt_pruner.core.model.layers import decoder_layers, streams
+from adapt_pruner.core.model.precision import casting_once, precision
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.reduce.reduction import Change, Reduction, TextUse
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.work import Change, Reduction, TextUse, Work
 
 __all__ = [
     "SliceGPT",

@@ -1,7 +1,7 @@
 """`reduce: sparse`: single weights of the linear layers become zero, layer by layer, and the shapes stay as they are.
 
-    sparsity   how many weights become zero, and in which pattern (`core.pattern`)
-    solver     which they are, and what the others become (`reduce.solvers`, `reduce.fista`)
+    sparsity   how many weights become zero, and in which pattern (`core.model.pattern`)
+    solver     which they are, and what the others become (`reduce.zeros.solvers`, `reduce.zeros.fista`)
 
 After each decoder layer, its linear layers are added to the model's mask over weights (`Work.weight_mask`). A run may be stopped
 after any decoder layer.
@@ -14,17 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.run_events import Masked, Within
-from adapt_pruner.core.weight_mask import WeightMask, linear_layers, oriented
+from adapt_pruner.core.events.run import Masked, Within
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.weight_mask import WeightMask, linear_layers, oriented
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.layer_inputs import Walk, walked
-from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
-from adapt_pruner.reduce.solvers import Inputs
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.reduce.zeros.layer_inputs import Walk, walked
+from adapt_pruner.reduce.zeros.solvers import Inputs
 from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.work import Change, Passes, Reduction, TextUse, Work
 
 __all__ = ["Sparse", "check_dense", "check_pattern", "check_same_zeros"]
 

@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
-from adapt_pruner.core import world
-from adapt_pruner.core.hooks import watching_inputs
-from adapt_pruner.core.layerwise import decoder_layers, streams
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.pattern import Pattern
-from adapt_pruner.core.precision import casting_once
-from adapt_pruner.core.run_events import MasksLearnt, Within
-from adapt_pruner.core.weight_mask import WeightMask, largest, linear_layers, oriented, stored
+from adapt_pruner.core.events.run import MasksLearnt, Within
+from adapt_pruner.core.model.hooks import watching_inputs
+from adapt_pruner.core.model.layers import decoder_layers, streams
+from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.precision import casting_once
+from adapt_pruner.core.model.weight_mask import WeightMask, largest, linear_layers, oriented, stored
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.reduction import Change, Reduction, TextUse, check_training
 from adapt_pruner.reduce.sparse import check_dense, check_pattern, check_same_zeros
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
 __all__ = ["SparseTraining", "masked"]
 

@@ -17,22 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.budget import Budget
-from adapt_pruner.core.layerwise import decoder_layers
-from adapt_pruner.core.memory import give_back
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.run_events import Searched
-from adapt_pruner.core.surgery import num_left
+from adapt_pruner.core.events.run import Searched
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.system.memory import give_back
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import WHOLE, parts
-from adapt_pruner.reduce.allocate import HEADS, Debt
-from adapt_pruner.reduce.closed_form import without_bias
-from adapt_pruner.reduce.cutline import cut_line
-from adapt_pruner.reduce.reduction import Change, Passes, Reduction, TextUse
-from adapt_pruner.reduce.widths import check_multiple, fitting, levelled
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.reduce.choose.allocate import HEADS, Debt
+from adapt_pruner.reduce.choose.cutline import cut_line
+from adapt_pruner.reduce.choose.widths import check_multiple, fitting, levelled
+from adapt_pruner.reduce.repair.closed_form import without_bias
 from adapt_pruner.score.calibrate import Evidence, Metric, checked, eval_mode, evidence_needed, score, score_sequentially
+from adapt_pruner.work import Change, Passes, Reduction, TextUse, Work
 
 __all__ = [
     "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",

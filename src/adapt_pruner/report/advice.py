@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import compact, shown, typed
+from adapt_pruner.core.events.words import compact, shown, typed
+from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.figures import Figures, fit_slope
 
 __all__ = ["Advice", "advice"]

@@ -18,10 +18,10 @@ import yaml
 
 from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Listener, Warned
-from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.core.strict_json import read_json
-from adapt_pruner.core.visible import visible
-from adapt_pruner.core.words import counted, millions, score, shots, typed
+from adapt_pruner.core.events.words import counted, millions, score, shots, typed
+from adapt_pruner.core.system.files import why, write_whole
+from adapt_pruner.core.system.strict_json import read_json
+from adapt_pruner.core.system.terminal import visible
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count, pairwise
 
-from adapt_pruner.core.run_events import MasksLearnt, Searched
-from adapt_pruner.core.words import Form, counted, score, shots, shown, tick, ticks
+from adapt_pruner.core.events.run import MasksLearnt, Searched
+from adapt_pruner.core.events.words import Form, counted, score, shots, shown, tick, ticks
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [

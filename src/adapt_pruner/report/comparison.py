@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.strict_json import number_of, read_json
-from adapt_pruner.core.words import Form, counted, shown
+from adapt_pruner.core.events.words import Form, counted, shown
+from adapt_pruner.core.system.strict_json import number_of, read_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.template import rendered

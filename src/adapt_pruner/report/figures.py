@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.run_events import Answered, MasksLearnt, Mixed, Searched
-from adapt_pruner.core.strict_json import number_of
-from adapt_pruner.core.words import Form, measured_text, shots
+from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Searched
+from adapt_pruner.core.events.words import Form, measured_text, shots
+from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.untrusted import shards_in
-from adapt_pruner.core.files import check_regular, files_in
-from adapt_pruner.core.marks import WEIGHT_MASK_FILE, is_card
-from adapt_pruner.core.provenance import installed
+from adapt_pruner.core.system.files import WEIGHT_MASK_FILE, check_regular, files_in, is_card
+from adapt_pruner.core.system.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
 

@@ -6,10 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapt_pruner.core.events import Start
-from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.core.marks import is_page
-from adapt_pruner.core.places import check_place
-from adapt_pruner.core.words import compact, counted, duration, measured_text, shown, typed
+from adapt_pruner.core.events.words import compact, counted, duration, measured_text, shown, typed
+from adapt_pruner.core.system.files import check_place, is_page, why, write_whole
 from adapt_pruner.data.sources import SELF
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts

@@ -14,8 +14,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
-from adapt_pruner.core.files import whole_file, why
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.files import whole_file, why
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report import svg
 from adapt_pruner.report.charts import Beside, Chart, Lines

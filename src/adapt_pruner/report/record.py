@@ -9,12 +9,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from adapt_pruner.core.events import Event, is_logged, parse_line
-from adapt_pruner.core.files import read_plain, weight_bytes
-from adapt_pruner.core.locks import is_held
-from adapt_pruner.core.marks import PROGRESS
-from adapt_pruner.core.progress import RunProgress
-from adapt_pruner.core.strict_json import is_count, is_number, read_json, to_json
-from adapt_pruner.core.strict_yaml import value_of
+from adapt_pruner.core.events.progress import RunProgress
+from adapt_pruner.core.system.files import PROGRESS, read_plain, weight_bytes
+from adapt_pruner.core.system.locks import is_held
+from adapt_pruner.core.system.strict_json import is_count, is_number, read_json, to_json
+from adapt_pruner.core.system.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.run.checkpoints import newest_first
 

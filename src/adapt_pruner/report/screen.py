@@ -1,6 +1,6 @@
 """What a user sees while work goes on, on stderr: moving bars and figures in a terminal or notebook, plain lines elsewhere.
 
-`core.progress` knows what is being done and how long it has taken and will take; this file lays it out. No line is wider than the
+`core.events.progress` knows what is being done and how long it has taken and will take; this file lays it out. No line is wider than the
 terminal, and lines break between figures, never within one.
 """
 
@@ -18,15 +18,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adapt_pruner.core.comparison_events import InCell
 from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step, parse
-from adapt_pruner.core.progress import ProgressTracker, RunProgress
-from adapt_pruner.core.run_events import Within
-from adapt_pruner.core.streams import console as console_on
-from adapt_pruner.core.streams import filtered, fitted, wrapped
-from adapt_pruner.core.strict_json import to_json
-from adapt_pruner.core.visible import visible
-from adapt_pruner.core.words import compact, millions, span
+from adapt_pruner.core.events.comparison import InCell
+from adapt_pruner.core.events.progress import ProgressTracker, RunProgress
+from adapt_pruner.core.events.run import Within
+from adapt_pruner.core.events.words import compact, millions, span
+from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.core.system.terminal import console as console_on
+from adapt_pruner.core.system.terminal import filtered, fitted, visible, wrapped
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.notebook import WIDTH, displayed
 

@@ -11,7 +11,7 @@ from functools import singledispatch
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
-from adapt_pruner.core.words import score, shown, tick, ticks
+from adapt_pruner.core.events.words import score, shown, tick, ticks
 from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
 
 __all__ = ["Drawing", "Key", "Path", "Plot", "Rect", "drawing", "lines"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from adapt_pruner.core.marks import PAGE_FOOT
-from adapt_pruner.core.strict_json import to_json
-from adapt_pruner.core.words import duration, shown
+from adapt_pruner.core.events.words import duration, shown
+from adapt_pruner.core.system.files import PAGE_FOOT
+from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.report.svg import drawing
 
 __all__ = ["environment", "placeless", "rendered"]

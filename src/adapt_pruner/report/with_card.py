@@ -6,8 +6,7 @@ from typing import Any
 
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Interrupted, Listener, Load, Saved, Warned, parse
-from adapt_pruner.core.files import expanded
-from adapt_pruner.core.places import check_place
+from adapt_pruner.core.system.files import check_place, expanded
 from adapt_pruner.export import check_form
 from adapt_pruner.export import export as write
 from adapt_pruner.recipe import Recipe

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from adapt_pruner.core import world
-from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.run_events import Item, Planned
+from adapt_pruner.core.events.run import Item, Planned
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system import world
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.work import Stage, Work
 from adapt_pruner.run.estimate import Setup, Shapes, operations, setup_of, shapes
+from adapt_pruner.work import Stage, Work
 
 __all__ = ["ahead", "setup_here", "shapes_in_training"]
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from adapt_pruner.checkpoint.save import SHARD_BYTES
-from adapt_pruner.core.files import files_in
-from adapt_pruner.core.places import check_disk_space
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.core.system.files import check_disk_space, files_in
 from adapt_pruner.run.checkpoints import kept
+from adapt_pruner.work import Work
 
 __all__ = ["check_result", "check_run"]
 

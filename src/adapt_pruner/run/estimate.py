@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adapt_pruner import families
-from adapt_pruner.core import loss
-from adapt_pruner.core.budget import count_parameters
-from adapt_pruner.core.layerwise import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
+from adapt_pruner.core.model import loss
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.layers import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.score.calibrate import Evidence
@@ -203,7 +203,7 @@ def pruning_memory(
     """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
 
     Weights take 4 N, and moments 8 N if they are carried from stage to stage. Gradients, bfloat16 copies and activations are
-    those of k layers (`core.layerwise.layers_at_once`). Hidden states between groups of k layers, with their gradients, are held
+    those of k layers (`core.model.layers.layers_at_once`). Hidden states between groups of k layers, with their gradients, are held
     for all calibration tokens of a process. The memory for the loss is freed before that for the layers is needed. Several
     processes share the batches, not the weights.
 

@@ -10,7 +10,7 @@ repair_self.json         the repair text
 model/                   the result; it is there once the run is finished
 trackers/                files of trackers
 report.html              the results as a page (see `report`)
-progress.json            where the run stands (see `core.progress`), rewritten about once a second while a process works here
+progress.json            where the run stands (see `core.events.progress`), rewritten about once a second while a process works here
 .lock                    held by the process that works here
 .adapt-pruner            says that this is the folder of a run; a folder that is not empty and has no such file is refused
 """
@@ -25,15 +25,13 @@ from typing import Any
 
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import read_state
-from adapt_pruner.core import world
 from adapt_pruner.core.events import is_logged, parse
-from adapt_pruner.core.files import remove, tidy, why, write_whole
-from adapt_pruner.core.locks import locked
-from adapt_pruner.core.marks import MARK, PROGRESS, is_marked, is_page, mark
-from adapt_pruner.core.places import check_place
-from adapt_pruner.core.progress import ProgressTracker
-from adapt_pruner.core.strict_json import is_number, read_json, to_json
-from adapt_pruner.core.words import typed
+from adapt_pruner.core.events.progress import ProgressTracker
+from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.files import MARK, PROGRESS, check_place, is_marked, is_page, mark, remove, tidy, why, write_whole
+from adapt_pruner.core.system.locks import locked
+from adapt_pruner.core.system.strict_json import is_number, read_json, to_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first, of_stage
@@ -79,7 +77,7 @@ class RunFolder:
     def is_here(self) -> bool:
         """Whether the folder still lies where this process locked it."""
         with suppress(OSError):
-            return self._place is not None and os.path.samestat(self.path.stat(), self._place)
+            return self._place is None or os.path.samestat(self.path.stat(), self._place)
         return False
 
     def check_here(self) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 from adapt_pruner.checkpoint.load import has_weights, pick_device
 from adapt_pruner.core.events import Listener, Progress
-from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.progress import EASE
-from adapt_pruner.core.run_events import Planned, Probe
+from adapt_pruner.core.events.progress import EASE
+from adapt_pruner.core.events.run import Planned, Probe
+from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.ahead import ahead, shapes_in_training
 from adapt_pruner.run.estimate import (
     PAPER,
@@ -30,6 +29,7 @@ from adapt_pruner.run.estimate import (
 from adapt_pruner.run.plan import free_bytes, memory, too_large
 from adapt_pruner.run.start import begin, on_paper, prepare, room, to_write
 from adapt_pruner.run.threads import random_rows, score_rows, seconds_of
+from adapt_pruner.work import Work
 
 __all__ = ["dry_run"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner import recipe as recipes
-from adapt_pruner.core import world
-from adapt_pruner.core.budget import parse_count
 from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine, Progress
-from adapt_pruner.core.words import compact, typed
+from adapt_pruner.core.events.words import compact, typed
+from adapt_pruner.core.model.budget import parse_count
+from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.split import specs_of, split_off_heldout
 from adapt_pruner.errors import UsageError

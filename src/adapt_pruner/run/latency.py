@@ -21,15 +21,15 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.axes import Axis
 from adapt_pruner.core.events import Listener, Progress
-from adapt_pruner.core.precision import cast_weights, uses_bfloat16
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Axis
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.precision import cast_weights, uses_bfloat16
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.speed import reading_and_writing
 from adapt_pruner.recipe import Recipe, parse_latency
 from adapt_pruner.reduce.units import mask_to, params_of, prunable, sizes_alike
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.work import Work
 
 __all__ = ["Table", "budget_for", "measured", "params_to_keep", "predicted", "table_of"]
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.save import check_target
-from adapt_pruner.core import world
 from adapt_pruner.core.events import Cut, Finished, Listener, Saved
-from adapt_pruner.core.run_events import Within
+from adapt_pruner.core.events.run import Within
+from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Stage, Work
 from adapt_pruner.run import results
 from adapt_pruner.run.checkpoints import called
 from adapt_pruner.run.disk_space import check_result
@@ -27,6 +26,7 @@ from adapt_pruner.run.resume import interrupted, resumed
 from adapt_pruner.run.start import begin, prepare, tell_start
 from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
+from adapt_pruner.work import Stage, Work
 
 __all__ = ["prune", "run", "run_stages"]
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from adapt_pruner.core.memory import usable_bytes
-from adapt_pruner.core.words import typed
+from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.system.memory import usable_bytes
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, shapes, training_memory
 from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.work import Work
 
 __all__ = ["beyond", "check_memory", "free_bytes", "memory", "most_bytes", "too_large", "ways_to_prune"]
 

@@ -8,15 +8,14 @@ from functools import partial
 import torch
 
 from adapt_pruner.checkpoint.load import load_shapes, locate, pick_device
-from adapt_pruner.core.budget import Budget
 from adapt_pruner.core.events import Listener
-from adapt_pruner.core.memory import keeping_freed
-from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.run_events import Probe
+from adapt_pruner.core.events.run import Probe
+from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system.memory import keeping_freed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, pruning_memory, shapes, training_memory
 from adapt_pruner.run.plan import beyond, free_bytes, ways_to_prune
 from adapt_pruner.run.rules import BATCH_TOKENS, CALIBRATION_ROW, TRAINING_ROW, Machine, Model
@@ -25,6 +24,7 @@ from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, random_rows,
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import make_optimizer
 from adapt_pruner.train.objectives import lm
+from adapt_pruner.work import Work
 
 __all__ = ["probed"]
 

@@ -15,23 +15,23 @@ from typing import Any
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Mask
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
-from adapt_pruner.core.memory import peak_bytes, peak_rss_bytes
-from adapt_pruner.core.precision import nonfinite_error
-from adapt_pruner.core.provenance import made_by
-from adapt_pruner.core.run_events import Answered
-from adapt_pruner.core.weight_mask import count_nonzero
+from adapt_pruner.core.events.run import Answered
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.precision import nonfinite_error
+from adapt_pruner.core.model.weight_mask import count_nonzero
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.memory import peak_bytes, peak_rss_bytes
+from adapt_pruner.core.system.provenance import made_by
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.export.loading import misread
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.run import latency
 from adapt_pruner.score.calibrate import mean_loss
+from adapt_pruner.work import Work
 
 __all__ = [
     "Outcome",

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import pick_device
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
-from adapt_pruner.core import world
 from adapt_pruner.core.events import Interrupted, Listener, Resumed, Saved
-from adapt_pruner.core.provenance import made_by
-from adapt_pruner.core.words import counted, typed
+from adapt_pruner.core.events.words import counted, typed
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.provenance import made_by
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.reduce.work import RunState, Work
 from adapt_pruner.run import results
 from adapt_pruner.run.checkpoints import kept
 from adapt_pruner.run.disk_space import check_run
@@ -22,6 +21,7 @@ from adapt_pruner.run.folder import RunFolder
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
+from adapt_pruner.work import RunState, Work
 
 __all__ = ["interrupted", "resumed"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from adapt_pruner.core.budget import parse_count
-from adapt_pruner.core.words import compact, counted, millions, span
+from adapt_pruner.core.events.words import compact, counted, millions, span
+from adapt_pruner.core.model.budget import parse_count
 from adapt_pruner.errors import UsageError
 from adapt_pruner.run.plan import beyond
 

@@ -15,16 +15,17 @@ from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick
 from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
-from adapt_pruner.core import events, world
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.budget import Budget, count_parameters
+from adapt_pruner.core import events
 from adapt_pruner.core.events import Find, Listener, Load, Start, VocabularyCut
-from adapt_pruner.core.feed import Feed
-from adapt_pruner.core.files import why, write_whole
-from adapt_pruner.core.precision import uses_bfloat16
-from adapt_pruner.core.provenance import to_install
-from adapt_pruner.core.strict_json import read_json, to_json
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.budget import Budget, count_parameters
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.feed import Feed
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.files import why, write_whole
+from adapt_pruner.core.system.provenance import to_install
+from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
@@ -37,7 +38,6 @@ from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.work import RunData, RunState, Stage, Work
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead, setup_here
 from adapt_pruner.run.estimate import Setup, setup_of, shapes
@@ -45,6 +45,7 @@ from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.run.plan import check_memory, free_bytes, too_large
 from adapt_pruner.run.teacher import teacher_of
 from adapt_pruner.train.loop import stage_tokens, whole_batches
+from adapt_pruner.work import RunData, RunState, Stage, Work
 
 __all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "tell_start", "to_write"]
 

@@ -9,13 +9,13 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.vocabulary import smaller_tokenizer
-from adapt_pruner.core.axes import Mask
-from adapt_pruner.core.layerwise import decoder_layers
-from adapt_pruner.core.precision import cast_weights, uses_bfloat16
-from adapt_pruner.core.surgery import cut
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.precision import cast_weights, uses_bfloat16
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.work import Work
 
 __all__ = ["teacher_of"]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.core import world
-from adapt_pruner.core.words import counted
-from adapt_pruner.reduce.work import Work
+from adapt_pruner.core.events.words import counted
+from adapt_pruner.core.system import world
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
+from adapt_pruner.work import Work
 
 __all__ = ["ENOUGH", "fit_threads", "in_words", "kept_threads", "random_rows", "score_rows", "seconds_of"]
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core import world
 from adapt_pruner.core.events import Listener, Resumed, Start, Step, Warned, parse
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
 

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from adapt_pruner.core import events, world
-from adapt_pruner.core.interrupts import deferred
-from adapt_pruner.core.memory import keeping_freed, peak_bytes
-from adapt_pruner.core.words import compact
+from adapt_pruner.core import events
+from adapt_pruner.core.events.words import compact
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.memory import keeping_freed, peak_bytes
+from adapt_pruner.core.system.processes import deferred
 from adapt_pruner.recipe import parts
-from adapt_pruner.reduce.work import Work
 from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
 from adapt_pruner.train.objectives import named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
+from adapt_pruner.work import Work
 
 __all__ = ["Save", "Trainer"]
 

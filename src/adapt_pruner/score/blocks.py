@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.hooks import attached
-from adapt_pruner.core.layerwise import decoder_layers, loss_above, streams
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.precision import casting_once
-from adapt_pruner.core.surgery import first, gated
-from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.cut import first, gated
+from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.layers import decoder_layers, loss_above, streams
+from adapt_pruner.core.model.precision import casting_once
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence, as_found, mean_loss
 
 __all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]

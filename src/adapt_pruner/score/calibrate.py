@@ -38,13 +38,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Mask, Scores
-from adapt_pruner.core.hooks import attached
-from adapt_pruner.core.layerwise import Sweep, decoder_layers, streams
-from adapt_pruner.core.precision import casting_once, linears_cast, nonfinite_error, precision
-from adapt_pruner.core.surgery import gated
-from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.layers import Sweep, decoder_layers, streams
+from adapt_pruner.core.model.precision import casting_once, linears_cast, nonfinite_error, precision
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
+from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError
 
 __all__ = [

@@ -7,7 +7,7 @@ approximated by
 
 over N tokens of which P are predicted, with g the gradient of the sum of their losses. This is the Fisher information with its
 Kronecker factors (K-FAC), in nats per token. Removing columns is a Δ. The Δ that costs least also changes the columns that stay.
-It depends on A alone: it is the least-squares repair of `reduce.closed_form`.
+It depends on A alone: it is the least-squares repair of `reduce.repair.closed_form`.
 """
 
 import math
@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Scores
-from adapt_pruner.core.hooks import attached
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.core.model.axes import Axis, Scores
+from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["kfac"]

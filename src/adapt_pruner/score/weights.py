@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core import world
-from adapt_pruner.core.axes import Axis, Scores
-from adapt_pruner.core.hooks import attached
-from adapt_pruner.core.parts import part
+from adapt_pruner.core.model.axes import Axis, Scores
+from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence
 
 __all__ = ["magnitude", "random", "taylor"]

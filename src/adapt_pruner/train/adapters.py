@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adapt_pruner.core.provenance import to_install
+from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 
 __all__ = ["adapted", "base_name"]

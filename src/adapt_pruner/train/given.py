@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adapt_pruner.core.feed import Feed
+from adapt_pruner.core.model.feed import Feed
 from adapt_pruner.train.loop import TrainConfig, TrainState, steps
 from adapt_pruner.train.objectives import lm
 

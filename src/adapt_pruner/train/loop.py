@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from adapt_pruner.core import world
-from adapt_pruner.core.feed import Feed, Taken
-from adapt_pruner.core.precision import precision
-from adapt_pruner.core.task import CAUSAL_LM, Task
+from adapt_pruner.core.model.feed import Feed, Taken
+from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
+from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError, of_all
 from adapt_pruner.train.pace import Pace
 
@@ -72,7 +72,7 @@ class TrainConfig:
         micro_tokens: tokens in one forward and backward of a process; by default 2,048 on a CPU, 16,384 on a GPU.
         clip: largest global norm of the gradient of the model's parameters.
         max_rise: nats by which the smoothed loss may exceed its lowest in this stage.
-        dtype: precision of matrix products (see `core.precision.precision`); weights and moments stay float32.
+        dtype: precision of matrix products (see `core.model.precision.precision`); weights and moments stay float32.
         seed: of dropout, where there is any.
         task: what the model learns; it says how many predictions of a batch count.
         seconds_left: how many seconds training may still take; None for no deadline. With a deadline training may end early, and

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.loss import LogitLoss, log_softmax_, logit_cap, nll_of_logits
-from adapt_pruner.core.parts import part
-from adapt_pruner.core.task import CAUSAL_LM, CausalLM, Task
+from adapt_pruner.core.model.loss import LogitLoss, log_softmax_, logit_cap, nll_of_logits
+from adapt_pruner.core.model.task import CAUSAL_LM, CausalLM, Task
+from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
 __all__ = ["distil", "kl_of_logits", "lm", "named_loss"]

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from adapt_pruner.core import world
+from adapt_pruner.core.system import world
 
 __all__ = ["Pace"]
 

@@ -2,7 +2,7 @@
 
 import math
 
-from adapt_pruner.core.parts import part
+from adapt_pruner.core.system.parts import part
 
 __all__ = ["cosine", "wsd"]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from adapt_pruner.core import world
-from adapt_pruner.core.layerwise import decoder_layers
-from adapt_pruner.core.precision import uses_bfloat16
+from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system import world
 
 __all__ = ["full_state", "load_moments", "shard", "spread"]
 

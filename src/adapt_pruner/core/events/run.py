@@ -1,0 +1,182 @@
+"""Further events of a run: its plan, a reduction on its way, a feed that shifts the shares of its texts, answers to prompts."""
+
+from typing import Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from adapt_pruner.core.events.base import Count, Event
+
+__all__ = ["Answered", "Item", "Masked", "MasksLearnt", "Mixed", "Planned", "Probe", "PromptAnswer", "Searched", "Within"]
+
+
+class Item(TypedDict):
+    """A phase of a run.
+
+    `phase` is one of `core.events.Progress`; `stage` is 0 before the first stage. `times` is how often the phase comes in that
+    stage; it is an estimate if the phase is part of an iteration (`repeats`). `flops` are the operations of one time: 0 where
+    they do not matter, None where nobody knows.
+    """
+
+    phase: str
+    stage: Count
+    times: Count
+    flops: float | None
+    repeats: bool
+
+
+class Probe(Event):
+    """The speed of this machine with the model is measured."""
+
+    event: Literal["probe"] = "probe"
+    logged = False
+
+    def line(self, begun: str = "dense") -> str:
+        return "measuring this machine (up to a minute)"
+
+
+class Planned(Event):
+    """A run was planned, and is about to read its text. A resumed run lists only what is still to come.
+
+    Attributes:
+        targets: parameters at the end of each stage.
+        tokens: tokens still to be trained on in each stage.
+        items: the phases in their order.
+    """
+
+    event: Literal["planned"] = "planned"
+    logged = False
+    targets: list[Count]
+    tokens: list[Count]
+    items: list[Item]
+
+
+class Within(Event):
+    """A reduction is on its way to its next change; the run may write a checkpoint here.
+
+    Attributes:
+        stage: counted from 1.
+        done: rounds, layers or steps so far.
+        of: the total of these.
+    """
+
+    stage: Count | None = None
+    done: Count
+    of: Count
+
+    @property
+    def often(self) -> bool:
+        return True
+
+
+class Searched(Within):
+    """A round of a search for what to cut is done.
+
+    Attributes:
+        evaluations: how often a candidate's loss was measured so far.
+        best: the lowest loss, or KL divergence, in nats per prediction: `search`, of a candidate of all rounds so far on the whole
+            text; `policy_gradient`, of a mask since the last report.
+        mean: the mean over this round's candidates on the text that all are measured on first, or over those masks.
+        sizes: axis name -> units that the search would keep now; where it is undecided, the expected number.
+    """
+
+    event: Literal["searched"] = "searched"
+    evaluations: Count = 0
+    best: float | None = None
+    mean: float | None = None
+    sizes: dict[str, float] | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        if self.best is None or self.mean is None:
+            return f"stage {self.stage}: search, round {self.done} of {self.of}"
+        return f"stage {self.stage}: search, round {self.done} of {self.of}: {self.best:.3f} nats at best, {self.mean:.3f} on average"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("best", "mean")
+
+
+class Masked(Within):
+    """The weights of a further decoder layer have become zero; `done` counts layers.
+
+    Attributes:
+        zeros: weights that are zero now.
+        error: ‖W' Z - W X‖² / ‖W X‖², the mean over the linear layers of the decoder layer; None if it was not computed.
+    """
+
+    event: Literal["masked"] = "masked"
+    zeros: Count
+    error: float | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        text = f"stage {self.stage}: layer {self.done} of {self.of}, {self.zeros:,} weights are zero"
+        return text if self.error is None else f"{text}, relative output error {self.error:.1%}"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("error")
+
+
+class MasksLearnt(Within):
+    """Masks were learnt in some more steps of training; `done` counts these steps. One of `zeros` and `sizes` is given.
+
+    Attributes:
+        zeros: weights that the masks remove now.
+        flipped: share of the masks' bits that changed since the masks before.
+        sizes: axis name -> units that the masks are expected to keep.
+    """
+
+    event: Literal["masks_learnt"] = "masks_learnt"
+    zeros: Count | None = None
+    flipped: float | None = None
+    sizes: dict[str, float] | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        text = f"stage {self.stage}: masks learnt in {self.done} of {self.of} steps"
+        text += "" if self.zeros is None else f", {self.zeros:,} weights are masked"
+        return text if self.flipped is None else f"{text}, {self.flipped:.2%} of the masks changed"
+
+    def figures(self) -> dict[str, float]:
+        return self._those("flipped")
+
+
+class Mixed(Event):
+    """A feed has changed the shares of the texts that it mixes.
+
+    Attributes:
+        step: its number in the run.
+        tokens: read so far.
+        shares: SPEC -> share of the rows to come.
+        losses: SPEC -> mean loss since the last change, in nats per token, over rows that were read for the first time.
+    """
+
+    event: Literal["mixed"] = "mixed"
+    step: Count
+    tokens: Count
+    shares: dict[str, float]
+    losses: dict[str, float] = Field(default_factory=dict)
+
+    def line(self, begun: str = "dense") -> str:
+        most = sorted(self.shares, key=lambda name: -self.shares[name])[:4]
+        return f"step {self.step}: next texts " + ", ".join(f"{name} {self.shares[name]:.1%}" for name in most)
+
+    def figures(self) -> dict[str, float]:
+        return {f"share/{name}": share for name, share in self.shares.items()}
+
+
+class PromptAnswer(TypedDict):
+    """A prompt and what the model answered, without special tokens."""
+
+    prompt: str
+    text: str
+
+
+class Answered(Event):
+    """The model answered the run's prompts: stage 0 is the model at the start.
+
+    Attributes:
+        stage: counted from 1.
+        answers: in the order of the prompts.
+    """
+
+    event: Literal["answered"] = "answered"
+    stage: Count
+    answers: list[PromptAnswer]

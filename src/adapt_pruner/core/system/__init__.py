@@ -1,0 +1,1 @@
+"""Files, processes, memory and terminals: what the package asks of the machine."""

@@ -1,0 +1,1 @@
+"""How many units, layers or blocks go in an iteration, and which."""

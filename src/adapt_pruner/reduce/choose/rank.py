@@ -1,0 +1,242 @@
+"""Rank the units of all axes together and remove the lowest, until enough parameters are gone.
+
+    worth[a][r]    what the r-th lowest unit of axis a is worth, comparable across axes
+    line           the units of all axes, lowest worth first; equal ones are spread over the depth of the model
+
+The choosers here differ in how they compute the worth. Units go from the front of the line until the budget is met. It is counted
+in parameters, so a KV head weighs what it really costs. Of `Debt` these choosers read only the sizes at the start.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapt_pruner.core.model.axes import Axis, Scores
+from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.system.parts import part
+from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.choose.allocate import GOLDEN, HEADS, Debt
+
+__all__ = ["per_parameter", "standardised"]
+
+_FRONT = 1e6  # beyond any standardised score
+
+
+@part("chooser")
+def per_parameter(
+    scores: Scores,
+    axes: Sequence[Axis],
+    budget: Budget,
+    *,
+    debt: Debt,
+    step: float,
+    floor: float = 0.0,
+    level: float = 0.0,
+    apart: bool = False,
+) -> tuple[dict[str, int], Debt]:
+    """Rank the units of all axes together by score per parameter and remove the lowest.
+
+    worth[u] = score[u] / cost(axis of u) · (g(kind) / g(axis))^level
+
+    If a unit has an entry in every group, score[u] is the sum over its entries. g(axis) is the geometric mean of the scores of an
+    axis, g(kind) that over all axes of its kind. With `level` 0, scores are compared as they are across layers and kinds. That
+    needs a metric whose scores are comparable: Taylor scores and losses are all in nats, but magnitudes and activations of
+    different layers do not compare. Scores that are measured on each layer alone do not show how much is lost when many layers
+    lose units together. `level` therefore brings the layers closer together; with 1 they differ only in their spread.
+
+    Args:
+        scores: of every axis, float32 [entries]; comparable across axes.
+        axes: the axes that may shrink.
+        budget: parameters to keep.
+        debt: the sizes at the start; `Debt.none(axes)` at first.
+        step: share of all prunable parameters at the start that goes in an iteration; 1 prunes in one shot.
+        floor: share of its size at the start that every axis keeps at least, in [0, 1]; one unit in any case.
+        apart: divide the worth of a unit by the mean over all units of its kind. Heads and neurons, whose scores may differ in
+            magnitude, then rank by how they compare with their own kind (GISP's normalisation of attention and MLP).
+        level: how far the axes of a kind are levelled, in [0, 1]. Values above 0 need scores that are not negative.
+
+    Returns:
+        Units each axis keeps, and the debt as it was. The model ends at the budget, or below it by less than one unit of the
+        cheapest kind as long as there are such units.
+
+    Raises:
+        UsageError: `floor` or `level` is not in [0, 1], or a score is negative and `level` is above 0.
+
+    Source: ours; global ranking as in Taylor pruning (arXiv:1906.10771), with parameters as the cost.
+    """
+    for option, share in (("floor", floor), ("level", level)):
+        if not 0 <= share <= 1:
+            raise UsageError(f"option {option}={share} of rank.per_parameter is not a share; write it between 0 and 1")
+    factors = _levelling(scores, axes, level) if level > 0 else dict.fromkeys(scores, 1.0)
+    least = {axis.name: min(axis.size, max(1, math.ceil(debt.start[axis.name] * floor - 1e-9))) for axis in axes}
+    worth = {
+        axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]]
+        * (axis.groups / axis.cost * factors[axis.name])
+        for axis in axes
+    }
+    if apart:
+        means = {}
+        for kind in {axis.kind for axis in axes}:
+            values = [scores[axis.name].double() * (axis.groups / axis.cost) for axis in axes if axis.kind == kind]
+            means[kind] = float(torch.cat(values).abs().mean()) or 1.0
+        worth = {axis.name: worth[axis.name] / means[axis.kind] for axis in axes}
+    return _sizes(axes, worth, budget, debt=debt, step=step), debt
+
+
+def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, float]:
+    """(g(kind) / g(axis))^level for every axis; zeros count as the smallest positive number of float32."""
+    logs = {}
+    for axis in axes:
+        if bool((scores[axis.name] < 0).any()):
+            raise UsageError(
+                f"option level={level} of rank.per_parameter is for scores that are not negative, and {axis.name} has one of "
+                f"{float(scores[axis.name].min()):.3g}; leave it out, or take another metric"
+            )
+        logs[axis.name] = float(scores[axis.name].double().clamp_min(torch.finfo(torch.float32).tiny).log().mean())
+    of_kind: dict[str, list[float]] = {}
+    for axis in axes:
+        of_kind.setdefault(axis.kind, []).append(logs[axis.name])
+    return {axis.name: math.exp(level * (sum(of_kind[axis.kind]) / len(of_kind[axis.kind]) - logs[axis.name])) for axis in axes}
+
+
+@part("chooser")
+def standardised(
+    scores: Scores,
+    axes: Sequence[Axis],
+    budget: Budget,
+    *,
+    debt: Debt,
+    step: float,
+    structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] = "AL-AM",
+    heads: float | None = None,
+    by: Literal["unit", "feature"] = "unit",
+) -> tuple[dict[str, int], Debt]:
+    """Bring the scores of each axis to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
+
+    z[u] = (score[u] - mean of its axis) / (standard deviation of its axis, over n - 1); 0 where an axis's scores are alike.
+
+        AL-AM    all units ranked together by z
+        AL-MM    a given share of the heads goes, lowest z of all layers first; neurons, ranked together by z, pay the rest
+        UL-MM    that share of the heads goes in every layer; neurons pay the rest, the same share in every layer
+        UL-UM    every axis gives up the same share
+
+    Args:
+        scores: of every axis, float32 [entries].
+        axes: the axes that may shrink.
+        budget: parameters to keep.
+        debt: the sizes at the start; `Debt.none(axes)` at first.
+        step: share of all prunable parameters at the start that goes in an iteration; 1, as in FLAP, prunes in one shot.
+        structure: AL-AM, AL-MM, UL-MM or UL-UM.
+        heads: share of the heads at the start that goes under AL-MM and UL-MM, rounded down; fewer if the budget does not pay
+            for all of them.
+        by: `unit` standardises the scores. `feature` takes them as they are, from a metric that has standardised the features of
+            an axis and gives a unit their mean (`activations.fluctuation(standardised=true)`), as FLAP does.
+
+    Returns:
+        Units each axis keeps, and the debt as it was. The model ends at the budget, or below it by less than one unit of the
+        cheapest kind as long as there are such units.
+
+    Raises:
+        UsageError: `heads` is missing, out of range or without use.
+
+    Source: FLAP, arXiv:2312.11983. Differs: a head counts with its parameters in this model (FLAP counts every head as 512/3
+    neurons, right for a head size of 128 without grouped queries). By `unit`, the scores of heads spread as far as those of
+    neurons. By `feature`, as in FLAP, the mean over a head's features draws the scores of heads towards 0. The budget is met
+    within one neuron.
+    """
+    _check_heads(structure, heads)
+    worth = {axis.name: _lowest_first(axis, scores[axis.name]) for axis in axes}
+    worth = {name: (_standardised(values) if by == "unit" else values)[:-1] for name, values in worth.items()}
+    if structure.startswith("UL"):
+        starts = {axis.name: debt.start[axis.name] for axis in axes}  # by the share that is gone, all axes lose the same share
+        gone = {axis.name: torch.arange(starts[axis.name] - axis.size + 1, starts[axis.name]) for axis in axes}
+        worth = {name: numbers.double() / starts[name] for name, numbers in gone.items()}
+    if heads is not None:
+        attention = [axis for axis in axes if axis.kind in HEADS]
+        if not attention:
+            raise UsageError(
+                f"option heads={heads} of rank.standardised is a share of heads, and axes names none; add kv_heads to axes"
+            )
+        starts = {axis.name: debt.start[axis.name] for axis in attention}
+        if structure == "AL-MM":
+            num = math.floor(sum(starts.values()) * heads + 1e-9) - sum(starts[axis.name] - axis.size for axis in attention)
+            due = _count(attention, _line(attention, worth)[: max(0, num)])
+        else:
+            due = {
+                axis.name: max(0, axis.size - starts[axis.name] + math.floor(starts[axis.name] * heads + 1e-9))
+                for axis in attention
+            }
+        # Heads that are due go before all neurons; the others are not in the line at all.
+        worth |= {axis.name: worth[axis.name][: due[axis.name]] - _FRONT for axis in attention}
+    return _sizes(axes, worth, budget, debt=debt, step=step), debt
+
+
+def _check_heads(structure: str, heads: float | None) -> None:
+    if structure.endswith("MM") and heads is None:
+        raise UsageError(
+            f"structure {structure} of rank.standardised needs the share of heads that goes; write it like heads=0.2"
+        )
+    if not structure.endswith("MM") and heads is not None:
+        raise UsageError(f"option heads={heads} is for the structures UL-MM and AL-MM, not for {structure}; leave it out")
+    if heads is not None and not 0 <= heads < 1:
+        raise UsageError(f"option heads={heads} of rank.standardised is not a share that may go; write it from 0 to below 1")
+
+
+def _lowest_first(axis: Axis, score: Tensor) -> Tensor:
+    """The scores of an axis in the order in which units go, float64 [size]; with several groups, the mean over the groups."""
+    return score.double().view(axis.groups, axis.size).sort(dim=1).values.mean(dim=0)
+
+
+def _standardised(values: Tensor) -> Tensor:
+    centred = values - values.mean()
+    deviation = (centred.square().sum() / max(1, values.numel() - 1)).sqrt()
+    return torch.zeros_like(values) if deviation <= 1e-9 * values.abs().max() else centred / deviation
+
+
+def _line(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> list[Axis]:
+    """The axis of each unit, lowest worth first; units of equal worth are spread over the depth of the model."""
+    spread = sorted(axes, key=lambda axis: (axis.layer or 0) * GOLDEN % 1)
+    values = torch.cat([worth[axis.name] for axis in spread])
+    owners = torch.arange(len(spread)).repeat_interleave(torch.tensor([worth[axis.name].numel() for axis in spread]))
+    return [spread[i] for i in owners[values.argsort(stable=True)].tolist()]
+
+
+def _count(axes: Sequence[Axis], losing: Sequence[Axis]) -> dict[str, int]:
+    """Axis name -> how many units it loses."""
+    times = Counter(axis.name for axis in losing)
+    return {axis.name: times[axis.name] for axis in axes}
+
+
+def _sizes(axes: Sequence[Axis], worth: Mapping[str, Tensor], budget: Budget, *, debt: Debt, step: float) -> dict[str, int]:
+    """Sizes after units are removed from the front of the line, until the budget is met or a step is done.
+
+    An expensive unit that would remove more than the budget asks for is passed over. If the cheap units do not suffice, such
+    units go after all, and the cheap units of highest worth are given back.
+    """
+    cheapest = min(axis.cost for axis in axes)
+    goal = min(budget.excess, step * sum(debt.start[axis.name] * axis.cost for axis in axes))
+    losing: list[Axis] = []
+    passed_over: list[Axis] = []
+    removed = 0
+    for axis in _line(axes, worth):
+        if removed >= goal:
+            break
+        if axis.cost > cheapest and removed + axis.cost > budget.excess:
+            passed_over.append(axis)
+        else:
+            losing.append(axis)
+            removed += axis.cost
+    for axis in passed_over:
+        if removed < goal:
+            losing.append(axis)
+            removed += axis.cost
+    lost = _count(axes, losing)
+    for axis in reversed(losing):
+        if axis.cost == cheapest and removed - cheapest >= budget.excess:
+            lost[axis.name] -= 1
+            removed -= cheapest
+    return {axis.name: axis.size - lost[axis.name] for axis in axes}

@@ -1,0 +1,1 @@
+"""Make up for what a cut removes."""

@@ -1,0 +1,356 @@
+"""Repairs in closed form: change the linear layers at the gates to make up for the inputs that a cut removes.
+
+Symbols: W the weight of the linear layer at a gate, [outputs, features]; x its input, X the inputs at all N calibration tokens,
+[features, N]; k the features that stay, r those that go, as column indices.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.hooks import watching_inputs
+from adapt_pruner.core.model.layers import Stream, decoder_layers, streams
+from adapt_pruner.core.model.precision import casting_once
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.parts import part
+from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.repair.factors import rescale_blocks
+
+__all__ = ["FALLBACK", "RIDGES", "least_squares", "mean_bias", "without_bias"]
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""The ridges to choose from."""
+
+FALLBACK = 1.0
+"""The ridge if the text is too short to choose one, or too short for a ridge of 0."""
+
+_ROUNDING = 1e-6  # for features scaled to length 1: smaller values are float32 rounding
+_HELD_OUT = 4  # every fourth batch, from the second on, is held out to choose the ridge
+
+
+@part("repair")
+@torch.no_grad()
+def least_squares(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    batches: Sequence[Tensor],
+    *,
+    ridge: Annotated[float | None, "0 or more"] = 0.3,
+    sequential: bool = False,
+    factors: Annotated[int, "0 or more"] = 0,
+    task: Task = CAUSAL_LM,
+    dtype: str = "auto",
+    warn: Callable[[str], None] = lambda message: None,
+    on_layer: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Change the remaining columns, in place, to bring their output as near as possible to that of all columns (least squares).
+
+    W'_k minimises  ‖W' Z_k - W X‖² + λ ‖W' - W_k‖²,  which is
+
+        W'_k = W_k + (W X Z_kᵀ - W_k Z_k Z_kᵀ) (Z_k Z_kᵀ + λI)⁻¹        λ = ridge · mean diagonal of Z_k Z_kᵀ
+
+    Z is X. With `sequential`, Z is the input that comes from the already pruned and repaired layers below; X always comes from
+    the unchanged model. The ridge pulls towards the remaining weights W_k, not towards zero: with λ → ∞ nothing changes. With
+    Z = X this is W_k + W_r H_rk (H_kk + λI)⁻¹, H = X Xᵀ. Decoder layers are repaired one after the other, so memory holds the
+    matrices of one of them at a time.
+
+    Args:
+        model: causal LM; the weights of the linear layers at gates that `mask` shuts change.
+        axes: its axes.
+        mask: the cut that follows.
+        batches: token ids, int64 [batch, length].
+        ridge: as a multiple of the mean diagonal. None chooses one of `RIDGES` for each layer, by the error on every fourth
+            batch, which the trial fits do not see; with a single batch it takes `FALLBACK`. With fewer tokens than features, the
+            ridge is multiplied by features / tokens; a ridge of 0 becomes `FALLBACK` times that. `warn` is told of both cases.
+        sequential: let each layer also make up for its changed inputs from the pruned layers below; two to three times the work.
+        factors: number of Gauss-Newton steps after the least squares, on one factor for each attention and MLP
+            (`reduce.repair.factors.rescale_blocks`).
+        task: what the model learns.
+        dtype: precision of the matrix products of the model; the systems are solved in float64.
+        warn: told when there are too few tokens for a ridge, or for factors.
+        on_layer: told (done, of) after each layer; a Gauss-Newton step counts as much as all layers.
+
+    Raises:
+        UsageError: no batches.
+
+    Source: ours, from ordinary ridge regression. SparseGPT (arXiv:2301.00774) and ZipLM (arXiv:2302.04089) also reconstruct
+    each layer's output; FISTAPruner (arXiv:2408.03728) also takes inputs of the pruned model on one side only.
+    """
+    _need_text(batches)
+    if ridge is None and len(batches) < 2:
+        ridge = FALLBACK
+        warn(
+            f"{sum(batch.numel() for batch in batches):,} calibration tokens make one batch, and choosing a ridge takes two; "
+            f"the ridge is {ridge:g}; set calibration.samples higher"
+        )
+    mine, numbers = world.share(batches), world.share(range(len(batches)))
+    layers = decoder_layers(model, axes)
+    entering = streams(model, mine, axes=axes, task=task, dtype=dtype)
+    without = Mask(
+        {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and axis.gate.kind != "logits"}
+    )
+    with gated(model, axes, without):
+        pruned = streams(model, mine, axes=axes, task=task, dtype=dtype) if sequential else entering
+    tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
+    world.sum_in_place(tokens)
+    short, work, weights = 1.0, len(layers) * (1 + factors), _weights(model, axes)
+    for index, layer in enumerate(layers):
+        kept = _kept(axes, mask, layer=index)
+        fits = {name: _Fit(weights[name], keep, hold_out=ridge is None, sequential=sequential) for name, keep in kept.items()}
+        if sequential:
+            in_layer = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
+            shut = partial(gated, model, axes, Mask({**without.kept, **in_layer}))
+            solved = _fit_behind_pruned(model, layer, index, fits, entering, pruned, numbers, shut=shut)
+        else:
+            solved = _fit_alone(model, layer, index, fits, entering, numbers)
+        for fit in solved:
+            short = max(short, fit.apply(ridge, tokens=float(tokens)))
+        on_layer(index + 1, work)
+    if short > 1:
+        raised = (
+            f"their ridge is {FALLBACK:g} times that factor instead of 0"
+            if ridge == 0
+            else "their ridge was raised by the same factor"
+        )
+        warn(
+            f"{float(tokens):,.0f} calibration tokens are few for a repair of layers with up to {short:.1f} times as many inputs; "
+            f"{raised}; set calibration.samples higher"
+        )
+    if factors:
+        entering, pruned = [], []  # frees the hidden states of the whole text
+        rescale_blocks(
+            model, axes, mask, batches, steps=factors, task=task, dtype=dtype, warn=warn,
+            tell=lambda share: on_layer(len(layers) + round(share * (work - len(layers))), work),
+        )  # fmt: skip
+
+
+def _fit_alone(
+    model: nn.Module, layer: nn.Module, index: int, fits: Mapping[str, "_Fit"], entering: Sequence[Stream], numbers: Iterable[int]
+) -> Iterator["_Fit"]:
+    """Show each fit the inputs of the unchanged model in a decoder layer, move its streams on, and yield the fits to be solved."""
+    with casting_once(layer):
+        for number, stream in zip(numbers, entering, strict=True):
+            with _watching(model, fits) as seen:
+                stream.hidden = stream.through(layer, index)
+            for name, fit in fits.items():
+                fit.add(seen[name], None, number)
+    yield from fits.values()
+
+
+def _fit_behind_pruned(
+    model: nn.Module,
+    layer: nn.Module,
+    index: int,
+    fits: Mapping[str, "_Fit"],
+    entering: Sequence[Stream],
+    pruned: Sequence[Stream],
+    numbers: Sequence[int],
+    *,
+    shut: Callable[[], AbstractContextManager[None]],
+) -> Iterator["_Fit"]:
+    """The same with `sequential`: the caller solves each fit before the next one sees its inputs behind the repaired layers.
+
+    Args:
+        model: the model.
+        layer: the decoder layer.
+        index: its number.
+        fits: by the name of the linear layer at the gate.
+        entering: the streams of the unchanged model that enter the layer; they are moved on.
+        pruned: those of the pruned and repaired model; they are moved on once all fits are solved.
+        numbers: of the batches that the streams belong to.
+        shut: the context in which all that goes in this layer, and in the whole model, is shut.
+    """
+    inputs: list[dict[str, Tensor]] = []
+    with casting_once(layer):
+        for stream in entering:
+            with _watching(model, fits) as seen:
+                stream.hidden = stream.through(layer, index)
+            inputs.append(seen)
+    for name, fit in fits.items():
+        with shut(), casting_once(layer):
+            for number, stream, before in zip(numbers, pruned, inputs, strict=True):
+                with _watching(model, [name]) as seen:
+                    stream.through(layer, index)
+                fit.add(before[name], seen[name], number)
+        yield fit
+    with shut(), casting_once(layer):
+        for stream in pruned:
+            stream.hidden = stream.through(layer, index)
+
+
+class _Fit:
+    """The normal equations of the linear layer at one gate, and their solution."""
+
+    def __init__(self, weight: Tensor, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
+        self.weight = weight
+        self.keep = keep.to(self.weight.device)
+        self.hold_out = hold_out
+        stays, features = int(keep.sum()), keep.numel()
+        sides = (features, stays) if sequential else (features,)
+        # one part to fit, one held out; each has X Z_kᵀ and Z_k Z_kᵀ, or only the first if Z is X, since it contains the second
+        self.parts = [[self.weight.new_zeros(side, stays, dtype=torch.float32) for side in sides] for _ in range(1 + hold_out)]
+
+    def add(self, whole: Tensor, pruned: Tensor | None, number: int) -> None:
+        """Add the layer's input in batch `number`, before and after pruning: [tokens, features]; None if both are the same."""
+        cross, *square = self.parts[self.hold_out and number % _HELD_OUT == 1]
+        stays = (whole if pruned is None else pruned)[:, self.keep]
+        cross.addmm_(whole.t(), stays)
+        for sums in square:
+            sums.addmm_(stays.t(), stays)
+
+    def _sums(self, part: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Z_k Z_kᵀ and X Z_kᵀ of one part, in float64."""
+        cross, *square = (sums.double() for sums in part)
+        return (square[0] if square else cross[self.keep]), cross
+
+    def apply(self, ridge: float | None, *, tokens: float) -> float:
+        """Change the layer's weight, in place; returns the features per token, 1 if there are enough tokens."""
+        for sums in self.parts:
+            world.sum_in_place(*sums)
+        weight = self.weight.double()
+        staying = weight[:, self.keep]
+        square, cross = (sum(sums[1:], sums[0]) for sums in zip(*map(self._sums, self.parts), strict=True))
+        short = max(1.0, self.keep.numel() / tokens)
+        if ridge is None:
+            ridge = self._chosen(weight, staying)
+        elif ridge == 0 and short > 1:
+            ridge = FALLBACK
+        solved = _solve(square, weight @ cross - staying @ square, ridge * short)
+        self.weight[:, self.keep] = (staying + solved).to(self.weight.dtype)
+        return short
+
+    def _chosen(self, weight: Tensor, staying: Tensor) -> float:
+        """The ridge whose fit has the least error on the held-out batches."""
+        (square, cross), (held_square, held_cross) = map(self._sums, self.parts)
+        missing = weight @ cross - staying @ square
+
+        def error(ridge: float) -> float:
+            tried = staying + _solve(square, missing, ridge)
+            return float(((tried @ held_square) * tried).sum() - 2 * (tried * (weight @ held_cross)).sum())
+
+        return min(RIDGES, key=error)
+
+
+def _solve(square: Tensor, missing: Tensor, ridge: float) -> Tensor:
+    """missing · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
+
+    Whether a direction has data is judged with every feature scaled to length 1, so that a very large one does not hide the
+    others.
+    """
+    shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if not int(failed) and bool((factor.diagonal() > _ROUNDING**0.5 * scale).all()):
+        solved: Tensor = torch.cholesky_solve(missing.t(), factor).t()
+        return solved
+    values, vectors = torch.linalg.eigh(shifted / scale / scale[:, None])
+    has_data = values > _ROUNDING * float(values.max())
+    inverse = torch.where(has_data, 1 / torch.where(has_data, values, torch.ones_like(values)), torch.zeros_like(values))
+    in_data: Tensor = ((missing / scale @ vectors) * inverse) @ vectors.t() / scale
+    return in_data
+
+
+@part("repair", needs={"biases"})
+@torch.no_grad()
+def mean_bias(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    mask: Mask,
+    batches: Sequence[Tensor],
+    *,
+    task: Task = CAUSAL_LM,
+    dtype: str = "auto",
+) -> None:
+    """Add the mean contribution of the removed features, in place, to the bias of their layer: b ← b + W_r · mean(x_r).
+
+    If these layers have no bias, they get one in all decoder layers, and `config.output_bias` says so. New biases count as
+    parameters.
+
+    Args:
+        model: causal LM.
+        axes: its axes.
+        mask: the cut that follows.
+        batches: token ids, int64 [batch, length].
+        task: what the model learns.
+        dtype: precision of the matrix products of the model.
+
+    Raises:
+        UsageError: no batches.
+
+    Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
+    """
+    _need_text(batches)
+    layers = decoder_layers(model, axes)
+    entering = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
+    count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
+    world.sum_in_place(count)
+    module: Any
+    weights = _weights(model, axes)
+    for name, weight in weights.items():
+        module = model.get_submodule(name)
+        if module.bias is None:
+            module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+            model.config.output_bias = True  # type: ignore[union-attr]
+    for index, layer in enumerate(layers):
+        kept = _kept(axes, mask, layer=index)
+        sums = {name: weights[name].new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
+        with casting_once(layer):
+            for stream in entering:
+                with _watching(model, kept) as seen:
+                    stream.hidden = stream.through(layer, index)
+                for name in kept:
+                    sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
+        world.sum_in_place(*sums.values())
+        for name, total in sums.items():
+            module = model.get_submodule(name)
+            goes = ~kept[name].to(total.device)
+            module.bias += (weights[name][:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
+
+
+def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
+    """The linear layers at gates that have no bias; `mean_bias` gives them one."""
+    modules: list[Any] = [
+        model.get_submodule(name) for name in dict.fromkeys(axis.gate.module for axis in axes if axis.gate.is_linear)
+    ]
+    return [module for module in modules if module.bias is None]
+
+
+def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
+    """The weight of the linear layer at each gate, [outputs, features], by the layer's name; a view, to be changed in place."""
+    gates = [axis.gate for axis in axes if axis.gate.is_linear]
+    return {gate.module: gate.oriented(model.get_parameter(f"{gate.module}.weight")) for gate in gates}
+
+
+def _kept(axes: Sequence[Axis], mask: Mask, *, layer: int) -> dict[str, Tensor]:
+    """Linear layers at those gates of a decoder layer that the mask shuts in part -> the features that stay, bool [features]."""
+    kept: dict[str, Tensor] = {}
+    for axis in axes:
+        if axis.layer == layer and axis.gate.is_linear and axis.name in mask and not bool(mask[axis.name].all()):
+            features = mask[axis.name].repeat_interleave(axis.gate.width)
+            kept[axis.gate.module] = kept[axis.gate.module] & features if axis.gate.module in kept else features
+    return kept
+
+
+def _need_text(batches: Sequence[Tensor]) -> None:
+    if not batches:
+        raise UsageError("a repair needs calibration text and there is none; set calibration.source or calibration.ids")
+
+
+@contextmanager
+def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the input of each named linear layer while the context lasts: float32 [tokens, features]."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, given: Tensor) -> None:
+        seen[name] = given.detach().float().flatten(0, -2)
+
+    with watching_inputs({name: model.get_submodule(name) for name in names}, keep):
+        yield seen

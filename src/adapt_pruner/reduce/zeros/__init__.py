@@ -1,0 +1,1 @@
+"""Turn single weights of a layer into zeros."""
