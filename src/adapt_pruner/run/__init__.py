@@ -5,5 +5,5 @@ three places:
 
     run.rules, run.probe, run.in_time   before `shrink`: what fits the user's time, after a probe of this machine
     run.estimate, run.forecast           `--dry-run`: time and memory of a given recipe, by formulas and a shorter probe
-    run.ahead, core.progress             during a run: the time left, from the phases that are over
+    run.ahead, core.events.progress             during a run: the time left, from the phases that are over
 """

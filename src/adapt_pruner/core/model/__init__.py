@@ -1,1 +1,8 @@
-"""The nouns of a model (axes, masks, budgets, losses) and what is done with them: gate, cut, run layer by layer."""
+"""The nouns of a model, and what is done with them.
+
+axes.py         what can shrink and what stays; cut.py: shutting units and removing them; budget.py: counting parameters
+weight_mask.py  single weights that are zero; pattern.py: how many, and where
+layers.py       one decoder layer after the other; hooks.py: hooks that are always removed
+task.py         what a model learns; feed.py: which rows come next; loss.py: losses without the full logits
+precision.py    number formats
+"""

@@ -1,13 +1,12 @@
-"""Write a file or folder whole or not at all, remove one in one step, and list the files of a folder.
+"""Write a file or folder whole or not at all, if it can be written there at all; know our own files; list and remove them.
 
 While a file or folder is written, it lies beside its place under the name `.NAME.partial-` and 16 hexadecimal digits. Meanwhile
 its process holds a lock: on the file itself, or on the file `.lock` in the folder. Something being removed has such a name too,
 but no lock. Eight of the digits are computed from the rest of the name, so no other file is mistaken for one of these. `tidy`
 removes those whose process has ended. Everything that writes a file tidies the folder that it writes to.
 
-How we recognise our own files: by their names, a mark in the folders that we write, and a foot on our pages.
-
-Check that something can be written to a place before hours of work go into it: names, links, permissions, room.
+We recognise our own files by their names, a mark in the folders that we write, and a foot on our pages. `check_place` looks at
+names, links, permissions and room before hours of work go into a place.
 """
 
 import errno

@@ -5,7 +5,7 @@
 runs a module as `python -m` does, until the module ends or the process PARENT ends, for whatever reason. On Linux the kernel
 tells a process that its parent has ended. Elsewhere stdin tells it: stdin is a pipe, and its other end closes with the parent.
 
-Interrupts that wait for a safe moment, so that finished work can be saved before the program stops.
+`deferred` lets interrupts wait for a safe moment, so that finished work can be saved before the program stops.
 """
 
 import ctypes
@@ -121,12 +121,6 @@ def _end_with_pipe() -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":
-    _end_with(int(sys.argv[1]))
-    sys.argv = sys.argv[2:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -190,3 +184,9 @@ def deferred(*, when: bool = True) -> Iterator[Deferred]:
         yield signals
     finally:
         signals.let_go()
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

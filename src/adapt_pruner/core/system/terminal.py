@@ -3,7 +3,7 @@
 A pipe may end in a terminal too, so pipes get the same treatment. Our own colours and bars bypass the filter: rich writes them to
 the streams beneath it, and the text given to rich has already been through `visible`.
 
-Text of others made safe to display: characters that control a terminal or reorder text are spelled out.
+`visible` makes text of others safe to display: characters that control a terminal or reorder text are spelled out.
 """
 
 import re

@@ -2,9 +2,7 @@
 
 Every process has the same recipe and takes the same decisions. The processes differ only in the batches that they read.
 
-Processes that share a run watch each other, so that a run is given up within minutes once one of them has stopped.
-
-A process that waits for another cannot tell why. The other may be working alone, perhaps for hours: it reads a whole text, scores
+They watch each other, so that a run is given up within minutes once one of them has stopped. A process that waits for another cannot tell why. The other may be working alone, perhaps for hours: it reads a whole text, scores
 tasks, writes a checkpoint. Or it was stopped, or its machine is gone. So each process has a thread that counts up all the time
 and watches the counts of the others. A process whose count does not move for `SILENCE` seconds is lost.
 """
