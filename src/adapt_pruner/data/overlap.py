@@ -71,21 +71,26 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[Overlap]:
     def known(spec: str) -> Passages:
         return Passages(document.text for document in beginning(spec, _MAX_HUB_DOCUMENTS))
 
+    @functools.cache
+    def copied(spec: str, other: str) -> list[tuple[str, bool]]:
+        """The document of each passage of a text, and whether the passage stands in another text."""
+        named, same = itertools.tee(passages(spec))
+        covered = known(other).cover(text for _, text in same)
+        return [(name, bool(bytes_of.mean() >= _COPIED)) for (name, _), bytes_of in zip(named, covered, strict=True)]
+
     found = []
     for pair in itertools.combinations(specs, 2):
         role, other = sorted(pair, key=lambda role: role != "evaluation")
         shared, total, remedy = list[str](), 0, ""
         for mine in specs[role]:
-            names = [name for name, _ in passages(mine)]
-            copied = {
-                spec: [covered.mean() >= _COPIED for covered in known(spec).cover(text for _, text in passages(mine))]
-                for spec in specs[other]
-                if spec != mine or role == "evaluation"
-            }
-            shared += [name for name, *copies in zip(names, *copied.values(), strict=True) if any(copies)]
-            total += len(names)
+            against = [spec for spec in specs[other] if spec != mine or role == "evaluation"]
+            for of_one in zip(*(copied(mine, spec) for spec in against), strict=True):
+                total += 1
+                shared += [of_one[0][0]] if any(is_copied for _, is_copied in of_one) else []
             if role == "evaluation" and not remedy:
-                remedy = next((_remedy(mine, spec) for spec, copies in copied.items() if any(copies)), "")
+                remedy = next(
+                    (_remedy(mine, spec) for spec in against if any(is_copied for _, is_copied in copied(mine, spec))), ""
+                )
         if shared:
             places = list(dict.fromkeys(shared))
             examples = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
