@@ -195,7 +195,7 @@ def test_a_run_gives_the_same_kind_of_result_and_again_when_it_is_finished(
     first = ap.run(recipe, tmp_path / "run", listen=heard_of.append)
     assert {"start", "step", "saved"} <= {event["event"] for event in heard_of}
     before, after = first.figures["perplexities"]
-    assert f"perplexity {before:.2f} → {after:.2f} on held-out text" in repr(first)
+    assert f"perplexity {before:.2f} → {after:.2f} on text that is not all held out" in repr(first), "it is the calibration text"
     assert "trained on 2,048 tokens" in repr(first)
     assert first.path == tmp_path / "run" / "model"
     second = ap.run(recipe, tmp_path / "run")
