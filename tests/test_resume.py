@@ -488,7 +488,7 @@ def test_interrupted_gone_on_with_and_finished(ask: Ask, place: Path, whole: tup
     assert "loading" not in said
     assert out == done.stdout
     assert "parameters in" in out
-    assert "perplexity on held-out text" in out
+    assert "perplexity on text that is not all held out" in out, "one text for all"
 
 
 def newest_first(run: Path) -> list[str]:
