@@ -70,6 +70,14 @@ def test_what_a_killed_process_left_is_tidied_away_and_what_a_living_one_writes_
     files.tidy(tmp_path / "nowhere")
 
 
+def test_what_is_half_written_without_a_lock_goes_where_only_we_write(tmp_path: Path) -> None:
+    places = [files._beside(tmp_path / name, files._WRITTEN) for name in ("stage-1", "thesis")]
+    for place in places:
+        place.mkdir()  # killed before it had its lock
+    files.tidy(tmp_path, ours="stage-.*")
+    assert list(tmp_path.iterdir()) == places[1:]
+
+
 def test_what_was_half_removed_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "store").mkdir()
     with monkeypatch.context() as patch:

@@ -226,8 +226,8 @@ def _text_digest(spec: str) -> str:
 
 def _tidy(out: Path) -> None:
     """Remove, in place, what a killed process left half-written."""
-    for folder in (out, out / "models", out / "cells"):
-        tidy(folder)
+    for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
+        tidy(folder, ours=names)
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:

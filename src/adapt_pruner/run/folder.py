@@ -41,6 +41,7 @@ __all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of",
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
+_OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
 _EVERY = 1.0  # seconds between two writes of progress.json
 _NUMBERS = ("params_before", "params_after", "decoder_params_before", "decoder_params_after", "trained_tokens", "seconds")
 _OF_ZEROS = ("nonzero_before", "nonzero_after")
@@ -233,7 +234,7 @@ class RunFolder:
         for path in newest_first(self.checkpoints)[keep:] if keep is not None else ():
             remove(path)
         for folder in (self.path, self.checkpoints):
-            tidy(folder)
+            tidy(folder, ours=_OURS)
 
     def tidy_at_end(self, recipe: Recipe) -> None:
         """Remove, in place, the checkpoints of a run that has ended, if the recipe keeps none."""

@@ -176,18 +176,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path) -> None:
-    """Remove from a folder, in place, what ended processes left half-written or half-removed.
+def tidy(folder: Path, *, ours: str | None = None) -> None:
+    """Remove from a folder, in place, what ended processes left half-written or half-removed. A missing folder is no error.
 
-    A missing folder is no error. Subfolders are not searched.
+    Args:
+        folder: where to look; subfolders are not searched.
+        ours: a regular expression for names that only the caller writes there. What is half-written under these names goes even
+            where no lock shows that its process has ended: one may be killed before it has its lock, or after it gave it back.
     """
     paths: list[Path] = []
     with suppress(OSError):  # a folder may be writable and still not listable
         paths = list(folder.iterdir()) if folder.is_dir() else []
     for path in paths:
-        kind = _kind(path.name)
+        kind, parts = _kind(path.name), _NAME.fullmatch(path.name)
+        is_ours = ours is not None and parts is not None and re.fullmatch(ours, parts[1]) is not None
         with suppress(OSError):  # another process may be tidying, too
-            if kind == _REMOVED:
+            if kind == _REMOVED or (kind == _WRITTEN and is_ours):
                 remove(path)
             elif kind == _WRITTEN:
                 _remove_abandoned(path)
