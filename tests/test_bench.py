@@ -157,7 +157,7 @@ def test_models_take_turns_and_a_speed_up_is_of_one_round(monkeypatch: pytest.Mo
 
 def test_a_process_has_its_own_memory_and_not_that_of_its_parent() -> None:
     code = (
-        "import subprocess, sys; held = bytearray(b'x') * 400_000_000; ask = 'from adapt_pruner.core import memory; "
+        "import subprocess, sys; held = bytearray(b'x') * 400_000_000; ask = 'from adapt_pruner.core.system import memory; "
         "print(memory.peak_rss_bytes())'; print(subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True).stdout)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

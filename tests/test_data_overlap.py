@@ -226,6 +226,3 @@ def test_a_run_that_measures_its_calibration_ids_is_told(tiny_folder: Path, text
     prune(read(asked), tmp_path / "out", listen=heard.append)
     said = [event["message"] for event in heard if event["event"] == "warning"]
     assert [message for message in said if "1 of 2 sequences share text with" in message]
-    heard.clear()
-    prune(read(asked | {"method": "magnitude-all"}), tmp_path / "without text", listen=heard.append)
-    assert not [event for event in heard if event["event"] == "warning" and "share text with" in event["message"]]

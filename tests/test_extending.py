@@ -101,10 +101,10 @@ def differs(run: str) -> Callable[[Path, str], None]:
 
 CHECKS: dict[str, list[Callable[[Path, str], None]]] = {
     "src/adapt_pruner/score/peak.py": [named("peak", "metric", "peak.peak")],
-    "src/adapt_pruner/reduce/tapered.py": [named("tapered", "chooser", "tapered.tapered(ends=0.25)"), tapers],
-    "src/adapt_pruner/reduce/same_norm.py": [named("same-norm", "repair", "same_norm.same_norm")],
+    "src/adapt_pruner/reduce/choose/tapered.py": [named("tapered", "chooser", "tapered.tapered(ends=0.25)"), tapers],
+    "src/adapt_pruner/reduce/repair/same_norm.py": [named("same-norm", "repair", "same_norm.same_norm")],
     "src/adapt_pruner/reduce/trim.py": [named("trim", "reduce", "trim(at_once=3)"), trims],
-    "src/adapt_pruner/reduce/by_row.py": [named("by-row", "solver", "by_row.by_row"), is_half_zero],
+    "src/adapt_pruner/reduce/zeros/by_row.py": [named("by-row", "solver", "by_row.by_row"), is_half_zero],
     "src/adapt_pruner/train/matching.py": [named("matching", "training.objective", "matching.matching"), differs("matching")],
     "src/adapt_pruner/data/backwards.py": [named("backwards", "training.feed", "backwards"), differs("backwards")],
     "src/adapt_pruner/data/labels.py": [labels],

@@ -89,7 +89,7 @@ def test_a_pattern_is_kept_of_whole_layers_alone(axes: list[str], deep: Path, te
     recipe = read(
         {
             "model": str(deep), "method": "shortgpt", "budget": "80%", "axes": axes, "chooser": "depth.drop_layers(periodic=true)",
-            "metric": "weights.magnitude", "calibration": {"source": str(text_file), "samples": 4, "length": 32},
+            "calibration": {"source": str(text_file), "samples": 4, "length": 32},
         }
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"keeps the pattern of whole layers, and axes is .*; name layers in axes and leave out"):

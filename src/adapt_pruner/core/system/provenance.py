@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 __all__ = ["commit", "installed", "made_by", "to_install"]
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def installed(name: str) -> str:
