@@ -235,13 +235,15 @@ def test_samples_and_length_are_options_here_too(
     given = ["--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--draws", 1]
     assert ask(*words(tiny_folder, text_file, tmp_path / "out", *given, methods="uniform"))[0] == 0
     (command,) = pruned_here
-    assert {"calibration.samples=4", "calibration.length=16"} < set(command)
+    assert {"calibration.samples=4", "calibration.length=16"} <= set(command)
     assert "evaluation.prompts=[]" in command, "nothing is answered that nobody sees"
     status, _, err = ask(
-        *words(tiny_folder, text_file, tmp_path / "ids", "--calibration-ids", "x.json", "--calibration-samples", 4)
+        *words(
+            tiny_folder, text_file, tmp_path / "ids", "--calibration-ids", "x.json", "--calibration-samples", 4, methods="uniform"
+        )
     )
     assert status == 2
-    assert "--calibration-ids fix every token, so --calibration-samples" in err
+    assert "calibration.samples would be ignored, since calibration.ids fixes every token" in err
 
 
 def test_a_failure_is_a_row_and_the_others_go_on(

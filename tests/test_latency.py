@@ -161,7 +161,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ([], "prune needs a size or a speed to reach; add --params 80% or --latency 0.7x"),
         (
             ["--params", "80%", "--latency-of", "decode"],
-            "--latency-of decode has no effect without --latency; add --latency 0.7x",
+            "latency_of would be ignored, since there is no latency to reach; leave it out, or set latency, for example to 0.7x",
         ),
         (["--latency", "0.7x", "--latency-of", "chat"], "'prefill' or 'decode'"),
     ],

@@ -141,14 +141,13 @@ def test_a_recipe_with_all_its_keys_reads_the_same_again(method: str) -> None:
 
 def test_a_recipe_file_may_have_settings_of_another_method() -> None:
     """What the file says of the method before is left out; what stands beside the new method is refused."""
-    file = {
-        "method": "adapt-pruner",
-        "amplitude": 0.5,
-        "step": 0.3,
-        "calibration": {"samples": 3},
-    }
+    file = {"method": "adapt-pruner", "amplitude": 0.5, "step": 0.3, "calibration": {"samples": 3}}
     recipe = read(file, overrides=["method=magnitude-all"])
     assert (recipe.amplitude, recipe.step, recipe.calibration.samples) == (0.02, 0.3, 64), "a step is read by both"
+    measured = {"evaluation": {"source": "a.txt", "window": 64}}
+    assert read(measured, overrides=["evaluation.source=null"]).evaluation.window == 512, (
+        "nor is a window of a text that is left out"
+    )
     with pytest.raises(UsageError, match="^amplitude would be ignored"):
         read(file, overrides=["method=magnitude-all", "amplitude=0.1"])
     with pytest.raises(UsageError, match="^calibration.samples would be ignored"):

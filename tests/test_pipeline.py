@@ -36,7 +36,7 @@ from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
 from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Work
-from conftest import VOCAB, assert_same_model, break_off, read_json
+from conftest import VOCAB, assert_same_model, break_off, read_json, suited
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
 
@@ -54,7 +54,7 @@ def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
 
 def without_training(recipe: Recipe, **changes: Any) -> Recipe:
     data = recipe.model_dump() | {"training": {}, "evaluation": {}, "stages": 1} | changes
-    return read(data)
+    return suited(data)
 
 
 def cost_of_a_neuron(folder: Path) -> int:
@@ -397,7 +397,7 @@ def test_every_method_prunes(method: str, recipe: Recipe, tmp_path: Path) -> Non
         "method": method,
         "dtype": "float32",
     }
-    figures = prune(read(common), tmp_path / method).figures
+    figures = prune(suited(common), tmp_path / method).figures
     assert figures["method"] == method
     assert figures["budget"] - cost_of_a_neuron(Path(recipe.model)) < figures["params_after"] <= figures["budget"]
 
@@ -405,7 +405,7 @@ def test_every_method_prunes(method: str, recipe: Recipe, tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", ["magnitude-all", "random"])
 def test_methods_that_read_no_text_ask_for_none(method: str, recipe: Recipe, tmp_path: Path) -> None:
     nowhere = {"source": str(tmp_path / "nothing.txt")}
-    prune(read({"model": recipe.model, "budget": "80%", "calibration": nowhere, "method": method}), tmp_path / "out")
+    prune(read({"model": recipe.model, "budget": "80%", "method": method}), tmp_path / "out")
     with pytest.raises(UsageError, match="does not exist"):
         prune(read({"model": recipe.model, "budget": "80%", "calibration": nowhere}), tmp_path / "other")
 
@@ -417,9 +417,9 @@ def test_a_refused_run_leaves_its_folder_free(recipe: Recipe, tmp_path: Path) ->
 
 
 def test_a_method_is_a_row_of_defaults() -> None:
-    by_name = Recipe(method="magnitude", calibration={"samples": 3})
+    by_name = Recipe(method="flap", calibration={"samples": 3})
     assert (by_name.metric, by_name.chooser, by_name.head_metric, by_name.calibration.samples) == (
-        "weights.magnitude", "allocate.uniform(first=4, last=2)", None, 3,
+        'activations.fluctuation(form="WIFV", standardised=true)', 'rank.standardised(structure="AL-AM", by="feature")', None, 3,
     )  # fmt: skip
     assert Recipe(method="magnitude", step=0.5).step == 0.5, "what is given goes above the row"
     assert read(by_name.model_dump()) == by_name

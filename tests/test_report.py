@@ -35,7 +35,7 @@ from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from adapt_pruner.report.svg import drawing
-from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import VOCAB, byte_tokenizer, read_json, suited, tiny_model
 from test_cli import call
 
 
@@ -46,7 +46,7 @@ def small_recipe(model: Path, text: Path, **changes: Any) -> recipe.Recipe:
         "training": {"source": str(text), "tokens": 3000, "batch_tokens": 128, "length": 64, "lr": 3e-3},
         "evaluation": {"source": str(text), "window": 64, "max_windows": 4},
     }  # fmt: skip
-    return recipe.read(base | changes)
+    return suited(base | changes)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from adapt_pruner.run import training as run_training
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.work import Work
 from conftest import LAYOUTS as ALL
-from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, tiny_config, tiny_model
+from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, suited, tiny_config, tiny_model
 from test_checkpoint import loaded_by_a_stranger, pruned
 
 LAYOUTS = [layout for layout in ALL if tiny_config(layout).model_type not in ("gemma3_text", "phi3")]
@@ -309,7 +309,7 @@ def test_a_recipe_slices_to_its_budget(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_sliced_model_is_not_cut_further(recipe: Recipe, tmp_path: Path) -> None:
     prune(recipe, tmp_path / "sliced")
     for method in ("adapt-pruner", "slicegpt"):
-        again = read(
+        again = suited(
             recipe.model_dump()
             | {
                 "model": str(tmp_path / "sliced"),

@@ -184,11 +184,11 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(
 
 
 def test_another_method_keeps_its_own_step_and_repair(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
-    words = shrink(tiny_folder, text, tmp_path / "small", "--set", "method=magnitude-all", "--dry-run", "--json")
+    words = shrink(tiny_folder, text, tmp_path / "small", "--set", "method=uniform", "--dry-run", "--json")
     status, said, lines = ask(*words)
     assert status == 0, lines
     recipe = json.loads(said)
-    assert (recipe["method"], recipe["step"], recipe["repair"]) == ("magnitude-all", 1.0, None)
+    assert (recipe["method"], recipe["step"], recipe["repair"]) == ("uniform", 0.02, None)
 
 
 def test_a_step_may_be_as_short_as_a_row_of_shrink(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:

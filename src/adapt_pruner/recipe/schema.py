@@ -57,7 +57,8 @@ _METHOD = ALIASES["best"]  # of a recipe that names none
 _OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
-_PARTS = {"method", "reduce", "metric", "chooser", "repair", "solver"}
+_TEXTS = {"training.source", "evaluation.source", "evaluation.tasks", "calibration.ids"}
+_DECIDING = {*parts.FOLDERS, *_TEXTS, "method", "axes", "latency"}  # keys that decide which others are read
 _ROW, _SHARED = "row", "shared"  # contexts of validation: of a bare method, and of settings that several recipes share
 _WIDEST = 2**20  # neurons
 _TABLES = ("vocabulary", "calibration", "training", "training.lora", "evaluation")
@@ -512,8 +513,8 @@ def read(
         values: dotted key -> value, applied before `overrides`.
         shared: whether keys that nothing reads may stand, because other recipes get the same; `Recipe.fitted` leaves them out.
 
-    A key that nothing reads is refused (`Recipe.unread`). If `overrides` name another method or part, the keys of `source` may be
-    for the method before; those that nothing reads now are left out.
+    A key that nothing reads is refused (`Recipe.unread`). If `overrides` name another method, part or text, keys of `source`
+    that nothing reads any more are left out.
 
     Raises:
         UsageError: no such file, not YAML, an unknown key, a value out of range or a table that would drop keys; with the nearest key
@@ -537,7 +538,7 @@ def read(
         if key in _TABLES:  # null and {} take a table of the file away, which is meant
             refuse_lost(key, written if new else keys_of(overrides))
         _put(data, key, new)
-    others = seen & _PARTS
+    others = seen & _DECIDING
     try:
         recipe = Recipe.model_validate(data, context=_SHARED if shared or others else None)
         return recipe.fitted({*(values or ()), *seen}) if others and not shared else recipe
