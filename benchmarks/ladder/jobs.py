@@ -235,9 +235,8 @@ class Ladder:
             "stages": arm.get("stages", 1), "seed": job.seed, "dtype": rung["dtype"], "checkpoint_minutes": 5,
             "keep_checkpoints": 1, "calibration": calibration, **values,
         }  # fmt: skip
-        return read_recipe(
-            data, values=arm.get("set", {}) if tokens else {k: v for k, v in arm.get("set", {}).items() if "." not in k}
-        )
+        changes = arm.get("set", {}) if tokens else {key: value for key, value in arm.get("set", {}).items() if "." not in key}
+        return read_recipe(data, values=changes, shared=True).fitted()  # all arms share settings that not every method reads
 
     def do(self, job: Job) -> dict[str, Any]:
         """Run a job and keep its result; the base must be there."""
