@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_the_newest_checkpoint_and_the_same_command_goes_on(
 def test_ctrl_c_while_the_result_is_measured_loses_no_training(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, measured = tmp_path / "small", loop.measure_text
+    out, measured = tmp_path / "small", loop.results.measure_text
 
     def measure(work: Any, *, stage: int, after_cuts: bool = False) -> None:
         measured(work, stage=stage, after_cuts=after_cuts)
@@ -118,7 +118,7 @@ def test_ctrl_c_while_the_result_is_measured_loses_no_training(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "measure_text", measure)
+        patch.setattr(loop.results, "measure_text", measure)
         status, _, lines = ask(*shrink(tiny_folder, text, out))
     assert status == 1
     assert f"the newest checkpoint is {out / 'checkpoints' / 'stage-1'}, of 35," in lines

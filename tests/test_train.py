@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_accumulation_changes_nothing(by_default: bool, blocks: Tensor, monkeypa
     whole, parts = tiny_model(), tiny_model()
     one = run(whole, blocks[:12], batch_rows=12)
     if by_default:
-        monkeypatch.setattr("adapt_pruner.train.loop.MICRO_TOKENS", {"cpu": 80})
+        monkeypatch.setattr(sys.modules["adapt_pruner.train.loop"], "MICRO_TOKENS", {"cpu": 80})
     other = run(parts, blocks[:12], batch_rows=12, objective=counted, micro_tokens=None if by_default else 80)
     assert passes == [5, 5, 2]
     assert len(one) == len(other) == 1

@@ -135,10 +135,10 @@ def test_parts_say_what_they_need() -> None:
 @pytest.mark.parametrize(("keys", "said"), [
     ({"reduce": "slices"}, "reduce 'slices' is not known; did you mean 'slice'"),
     ({"reduce": "units(fast=true)"}, "reduce 'units' has no option 'fast'; it takes no options"),
-    ({"method": "slicegpt", "multiple_of": 8}, "reduce 'slice' chooses no units, so multiple_of would be ignored; set multiple_of=1"),
+    ({"method": "slicegpt", "multiple_of": 8}, "multiple_of would be ignored, since reduce 'slice' does not read it; leave it out"),
     (
         {"method": "sheared", "chooser": "allocate.uniform", "metric": "weights.magnitude"},
-        "reduce 'hard_concrete' chooses no units, so metric and chooser would be ignored; leave them out",
+        "chooser and metric would be ignored, since reduce 'hard_concrete' does not read them; leave them out",
     ),
     ({"method": "slicegpt", "stages": 2}, "reduce 'slice' can run only once, and stages is 2; set stages to 1"),
     ({"training": {"feed": "fixd"}}, "feed 'fixd' is not known; did you mean 'fixed'"),
