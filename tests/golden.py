@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -124,7 +125,7 @@ def run(work: Path, side: str) -> None:
     for model in FAMILIES:
         for row in sorted(_rows(ROOT) & _rows(work / "base")):
             out = work / side / f"{model}-{row}"
-            message = _command("run", str(_recipe(work, model, row)), "-o", str(out))
+            message = _command("run", str(_recipe(work, side, model, row)), "-o", str(out))
             if not (out / "model").is_dir():  # a row that refuses a model says why
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "refused").write_text(re.sub(rf"{re.escape(str(work))}\S*", "…", message), encoding="utf-8")
@@ -146,8 +147,12 @@ def resume(work: Path, side: str) -> None:
             raise SystemExit(f"{name} does not go on: {message}")
 
 
-def _recipe(work: Path, model: str, row: str) -> Path:
+def _recipe(work: Path, side: str, model: str, row: str) -> Path:
+    """The recipe of a row, without what its method does not read: a version may refuse that."""
     import yaml
+
+    from adapt_pruner.errors import UsageError
+    from adapt_pruner.recipe import read
 
     text = str(work / "text.txt")
     data: dict[str, Any] = {"model": str(work / "models" / model), "method": row}
@@ -156,8 +161,11 @@ def _recipe(work: Path, model: str, row: str) -> Path:
             data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) else value
     for key in ("calibration", "training", "evaluation"):
         data[key]["source"] = text
-    path = work / "recipes" / f"{model}-{row}.yaml"
-    path.parent.mkdir(exist_ok=True)
+    if "shared" in inspect.signature(read).parameters:
+        with contextlib.suppress(UsageError):  # the run refuses it, too
+            data = read(data, shared=True).fitted().model_dump(mode="json")
+    path = work / "recipes" / side / f"{model}-{row}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return path
 
