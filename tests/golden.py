@@ -227,7 +227,7 @@ def _differences(before: Path, after: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _diff(before: str, after: str) -> list[str]:
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
-    return [line for line in lines if not line.startswith(("---", "+++", ""))]
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
 if __name__ == "__main__":
