@@ -18,7 +18,7 @@ from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.pace import Pace
 from adapt_pruner.work import RunData, Work
-from conftest import assert_same_model, read_json, tiny_model, train
+from conftest import as_dicts, assert_same_model, read_json, tiny_model, train
 
 
 class Clock:
@@ -80,10 +80,10 @@ def test_a_run_that_goes_on_begins_at_its_pace_so_far(recipe: Recipe, tmp_path: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(timed, tmp_path / "run", listen=stop)
+        run(timed, tmp_path / "run", listen=as_dicts(stop))
     steps.clear()
     monkeypatch.setattr(Trainer, "_expected", lambda trainer, left: 4 * 512.0)
-    run(timed, tmp_path / "run", listen=lambda event: steps.extend([event] * (event["event"] == "step")))
+    run(timed, tmp_path / "run", listen=as_dicts(lambda event: steps.extend([event] * (event["event"] == "step"))))
     assert steps[0]["step"] == 3
     assert steps[0]["lr"] == pytest.approx(3e-3 * (1 - (2.5 / 4 - 0.5) / 0.5))
 
@@ -135,7 +135,7 @@ def test_training_beyond_the_end_of_a_stage_is_kept(recipe: Recipe, tmp_path: Pa
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, out, listen=listen, **how)
+            run(recipe, out, listen=as_dicts(listen), **how)
         (left,) = (out / "checkpoints").iterdir()
         return left.name
 
@@ -192,7 +192,7 @@ def test_with_time_to_spare_a_deadline_changes_nothing(recipe: Recipe, tmp_path:
 def test_a_run_that_is_late_trains_less_and_says_so(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[dict[str, Any]] = []
     slowly(monkeypatch, each=1.0)
-    outcome = run(recipe.model_copy(update={"minutes": 0.5}), tmp_path / "run", listen=heard.append)
+    outcome = run(recipe.model_copy(update={"minutes": 0.5}), tmp_path / "run", listen=as_dicts(heard.append))
     assert outcome is not None
     steps = [event for event in heard if event["event"] == "step"]
     assert 3 <= len(steps) < 12
@@ -210,7 +210,11 @@ def test_fewer_tokens_than_lie_ready_are_no_news_if_no_more_were_expected(
         slowly(monkeypatch, each=1.0)
         heard: list[dict[str, Any]] = []
         training = recipe.training.model_copy(update={"expected": expected})
-        run(recipe.model_copy(update={"minutes": 0.5, "training": training}), tmp_path / str(expected), listen=heard.append)
+        run(
+            recipe.model_copy(update={"minutes": 0.5, "training": training}),
+            tmp_path / str(expected),
+            listen=as_dicts(heard.append),
+        )
         assert sum(event["event"] == "warning" for event in heard) == warned
         (start,) = [event for event in heard if event["event"] == "start"]
         assert start["training_tokens"] == expected
@@ -230,7 +234,7 @@ def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
 
     monkeypatch.setattr(parts, "bind", watched)
     slowly(monkeypatch, each=10.0)
-    outcome = run(recipe.model_copy(update={"minutes": 0.4}), tmp_path / "run", listen=heard.append)
+    outcome = run(recipe.model_copy(update={"minutes": 0.4}), tmp_path / "run", listen=as_dicts(heard.append))
     assert outcome is not None
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
     assert asked[-1] == (1.0, pytest.approx(recipe.amplitude / recipe.step)), "layers keep their shares in the last cut"

@@ -31,6 +31,7 @@ from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import forecast
 from conftest import (
     VOCAB,
+    as_dicts,
     assert_refused,
     assert_same_model,
     break_off,
@@ -208,7 +209,7 @@ def test_layers_are_not_solved_again_once_all_are_done(tiny_folder: Path, text_f
     break_off(recipe, tmp_path / "broken", kind="saved", nth=4)
     assert (tmp_path / "broken" / "checkpoints" / "stage-1-cut-1").is_dir()
     told: list[dict[str, Any]] = []
-    run(recipe, tmp_path / "broken", listen=told.append)
+    run(recipe, tmp_path / "broken", listen=as_dicts(told.append))
     assert not [event for event in told if event["event"] in ("masked", "cut")]
     assert len(log_of(tmp_path / "broken", "cut")) == 1
 
@@ -287,7 +288,7 @@ def test_units_go_from_a_sparse_model_and_zeros_come_to_a_pruned_one(tiny_folder
     smaller = {
         "budget": "80%", "method": "uniform", "sparsity": "", "axes": ["neurons"], "distance": None, "head_metric": None, "repair": None,
     }  # fmt: skip
-    prune(recipe_of(tmp_path / "sparse", text_file, **smaller), tmp_path / "both", listen=heard.append)  # type: ignore[arg-type]
+    prune(recipe_of(tmp_path / "sparse", text_file, **smaller), tmp_path / "both", listen=as_dicts(heard.append))  # type: ignore[arg-type]
     both = load(str(tmp_path / "both"))
     assert both.weight_mask is not None
     assert both.weight_mask.unmasked(both.model) == []

@@ -23,7 +23,7 @@ from adapt_pruner.train.loop import Step, TrainConfig, TrainState, _Batch, make_
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
-from conftest import InOrder, log_of, tiny_model, train
+from conftest import InOrder, as_dicts, log_of, tiny_model, train
 
 
 @dataclass
@@ -545,7 +545,7 @@ def test_a_step_reads_whole_rows(tiny_folder: Path, text_file: Path, tmp_path: P
     asked = read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "training": training, "device": "cpu"})
     assert [stage["steps"] for stage in dry_run(asked)["stages"]] == [10]
     heard: list[dict[str, Any]] = []
-    with_card.run(asked, tmp_path / "run", listen=heard.append)
+    with_card.run(asked, tmp_path / "run", listen=as_dicts(heard.append))
     assert len(log_of(tmp_path / "run", "step")) == 10
     said = "a step reads 64 tokens, since training.batch_tokens 100 is no multiple of training.length 64"
     assert any(said in event["message"] for event in heard if event["event"] == "warning")

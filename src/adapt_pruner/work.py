@@ -494,7 +494,7 @@ class Work:
 
     def tell(self, event: Event) -> None:
         """Tell the listener of an event."""
-        self.listen(event.to_dict())
+        self.listen(event)
 
     def progress(self, phase: str, **where: Any) -> Callable[[int, int], None]:
         """Tell the listener that a phase begins; returns a function of (done, of) that tells how far it is."""

@@ -113,6 +113,6 @@ def _told(
     from adapt_pruner.core.events import Resumed, Saved, Start
 
     for last in events:
-        show.hear(last)
+        show(last)
         ended = (isinstance(last, Saved) and last.is_result) or (ended and not isinstance(last, Resumed | Start))
     return last, ended

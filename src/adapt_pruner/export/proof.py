@@ -60,7 +60,7 @@ def prove(
         raise UsageError(f"{artefact} does not exist; name a .gguf file, a folder with model.onnx, or a Hugging Face folder")
     written = (line for document in texts(text) for line in document.splitlines() if line.strip())
     lines = list(itertools.islice(written, PIECES))
-    listen(Load(model=model).to_dict())
+    listen(Load(model=model))
     loaded = load(model, trust_remote_code=trust_remote_code)
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
 
@@ -81,5 +81,5 @@ def _chat(tokenizer: Any, listen: Listener) -> list[str]:
             rendered(tokenizer, [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]).text
         ]
     except ChatTemplateError as error:
-        listen(Warned(message=f"no conversation was compared, because the chat template cannot write one: {error}").to_dict())
+        listen(Warned(message=f"no conversation was compared, because the chat template cannot write one: {error}"))
         return []

@@ -39,22 +39,7 @@ _PROBED_TOKENS = 512
 def dry_run(
     recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
 ) -> dict[str, Any]:
-    """The plan of a run, with its time and memory; nothing is written.
-
-    If the weights are on this machine and the run fits its memory, the model is loaded and the texts are found. A batch of random tokens, forward and
-    backward, then probes the speed. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those
-    of `estimate`. `too_large` says that the memory is not enough, and what would be. `time_without` names the work whose time nobody can compute. `minutes` are those of the recipe, which may end
-    its training sooner.
-
-    Args:
-        recipe: the run.
-        listen: told of events.
-        trust_remote_code: whether code that comes with the model may run.
-        processes: number of processes that would share the work.
-
-    Raises:
-        UsageError: the recipe does not fit the model, or a text, task or package is missing.
-    """
+    """The plan of a run, with its time and memory; for arguments, result and errors see `api.pruning.dry_run`."""
     recipe = recipe.ready()
     here = has_weights(recipe.model)
     trouble = room(recipe, trust_remote_code=trust_remote_code) if here else ""

@@ -165,12 +165,12 @@ def interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> Ba
         folder.tidy()
     if folder.is_finished:  # the interrupt came after the model was written
         message = f"the result is complete in {folder.result}"
-        listen(Interrupted(message=message, path=str(folder.result)).to_dict())
+        listen(Interrupted(message=message, path=str(folder.result)))
         return error
     newest, _, _ = folder.newest(thorough=False)  # a quick check: people who interrupt do not wait long
     where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
     if isinstance(error, RunError):
         return RunError(f"{error}; {where}")
     then = "continues from there" if newest else "starts again"
-    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}").to_dict())
+    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}"))
     return error

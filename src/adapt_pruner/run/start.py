@@ -94,13 +94,13 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
-    listen(Load(model=recipe.model).to_dict())
+    listen(Load(model=recipe.model))
     if check and (trouble := room(recipe, trust_remote_code=trust_remote_code)):
         raise UsageError(trouble)
     fresh = recipe.seed if recipe.init == "random" else None
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
-    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised).to_dict())
+    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised))
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
     if (zeros := loaded.weight_mask) is not None:
@@ -154,7 +154,7 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
     cut(loaded.model, axes, mask)
     left = VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model))
-    listen(left.to_dict())
+    listen(left)
     return replace(loaded, tokenizer=smaller), mask
 
 

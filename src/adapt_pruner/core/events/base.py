@@ -1,7 +1,7 @@
 """The events of a run, one class each: what an event holds, the line that people read, the figures that trackers are told.
 
-A listener gets plain dicts (`Event.to_dict`). `parse` turns a dict back into the event, and `parse_line` does so for a line of
-log.jsonl. Fields that a damaged log may lack have a default. To add an event, write a class, here or in the file that tells
+Log.jsonl and a listener of the user's get plain dicts (`Event.to_dict`). `parse` turns a dict back into the event, and
+`parse_line` a line of a log. Fields that a damaged log may lack have a default. To add an event, write a class, here or in the file that tells
 it, and nothing else: everything that shows or keeps events asks the class.
 """
 
@@ -19,12 +19,12 @@ from adapt_pruner.core.system.strict_json import MOST, of_json
 
 __all__ = [
     "DEFAULT_TEXT", "TOLD_AS", "Cut", "Evaluation", "Event", "Find", "Finished", "Interrupted", "Listener", "Load", "Loaded", "Other", "PlanLine", "Progress", "Resumed",
-    "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "counting", "is_logged", "parse", "parse_line",
+    "Saved", "Score", "Split", "Start", "Step", "Tasks", "VocabularyCut", "Warned", "counting", "parse", "parse_line",
 ]  # fmt: skip
 
 
-Listener = Callable[[dict[str, Any]], None]
-"""Whoever is told of events, each as plain data (`Event.to_dict`)."""
+Listener = Callable[["Event"], None]
+"""Whoever is told of events."""
 DEFAULT_TEXT = "python-docs:train"
 """The text used if none is named."""
 TOLD_AS = "ADAPT_PRUNER_EVENTS"
@@ -79,6 +79,7 @@ class Event(BaseModel):
     Attributes:
         event: its kind.
         time: Unix seconds, in a log.
+        logged: whether log.jsonl keeps events of this kind.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -357,7 +358,7 @@ class Progress(Event):
 
 def counting(listen: Listener, phase: str, **where: Any) -> Callable[[int, int], None]:
     """A function of (done, of) that tells how far a phase is."""
-    return lambda done, of: listen(Progress(phase=phase, done=done, of=of, **where).to_dict())
+    return lambda done, of: listen(Progress(phase=phase, done=done, of=of, **where))
 
 
 class Cut(Event):
@@ -552,11 +553,6 @@ class Interrupted(Event):
 
     def line(self, begun: str = "dense") -> str:
         return self.message
-
-
-def is_logged(data: Mapping[str, Any]) -> bool:
-    """Whether log.jsonl keeps an event, given as a listener is told it."""
-    return Event._kinds.get(data["event"], Other).logged
 
 
 def parse(data: Mapping[str, Any]) -> Event | None:
