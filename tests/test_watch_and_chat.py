@@ -7,6 +7,7 @@ import operator
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,7 +150,7 @@ def test_watching_names_the_phase(
         (heard[0] / "log.jsonl").read_bytes(),
         RunProgress("repairing 12/60", "stage 2", 75.0, 60.0, 60.0, 60.0, ends=True),
     )
-    for said, shown in ((json.dumps({"time": time.time(), **stands.to_dict()}), True), ('{"time": 1.0, "doing": "rep', False)):
+    for said, shown in ((json.dumps({"time": time.time(), **asdict(stands)}), True), ('{"time": 1.0, "doing": "rep', False)):
         (tmp_path / "progress.json").write_text(said)
         (tmp_path / "log.jsonl").write_bytes(whole[: len(whole) // 2])
         works_while_watched(tmp_path, [b"", whole], monkeypatch)

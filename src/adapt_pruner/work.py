@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Event, Listener, Warned, counting
+from adapt_pruner.core.events import BILL, Event, Listener, Warned, counting
 from adapt_pruner.core.events.run import Within
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters
@@ -174,8 +174,6 @@ def check_training(work: "Work", way: str, *, masks: bool = False) -> None:
 _WIDTHS = ((1024, 64), (256, 32))
 """(neurons, multiple): `multiple_of: auto` is the first multiple for which the narrowest layer has at least these neurons."""
 
-PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
-"""The phases among which a run's seconds are divided."""
 _FOR_CUTS = 0.5  # share of a recipe's minutes after which pruning takes no more small steps
 
 
@@ -267,7 +265,7 @@ class RunState:
         figures: measured so far.
         history: a note on every iteration of pruning.
         began: axis name -> units the model had when the run began.
-        spent: phase -> seconds, summed over all sessions of the run; phases do not overlap.
+        spent: phase of `BILL` -> seconds, summed over all sessions of the run; phases do not overlap.
 
     Calibration text is a function of the seed and the number of the iteration, random numbers of the seed and the number of the
     step. So neither has state of its own.
@@ -282,7 +280,7 @@ class RunState:
     figures: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     began: dict[str, int] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BILL, 0.0))
     _phase: str | None = field(default=None, init=False)
     _since: float = field(default=0.0, init=False)
 

@@ -8,18 +8,14 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Searched
+from adapt_pruner.core.events import BILL, Evaluation, Event, Split, Start, Step, Tasks, Warned
+from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Resumed, Searched
 from adapt_pruner.core.events.words import Form, measured_text, shots
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
 
-PHASES = {
-    "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
-    "other": "all else",
-}  # fmt: skip
 _MOST_STATES = 8  # iterations of one stage that are shown
 _INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # kinds of units removed with a layer's whole block
 
@@ -414,13 +410,11 @@ def _task_rows(tasks: Sequence[Tasks]) -> list[Row]:
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     figures = record.figures
     by_phase = {
-        phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if number_of(figures.get(f"seconds_{phase}")) is not None
+        phase: float(figures[f"seconds_{phase}"]) for phase in BILL if number_of(figures.get(f"seconds_{phase}")) is not None
     }
     if not by_phase and record.checkpoint is not None:
         spent = record.state.get("spent")
-        by_phase = (
-            {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
-        )
+        by_phase = {phase: float(seconds) for phase, seconds in spent.items() if phase in BILL} if isinstance(spent, dict) else {}
         if by_phase:
             notes.append(
                 f"the bill has the seconds of {record.checkpoint.name}, the newest checkpoint, and the tokens of the log"

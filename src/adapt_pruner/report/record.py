@@ -174,8 +174,8 @@ def read_progress(path: Path) -> tuple[RunProgress, float] | None:
     """Where the run in this folder last said that it stands, and when (Unix seconds); None if there is nothing to read."""
     try:
         data = read_json(path / PROGRESS)
-        return RunProgress.from_json(data), float(data["time"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return RunProgress(**data), float(data["time"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

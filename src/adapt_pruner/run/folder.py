@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ class RunFolder:
             return
         self._written = time.monotonic()
         with suppress(OSError):
-            text = to_json({"time": time.time(), **self._tracker.at().to_dict()})
+            text = to_json({"time": time.time(), **asdict(self._tracker.at())})
             (self.path / PROGRESS).write_text(text, encoding="utf-8")
 
     @property

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from adapt_pruner.checkpoint.load import has_weights, pick_device
-from adapt_pruner.core.events import Listener, Progress
-from adapt_pruner.core.events.progress import EASE
+from adapt_pruner.core.events import Listener, Progress, phase_of
 from adapt_pruner.core.events.run import Planned, Probe
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
@@ -100,7 +99,7 @@ def _spans(work: Work, dense: Shapes, how: Setup, speed: Speed, planned: Planned
     """Seconds before the first stage, and of each stage."""
     spans = [0.0] * (1 + len(work.stages))
     for item in planned.items:
-        number, ease = item["stage"], EASE.get(item["phase"], 1.0) if how.device == "cpu" else 1.0
+        number, ease = item["stage"], phase_of(item["phase"]).ease if how.device == "cpu" else 1.0
         flops = item["times"] * (item["flops"] or 0.0) / ease
         if item["phase"] == "train":
             stage = work.stages[number - 1]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner import recipe as recipes
-from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine, Progress
+from adapt_pruner.core.events import DEFAULT_TEXT, Listener, Progress
+from adapt_pruner.core.events.run import PlanLine
 from adapt_pruner.core.events.words import compact, typed
 from adapt_pruner.core.model.budget import parse_count
 from adapt_pruner.core.system import world

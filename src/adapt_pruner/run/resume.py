@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import pick_device
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
-from adapt_pruner.core.events import Interrupted, Listener, Resumed, Saved
+from adapt_pruner.core.events import Interrupted, Listener, Saved
+from adapt_pruner.core.events.run import Resumed
 from adapt_pruner.core.events.words import counted, typed
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.provenance import made_by

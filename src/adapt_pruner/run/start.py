@@ -16,7 +16,8 @@ from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Find, Listener, Load, Start, VocabularyCut
+from adapt_pruner.core.events import Find, Listener, Load, Start
+from adapt_pruner.core.events.run import VocabularyCut
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.core.model.cut import cut

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.events import Event, Listener, Resumed, Start, Step, Warned
+from adapt_pruner.core.events import Event, Listener, Start, Step, Warned
+from adapt_pruner.core.events.run import Resumed
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
